@@ -1,0 +1,1 @@
+"""Shipped specs; read them with `vlsi_cache.load_spec`."""

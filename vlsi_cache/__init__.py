@@ -1,0 +1,61 @@
+"""Offline teacher-logit caching and layer-wise distillation (VLsI). Importing this package imports no torch."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .errors import VlsiCacheError
+    from .models.prune_depth import init_student
+    from .sparse.kl import sparse_kl
+    from .spec import CacheSpec, DistillSpec, load_spec
+    from .stages.build import build_teacher
+    from .stages.distill import distill
+    from .stages.evaluate import evaluate
+    from .stages.plan import plan
+    from .stages.verbalize import train_verbalizers
+    from .store.edit import prune, repair
+    from .store.reader import open
+
+_HOME = {
+    "CacheSpec": "spec",
+    "DistillSpec": "spec",
+    "VlsiCacheError": "errors",
+    "build_teacher": "stages.build",
+    "distill": "stages.distill",
+    "evaluate": "stages.evaluate",
+    "init_student": "models.prune_depth",
+    "load_spec": "spec",
+    "open": "store.reader",
+    "plan": "stages.plan",
+    "prune": "store.edit",
+    "repair": "store.edit",
+    "sparse_kl": "sparse.kl",
+    "train_verbalizers": "stages.verbalize",
+}
+
+__all__ = [
+    "CacheSpec",
+    "DistillSpec",
+    "VlsiCacheError",
+    "build_teacher",
+    "distill",
+    "evaluate",
+    "init_student",
+    "load_spec",
+    "open",
+    "plan",
+    "prune",
+    "repair",
+    "sparse_kl",
+    "train_verbalizers",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module `vlsi_cache` has no attribute `{name}`")
+    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,385 @@
+"""What to build and how to distill, as strict YAML: an unknown key is an error, and all mistakes are listed at once.
+
+A spec says WHAT; flags of the command line say where and how. `--set key=value` changes the spec itself, and the
+resolved spec, with every default filled in, is what gets printed and stored in the cache.
+"""
+
+import difflib
+import importlib.resources
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import SpecError, list_problems
+
+Recipe = Literal["vlsi", "last", "sft"]
+Structure = Literal["mlp", "mlp-x2", "verb-ffn", "verb-ffn-x2", "ffn", "ffn-x2", "decoder", "decoder-x2"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+TargetLayers = Literal["auto"] | tuple[Annotated[int, Field(ge=1)], ...]
+
+Section = TypeVar("Section", bound="Strict")
+Batched = TypeVar("Batched", "TrainVerbalizersSpec", "DistillSpec")
+
+PATH_KEYS = frozenset({"path", "media_root", "model", "verbalizers", "student"})
+
+
+class Strict(BaseModel):
+    """Base of all sections: unknown keys are refused, nothing changes after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class TeacherSpec(Strict):
+    """The frozen teacher: a folder, `package:NAME/sub/folder` of an installed package, or a hub id."""
+
+    model: str
+    revision: str | None = None
+    gguf_file: str | None = None
+    dtype: Dtype = "auto"
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+    layers: TargetLayers = "auto"
+    num_layers: Annotated[int, Field(ge=0)] = 0
+    verbalizers: str | None = None
+
+    @model_validator(mode="after")
+    def _layers_are_named_once(self) -> "TeacherSpec":
+        if self.layers == "auto" and self.num_layers == 0:
+            raise ValueError("name the target layers: `layers: [2, 6, ...]`, or `num_layers: 7` to space them evenly")
+        return self
+
+
+class DataSpec(Strict):
+    """Chat rows: a Parquet or JSONL file (`path`), or an installed generator of rows (`generator`, `options`)."""
+
+    path: str | None = None
+    media_root: str | None = None
+    generator: str | None = None
+    options: dict[str, Any] = {}
+    limit: Annotated[int, Field(ge=1)] | None = None
+    max_length: Annotated[int, Field(ge=8)] = 4096
+    min_pixels: Annotated[int, Field(ge=1)] | None = None
+    max_pixels: Annotated[int, Field(ge=1)] | None = None
+    bad_rows: Literal["refuse", "list"] = "refuse"
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "DataSpec":
+        if (self.path is None) == (self.generator is None):
+            raise ValueError("name exactly one source: `path` (a .jsonl or .parquet file) or `generator`")
+        if self.options and self.generator is None:
+            raise ValueError("`options` belong to a `generator`, and none is named")
+        return self
+
+
+class RowsSpec(Strict):
+    """What is kept of each (layer, token) distribution."""
+
+    top_k: Annotated[int, Field(ge=1)] = 64
+    tail_samples: Annotated[int, Field(ge=0, le=64)] = 4
+    taus: tuple[Annotated[float, Field(gt=0)], ...] = (1.0,)
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _taus_hold_one(self) -> "RowsSpec":
+        if self.taus[:1] != (1.0,) or len(set(self.taus)) != len(self.taus):
+            raise ValueError("`taus` starts with 1.0 (the log-probs are stored at 1.0) and names no value twice")
+        return self
+
+
+class StoreSpec(Strict):
+    """How the rows lie on disk. `part_mib` is the uncompressed size a part aims at, in MiB."""
+
+    profile: Literal["default"] = "default"
+    part_mib: Annotated[float, Field(gt=0)] = 64.0
+
+
+class Schedule(Strict):
+    """Length and learning rate of one training stage: exactly one of `steps` and `epochs`."""
+
+    steps: Annotated[int, Field(ge=1)] | None = None
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    final_learning_rate: Annotated[float, Field(ge=0)] = 1e-6
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.03
+    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "Schedule":
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("name exactly one of `steps` and `epochs`")
+        return self
+
+    def num_steps(self, num_samples: int, batch_size: int) -> int:
+        """Optimizer steps over `num_samples`; an epoch is rounded up to whole batches."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None
+        return max(1, -int(-self.epochs * num_samples // batch_size))
+
+
+class VerbalizerSpec(Strict):
+    """Architecture of the verbalizers, for teacher and student alike (METHOD: Table 4f of the paper)."""
+
+    structure: Structure = "verb-ffn"
+    style: Literal["residual", "plain"] = "residual"
+    final_norm: bool = True
+    pre_norm: Literal["rms", "none"] = "rms"
+
+
+def _check_batches(spec: Batched) -> Batched:
+    if spec.batch_size % spec.micro_batch_size:
+        raise ValueError(
+            f"`batch_size` {spec.batch_size} is not a multiple of `micro_batch_size` {spec.micro_batch_size}"
+        )
+    return spec
+
+
+class TrainVerbalizersSpec(Strict):
+    """Training of the teacher's verbalizers: per-layer cross-entropy, everything else frozen."""
+
+    schedule: Schedule = Schedule(epochs=1)
+    batch_size: Annotated[int, Field(ge=1)] = 256
+    micro_batch_size: Annotated[int, Field(ge=1)] = 4
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _whole_micro_batches(self) -> "TrainVerbalizersSpec":
+        return _check_batches(self)
+
+
+class LoraSpec(Strict):
+    """Adapter on the linear layers of the language model; the vision tower is never adapted."""
+
+    rank: Annotated[int, Field(ge=1)] = 64
+    alpha: Annotated[float, Field(gt=0)] = 64.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+class InteractSpec(Strict):
+    """The interaction step (Algorithm 1 of the paper); `layers: []` distills the last layer alone."""
+
+    schedule: Schedule = Schedule(epochs=1)
+    lambda_last: Annotated[float, Field(ge=0)] = 1.0
+    scale: Annotated[float, Field(gt=0)] = 2.0
+    temperature: Literal["normalized", "printed"] = "normalized"
+
+
+class SftSpec(Strict):
+    """Supervised finetuning on the labels, after the interaction step."""
+
+    schedule: Schedule = Schedule(epochs=1)
+    mode: Literal["lora+embed_head", "full"] = "lora+embed_head"
+
+
+class DistillSpec(Strict):
+    """From a cache to a student. `recipe` decides which stages run; all recipes take the same number of steps:
+
+    vlsi: verbalize, interact over all target layers, sft. last: the steps of verbalize and interact go to last-layer
+    distillation, then sft. sft: all steps go to sft.
+    """
+
+    student: str | None = None
+    student_dtype: Dtype = "auto"
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+    recipe: Recipe = "vlsi"
+    layers: TargetLayers = "auto"
+    num_layers: Annotated[int, Field(ge=0)] = 0
+    batch_size: Annotated[int, Field(ge=1)] = 512
+    micro_batch_size: Annotated[int, Field(ge=1)] = 4
+    gradient_checkpointing: bool = False
+    verbalize: Schedule = Schedule(epochs=1)
+    interact: InteractSpec = InteractSpec()
+    sft: SftSpec = SftSpec()
+    lora: LoraSpec = LoraSpec()
+    checkpoint_steps: Annotated[int, Field(ge=1)] = 200
+    window_parts: Annotated[int, Field(ge=1)] = 4
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "DistillSpec":
+        if self.recipe == "vlsi" and self.layers == "auto" and self.num_layers == 0:
+            raise ValueError("recipe `vlsi` needs the student's target layers: `layers: [...]` or `num_layers: N`")
+        return _check_batches(self)
+
+
+class EvaluateSpec(Strict):
+    """Held-out rows and what is measured on them."""
+
+    data: DataSpec
+    generate: bool = True
+    max_new_tokens: Annotated[int, Field(ge=1)] = 64
+    batch_size: Annotated[int, Field(ge=1)] = 16
+
+
+class RunSpec(Strict):
+    """Where the build runs; not part of the fingerprint (another batch size changes rows by rounding only)."""
+
+    device: str = "auto"
+    batch_tokens: Annotated[int, Field(ge=1)] = 8192
+
+
+class CacheSpec(Strict):
+    """One experiment: a teacher, a data set, what to keep, and how students are distilled from it by default."""
+
+    name: str
+    description: str = ""
+    teacher: TeacherSpec
+    data: DataSpec
+    rows: RowsSpec = RowsSpec()
+    store: StoreSpec = StoreSpec()
+    verbalizer: VerbalizerSpec = VerbalizerSpec()
+    train_verbalizers: TrainVerbalizersSpec = TrainVerbalizersSpec()
+    distill: DistillSpec = DistillSpec(num_layers=7)
+    evaluate: EvaluateSpec | None = None
+    run: RunSpec = RunSpec()
+
+    def fingerprint_fields(self) -> dict[str, Any]:
+        """The settings that decide the bytes of a cache, by their dotted key."""
+        return {
+            "teacher.dtype": self.teacher.dtype,
+            "rows.top_k": self.rows.top_k,
+            "rows.tail_samples": self.rows.tail_samples,
+            "rows.taus": list(self.rows.taus),
+            "rows.seed": self.rows.seed,
+            "store.profile": self.store.profile,
+            "store.part_mib": self.store.part_mib,
+            "data.max_length": self.data.max_length,
+        }
+
+
+def shipped_specs() -> dict[str, Path]:
+    """Names and files of the specs that come with the package."""
+    folder = Path(str(importlib.resources.files("vlsi_cache.cache_specs")))
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+
+
+def load_spec(name: str | Path, *, overrides: Iterable[str] = ()) -> CacheSpec:
+    """Read a spec by its shipped name or its path, apply `key.sub=value` overrides, fill in every default.
+
+    Relative paths in the file are relative to the file and stay below its folder; in an override they are relative to
+    the current folder. Raises SpecError that lists all mistakes.
+    """
+    file = shipped_specs().get(str(name)) or Path(name)
+    values = _read_yaml(file)
+    problems = [*_resolve_paths(values, file.resolve().parent)]
+    for override in overrides:
+        problems += _apply_override(values, override)
+    problems += _validate(values)
+    if problems:
+        raise SpecError(f"spec `{name}` has {len(problems)} mistake(s):\n{list_problems(problems, limit=30)}")
+    return CacheSpec.model_validate(values)
+
+
+def spec_from_dict(values: dict[str, Any], *, where: str) -> CacheSpec:
+    """The spec stored in a cache or run; raises SpecError that names `where`."""
+    problems = _validate(values)
+    if problems:
+        raise SpecError(f"the spec in {where} has {len(problems)} mistake(s):\n{list_problems(problems, limit=30)}")
+    return CacheSpec.model_validate(values)
+
+
+def apply_overrides(spec: CacheSpec, overrides: Iterable[str]) -> CacheSpec:
+    """A copy of `spec` with `key.sub=value` changes; raises SpecError that lists all mistakes."""
+    values = spec.model_dump(mode="json")
+    problems = [problem for override in overrides for problem in _apply_override(values, override)]
+    problems += _validate(values)
+    if problems:
+        raise SpecError(f"{len(problems)} mistake(s) in --set:\n{list_problems(problems, limit=30)}")
+    return CacheSpec.model_validate(values)
+
+
+def change(section: Section, **changes: Any) -> Section:
+    """A copy of `section` with some fields changed, validated again; raises SpecError."""
+    try:
+        return type(section).model_validate({**section.model_dump(), **changes})
+    except ValidationError as error:
+        problems = [f"`{'.'.join(map(str, e['loc']))}`: {e['msg']}" for e in error.errors()]
+        raise SpecError(f"{type(section).__name__}:\n{list_problems(problems)}") from None
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        close = difflib.get_close_matches(str(file), shipped_specs(), n=1)
+        guess = f"; did you mean `{close[0]}`?" if close else ""
+        raise SpecError(f"no spec `{file}`{guess} Shipped specs: {', '.join(shipped_specs())}; or give a .yaml file")
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SpecError(f"spec `{file}` is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise SpecError(f"spec `{file}` holds {type(values).__name__}, not `key: value` lines")
+    return values
+
+
+def _apply_override(values: dict[str, Any], override: str) -> Iterator[str]:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        yield f"`--set {override}`: write key=value, for instance rows.top_k=32"
+        return
+    *parents, last = key.strip().split(".")
+    for name in parents:
+        values = values.setdefault(name, {})
+        if not isinstance(values, dict):
+            yield f"`--set {override}`: `{name}` is not a section"
+            return
+    value = yaml.safe_load(text)
+    if last in PATH_KEYS and isinstance(value, str) and Path(value).exists():
+        value = str(Path(value).resolve())
+    values[last] = value
+
+
+def _resolve_paths(values: dict[str, Any], folder: Path, prefix: str = "") -> Iterator[str]:
+    """Make relative paths of the spec absolute; yields a problem for each that leaves the spec's folder."""
+    for key, value in values.items():
+        if isinstance(value, dict) and key != "options":
+            yield from _resolve_paths(value, folder, f"{prefix}{key}.")
+        elif key in PATH_KEYS and isinstance(value, str) and not _is_elsewhere(value):
+            target = (folder / value).resolve()
+            if not target.is_relative_to(folder):
+                yield f"`{prefix}{key}`: `{value}` leaves the spec's folder {folder}; write an absolute path instead"
+            elif target.exists() or key in ("path", "media_root"):
+                values[key] = str(target)
+
+
+def _is_elsewhere(value: str) -> bool:
+    return value.startswith("package:") or Path(value).is_absolute()
+
+
+def _validate(values: dict[str, Any]) -> list[str]:
+    try:
+        CacheSpec.model_validate(values)
+    except ValidationError as error:
+        return [_describe(dict(problem)) for problem in error.errors()]
+    return []
+
+
+def _describe(problem: dict[str, Any]) -> str:
+    loc = [str(part) for part in problem["loc"] if part not in ("tuple", "literal['auto']")]
+    key = ".".join(part for part in loc if not part.startswith(("tuple[", "literal[")))
+    if problem["type"] == "extra_forbidden":
+        return f"`{key}`: no such key{_did_you_mean(loc)}"
+    if problem["type"] == "missing":
+        return f"`{key}`: is missing"
+    shown = "" if isinstance(problem["input"], dict | BaseModel) else f", got `{problem['input']}`"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"`{key or 'spec'}`: {message}{shown}"
+
+
+def _did_you_mean(loc: list[str]) -> str:
+    section: Any = CacheSpec
+    for name in loc[:-1]:
+        section = _section_type(section.model_fields[name].annotation)
+    close = difflib.get_close_matches(loc[-1], section.model_fields, n=1)
+    return f"; did you mean `{close[0]}`?" if close else f"; known here: {', '.join(section.model_fields)}"
+
+
+def _section_type(annotation: Any) -> Any:
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    raise AssertionError(f"{annotation} is no section")
