@@ -1,0 +1,140 @@
+"""The sparse row: what is kept of one teacher distribution per target layer and response token.
+
+Shapes: L layers, T response tokens, K kept entries, m tail samples, n temperatures (taus).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vlsi_cache.errors import DataError
+
+__all__ = ["SparseRows"]
+
+SHAPES = {
+    "ids_LTK": "LTK",
+    "logprobs_LTK": "LTK",
+    "tail_ids_LTm": "LTm",
+    "lse_LTn": "LTn",
+    "entropy_LT": "LT",
+    "gold_logprob_LT": "LT",
+    "tail_mass_LT": "LT",
+}
+
+
+@dataclass(frozen=True)
+class SparseRows:
+    """Top-k rows of L target layers and T response tokens; log-probs in nats, over the whole real vocabulary.
+
+    Kept entries come in descending probability, ties by the lowest id. `logprobs_LTK` is never renormalised;
+    -inf marks padding. Tail samples are draws with replacement from the distribution outside the top-k.
+    """
+
+    ids_LTK: np.ndarray
+    logprobs_LTK: np.ndarray
+    tail_ids_LTm: np.ndarray
+    lse_LTn: np.ndarray
+    entropy_LT: np.ndarray
+    gold_logprob_LT: np.ndarray
+    tail_mass_LT: np.ndarray
+
+    @property
+    def num_layers(self) -> int:
+        return self.ids_LTK.shape[0]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.ids_LTK.shape[1]
+
+    @property
+    def top_k(self) -> int:
+        return self.ids_LTK.shape[2]
+
+    @property
+    def num_tail(self) -> int:
+        return self.tail_ids_LTm.shape[2]
+
+    def layer(self, index: int) -> "SparseRows":
+        """The rows of one layer, L = 1; -1 is the last layer."""
+        return self.select_layers([index])
+
+    def select_layers(self, indices: Sequence[int]) -> "SparseRows":
+        """The rows of these layer indices, in this order."""
+        wrong = [index for index in indices if not -self.num_layers <= index < self.num_layers]
+        if wrong:
+            raise DataError(f"layer indices {wrong} are outside these rows, which have {self.num_layers} layers")
+        return SparseRows(**{name: getattr(self, name)[list(indices)] for name in SHAPES})
+
+    def tokens(self, part: slice) -> "SparseRows":
+        """The rows of a slice of the response tokens, as views."""
+        return SparseRows(**{name: getattr(self, name)[:, part] for name in SHAPES})
+
+    @staticmethod
+    def concat(rows: Sequence["SparseRows"]) -> "SparseRows":
+        """Join rows of equal L, K, m and n along the tokens."""
+        if not rows:
+            raise DataError("no rows to concatenate")
+        for name in SHAPES:
+            found = {(getattr(row, name).shape[0], *getattr(row, name).shape[2:]) for row in rows}
+            if len(found) > 1:
+                raise DataError(f"`{name}` of the rows to concatenate differ in shape outside the tokens: {found}")
+        return SparseRows(**{name: np.concatenate([getattr(row, name) for row in rows], axis=1) for name in SHAPES})
+
+    def validate(self, v_real: int) -> None:
+        """Raise DataError naming the first layer index and token that is wrong; `v_real` is the real vocabulary."""
+        self._check_shapes()
+        for name in ("lse_LTn", "entropy_LT", "tail_mass_LT"):
+            _refuse(~np.isfinite(getattr(self, name)), self, name, "is not finite")
+        for name in ("ids_LTK", "tail_ids_LTm"):
+            ids = getattr(self, name)
+            _refuse((ids < 0) | (ids >= v_real), self, name, f"is outside the real vocabulary of {v_real} tokens")
+        for name in ("logprobs_LTK", "gold_logprob_LT"):
+            _refuse(np.isnan(getattr(self, name)), self, name, "is not a number")
+            _refuse(getattr(self, name) > 0, self, name, "is above 0, so it is no log-prob")
+        mass_LT = self.tail_mass_LT
+        _refuse((mass_LT < 0) | (mass_LT > 1), self, "tail_mass_LT", "is outside [0, 1]")
+        self._check_entries()
+
+    def _check_shapes(self) -> None:
+        sizes: dict[str, int] = {}
+        for name, letters in SHAPES.items():
+            array = getattr(self, name)
+            if array.ndim != len(letters):
+                raise DataError(f"`{name}` must have the axes {' '.join(letters)}, found shape {array.shape}")
+            for letter, size in zip(letters, array.shape, strict=True):
+                if sizes.setdefault(letter, size) != size:
+                    raise DataError(f"`{name}` has {size} along {letter}, the other arrays have {sizes[letter]}")
+            if ("ids" in name) != (array.dtype.kind in "iu"):
+                raise DataError(f"`{name}` has the wrong dtype {array.dtype}")
+        if not sizes["K"]:
+            raise DataError("rows keep no entries: top_k is 0")
+
+    def _check_entries(self) -> None:
+        rising = self.logprobs_LTK[..., 1:] > self.logprobs_LTK[..., :-1]
+        _refuse(rising, self, "logprobs_LTK", "is above the entry before it; entries must be descending", shift=1)
+        # Padded entries may repeat an id, so each gets a negative one of its own before looking for repeats.
+        own_K = -1 - np.arange(self.top_k)
+        ids_LTK = np.where(np.isneginf(self.logprobs_LTK), own_K, self.ids_LTK.astype(np.int64))
+        sorted_LTK = np.sort(ids_LTK, axis=-1)
+        repeats_LT = (sorted_LTK[..., 1:] == sorted_LTK[..., :-1]).any(-1)
+        _refuse(
+            np.broadcast_to(repeats_LT[..., None], ids_LTK.shape), self, "ids_LTK", "is in a row that repeats an id"
+        )
+        for draw in range(self.num_tail):
+            kept_LT = (ids_LTK == self.tail_ids_LTm[..., draw, None].astype(np.int64)).any(-1)
+            if kept_LT.any():
+                layer, token = np.argwhere(kept_LT)[0]
+                found = self.tail_ids_LTm[layer, token, draw]
+                raise DataError(f"`tail_ids_LTm` at layer index {layer}, token {token} is {found}, a kept id")
+
+
+def _refuse(bad: np.ndarray, rows: SparseRows, name: str, problem: str, *, shift: int = 0) -> None:
+    if not bad.any():
+        return
+    where = np.argwhere(bad)[0]
+    where[-1] += shift
+    layer, token, *entry = where.tolist()
+    value = getattr(rows, name)[tuple(where)]
+    place = f"layer index {layer}, token {token}" + (f", entry {entry[0]}" if entry else "")
+    raise DataError(f"`{name}` at {place} is {value}: it {problem} ({int(bad.sum())} such values)")
