@@ -1,0 +1,250 @@
+"""Changing a cache means writing a new one (prune), or taking what is broken out of the way (repair).
+
+Shape suffixes: L layers, T response tokens, K kept entries, D dropped entries, m tail samples.
+"""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import numpy as np
+
+from vlsi_cache.errors import CacheIncompleteError, SpecError
+from vlsi_cache.sparse.levels import decode_levels
+from vlsi_cache.sparse.rows import SparseRows
+
+from . import commit, table
+from .arrays import Arrays
+from .layout import KL_ARRAYS, CacheHeader, list_parts, load_header, part_name
+from .reader import Cache, Part, open
+from .verify import verify
+from .writer import CacheWriter, PartSamples
+
+
+@dataclass(frozen=True)
+class PrunePlan:
+    """What `prune` would do: the layers and entries that stay, and about how many bytes that saves."""
+
+    source: Path
+    out: Path
+    layers: list[int]
+    dropped_layers: list[int]
+    top_k: int
+    source_top_k: int
+    source_bytes: int
+    estimated_bytes: int
+
+
+def plan_prune(
+    cache: Cache | str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    layers: Sequence[int | str] | None = None,
+    top_k: int | None = None,
+) -> PrunePlan:
+    """Check what is asked of `prune` and price it. Raises SpecError when there is nothing to prune."""
+    source = cache if isinstance(cache, Cache) else open(cache)
+    header, path = source.header, Path(out)
+    if not source.is_complete:
+        raise CacheIncompleteError(f"`{source.path}` is not finished; only a complete cache can be pruned")
+    kept = sorted({header.layers[i] for i in header.layer_indices(layers)})
+    top_k = header.top_k if top_k is None else top_k
+    if path.resolve() == source.path.resolve():
+        raise SpecError(f"`{path}` is the cache to prune itself; prune writes a new one, name another folder")
+    if header.layers[-1] not in kept:
+        raise SpecError(f'the final layer {header.layers[-1]} always stays: add "last" to `layers`')
+    if not 1 <= top_k <= header.top_k:
+        raise SpecError(f"top_k {top_k}: this cache keeps {header.top_k}, so 1 to {header.top_k} is possible")
+    if kept == header.layers and top_k == header.top_k:
+        raise SpecError(f"nothing to prune: all {len(kept)} layers and all {top_k} entries would stay")
+    sizes = source.bytes_by_array()
+    by_layer, by_entry = len(kept) / len(header.layers), top_k / header.top_k
+    entry_bytes = sum(sizes.get(name, 0) for name in ("ids", "levels"))
+    other_bytes = sum(sizes.get(name, 0) for name in KL_ARRAYS) - entry_bytes
+    rest_bytes = sum(sizes.values()) - entry_bytes - other_bytes
+    estimate = int(entry_bytes * by_layer * by_entry + other_bytes * by_layer + rest_bytes)
+    dropped = [layer for layer in header.layers if layer not in kept]
+    return PrunePlan(source.path, path, kept, dropped, top_k, header.top_k, sum(sizes.values()), estimate)
+
+
+@overload
+def prune(
+    cache: Cache | str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    layers: Sequence[int | str] | None = None,
+    top_k: int | None = None,
+    dry_run: Literal[False] = False,
+) -> Cache: ...
+@overload
+def prune(
+    cache: Cache | str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    layers: Sequence[int | str] | None = None,
+    top_k: int | None = None,
+    dry_run: Literal[True],
+) -> PrunePlan: ...
+def prune(
+    cache: Cache | str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    layers: Sequence[int | str] | None = None,
+    top_k: int | None = None,
+    dry_run: bool = False,
+) -> Cache | PrunePlan:
+    """Write a new cache at `out` with fewer `layers` and/or a smaller `top_k`; run again, it continues.
+
+    The ids and levels that stay are slices of the old ones; the mass of the dropped entries goes into `tail_mass`, so
+    that log-probs decode to the same values (up to float32 rounding of that mass). Tail samples are redrawn so that
+    they are again independent draws from everything outside the new top-k.
+    """
+    source = cache if isinstance(cache, Cache) else open(cache)
+    plan = plan_prune(source, out, layers=layers, top_k=top_k)
+    if dry_run:
+        return plan
+    writer = CacheWriter.create_or_resume(plan.out, _pruned_header(source.header, plan), source.id_of_rank)
+    for index in writer.missing_parts():
+        part = source.part(index, plan.layers, keep=False)
+        arrays = cut_top_k(part, plan.layers, plan.top_k)
+        writer.write_encoded(index, _samples_of(part), arrays)
+    writer.finish()
+    return open(plan.out)
+
+
+def _pruned_header(header: CacheHeader, plan: PrunePlan) -> CacheHeader:
+    parent: dict[str, Any] = {
+        "path": str(plan.source.resolve()),
+        "digest": header.digest,
+        "operation": "prune",
+        "dropped_layers": plan.dropped_layers,
+        "top_k": [plan.source_top_k, plan.top_k],
+        "parents": header.parents,
+    }
+    # `created_by` is left out so that it becomes the program that prunes
+    values = header.model_dump(exclude={"created_by", "layers", "top_k", "parents"})
+    return CacheHeader(**values, layers=plan.layers, top_k=plan.top_k, parents=[parent])
+
+
+def cut_top_k(part: Part, layers: Sequence[int], top_k: int) -> Arrays:
+    """The arrays of `part` (of model layers `layers`) with the first `top_k` entries, an exact re-draw of the tail."""
+    arrays = dict(part.arrays)
+    if top_k == arrays["ids"].shape[-1]:
+        return arrays
+    dropped_p_LTD = np.exp(decode_levels(arrays["levels"], arrays["tail_mass"])[..., top_k:])
+    uniforms_LTm = _uniforms(part, layers, arrays["tail_ids"].shape[-1])
+    tail_ids_LTm, tail_mass_LT = redraw_tail(
+        arrays["ids"][..., top_k:], dropped_p_LTD, arrays["tail_ids"], arrays["tail_mass"], uniforms_LTm
+    )
+    cut = {"ids": arrays["ids"][..., :top_k], "levels": arrays["levels"][..., :top_k]}
+    return {**arrays, **cut, "tail_ids": tail_ids_LTm, "tail_mass": tail_mass_LT}
+
+
+def redraw_tail(
+    dropped_ids_LTD: np.ndarray,
+    dropped_p_LTD: np.ndarray,
+    tail_ids_LTm: np.ndarray,
+    tail_mass_LT: np.ndarray,
+    uniforms_LTm: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tail samples and mass after entries were dropped from the top-k.
+
+    The new tail is a mixture: the dropped ids, and the old tail. So each draw becomes a dropped id, in proportion to
+    its probability, or stays the stored draw, which is an independent draw from the old tail: again independent draws
+    from the whole new tail, and the estimator over them stays unbiased.
+    """
+    edges_LTD = np.cumsum(dropped_p_LTD, axis=-1, dtype=np.float64)
+    new_mass_LT = np.minimum(tail_mass_LT + edges_LTD[..., -1], 1.0)
+    point_LTm = uniforms_LTm * (tail_mass_LT + edges_LTD[..., -1])[..., None]
+    tail_ids_LTm = tail_ids_LTm.copy()
+    for draw in range(tail_ids_LTm.shape[-1]):
+        slot_LT = (edges_LTD <= point_LTm[..., draw, None]).sum(-1)
+        is_dropped_LT = slot_LT < edges_LTD.shape[-1]
+        slot_LT1 = np.minimum(slot_LT, edges_LTD.shape[-1] - 1)[..., None]
+        chosen_LT = np.take_along_axis(dropped_ids_LTD, slot_LT1, axis=-1)[..., 0]
+        tail_ids_LTm[..., draw] = np.where(is_dropped_LT, chosen_LT, tail_ids_LTm[..., draw])
+    return tail_ids_LTm, new_mass_LT.astype(np.float32)
+
+
+def _uniforms(part: Part, layers: Sequence[int], num_tail: int) -> np.ndarray:
+    """Uniforms [L, T, m], keyed by sample id and model layer: independent of parts, of order and of what else stays."""
+    record = part.record
+    uniforms_LTm = np.empty((len(layers), record.num_tokens, num_tail))
+    offsets = part.arrays["offsets"].tolist()
+    for sample_id, low, high in zip(record.sample_ids, offsets[:-1], offsets[1:], strict=True):
+        for row, layer in enumerate(layers):
+            key = hashlib.sha256(f"vlsi-cache prune\0{layer}\0{sample_id}".encode()).digest()
+            rng = np.random.Generator(np.random.Philox(key=int.from_bytes(key[:16], "little")))
+            uniforms_LTm[row, low:high] = rng.random((high - low, num_tail))
+    return uniforms_LTm
+
+
+def _samples_of(part: Part) -> PartSamples:
+    """What the commit record of a part says about its samples; the rows stay in their disk form."""
+    record, response = part.record, part.arrays["response_offsets"].tolist()
+    ids = [part.arrays["response_ids"][lo:hi] for lo, hi in pairwise(response)]
+    nothing = np.empty((0, 0, 0))
+    rows = SparseRows(nothing, nothing, nothing, nothing, nothing, nothing, nothing)
+    return PartSamples(record.sample_ids, record.kinds, record.digests, ids, rows, record.skipped)
+
+
+@dataclass(frozen=True)
+class RepairReport:
+    """What `repair` did: moved to `quarantine/`, removed, left alone (and why it may be removed)."""
+
+    path: Path
+    quarantined: list[str] = field(default_factory=list)
+    removed: list[str] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+    missing_parts: list[int] = field(default_factory=list)
+    table_rebuilt: bool = False
+
+    def __str__(self) -> str:
+        lines = [f"{name}: moved to quarantine/" for name in self.quarantined]
+        lines += [f"{name}: removed" for name in self.removed]
+        lines += [f"{name}: abandoned; `--yes` removes it" for name in self.left]
+        lines += ["samples.parquet: rebuilt"] if self.table_rebuilt else []
+        if self.missing_parts:
+            lines.append(f"{len(self.missing_parts)} parts are missing: run the command that builds the cache again")
+        return "\n".join(lines) or "nothing to repair"
+
+
+def repair(path: str | os.PathLike[str], *, yes: bool = False, deep: bool = True) -> RepairReport:
+    """Move corrupt and foreign parts to `quarantine/` so that the build makes them again, and rebuild the sample table.
+
+    Nothing is deleted without `yes`; with it, what dead processes left in `tmp/` is. Raises CacheCorruptError when
+    `cache.json` itself is broken.
+    """
+    root = Path(path)
+    header = load_header(root)
+    found = verify(root, deep=deep)
+    bad = {f"parts/{part_name(index)}" for index in found.bad_parts}
+    bad |= {p.file for p in found.problems if p.file.count("/") == 1 and "not a part of this" in p.what}
+    bad |= {"vocab"} if any(p.file == "vocab" and p.what != "is missing" for p in found.problems) else set()
+    quarantined = sorted(bad)
+    for name in quarantined:
+        _quarantine(root, name)
+    dead, _ = commit.list_tmp(root)
+    removed = [f"tmp/{name}" for name in (commit.remove_dead_tmp(root) if yes else [])]
+    missing = sorted(set(range(header.num_parts)) - set(list_parts(root)))
+    rebuild = not missing and not table.is_current(root, header)
+    if rebuild:
+        table.write_table(root, header)
+    left = [f"tmp/{name}" for name in dead if f"tmp/{name}" not in removed]
+    return RepairReport(root, quarantined, removed, left, missing, rebuild)
+
+
+def _quarantine(root: Path, name: str) -> None:
+    """Move a piece of the cache out of the way under a name that is still free."""
+    (root / "quarantine").mkdir(exist_ok=True)
+    target, number = root / "quarantine" / Path(name).name, 0
+    while os.path.lexists(target):
+        number += 1
+        target = root / "quarantine" / f"{Path(name).name}.{number}"
+    os.rename(root / name, target)
+    commit.fsync_dir(root / "quarantine")
+    commit.fsync_dir((root / name).parent)

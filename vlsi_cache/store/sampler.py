@@ -1,0 +1,163 @@
+"""Reading a whole epoch in shuffled order at the speed of whole parts.
+
+The shuffled parts of an epoch form one sequence of samples, and every rank takes an equal stretch of it: ranks are
+disjoint, complete and equal to within one sample, and each part is read by one rank (at a boundary by two). Inside a
+rank, samples are shuffled over windows of `window_parts` parts.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from vlsi_cache.errors import DataError
+
+from .reader import Cache, Part, Row
+
+QUEUE_ROWS = 64
+POLL_S = 0.1
+
+
+@dataclass(frozen=True)
+class Window:
+    """Samples read together: (part, row) in the order they come out."""
+
+    order: list[tuple[int, int]]
+
+    @property
+    def parts(self) -> list[int]:
+        return sorted({part for part, _ in self.order})
+
+
+class PartWindowReader:
+    """Iterable of the rows of one rank in one epoch, in an order that depends on the arguments alone.
+
+    `layers` are model layers ("last" is the last); [] gives rows without any layer, at no decoding cost. `start` is the
+    number of samples of this epoch already consumed: what follows is exactly what an uninterrupted epoch would give.
+    `wait_s` is the time the consumer has waited for rows. Up to two windows of compressed-dtype parts are in memory.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        *,
+        layers: Sequence[int | str] | None = None,
+        seed: int,
+        epoch: int,
+        rank: int = 0,
+        world: int = 1,
+        window_parts: int = 4,
+        start: int = 0,
+    ) -> None:
+        if world < 1 or not 0 <= rank < world or window_parts < 1 or start < 0:
+            raise DataError(f"impossible: rank {rank} of {world}, window_parts {window_parts}, start {start}")
+        self.wait_s = 0.0
+        self._cache = cache
+        self._layers = layers
+        cache.header.layer_indices(layers)  # an unknown layer is an error now, not in a thread
+        windows = plan_windows(
+            samples_per_part(cache), seed=seed, epoch=epoch, rank=rank, world=world, window_parts=window_parts
+        )
+        self._windows = _skip(windows, start)
+
+    def __len__(self) -> int:
+        """Samples still to come."""
+        return sum(len(window.order) for window in self._windows)
+
+    def __iter__(self) -> Iterator[Row]:
+        rows: queue.Queue[Row | BaseException | None] = queue.Queue(QUEUE_ROWS)
+        stop = threading.Event()
+        worker = threading.Thread(target=self._produce, args=(rows, stop), name="vlsi-cache prefetch", daemon=True)
+        worker.start()
+        try:
+            while (row := self._next(rows)) is not None:
+                yield row
+        finally:
+            stop.set()
+            worker.join()
+
+    def _next(self, rows: "queue.Queue[Row | BaseException | None]") -> Row | None:
+        began = time.perf_counter()
+        row = rows.get()
+        self.wait_s += time.perf_counter() - began
+        if isinstance(row, BaseException):
+            raise row
+        return row
+
+    def _produce(self, rows: "queue.Queue[Row | BaseException | None]", stop: threading.Event) -> None:
+        """Decode the rows of one window while a second thread reads the parts of the next."""
+        with ThreadPoolExecutor(1, "vlsi-cache read") as pool:
+            try:
+                pending = self._submit(pool, 0, stop)
+                for number, window in enumerate(self._windows):
+                    parts = {} if pending is None else pending.result()
+                    pending = self._submit(pool, number + 1, stop)
+                    for part, row in window.order:
+                        if not _put(rows, parts[part].row(row), stop):
+                            return
+                _put(rows, None, stop)
+            except BaseException as error:  # whatever it is belongs to the consumer
+                _put(rows, error, stop)
+
+    def _submit(self, pool: ThreadPoolExecutor, number: int, stop: threading.Event) -> "Future[dict[int, Part]] | None":
+        if number >= len(self._windows):
+            return None
+        return pool.submit(self._load, self._windows[number], stop)
+
+    def _load(self, window: Window, stop: threading.Event) -> dict[int, Part]:
+        wanted = (part for part in window.parts if not stop.is_set())
+        return {part: self._cache.part(part, self._layers, keep=False) for part in wanted}
+
+
+def samples_per_part(cache: Cache) -> dict[int, int]:
+    """Number of samples of every committed part."""
+    counts = np.bincount(cache.sample_table()["part"].to_numpy(), minlength=1)
+    return {part: int(counts[part]) if part < len(counts) else 0 for part in cache.parts}
+
+
+def plan_windows(
+    num_samples: dict[int, int], *, seed: int, epoch: int, rank: int, world: int, window_parts: int
+) -> list[Window]:
+    """The windows of one rank: a function of the arguments alone, no file is read."""
+    parts = np.random.default_rng([seed, epoch]).permutation(sorted(num_samples)).tolist()
+    total = sum(num_samples.values())
+    low, high = rank * total // world, (rank + 1) * total // world
+    spans, first = [], 0
+    for part in parts:
+        begin, end = max(low, first), min(high, first + num_samples[part])
+        if begin < end:
+            spans.append([(part, row - first) for row in range(begin, end)])
+        first += num_samples[part]
+    rng = np.random.default_rng([seed, epoch, rank, world])
+    windows = []
+    for at in range(0, len(spans), window_parts):
+        samples = [sample for span in spans[at : at + window_parts] for sample in span]
+        windows.append(Window([samples[i] for i in rng.permutation(len(samples))]))
+    return windows
+
+
+def _skip(windows: list[Window], start: int) -> list[Window]:
+    """The windows without their first `start` samples."""
+    left = []
+    for window in windows:
+        if start < len(window.order):
+            left.append(Window(window.order[start:]))
+        start = max(0, start - len(window.order))
+    return left
+
+
+def _put(
+    rows: "queue.Queue[Row | BaseException | None]", row: Row | BaseException | None, stop: threading.Event
+) -> bool:
+    """Hand over one item; False if nobody wants it any more."""
+    while not stop.is_set():
+        try:
+            rows.put(row, timeout=POLL_S)
+        except queue.Full:
+            continue
+        return True
+    return False
