@@ -1,0 +1,88 @@
+"""Samples as one batch of tensors, and where in it the hidden states of the response lie.
+
+Shapes: B samples, S positions (padded on the right), T response tokens of all samples one after another.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from .tokenize import Encoded
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True)
+class Batch:
+    """`model(**inputs)`; hidden[rows_T, positions_T] predicts gold_T. labels_BS has IGNORE_INDEX off the response.
+
+    Labels stand at the token's own position, as transformers wants them (it shifts them itself).
+    """
+
+    inputs: dict[str, torch.Tensor]
+    rows_T: torch.Tensor
+    positions_T: torch.Tensor
+    gold_T: torch.Tensor
+    labels_BS: torch.Tensor
+    num_tokens: list[int]
+
+    def to(self, device: str | torch.device) -> "Batch":
+        """The same batch on another device."""
+        moved = {name: getattr(self, name).to(device) for name in ("rows_T", "positions_T", "gold_T", "labels_BS")}
+        inputs = {key: value.to(device) for key, value in self.inputs.items()}
+        return Batch(inputs=inputs, num_tokens=self.num_tokens, **moved)
+
+
+def collate(samples: Sequence[Encoded], *, pad_id: int, device: str | torch.device = "cpu") -> Batch:
+    """Pad on the right: then the positions of a sample are the same in every batch."""
+    lengths = [len(sample.response_ids) for sample in samples]
+    inputs = _inputs(samples, [len(sample.input_ids) for sample in samples], pad_id=pad_id, left=False)
+    rows_T = np.repeat(np.arange(len(samples)), lengths)
+    # Hidden position P - 1 + t predicts response token t (shifted by one, as in any causal model).
+    starts_T = np.repeat([sample.num_prompt - 1 for sample in samples], lengths)
+    positions_T = starts_T + np.concatenate([np.arange(length) for length in lengths])
+    gold_T = np.concatenate([sample.response_ids for sample in samples])
+    labels_BS = np.full(inputs["input_ids"].shape, IGNORE_INDEX, dtype=np.int64)
+    labels_BS[rows_T, positions_T + 1] = gold_T
+    tensors = (torch.from_numpy(array) for array in (rows_T, positions_T, gold_T, labels_BS))
+    return Batch(inputs, *tensors, num_tokens=lengths).to(device)
+
+
+def collate_prompts(
+    samples: Sequence[Encoded], *, pad_id: int, device: str | torch.device = "cpu"
+) -> dict[str, torch.Tensor]:
+    """The prompts alone, padded on the left, for `model.generate(**inputs)`."""
+    inputs = _inputs(samples, [sample.num_prompt for sample in samples], pad_id=pad_id, left=True)
+    return {key: value.to(device) for key, value in inputs.items()}
+
+
+def _inputs(samples: Sequence[Encoded], lengths: list[int], *, pad_id: int, left: bool) -> dict[str, torch.Tensor]:
+    """The first `lengths` ids of every sample, padded to the longest, with all media one after another."""
+    ids = [sample.input_ids[:length] for sample, length in zip(samples, lengths, strict=True)]
+    ones = [np.ones(length, dtype=np.int64) for length in lengths]
+    inputs = {"input_ids": _pad(ids, pad_id, left=left), "attention_mask": _pad(ones, 0, left=left)}
+    types = [s.token_types[:n] for s, n in zip(samples, lengths, strict=True) if s.token_types is not None]
+    if types:
+        assert len(types) == len(samples)
+        inputs["mm_token_type_ids"] = _pad(types, 0, left=left)
+    keys = dict.fromkeys(key for sample in samples for key in sample.media)
+    for key in keys:
+        inputs[key] = _join([sample.media[key] for sample in samples if key in sample.media])
+    return inputs
+
+
+def _pad(rows: list[np.ndarray], fill: int, *, left: bool) -> torch.Tensor:
+    padded_BS = np.full((len(rows), max(map(len, rows))), fill, dtype=np.int64)
+    for row, values in zip(padded_BS, rows, strict=True):
+        if len(values):
+            row[-len(values) if left else 0 :][: len(values)] = values
+    return torch.from_numpy(padded_BS)
+
+
+def _join(arrays: list[np.ndarray]) -> torch.Tensor:
+    """Concatenate along the first axis; LLaVA-OneVision's patch axis, which varies, is padded with zeros."""
+    shape = np.max([array.shape[1:] for array in arrays], axis=0).astype(int) if arrays[0].ndim > 1 else ()
+    padded = [np.pad(a, [(0, 0), *((0, int(m) - n) for n, m in zip(a.shape[1:], shape, strict=True))]) for a in arrays]
+    return torch.from_numpy(np.concatenate(padded))

@@ -1,0 +1,197 @@
+"""Images as tokens: how many placeholders an image takes in the prompt, and the pixels the model is given for it.
+
+Two ways: Qwen2-VL's grid, which we expand ourselves and which needs no torchvision; and the model's own processor.
+Shapes: P prompt tokens; the media arrays are the processor's own.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from vlsi_cache.errors import DataError, ModelError
+
+from .media import Media
+
+VOLATILE_KEYS = ("image_processor_type", "processor_class", "feature_extractor_type", "auto_map", "tokenizer")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids with every placeholder expanded; `token_types_P` is 1 on image tokens, None if the model takes none."""
+
+    ids_P: np.ndarray
+    token_types_P: np.ndarray | None
+    media: dict[str, np.ndarray]
+
+
+class Vision(Protocol):
+    """What the encoder asks of either way. Texts come with all special tokens written out."""
+
+    @property
+    def image_processor(self) -> Any: ...
+
+    @property
+    def min_pixels(self) -> int | None: ...
+
+    @property
+    def max_pixels(self) -> int | None: ...
+
+    def num_tokens(self, text: str, images: Sequence[Media]) -> int: ...
+
+    def encode(self, text: str, images: Sequence[Media]) -> Prompt: ...
+
+    def digest(self) -> str: ...
+
+
+def token_ids(tokenizer: Any, text: str) -> list[int]:
+    """Ids of `text` as it stands: no special tokens added."""
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+class GridVision:
+    """Qwen2-VL and its kin: one placeholder becomes t*h*w / merge_size^2 image tokens."""
+
+    def __init__(self, tokenizer: Any, image_processor: Any, image_token_id: int) -> None:
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.image_token_id = image_token_id
+        self.min_pixels = int(image_processor.size["shortest_edge"])
+        self.max_pixels = int(image_processor.size["longest_edge"])
+
+    def image_tokens(self, image: Media) -> int:
+        """Tokens of one image, from its size alone; raises DataError for a shape the model refuses."""
+        width, height = image.size
+        try:
+            num_patches = self.image_processor.get_number_of_image_patches(height, width, {})
+        except ValueError as error:
+            raise DataError(f"an image of {width} x {height} pixels does not fit the model: {error}") from None
+        return int(num_patches) // self.image_processor.merge_size**2
+
+    def num_tokens(self, text: str, images: Sequence[Media]) -> int:
+        """Length of the expanded prompt; reads no pixels."""
+        ids = self._placed_ids(text, len(images))
+        return len(ids) - len(images) + sum(self.image_tokens(image) for image in images)
+
+    def encode(self, text: str, images: Sequence[Media]) -> Prompt:
+        ids = np.asarray(self._placed_ids(text, len(images)), dtype=np.int64)
+        repeats = np.ones(len(ids), dtype=np.int64)
+        repeats[ids == self.image_token_id] = [self.image_tokens(image) for image in images]
+        ids_P = np.repeat(ids, repeats)
+        return Prompt(ids_P, (ids_P == self.image_token_id).astype(np.int64), self._pixels(images))
+
+    def digest(self) -> str:
+        return _digest(self.image_processor)
+
+    def _placed_ids(self, text: str, num_images: int) -> list[int]:
+        ids = token_ids(self.tokenizer, text)
+        if ids.count(self.image_token_id) != num_images:
+            count = ids.count(self.image_token_id)
+            raise DataError(f"the chat template wrote {count} image placeholders for {num_images} images")
+        return ids
+
+    def _pixels(self, images: Sequence[Media]) -> dict[str, np.ndarray]:
+        if not images:
+            return {}
+        features = self.image_processor(images=[image.open() for image in images], return_tensors="pt")
+        media = {key: np.asarray(features[key]) for key in ("pixel_values", "image_grid_thw")}
+        counts = media["image_grid_thw"].prod(axis=1) // self.image_processor.merge_size**2
+        assert counts.tolist() == [self.image_tokens(image) for image in images]
+        return media
+
+
+class ProcessorVision:
+    """Any other model: its own processor expands the placeholders and prepares the pixels."""
+
+    min_pixels = None
+    max_pixels = None
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        self.image_processor = processor.image_processor
+
+    def num_tokens(self, text: str, images: Sequence[Media]) -> int:
+        """Length of the expanded prompt, measured on empty images of the same size: reads no image file."""
+        return len(self._run(text, [Image.new("RGB", image.size) for image in images]).ids_P)
+
+    def encode(self, text: str, images: Sequence[Media]) -> Prompt:
+        return self._run(text, [image.open() for image in images])
+
+    def digest(self) -> str:
+        return _digest(self.processor)
+
+    def _run(self, text: str, images: list[Image.Image]) -> Prompt:
+        try:
+            features = self.processor(text=[text], images=images or None, add_special_tokens=False, return_tensors="pt")
+        except ValueError as error:
+            raise DataError(f"{type(self.processor).__name__} refuses it: {error}") from None
+        arrays = {key: np.asarray(value) for key, value in features.items() if key != "attention_mask"}
+        types = arrays.pop("mm_token_type_ids", None)
+        return Prompt(arrays.pop("input_ids")[0], None if types is None else types[0], arrays)
+
+
+def load_vision(
+    path: str, config: Any, tokenizer: Any, *, min_pixels: int | None, max_pixels: int | None, **options: Any
+) -> Vision | None:
+    """The image side of the model in `path`; None for a text-only model. Raises ModelError if it cannot be loaded."""
+    if getattr(config, "vision_config", None) is None:
+        return None
+    image_processor = _load_image_processor(path, options)
+    if "image_grid_thw" not in image_processor.model_input_names:
+        if min_pixels is not None or max_pixels is not None:
+            raise ModelError(f"`min_pixels` and `max_pixels` are for the Qwen2-VL family, not for `{path}`")
+        return ProcessorVision(_load_processor(path, options))
+    size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
+    old = {key: image_processor.size[key] for key in size}
+    image_processor.size = {key: old[key] if value is None else value for key, value in size.items()}
+    if image_processor.size["shortest_edge"] > image_processor.size["longest_edge"]:
+        raise ModelError(f"min_pixels is above max_pixels: {image_processor.size}")
+    return GridVision(tokenizer, image_processor, config.image_token_id)
+
+
+def pixel_path(vision: Vision | None) -> str:
+    """Who resizes the pixels: "none" (text only), "pil" or "torchvision"; the two differ in the last bits."""
+    if vision is None:
+        return "none"
+    bases = {base.__name__ for base in type(vision.image_processor).__mro__}
+    return "torchvision" if bases & {"TorchvisionBackend", "BaseImageProcessorFast"} else "pil"
+
+
+def _load_image_processor(path: str, options: dict[str, Any]) -> Any:
+    from transformers import AutoImageProcessor
+
+    try:
+        return AutoImageProcessor.from_pretrained(path, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(f"the image processor of `{path}` cannot be loaded: {_short(error)}") from error
+
+
+def _load_processor(path: str, options: dict[str, Any]) -> Any:
+    from transformers import AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(path, **options)
+    except (OSError, ValueError, ImportError) as error:
+        hint = "; it needs torchvision, run: pip install torchvision" if "torchvision" in str(error).lower() else ""
+        raise ModelError(f"the processor of `{path}` cannot be loaded: {_short(error)}{hint}") from error
+
+
+def _digest(processor: Any) -> str:
+    """sha256 of the settings that decide the pixels and the number of image tokens."""
+    settings = _without_volatile(json.loads(processor.to_json_string()))
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def _without_volatile(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_volatile(item) for key, item in value.items() if key not in VOLATILE_KEYS}
+    return value
+
+
+def _short(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
