@@ -1,0 +1,1 @@
+"""Models: loading them, their hidden states, the verbalizers, and the depth pruning of a student."""

@@ -1,0 +1,212 @@
+"""Hidden states of target layers, gathered at the response positions, and the head that reads them.
+
+Target k means "after k decoder layers" (METHOD: hidden_states[k]); k = number of layers is the output of the final
+norm, which is what enters the head. Logits are never computed here.
+
+Legend: B rows, S positions, T response tokens, V head rows, D hidden size.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import torch
+import xxhash
+from torch import Tensor, nn
+
+from vlsi_cache.errors import ModelError
+
+Kept = TypeVar("Kept")
+
+# What these models do to logits after the head; a cache of `head(hidden)` would silently be another distribution.
+LOGIT_CHANGES = (
+    "final_logit_softcapping",
+    "logit_softcapping",
+    "softcap",
+    "logits_scaling",
+    "logit_scale",
+    "lm_head_multiplier",
+    "output_multiplier",
+    "dim_model_base",
+)
+# LLaVA-OneVision-7B: 28 layers, but the paper's targets are those of the 24-layer 0.5B model.
+PAPER_LAYERS = {("llava_onevision", 28, 3): [4, 12, 20]}
+
+
+@dataclass(frozen=True)
+class LayerSequence:
+    """Whole-sequence output of one decoder layer, with the mask and rotary arguments of that same forward."""
+
+    hidden_BSD: Tensor
+    layer_kwargs: dict[str, Any]
+    rows_T: Tensor
+    positions_T: Tensor
+
+    def gather(self, hidden_BSD: Tensor) -> Tensor:
+        """The response positions of any tensor [B, S, D] of this batch, as [T, D]."""
+        return _gather(hidden_BSD, self.rows_T, self.positions_T)
+
+
+class Backbone:
+    """A loaded model, with an adapter or without: its text stack, final norm and head, and its hidden states.
+
+    Holds the model, registers nothing on it. Raises ModelError for models whose logits are not `head(final_norm(h))`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        # A PEFT wrapper puts its adapter into the layers of the model inside, which therefore is what runs.
+        self._inner = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else cast(Any, model)
+        self.config = self._inner.config
+        self.text_config = self.config.get_text_config()
+        _check_head(self._inner, [self.config, self.text_config])
+        self.decoder = cast(Any, self._inner.get_decoder())
+        if self._inner.base_model is self._inner or not isinstance(
+            getattr(self.decoder, "layers", None), nn.ModuleList
+        ):
+            raise ModelError(
+                f"`{type(self._inner).__name__}`: no text stack with `layers` found; this family is unknown"
+            )
+        if not isinstance(getattr(self.decoder, "norm", None), nn.Module):
+            raise ModelError(f"`{type(self._inner).__name__}`: no final norm `norm` found; this family is unknown")
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder layers of the text stack."""
+        return self.decoder.layers
+
+    @property
+    def final_norm(self) -> nn.Module:
+        """The norm between the last decoder layer and the head."""
+        return self.decoder.norm
+
+    @property
+    def head_weight(self) -> Tensor:
+        """Weight of the language head, [V, D]; V can exceed the real vocabulary."""
+        return self._inner.get_output_embeddings().weight
+
+    @property
+    def device(self) -> torch.device:
+        """Where the head lies, and where captured hidden states are handed over."""
+        return self.head_weight.device
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers of the text stack; also the key of the final layer."""
+        return len(self.layers)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width D of the text stack."""
+        return self.head_weight.shape[1]
+
+    @property
+    def real_vocab_limit(self) -> int:
+        """Rows of the head: an upper bound of the real vocabulary."""
+        return self.head_weight.shape[0]
+
+    def capture(
+        self, inputs: dict[str, Any], layers: Sequence[int], rows_T: Tensor, positions_T: Tensor
+    ) -> dict[int, Tensor]:
+        """Run the model without its head; the hidden states [T, D] after each of `layers`, and of the final norm.
+
+        `inputs` is what the model takes (input_ids, attention_mask, pixel_values, ...). Row t of the result is
+        `hidden[rows_T[t], positions_T[t]]`, so that only response positions are kept. The final norm's output has the
+        key `num_layers`. Differentiable. Raises ModelError for layers out of range.
+        """
+
+        def keep(hidden_BSD: Tensor, _kwargs: dict[str, Any]) -> Tensor:
+            return _gather(hidden_BSD, rows_T, positions_T).to(self.device)
+
+        captured, final_BSD = self._run(inputs, layers, keep)
+        return {**captured, self.num_layers: keep(final_BSD, {})}
+
+    def capture_sequences(
+        self, inputs: dict[str, Any], layers: Sequence[int], rows_T: Tensor, positions_T: Tensor
+    ) -> dict[int, "LayerSequence | Tensor"]:
+        """Like `capture`, for verbalizers that attend: a `LayerSequence` per layer; the final one stays [T, D]."""
+
+        def keep(hidden_BSD: Tensor, kwargs: dict[str, Any]) -> LayerSequence:
+            kept = {**kwargs, "past_key_values": None, "use_cache": False}
+            return LayerSequence(hidden_BSD, kept, rows_T, positions_T)
+
+        captured, final_BSD = self._run(inputs, layers, keep)
+        return {**captured, self.num_layers: _gather(final_BSD, rows_T, positions_T).to(self.device)}
+
+    def check_layers(self, layers: Sequence[int]) -> None:
+        """Raise ModelError unless all `layers` are intermediate targets of this model."""
+        wrong = [layer for layer in layers if not 1 <= layer < self.num_layers]
+        if wrong:
+            raise ModelError(
+                f"target layers {wrong} are out of range: this model has {self.num_layers} decoder layers, so "
+                f"intermediate targets are 1 to {self.num_layers - 1} (the last layer always comes on top)"
+            )
+
+    def _run(
+        self, inputs: dict[str, Any], layers: Sequence[int], keep: Callable[[Tensor, dict[str, Any]], Kept]
+    ) -> tuple[dict[int, Kept], Tensor]:
+        """Forward without the head: `keep(output, kwargs)` of each target layer, and the final norm's output."""
+        self.check_layers(layers)
+        captured: dict[int, Kept] = {}
+
+        def hook_for(layer: int) -> Any:
+            def hook(_module: nn.Module, _args: Any, kwargs: dict[str, Any], output: Any) -> None:
+                captured[layer] = keep(output[0] if isinstance(output, tuple) else output, kwargs)
+
+            return hook
+
+        # The hooks are gone before any backward pass, so the recomputation of gradient checkpointing cannot fire them.
+        handles = [self.layers[k - 1].register_forward_hook(hook_for(k), with_kwargs=True) for k in layers]
+        try:
+            output = self._inner.base_model(**{**inputs, "use_cache": False})
+        finally:
+            for handle in handles:
+                handle.remove()
+        return captured, output.last_hidden_state
+
+
+def default_layers(num_layers: int, num_targets: int, *, model_type: str | None = None) -> list[int]:
+    """Evenly spaced targets: the middle of each of `num_targets` equal blocks of layers (METHOD 1.4)."""
+    if not 0 <= num_targets < num_layers:
+        raise ModelError(
+            f"{num_targets} target layers do not fit: a model of {num_layers} layers has {num_layers - 1} "
+            "intermediate ones"
+        )
+    paper = PAPER_LAYERS.get((model_type or "", num_layers, num_targets))
+    if paper is not None:
+        return list(paper)
+    # Halves are rounded up: rounding them to even could name one layer twice.
+    return [math.floor(num_layers * (j + 0.5) / num_targets + 0.5) for j in range(num_targets)]
+
+
+def head_digest(backbone: Backbone) -> str:
+    """What identifies head and final norm, whatever the dtype they are loaded in: a hash of their bf16 values."""
+    digest = xxhash.xxh3_128()
+    tensors = [backbone.head_weight, *(parameter for _, parameter in sorted(backbone.final_norm.named_parameters()))]
+    for tensor in tensors:
+        digest.update(f"{list(tensor.shape)}".encode())
+        for rows in tensor.detach().reshape(-1).split(2**24):
+            digest.update(rows.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().data)
+    return f"xxh3:{digest.hexdigest()}"
+
+
+def _gather(hidden_BSD: Tensor, rows_T: Tensor, positions_T: Tensor) -> Tensor:
+    return hidden_BSD[rows_T.to(hidden_BSD.device), positions_T.to(hidden_BSD.device)]
+
+
+def _check_head(model: Any, configs: list[Any]) -> None:
+    name = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ModelError(f"`{name}` is an encoder-decoder model; teacher and student must be decoders")
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ModelError(f"`{name}` has no language head")
+    if getattr(head, "bias", None) is not None:
+        raise ModelError(f"`{name}`: its language head has a bias, which is not supported")
+    if head.weight.is_meta:
+        raise ModelError(f"`{name}`: its language head is offloaded; load the model with more memory for its device")
+    for config, key in ((config, key) for config in configs for key in LOGIT_CHANGES):
+        value = getattr(config, key, None)
+        if value is not None and value != 1:
+            raise ModelError(f"`{name}` changes its logits after the head (`{key}` is {value}); this is not supported")

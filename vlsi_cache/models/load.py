@@ -1,0 +1,311 @@
+"""Where a model lies, how it is loaded, how a trained student is written.
+
+Nothing here downloads unless the user named a hub id, and no pickled weight file is ever opened.
+"""
+
+import importlib.util
+import io
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+import transformers
+import xxhash
+from huggingface_hub import snapshot_download
+from torch import nn
+from transformers.utils import logging as transformers_logging
+
+from vlsi_cache.errors import ModelError
+
+Dtype = Literal["float32", "bfloat16", "float16", "auto"]
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+PACKAGE = re.compile(r"package:(?P<name>[A-Za-z_]\w*)(?P<folder>(?:/[^/]+)*)/?")
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
+ENCODER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.jinja",
+    "chat_template.json",
+    "*processor_config.json",
+)
+READ_BYTES = 2**24
+
+_digests: dict[tuple[str, int, int], str] = {}
+
+
+def resolve_model(path: str | Path) -> str:
+    """A folder as an absolute path, or a hub id as it is.
+
+    `package:NAME/sub/folder` is a folder of an installed package, which is found but not imported. What is no folder
+    must look like `org/name`; only such an id is ever looked up over the network, and not here. Raises ModelError.
+    """
+    path = str(path)
+    if path.startswith("package:"):
+        return str(_package_folder(path))
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return str(folder.resolve())
+    if folder.is_file():
+        raise ModelError(f"model `{path}` is a file; give its folder (and, for a GGUF file, its name as `gguf_file`)")
+    if HUB_ID.fullmatch(path):
+        return path
+    raise ModelError(
+        f"model `{path}`: no such folder; give an existing folder, `package:NAME/sub/folder`, or a hub id `org/name`"
+    )
+
+
+def load_config(
+    path: str | Path, *, revision: str | None = None, gguf_file: str | None = None, trust_remote_code: bool = False
+) -> Any:
+    """The model's configuration, without its weights; raises ModelError."""
+    folder = _local_folder(path, revision, [*SMALL_FILES, *([gguf_file] if gguf_file else [])], trust_remote_code)
+    _check_gguf(folder, gguf_file)
+    extra = {"gguf_file": gguf_file} if gguf_file else {}
+    with _quiet(), _model_errors(path, "its configuration cannot be read"):
+        return transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code, **extra)
+
+
+def load_model(
+    path: str | Path,
+    *,
+    revision: str | None = None,
+    gguf_file: str | None = None,
+    dtype: Dtype = "float32",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
+) -> transformers.PreTrainedModel:
+    """Load a frozen model in eval mode: a vision-language one if its configuration has a vision part, else a causal LM.
+
+    `device` is `auto` (spread over all GPUs, or the CPU when there is none) or any torch device. A GGUF file is
+    unpacked into `dtype` and is from then on an ordinary model. Raises ModelError, also when a weight is missing.
+    """
+    config = load_config(path, revision=revision, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
+    patterns = [gguf_file] if gguf_file else ["*.safetensors"]
+    folder = _local_folder(path, revision, [*SMALL_FILES, *patterns], trust_remote_code)
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "device_map": _device_map(device),
+        "use_safetensors": True,
+        "config": config,
+    }
+    options |= {"trust_remote_code": trust_remote_code, "output_loading_info": True}
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    if gguf_file:
+        options |= {"gguf_file": gguf_file, "quantization_config": transformers.GgufConfig(dequantize=True)}
+    else:
+        weight_files(folder)
+    is_vlm = hasattr(config, "vision_config")
+    auto = transformers.AutoModelForImageTextToText if is_vlm else transformers.AutoModelForCausalLM
+    # The GGUF reader draws a progress bar of its own that no setting of transformers turns off.
+    no_bar = redirect_stderr(io.StringIO()) if gguf_file else nullcontext()
+    with _quiet(), no_bar, _model_errors(path, "it cannot be loaded"):
+        model, report = cast(tuple[Any, dict[str, Any]], auto.from_pretrained(str(folder), **options))
+    _check_report(path, report)
+    return _freeze(_without_gguf(model) if gguf_file else model)
+
+
+def weights_digest(path: str | Path, *, revision: str | None = None, gguf_file: str | None = None) -> str:
+    """What identifies the weights: `xxh3:...` over the weight files of a folder, `commit:...` for a hub id."""
+    resolved = resolve_model(path)
+    if not Path(resolved).is_absolute():
+        return f"commit:{_local_folder(resolved, revision, ['config.json'], False).name}"
+    folder = Path(resolved)
+    _check_gguf(folder, gguf_file)
+    digest = xxhash.xxh3_128()
+    for file in [folder / gguf_file] if gguf_file else weight_files(folder):
+        digest.update(f"{file.name} {_file_digest(file)}\n".encode())
+    return f"xxh3:{digest.hexdigest()}"
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that hold the model of `folder`, by name; raises ModelError when there are none."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        missing = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
+        if missing:
+            raise ModelError(f"model {folder}: {index.name} names `{missing[0]}`, which is not there; copy it again")
+        return [folder / name for name in names]
+    pickled = sorted(file.name for pattern in PICKLED for file in folder.glob(pattern))
+    if pickled:
+        raise ModelError(
+            f"model {folder}: holds only pickled weights (`{pickled[0]}`), which can run code when opened; convert "
+            "them to safetensors and name the converted folder"
+        )
+    raise ModelError(f"model {folder}: no `model.safetensors`; name the folder that holds it, or `gguf_file`")
+
+
+def save_student(
+    model: nn.Module, encoder_source: str | Path, out: str | Path, *, gguf_file: str | None = None
+) -> Path:
+    """Write a plain folder that `from_pretrained` opens: weights, configuration, tokenizer and processor files.
+
+    The encoder's files are copied from the model at `encoder_source`. `out` is replaced as a whole, and only if it
+    holds a model. Raises ModelError for a model that still has an adapter.
+    """
+    if hasattr(model, "peft_config"):
+        raise ModelError("the student still has an adapter; merge it (`merge_lora`) before saving")
+    return write_folder(cast(transformers.PreTrainedModel, model), encoder_source, Path(out), gguf_file=gguf_file)
+
+
+def write_folder(
+    model: transformers.PreTrainedModel,
+    encoder_source: str | Path,
+    out: Path,
+    *,
+    revision: str | None = None,
+    gguf_file: str | None = None,
+    extra_files: dict[str, str] | None = None,
+) -> Path:
+    """Write model, encoder files and `extra_files` (name -> text) beside `out`, then put them in its place at once."""
+    if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / "config.json").is_file())):
+        raise ModelError(f"{out} exists and holds no model; choose another folder")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.tmp-", dir=out.parent))
+    try:
+        with _quiet():
+            model.save_pretrained(temporary)
+        _copy_encoder(encoder_source, temporary, revision, gguf_file)
+        for name, text in (extra_files or {}).items():
+            (temporary / name).write_text(text, encoding="utf-8")
+        temporary.chmod(0o755)
+        if out.exists():
+            shutil.rmtree(out)
+        temporary.rename(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return out
+
+
+def _package_folder(path: str) -> Path:
+    match = PACKAGE.fullmatch(path)
+    parts = match["folder"].split("/")[1:] if match else []
+    if match is None or any(part in (".", "..") or "\\" in part for part in parts):
+        raise ModelError(f"model `{path}`: write `package:NAME` or `package:NAME/sub/folder`, without `..`")
+    spec = importlib.util.find_spec(match["name"])
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelError(f"model `{path}`: no package `{match['name']}` is installed; install it, or give a folder")
+    folder = Path(spec.submodule_search_locations[0]).joinpath(*parts)
+    if not folder.is_dir():
+        raise ModelError(f"model `{path}`: the package has no folder {folder}")
+    return folder.resolve()
+
+
+def _local_folder(path: str | Path, revision: str | None, patterns: list[str], trust_remote_code: bool) -> Path:
+    resolved = resolve_model(path)
+    if Path(resolved).is_absolute():
+        return Path(resolved)
+    try:
+        code = ["*.py"] if trust_remote_code else []
+        return Path(snapshot_download(resolved, revision=revision, allow_patterns=[*patterns, *code]))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"model `{resolved}` is no folder here, and as a hub id it cannot be fetched "
+            f"({type(error).__name__}: {_first_line(error)}); check the name and the network, or give a local folder"
+        ) from None
+
+
+def _check_gguf(folder: Path, gguf_file: str | None) -> None:
+    if gguf_file is None:
+        return
+    if Path(gguf_file).name != gguf_file or not (folder / gguf_file).is_file():
+        there = ", ".join(sorted(file.name for file in folder.glob("*.gguf"))) or "none"
+        raise ModelError(f"model {folder}: no GGUF file `{gguf_file}`; GGUF files there: {there}")
+
+
+def _device_map(device: str) -> Any:
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ModelError(f"device `{device}`: torch finds no CUDA device; use `cpu` or `auto`")
+    if device == "auto":
+        return "auto" if torch.cuda.is_available() else None
+    return None if device == "cpu" else {"": device}
+
+
+def _check_report(path: str | Path, report: dict[str, Any]) -> None:
+    missing = sorted(str(key) for key in (*report["missing_keys"], *report["mismatched_keys"]))
+    if missing:
+        raise ModelError(
+            f"model `{path}`: {len(missing)} weight(s) are missing or of another shape than its config.json says, "
+            f"such as `{missing[0]}`; the folder is incomplete or its configuration is of another model"
+        )
+
+
+def _without_gguf(model: Any) -> Any:
+    # The weights are unpacked; what is left of the quantization would make `save_pretrained` refuse.
+    for holder in (model, model.config):
+        for name in ("quantization_config", "hf_quantizer", "quantization_method", "_pre_quantization_dtype"):
+            if name in vars(holder):
+                delattr(holder, name)
+    model.is_quantized = False
+    return model
+
+
+def _freeze(model: Any) -> transformers.PreTrainedModel:
+    return model.eval().requires_grad_(False)
+
+
+def _copy_encoder(source: str | Path, out: Path, revision: str | None, gguf_file: str | None) -> None:
+    folder = _local_folder(source, revision, [*SMALL_FILES, *([gguf_file] if gguf_file else [])], False)
+    if gguf_file:
+        with _quiet(), _model_errors(source, "its tokenizer cannot be read from the GGUF file"):
+            transformers.AutoTokenizer.from_pretrained(str(folder), gguf_file=gguf_file).save_pretrained(out)
+        return
+    for file in sorted({file for pattern in ENCODER_FILES for file in folder.glob(pattern) if file.is_file()}):
+        shutil.copyfile(file, out / file.name)
+
+
+def _file_digest(file: Path) -> str:
+    status = file.stat()
+    key = (str(file.resolve()), status.st_size, status.st_mtime_ns)
+    if key not in _digests:
+        digest = xxhash.xxh3_128()
+        with file.open("rb") as stream:
+            while block := stream.read(READ_BYTES):
+                digest.update(block)
+        _digests[key] = digest.hexdigest()
+    return _digests[key]
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+@contextmanager
+def _model_errors(path: str | Path, problem: str) -> Iterator[None]:
+    try:
+        yield
+    except ModelError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
+        raise ModelError(f"model `{path}`: {problem}: {_first_line(error)}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and advice from transformers: what matters is checked here, and raised."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,104 @@
+"""A shallower student: keep some decoder layers of a model and write the rest of it unchanged."""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch import nn
+
+from vlsi_cache.errors import ModelError
+
+from .layers import Backbone
+from .load import Dtype, load_model, weights_digest, write_folder
+
+RECORD = "init_student.json"
+
+
+def parse_layers(text: str) -> list[int]:
+    """`0-5,24-29` -> [0, ..., 5, 24, ..., 29]; raises ModelError unless the numbers rise strictly."""
+    layers: list[int] = []
+    for item in text.replace(" ", "").split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", item)
+        if match is None:
+            raise ModelError(f"layers `{text}`: `{item}` is neither a layer nor a range; write for instance 0-5,24-29")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if first > last:
+            raise ModelError(f"layers `{text}`: the range `{item}` runs backwards")
+        layers += range(first, last + 1)
+    _check_rising(layers)
+    return layers
+
+
+def init_student(
+    teacher: str | Path,
+    layers: str | Sequence[int],
+    out: str | Path,
+    *,
+    revision: str | None = None,
+    gguf_file: str | None = None,
+    dtype: Dtype = "auto",
+    trust_remote_code: bool = False,
+) -> Path:
+    """Write `teacher` with only the decoder layers `layers` (0-based, rising, or `0-5,24-29`) as a folder at `out`.
+
+    The folder opens with `from_pretrained` and generates; `init_student.json` in it says where it comes from. Raises
+    ModelError.
+    """
+    layers = parse_layers(layers) if isinstance(layers, str) else list(layers)
+    _check_rising(layers)
+    path = str(teacher)
+    model = load_model(path, revision=revision, gguf_file=gguf_file, dtype=dtype, trust_remote_code=trust_remote_code)
+    num_source_layers = Backbone(model).num_layers
+    keep_layers(model, layers)
+    record = {
+        "source": path,
+        "revision": revision,
+        "gguf_file": gguf_file,
+        "source_digest": weights_digest(path, revision=revision, gguf_file=gguf_file),
+        "num_source_layers": num_source_layers,
+        "kept_layers": layers,
+    }
+    extra = {RECORD: json.dumps(record, indent=1) + "\n"}
+    return write_folder(model, path, Path(out), revision=revision, gguf_file=gguf_file, extra_files=extra)
+
+
+def keep_layers(model: transformers.PreTrainedModel, layers: Sequence[int]) -> None:
+    """Drop all other decoder layers of the text stack in place, and make the configuration say so."""
+    backbone = Backbone(model)
+    num_layers = backbone.num_layers
+    wrong = [layer for layer in layers if not 0 <= layer < num_layers]
+    if wrong or not layers:
+        raise ModelError(
+            f"layers {wrong or list(layers)}: this model has {num_layers} decoder layers, 0 to {num_layers - 1}"
+        )
+    # Several config objects describe the text stack (the model's nested one, the stack's own); each holds the depth.
+    owners = [module.config for module in backbone.decoder.modules() if hasattr(module, "config")]
+    for config in {id(config): config for config in (model.config.get_text_config(), *owners)}.values():
+        _prune_config(config, layers, num_layers)
+    backbone.decoder.layers = nn.ModuleList(backbone.layers[layer] for layer in layers)
+    for index, layer in enumerate(backbone.layers):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                setattr(module, "layer_idx", index)  # noqa: B010 - no module class declares it
+
+
+def _prune_config(config: Any, layers: Sequence[int], num_layers: int) -> None:
+    per_layer: dict[str, Any] = {
+        key: [value[layer] for layer in layers]
+        for key, value in config.to_dict().items()
+        if isinstance(value, list) and len(value) == num_layers and re.search(r"layer", key)
+    }
+    window = getattr(config, "max_window_layers", None)
+    if window is not None:
+        per_layer["max_window_layers"] = sum(layer < window for layer in layers)
+    for key, value in per_layer.items():
+        setattr(config, key, value)
+    config.num_hidden_layers = len(layers)
+
+
+def _check_rising(layers: Sequence[int]) -> None:
+    if sorted(set(layers)) != list(layers):
+        raise ModelError(f"layers {list(layers)} must rise strictly, each named once")

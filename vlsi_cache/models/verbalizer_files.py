@@ -1,0 +1,114 @@
+"""Verbalizers on disk: one safetensors file per layer, and `verbalizers.json`, written last, that says what they are.
+
+FOLDER/layer_0002.safetensors   weights, and the architecture in the header: the file's hash covers both
+FOLDER/verbalizers.json         architecture, layers, provenance (digests of the teacher's weights and head)
+"""
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from vlsi_cache.errors import ModelError
+
+FORMAT_VERSION = 1
+RECORD = "verbalizers.json"
+HEADER_KEY = "verbalizer"  # one key: the order of several in a safetensors header is not fixed
+
+
+def layer_file(folder: Path, layer: int) -> Path:
+    return folder / f"layer_{layer:04d}.safetensors"
+
+
+def write(
+    folder: Path, layers: dict[int, dict[str, Tensor]], architecture: dict[str, Any], provenance: dict[str, Any]
+) -> Path:
+    """Write the layers, then the record that names them together with those already there."""
+    there = _read_json(folder) if (folder / RECORD).is_file() else None
+    record = {"format_version": FORMAT_VERSION, "architecture": architecture, "provenance": provenance}
+    if there is not None and any(there.get(key) != value for key, value in record.items()):
+        raise ModelError(f"{folder} holds verbalizers of another model or architecture; choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    for layer, tensors in layers.items():
+        temporary = _temporary(layer_file(folder, layer))
+        on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(on_cpu, temporary, metadata={HEADER_KEY: _canonical(architecture)})
+        _commit(temporary, layer_file(folder, layer))
+    named = sorted({*layers, *(there["layers"] if there else [])})
+    temporary = _temporary(folder / RECORD)
+    temporary.write_text(json.dumps({**record, "layers": named}, indent=1) + "\n", encoding="utf-8")
+    _commit(temporary, folder / RECORD)
+    return folder
+
+
+def read_record(folder: Path, layers: Sequence[int]) -> dict[str, Any]:
+    """`verbalizers.json`; raises ModelError when it is not there or does not name all of `layers`."""
+    if not (folder / RECORD).is_file():
+        raise ModelError(
+            f"no verbalizers in {folder} (`{RECORD}` is missing); train them: vlsi-cache train-verbalizers"
+        )
+    record = _read_json(folder)
+    if record.get("format_version") != FORMAT_VERSION:
+        raise ModelError(
+            f"{folder / RECORD}: format version {record.get('format_version')}, this release reads {FORMAT_VERSION}"
+        )
+    missing = [layer for layer in layers if layer not in record["layers"] or not layer_file(folder, layer).is_file()]
+    if missing:
+        raise ModelError(
+            f"verbalizers {folder}: none for layers {missing}, there are {record['layers']}; train the missing ones "
+            "with `vlsi-cache train-verbalizers`, or name target layers that are there"
+        )
+    return record
+
+
+def load_layer(folder: Path, layer: int, module: nn.Module, architecture: dict[str, Any]) -> None:
+    """Put the tensors of one file into `module`, which may be on the meta device; raises ModelError."""
+    file = layer_file(folder, layer)
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            if (tensors.metadata() or {}).get(HEADER_KEY) != _canonical(architecture):
+                raise ModelError(f"{file}: its architecture is not the one {RECORD} says; train the verbalizers again")
+            state = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 - no mapping
+        module.load_state_dict(state, assign=True)
+    except (SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(f"{file}: cannot be read as a verbalizer of this model: {reason}") from None
+
+
+def digests(folder: Path, layers: Sequence[int]) -> dict[str, str]:
+    """sha256 of each layer's file."""
+    read_record(folder, layers)
+    return {str(layer): _sha256(layer_file(folder, layer)) for layer in layers}
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _read_json(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{folder / RECORD} is not JSON: {error}") from None
+
+
+def _canonical(architecture: dict[str, Any]) -> str:
+    return json.dumps(architecture, sort_keys=True)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+
+
+def _commit(temporary: Path, path: Path) -> None:
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
