@@ -1,0 +1,158 @@
+"""Endless micro-batches for training: records, encoded, in a shuffled order that can be taken up anywhere.
+
+Legend: B rows, S positions, T response tokens, L layers, K kept entries.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from vlsi_cache.data.collate import Batch, collate
+from vlsi_cache.data.records import Record, RecordSet
+from vlsi_cache.data.tokenize import Encoder
+from vlsi_cache.errors import FingerprintMismatchError
+from vlsi_cache.sparse.rows import SparseRows
+from vlsi_cache.store.reader import Cache, Row
+from vlsi_cache.store.sampler import PartWindowReader
+
+Pair = tuple[Record, Row | None]
+PREFETCHED_BATCHES = 4
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Encoded records and, when they come from a cache, their sparse rows in the same token order."""
+
+    batch: Batch
+    rows: SparseRows | None
+    num_samples: int
+
+
+def shuffled_records(records: Sequence[Record], *, seed: int, num_skip: int = 0) -> Iterator[Pair]:
+    """All records in a new order every epoch, for ever, from the `num_skip`-th on."""
+    epoch, start = divmod(num_skip, len(records))
+    while True:
+        order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(len(records))
+        for index in order[start:]:
+            yield records[int(index)], None
+        epoch, start = epoch + 1, 0
+
+
+def cached_records(
+    cache: Cache, records: RecordSet, *, layers: list[int], seed: int, window_parts: int, num_skip: int = 0
+) -> Iterator[Pair]:
+    """Samples of the cache with their records, in the order of the window reader, for ever."""
+    by_id = match_records(cache, records)
+    epoch, start = divmod(num_skip, len(cache))
+    while True:
+        reader = PartWindowReader(cache, layers=layers, seed=seed, epoch=epoch, window_parts=window_parts, start=start)
+        for row in reader:
+            yield by_id[row.sample_id], row
+        epoch, start = epoch + 1, 0
+
+
+def match_records(cache: Cache, records: RecordSet) -> dict[str, Record]:
+    """The record of every cached sample; raises FingerprintMismatchError when one is gone or has changed."""
+    by_id = {record.id: record for record in records}
+    table = cache.sample_table()
+    for sample_id, digest in zip(table["id"].to_pylist(), table["digest"].to_pylist(), strict=True):
+        record = by_id.get(sample_id)
+        if record is None or record.digest != digest:
+            state = "is no longer in the data" if record is None else f"has changed ({digest[:12]} when cached, "
+            state += "" if record is None else f"{record.digest[:12]} now)"
+            raise FingerprintMismatchError(
+                f"sample `{sample_id}` {state}: the data has changed since {cache.path} was built. "
+                "Bring the data back, or build a new cache with `vlsi-cache build-teacher`"
+            )
+    return by_id
+
+
+def check_response_ids(record: Record, response_ids: Iterable[int], row: Row, encoder: Encoder) -> None:
+    """The contract between teacher and student: the same response tokens, one by one."""
+    cached = [int(token) for token in row.response_ids_R]
+    fresh = [int(token) for token in response_ids]
+    if cached == fresh:
+        return
+    pairs = zip(cached, fresh, strict=False)
+    position = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(cached), len(fresh)))
+    teacher, student = (_token_at(ids, position, encoder) for ids in (cached, fresh))
+    raise FingerprintMismatchError(
+        f"sample `{record.id}`: response token {position} is {teacher} in the cache and {student} for this student; "
+        "the student must use the teacher's tokenizer, and the data must be what the cache was built from"
+    )
+
+
+def _token_at(ids: Sequence[int], position: int, encoder: Encoder) -> str:
+    if position >= len(ids):
+        return f"missing (the response has {len(ids)} tokens)"
+    return f"{ids[position]} `{encoder.decode([ids[position]])}`"
+
+
+class Feed:
+    """Micro-batches encoded by a thread ahead of the training loop; `wait_s` is how long the loop waited for data."""
+
+    def __init__(self, pairs: Iterator[Pair], encoder: Encoder, *, micro_batch_size: int, device: torch.device) -> None:
+        self._pairs, self._encoder, self._device = pairs, encoder, device
+        self._micro_batch_size = micro_batch_size
+        self._ready: queue.Queue[MicroBatch | BaseException] = queue.Queue(PREFETCHED_BATCHES)
+        self._stop = threading.Event()
+        self.wait_s = 0.0
+        self._thread = threading.Thread(target=self._work, name="vlsi-cache-feed", daemon=True)
+        self._thread.start()
+
+    def next(self) -> MicroBatch:
+        started = time.monotonic()
+        item = self._ready.get()
+        self.wait_s += time.monotonic() - started
+        if isinstance(item, BaseException):
+            raise item
+        return MicroBatch(item.batch.to(self._device), item.rows, item.num_samples)
+
+    def close(self) -> None:
+        self._stop.set()
+        with suppress(queue.Empty):
+            while True:
+                self._ready.get_nowait()
+        self._thread.join()
+
+    def _work(self) -> None:
+        try:
+            while not self._stop.is_set():
+                self._put(self._encode([next(self._pairs) for _ in range(self._micro_batch_size)]))
+        except BaseException as error:  # handed over to the loop, which raises it
+            self._put(error)
+        finally:
+            close = getattr(self._pairs, "close", None)
+            if close is not None:
+                close()
+
+    def _put(self, item: MicroBatch | BaseException) -> None:
+        while not self._stop.is_set():
+            with suppress(queue.Full):
+                self._ready.put(item, timeout=0.1)
+                return
+
+    def _encode(self, pairs: list[Pair]) -> MicroBatch:
+        encoded = [self._encoder.encode(record) for record, _ in pairs]
+        rows: list[SparseRows] = []
+        for (record, row), one in zip(pairs, encoded, strict=True):
+            if row is not None:
+                check_response_ids(record, one.response_ids, row, self._encoder)
+                rows.append(row)
+        batch = collate(encoded, pad_id=self._encoder.pad_id)
+        return MicroBatch(batch, SparseRows.concat(rows) if rows else None, len(pairs))
+
+
+@contextmanager
+def feeding(feed: Feed) -> Iterator[Feed]:
+    """A feed that is closed whatever happens."""
+    try:
+        yield feed
+    finally:
+        feed.close()

@@ -1,0 +1,116 @@
+"""The teacher's side of a spec, opened once: encoder, records that fit, target layers; the weights only when asked."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from vlsi_cache.data.records import Record, read_records
+from vlsi_cache.data.tokenize import Encoder, fit_rows, load_encoder
+from vlsi_cache.errors import SpecError
+from vlsi_cache.models.layers import Backbone, default_layers
+from vlsi_cache.models.load import load_config, load_model, resolve_model, weights_digest
+from vlsi_cache.models.verbalizer import Verbalizers, load_verbalizers, logit_lens, verbalizers_digest
+from vlsi_cache.spec import CacheSpec, TargetLayers
+
+
+@dataclass(frozen=True)
+class TeacherInputs:
+    """`records[i]` has `num_prompt_N[i]` prompt tokens and the response ids `response_ids[i]` (uint32, with the
+    end-of-turn token). `target_layers` are intermediate layers; the final one comes on top."""
+
+    spec: CacheSpec
+    model_path: str
+    config: Any
+    encoder: Encoder
+    records: list[Record]
+    num_prompt_N: np.ndarray
+    response_ids: list[np.ndarray]
+    skipped: list[dict[str, str]]
+    num_model_layers: int
+    target_layers: list[int]
+
+    @cached_property
+    def weights_digest(self) -> str:
+        teacher = self.spec.teacher
+        return weights_digest(self.model_path, revision=teacher.revision, gguf_file=teacher.gguf_file)
+
+    @property
+    def verbalizers_path(self) -> str | None:
+        path = self.spec.teacher.verbalizers
+        return None if path is None else resolve_model(path)
+
+    def verbalizer_digests(self) -> dict[str, str]:
+        """File digest per target layer; `logit lens` for each where the spec names no verbalizers."""
+        if self.verbalizers_path is None:
+            return {str(layer): "logit lens" for layer in self.target_layers}
+        return verbalizers_digest(self.verbalizers_path, self.target_layers)
+
+    def load_backbone(self, device: str) -> Backbone:
+        """The frozen teacher; device `auto` spreads one that is too large over all GPUs."""
+        teacher = self.spec.teacher
+        model = load_model(
+            self.model_path,
+            revision=teacher.revision,
+            gguf_file=teacher.gguf_file,
+            dtype=teacher.dtype,
+            device=device,
+            trust_remote_code=teacher.trust_remote_code,
+            attn_implementation=teacher.attn_implementation,
+        )
+        return Backbone(model)
+
+    def load_verbalizers(self, backbone: Backbone) -> Verbalizers:
+        if self.verbalizers_path is None:
+            return logit_lens(backbone, self.target_layers)
+        return load_verbalizers(self.verbalizers_path, backbone, self.target_layers, teacher_digest=self.weights_digest)
+
+
+def open_teacher_inputs(spec: CacheSpec) -> TeacherInputs:
+    """Read rows, tokenizer and config; every problem with them comes up here, before any weight is loaded."""
+    teacher = spec.teacher
+    path = resolve_model(teacher.model)
+    config = load_config(
+        path, revision=teacher.revision, gguf_file=teacher.gguf_file, trust_remote_code=teacher.trust_remote_code
+    )
+    num_layers = int(config.get_text_config().num_hidden_layers)
+    layers = target_layers(teacher.layers, teacher.num_layers, config, where="teacher.layers")
+    encoder = load_encoder(
+        path,
+        revision=teacher.revision,
+        gguf_file=teacher.gguf_file,
+        min_pixels=spec.data.min_pixels,
+        max_pixels=spec.data.max_pixels,
+        trust_remote_code=teacher.trust_remote_code,
+    )
+    records = read_records(spec.data)
+    kept, too_long = fit_rows(records, encoder, spec.data.max_length)
+    return TeacherInputs(
+        spec=spec,
+        model_path=path,
+        config=config,
+        encoder=encoder,
+        records=[records[index] for index, _, _ in kept],
+        num_prompt_N=np.array([num_prompt for _, num_prompt, _ in kept], dtype=np.int64),
+        response_ids=[np.asarray(ids, dtype=np.uint32) for _, _, ids in kept],
+        skipped=[*records.skipped, *too_long],
+        num_model_layers=num_layers,
+        target_layers=layers,
+    )
+
+
+def target_layers(layers: TargetLayers, num_targets: int, config: Any, *, where: str) -> list[int]:
+    """Resolve `auto` and check the range; intermediate targets are 1 .. num_hidden_layers - 1, strictly rising."""
+    num_layers = int(config.get_text_config().num_hidden_layers)
+    if layers == "auto":
+        return default_layers(num_layers, num_targets, model_type=config.model_type)
+    wrong = [layer for layer in layers if not 1 <= layer < num_layers]
+    if wrong:
+        raise SpecError(
+            f"`{where}`: {wrong} out of range; this model has {num_layers} layers, so intermediate targets are "
+            f"1 to {num_layers - 1} (the last layer always comes on top)"
+        )
+    if sorted(set(layers)) != list(layers):
+        raise SpecError(f"`{where}`: {list(layers)} must rise strictly")
+    return list(layers)

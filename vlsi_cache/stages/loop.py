@@ -1,0 +1,210 @@
+"""What every training loop shares: optimizer, schedule, metrics log, checkpoints, progress. The loops are elsewhere."""
+
+import json
+import math
+import os
+import shutil
+import sys
+import time
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from tqdm import tqdm
+
+from vlsi_cache.errors import CacheCorruptError
+from vlsi_cache.spec import Schedule
+
+
+def say(message: str) -> None:
+    """One line for a person, on standard error and above any progress bar."""
+    tqdm.write(message, file=sys.stderr)
+
+
+def pick_device(device: str | None) -> torch.device:
+    """`auto` and None mean CUDA when there is one, else the CPU; the choice is printed with its reason."""
+    if device in (None, "auto"):
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        say(f"device: {device} ({'CUDA found' if device == 'cuda' else 'no CUDA found'})")
+    return torch.device(str(device))
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bf16 on CUDA, nothing on the CPU (fp32 is exact there, and not slower at the sizes a CPU can train)."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
+
+
+def make_optimizer(parameters: Iterable[nn.Parameter], schedule: Schedule) -> torch.optim.AdamW:
+    """AdamW over the parameters that train; betas 0.9, 0.999."""
+    trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    return torch.optim.AdamW(trainable, lr=schedule.learning_rate, weight_decay=schedule.weight_decay)
+
+
+def learning_rate(schedule: Schedule, step: int, num_steps: int) -> float:
+    """Rate of step `step` (from 0): linear warm-up, then a cosine down to the final rate."""
+    num_warmup = math.ceil(schedule.warmup * num_steps)
+    if step < num_warmup:
+        return schedule.learning_rate * (step + 1) / num_warmup
+    progress = (step - num_warmup) / max(1, num_steps - num_warmup)
+    span = schedule.learning_rate - schedule.final_learning_rate
+    return schedule.final_learning_rate + 0.5 * span * (1 + math.cos(math.pi * progress))
+
+
+def optimizer_step(optimizer: torch.optim.Optimizer, schedule: Schedule, step: int, num_steps: int) -> float:
+    """Clip, set the rate of this step, update, clear; returns the rate. Gradients must be finite."""
+    rate = learning_rate(schedule, step, num_steps)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    nn.utils.clip_grad_norm_(parameters, schedule.clip_norm, error_if_nonfinite=True)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return rate
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory so far in GiB: allocated on CUDA, resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    unit = 2**10 if sys.platform != "darwin" else 1
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+class MetricsLog:
+    """`metrics.jsonl` of a run and the progress bar that shows its newest line; units are in the keys."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "metrics.jsonl"
+        self._file = self.path.open("a", encoding="utf-8")
+        self._bar: Any = None
+        self._started = time.monotonic()
+
+    def start_stage(self, stage: str, *, step: int, num_steps: int) -> None:
+        """Begin (or go on with) a stage at `step`; lines that a lost attempt wrote beyond it are dropped."""
+        self._file.close()
+        kept = [line for line in read_metrics(self.path) if line["stage"] != stage or line["step"] <= step]
+        write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._file = self.path.open("a", encoding="utf-8")
+        self._bar = tqdm(desc=stage, total=num_steps, initial=step, unit="step", disable=None)
+
+    def write(self, **metrics: Any) -> None:
+        metrics["elapsed_s"] = round(time.monotonic() - self._started, 3)
+        self._file.write(json.dumps(metrics) + "\n")
+        self._file.flush()
+        shown = {"loss": f"{metrics['loss']:.3f}", "tok/s": int(metrics["tokens_per_s"])}
+        self._bar.set_postfix({**shown, "data": f"{metrics['data_wait_pct']:.0f}%"}, refresh=False)
+        self._bar.update()
+
+    def stage_seconds(self, stage: str) -> float:
+        """Time from the first to the last line of a stage, summed over attempts."""
+        total, previous = 0.0, 0.0
+        for line in read_metrics(self.path):
+            # A new attempt starts its clock again.
+            step_s = line["elapsed_s"] - previous if line["elapsed_s"] >= previous else line["elapsed_s"]
+            total += step_s if line["stage"] == stage else 0.0
+            previous = line["elapsed_s"]
+        return total
+
+    def close(self) -> None:
+        self._file.close()
+        if self._bar is not None:
+            self._bar.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All whole lines of a metrics file; a last line that a kill cut short is left out."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a small text file so that a reader sees the old or the new content, never half of it."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+class Checkpoints:
+    """`RUN/checkpoints/STAGE-STEP/`: what trains, the optimizer's moments and the step; only the newest is kept.
+
+    Tensors are safetensors files, the rest is JSON: nothing is ever unpickled.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self.folder = run / "checkpoints"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self.folder.glob(".tmp-*"):
+            shutil.rmtree(leftover)
+
+    def latest(self) -> tuple[str, int] | None:
+        """(stage, step) of the newest checkpoint."""
+        found = [read_json(file) for file in self.folder.glob("*/checkpoint.json")]
+        if not found:
+            return None
+        newest = max(found, key=lambda record: record["number"])
+        return str(newest["stage"]), int(newest["step"])
+
+    def step_of(self, stage: str) -> int:
+        """Steps of `stage` that the newest checkpoint holds; 0 when it is of another stage."""
+        newest = self.latest()
+        return newest[1] if newest and newest[0] == stage else 0
+
+    def save(self, stage: str, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+        old = [(file.parent, int(read_json(file)["number"])) for file in self.folder.glob("*/checkpoint.json")]
+        temporary = self.folder / f".tmp-{uuid.uuid4().hex}"
+        temporary.mkdir()
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        save_file(_state(named, optimizer), temporary / "state.safetensors")
+        number = 1 + max((number for _, number in old), default=0)
+        record = {"stage": stage, "step": step, "number": number}
+        write_atomically(temporary / "checkpoint.json", json.dumps(record, indent=1))
+        target = self.folder / f"{stage}-{step:07d}"
+        shutil.rmtree(target, ignore_errors=True)
+        temporary.rename(target)
+        for folder, _ in old:
+            if folder != target:
+                shutil.rmtree(folder)
+
+    def load(self, stage: str, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+        """Put the tensors back by name; raises CacheCorruptError when they do not fit the model."""
+        file = self.folder / f"{stage}-{step:07d}" / "state.safetensors"
+        named = dict(model.named_parameters())
+        with safe_open(file, framework="pt") as tensors, torch.no_grad():
+            for key in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
+                kind, name = key.split("/", 1)
+                if name not in named:
+                    raise CacheCorruptError(f"{file}: holds `{name}`, which this model does not have; start a new run")
+                if kind == "parameter":
+                    named[name].copy_(tensors.get_tensor(key))
+                elif optimizer is not None:
+                    _restore_moment(optimizer, named[name], kind, tensors.get_tensor(key))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _state(named: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer | None) -> dict[str, torch.Tensor]:
+    state = {f"parameter/{name}": parameter.detach().contiguous() for name, parameter in named.items()}
+    if optimizer is not None:
+        for name, parameter in named.items():
+            for kind, value in optimizer.state[parameter].items():
+                state[f"{kind}/{name}"] = torch.as_tensor(value).contiguous()
+    return state
+
+
+def _restore_moment(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, kind: str, value: torch.Tensor) -> None:
+    # The step count of AdamW lives on the CPU, the moments beside their parameter.
+    optimizer.state[parameter][kind] = value if kind == "step" else value.to(parameter.device)

@@ -1,0 +1,147 @@
+"""Stage plan: the price of a build before anything runs, from the real response lengths."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import transformers
+
+from vlsi_cache.models.verbalizer import num_parameters
+from vlsi_cache.spec import CacheSpec
+
+from .build import part_tokens
+from .inputs import TeacherInputs, open_teacher_inputs
+
+# Measured on 135M to 2B models: compressed bytes of one kept entry (id and level) grow with the vocabulary.
+ENTRY_BYTES_SMALL_VOCABULARY, ENTRY_BYTES_LARGE_VOCABULARY = 1.83, 2.1
+SUSTAINED_TFLOPS = 400.0  # one H100 at bf16, about 40 % of its peak
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a build will cost. Sizes are estimates of the compressed cache, hours are at `sustained_tflops`."""
+
+    name: str
+    num_samples: int
+    num_skipped: int
+    num_prompt_tokens: int
+    num_response_tokens: int
+    layers: list[int]
+    top_k: int
+    tail_samples: int
+    num_parts: int
+    bytes_per_layer_token: float
+    bytes_per_response_token: float
+    total_bytes: float
+    hidden_state_bytes: float
+    teacher_parameters: int
+    verbalizer_parameters: int
+    teacher_memory_bytes: float
+    teacher_flops: float
+    sustained_tflops: float
+    hours: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        weights = f"{self.teacher_parameters / 1e9:,.3f} B parameters, {self.verbalizer_parameters / 1e9:,.3f} B"
+        sizes = f"{self.bytes_per_layer_token:.0f} B per (layer, token), {self.bytes_per_response_token:,.0f} B"
+        lines = [
+            f"plan of `{self.name}`",
+            f"  data       {self.num_samples:,} samples, {self.num_prompt_tokens:,} prompt and "
+            f"{self.num_response_tokens:,} response tokens; {self.num_skipped:,} rows left out",
+            f"  rows       {len(self.layers)} layers {self.layers}, top-{self.top_k}, {self.tail_samples} tail samples",
+            f"  cache      about {human_bytes(self.total_bytes)} in {self.num_parts} parts: {sizes} per response token",
+            f"             (hidden states in bf16 would take {human_bytes(self.hidden_state_bytes)})",
+            f"  teacher    {weights} in verbalizers, {human_bytes(self.teacher_memory_bytes)} of memory for weights",
+            f"  compute    {self.teacher_flops:.3g} FLOP, {self.hours:,.2g} GPU hours at "
+            f"{self.sustained_tflops:.0f} TFLOP/s",
+        ]
+        return "\n".join(lines)
+
+
+def plan(spec: CacheSpec) -> Plan:
+    """Price the build of `spec`; loads tokenizer, config and rows, but no weights. Raises what a build would raise."""
+    inputs = open_teacher_inputs(spec)
+    num_tokens = sum(len(ids) for ids in inputs.response_ids)
+    layers = [*inputs.target_layers, inputs.num_model_layers]
+    parameters = _model_parameters(inputs.config)
+    verbalizers = 0 if spec.teacher.verbalizers is None else _verbalizer_parameters(inputs)
+    per_layer_token = _bytes_per_layer_token(inputs)
+    flops = _flops(inputs, parameters, verbalizers, num_tokens)
+    per_weight = torch.finfo(_dtype(inputs)).bits // 8
+    return Plan(
+        name=spec.name,
+        num_samples=len(inputs.records),
+        num_skipped=len(inputs.skipped),
+        num_prompt_tokens=int(inputs.num_prompt_N.sum()),
+        num_response_tokens=num_tokens,
+        layers=layers,
+        top_k=spec.rows.top_k,
+        tail_samples=spec.rows.tail_samples,
+        num_parts=-(-num_tokens // part_tokens(inputs)),
+        bytes_per_layer_token=per_layer_token,
+        bytes_per_response_token=per_layer_token * len(layers),
+        total_bytes=per_layer_token * len(layers) * num_tokens,
+        hidden_state_bytes=2.0 * inputs.config.get_text_config().hidden_size * len(layers) * num_tokens,
+        teacher_parameters=parameters,
+        verbalizer_parameters=verbalizers,
+        teacher_memory_bytes=float(parameters * per_weight + verbalizers * 4),
+        teacher_flops=flops,
+        sustained_tflops=SUSTAINED_TFLOPS,
+        hours=flops / (SUSTAINED_TFLOPS * 1e12) / 3600,
+    )
+
+
+def human_bytes(num_bytes: float) -> str:
+    """`1.5 TB` and the like, in powers of 1000."""
+    for unit in ("B", "KB", "MB", "GB", "TB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.3g} PB"
+
+
+def _bytes_per_layer_token(inputs: TeacherInputs) -> float:
+    rows = inputs.spec.rows
+    small = inputs.encoder.v_real <= 65536
+    entry = ENTRY_BYTES_SMALL_VOCABULARY if small else ENTRY_BYTES_LARGE_VOCABULARY
+    tail = rows.tail_samples * (2 if small else 3)
+    return rows.top_k * entry + tail + 4 * (3 + len(rows.taus))
+
+
+def _model_parameters(config: Any) -> int:
+    """Counted on the meta device: nothing is allocated."""
+    is_vlm = hasattr(config, "vision_config")
+    auto = transformers.AutoModelForImageTextToText if is_vlm else transformers.AutoModelForCausalLM
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in auto.from_config(config).parameters())
+
+
+def _verbalizer_parameters(inputs: TeacherInputs) -> int:
+    text, spec = inputs.config.get_text_config(), inputs.spec.verbalizer
+    per_layer = num_parameters(
+        spec.structure,
+        hidden_size=text.hidden_size,
+        intermediate_size=text.intermediate_size,
+        num_heads=text.num_attention_heads,
+        num_kv_heads=getattr(text, "num_key_value_heads", text.num_attention_heads),
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        pre_norm=spec.pre_norm,
+    )
+    return len(inputs.target_layers) * per_layer
+
+
+def _flops(inputs: TeacherInputs, parameters: int, verbalizers: int, num_tokens: int) -> float:
+    text = inputs.config.get_text_config()
+    num_heads = len(inputs.target_layers) + 1
+    backbone = 2.0 * parameters * (int(inputs.num_prompt_N.sum()) + num_tokens)
+    return backbone + 2.0 * num_tokens * (num_heads * text.vocab_size * text.hidden_size + verbalizers)
+
+
+def _dtype(inputs: TeacherInputs) -> torch.dtype:
+    if inputs.spec.teacher.dtype == "auto":
+        declared = getattr(inputs.config, "dtype", None)
+        return declared if isinstance(declared, torch.dtype) else torch.float32
+    return getattr(torch, inputs.spec.teacher.dtype)

@@ -1,0 +1,156 @@
+"""Stage verbalize: train one verbalizer per target layer by cross-entropy on the response; all else is frozen.
+
+The same loop serves the teacher (`train_verbalizers`) and the student (called by `distill`). Since backbone and head
+are frozen, the layers' gradients are independent: each layer is stepped through the head and back before the next
+one, so one layer's logits are alive at a time.
+
+Legend: T response tokens, D hidden size, V vocabulary.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from vlsi_cache.errors import SpecError
+from vlsi_cache.models.layers import Backbone
+from vlsi_cache.models.verbalizer import Verbalizers, build_verbalizers
+from vlsi_cache.spec import CacheSpec, Schedule, VerbalizerSpec
+
+from .feed import Feed, MicroBatch, feeding, shuffled_records
+from .inputs import open_teacher_inputs
+from .loop import Checkpoints, MetricsLog, autocast, make_optimizer, memory_gib, optimizer_step, say
+from .runs import finish_run, open_run
+
+LOGIT_ELEMENTS = 2**26  # at most 256 MiB of fp32 logits at a time
+
+
+def train_verbalizers(spec: CacheSpec, *, out: Path | str, device: str | None = None) -> Path:
+    """Train the teacher's verbalizers into the folder `out`; run again after a kill, it goes on.
+
+    Writes `verbalizers/layer_KKKK.safetensors`, `verbalizers.json`, `metrics.jsonl`, `run.json`, `report.html`.
+    """
+    out, settings = Path(out), spec.train_verbalizers
+    run = open_run(out, "train-verbalizers", spec, device=device)
+    if run.is_done:
+        say(f"{out} is finished; nothing to do")
+        return out
+    inputs = open_teacher_inputs(spec)
+    if not inputs.target_layers:
+        raise SpecError("`teacher.layers` is empty: there is nothing to verbalize")
+    backbone = inputs.load_backbone(device or spec.run.device)
+    say(f"teacher: {inputs.model_path} on {backbone.device}")
+
+    def make_feed(num_skip: int) -> Feed:
+        pairs = shuffled_records(inputs.records, seed=settings.seed, num_skip=num_skip)
+        return Feed(pairs, inputs.encoder, micro_batch_size=settings.micro_batch_size, device=backbone.device)
+
+    with closing(MetricsLog(out)) as log:
+        verbalizers, stage = verbalize(
+            backbone,
+            inputs.target_layers,
+            make_feed,
+            architecture=spec.verbalizer,
+            schedule=settings.schedule,
+            num_steps=settings.schedule.num_steps(len(inputs.records), settings.batch_size),
+            batch_size=settings.batch_size,
+            micro_batch_size=settings.micro_batch_size,
+            v_real=inputs.encoder.v_real,
+            checkpoints=Checkpoints(out),
+            checkpoint_steps=spec.distill.checkpoint_steps,
+            log=log,
+            seed=settings.seed,
+        )
+    verbalizers.save(
+        out / "verbalizers", provenance={"teacher_digest": inputs.weights_digest, "model": inputs.model_path}
+    )
+    finish_run(run, stages=[stage])
+    return out
+
+
+def verbalize(
+    backbone: Backbone,
+    layers: list[int],
+    make_feed: Callable[[int], Feed],
+    *,
+    architecture: VerbalizerSpec,
+    schedule: Schedule,
+    num_steps: int,
+    batch_size: int,
+    micro_batch_size: int,
+    v_real: int,
+    checkpoints: Checkpoints,
+    checkpoint_steps: int,
+    log: MetricsLog,
+    seed: int,
+) -> tuple[Verbalizers, dict[str, Any]]:
+    """Train verbalizers of `layers`; `make_feed(num_skip)` gives the data from any sample on.
+
+    Returns them and the stage's entry for `run.json`. Goes on from this stage's newest checkpoint.
+    """
+    verbalizers = build_verbalizers(backbone, layers, **architecture.model_dump(), seed=seed)
+    optimizer = make_optimizer(verbalizers.parameters(), schedule)
+    first = checkpoints.step_of("verbalize")
+    if first:
+        checkpoints.load("verbalize", first, verbalizers, optimizer)
+    log.start_stage("verbalize", step=first, num_steps=num_steps)
+    num_micro = batch_size // micro_batch_size
+    with feeding(make_feed(first * batch_size)) as feed:
+        for step in range(first, num_steps):
+            started, waited, tokens = time.monotonic(), feed.wait_s, 0
+            totals = dict.fromkeys(layers, 0.0)
+            for _ in range(num_micro):
+                micro = feed.next()
+                tokens += len(micro.batch.gold_T)
+                for layer, loss in layer_losses(backbone, verbalizers, micro, v_real=v_real, scale=1 / num_micro):
+                    totals[layer] += loss / num_micro
+            rate = optimizer_step(optimizer, schedule, step, num_steps)
+
+            seconds = time.monotonic() - started
+            log.write(
+                stage="verbalize",
+                step=step + 1,
+                num_steps=num_steps,
+                loss=sum(totals.values()),
+                layers={str(layer): loss for layer, loss in totals.items()},
+                learning_rate=rate,
+                tokens_per_s=tokens / seconds,
+                data_wait_pct=100 * (feed.wait_s - waited) / seconds,
+                memory_gib=memory_gib(backbone.device),
+            )
+            if (step + 1) % checkpoint_steps == 0 or step + 1 == num_steps:
+                checkpoints.save("verbalize", step + 1, verbalizers, optimizer)
+    return verbalizers, {"name": "verbalize", "steps": num_steps, "seconds": log.stage_seconds("verbalize")}
+
+
+def layer_losses(
+    backbone: Backbone, verbalizers: Verbalizers, micro: MicroBatch, *, v_real: int, scale: float
+) -> Iterator[tuple[int, float]]:
+    """Cross-entropy of each layer, nats per response token; `scale` times its gradient is left in the verbalizer."""
+    batch = micro.batch
+    with torch.no_grad(), autocast(backbone.device):
+        hidden = dict(verbalizers.capture(batch.inputs, batch.rows_T, batch.positions_T))
+    for layer in verbalizers.layers:
+        with autocast(backbone.device):
+            verbal_TD = verbalizers.apply(layer, hidden.pop(layer))
+        yield layer, _backward_through_head(verbal_TD, backbone.head_weight[:v_real], batch.gold_T, scale=scale)
+
+
+def _backward_through_head(
+    verbal_TD: torch.Tensor, head_weight_VD: torch.Tensor, gold_T: torch.Tensor, *, scale: float
+) -> float:
+    """Mean cross-entropy over the tokens; logits chunk by chunk, then one gradient for all chunks."""
+    leaf_TD, total = verbal_TD.detach().requires_grad_(), 0.0
+    tokens_per_chunk = max(1, LOGIT_ELEMENTS // head_weight_VD.shape[0])
+    for start in range(0, len(gold_T), tokens_per_chunk):
+        chunk = slice(start, start + tokens_per_chunk)
+        logits_TV = leaf_TD[chunk].to(head_weight_VD.dtype) @ head_weight_VD.T
+        loss = F.cross_entropy(logits_TV.float(), gold_T[chunk], reduction="sum") / len(gold_T)
+        (loss * scale).backward()
+        total += loss.item()
+    verbal_TD.backward(leaf_TD.grad)
+    return total
