@@ -1,0 +1,182 @@
+"""What all commands share: options, printing, errors and exit codes.
+
+A command is a plain function that returns an Answer. Data goes to stdout, progress and messages to stderr.
+"""
+
+import contextlib
+import errno
+import functools
+import inspect
+import json
+import logging
+import os
+import shlex
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vlsi_cache.errors import VlsiCacheError
+
+OK, PROBLEMS, USAGE, UNREADABLE, INTERRUPTED = 0, 1, 2, 3, 130
+STAGES, LOOK, CHANGE, EVERYWHERE = "STAGES", "LOOK", "CHANGE", "On every command"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command has to say: JSON-ready `data`, and the `text` for people (a function when it costs something)."""
+
+    data: Any
+    text: str | Callable[[], str]
+    exit_code: int = OK
+
+
+def print_version(wanted: bool) -> None:
+    if wanted:
+        import importlib.metadata
+
+        print(f"vlsi-cache {importlib.metadata.version('vlsi-cache')}")
+        raise typer.Exit()
+
+
+Version = Annotated[
+    bool,
+    typer.Option(
+        "--version", callback=print_version, is_eager=True, help="Print the version.", rich_help_panel=EVERYWHERE
+    ),
+]
+COMMON: dict[str, Any] = {
+    "as_json": Annotated[bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=EVERYWHERE)],
+    "quiet": Annotated[
+        bool, typer.Option("--quiet", "-q", help="No progress, no messages; errors only.", rich_help_panel=EVERYWHERE)
+    ],
+    "verbose": Annotated[
+        bool, typer.Option("--verbose", "-v", help="Show what the libraries have to say.", rich_help_panel=EVERYWHERE)
+    ],
+    "version": Version,
+}
+
+
+def command(app: typer.Typer, name: str, *, panel: str, example: str) -> Callable[..., Any]:
+    """Register a function as a command of `app`: adds the common options, the example, and the handling of errors."""
+
+    def register(function: Callable[..., Answer]) -> Callable[..., Answer]:
+        @functools.wraps(function)
+        def run(*, as_json: bool, quiet: bool, verbose: bool, version: bool, **values: Any) -> None:
+            del version  # its callback has ended the command
+            raise typer.Exit(run_guarded(lambda: function(**values), as_json=as_json, quiet=quiet, verbose=verbose))
+
+        _add_common_options(run, function)
+        app.command(name, rich_help_panel=panel, epilog=f"Example:  [bold]{example}[/bold]")(run)
+        return function
+
+    return register
+
+
+def _add_common_options(run: Any, function: Callable[..., Any]) -> None:
+    signature = inspect.signature(function)
+    common = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
+        for name, annotation in COMMON.items()
+    ]
+    run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *common])
+    run.__annotations__ = {p.name: p.annotation for p in run.__signature__.parameters.values()}
+
+
+def run_guarded(work: Callable[[], Answer], *, as_json: bool, quiet: bool, verbose: bool) -> int:
+    """Run a command, print its answer, and turn everything that can happen into one message and an exit code."""
+    stderr = sys.stderr
+    try:
+        with _messages(quiet=quiet, verbose=verbose):
+            answer = work()
+            text = "" if as_json else _text_of(answer)
+        show(json.dumps(answer.data, indent=1, ensure_ascii=False, default=_plain) if as_json else text)
+        return answer.exit_code
+    except (typer.Exit, typer.Abort):
+        raise
+    except BaseException as error:
+        message, code = explain(error)
+        print(message, file=stderr)
+        if os.environ.get("VLSI_CACHE_DEBUG") == "1":
+            traceback.print_exception(error, file=stderr)
+        return code
+
+
+def show(text: str) -> None:
+    """Print to stdout; a reader that has gone away (`| head`) is no error."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def say(message: str) -> None:
+    """One line for the person at the terminal."""
+    print(message, file=sys.stderr)
+
+
+def require_cache(path: Path) -> None:
+    """Raise what opening would raise when this is no cache at all; a damaged one passes."""
+    if not (path / "cache.json").is_file():
+        from vlsi_cache.store.reader import open
+
+        open(path)
+
+
+def explain(error: BaseException) -> tuple[str, int]:
+    """The message for a person, and the exit code."""
+    if isinstance(error, KeyboardInterrupt):
+        return f"\ninterrupted; this goes on from here:\n  {str(error) or this_command()}", INTERRUPTED
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"error: the disk is full: {error}\nfree some space, then run again:\n  {this_command()}", UNREADABLE
+    if isinstance(error, VlsiCacheError):
+        return f"error: {error}", error.exit_code
+    if isinstance(error, OSError):
+        return f"error: {error}", UNREADABLE
+    return f"error: {type(error).__name__}: {error}\n(VLSI_CACHE_DEBUG=1 shows where)", USAGE
+
+
+def this_command() -> str:
+    """What was typed, ready to be typed again."""
+    return shlex.join(["vlsi-cache", *sys.argv[1:]])
+
+
+@contextlib.contextmanager
+def _messages(*, quiet: bool, verbose: bool) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.showwarning = _show_warning
+        if verbose:
+            logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+            os.environ["TRANSFORMERS_VERBOSITY"] = "info"
+        else:
+            for kind in (DeprecationWarning, FutureWarning):
+                warnings.simplefilter("ignore", kind)
+        stack.enter_context(contextlib.redirect_stdout(sys.stderr))  # whatever a stage prints is a message
+        if quiet:  # no terminal, hence no progress bar either
+            nothing = stack.enter_context(Path(os.devnull).open("w"))
+            stack.enter_context(contextlib.redirect_stderr(nothing))
+            stack.enter_context(contextlib.redirect_stdout(nothing))
+        yield
+
+
+def _show_warning(message: Warning | str, *_where: Any, **_more: Any) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def _text_of(answer: Answer) -> str:
+    return answer.text if isinstance(answer.text, str) else answer.text()
+
+
+def _plain(value: Any) -> Any:
+    """JSON for what is not: paths, numpy scalars and arrays."""
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON")

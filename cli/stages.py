@@ -1,0 +1,161 @@
+"""Commands that run a stage: plan, train-verbalizers, build-teacher, distill, evaluate, init-student, demo."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from .output import STAGES, Answer, command, say
+
+SpecName = Annotated[str, typer.Argument(metavar="SPEC", help="Name of a shipped spec, or a .yaml file.")]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change the spec, e.g. rows.top_k=32; repeatable."),
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: what the spec says.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the stage commands to `app`, in the order in which they are run."""
+    for name, function, example in COMMANDS:
+        command(app, name, panel=STAGES, example=f"vlsi-cache {example}")(function)
+
+
+def plan(spec: SpecName, sets: Sets = None) -> Answer:
+    """Price a build before it runs: bytes, memory, hours."""
+    import vlsi_cache as vc
+
+    priced = vc.plan(vc.load_spec(spec, overrides=sets or []))
+    return Answer(priced.as_dict(), str(priced))
+
+
+def train_verbalizers(
+    spec: SpecName,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Where the verbalizers go.")],
+    sets: Sets = None,
+    device: Device = None,
+) -> Answer:
+    """Train the teacher's verbalizers.
+
+    Everything else stays frozen. Run again after a crash to go on.
+    """
+    import vlsi_cache as vc
+
+    run = vc.train_verbalizers(vc.load_spec(spec, overrides=sets or []), out=out, device=device)
+    folder = run / "verbalizers"
+    text = f"verbalizers: {folder}\nuse them with: --set teacher.verbalizers={folder}"
+    return Answer({"verbalizers": folder, "report": _report_in(out)}, text)
+
+
+def build_teacher(
+    spec: SpecName,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="CACHE", help="Where the cache goes.")],
+    sets: Sets = None,
+    device: Device = None,
+    rank: Annotated[int, typer.Option(min=0, help="Number of this process, from 0.")] = 0,
+    world: Annotated[int, typer.Option(min=1, help="How many processes build this cache.")] = 1,
+) -> Answer:
+    """Run the teacher once and write the cache.
+
+    Run again after a crash to go on. Several processes may work on one cache: --rank and --world say which parts each
+    takes first.
+    """
+    import vlsi_cache as vc
+
+    resolved = vc.load_spec(spec, overrides=sets or [])
+    cache = vc.build_teacher(resolved, out=out, device=device, rank=rank, world=world)
+    facts = {"cache": cache.path, "num_samples": cache.num_samples, "num_tokens": cache.num_tokens}
+    counts = f"{cache.num_samples} samples, {cache.num_tokens} response tokens, {len(cache.layers)} layers"
+    return Answer(facts, f"cache: {cache.path} ({counts})\nnext: vlsi-cache inspect {out}")
+
+
+def distill(
+    cache: Annotated[Path, typer.Argument(metavar="CACHE", help="The cache to train against.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="RUN", help="Where the run goes.")],
+    student: Annotated[
+        str | None, typer.Option(metavar="ID", help="Folder or hub id; default: the student of the spec.")
+    ] = None,
+    recipe: Annotated[
+        Literal["vlsi", "last", "sft"] | None,
+        typer.Option(help="vlsi: all layers; last: the last layer alone; sft: labels only. Default: the spec's."),
+    ] = None,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change the spec, e.g. distill.sft.schedule.steps=10."),
+    ] = None,
+    device: Device = None,
+) -> Answer:
+    """Train a student against a cache.
+
+    No teacher is loaded. Run again after a crash to go on from the last checkpoint.
+    """
+    import vlsi_cache as vc
+
+    run = vc.distill(cache, student=student, out=out, recipe=recipe, overrides=sets or [], device=device)
+    facts = {"run": run, "student": Path(run) / "student", "report": _report_in(run)}
+    lines = [f"run: {run}", f"student: {Path(run) / 'student'}", f"next: vlsi-cache evaluate {out}"]
+    return Answer(facts, "\n".join(lines))
+
+
+def evaluate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run, or a model folder together with --spec.")],
+    spec: Annotated[str | None, typer.Option(metavar="SPEC", help="Measure on the held-out rows of this spec.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N rows.")] = None,
+    device: Device = None,
+) -> Answer:
+    """Measure a student on held-out rows.
+
+    Exact match of greedy answers per kind of question, perplexity, and the loss of each verbalized layer.
+    """
+    import vlsi_cache as vc
+    from vlsi_cache.report.text import evaluation_table
+
+    resolved = vc.load_spec(spec) if spec else None
+    result = vc.evaluate(run, spec=resolved, device=device, limit=limit)
+    return Answer(result, lambda: evaluation_table(result))
+
+
+def init_student(
+    teacher: Annotated[str, typer.Argument(metavar="TEACHER", help="Folder or hub id of the model to take from.")],
+    layers: Annotated[str, typer.Option(metavar="LIST", help="Decoder layers to keep, from 0, e.g. 0-5,24-29.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Where the student goes.")],
+    gguf_file: Annotated[str | None, typer.Option(metavar="FILE", help="The .gguf file of TEACHER to read.")] = None,
+) -> Answer:
+    """Make a student out of some layers of a teacher."""
+    import vlsi_cache as vc
+
+    folder = vc.init_student(teacher, layers=layers, out=out, gguf_file=gguf_file)
+    return Answer({"student": folder}, f"student: {folder}")
+
+
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Where everything goes.")] = Path("demo"),
+    seeds: Annotated[int, typer.Option(min=1, metavar="N", help="Repeat every recipe with N seeds.")] = 1,
+    device: Device = None,
+) -> Answer:
+    """See it all in minutes, offline, on a CPU.
+
+    Caches a tiny teacher, trains students on labels only, on the last layer and on all layers, and compares them.
+    """
+    from vlsi_cache.demo.run import run_demo
+    from vlsi_cache.report.text import demo_table
+
+    say(f"demo in {out}: one cache, three recipes, {seeds} seed(s)")
+    result: dict[str, Any] = run_demo(out=out, seeds=seeds, device=device)
+    return Answer(result, lambda: f"{demo_table(result)}\n\nreport: {out / 'report.html'}")
+
+
+def _report_in(folder: Path | str) -> Path | None:
+    file = Path(folder) / "report.html"
+    return file if file.is_file() else None
+
+
+COMMANDS = (
+    ("plan", plan, "plan demo --set rows.top_k=32"),
+    ("train-verbalizers", train_verbalizers, "train-verbalizers demo -o runs/verbalizers"),
+    ("build-teacher", build_teacher, "build-teacher demo -o caches/demo"),
+    ("distill", distill, "distill caches/demo --student models/small -o runs/a"),
+    ("evaluate", evaluate, "evaluate runs/a --limit 100"),
+    ("init-student", init_student, "init-student models/teacher --layers 0-5,24-29 -o models/small"),
+    ("demo", demo, "demo -o demo --seeds 3"),
+)

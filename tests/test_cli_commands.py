@@ -1,0 +1,291 @@
+"""The command line: help, exit codes, messages, JSON, and what it does to real small caches."""
+
+import errno
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from test_report_fakes import LAYERS, write_cache, write_demo, write_run
+from vlsi_cache_cli.main import main
+
+import vlsi_cache as vc
+from vlsi_cache import errors
+from vlsi_cache.spec import load_spec
+
+STAGES = ["plan", "train-verbalizers", "build-teacher", "distill", "evaluate", "init-student", "demo"]
+COMMANDS = [*STAGES, "ls", "inspect", "sample", "verify", "report", "specs", "prune", "repair"]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run a command line in this process: (exit code, stdout, stderr)."""
+
+    def call(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["vlsi-cache", *map(str, words)])
+        code = main()
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return write_cache(tmp_path / "caches" / "fake", skipped=1)
+
+
+def test_the_command_tree_is_complete(run: Any) -> None:
+    code, out, _ = run("-h")
+    assert code == 0
+    assert [line.split()[1] for line in out.splitlines() if line.startswith("│ ") and line[2].islower()] == COMMANDS
+    assert out.index("STAGES") < out.index("LOOK") < out.index("CHANGE")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_an_example_and_the_common_options(run: Any, name: str) -> None:
+    code, out, _ = run(name, "-h")
+    assert code == 0
+    assert f"Example:  vlsi-cache {name}" in out
+    for option in ("--json", "--quiet", "--verbose", "--version"):
+        assert option in out
+
+
+def test_help_imports_nothing_heavy() -> None:
+    heavy = "{'torch', 'zarr', 'transformers', 'pydantic', 'numpy', 'matplotlib'} & set(sys.modules)"
+    code = (
+        f"import sys; sys.argv = ['vlsi-cache', '-h']; from vlsi_cache_cli.main import main; main(); assert not {heavy}"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize("words", [["--version"], ["ls", "--version"], ["plan", "--version"]])
+def test_version_everywhere(run: Any, words: list[str]) -> None:
+    code, out, _ = run(*words)
+    assert (code, out.split()[0]) == (0, "vlsi-cache")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["inspct"], "Did you mean 'inspect'"),
+        (["plan"], "Missing argument 'SPEC'"),
+        (["plan", "demo", "--jsn"], "--json"),
+        (["distill", "c", "-o", "r", "--recipe", "vlsl"], "vlsi"),
+        (["sample", "c", "i", "--top", "0"], "--top"),
+    ],
+)
+def test_usage_errors(run: Any, words: list[str], says: str) -> None:
+    code, out, err = run(*words)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert says in err
+    assert "Traceback" not in err
+
+
+ERRORS = [
+    (errors.SpecError("bad"), 2),
+    (errors.DataError("bad"), 2),
+    (errors.ModelError("bad"), 2),
+    (errors.CacheNotFoundError("bad"), 3),
+    (errors.CacheIncompleteError("bad"), 3),
+    (errors.CacheCorruptError("bad"), 3),
+    (errors.FingerprintMismatchError("bad"), 3),
+    (errors.SampleNotFoundError("bad"), 3),
+    (errors.DiskFullError("bad"), 3),
+    (OSError(errno.ENOSPC, "No space left on device", "x"), 3),
+    (PermissionError(errno.EACCES, "Permission denied", "x"), 3),
+    (RuntimeError("bad"), 2),
+]
+
+
+@pytest.mark.parametrize(("error", "expected"), ERRORS, ids=lambda value: type(value).__name__)
+def test_exit_codes(run: Any, monkeypatch: pytest.MonkeyPatch, error: Exception, expected: int) -> None:
+    monkeypatch.setitem(vars(vc), "plan", raising(error))
+    code, out, err = run("plan", "demo")
+    assert (code, out) == (expected, "")
+    assert err.startswith("error: ")
+    assert "Traceback" not in err
+    if getattr(error, "errno", None) == errno.ENOSPC:
+        assert "the disk is full" in err
+
+
+def test_debug_shows_the_traceback(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLSI_CACHE_DEBUG", "1")
+    monkeypatch.setitem(vars(vc), "plan", raising(errors.SpecError("bad")))
+    assert "Traceback" in run("plan", "demo")[2]
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (KeyboardInterrupt(), "vlsi-cache build-teacher demo -o 'my caches/a'"),
+        (errors.InterruptedRunError("vlsi-cache other"), "vlsi-cache other"),
+    ],
+)
+def test_interruption_prints_the_command_that_goes_on(
+    run: Any, monkeypatch: pytest.MonkeyPatch, error: BaseException, says: str
+) -> None:
+    monkeypatch.setitem(vars(vc), "build_teacher", raising(error))
+    code, _, err = run("build-teacher", "demo", "-o", "my caches/a")
+    assert code == 130
+    assert err.splitlines()[-1].strip() == says
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    command = [sys.executable, "-m", "vlsi_cache_cli.main", "specs", "--json"]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert child.stdout is not None
+    child.stdout.close()
+    _, err = child.communicate()
+    assert (child.returncode, err) == (0, b"")
+
+
+def test_stages_pass_on_what_was_typed(run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls = record_calls(monkeypatch, tmp_path)
+    assert run("build-teacher", "demo", "-o", "c", "--set", "rows.top_k=8", "--rank", 1, "--world", 4)[0] == 0
+    assert calls["build_teacher"][0].rows.top_k == 8
+    assert calls["build_teacher"][1] == {"out": Path("c"), "device": None, "rank": 1, "world": 4}
+    assert run("distill", "c", "--student", "s", "-o", "r", "--recipe", "last", "--set", "a=1", "--set", "b=2")[0] == 0
+    assert calls["distill"][1]["recipe"] == "last"
+    assert calls["distill"][1]["overrides"] == ["a=1", "b=2"]
+    assert run("evaluate", "r", "--limit", "3")[0] == 0
+    assert calls["evaluate"][1] == {"spec": None, "device": None, "limit": 3}
+    assert run("init-student", "t", "--layers", "0-1,5", "-o", "s")[0] == 0
+    assert calls["init_student"][1] == {"layers": "0-1,5", "out": Path("s"), "gguf_file": None}
+    assert run("train-verbalizers", "demo", "-o", "v")[0] == 0
+
+
+def test_what_stages_print_is_no_data(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def noisy(_spec: Any) -> Any:
+        print("loading")
+        return SimpleNamespace(as_dict=lambda: {"hours": 1})
+
+    monkeypatch.setitem(vars(vc), "plan", noisy)
+    _, out, err = run("plan", "demo", "--json")
+    assert (json.loads(out), err) == ({"hours": 1}, "loading\n")
+    assert run("plan", "demo", "--json", "-q")[2] == ""
+
+
+def test_ls(run: Any, cache: Path, tmp_path: Path) -> None:
+    write_cache(tmp_path / "caches" / "half", num_written=1)
+    write_run(tmp_path / "run")
+    write_demo(tmp_path / "demo")
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "cache.json").write_text("{")
+    code, out, _ = run("ls", tmp_path, "--json")
+    assert code == 0
+    found = {str(Path(one["path"]).relative_to(tmp_path)): one for one in json.loads(out)}
+    assert {"caches/fake", "caches/half", "run", "demo", "demo/cache", "demo/runs/seed-0/vlsi", "odd"} <= set(found)
+    assert found["caches/fake"]["state"] == "complete"
+    assert found["caches/fake"]["layers"] == LAYERS
+    assert found["caches/half"]["state"] == "1/2 parts"
+    assert found["odd"]["state"] == "unreadable"
+    assert found["run"]["exact_match"] > 0.5
+    assert str(cache) in run("ls", tmp_path)[1]
+    assert run("ls", tmp_path / "nowhere")[0] == 3
+
+
+def test_inspect(run: Any, cache: Path) -> None:
+    facts = json.loads(run("inspect", cache, "--json")[1])
+    assert (facts["complete"], facts["parts_done"], facts["num_samples"]) == (True, 2, 6)
+    assert facts["bytes_per_layer_token"]["ids"] > 0
+    code, out, _ = run("inspect", cache)
+    assert code == 0
+    for part in ("2 of 2 parts", "last (4)", "left out    1 rows", "prompt <too> long", "bytes per (layer, token)"):
+        assert part in out
+
+
+def test_inspect_of_an_unfinished_cache(run: Any, tmp_path: Path) -> None:
+    half = write_cache(tmp_path / "half", num_written=1)
+    assert json.loads(run("inspect", half, "--json")[1])["complete"] is False
+    assert "1 of 2 parts" in run("inspect", half)[1]
+
+
+def test_sample(run: Any, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    code, out, err = run("sample", cache, "sample-0", "--top", "2")
+    assert code == 0
+    assert "token ids" in err  # the teacher of this cache is nowhere
+    assert max(map(len, out.splitlines())) <= 60
+    assert out.count("response") >= 3  # the layers do not fit side by side
+    grid = json.loads(run("sample", cache, "sample-0", "--json")[1])
+    assert len(grid["grid"]) == len(LAYERS)
+    assert {"entropy", "tail_mass", "gold_rank", "gold_logprob"} <= set(grid["grid"][0][0])
+    code, out, err = run("sample", cache, "sample-00")
+    assert (code, out) == (3, "")
+    assert "did you mean" in err
+
+
+def test_verify_and_repair(run: Any, cache: Path) -> None:
+    code, out, _ = run("verify", cache, "--deep", "--json")
+    assert (code, json.loads(out)["ok"]) == (0, True)
+    assert "nothing to repair" in run("repair", cache)[1]
+    victim = next(path for path in (cache / "parts" / "000000.zarr" / "ids" / "c").rglob("0") if path.is_file())
+    victim.write_bytes(victim.read_bytes()[:-1])
+    code, out, _ = run("verify", cache)
+    assert code == 1
+    assert "vlsi-cache repair" in out
+    code, out, _ = run("repair", cache, "--json")
+    assert (code, json.loads(out)["missing_parts"]) == (0, [0])
+    assert run("verify", cache / "nowhere")[0] == 3
+    assert run("repair", cache / "nowhere")[0] == 3
+
+
+def test_prune(run: Any, cache: Path, tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    code, out, _ = run("prune", cache, "-o", small, "--layers", "2-3,last", "--top-k", 3, "--dry-run", "--json")
+    assert (code, json.loads(out)["layers"], small.exists()) == (0, [2, 3, 4], False)
+    assert run("prune", cache, "-o", small, "--layers", "2-3,last", "--top-k", 3)[0] == 0
+    facts = json.loads(run("inspect", small, "--json")[1])
+    assert (facts["layers"], facts["top_k"]) == ([2, 3, 4], 3)
+    for words in (["-o", small], ["-o", small, "--layers", "2-x"], ["-o", small, "--layers", "3-2,last"]):
+        assert run("prune", cache, *words)[0] == 2
+
+
+def test_report(run: Any, tmp_path: Path) -> None:
+    write_run(tmp_path / "run")
+    code, out, _ = run("report", tmp_path / "run", "--json")
+    assert code == 0
+    assert Path(json.loads(out)["report"]).is_file()
+    assert run("report", tmp_path)[0] == 3
+
+
+def test_specs(run: Any) -> None:
+    assert "demo" in [one["name"] for one in json.loads(run("specs", "--json")[1])]
+    assert "demo" in run("specs")[1]
+
+
+def test_the_folder_cannot_be_imported_under_its_own_name() -> None:
+    root = Path(vc.__file__).parents[1]
+    found = subprocess.run([sys.executable, "-c", "import cli"], cwd=root, capture_output=True, text=True)
+    assert found.returncode == 1
+    assert "vlsi_cache_cli" in found.stderr
+
+
+def raising(error: BaseException) -> Any:
+    def fail(*_args: Any, **_options: Any) -> Any:
+        raise error
+
+    return fail
+
+
+def record_calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, tuple[Any, dict[str, Any]]]:
+    """Put stand-ins for the stages in place; returns what each was called with."""
+    calls: dict[str, tuple[Any, dict[str, Any]]] = {}
+    cache = SimpleNamespace(path=tmp_path, num_samples=1, num_tokens=2, layers=[1, 2])
+    evaluation = {"num_samples": 3, "exact_match": None, "perplexity": 1.2}
+    answers = {"build_teacher": cache, "distill": tmp_path, "evaluate": evaluation}
+    answers |= {"init_student": tmp_path, "train_verbalizers": tmp_path}
+    for name, answer in answers.items():
+
+        def stand_in(first: Any, _name: str = name, _answer: Any = answer, **options: Any) -> Any:
+            calls[_name] = (first, options)
+            return _answer
+
+        monkeypatch.setitem(vars(vc), name, stand_in)
+    assert load_spec("demo").name == "demo"
+    return calls

@@ -1,0 +1,177 @@
+"""One sample of a cache for people: the picture, the question, and what every layer says at every response token.
+
+Shape suffixes: L layers, T response tokens with a row, K kept entries.
+"""
+
+import base64
+import io
+import json
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .page import paragraph
+from .stats import gold_ids, gold_ranks, read_json
+from .text import layer_name
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from vlsi_cache.data.records import Record
+    from vlsi_cache.data.tokenize import Encoder
+    from vlsi_cache.store.reader import Cache, Row
+
+EXAMPLE_NAME = "example.json"
+MAX_TOKENS = 24  # columns of the picture; a longer response is cut, and says so
+PICTURE_WIDTH = 384  # pixels; a larger picture is made smaller
+
+
+def example_of(
+    row: "Row", record: "Record", encoder: "Encoder", *, layers: Sequence[int] | None = None
+) -> dict[str, Any]:
+    """JSON-ready: question, answer, the pictures as base64 PNG, and `grid_of` the row.
+
+    `layers` are the cache's; without them the report takes them from the cache that it is about.
+    """
+    texts = [part["text"] for message in record.prompt_messages for part in message["content"] if "text" in part]
+    return {
+        "id": row.sample_id,
+        "kind": row.kind,
+        "question": "\n".join(texts),
+        "answer": record.answer,
+        "png": [_png(media.open()) for media in record.images],
+        **grid_of(row, layers=layers, encoder=encoder, max_tokens=MAX_TOKENS),
+    }
+
+
+def grid_of(
+    row: "Row", *, layers: Sequence[int] | None, encoder: "Encoder | None", top: int = 1, max_tokens: int | None = None
+) -> dict[str, Any]:
+    """JSON-ready: `tokens` (the response), and `grid`, per layer and token the `top` words and the layer's numbers.
+
+    Without an encoder a word is its token id. `gold_rank` counts from 0; None means not among the kept entries.
+    """
+    num = row.num_tokens if max_tokens is None else min(max_tokens, row.num_tokens)
+    words = _Words(encoder)
+    gold_T, ranks_LT = gold_ids(row), gold_ranks(row)
+    grid = [
+        [_cell(row, index, t, top, int(ranks_LT[index, t]), words) for t in range(num)]
+        for index in range(row.num_layers)
+    ]
+    return {
+        "layers": None if layers is None else list(layers),
+        "top_k": row.top_k,
+        "num_tokens": row.num_tokens,
+        "positions": [int(position) for position in row.positions_T[:num]],
+        "token_ids": [int(token) for token in gold_T[:num]],
+        "tokens": [words(token) for token in gold_T[:num]],
+        "grid": grid,
+    }
+
+
+class _Words:
+    """Text of a token id, looked up once."""
+
+    def __init__(self, encoder: "Encoder | None") -> None:
+        self._encoder = encoder
+        self._known: dict[int, str] = {}
+
+    def __call__(self, token: Any) -> str:
+        index = int(token)
+        if index not in self._known:
+            self._known[index] = f"#{index}" if self._encoder is None else self._encoder.token_texts([index])[0]
+        return self._known[index]
+
+
+def _cell(row: "Row", layer: int, t: int, top: int, rank: int, words: _Words) -> dict[str, Any]:
+    kept = min(top, row.top_k)
+    probs = np.exp(row.logprobs_LTK[layer, t, :kept].astype(np.float64))
+    ids = [int(token) for token in row.ids_LTK[layer, t, :kept]]
+    return {
+        "ids": ids,
+        "words": [words(token) for token in ids],
+        "probs": [round(float(prob), 6) for prob in probs],
+        "entropy": round(float(row.entropy_LT[layer, t]), 6),
+        "tail_mass": round(float(row.tail_mass_LT[layer, t]), 6),
+        "gold_logprob": round(float(row.gold_logprob_LT[layer, t]), 6),
+        "gold_rank": rank if rank >= 0 else None,
+    }
+
+
+def cache_encoder(cache: "Cache") -> tuple["Encoder | None", str]:
+    """The encoder of the teacher that a cache was built from; when it cannot be loaded, None and the reason."""
+    teacher = cache.header.spec.get("teacher") or {}
+    try:
+        from vlsi_cache.data.tokenize import load_encoder
+        from vlsi_cache.models.load import resolve_model
+
+        keys = ("revision", "gguf_file")
+        options = {key: teacher[key] for key in keys if teacher.get(key)}
+        return load_encoder(resolve_model(teacher["model"]), **options), ""
+    except Exception as error:  # whatever keeps the tokenizer away: the rows can still be shown by their ids
+        reason = str(error).split("\n")[0] or type(error).__name__
+        return None, f"words are shown as token ids, the teacher's tokenizer cannot be loaded: {reason}"
+
+
+def visible(word: str) -> str:
+    """A token's text with what is invisible made visible."""
+    return "".join(_visible(char) for char in word) if word.strip(" ") else word.replace(" ", "\u2423") or "\u2205"
+
+
+def _visible(char: str) -> str:
+    return char if char.isprintable() else {"\n": "\u21b5", "\t": "\u21e5"}.get(char, "\ufffd")
+
+
+def save_example(folder: Path, example: dict[str, Any]) -> Path:
+    """Keep an example beside the report that shows it."""
+    file = folder / EXAMPLE_NAME
+    file.write_text(json.dumps(example, ensure_ascii=False, indent=1), encoding="utf-8")
+    return file
+
+
+def load_example(folder: Path) -> dict[str, Any] | None:
+    return read_json(folder / EXAMPLE_NAME)
+
+
+def example_html(example: dict[str, Any]) -> str:
+    """Picture, question and answer, and under them the grid of layers and tokens."""
+    pictures = "".join(
+        f'<img src="data:image/png;base64,{escape(png)}" alt="picture of the sample">' for png in example["png"]
+    )
+    facts = (("question", "question"), ("answer", "answer of the training row"), ("id", "sample id"))
+    listed = "".join(f"<dt>{name}</dt><dd>{escape(str(example[key]))}</dd>" for key, name in facts if example.get(key))
+    cut = example["num_tokens"] - len(example["tokens"])
+    note = (
+        "Top word of each cached layer, and its probability as the strength of the colour. Framed: the response's word."
+    )
+    more = f" {cut} more tokens are not shown." if cut else ""
+    return (
+        f'<div class="example">{pictures}<dl>{listed}</dl></div>{grid_html(example)}{paragraph(note + more, note=True)}'
+    )
+
+
+def grid_html(example: dict[str, Any]) -> str:
+    """Response tokens from left to right, the final layer on top."""
+    head = "".join(f'<th class="word">{escape(visible(token))}</th>' for token in example["tokens"])
+    layers, lines = example["layers"], []
+    for layer, cells in reversed(list(zip(layers, example["grid"], strict=True))):
+        lines.append(f"<tr><th>{layer_name(layer, layers)}</th>{''.join(_cell_html(cell) for cell in cells)}</tr>")
+    return f'<div class="scroll"><table class="grid"><tr><th>layer</th>{head}</tr>{"".join(lines)}</table></div>'
+
+
+def _cell_html(cell: dict[str, Any]) -> str:
+    prob, mark = cell["probs"][0], ' class="gold"' if cell["gold_rank"] == 0 else ""
+    hint = f"entropy {cell['entropy']:.2f} nats, response token: log-prob {cell['gold_logprob']:.2f}"
+    word = f'<span class="word">{escape(visible(cell["words"][0]))}</span>'
+    return f'<td{mark} style="--p: {prob:.3f}" title="{escape(hint)}">{word}<small>{100 * prob:.0f} %</small></td>'
+
+
+def _png(image: "Image") -> str:
+    if image.width > PICTURE_WIDTH:
+        image = image.resize((PICTURE_WIDTH, max(1, round(image.height * PICTURE_WIDTH / image.width))))
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", optimize=True)
+    return base64.b64encode(buffer.getvalue()).decode()

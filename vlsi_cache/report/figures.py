@@ -1,0 +1,236 @@
+"""Figures as inline SVG. Text and lines take the colours of the page, so that they are readable on dark and light.
+
+Every function returns one `<svg>` element that refers to nothing outside itself. matplotlib is imported when used.
+"""
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .stats import LayerSummary, final_loss, smooth
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Colours that the page replaces by its own; any other colour stays as it is.
+INK, MUTED, LINE = "#1f2328", "#656d76", "#d1d9e0"
+PAGE_COLOURS = {INK: "var(--ink)", MUTED: "var(--muted)", LINE: "var(--line)"}
+ACCENT, WARM, GREY, GREEN = "#3d7fd6", "#dd8a2c", "#8b929b", "#2f9e74"
+RECIPE_COLOURS = {"sft": GREY, "last": WARM, "vlsi": ACCENT}
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "vlsi-cache",  # ids that depend on the content alone: the same data give the same page
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 9.5,
+    "text.color": INK,
+    "axes.edgecolor": LINE,
+    "axes.labelcolor": MUTED,
+    "axes.titlecolor": INK,
+    "axes.titlesize": 10.5,
+    "axes.titlelocation": "left",
+    "axes.titlepad": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "xtick.color": LINE,
+    "ytick.color": LINE,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "grid.color": LINE,
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+    "figure.constrained_layout.w_pad": 0.08,
+}
+
+Scores = Mapping[str, Mapping[str, Sequence[float]]]
+Curves = Mapping[str, Mapping[str, tuple[Sequence[int], Sequence[float]]]]
+
+
+@contextmanager
+def _figure(width: float, height: float, columns: int = 1, **options: Any) -> Any:
+    """A styled figure with `columns` axes side by side, closed to pyplot: no display, no global state."""
+    import matplotlib
+
+    matplotlib.use("Agg", force=False)
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(width, height))
+        yield figure, figure.subplots(1, columns, squeeze=False, **options)[0]
+
+
+def accuracy_bars(scores: Scores, kinds: Sequence[str], teacher: Mapping[str, float] | None = None) -> str:
+    """Exact match per kind of question, one bar per recipe: the mean, with a line from the worst to the best seed."""
+    with _figure(max(5.2, 1.6 + 0.86 * len(kinds)), 3.3) as (figure, (axes,)):
+        centres, width = np.arange(len(kinds)), 0.8 / max(1, len(scores))
+        for index, (recipe, of_kind) in enumerate(scores.items()):
+            x = centres + (index - (len(scores) - 1) / 2) * width
+            _bars(axes, x, [of_kind.get(kind, ()) for kind in kinds], width, recipe)
+        if teacher:
+            y = [100 * teacher.get(kind, np.nan) for kind in kinds]
+            axes.hlines(y, centres - 0.43, centres + 0.43, color=INK, lw=1.4, linestyles=(0, (3, 2)), label="teacher")
+        axes.set_xticks(centres, [kind.replace("_", "\n") for kind in kinds])
+        axes.set(ylim=(0, 100), ylabel="exact match [%]", xlim=(-0.55, len(kinds) - 0.45))
+        axes.tick_params(axis="x", length=0)
+        axes.grid(axis="y")
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=len(scores) + 1)
+        return _svg(figure, "accuracy", "Exact match per kind of question and recipe")
+
+
+def _bars(axes: "Axes", x: np.ndarray, values: Sequence[Sequence[float]], width: float, recipe: str) -> None:
+    means = np.array([100 * np.mean(v) if len(v) else np.nan for v in values])
+    axes.bar(x, means, width * 0.9, color=RECIPE_COLOURS.get(recipe, GREEN), label=recipe)
+    if any(len(v) > 1 for v in values):
+        low = [100 * min(v) if len(v) else np.nan for v in values]
+        high = [100 * max(v) if len(v) else np.nan for v in values]
+        axes.vlines(x, low, high, color=INK, lw=1.1)
+
+
+def loss_curves(curves: Curves, *, unit: str = "nats per token") -> str:
+    """One panel per stage, one line per label: every step faint, the running mean on top."""
+    with _figure(3.3 * len(curves) + 0.6, 2.9, len(curves)) as (figure, panels):
+        for axes, (stage, lines) in zip(panels, curves.items(), strict=True):
+            for number, (label, (steps, values)) in enumerate(lines.items()):
+                colour = RECIPE_COLOURS.get(label, (ACCENT, WARM, GREEN, GREY)[number % 4])
+                axes.plot(steps, values, color=colour, lw=0.7, alpha=0.28)
+                axes.plot(steps, smooth(values, max(1, len(values) // 12)), color=colour, lw=1.8, label=label)
+            axes.set(title=stage, xlabel="step", ylabel=f"loss [{unit}]")
+            axes.locator_params(axis="x", integer=True, nbins=6)
+            axes.grid(axis="y")
+            if len(lines) > 1:
+                axes.legend(handlelength=1.2)
+        return _svg(figure, "loss", "Training loss per stage")
+
+
+def verbalizer_losses(steps: Sequence[int], layers: Mapping[int, Sequence[float]], *, unit: str) -> str:
+    """Loss of every layer's verbalizer over training (left), and at the end (right)."""
+    with _figure(8.2, 3.1, 2, width_ratios=(1.6, 1)) as (figure, (over_time, final)):
+        colours = _shades(len(layers))
+        for colour, (layer, values) in zip(colours, layers.items(), strict=True):
+            over_time.plot(steps, smooth(values, max(1, len(values) // 12)), color=colour, lw=1.6, label=str(layer))
+        over_time.set(title="over training", xlabel="step", ylabel=f"loss [{unit}]")
+        over_time.locator_params(axis="x", integer=True, nbins=6)
+        over_time.grid(axis="y")
+        over_time.legend(title="layer", ncols=2, handlelength=1.0, fontsize=8)
+        names = [str(layer) for layer in layers]
+        final.bar(names, [final_loss(values) for values in layers.values()], color=colours, width=0.7)
+        final.set(title="at the end", xlabel="layer", ylabel=f"loss [{unit}]")
+        final.grid(axis="y")
+        return _svg(figure, "verbalizers", "Loss of each layer's verbalizer")
+
+
+def layer_losses(losses: Mapping[str, Mapping[int, Sequence[float]]], *, unit: str = "nats per token") -> str:
+    """Held-out loss of each verbalized student layer, one line per recipe; a band from the worst to the best seed."""
+    with _figure(5.4, 3.0) as (figure, (axes,)):
+        for recipe, of_layer in losses.items():
+            layers, colour = list(of_layer), RECIPE_COLOURS.get(recipe, GREEN)
+            means = [float(np.mean(of_layer[layer])) for layer in layers]
+            axes.plot(layers, means, color=colour, lw=1.8, marker="o", ms=4, label=recipe)
+            low, high = zip(*((min(v), max(v)) for v in of_layer.values()), strict=True)
+            axes.fill_between(layers, low, high, color=colour, alpha=0.18, lw=0)
+        axes.set_xticks(sorted({layer for of_layer in losses.values() for layer in of_layer}))
+        axes.set(xlabel="student layer", ylabel=f"loss [{unit}]")
+        axes.grid(axis="y")
+        axes.legend()
+        return _svg(figure, "layers", "Held-out loss of each student layer")
+
+
+def match_map(
+    shares_SM: np.ndarray, null_SM: np.ndarray, student_layers: Sequence[int], teacher_layers: Sequence[int]
+) -> str:
+    """Share of steps in which a student layer was matched with a teacher layer, beside what pure chance gives."""
+    size = 1.5 + 0.26 * len(student_layers)
+    with _figure(8.6, max(2.3, size), 2, sharey=True) as (figure, panels):
+        titles = ("matched in training", "uniform sampling (no information)")
+        for axes, title, share in zip(panels, titles, (shares_SM, null_SM), strict=True):
+            _heat_map(axes, share, student_layers, teacher_layers)
+            axes.set(title=title, xlabel="teacher layer")
+        panels[0].set_ylabel("student layer")
+        return _svg(figure, "matches", "Matched layers beside the distribution of uniform sampling")
+
+
+def _heat_map(axes: "Axes", share_SM: np.ndarray, rows: Sequence[int], columns: Sequence[int]) -> None:
+    from matplotlib.colors import LinearSegmentedColormap, to_rgba
+
+    shades = LinearSegmentedColormap.from_list("shades", [(*to_rgba(ACCENT)[:3], 0.0), (*to_rgba(ACCENT)[:3], 0.85)])
+    axes.pcolormesh(np.ma.masked_less(share_SM, 0.005), cmap=shades, vmin=0, vmax=1, edgecolors="none")
+    for (s, m), share in np.ndenumerate(share_SM):
+        if share >= 0.005 and len(columns) <= 12:
+            axes.text(m + 0.5, s + 0.5, f"{100 * share:.0f}", ha="center", va="center", fontsize=8.5)
+    axes.set_xticks(np.arange(len(columns)) + 0.5, [str(layer) for layer in columns])
+    axes.set_yticks(np.arange(len(rows)) + 0.5, [str(layer) for layer in rows])
+    axes.tick_params(length=0)
+    axes.set(xlim=(0, len(columns)), ylim=(len(rows), 0))
+    axes.spines[["top", "right"]].set_visible(True)
+
+
+def bytes_bars(per_layer_token: Mapping[str, float]) -> str:
+    """Bytes per (layer, response token) of every array of a cache."""
+    shown = {name: value for name, value in per_layer_token.items() if value >= 0.005}
+    with _figure(6.2, 0.9 + 0.27 * len(shown)) as (figure, (axes,)):
+        names, values = list(shown), list(shown.values())
+        axes.barh(names, values, color=ACCENT, height=0.62)
+        for name, value in shown.items():
+            label = f"{value:.1f}" if value >= 0.95 else f"{value:.2f}"
+            axes.annotate(label, (value, name), (5, 0), textcoords="offset points", va="center", fontsize=8.5)
+        axes.set(xlabel="bytes per layer and response token, on disk", xlim=(0, 1.12 * max(values, default=1)))
+        axes.tick_params(axis="y", length=0)
+        axes.invert_yaxis()
+        axes.grid(axis="x")
+        return _svg(figure, "bytes", "Bytes per array")
+
+
+def layer_figure(summaries: Sequence[LayerSummary]) -> str:
+    """What each cached layer knows: loss on the response and entropy (left), shares of tokens (right)."""
+    with _figure(8.2, 3.0, 2) as (figure, (nats, shares)):
+        names = [str(one.layer) for one in summaries[:-1]] + ["last"]
+        nats.plot(
+            names, [one.gold_nll for one in summaries], color=ACCENT, marker="o", ms=4, label="loss on the response"
+        )
+        nats.plot(names, [one.entropy for one in summaries], color=WARM, marker="o", ms=4, label="entropy")
+        shares.plot(
+            names, [100 * one.top1_agreement for one in summaries], color=ACCENT, marker="o", ms=4,
+            label="same top word as last",
+        )  # fmt: skip
+        shares.plot(names, [100 * one.kept_mass for one in summaries], color=GREEN, marker="o", ms=4, label="kept mass")
+        nats.set(title="nats per token", xlabel="teacher layer", ylabel="nats", ylim=(0, None))
+        shares.set(title="shares", xlabel="teacher layer", ylabel="[%]", ylim=(0, 104))
+        for axes in (nats, shares):
+            axes.grid(axis="y")
+            axes.legend(handlelength=1.4)
+        return _svg(figure, "cached-layers", "What each cached layer knows")
+
+
+def _shades(num: int) -> list[tuple[float, float, float]]:
+    """From warm (shallow) to the accent (deep)."""
+    from matplotlib.colors import to_rgb
+
+    shares = np.linspace(0, 1, max(1, num))[:, None]
+    mixed = (1 - shares) * np.array(to_rgb(WARM)) + shares * np.array(to_rgb(ACCENT))
+    return [(float(r), float(g), float(b)) for r, g, b in mixed[:num]]
+
+
+def _svg(figure: "Figure", name: str, label: str) -> str:
+    """The figure as one `<svg>` for a page: colours of the page, its own ids, no namespaces, no metadata."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r'\s+xmlns(:xlink)?="[^"]*"', "", text).replace("xlink:href", "href")
+    text = re.sub(r'id="([^"]+)"', rf'id="{name}-\1"', text)
+    text = re.sub(r"url\(#", f"url(#{name}-", text).replace('href="#', f'href="#{name}-')
+    text = re.sub(r"'DejaVu Sans'(, [^;\"]*)?", "inherit-font", text)
+    text = text.replace("inherit-font", "system-ui, sans-serif")
+    for colour, variable in PAGE_COLOURS.items():
+        text = text.replace(colour, variable)
+    text = re.sub(r'^(<svg[^>]*?)\swidth="[^"]*"', r"\1", re.sub(r'^(<svg[^>]*?)\sheight="[^"]*"', r"\1", text))
+    return text.replace(
+        "<svg", f'<svg role="img" aria-label="{label}" style="width: {96 * figure.get_figwidth():.0f}px"', 1
+    )
