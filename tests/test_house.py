@@ -1,0 +1,124 @@
+"""The structure: imports only run down, slow packages stay out of the way, nothing is unpickled, the README is true."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "vlsi_cache"
+FLOORS = [
+    {"errors"},
+    {"spec", "data", "models", "sparse"},
+    {"store"},
+    {"stages", "report"},
+    {"demo"},
+]
+# Rooms of the second floor know each other only through these: both are plain records that everything speaks.
+ALLOWED_SIDEWAYS = {("data", "spec"), ("models", "spec"), ("stages", "report")}
+
+
+def floor_of(room: str) -> int:
+    return next(index for index, rooms in enumerate(FLOORS) if room in rooms)
+
+
+def rooms_imported(file: Path) -> set[str]:
+    """Top rooms of our package that a file imports, anywhere in it."""
+    found = set()
+    parts = file.relative_to(PACKAGE).with_suffix("").parts
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            base = [] if node.level == 0 else ["vlsi_cache", *parts[: len(parts) - node.level]]
+            full = [*base, *(node.module or "").split(".")]
+            names = [[*full, alias.name] for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name.split(".") for alias in node.names]
+        else:
+            continue
+        found |= {name[1] for name in names if name[0] == "vlsi_cache" and len(name) > 1}
+        found |= {"cli" for name in names if name[0] in ("cli", "vlsi_cache_cli")}
+    return found
+
+
+@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_imports_only_run_down(file: Path) -> None:
+    room = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if room == "__init__":
+        return
+    known = {name for floor in FLOORS for name in floor}
+    for other in rooms_imported(file) - {room}:
+        assert other in known, f"{file.name} imports `{other}`"
+        below = floor_of(other) < floor_of(room)
+        assert below or (room, other) in ALLOWED_SIDEWAYS, f"{file.name}: `{room}` may not import `{other}`"
+
+
+def test_stage_two_never_imports_the_build() -> None:
+    for name in ("distill", "interact", "sft", "evaluate", "verbalize", "feed"):
+        assert not re.search(r"stages\.build|from \.build", (PACKAGE / "stages" / f"{name}.py").read_text())
+
+
+@pytest.mark.parametrize("room", ["store", "report"])
+def test_rooms_without_torch(room: str) -> None:
+    modules = [f"vlsi_cache.{room}.{f.stem}" for f in (PACKAGE / room).glob("*.py") if f.stem != "__init__"]
+    code = f"import sys, {', '.join(modules)}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    code = "import sys, vlsi_cache; sys.exit(any(m in sys.modules for m in ('torch', 'zarr', 'pydantic', 'numpy')))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_nothing_is_unpickled() -> None:
+    forbidden = re.compile(r"\bpickle\b|torch\.load\(|allow_pickle=True|\bdill\b|joblib|marshal|weights_only=False")
+    files = [*PACKAGE.rglob("*.py"), *(ROOT / "cli").rglob("*.py")]
+    assert [str(f) for f in files if forbidden.search(f.read_text(encoding="utf-8"))] == []
+
+
+def test_every_public_name_resolves_and_is_documented() -> None:
+    import vlsi_cache as vc
+
+    for name in vc.__all__:
+        assert getattr(vc, name).__doc__, name
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = vc.no_such_name
+
+
+def test_shipped_specs_are_valid_and_hold_the_papers_numbers() -> None:
+    import vlsi_cache as vc
+    from vlsi_cache.models.layers import default_layers
+    from vlsi_cache.spec import shipped_specs
+
+    assert set(shipped_specs()) == {"demo", "smollm2", "qwen2-vl-72b-to-2b", "qwen2-vl-72b-to-7b"}
+    for name in shipped_specs():
+        spec = vc.load_spec(name)
+        assert vc.CacheSpec.model_validate(yaml.safe_load(spec.model_dump_json())) == spec
+    for size in ("2b", "7b"):
+        paper = vc.load_spec(f"qwen2-vl-72b-to-{size}")
+        assert list(paper.teacher.layers) == default_layers(80, 20)
+        assert list(paper.distill.layers) == default_layers(28, 7)
+        assert (paper.distill.batch_size, paper.train_verbalizers.batch_size) == (512, 256)
+
+
+def test_readme_code_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert blocks
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+
+
+def test_readme_names_every_command() -> None:
+    import typer
+    from vlsi_cache_cli.main import app
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    commands = list(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+    assert len(commands) > 10
+    assert [c for c in commands if f"`{c}" not in text and f"vlsi-cache {c}" not in text] == []
