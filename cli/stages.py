@@ -129,7 +129,7 @@ def init_student(
 
 
 def demo(
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Where everything goes.")] = Path("demo"),
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Where everything goes.")] = Path("demo-run"),
     seeds: Annotated[int, typer.Option(min=1, metavar="N", help="Repeat every recipe with N seeds.")] = 1,
     device: Device = None,
 ) -> Answer:

@@ -97,7 +97,7 @@ class StoreSpec(Strict):
 
 
 class Schedule(Strict):
-    """Length and learning rate of one training stage: exactly one of `steps` and `epochs`."""
+    """Length and learning rate of one training stage: `steps` or `epochs`; one epoch when neither is named."""
 
     steps: Annotated[int, Field(ge=1)] | None = None
     epochs: Annotated[float, Field(gt=0)] | None = None
@@ -107,11 +107,15 @@ class Schedule(Strict):
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
 
-    @model_validator(mode="after")
-    def _one_length(self) -> "Schedule":
-        if (self.steps is None) == (self.epochs is None):
-            raise ValueError("name exactly one of `steps` and `epochs`")
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def _one_length(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        if values.get("steps") is not None and values.get("epochs") is not None:
+            raise ValueError("name one of `steps` and `epochs`, not both")
+        named = values.get("steps") is not None or values.get("epochs") is not None
+        return values if named else {**values, "epochs": 1.0}
 
     def num_steps(self, num_samples: int, batch_size: int) -> int:
         """Optimizer steps over `num_samples`; an epoch is rounded up to whole batches."""
@@ -122,7 +126,7 @@ class Schedule(Strict):
 
 
 class VerbalizerSpec(Strict):
-    """Architecture of the verbalizers, for teacher and student alike (METHOD: Table 4f of the paper)."""
+    """Architecture of the verbalizers, for teacher and student alike (VLsI, Table 4f)."""
 
     structure: Structure = "verb-ffn"
     style: Literal["residual", "plain"] = "residual"
@@ -188,7 +192,7 @@ class DistillSpec(Strict):
     trust_remote_code: bool = False
     recipe: Recipe = "vlsi"
     layers: TargetLayers = "auto"
-    num_layers: Annotated[int, Field(ge=0)] = 0
+    num_layers: Annotated[int, Field(ge=1)] = 7
     batch_size: Annotated[int, Field(ge=1)] = 512
     micro_batch_size: Annotated[int, Field(ge=1)] = 4
     gradient_checkpointing: bool = False
@@ -202,8 +206,6 @@ class DistillSpec(Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> "DistillSpec":
-        if self.recipe == "vlsi" and self.layers == "auto" and self.num_layers == 0:
-            raise ValueError("recipe `vlsi` needs the student's target layers: `layers: [...]` or `num_layers: N`")
         return _check_batches(self)
 
 
@@ -234,7 +236,7 @@ class CacheSpec(Strict):
     store: StoreSpec = StoreSpec()
     verbalizer: VerbalizerSpec = VerbalizerSpec()
     train_verbalizers: TrainVerbalizersSpec = TrainVerbalizersSpec()
-    distill: DistillSpec = DistillSpec(num_layers=7)
+    distill: DistillSpec = DistillSpec()
     evaluate: EvaluateSpec | None = None
     run: RunSpec = RunSpec()
 
@@ -331,6 +333,9 @@ def _apply_override(values: dict[str, Any], override: str) -> Iterator[str]:
     if last in PATH_KEYS and isinstance(value, str) and Path(value).exists():
         value = str(Path(value).resolve())
     values[last] = value
+    other = {"steps": "epochs", "epochs": "steps"}.get(last)
+    if other in values and value is not None:
+        values[other] = None  # a length in steps replaces one in epochs, and the other way round
 
 
 def _resolve_paths(values: dict[str, Any], folder: Path, prefix: str = "") -> Iterator[str]:
@@ -354,8 +359,17 @@ def _validate(values: dict[str, Any]) -> list[str]:
     try:
         CacheSpec.model_validate(values)
     except ValidationError as error:
-        return [_describe(dict(problem)) for problem in error.errors()]
+        problems = [dict(problem) for problem in error.errors()]
+        return [_describe(problem) for problem in problems if not _is_other_branch(problem, problems)]
     return []
+
+
+def _is_other_branch(problem: dict[str, Any], problems: list[dict[str, Any]]) -> bool:
+    """`auto` was not written, and what was written instead has a problem of its own."""
+    loc = problem["loc"]
+    return loc[-1] == "literal['auto']" and any(
+        p is not problem and p["loc"][: len(loc) - 1] == loc[:-1] for p in problems
+    )
 
 
 def _describe(problem: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """What trains in the student: a LoRA adapter on the language model's linear layers, head and embeddings, or all."""
 
+import warnings
 from typing import Any, cast
 
 import torch
@@ -20,7 +21,9 @@ def add_lora(model: nn.Module, *, rank: int, alpha: float, dropout: float) -> An
     config = LoraConfig(
         r=rank, lora_alpha=cast(int, alpha), lora_dropout=dropout, target_modules=text_linears(model), bias="none"
     )
-    return get_peft_model(cast(Any, model), config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by a name that is being renamed
+        return get_peft_model(cast(Any, model), config)
 
 
 def text_linears(model: nn.Module) -> list[str]:

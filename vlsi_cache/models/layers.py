@@ -1,6 +1,6 @@
 """Hidden states of target layers, gathered at the response positions, and the head that reads them.
 
-Target k means "after k decoder layers" (METHOD: hidden_states[k]); k = number of layers is the output of the final
+Target k means "after k decoder layers" (`hidden_states[k]`); k = number of layers is the output of the final
 norm, which is what enters the head. Logits are never computed here.
 
 Legend: B rows, S positions, T response tokens, V head rows, D hidden size.
@@ -167,7 +167,7 @@ class Backbone:
 
 
 def default_layers(num_layers: int, num_targets: int, *, model_type: str | None = None) -> list[int]:
-    """Evenly spaced targets: the middle of each of `num_targets` equal blocks of layers (METHOD 1.4)."""
+    """Evenly spaced targets: the middle of each of `num_targets` equal blocks of layers."""
     if not 0 <= num_targets < num_layers:
         raise ModelError(
             f"{num_targets} target layers do not fit: a model of {num_layers} layers has {num_layers - 1} "

@@ -1,4 +1,4 @@
-"""Verbalizers: what stands between an intermediate layer and the model's own final norm and head (METHOD 1.1).
+"""Verbalizers: what stands between an intermediate layer and the model's own final norm and head.
 
 `logits = head(final_norm(verbalizer(h)))`; head and final norm are the model's own, frozen and shared. The residual
 style starts as the logit lens exactly, because the last projection of every block is zero at the start.

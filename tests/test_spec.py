@@ -1,0 +1,122 @@
+"""Specs: every mistake at once, with a guess; paths stay below the spec's folder; overrides are recorded."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+import vlsi_cache as vc
+from vlsi_cache.errors import SpecError
+from vlsi_cache.spec import CacheSpec, Schedule, change, spec_from_dict
+
+MINIMAL = {
+    "name": "minimal",
+    "teacher": {"model": "org/teacher", "num_layers": 4},
+    "data": {"path": "rows.jsonl"},
+}
+
+
+def write(folder: Path, **changes: object) -> Path:
+    file = folder / "spec.yaml"
+    file.write_text(yaml.safe_dump({**MINIMAL, **changes}))
+    return file
+
+
+def test_defaults_are_filled_in_and_survive_a_round_trip(tmp_path: Path) -> None:
+    spec = vc.load_spec(write(tmp_path))
+    assert (spec.rows.top_k, spec.rows.tail_samples, spec.rows.taus) == (64, 4, (1.0,))
+    assert (spec.distill.lora.rank, spec.distill.interact.temperature) == (64, "normalized")
+    assert spec.verbalizer.structure == "verb-ffn"
+    assert spec_from_dict(spec.model_dump(mode="json"), where="here") == spec
+    assert spec.data.path == str(tmp_path / "rows.jsonl")
+
+
+def test_all_mistakes_are_listed_at_once_with_guesses(tmp_path: Path) -> None:
+    file = write(tmp_path, rows={"topk": 3, "tail_samples": -1}, techer={}, distill={"lora": {"rnk": 1}})
+    with pytest.raises(SpecError) as caught:
+        vc.load_spec(file)
+    message = str(caught.value)
+    assert "4 mistake(s)" in message
+    for part in (
+        "`rows.topk`: no such key; did you mean `top_k`?",
+        "`rows.tail_samples`",
+        "`techer`: no such key; did you mean `teacher`?",
+        "`distill.lora.rnk`: no such key; did you mean `rank`?",
+    ):
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teacher": {"model": "a/b"}}, "name the target layers"),
+        ({"teacher": {"model": "a/b", "layers": [0, 3]}}, "greater than or equal to 1"),
+        ({"data": {}}, "exactly one source"),
+        ({"data": {"path": "x.jsonl", "generator": "demo"}}, "exactly one source"),
+        ({"data": {"path": "x.jsonl", "options": {"a": 1}}}, "belong to a `generator`"),
+        ({"data": {"path": "../x.jsonl"}}, "leaves the spec's folder"),
+        ({"distill": {"batch_size": 7}}, "7 is not a multiple of `micro_batch_size` 4"),
+        ({"rows": {"taus": [2.0]}}, "starts with 1.0"),
+        ({"rows": {"taus": [1.0, 1.0]}}, "no value twice"),
+        ({"train_verbalizers": {"schedule": {"steps": 1, "epochs": 1}}}, "one of `steps` and `epochs`, not both"),
+        ({"store": {"profile": "tiny"}}, "default"),
+    ],
+)
+def test_one_mistake_one_message(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(SpecError, match=r"1 mistake\(s\)") as caught:
+        vc.load_spec(write(tmp_path, **changes))
+    assert message in str(caught.value)
+
+
+def test_unknown_and_broken_files(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="did you mean `demo`"):
+        vc.load_spec("demoo")
+    for text, message in (("a: [", "not YAML"), ("- 1", "holds list"), ("\x00", "not YAML")):
+        (tmp_path / "bad.yaml").write_text(text)
+        with pytest.raises(SpecError, match=message):
+            vc.load_spec(tmp_path / "bad.yaml")
+    (tmp_path / "bad.yaml").write_bytes(b"name: \xff\xfe")
+    with pytest.raises(SpecError, match="not YAML"):
+        vc.load_spec(tmp_path / "bad.yaml")
+
+
+def test_overrides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = vc.load_spec(write(tmp_path), overrides=["rows.top_k=8", "distill.interact.schedule.learning_rate=1e-3"])
+    assert spec.rows.top_k == 8
+    assert spec.distill.interact.schedule.learning_rate == 1e-3
+    assert vc.load_spec(write(tmp_path), overrides=["distill.sft.schedule.steps=9"]).distill.sft.schedule.epochs is None
+    for override, message in (
+        ("rows.top_k", "write key=value"),
+        ("name.x=1", "not a section"),
+        ("rows.x=1", "no such"),
+    ):
+        with pytest.raises(SpecError, match=message):
+            vc.load_spec(write(tmp_path), overrides=[override])
+    # A path typed on the command line is relative to where it is typed.
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "rows.jsonl").write_text("")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert vc.load_spec(write(tmp_path), overrides=["data.path=rows.jsonl"]).data.path == str(
+        Path("rows.jsonl").resolve()
+    )
+
+
+def test_change_validates() -> None:
+    assert change(Schedule(steps=3), steps=4).steps == 4
+    with pytest.raises(SpecError, match="steps"):
+        change(Schedule(steps=3), steps=-1)
+
+
+@given(st.integers(1, 10_000), st.integers(1, 512), st.floats(0.01, 5, allow_nan=False))
+def test_an_epoch_covers_all_samples(num_samples: int, batch_size: int, epochs: float) -> None:
+    steps = Schedule(epochs=epochs).num_steps(num_samples, batch_size)
+    assert steps * batch_size >= epochs * num_samples - 1e-6
+    assert (steps - 1) * batch_size < epochs * num_samples or steps == 1
+
+
+def test_specs_are_frozen() -> None:
+    spec = CacheSpec.model_validate(MINIMAL)
+    with pytest.raises(ValueError, match="frozen"):
+        spec.rows.top_k = 3  # type: ignore[misc]

@@ -1,0 +1,135 @@
+"""The demo: the whole path on a machine without GPU or network, and a fair comparison of three recipes.
+
+The budget was fixed before any student was trained: every recipe starts from the same warm start and takes the same
+number of optimizer steps over the same cached samples (see `cache_specs/demo.yaml`).
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from vlsi_cache.data.records import read_records
+from vlsi_cache.data.tokenize import load_encoder
+from vlsi_cache.models.load import resolve_model
+from vlsi_cache.report.html import write_demo_report
+from vlsi_cache.spec import CacheSpec, load_spec
+from vlsi_cache.stages.build import build_teacher
+from vlsi_cache.stages.distill import distill, stage_steps
+from vlsi_cache.stages.evaluate import evaluate, evaluate_model
+from vlsi_cache.stages.loop import read_json, say, write_atomically
+from vlsi_cache.stages.plan import plan
+from vlsi_cache.store.reader import Cache
+
+from .tiny_qwen2vl import init_student
+
+RECIPES = ("sft", "last", "vlsi")
+WARM_START_STEPS = 150
+WARM_START = (
+    "distill.sft.mode=full",
+    "distill.sft.schedule.learning_rate=0.002",
+    "distill.verbalize.steps=1",
+    "distill.interact.schedule.steps=1",
+)
+Result = TypeVar("Result")
+
+
+def run_demo(
+    *, out: Path | str = "demo-run", seeds: int = 1, device: str | None = None, overrides: Iterable[str] = ()
+) -> dict[str, Any]:
+    """Plan, build, verify, distil three ways, evaluate, report; a second run goes on or only shows the result.
+
+    `overrides` change the shipped spec. Returns what `out/demo.json` holds. Raises what the stages raise.
+    """
+    out = Path(out)
+    spec = load_spec("demo", overrides=overrides)
+    say(str(plan(spec)))
+    cache, build_s = _timed(lambda: build_teacher(spec, out=out / "cache", device=device))
+    report, verify_s = _timed(lambda: cache.verify(deep=True))
+    say(f"cache: {cache}; verify: {'no problem found' if report.ok else report}")
+    summary = {
+        "seeds": list(range(seeds)),
+        "recipes": list(RECIPES),
+        "budget": _budget(spec, len(cache)),
+        "cache": "cache",
+        "bytes_per_layer_token": cache.bytes_per_layer_token(),
+        "build_s": _remembered(out, "build_s", build_s),
+        "verify_s": verify_s,
+        "teacher": _teacher_scores(spec, out, device),
+        "runs": {recipe: [] for recipe in RECIPES},
+    }
+    for seed in range(seeds):
+        student = _warm_start(cache, out / "runs" / f"seed-{seed}", seed, device)
+        for recipe in RECIPES:
+            summary["runs"][recipe].append(_one_run(cache, student, out, seed, recipe, device))
+    write_atomically(out / "demo.json", json.dumps(summary, indent=1))
+    report_file = write_demo_report(out, example=_example(spec, cache))
+    say(f"report: {report_file}")
+    return summary
+
+
+def _warm_start(cache: Cache, folder: Path, seed: int, device: str | None) -> Path:
+    """The same short start for all recipes: random text layers, then a few supervised steps over all weights."""
+    fresh = folder / "fresh-student"
+    if not (folder / "warm-start").exists():
+        init_student(fresh, seed=seed)
+    changes = [*WARM_START, f"distill.sft.schedule.steps={WARM_START_STEPS - 2}", f"distill.seed={seed}"]
+    run = distill(cache, student=str(fresh), out=folder / "warm-start", recipe="sft", overrides=changes, device=device)
+    return run / "student"
+
+
+def _one_run(cache: Cache, student: Path, out: Path, seed: int, recipe: str, device: str | None) -> dict[str, Any]:
+    folder = out / "runs" / f"seed-{seed}" / recipe
+    changes = [f"distill.seed={seed}"]
+    run = distill(cache, student=str(student), out=folder, recipe=recipe, overrides=changes, device=device)
+    scores = _once(run / "evaluation.json", lambda: evaluate(run, device=device))
+    seconds = sum(stage["seconds"] for stage in read_json(run / "run.json")["stages"])
+    return {
+        "seed": seed,
+        "run": str(run.relative_to(out)),
+        "exact_match": scores["exact_match"],
+        "perplexity": scores["perplexity"],
+        "seconds": seconds,
+    }
+
+
+def _teacher_scores(spec: CacheSpec, out: Path, device: str | None) -> dict[str, Any]:
+    assert spec.evaluate is not None
+    settings, path = spec.evaluate, resolve_model(spec.teacher.model)
+    file = out / "teacher-evaluation.json"
+    scores = _once(file, lambda: evaluate_model(path, settings, dtype=spec.teacher.dtype, device=device))
+    write_atomically(file, json.dumps(scores, indent=1))
+    return scores
+
+
+def _example(spec: CacheSpec, cache: Cache) -> dict[str, Any]:
+    """One cached sample with its picture, and what every layer says token by token."""
+    from vlsi_cache.report.example import example_of
+
+    record = read_records(spec.data)[0]
+    return example_of(cache[record.id], record, load_encoder(resolve_model(spec.teacher.model)))
+
+
+def _budget(spec: CacheSpec, num_samples: int) -> str:
+    steps = stage_steps(spec.distill, num_samples)
+    parts = ", ".join(f"{stage} {count}" for stage, count in steps.items())
+    return (
+        f"{sum(steps.values())} optimizer steps of {spec.distill.batch_size} samples for every recipe (vlsi: {parts}), "
+        "over the same cached samples and from the same warm start; fixed before the first student was trained"
+    )
+
+
+def _timed(work: Callable[[], Result]) -> tuple[Result, float]:
+    started = time.monotonic()
+    return work(), time.monotonic() - started
+
+
+def _once(file: Path, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    return read_json(file) if file.is_file() else work()
+
+
+def _remembered(out: Path, key: str, value: float) -> float:
+    """The first measurement of a step that a second run skips."""
+    file = out / "demo.json"
+    return float(read_json(file)[key]) if file.is_file() else value
