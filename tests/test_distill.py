@@ -217,6 +217,7 @@ def test_the_student_must_share_the_tokenizer(cache: Cache, tmp_path: Path) -> N
     other = save_model(tmp_path / "other", num_layers=3, hidden=16, seed=1, extra="zebra yonder xylophone quilt")
     with pytest.raises(ModelError, match="another tokenizer"):
         vc.distill(cache, student=str(other), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_changed_data_is_refused(cache: Cache, student_folder: Path, tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, overload
 
+from tqdm import tqdm
+
 from vlsi_cache.errors import DataError, list_problems
 from vlsi_cache.spec import DataSpec
 
@@ -87,7 +89,7 @@ def read_records(data: DataSpec) -> RecordSet:
     source = data.path or f"generator {data.generator}"
     reading = _Reading(_media_root(data))
     num_rows = 0
-    for where, row in raw_rows(data):
+    for where, row in tqdm(raw_rows(data), desc="read rows", unit="row", delay=2, disable=None):
         num_rows += 1
         _read_row(reading, where, row)
     if reading.problems and data.bad_rows == "refuse":

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from tqdm import tqdm
 
 from vlsi_cache.errors import DataError, ModelError, list_problems
 
@@ -252,7 +253,7 @@ def fit_rows(
     kept: list[tuple[int, int, np.ndarray]] = []
     skipped: list[dict[str, str]] = []
     problems: list[str] = []
-    for index, record in enumerate(records):
+    for index, record in enumerate(tqdm(records, desc="measure rows", unit="row", delay=2, disable=None)):
         try:
             num_prompt, response_ids = encoder.measure(record)
         except DataError as error:

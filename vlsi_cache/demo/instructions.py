@@ -202,7 +202,7 @@ def _neighbour(scene: Scene, rng: random.Random) -> Question | None:
     mark, direction, anchor = rng.choice(found)
     where = f"directly {direction} the {anchor.phrase}"
     text = rng.choice((f"Which shape is {where}?", f"What do you see {where}?", f"Name the shape {where}."))
-    return Question("neighbour", text, f"{_a(mark.name).capitalize()} is {where}.", mark.name)
+    return Question("neighbour", text, f"The shape {where} is {_a(mark.name)}.", mark.name)
 
 
 def _digit(scene: Scene, rng: random.Random) -> Question | None:

@@ -179,9 +179,9 @@ def _build_parts(
         writing: deque[Future[Any]] = deque()
         for part in missing:
             samples = _part_samples(teacher, parts[part], bar)
-            if len(writing) == MAX_WAITING_PARTS:
-                bar.set_postfix_str("waits for the disk")
-                writing.popleft().result()
+            while writing and (writing[0].done() or len(writing) == MAX_WAITING_PARTS):
+                bar.set_postfix_str("" if writing[0].done() else "waits for the disk")
+                writing.popleft().result()  # a write that failed stops the build here, with its cause
             writing.append(disk.submit(writer.write_part, part, samples))
         while writing:
             writing.popleft().result()

@@ -53,6 +53,7 @@ def distill(
     opened = cache if isinstance(cache, Cache) else reader.open(cache)
     spec = distill_spec(opened, student=student, recipe=recipe, overrides=overrides)
     path = resolve_model(str(spec.distill.student))
+    student_side = _open_student(opened, spec, path)  # a student that does not fit leaves no run folder behind
     run = open_run(
         Path(out),
         "distill",
@@ -67,7 +68,7 @@ def distill(
     if run.is_done:
         say(f"{out} is finished; nothing to do")
         return run.path
-    state = _open_student(opened, spec, path, run, device=device)
+    state = _load(opened, spec, path, run, *student_side, device=device)
     with closing(state.log):
         finish_run(run, stages=_run_stages(state))
     return run.path
@@ -187,7 +188,8 @@ def _verbalize(state: StudentState, num_steps: int) -> tuple[Verbalizers, dict[s
     return verbalizers, entry
 
 
-def _open_student(cache: Cache, spec: CacheSpec, path: str, run: Run, *, device: str | None) -> StudentState:
+def _open_student(cache: Cache, spec: CacheSpec, path: str) -> tuple[Encoder, list[int]]:
+    """The student's encoder and target layers, checked against the cache; no weights."""
     distill = spec.distill
     encoder = load_encoder(
         path,
@@ -197,8 +199,13 @@ def _open_student(cache: Cache, spec: CacheSpec, path: str, run: Run, *, device:
     )
     _check_tokenizer(cache, encoder, path)
     config = load_config(path, trust_remote_code=distill.trust_remote_code)
-    layers = _student_layers(distill, config, num_teacher=len(cache.layers) - 1)
-    where = pick_device(device or spec.run.device)
+    return encoder, _student_layers(distill, config, num_teacher=len(cache.layers) - 1)
+
+
+def _load(
+    cache: Cache, spec: CacheSpec, path: str, run: Run, encoder: Encoder, layers: list[int], *, device: str | None
+) -> StudentState:
+    distill, where = spec.distill, pick_device(device or spec.run.device)
     model = load_model(
         path,
         dtype=distill.student_dtype,

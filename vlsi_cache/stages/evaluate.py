@@ -81,7 +81,7 @@ def evaluate_model(
         trust_remote_code=trust_remote_code,
     )
     records = list(read_records(data))[:limit]
-    kept, skipped = fit_rows(records, encoder, data.max_length)
+    kept, skipped = fit_rows(records, encoder, data.max_length, bad_rows=data.bad_rows)
     if skipped:
         say(f"{len(skipped)} held-out rows are longer than {data.max_length} tokens and were left out")
     where = pick_device(device)

@@ -85,7 +85,7 @@ def open_teacher_inputs(spec: CacheSpec) -> TeacherInputs:
         trust_remote_code=teacher.trust_remote_code,
     )
     records = read_records(spec.data)
-    kept, too_long = fit_rows(records, encoder, spec.data.max_length)
+    kept, too_long = fit_rows(records, encoder, spec.data.max_length, bad_rows=spec.data.bad_rows)
     return TeacherInputs(
         spec=spec,
         model_path=path,
