@@ -186,10 +186,9 @@ def expected_scene_answer(kind: str, question: str, cells: dict[tuple[int, int],
     if kind == "digit":
         assert found.isdigit()
         return f"The digit {'in the ' + where + ' corner' if where in CORNERS else where} is {found}."
+    assert kind == "corner"
     assert not found.isdigit()
-    if kind == "corner":
-        return f"The {where} corner shows {article(found)}."
-    return f"The shape {where} is a {found.split()[1]}."
+    return f"The {where} corner shows {article(found)}."
 
 
 def value_of(row: Row) -> str:
@@ -197,10 +196,8 @@ def value_of(row: Row) -> str:
     answer = answer_of(row)
     if row["kind"] == "count" or "digit" in answer or row["kind"] in ("bar_value", "bar_difference"):
         return re.findall(r"\d", answer)[-1]
-    if row["kind"] in ("corner", "neighbour"):
-        found = re.search(rf"(?i)\ban? ((?:(?:{COLOUR}) )?(?:{SHAPE}))", answer)
-        assert found
-        return found[1]
+    if row["kind"] == "corner":
+        return answer.removesuffix(".").split(" shows ")[1]
     return re.findall(COLOUR, answer)[0]
 
 
@@ -327,12 +324,11 @@ def test_unknown_split_is_named() -> None:
 # --- the tiny models ------------------------------------------------------------------------------------------------
 
 
-def test_training_program_runs_and_the_student_shares_the_vision_tower(tmp_path: Path) -> None:
-    torch = pytest.importorskip("torch")
+def test_training_program_writes_a_folder_that_generates(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
     from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 
     from vlsi_cache.demo import check_teacher, train_teacher
-    from vlsi_cache.demo.tiny_qwen2vl import init_student
 
     teacher_dir = tmp_path / "teacher"
     options = "--steps 2 --vision-steps 2 --batch-size 3 --eval-samples 9"
@@ -340,21 +336,11 @@ def test_training_program_runs_and_the_student_shares_the_vision_tower(tmp_path:
     shares = check_teacher.exact_match(teacher_dir, num_samples=9)
     assert set(shares) == {*KINDS, "all"}
 
-    students = [init_student(tmp_path / name, seed=seed, teacher=teacher_dir) for name, seed in (("a", 0), ("b", 1))]
-    teacher, first, second = map(Qwen2VLForConditionalGeneration.from_pretrained, (teacher_dir, *students))
-    shared = teacher.model.visual.blocks.state_dict()
-    for student in (first, second):
-        assert all(
-            torch.equal(weight, shared[name]) for name, weight in student.model.visual.blocks.state_dict().items()
-        )
-        assert student.lm_head.weight.shape[1] != teacher.lm_head.weight.shape[1]
-        assert student.lm_head.weight.shape[0] != teacher.lm_head.weight.shape[0]
-    assert not torch.equal(first.lm_head.weight, second.lm_head.weight)
-    tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in (teacher_dir, students[0])]
-    assert tokenizers[0].get_vocab() == tokenizers[1].get_vocab()
-    assert len(tokenizers[0]) < teacher.lm_head.weight.shape[0]
+    teacher = Qwen2VLForConditionalGeneration.from_pretrained(teacher_dir)
+    tokenizer = AutoTokenizer.from_pretrained(teacher_dir)
+    assert len(tokenizer) < teacher.lm_head.weight.shape[0]
     text = "any text: h\u00e9llo \u65e5\u672c\n 12 <|im_end|>"
-    assert tokenizers[0].decode(tokenizers[0](text).input_ids) == text
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
 
 
 def test_fast_forward_is_the_library_forward() -> None:

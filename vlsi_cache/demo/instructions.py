@@ -19,7 +19,7 @@ from vlsi_cache.demo.drawing import COLOURS, GRID, SHAPES, Bar, Chart, Mark, Pic
 # Of 256 digest values, the range that belongs to the split; "teacher" is what the demo teacher was trained on.
 SPLITS: dict[str, range] = {"heldout": range(32), "train": range(32, 96), "teacher": range(96, 256)}
 CHART_KINDS = ("bar_value", "bar_extreme", "bar_compare", "bar_difference")
-SCENE_KINDS = ("count", "colour", "corner", "neighbour", "digit")
+SCENE_KINDS = ("count", "colour", "corner", "digit")
 KINDS = CHART_KINDS + SCENE_KINDS
 
 CORNERS = {"top left": 0, "top right": GRID - 1, "bottom left": GRID * (GRID - 1), "bottom right": GRID * GRID - 1}
@@ -178,8 +178,8 @@ def _corner(scene: Scene, rng: random.Random) -> Question | None:
     return Question("corner", text, f"The {corner} corner shows {_a(phrase)}.", phrase)
 
 
-def _beside(scene: Scene, *, digits: bool) -> list[tuple[Mark, str, Mark]]:
-    """Every (mark, direction, anchor): the anchor's shape and colour occur once, the mark is in the next cell."""
+def _beside(scene: Scene) -> list[tuple[Mark, str, Mark]]:
+    """Every (digit, direction, anchor): the anchor's shape and colour occur once, the digit is in the next cell."""
     at = {mark.cell: mark for mark in scene.marks}
     phrases = [mark.phrase for mark in scene.marks]
     found = []
@@ -190,24 +190,14 @@ def _beside(scene: Scene, *, digits: bool) -> list[tuple[Mark, str, Mark]]:
         for direction, (down, right) in DIRECTIONS.items():
             y, x = row + down, column + right
             mark = at.get(y * GRID + x) if 0 <= y < GRID and 0 <= x < GRID else None
-            if mark is not None and mark.is_digit == digits:
+            if mark is not None and mark.is_digit:
                 found.append((mark, direction, anchor))
     return found
 
 
-def _neighbour(scene: Scene, rng: random.Random) -> Question | None:
-    found = _beside(scene, digits=False)
-    if not found:
-        return None
-    mark, direction, anchor = rng.choice(found)
-    where = f"directly {direction} the {anchor.phrase}"
-    text = rng.choice((f"Which shape is {where}?", f"What do you see {where}?", f"Name the shape {where}."))
-    return Question("neighbour", text, f"The shape {where} is {_a(mark.name)}.", mark.name)
-
-
 def _digit(scene: Scene, rng: random.Random) -> Question | None:
-    places = [f"directly {direction} the {anchor.phrase}" for _, direction, anchor in _beside(scene, digits=True)]
-    values = [mark.name for mark, _, _ in _beside(scene, digits=True)]
+    places = [f"directly {direction} the {anchor.phrase}" for _, direction, anchor in _beside(scene)]
+    values = [mark.name for mark, _, _ in _beside(scene)]
     at = {mark.cell: mark for mark in scene.marks if mark.is_digit}
     for corner, cell in CORNERS.items():
         if cell in at:
@@ -230,7 +220,6 @@ _ASK: dict[str, Callable[[Any, random.Random], Question | None]] = {
     "count": _count,
     "colour": _colour,
     "corner": _corner,
-    "neighbour": _neighbour,
     "digit": _digit,
 }
 

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from vlsi_cache.data.records import read_records
 from vlsi_cache.data.tokenize import load_encoder
 from vlsi_cache.models.load import resolve_model
+from vlsi_cache.models.prune_depth import init_student
 from vlsi_cache.report.html import write_demo_report
 from vlsi_cache.spec import CacheSpec, load_spec
 from vlsi_cache.stages.build import build_teacher
@@ -22,13 +23,12 @@ from vlsi_cache.stages.loop import read_json, say, write_atomically
 from vlsi_cache.stages.plan import plan
 from vlsi_cache.store.reader import Cache
 
-from .tiny_qwen2vl import init_student
-
 RECIPES = ("sft", "last", "vlsi")
-WARM_START_STEPS = 150
+STUDENT_LAYERS = "0-1,6-7"  # of the teacher's eight
+WARM_START_STEPS = 80
 WARM_START = (
     "distill.sft.mode=full",
-    "distill.sft.schedule.learning_rate=0.002",
+    "distill.sft.schedule.learning_rate=0.001",
     "distill.verbalize.steps=1",
     "distill.interact.schedule.steps=1",
 )
@@ -60,7 +60,7 @@ def run_demo(
         "runs": {recipe: [] for recipe in RECIPES},
     }
     for seed in range(seeds):
-        student = _warm_start(cache, out / "runs" / f"seed-{seed}", seed, device)
+        student = _warm_start(spec, cache, out / "runs" / f"seed-{seed}", seed, device)
         for recipe in RECIPES:
             summary["runs"][recipe].append(_one_run(cache, student, out, seed, recipe, device))
     write_atomically(out / "demo.json", json.dumps(summary, indent=1))
@@ -69,11 +69,11 @@ def run_demo(
     return summary
 
 
-def _warm_start(cache: Cache, folder: Path, seed: int, device: str | None) -> Path:
-    """The same short start for all recipes: random text layers, then a few supervised steps over all weights."""
+def _warm_start(spec: CacheSpec, cache: Cache, folder: Path, seed: int, device: str | None) -> Path:
+    """The same short start for all recipes: half of the teacher's layers, then some supervised steps on all weights."""
     fresh = folder / "fresh-student"
     if not (folder / "warm-start").exists():
-        init_student(fresh, seed=seed)
+        init_student(spec.teacher.model, STUDENT_LAYERS, fresh)
     changes = [*WARM_START, f"distill.sft.schedule.steps={WARM_START_STEPS - 2}", f"distill.seed={seed}"]
     run = distill(cache, student=str(fresh), out=folder / "warm-start", recipe="sft", overrides=changes, device=device)
     return run / "student"

@@ -9,7 +9,6 @@ from __future__ import annotations
 from itertools import islice
 from pathlib import Path
 
-import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -107,26 +106,19 @@ def build_image_processor() -> Qwen2VLImageProcessorPil:
     )
 
 
-def build_config(
-    tokenizer: PreTrainedTokenizerFast,
-    *,
-    num_layers: int,
-    hidden_size: int,
-    intermediate_size: int,
-    spare_rows: int = 0,
-) -> Qwen2VLConfig:
-    """Configuration of a teacher or student; `spare_rows` more head rows than the next multiple of 64 above the tokens.
+def teacher_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2VLConfig:
+    """8 layers, hidden 192; the head has more rows than there are tokens, as in the family.
 
-    M-RoPE gives the last frequencies to the columns of the picture, so its base is low: with the family's 1e6 four
-    neighbouring columns could not be told apart at this head size.
+    M-RoPE's base is 1e4, the family's 1e6 scaled down with the contexts. It must not be so low that every frequency is
+    fast: words could then not be matched to pictures over a varying distance.
     """
     ids = {token: token_id(tokenizer, token) for token in SPECIAL_TOKENS}
     text = {
-        "vocab_size": (len(tokenizer) // HEAD_MULTIPLE + 1) * HEAD_MULTIPLE + spare_rows,
-        "hidden_size": hidden_size,
-        "intermediate_size": intermediate_size,
-        "num_hidden_layers": num_layers,
-        "num_attention_heads": hidden_size // 32,
+        "vocab_size": (len(tokenizer) // HEAD_MULTIPLE + 1) * HEAD_MULTIPLE,
+        "hidden_size": 192,
+        "intermediate_size": 384,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 6,
         "num_key_value_heads": 2,
         "max_position_embeddings": 2048,
         "rms_norm_eps": 1e-6,
@@ -141,7 +133,7 @@ def build_config(
         "embed_dim": 96,
         "num_heads": 3,
         "mlp_ratio": 4,
-        "hidden_size": hidden_size,
+        "hidden_size": 192,
         "patch_size": PATCH,
         "rope_parameters": {"rope_type": "axial", "rope_theta": 100.0},
         "initializer_range": 0.04,
@@ -157,16 +149,6 @@ def build_config(
     )
 
 
-def teacher_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2VLConfig:
-    """8 layers, hidden 192."""
-    return build_config(tokenizer, num_layers=8, hidden_size=192, intermediate_size=384)
-
-
-def student_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2VLConfig:
-    """4 layers, hidden 128; 64 more head rows than the teacher, as the real sizes differ in their padding."""
-    return build_config(tokenizer, num_layers=4, hidden_size=128, intermediate_size=256, spare_rows=HEAD_MULTIPLE)
-
-
 def save_folder(model: Qwen2VLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     """Write a folder that `from_pretrained` loads: weights, configs, tokenizer, chat template, image processor."""
     model.generation_config = GenerationConfig(
@@ -175,19 +157,3 @@ def save_folder(model: Qwen2VLForConditionalGeneration, tokenizer: PreTrainedTok
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     build_image_processor().save_pretrained(out)
-
-
-def init_student(out: Path, *, seed: int, teacher: Path = TEACHER_DIR) -> Path:
-    """Write an untrained student: vision blocks of `teacher`, everything of the student's own width drawn from `seed`.
-
-    The family shares one vision tower between its sizes; only the patch merger, which maps to the text width, is new.
-    """
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(teacher)
-    source = Qwen2VLForConditionalGeneration.from_pretrained(teacher, dtype=torch.float32)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        student = Qwen2VLForConditionalGeneration(student_config(tokenizer))
-    student.model.visual.patch_embed.load_state_dict(source.model.visual.patch_embed.state_dict())
-    student.model.visual.blocks.load_state_dict(source.model.visual.blocks.state_dict())
-    save_folder(student, tokenizer, out)
-    return out

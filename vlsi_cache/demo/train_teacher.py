@@ -31,7 +31,7 @@ from vlsi_cache.demo.tiny_qwen2vl import PATCH, build_tokenizer, save_folder, te
 IGNORE_INDEX = -100
 NUM_COUNTS = 9
 # What is learnt slowly is asked more often.
-TRAIN_KINDS = (*KINDS, "bar_difference", "colour", *("count", "neighbour", "digit") * 4)
+TRAIN_KINDS = (*KINDS, "bar_difference", "colour", *("count", "digit") * 4)
 Example = tuple[Picture, list[Question]]
 
 
@@ -266,8 +266,7 @@ def train_vision(
 
     An image token learns to point at the embeddings of its cell's colour and name, so the text layers start with
     pictures and words in one space. Linear heads that are thrown away make it also tell what lies beside the cell,
-    where the cell is and how many marks are like it: without them the text layers need far longer for neighbours and
-    counts.
+    where the cell is and how many marks are like it, which the text layers were slow to find out by themselves.
     """
     words = cell_words(tokenizer)
     embeddings_VD = model.model.language_model.embed_tokens.weight.detach()
@@ -320,7 +319,7 @@ def main(argv: list[str] | None = None) -> None:
     """Command line; the defaults train from nothing (the card of the shipped teacher lists its own stages)."""
     parser = argparse.ArgumentParser(prog="python -m vlsi_cache.demo.train_teacher", description=__doc__)
     parser.add_argument("-o", "--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--steps", type=int, default=5500, help="steps on questions")
+    parser.add_argument("--steps", type=int, default=5600, help="steps on questions")
     parser.add_argument("--vision-steps", type=int, default=2500, help="steps on cells before that")
     parser.add_argument("--vision-lr", type=float, default=2e-3, help="peak learning rate of the vision steps")
     parser.add_argument("--batch-size", type=int, default=12, help="pictures a step")

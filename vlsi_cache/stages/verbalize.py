@@ -66,7 +66,7 @@ def train_verbalizers(spec: CacheSpec, *, out: Path | str, device: str | None = 
             seed=settings.seed,
         )
     verbalizers.save(
-        out / "verbalizers", provenance={"teacher_digest": inputs.weights_digest, "model": inputs.model_path}
+        out / "verbalizers", provenance={"teacher_digest": inputs.weights_digest, "model": spec.teacher.model}
     )
     finish_run(run, stages=[stage])
     return out
