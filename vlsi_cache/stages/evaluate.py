@@ -52,6 +52,7 @@ def evaluate(
         str(folder / "student") if run else resolve_model(str(model)),
         spec.evaluate,
         verbalizers=str(folder / "verbalizers") if (folder / "verbalizers").is_dir() else None,
+        trust_remote_code=spec.distill.trust_remote_code,
         device=device,
         limit=limit,
     )
