@@ -116,7 +116,7 @@ def _budget(spec: CacheSpec, num_samples: int) -> str:
     parts = ", ".join(f"{stage} {count}" for stage, count in steps.items())
     return (
         f"{sum(steps.values())} optimizer steps of {spec.distill.batch_size} samples for every recipe (vlsi: {parts}), "
-        "over the same cached samples and from the same warm start; fixed before the first student was trained"
+        "over the same cached samples and from the same warm start; fixed before any of these students was trained"
     )
 
 
