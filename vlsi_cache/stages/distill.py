@@ -79,6 +79,8 @@ def distill_spec(
 ) -> CacheSpec:
     """The spec stored in the cache with the changes for this run; what the cache has fixed cannot be changed."""
     stored = spec_from_dict(cache.header.spec, where=str(cache.path))
+    # A cache may come from somebody else: running a model's own code is allowed by this call's overrides alone.
+    stored = change(stored, distill={**stored.distill.model_dump(), "trust_remote_code": False})
     spec = apply_overrides(stored, overrides)
     fixed = [key for key in FIXED_BY_THE_CACHE if getattr(spec, key) != getattr(stored, key)]
     if fixed:
@@ -208,7 +210,8 @@ def _load(
     distill, where = spec.distill, pick_device(device or spec.run.device)
     model = load_model(
         path,
-        dtype=distill.student_dtype,
+        # The CPU trains in fp32 without autocast, so mixed bf16 and fp32 weights would not fit each other there.
+        dtype="float32" if where.type == "cpu" and distill.student_dtype == "auto" else distill.student_dtype,
         device=str(where),
         trust_remote_code=distill.trust_remote_code,
         attn_implementation=distill.attn_implementation,

@@ -35,13 +35,13 @@ def train_verbalizers(spec: CacheSpec, *, out: Path | str, device: str | None = 
     Writes `verbalizers/layer_KKKK.safetensors`, `verbalizers.json`, `metrics.jsonl`, `run.json`, `report.html`.
     """
     out, settings = Path(out), spec.train_verbalizers
-    run = open_run(out, "train-verbalizers", spec, device=device)
-    if run.is_done:
-        say(f"{out} is finished; nothing to do")
-        return out
     inputs = open_teacher_inputs(spec)
     if not inputs.target_layers:
         raise SpecError("`teacher.layers` is empty: there is nothing to verbalize")
+    run = open_run(out, "train-verbalizers", spec, device=device, teacher_digest=inputs.weights_digest)
+    if run.is_done:
+        say(f"{out} is finished; nothing to do")
+        return out
     backbone = inputs.load_backbone(device or spec.run.device)
     say(f"teacher: {inputs.model_path} on {backbone.device}")
 
