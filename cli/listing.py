@@ -39,7 +39,8 @@ def _describe(path: Path, marker: str) -> dict[str, Any]:
 
 
 def _cache(path: Path) -> dict[str, Any]:
-    from vlsi_cache.store.layout import list_parts, load_header
+    from vlsi_cache.store.files import load_header
+    from vlsi_cache.store.layout import list_parts
 
     header, done = load_header(path), len(list_parts(path))
     state = "complete" if done == header.num_parts else f"{done}/{header.num_parts} parts"

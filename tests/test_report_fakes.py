@@ -12,7 +12,8 @@ from vlsi_cache.report.example import grid_of
 from vlsi_cache.sparse.rows import SparseRows
 from vlsi_cache.store.layout import CacheHeader
 from vlsi_cache.store.reader import open as open_cache
-from vlsi_cache.store.writer import CacheWriter, PartSamples
+from vlsi_cache.store.samples import PartSamples
+from vlsi_cache.store.writer import CacheWriter
 
 V, K, M = 60, 5, 2
 LAYERS = [1, 2, 3, 4]
@@ -57,12 +58,12 @@ def write_cache(path: Path, *, num_parts: int = 2, num_written: int | None = Non
         fingerprint={"teacher.weights": "feed", "rows.top_k": K},
         layers=LAYERS,
         num_model_layers=LAYERS[-1],
-        top_k=K,
+        top_k=[K] * len(LAYERS),
         tail_samples=M,
         v_real=V,
         num_parts=num_parts,
         num_samples=len(responses),
-        num_tokens=sum(map(len, responses)),
+        num_response_tokens=sum(map(len, responses)),
         skipped=[{"id": f"long-{n}", "reason": "prompt <too> long"} for n in range(skipped)],
     )
     writer = CacheWriter.create_or_resume(path, header, np.arange(V, dtype=np.uint32))

@@ -8,7 +8,8 @@ import numpy as np
 
 from vlsi_cache.sparse.rows import SparseRows
 from vlsi_cache.store.layout import CacheHeader
-from vlsi_cache.store.writer import CacheWriter, PartSamples
+from vlsi_cache.store.samples import PartSamples
+from vlsi_cache.store.writer import CacheWriter
 
 
 @dataclass
@@ -69,12 +70,12 @@ def header_of(case: Case) -> CacheHeader:
         fingerprint={"teacher": "tiny", "taus": [1.0]},
         layers=list(range(1, case.num_layers + 1)),
         num_model_layers=case.num_layers,
-        top_k=case.top_k,
+        top_k=[case.top_k] * case.num_layers,
         tail_samples=case.num_tail,
         v_real=len(case.id_of_rank),
         num_parts=len(case.parts),
         num_samples=sum(len(part.sample_ids) for part in case.parts),
-        num_tokens=sum(part.rows.num_tokens for part in case.parts),
+        num_response_tokens=sum(part.rows.num_tokens for part in case.parts),
     )
 
 

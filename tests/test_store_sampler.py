@@ -77,7 +77,7 @@ def test_no_layers_means_no_layered_file_is_read(root: Path, tmp_path: Path) -> 
     cache = reader.open(copy)
     rows = list(PartWindowReader(cache, layers=[], seed=0, epoch=0))
     assert len(rows) == len(cache)
-    assert rows[0].ids_LTK.shape == (0, rows[0].num_tokens, cache.header.top_k)
+    assert rows[0].ids_LTK.shape == (0, rows[0].num_tokens, cache.header.widest)
     assert rows[0].response_ids_R.size
 
 

@@ -74,25 +74,84 @@ class DataSpec(Strict):
         return self
 
 
-class RowsSpec(Strict):
-    """What is kept of each (layer, token) distribution."""
+class TokensSpec(Strict):
+    """Which response tokens get rows: all, or those one rule chooses. The entropy is that of the last layer, in nats.
 
-    top_k: Annotated[int, Field(ge=1)] = 64
-    tail_samples: Annotated[int, Field(ge=0, le=64)] = 4
-    taus: tuple[Annotated[float, Field(gt=0)], ...] = (1.0,)
-    seed: int = 0
+    `entropy_above`: above this value. `entropy_top`: this share of each part's tokens, those of highest entropy.
+    `random`: this share, drawn from `rows.seed` and the sample's id.
+    """
+
+    entropy_above: Annotated[float, Field(ge=0)] | None = None
+    entropy_top: Annotated[float, Field(gt=0, le=1)] | None = None
+    random: Annotated[float, Field(gt=0, le=1)] | None = None
 
     @model_validator(mode="after")
-    def _taus_hold_one(self) -> "RowsSpec":
+    def _one_rule(self) -> "TokensSpec":
+        if len([rule for rule in (self.entropy_above, self.entropy_top, self.random) if rule is not None]) > 1:
+            raise ValueError("name one of `entropy_above`, `entropy_top` and `random`")
+        return self
+
+    @property
+    def expected_share(self) -> float:
+        """Share of the tokens that will be kept, as far as it is known beforehand."""
+        return self.entropy_top or self.random or 1.0
+
+
+class RowsSpec(Strict):
+    """What is kept of each (layer, token) distribution.
+
+    `kind: top-k` keeps the `top_k` likeliest tokens (a list names one k for each cached layer, the final one last);
+    with `top_p`, only as many of them as reach that mass, at least `min_k`. `kind: sampled` keeps `num_draws` draws
+    from the whole distribution instead, and needs no tail samples.
+    """
+
+    kind: Literal["top-k", "sampled"] = "top-k"
+    top_k: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], ...] = 64
+    top_p: Annotated[float, Field(gt=0, lt=1)] | None = None
+    min_k: Annotated[int, Field(ge=1)] = 1
+    num_draws: Annotated[int, Field(ge=1, le=65535)] = 50
+    tail_samples: Annotated[int, Field(ge=0, le=64)] = 4
+    taus: tuple[Annotated[float, Field(gt=0)], ...] = (1.0,)
+    select_tokens: TokensSpec = TokensSpec()
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "RowsSpec":
         if self.taus[:1] != (1.0,) or len(set(self.taus)) != len(self.taus):
             raise ValueError("`taus` starts with 1.0 (the log-probs are stored at 1.0) and names no value twice")
+        smallest = self.top_k if isinstance(self.top_k, int) else min(self.top_k, default=0)
+        if smallest < 1:
+            raise ValueError("`top_k` is a number, or a list with one number for each cached layer")
+        if self.min_k > smallest:
+            raise ValueError(f"`min_k` {self.min_k} is above `top_k` {smallest}")
+        if self.top_p is None and self.min_k > 1:
+            raise ValueError("`min_k` belongs to `top_p`, and none is named")
+        if self.kind == "sampled" and self.top_p is not None:
+            raise ValueError("`top_p` belongs to `kind: top-k`")
         return self
+
+    def widths(self, num_layers: int) -> list[int]:
+        """The largest number of entries of each of `num_layers` cached layers."""
+        if self.kind == "sampled":
+            return [self.num_draws] * num_layers
+        if isinstance(self.top_k, int):
+            return [self.top_k] * num_layers
+        if len(self.top_k) != num_layers:
+            raise SpecError(
+                f"`rows.top_k` names {len(self.top_k)} numbers and {num_layers} layers are cached: "
+                "one for each target layer, and the final layer last"
+            )
+        return list(self.top_k)
 
 
 class StoreSpec(Strict):
-    """How the rows lie on disk. `part_mib` is the uncompressed size a part aims at, in MiB."""
+    """How the rows lie on disk. `part_mib` is the uncompressed size a part aims at, in MiB.
 
-    profile: Literal["default"] = "default"
+    `default`: one byte a log-prob, compressed. `exact`: every bit of the log-probs, compressed. `fast`: two bytes a
+    log-prob, not compressed, read through a memory map.
+    """
+
+    profile: Literal["default", "exact", "fast"] = "default"
     part_mib: Annotated[float, Field(gt=0)] = 64.0
 
 
@@ -244,10 +303,7 @@ class CacheSpec(Strict):
         """The settings that decide the bytes of a cache, by their dotted key."""
         return {
             "teacher.dtype": self.teacher.dtype,
-            "rows.top_k": self.rows.top_k,
-            "rows.tail_samples": self.rows.tail_samples,
-            "rows.taus": list(self.rows.taus),
-            "rows.seed": self.rows.seed,
+            **{f"rows.{key}": value for key, value in self.rows.model_dump(mode="json").items()},
             "store.profile": self.store.profile,
             "store.part_mib": self.store.part_mib,
             "data.max_length": self.data.max_length,

@@ -4,7 +4,7 @@ Shapes: B samples, S positions (padded on the right), T response tokens of all s
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -33,6 +33,11 @@ class Batch:
         moved = {name: getattr(self, name).to(device) for name in ("rows_T", "positions_T", "gold_T", "labels_BS")}
         inputs = {key: value.to(device) for key, value in self.inputs.items()}
         return Batch(inputs=inputs, num_tokens=self.num_tokens, **moved)
+
+    def at(self, index_T: torch.Tensor, num_tokens: list[int]) -> "Batch":
+        """The same samples with some of their response tokens, `num_tokens` of each; inputs and labels stay whole."""
+        chosen = {name: getattr(self, name)[index_T] for name in ("rows_T", "positions_T", "gold_T")}
+        return replace(self, num_tokens=num_tokens, **chosen)
 
 
 def collate(samples: Sequence[Encoded], *, pad_id: int, device: str | torch.device = "cpu") -> Batch:

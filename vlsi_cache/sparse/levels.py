@@ -42,21 +42,24 @@ def encode_levels(logprobs_NK: np.ndarray) -> np.ndarray:
     return stored_RK.reshape(logprobs_NK.shape)
 
 
-def decode_levels(stored_NK: np.ndarray, tail_mass_N: np.ndarray) -> np.ndarray:
-    """Log-probs (float32) whose kept mass is 1 - `tail_mass_N`; level 0 gives -inf."""
+def decode_levels(stored_NK: np.ndarray, tail_mass_N: np.ndarray, mask_NK: np.ndarray | None = None) -> np.ndarray:
+    """Log-probs (float32) whose kept mass is 1 - `tail_mass_N`; level 0 gives -inf, and so does a False in the mask."""
     flat_RK = stored_NK.reshape(-1, stored_NK.shape[-1])
     kept_R1 = 1.0 - np.asarray(tail_mass_N, np.float32).reshape(-1, 1)
+    mask_RK = None if mask_NK is None else mask_NK.reshape(flat_RK.shape)
     logprobs_RK = np.empty(flat_RK.shape, np.float32)
     for start in range(0, len(flat_RK), ROWS_AT_A_TIME):
         rows = slice(start, start + ROWS_AT_A_TIME)
-        _decode_rows(flat_RK[rows], kept_R1[rows], logprobs_RK[rows])
+        _decode_rows(flat_RK[rows], kept_R1[rows], None if mask_RK is None else mask_RK[rows], logprobs_RK[rows])
     return logprobs_RK.reshape(stored_NK.shape)
 
 
-def _decode_rows(stored_RK: np.ndarray, kept_R1: np.ndarray, out_RK: np.ndarray) -> None:
+def _decode_rows(stored_RK: np.ndarray, kept_R1: np.ndarray, mask_RK: np.ndarray | None, out_RK: np.ndarray) -> None:
     # level_k = first - descents = 2 * first - cumsum, all modulo 256.
     level_RK = np.cumsum(stored_RK, axis=1, dtype=np.uint8)
     np.subtract(2 * stored_RK[:, :1], level_RK, out=level_RK)
+    if mask_RK is not None:
+        level_RK *= mask_RK
     np.take(PROB_OF_LEVEL, level_RK, out=out_RK, mode="clip")
     mass_R1 = out_RK.sum(1, keepdims=True)
     with np.errstate(divide="ignore"):

@@ -4,7 +4,7 @@ Shapes: L layers, T response tokens, K kept entries, m tail samples, n temperatu
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -52,6 +52,11 @@ class SparseRows:
         return self.ids_LTK.shape[2]
 
     @property
+    def widths_LT(self) -> np.ndarray:
+        """Entries of every row that are no padding."""
+        return np.isfinite(self.logprobs_LTK).sum(-1)
+
+    @property
     def num_tail(self) -> int:
         return self.tail_ids_LTm.shape[2]
 
@@ -70,11 +75,25 @@ class SparseRows:
         """The rows of a slice of the response tokens, as views."""
         return SparseRows(**{name: getattr(self, name)[:, part] for name in SHAPES})
 
+    def select_tokens(self, index_T: np.ndarray) -> "SparseRows":
+        """The rows of these response tokens, in this order."""
+        return SparseRows(**{name: getattr(self, name)[:, index_T] for name in SHAPES})
+
+    def padded_to(self, width: int) -> "SparseRows":
+        """The same rows with `width` entries: padding is id 0 with log-prob -inf."""
+        more = [(0, 0), (0, 0), (0, width - self.top_k)]
+        if width == self.top_k:
+            return self
+        ids_LTK = np.pad(self.ids_LTK, more)
+        return replace(self, ids_LTK=ids_LTK, logprobs_LTK=np.pad(self.logprobs_LTK, more, constant_values=-np.inf))
+
     @staticmethod
     def concat(rows: Sequence["SparseRows"]) -> "SparseRows":
-        """Join rows of equal L, K, m and n along the tokens."""
+        """Join rows of equal L, m and n along the tokens; rows of smaller K are padded."""
         if not rows:
             raise DataError("no rows to concatenate")
+        widest = max(row.top_k for row in rows)
+        rows = [row.padded_to(widest) for row in rows]
         for name in SHAPES:
             found = {(getattr(row, name).shape[0], *getattr(row, name).shape[2:]) for row in rows}
             if len(found) > 1:

@@ -8,7 +8,6 @@ Shapes: T response tokens, D hidden size, V vocabulary, B ids of a block, C bloc
 m tail samples, n temperatures (taus), L layers, N any leading axes.
 """
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from vlsi_cache.errors import ModelError, SpecError
 
 from .logits import check_head, compute_dtype, logits_into
 from .rows import SparseRows
+from .select import keyed_uniforms
 
 __all__ = ["sample_uniforms", "stack_layers", "teacher_rows"]
 
@@ -34,9 +34,7 @@ def sample_uniforms(seed: int, sample_id: str, num_tokens: int, num_layers: int,
     They depend on the arguments only, not on batch, process or world size, so a resumed or re-sharded build draws
     the same ids. A longer response keeps the draws of its first tokens.
     """
-    digest = hashlib.sha256(f"{seed}\n{sample_id}".encode()).digest()
-    generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
-    uniforms_TLm = generator.random((num_tokens, num_layers, num_tail))
+    uniforms_TLm = keyed_uniforms(f"{seed}\n{sample_id}", (num_tokens, num_layers, num_tail))
     return np.ascontiguousarray(uniforms_TLm.transpose(1, 0, 2))
 
 
@@ -74,13 +72,14 @@ def teacher_rows(
 
 
 def stack_layers(layers: Sequence[Mapping[str, Tensor]]) -> SparseRows:
-    """Join what `teacher_rows` returned for each layer into numpy rows."""
-    return SparseRows(
-        **{
-            f"{stem}_L{axes}": torch.stack([layer[f"{stem}_{axes}"] for layer in layers]).cpu().numpy()
-            for stem, axes in (name.rsplit("_", 1) for name in layers[0])
-        }
-    )
+    """Join what `teacher_rows` returned for each layer into numpy rows; layers of smaller k are padded."""
+    names = [name.rsplit("_", 1) for name in layers[0]]
+    arrays = [
+        {f"{stem}_L{axes}": layer[f"{stem}_{axes}"][None].cpu().numpy() for stem, axes in names} for layer in layers
+    ]
+    widest = max(one["ids_LTK"].shape[2] for one in arrays)
+    rows = [vars(SparseRows(**one).padded_to(widest)) for one in arrays]
+    return SparseRows(**{name: np.concatenate([one[name] for one in rows]) for name in arrays[0]})
 
 
 @dataclass

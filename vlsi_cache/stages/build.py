@@ -1,42 +1,39 @@
 """Stage build: the frozen teacher runs once over the data, and every (layer, response token) becomes a sparse row.
 
 The data alone decides parts and batches, so a build that was killed repeats the same batches and writes the same
-bytes. Only response positions leave the layers, only one layer's logits exist at a time, in vocabulary blocks.
+bytes. Encoding and writing run in the background while the teacher makes the next part.
 
-Legend: T response tokens, L layers (intermediate targets, then the final layer), D hidden size, m tail samples.
+Legend: T response tokens, L layers (intermediate targets, then the final layer), V vocabulary.
 """
 
 import hashlib
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import cache as remember
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from vlsi_cache.data.batches import plan_batches, plan_parts
-from vlsi_cache.data.collate import Batch, collate
-from vlsi_cache.models.layers import Backbone
-from vlsi_cache.models.verbalizer import Verbalizers
 from vlsi_cache.sparse.rows import SparseRows
-from vlsi_cache.sparse.topk import sample_uniforms, stack_layers, teacher_rows
+from vlsi_cache.sparse.select import select_at_random, select_by_entropy
 from vlsi_cache.spec import CacheSpec
 from vlsi_cache.store import reader
 from vlsi_cache.store.layout import TABLE_NAME, CacheHeader
 from vlsi_cache.store.reader import Cache
-from vlsi_cache.store.writer import CacheWriter, PartSamples
+from vlsi_cache.store.samples import PartSamples
+from vlsi_cache.store.writer import CacheWriter
 
 from .inputs import TeacherInputs, open_teacher_inputs
 from .loop import say
 from .runs import versions
+from .teacher import Teacher, load_teacher
 
-BYTES_PER_ENTRY = 5  # uint32 id and u8 level, before compression: what `store.part_mib` counts
+# Uncompressed bytes of one kept entry, id and value: what `store.part_mib` counts.
+BYTES_PER_ENTRY = {"default": 5, "exact": 8, "fast": 6}
 BYTES_PER_SCALAR = 4
-MAX_WAITING_PARTS = 2  # finished parts that wait for the disk before the teacher has to
+RANKED_TOKENS = 2048  # response tokens whose rows decide the frequency ranks of the ids
 
 
 def build_teacher(
@@ -53,12 +50,18 @@ def build_teacher(
     parts = plan_parts(
         [len(ids) for ids in inputs.response_ids], seed=spec.rows.seed, tokens_per_part=part_tokens(inputs)
     )
-    writer = CacheWriter.create_or_resume(out, cache_header(inputs, parts), id_of_rank(inputs))
+    teacher = remember(lambda: load_teacher(inputs, device=device))
+    writer = CacheWriter.create_or_resume(
+        out,
+        cache_header(inputs, parts),
+        lambda: id_of_rank(teacher, parts[0] if parts else []),
+        token_texts=lambda: inputs.encoder.token_texts(range(inputs.encoder.v_real)),
+    )
     missing = writer.missing_parts(rank=rank, world=world)
     if inputs.skipped:
         say(f"{len(inputs.skipped)} rows left out, listed with reasons in {out / 'cache.json'}")
     if missing:
-        _build_parts(inputs, parts, missing, writer, device=device)
+        _build_parts(teacher(), parts, missing, writer)
     else:
         say(f"{out} is finished: all {len(parts)} parts are there; nothing to do")
     if missing or not (out / TABLE_NAME).is_file():
@@ -69,22 +72,24 @@ def build_teacher(
 def cache_header(inputs: TeacherInputs, parts: list[list[int]]) -> CacheHeader:
     """What `cache.json` says; `fingerprint` holds, field by field, everything that decides the bytes."""
     spec = inputs.spec
+    layers = [*inputs.target_layers, inputs.num_model_layers]
     return CacheHeader(
         created_by=f"vlsi-cache {versions()['vlsi-cache']}",
         spec=spec.model_dump(mode="json"),
         fingerprint=fingerprint(inputs),
-        layers=[*inputs.target_layers, inputs.num_model_layers],
+        layers=layers,
         num_model_layers=inputs.num_model_layers,
-        top_k=spec.rows.top_k,
-        tail_samples=spec.rows.tail_samples,
+        row_kind=spec.rows.kind,
+        top_k=spec.rows.widths(len(layers)),
+        truncated=spec.rows.kind == "sampled" or spec.rows.top_p is not None,
+        tail_samples=0 if spec.rows.kind == "sampled" else spec.rows.tail_samples,
         taus=list(spec.rows.taus),
         v_real=inputs.encoder.v_real,
         profile=spec.store.profile,
         num_parts=len(parts),
         num_samples=len(inputs.records),
-        num_tokens=sum(len(ids) for ids in inputs.response_ids),
+        num_response_tokens=sum(len(ids) for ids in inputs.response_ids),
         skipped=inputs.skipped,
-        parents=[],
     )
 
 
@@ -103,110 +108,92 @@ def fingerprint(inputs: TeacherInputs) -> dict[str, Any]:
     }
 
 
-def id_of_rank(inputs: TeacherInputs) -> np.ndarray:
-    """uint32 [v_real]: token ids by falling frequency in the data set's responses, then by id."""
-    counts = np.bincount(np.concatenate(inputs.response_ids), minlength=inputs.encoder.v_real)
-    return np.argsort(-counts, kind="stable").astype(np.uint32)
+def id_of_rank(teacher: Callable[[], Teacher], indices: list[int]) -> np.ndarray:
+    """uint32 [v_real]: token ids by how often the teacher keeps them in the first rows of the records `indices`.
+
+    Ids it does not keep there follow by their count in the data set's responses, then by id. Small ranks are what
+    makes ids compress; the `fast` profile stores ids as they are.
+    """
+    inputs = teacher().inputs
+    v_real = inputs.encoder.v_real
+    if inputs.spec.store.profile == "fast":
+        return np.arange(v_real, dtype=np.uint32)
+    lengths = np.cumsum([len(inputs.response_ids[i]) for i in indices])
+    chosen = indices[: int(np.searchsorted(lengths, RANKED_TOKENS)) + 1]
+    kept_V = np.zeros(v_real, np.int64)
+    for batch in _batches(inputs, chosen):
+        for rows in teacher().rows(batch):
+            kept_V += np.bincount(rows.ids_LTK[np.isfinite(rows.logprobs_LTK)], minlength=v_real)
+    said_V = np.bincount(np.concatenate([np.zeros(0, np.uint32), *inputs.response_ids]), minlength=v_real)
+    return np.lexsort((np.arange(v_real), -said_V, -kept_V)).astype(np.uint32)
 
 
-@dataclass(frozen=True)
-class Teacher:
-    """The loaded teacher and what it writes."""
-
-    backbone: Backbone
-    verbalizers: Verbalizers
-    inputs: TeacherInputs
-    device: torch.device
-
-    @torch.inference_mode()
-    def rows(self, indices: list[int]) -> list[SparseRows]:
-        """The sparse rows of some records, one SparseRows [L, T_i] per record."""
-        inputs = self.inputs
-        batch = collate([inputs.encoder.encode(inputs.records[i]) for i in indices], pad_id=inputs.encoder.pad_id)
-        batch = batch.to(self.device)
-        rows = stack_layers(list(self._layer_rows(batch, self._uniforms(indices))))
-        stops = np.cumsum(batch.num_tokens)
-        return [rows.tokens(slice(int(stop - n), int(stop))) for stop, n in zip(stops, batch.num_tokens, strict=True)]
-
-    def _uniforms(self, indices: list[int]) -> np.ndarray:
-        """float64 [L, T, m], keyed by sample: the draws do not depend on the batch."""
-        inputs, rows = self.inputs, self.inputs.spec.rows
-        drawn = [
-            sample_uniforms(
-                rows.seed,
-                inputs.records[i].id,
-                num_tokens=len(inputs.response_ids[i]),
-                num_layers=len(inputs.target_layers) + 1,
-                num_tail=rows.tail_samples,
-            )
-            for i in indices
-        ]
-        return np.concatenate(drawn, axis=1)
-
-    def _layer_rows(self, batch: Batch, uniforms_LTm: np.ndarray) -> Iterator[dict[str, torch.Tensor]]:
-        inputs, rows = self.inputs, self.inputs.spec.rows
-        hidden = dict(self.verbalizers.capture(batch.inputs, batch.rows_T, batch.positions_T))
-        for index, layer in enumerate([*inputs.target_layers, inputs.num_model_layers]):
-            state: Any = hidden.pop(layer)
-            yield teacher_rows(
-                state if layer == inputs.num_model_layers else self.verbalizers.apply(layer, state),
-                self.backbone.head_weight,
-                batch.gold_T,
-                top_k=rows.top_k,
-                uniforms_Tm=torch.from_numpy(uniforms_LTm[index]).to(self.device),
-                taus=rows.taus,
-                v_real=inputs.encoder.v_real,
-            )
-
-
-def load_teacher(inputs: TeacherInputs, *, device: str | None) -> Teacher:
-    """Load weights and verbalizers onto the device of the flag, or else of the spec."""
-    backbone = inputs.load_backbone(device or inputs.spec.run.device)
-    say(f"teacher: {inputs.model_path} on {backbone.device}")
-    return Teacher(backbone, inputs.load_verbalizers(backbone), inputs, backbone.device)
-
-
-def _build_parts(
-    inputs: TeacherInputs, parts: list[list[int]], missing: list[int], writer: CacheWriter, *, device: str | None
-) -> None:
-    teacher = load_teacher(inputs, device=device)
-    total = sum(len(ids) for ids in inputs.response_ids)
-    left = sum(len(inputs.response_ids[i]) for part in missing for i in parts[part])
+def _build_parts(teacher: Teacher, parts: list[list[int]], missing: list[int], writer: CacheWriter) -> None:
+    response_ids = teacher.inputs.response_ids
+    total = sum(len(ids) for ids in response_ids)
+    left = sum(len(response_ids[i]) for part in missing for i in parts[part])
     with (
         tqdm(desc="build", total=total, initial=total - left, unit="tok", unit_scale=True, disable=None) as bar,
-        ThreadPoolExecutor(1, thread_name_prefix="vlsi-cache-write") as disk,
+        writer.in_background() as queue,
     ):
-        writing: deque[Future[Any]] = deque()
+
+        def count(num_tokens: int) -> None:
+            bar.update(num_tokens)
+            queue.check()  # a write that failed stops the build here and now, with its cause
+
         for part in missing:
-            samples = _part_samples(teacher, parts[part], bar)
-            while writing and (writing[0].done() or len(writing) == MAX_WAITING_PARTS):
-                bar.set_postfix_str("" if writing[0].done() else "waits for the disk")
-                writing.popleft().result()  # a write that failed stops the build here, with its cause
-            writing.append(disk.submit(writer.write_part, part, samples))
-        while writing:
-            writing.popleft().result()
+            samples = part_samples(teacher, parts[part], count)
+            bar.set_postfix_str("waits for the disk" if queue.is_full else "")
+            queue.put(part, samples)
 
 
-def _part_samples(teacher: Teacher, indices: list[int], bar: Any) -> PartSamples:
+def part_samples(teacher: Teacher, indices: list[int], count: Callable[[int], object]) -> PartSamples:
+    """What part of the records `indices` holds: their rows, of the tokens that the spec selects."""
     inputs = teacher.inputs
-    lengths = [int(inputs.num_prompt_N[i]) + len(inputs.response_ids[i]) for i in indices]
-    rows: dict[int, SparseRows] = {}
-    for batch in plan_batches(lengths, inputs.spec.run.batch_tokens):
-        for position, sample_rows in zip(batch, teacher.rows([indices[j] for j in batch]), strict=True):
-            rows[position] = sample_rows
-            bar.update(sample_rows.num_tokens)
+    found: dict[int, SparseRows] = {}
+    for batch in _batches(inputs, indices):
+        for index, rows in zip(batch, teacher.rows(batch), strict=True):
+            found[index] = rows
+            count(rows.num_tokens)
+    rows = SparseRows.concat([found[index] for index in indices])
+    positions = selected_positions(inputs, indices, rows)
+    if positions is not None:
+        starts = np.cumsum([0, *(len(inputs.response_ids[i]) for i in indices[:-1])])
+        rows = rows.select_tokens(np.concatenate([start + at for start, at in zip(starts, positions, strict=True)]))
     return PartSamples(
         sample_ids=[inputs.records[i].id for i in indices],
         kinds=[inputs.records[i].kind for i in indices],
         digests=[inputs.records[i].digest for i in indices],
         response_ids=[inputs.response_ids[i] for i in indices],
-        rows=SparseRows.concat([rows[position] for position in range(len(indices))]),
-        skipped=[],
+        rows=rows,
+        positions=positions,
     )
 
 
+def selected_positions(inputs: TeacherInputs, indices: list[int], rows: SparseRows) -> list[np.ndarray] | None:
+    """Response tokens of each record that keep their rows; None when all do."""
+    rule = inputs.spec.rows.select_tokens
+    lengths = [len(inputs.response_ids[i]) for i in indices]
+    if rule.random is not None:
+        names = [inputs.records[i].id for i in indices]
+        chosen_T = select_at_random(names, lengths, share=rule.random, seed=inputs.spec.rows.seed)
+    elif rule.entropy_above is not None or rule.entropy_top is not None:
+        chosen_T = select_by_entropy(rows.entropy_LT[-1], above=rule.entropy_above, top=rule.entropy_top)
+    else:
+        return None
+    return [np.flatnonzero(piece) for piece in np.split(chosen_T, np.cumsum(lengths)[:-1])]
+
+
+def _batches(inputs: TeacherInputs, indices: list[int]) -> list[list[int]]:
+    """Records that go through the teacher together: planned from the data alone."""
+    lengths = [int(inputs.num_prompt_N[i]) + len(inputs.response_ids[i]) for i in indices]
+    return [[indices[j] for j in batch] for batch in plan_batches(lengths, inputs.spec.run.batch_tokens)]
+
+
 def part_tokens(inputs: TeacherInputs) -> int:
-    rows = inputs.spec.rows
-    entries = rows.top_k * BYTES_PER_ENTRY + (rows.tail_samples + 3 + len(rows.taus)) * BYTES_PER_SCALAR
-    per_token = (len(inputs.target_layers) + 1) * entries
+    """Response tokens of one part, so that its rows take about `store.part_mib` uncompressed."""
+    rows, num_layers = inputs.spec.rows, len(inputs.target_layers) + 1
+    entries = sum(rows.widths(num_layers)) * BYTES_PER_ENTRY[inputs.spec.store.profile]
+    scalars = num_layers * (rows.tail_samples + 3 + len(rows.taus)) * BYTES_PER_SCALAR
+    per_token = (entries + scalars) * rows.select_tokens.expected_share
     return max(1, int(inputs.spec.store.part_mib * 2**20 / per_token))

@@ -140,13 +140,22 @@ class Feed:
 
     def _encode(self, pairs: list[Pair]) -> MicroBatch:
         encoded = [self._encoder.encode(record) for record, _ in pairs]
-        rows: list[SparseRows] = []
+        rows: list[Row] = []
         for (record, row), one in zip(pairs, encoded, strict=True):
             if row is not None:
                 check_response_ids(record, one.response_ids, row, self._encoder)
                 rows.append(row)
         batch = collate(encoded, pad_id=self._encoder.pad_id)
+        if rows and rows[0].num_layers:
+            batch = _tokens_with_rows(batch, rows)
         return MicroBatch(batch, SparseRows.concat(rows) if rows else None, len(pairs))
+
+
+def _tokens_with_rows(batch: Batch, rows: Sequence[Row]) -> Batch:
+    """The batch at the response tokens that have rows: where teacher and student are compared."""
+    starts = np.cumsum([0, *batch.num_tokens[:-1]])
+    index_T = np.concatenate([start + row.positions_T for start, row in zip(starts, rows, strict=True)])
+    return batch.at(torch.from_numpy(index_T.astype(np.int64)), [row.num_tokens for row in rows])
 
 
 @contextmanager

@@ -14,6 +14,8 @@ from .inputs import TeacherInputs, open_teacher_inputs
 
 # Measured on 135M to 2B models: compressed bytes of one kept entry (id and level) grow with the vocabulary.
 ENTRY_BYTES_SMALL_VOCABULARY, ENTRY_BYTES_LARGE_VOCABULARY = 1.83, 2.1
+VALUE_BYTES = {"default": 0.0, "exact": 2.0, "fast": 0.0}  # on top, for the `exact` profile
+MAPPED_ENTRY_BYTES_SMALL, MAPPED_ENTRY_BYTES_LARGE = 4.0, 6.0
 SUSTAINED_TFLOPS = 400.0  # one H100 at bf16, about 40 % of its peak
 
 
@@ -27,7 +29,7 @@ class Plan:
     num_prompt_tokens: int
     num_response_tokens: int
     layers: list[int]
-    top_k: int
+    top_k: list[int]
     tail_samples: int
     num_parts: int
     bytes_per_layer_token: float
@@ -51,7 +53,8 @@ class Plan:
             f"plan of `{self.name}`",
             f"  data       {self.num_samples:,} samples, {self.num_prompt_tokens:,} prompt and "
             f"{self.num_response_tokens:,} response tokens; {self.num_skipped:,} rows left out",
-            f"  rows       {len(self.layers)} layers {self.layers}, top-{self.top_k}, {self.tail_samples} tail samples",
+            f"  rows       {len(self.layers)} layers {self.layers}, {shown_widths(self.top_k)}, "
+            f"{self.tail_samples} tail samples",
             f"  cache      about {human_bytes(self.total_bytes)} in {self.num_parts} parts: {sizes} per response token",
             f"             (hidden states in bf16 would take {human_bytes(self.hidden_state_bytes)})",
             f"  teacher    {weights} in verbalizers, {human_bytes(self.teacher_memory_bytes)} of memory for weights",
@@ -78,7 +81,7 @@ def plan(spec: CacheSpec) -> Plan:
         num_prompt_tokens=int(inputs.num_prompt_N.sum()),
         num_response_tokens=num_tokens,
         layers=layers,
-        top_k=spec.rows.top_k,
+        top_k=spec.rows.widths(len(layers)),
         tail_samples=spec.rows.tail_samples,
         num_parts=-(-num_tokens // part_tokens(inputs)),
         bytes_per_layer_token=per_layer_token,
@@ -103,12 +106,22 @@ def human_bytes(num_bytes: float) -> str:
     return f"{num_bytes:.3g} PB"
 
 
+def shown_widths(top_k: list[int]) -> str:
+    """`top-64`, or the k of every layer where they differ."""
+    return f"top-{top_k[0]}" if len(set(top_k)) == 1 else f"top-k {top_k}"
+
+
 def _bytes_per_layer_token(inputs: TeacherInputs) -> float:
-    rows = inputs.spec.rows
+    """Averaged over layers and over all response tokens, with rows or without; top-p is not known beforehand."""
+    rows, profile = inputs.spec.rows, inputs.spec.store.profile
     small = inputs.encoder.v_real <= 65536
     entry = ENTRY_BYTES_SMALL_VOCABULARY if small else ENTRY_BYTES_LARGE_VOCABULARY
-    tail = rows.tail_samples * (2 if small else 3)
-    return rows.top_k * entry + tail + 4 * (3 + len(rows.taus))
+    if profile == "fast":
+        entry = MAPPED_ENTRY_BYTES_SMALL if small else MAPPED_ENTRY_BYTES_LARGE
+    widths = rows.widths(len(inputs.target_layers) + 1)
+    tail = 0 if rows.kind == "sampled" else rows.tail_samples * (2 if small else 3)
+    row = sum(widths) / len(widths) * (entry + VALUE_BYTES[profile]) + tail + 4 * (3 + len(rows.taus))
+    return row * rows.select_tokens.expected_share
 
 
 def _model_parameters(config: Any) -> int:

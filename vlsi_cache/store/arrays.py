@@ -1,110 +1,150 @@
-"""The Zarr side of a part: named arrays in their disk dtype, written whole, read whole or by layer.
+"""The arrays of a part: written whole, read whole, by layer or memory-mapped.
 
-In memory the layer axis comes first ([L, T, ...]), on disk the token axis ([T, L, ...]). One data file per array;
-in the layered arrays one chunk holds one layer, so a subset of the layers costs what it holds.
+In memory the layer axis comes first ([L, T, ...]), on disk the token axis ([T, L, ...]). One data file per array.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import zarr
-from zarr.buffer.cpu import NDBuffer
-from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ZstdCodec
-from zarr.storage import LocalStore
+import xxhash
 
 from vlsi_cache.errors import CacheCorruptError
 
-from .layout import KL_ARRAYS, ArraySpec
+from .chunks import MappedLayers, encode_array, impossible_fill, read_layers, read_spans, read_whole
+from .layout import FileRecord
+from .schema import ArraySpec, data_file_name, vocab_specs
 
-CHUNK_TOKENS = 65536  # keeps a chunk far below the 2 GiB that blosc can take
-
-Arrays = dict[str, np.ndarray]
-
-
-def impossible_fill(dtype: np.dtype) -> int | float:
-    """A value no array holds: what a lost chunk would read as must not look like data."""
-    if dtype.kind == "f":
-        return float("nan")
-    return -1 if dtype.kind == "i" else int(np.iinfo(dtype).max)
+Arrays = dict[str, Any]  # numpy arrays, or MappedLayers that are sliced like them
 
 
-def chunk_shapes(name: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
-    """(chunk, shard) of an array; a shard is the whole array, so that it is one file."""
-    whole = tuple(max(1, size) for size in shape)
-    if name not in KL_ARRAYS:
-        return whole, None
-    tokens = min(whole[0], CHUNK_TOKENS)
-    return (tokens, 1, *whole[2:]), (-(-whole[0] // tokens) * tokens, *whole[1:])
+def write_arrays(folder: Path, arrays: Mapping[str, np.ndarray], specs: dict[str, ArraySpec]) -> dict[str, FileRecord]:
+    """Write a new Zarr group at `folder`; equal input gives equal bytes. Returns what was written, data files hashed.
+
+    Nothing is flushed to the disk here.
+    """
+    _write_metadata(folder, specs)
+    written = {}
+    for name, spec in specs.items():
+        if spec.size_bytes:
+            file = data_file_name(name, spec)
+            written[file] = _write_file(folder / file, encode_array(arrays[name], spec))
+    return written
 
 
-def _compressors(dtype: np.dtype) -> list[BloscCodec | ZstdCodec | Crc32cCodec]:
-    if dtype.itemsize == 1:
-        return [ZstdCodec(level=3), Crc32cCodec()]
-    return [BloscCodec(cname="zstd", clevel=5, shuffle="shuffle", typesize=dtype.itemsize), Crc32cCodec()]
+def _write_metadata(folder: Path, specs: dict[str, ArraySpec]) -> None:
+    import zarr
+    from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ZstdCodec
+    from zarr.storage import LocalStore
 
-
-def write_arrays(folder: Path, arrays: Arrays, specs: dict[str, ArraySpec]) -> None:
-    """Write a new Zarr group at `folder`, every array by one whole-shard assignment; equal input gives equal bytes."""
     group = zarr.create_group(LocalStore(folder), zarr_format=3)
     for name, spec in specs.items():
-        chunks, shards = chunk_shapes(name, spec.shape)
-        target = group.create_array(
+        blosc = BloscCodec(cname="zstd", clevel=5, shuffle="shuffle", typesize=spec.dtype.itemsize)
+        compressors = {"blosc": [blosc], "zstd": [ZstdCodec(level=3)], "none": []}[spec.compressor]
+        shard = tuple(num * size for num, size in zip(spec.grid, spec.chunk, strict=True))
+        group.create_array(
             name,
             shape=spec.shape,
             dtype=spec.dtype,
-            chunks=chunks,
-            shards=shards,
+            chunks=spec.chunk,
+            shards=tuple(max(a, b) for a, b in zip(shard, spec.chunk, strict=True)) if spec.sharded else None,
             filters=[],
-            compressors=_compressors(spec.dtype),
+            compressors=[*compressors, Crc32cCodec()],
             serializer=BytesCodec(endian="little"),
             fill_value=impossible_fill(spec.dtype),
-            config={"write_empty_chunks": True},
         )
-        if spec.size_bytes:
-            target[...] = np.moveaxis(arrays[name], 0, 1) if name in KL_ARRAYS else arrays[name]
 
 
-def read_arrays(
-    folder: Path, specs: dict[str, ArraySpec], names: Iterable[str], layer_indices: Sequence[int]
+def _write_file(path: Path, pieces: Iterable[bytes]) -> FileRecord:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    digest, size = xxhash.xxh3_64(), 0
+    with path.open("wb") as file:
+        for piece in pieces:
+            file.write(piece)
+            digest.update(piece)
+            size += len(piece)
+    return FileRecord(size=size, xxh3=digest.hexdigest())
+
+
+def read_samples(folder: Path, specs: dict[str, ArraySpec], names: Iterable[str]) -> Arrays:
+    """Arrays without a layer axis."""
+    return {
+        name: _guarded(folder, name, lambda name=name: _whole_or_empty(folder, name, specs[name])) for name in names
+    }
+
+
+def read_layered(
+    folder: Path, specs: dict[str, ArraySpec], names: Iterable[str], layers: Sequence[int], *, mapped: bool
 ) -> Arrays:
-    """Read `names`; of the layered arrays only `layer_indices`. Every chunk read is checked against its crc32c."""
-    store = LocalStore(folder, read_only=True)
-    arrays: Arrays = {}
-    for name in names:
-        try:
-            arrays[name] = _read_array(store, name, specs[name], layer_indices)
-        except Exception as error:  # damaged bytes raise whatever the codec they reach raises
-            what = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise CacheCorruptError(f"`{folder / name}`: {what}") from error
-    return arrays
+    """Layer rows `layers` of layered arrays, [len(layers), T, ...]; uncompressed ones stay on disk if `mapped`."""
+    return {
+        name: _guarded(folder, name, lambda name=name: _layers_of(folder, name, specs[name], layers, mapped=mapped))
+        for name in names
+    }
 
 
-def _read_array(store: LocalStore, name: str, spec: ArraySpec, layer_indices: Sequence[int]) -> np.ndarray:
-    array = zarr.open_array(store, path=name, mode="r", zarr_format=3)
-    if array.shape != spec.shape or array.dtype != spec.dtype:
-        raise ValueError(f"is {array.shape} {array.dtype}, expected {spec.shape} {spec.dtype}")
-    if name not in KL_ARRAYS:
-        out = np.empty(spec.shape, spec.dtype)
-        array.get_basic_selection(..., out=NDBuffer.from_numpy_array(out))
-        return out
-    out = np.empty((len(layer_indices), spec.shape[0], *spec.shape[2:]), spec.dtype)
-    if list(layer_indices) == list(range(spec.shape[1])):
-        # the target is a view with the token axis first, so zarr decodes each chunk into its final place
-        array.get_basic_selection(..., out=NDBuffer.from_numpy_array(np.moveaxis(out, 0, 1)))
-        return out
-    for row, layer in enumerate(layer_indices):
-        array.get_basic_selection((slice(None), layer), out=NDBuffer.from_numpy_array(out[row]))
-    return out
+def read_flat(
+    folder: Path, specs: dict[str, ArraySpec], names: Iterable[str], layers: Sequence[int], kept_LT: np.ndarray
+) -> dict[str, list[np.ndarray]]:
+    """Entries of layer rows `layers` of flat arrays, one array per layer; `kept_LT` is of ALL layers of the part."""
+    edges = np.concatenate([[0], np.cumsum(kept_LT.sum(1, dtype=np.int64))]).tolist()
+    spans = [list(pairwise(edges))[layer] for layer in layers]
+    return {
+        name: _guarded(folder, name, lambda name=name: _spans_of(folder, name, specs[name], spans)) for name in names
+    }
 
 
-def write_vocab(folder: Path, id_of_rank: np.ndarray) -> None:
-    """Write the frequency-rank table as the group `folder` with the one array `id_of_rank`."""
-    table = np.ascontiguousarray(id_of_rank, dtype=np.uint32)
-    write_arrays(folder, {"id_of_rank": table}, {"id_of_rank": ArraySpec(table.shape, table.dtype)})
+def _whole_or_empty(folder: Path, name: str, spec: ArraySpec) -> np.ndarray:
+    return (
+        read_whole(folder / data_file_name(name, spec), spec) if spec.size_bytes else np.empty(spec.shape, spec.dtype)
+    )
+
+
+def _layers_of(folder: Path, name: str, spec: ArraySpec, layers: Sequence[int], *, mapped: bool) -> Any:
+    if not spec.size_bytes or not layers:
+        return np.empty((len(layers), spec.shape[0], *spec.shape[2:]), spec.dtype)
+    path = folder / data_file_name(name, spec)
+    if mapped and spec.compressor == "none":
+        return MappedLayers(path, spec, layers)
+    return read_layers(path, spec, layers)
+
+
+def _spans_of(folder: Path, name: str, spec: ArraySpec, spans: list[tuple[int, int]]) -> list[np.ndarray]:
+    if not spec.size_bytes:
+        return [np.empty(0, spec.dtype) for _ in spans]
+    if spans and max(stop for _, stop in spans) > spec.shape[0]:
+        raise ValueError(f"holds {spec.shape[0]} entries, `kept` counts at least {max(stop for _, stop in spans)}")
+    return read_spans(folder / data_file_name(name, spec), spec, spans)
+
+
+def _guarded(folder: Path, name: str, read: Callable[[], Any]) -> Any:
+    try:
+        return read()
+    except CacheCorruptError:
+        raise
+    except Exception as error:  # damaged bytes raise whatever the codec they reach raises
+        what = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CacheCorruptError(f"`{folder / name}`: {what}") from error
+
+
+def write_vocab(folder: Path, id_of_rank: np.ndarray, text: bytes | None, text_offsets: np.ndarray | None) -> None:
+    """Write `vocab/`: the frequency-rank table, and the text of every token if there is one."""
+    arrays = {"id_of_rank": np.ascontiguousarray(id_of_rank, np.uint32)}
+    if text is not None and text_offsets is not None:
+        arrays |= {"text": np.frombuffer(text, np.uint8), "text_offsets": np.asarray(text_offsets, np.int64)}
+    write_arrays(folder, arrays, vocab_specs(len(id_of_rank), None if text is None else len(text)))
 
 
 def read_vocab(folder: Path, v_real: int) -> np.ndarray:
     """The frequency-rank table, uint32 [V]."""
-    specs = {"id_of_rank": ArraySpec((v_real,), np.dtype(np.uint32))}
-    return read_arrays(folder, specs, specs, ())["id_of_rank"]
+    return read_samples(folder, vocab_specs(v_real, None), ["id_of_rank"])["id_of_rank"]
+
+
+def read_vocab_text(folder: Path, v_real: int) -> tuple[bytes, np.ndarray]:
+    """UTF-8 bytes of all tokens one after the other, and int64 [V + 1] offsets; the caller knows that they exist."""
+    specs = vocab_specs(v_real, 0)
+    offsets = read_samples(folder, specs, ["text_offsets"])["text_offsets"]
+    specs = vocab_specs(v_real, max(0, int(offsets[-1])))
+    return read_samples(folder, specs, ["text"])["text"].tobytes(), offsets

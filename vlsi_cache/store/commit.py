@@ -123,10 +123,17 @@ def fsync_dir(folder: Path) -> None:
         os.close(handle)
 
 
-def fsync_tree_dirs(folder: Path) -> None:
-    """Flush every directory below and including `folder`; the files are the caller's."""
-    for parent, _, _ in os.walk(folder, topdown=False):
+def fsync_tree(folder: Path) -> None:
+    """Flush every file and directory below and including `folder`."""
+    for parent, _, files in os.walk(folder, topdown=False):
+        for name in files:
+            _fsync_file(Path(parent) / name)
         fsync_dir(Path(parent))
+
+
+def _fsync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def publish_dir(tmp: Path, target: Path) -> bool:

@@ -15,14 +15,17 @@ import numpy as np
 
 from vlsi_cache.errors import CacheIncompleteError, SpecError
 from vlsi_cache.sparse.levels import decode_levels
-from vlsi_cache.sparse.rows import SparseRows
+from vlsi_cache.sparse.truncate import redraw_tail
 
 from . import commit, table
 from .arrays import Arrays
-from .layout import KL_ARRAYS, CacheHeader, list_parts, load_header, part_name
+from .files import load_header
+from .layout import CacheHeader, list_parts, part_name
 from .reader import Cache, Part, open
+from .samples import PartSamples
+from .schema import layered_names
 from .verify import verify
-from .writer import CacheWriter, PartSamples
+from .writer import CacheWriter
 
 
 @dataclass(frozen=True)
@@ -52,23 +55,25 @@ def plan_prune(
     if not source.is_complete:
         raise CacheIncompleteError(f"`{source.path}` is not finished; only a complete cache can be pruned")
     kept = sorted({header.layers[i] for i in header.layer_indices(layers)})
-    top_k = header.top_k if top_k is None else top_k
+    top_k = header.widest if top_k is None else top_k
+    if header.is_ragged:
+        raise SpecError("not yet")
     if path.resolve() == source.path.resolve():
         raise SpecError(f"`{path}` is the cache to prune itself; prune writes a new one, name another folder")
     if header.layers[-1] not in kept:
         raise SpecError(f'the final layer {header.layers[-1]} always stays: add "last" to `layers`')
-    if not 1 <= top_k <= header.top_k:
-        raise SpecError(f"top_k {top_k}: this cache keeps {header.top_k}, so 1 to {header.top_k} is possible")
-    if kept == header.layers and top_k == header.top_k:
+    if not 1 <= top_k <= header.widest:
+        raise SpecError(f"top_k {top_k}: this cache keeps {header.widest}, so 1 to {header.widest} is possible")
+    if kept == header.layers and top_k == header.widest:
         raise SpecError(f"nothing to prune: all {len(kept)} layers and all {top_k} entries would stay")
     sizes = source.bytes_by_array()
-    by_layer, by_entry = len(kept) / len(header.layers), top_k / header.top_k
+    by_layer, by_entry = len(kept) / len(header.layers), top_k / header.widest
     entry_bytes = sum(sizes.get(name, 0) for name in ("ids", "levels"))
-    other_bytes = sum(sizes.get(name, 0) for name in KL_ARRAYS) - entry_bytes
+    other_bytes = sum(sizes.get(name, 0) for name in layered_names(header)) - entry_bytes
     rest_bytes = sum(sizes.values()) - entry_bytes - other_bytes
     estimate = int(entry_bytes * by_layer * by_entry + other_bytes * by_layer + rest_bytes)
     dropped = [layer for layer in header.layers if layer not in kept]
-    return PrunePlan(source.path, path, kept, dropped, top_k, header.top_k, sum(sizes.values()), estimate)
+    return PrunePlan(source.path, path, kept, dropped, top_k, header.widest, sum(sizes.values()), estimate)
 
 
 @overload
@@ -111,6 +116,7 @@ def prune(
     for index in writer.missing_parts():
         part = source.part(index, plan.layers, keep=False)
         arrays = cut_top_k(part, plan.layers, plan.top_k)
+        arrays = {name: arrays[name] for name in layered_names(writer.header)}
         writer.write_encoded(index, _samples_of(part), arrays)
     writer.finish()
     return open(plan.out)
@@ -127,7 +133,7 @@ def _pruned_header(header: CacheHeader, plan: PrunePlan) -> CacheHeader:
     }
     # `created_by` is left out so that it becomes the program that prunes
     values = header.model_dump(exclude={"created_by", "layers", "top_k", "parents"})
-    return CacheHeader(**values, layers=plan.layers, top_k=plan.top_k, parents=[parent])
+    return CacheHeader(**values, layers=plan.layers, top_k=[plan.top_k] * len(plan.layers), parents=[parent])
 
 
 def cut_top_k(part: Part, layers: Sequence[int], top_k: int) -> Arrays:
@@ -142,32 +148,6 @@ def cut_top_k(part: Part, layers: Sequence[int], top_k: int) -> Arrays:
     )
     cut = {"ids": arrays["ids"][..., :top_k], "levels": arrays["levels"][..., :top_k]}
     return {**arrays, **cut, "tail_ids": tail_ids_LTm, "tail_mass": tail_mass_LT}
-
-
-def redraw_tail(
-    dropped_ids_LTD: np.ndarray,
-    dropped_p_LTD: np.ndarray,
-    tail_ids_LTm: np.ndarray,
-    tail_mass_LT: np.ndarray,
-    uniforms_LTm: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Tail samples and mass after entries were dropped from the top-k.
-
-    The new tail is a mixture: the dropped ids, and the old tail. So each draw becomes a dropped id, in proportion to
-    its probability, or stays the stored draw, which is an independent draw from the old tail: again independent draws
-    from the whole new tail, and the estimator over them stays unbiased.
-    """
-    edges_LTD = np.cumsum(dropped_p_LTD, axis=-1, dtype=np.float64)
-    new_mass_LT = np.minimum(tail_mass_LT + edges_LTD[..., -1], 1.0)
-    point_LTm = uniforms_LTm * (tail_mass_LT + edges_LTD[..., -1])[..., None]
-    tail_ids_LTm = tail_ids_LTm.copy()
-    for draw in range(tail_ids_LTm.shape[-1]):
-        slot_LT = (edges_LTD <= point_LTm[..., draw, None]).sum(-1)
-        is_dropped_LT = slot_LT < edges_LTD.shape[-1]
-        slot_LT1 = np.minimum(slot_LT, edges_LTD.shape[-1] - 1)[..., None]
-        chosen_LT = np.take_along_axis(dropped_ids_LTD, slot_LT1, axis=-1)[..., 0]
-        tail_ids_LTm[..., draw] = np.where(is_dropped_LT, chosen_LT, tail_ids_LTm[..., draw])
-    return tail_ids_LTm, new_mass_LT.astype(np.float32)
 
 
 def _uniforms(part: Part, layers: Sequence[int], num_tail: int) -> np.ndarray:
@@ -187,9 +167,7 @@ def _samples_of(part: Part) -> PartSamples:
     """What the commit record of a part says about its samples; the rows stay in their disk form."""
     record, response = part.record, part.arrays["response_offsets"].tolist()
     ids = [part.arrays["response_ids"][lo:hi] for lo, hi in pairwise(response)]
-    nothing = np.empty((0, 0, 0))
-    rows = SparseRows(nothing, nothing, nothing, nothing, nothing, nothing, nothing)
-    return PartSamples(record.sample_ids, record.kinds, record.digests, ids, rows, record.skipped)
+    return PartSamples(record.sample_ids, record.kinds, record.digests, ids, None, record.skipped)
 
 
 @dataclass(frozen=True)

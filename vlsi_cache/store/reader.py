@@ -14,28 +14,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import xxhash
 
 from vlsi_cache.errors import CacheCorruptError, CacheIncompleteError, CacheNotFoundError, SampleNotFoundError
-from vlsi_cache.sparse.levels import decode_levels
 from vlsi_cache.sparse.rows import SparseRows
 
+from .arrays import Arrays, read_flat, read_layered, read_samples, read_vocab, read_vocab_text
+from .chunks import MappedLayers
+from .encoding import check_ranks, decode_values, padded
+from .files import check_metadata, check_part_files, load_header, load_part_record
 from .layout import (
     HEADER_NAME,
-    KL_ARRAYS,
-    ROW_ARRAYS,
-    SUMMARY_ARRAYS,
     CacheHeader,
     PartRecord,
-    check_size,
-    hash_file,
     list_parts,
-    load_header,
-    load_part_record,
     part_dir,
-    part_specs,
     rank_table_digest,
     response_digest,
 )
+from .schema import SAMPLE_ARRAYS, SCALAR_ARRAYS, ArraySpec, layered_names, part_specs, value_array
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -43,7 +40,7 @@ if TYPE_CHECKING:
     from .table import Index
     from .verify import VerifyReport
 
-LRU_PARTS = 4
+RECENT_BYTES = 256 << 20  # decoded parts that stay in memory for the next look, at least one
 
 
 @dataclass(frozen=True)
@@ -59,11 +56,18 @@ class Row(SparseRows):
 
 @dataclass(frozen=True)
 class Part:
-    """One part in memory, decompressed but still in its compact disk dtypes; `row` decodes one sample."""
+    """One part in memory, in its compact disk dtypes (memory-mapped if not compressed); `row` decodes a sample.
 
+    `arrays` holds the layered arrays [L, T, ...] of the layer rows that were asked for; where rows differ in width, one
+    array per layer for the entries, and their offsets by token under `edges` [L, T + 1]. `id_of_rank` is None when
+    ranks are ids.
+    """
+
+    header: CacheHeader
     record: PartRecord
-    arrays: dict[str, np.ndarray]
-    id_of_rank: np.ndarray
+    folder: Path
+    arrays: Arrays
+    id_of_rank: np.ndarray | None
 
     def row(self, index: int) -> Row:
         """Decode sample `index` of the part."""
@@ -71,10 +75,11 @@ class Part:
         tokens = slice(*arrays["offsets"][index : index + 2].tolist())
         response = slice(*arrays["response_offsets"][index : index + 2].tolist())
         tail_mass_LT = arrays["tail_mass"][:, tokens]
+        ids_LTK, logprobs_LTK = self._entries(tokens, tail_mass_LT)
         return Row(
-            ids_LTK=self.id_of_rank[arrays["ids"][:, tokens]],
-            logprobs_LTK=decode_levels(arrays["levels"][:, tokens], tail_mass_LT),
-            tail_ids_LTm=self.id_of_rank[arrays["tail_ids"][:, tokens]],
+            ids_LTK=ids_LTK,
+            logprobs_LTK=logprobs_LTK,
+            tail_ids_LTm=self._ids(arrays["tail_ids"][:, tokens]),
             lse_LTn=arrays["lse"][:, tokens],
             entropy_LT=arrays["entropy"][:, tokens],
             gold_logprob_LT=arrays["gold_logprob"][:, tokens],
@@ -86,43 +91,97 @@ class Part:
             positions_T=arrays["positions"][tokens],
         )
 
+    def _entries(self, tokens: slice, tail_mass_LT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and log-probs [L, T, K] of the kept entries."""
+        value = value_array(self.header)
+        if not self.header.is_ragged:
+            stored_LTK = self.arrays[value][:, tokens]
+            return self._ids(self.arrays["ids"][:, tokens]), decode_values(self.header, stored_LTK, tail_mass_LT)
+        edges_LT = self.arrays["edges"]
+        spans = list(zip(edges_LT[:, tokens.start].tolist(), edges_LT[:, tokens.stop].tolist(), strict=True))
+        ranks_LTK, stored_LTK, mask_LTK = padded(self.header, self.arrays, self.arrays["kept"][:, tokens], spans)
+        logprobs_LTK = decode_values(self.header, stored_LTK, tail_mass_LT, mask_LTK)
+        return np.where(mask_LTK, self._ids(ranks_LTK), 0), logprobs_LTK
+
+    def _ids(self, ranks: np.ndarray) -> np.ndarray:
+        if self.id_of_rank is not None:
+            return np.take(self.id_of_rank, ranks)
+        if ranks.size and int(ranks.max()) >= self.header.v_real:
+            raise CacheCorruptError(
+                f"`{self.folder / 'ids'}`: id {ranks.max()}, the vocabulary is {self.header.v_real}"
+            )
+        return ranks
+
+    def check_mapped(self) -> "Part":
+        """Check now what is otherwise checked when it is first touched: the blocks of memory-mapped arrays."""
+        for name, array in self.arrays.items():
+            if isinstance(array, MappedLayers):
+                values = array.check_all()
+                if name == "ids" and values.size:
+                    self._ids(values)
+        return self
+
     def __len__(self) -> int:
         return len(self.record.sample_ids)
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory it takes; what is memory-mapped takes none."""
+        pieces = [one for found in self.arrays.values() for one in (found if isinstance(found, list) else [found])]
+        return sum(piece.nbytes for piece in pieces if isinstance(piece, np.ndarray))
 
-def load_part(root: Path, header: CacheHeader, index: int, layers: Sequence[int], id_of_rank: np.ndarray) -> Part:
+
+def load_part(
+    root: Path, header: CacheHeader, index: int, layers: Sequence[int], id_of_rank: np.ndarray | None
+) -> Part:
     """Read part `index`, of the layered arrays only the layer rows `layers`, and check all that was read."""
-    from .arrays import read_arrays
-
     record = load_part_record(root, header, index)
+    check_part_files(root, index, record)
     folder = part_dir(root, index)
+    check_metadata(folder, record)
     specs = part_specs(header, record)
-    names = [name for name in specs if name in ROW_ARRAYS or layers]
-    for name, file in record.files.items():
-        check_size(root, folder / name, file.size)
-        if name.endswith("zarr.json") and (found := hash_file(folder / name)) != file:
-            raise CacheCorruptError(f"`{folder / name}`: xxh3 is {found.xxh3}, part.json says {file.xxh3}")
-    arrays = read_arrays(folder, specs, names, layers)
-    for name in KL_ARRAYS:
-        if name not in arrays:
-            shape = specs[name].shape if name in specs else (*specs["entropy"].shape, 0)
-            dtype = specs[name].dtype if name in specs else header.id_dtype
-            arrays[name] = np.empty((len(layers), shape[0], *shape[2:]), dtype)
-    _check_content(folder, header, record, arrays)
-    return Part(record, arrays, id_of_rank)
+    arrays = read_samples(folder, specs, SAMPLE_ARRAYS)
+    _check_samples(folder, record, arrays)
+    whole = [name for name in layered_names(header) if specs[name].is_layered and name != "kept"]
+    arrays |= read_layered(folder, specs, whole, layers, mapped=True)
+    if header.is_ragged:
+        arrays |= _read_ragged(folder, header, specs, layers)
+    for name, shape in {"tail_ids": (0,), "tail_mass": ()}.items():
+        dtype = header.id_dtype if name == "tail_ids" else np.float32
+        arrays.setdefault(name, np.zeros((len(layers), record.num_tokens, *shape), dtype))
+    _check_values(folder, header, arrays)
+    return Part(header, record, folder, arrays, id_of_rank)
 
 
-def _check_content(folder: Path, header: CacheHeader, record: PartRecord, arrays: dict[str, np.ndarray]) -> None:
-    """What no checksum can see: token spans that disagree with the record, and values no writer produces."""
+def _read_ragged(folder: Path, header: CacheHeader, specs: dict[str, ArraySpec], layers: Sequence[int]) -> Arrays:
+    """Widths and offsets of the rows of `layers`, and their entries."""
+    every = range(len(header.layers))
+    kept_LT = read_layered(folder, specs, ["kept"], every, mapped=False)["kept"]
+    if (kept_LT.max(1, initial=0) > header.top_k).any() or int(kept_LT.sum(dtype=np.int64)) != specs["ids"].shape[0]:
+        raise CacheCorruptError(f"`{folder / 'kept'}`: the widths are not those of the entries")
+    flat = read_flat(folder, specs, ["ids", value_array(header)], layers, kept_LT)
+    chosen_LT = kept_LT[list(layers)]
+    edges_LT = np.zeros((len(layers), chosen_LT.shape[1] + 1), np.int64)
+    np.cumsum(chosen_LT, axis=1, dtype=np.int64, out=edges_LT[:, 1:])
+    return {**flat, "kept": chosen_LT, "edges": edges_LT}
+
+
+def _check_samples(folder: Path, record: PartRecord, arrays: Arrays) -> None:
+    """What no checksum can see: token spans and response ids that disagree with the record."""
     pieces = [arrays["response_ids"][lo:hi] for lo, hi in pairwise(arrays["response_offsets"].tolist())]
     if np.diff(arrays["offsets"]).tolist() != record.sample_tokens:
         raise CacheCorruptError(f"`{folder / 'offsets'}`: token counts are not those of part.json")
     if [response_digest(piece) for piece in pieces] != record.response_xxh3:
         raise CacheCorruptError(f"`{folder / 'response_ids'}`: response ids are not those of part.json")
-    for name in ("ids", "tail_ids"):
-        if arrays[name].size and int(arrays[name].max()) >= header.v_real:
-            raise CacheCorruptError(f"`{folder / name}`: rank {arrays[name].max()}, the vocabulary is {header.v_real}")
-    for name in ("lse", *SUMMARY_ARRAYS):
+
+
+def _check_values(folder: Path, header: CacheHeader, arrays: Arrays) -> None:
+    """Values that no writer produces."""
+    try:
+        check_ranks(header, arrays)
+    except ValueError as error:
+        raise CacheCorruptError(f"`{folder}`: {error}") from None
+    for name in SCALAR_ARRAYS:
         if np.isnan(arrays[name]).any():
             raise CacheCorruptError(f"`{folder / name}`: holds a NaN, which is never written")
 
@@ -137,6 +196,9 @@ class Cache:
         self._where: dict[str, int] | None = None
         self._parts: OrderedDict[tuple[int, tuple[int, ...]], Part] = OrderedDict()
         self._id_of_rank: np.ndarray | None = None
+        self._ranks: np.ndarray | None = None
+        self._ranks_are_known = False
+        self._texts: tuple[bytes, np.ndarray] | None = None
         self._lock = threading.RLock()
 
     @property
@@ -167,6 +229,16 @@ class Cache:
             if self._id_of_rank is None:
                 self._id_of_rank = load_vocab(self.path, self.header)
             return self._id_of_rank
+
+    def token_text(self, token: int) -> str | None:
+        """The text of a token, from the cache itself; None when the cache carries no texts."""
+        if self.header.text_xxh3 is None:
+            return None
+        with self._lock:
+            if self._texts is None:
+                self._texts = load_texts(self.path, self.header)
+        text, offsets = self._texts
+        return text[offsets[token] : offsets[token + 1]].decode("utf-8", "replace")
 
     def __len__(self) -> int:
         return self.num_samples
@@ -204,19 +276,28 @@ class Cache:
         return [part.row(i) for i in range(len(part))]
 
     def part(self, index: int, layers: Sequence[int | str] | None = None, *, keep: bool = True) -> Part:
-        """One part in its compact form; the last few (`keep`) stay in memory."""
+        """One part in its compact form; with `keep`, those read last stay in memory, up to `RECENT_BYTES`."""
         key = (index, tuple(self.header.layer_indices(layers)))
         with self._lock:
             if key in self._parts:
                 self._parts.move_to_end(key)
                 return self._parts[key]
-        part = load_part(self.path, self.header, index, key[1], self.id_of_rank)
+        part = load_part(self.path, self.header, index, key[1], self._rank_table())
         if keep:
             with self._lock:
                 self._parts[key] = part
-                while len(self._parts) > LRU_PARTS:
+                while len(self._parts) > 1 and sum(one.num_bytes for one in self._parts.values()) > RECENT_BYTES:
                     self._parts.popitem(last=False)
         return part
+
+    def _rank_table(self) -> np.ndarray | None:
+        """The table that turns ranks into ids; None when every rank is its own id, as in the `fast` profile."""
+        with self._lock:
+            if not self._ranks_are_known:
+                table_V = self.id_of_rank
+                self._ranks = None if np.array_equal(table_V, np.arange(len(table_V))) else table_V
+                self._ranks_are_known = True
+            return self._ranks
 
     def sample_table(self) -> "pa.Table":
         """One line per sample: id, kind, part, row, first_token, token counts, digests, means of the last layer."""
@@ -288,15 +369,25 @@ def _refuse_extra_parts(root: Path, header: CacheHeader) -> None:
 
 
 def load_vocab(root: Path, header: CacheHeader) -> np.ndarray:
-    from .arrays import read_vocab
-
+    """The frequency-rank table, checked against cache.json."""
     id_of_rank = read_vocab(root / "vocab", header.v_real)
-    if (found := rank_table_digest(id_of_rank)) != header.id_of_rank_xxh3:
+    _check_vocab(root, "id_of_rank", rank_table_digest(id_of_rank), header.id_of_rank_xxh3)
+    return id_of_rank
+
+
+def load_texts(root: Path, header: CacheHeader) -> tuple[bytes, np.ndarray]:
+    """Text of all tokens as UTF-8, and the offset of each, int64 [V + 1]; checked against cache.json."""
+    text, offsets = read_vocab_text(root / "vocab", header.v_real)
+    _check_vocab(root, "text", xxhash.xxh3_64_hexdigest(text), header.text_xxh3)
+    return text, offsets
+
+
+def _check_vocab(root: Path, name: str, found: str, expected: str | None) -> None:
+    if found != expected:
         raise CacheCorruptError(
-            f"`{root / 'vocab'}`: xxh3 of the table is {found}, cache.json says {header.id_of_rank_xxh3}; "
+            f"`{root / 'vocab' / name}`: xxh3 of the table is {found}, cache.json says {expected}; "
             f"run: vlsi-cache repair {root}"
         )
-    return id_of_rank
 
 
 def _incomplete(root: Path, header: CacheHeader, done: int) -> str:

@@ -17,14 +17,13 @@ import pyarrow.parquet as pq
 from vlsi_cache.errors import DataError
 
 from . import commit
+from .files import check_part_files, load_part_record
 from .layout import (
     RECORD_NAME,
     TABLE_NAME,
     CacheHeader,
     PartRecord,
-    check_size,
     list_parts,
-    load_part_record,
     part_dir,
     sealed_json,
     unseal_json,
@@ -44,6 +43,7 @@ SCHEMA = pa.schema(
         pa.field("response_xxh3", pa.string()),
         pa.field("entropy_last", pa.float64()),
         pa.field("gold_logprob_last", pa.float64()),
+        pa.field("kept_mass", pa.float64()),
     ]
 )
 
@@ -61,9 +61,8 @@ def build_index(root: Path, header: CacheHeader) -> Index:
     tables, file_sizes = [SCHEMA.empty_table()], {}
     for index in list_parts(root):
         record = load_part_record(root, header, index)
+        check_part_files(root, index, record)
         sizes = {name: file.size for name, file in record.files.items()}
-        for name, size in sizes.items():
-            check_size(root, part_dir(root, index) / name, size)
         file_sizes[index] = {**sizes, RECORD_NAME: (part_dir(root, index) / RECORD_NAME).stat().st_size}
         tables.append(_part_table(record))
     return Index(pa.concat_tables(tables).combine_chunks(), file_sizes)
@@ -86,6 +85,7 @@ def _part_table(record: PartRecord) -> pa.Table:
         "response_xxh3": record.response_xxh3,
         "entropy_last": record.entropy_last,
         "gold_logprob_last": record.gold_logprob_last,
+        "kept_mass": record.kept_mass,
     }
     return pa.table(columns, schema=SCHEMA)
 

@@ -4,26 +4,13 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
 from vlsi_cache.errors import CacheCorruptError, VlsiCacheError
 
 from .commit import list_tmp
-from .layout import (
-    HEADER_NAME,
-    RECORD_NAME,
-    TABLE_NAME,
-    CacheHeader,
-    PartRecord,
-    hash_file,
-    load_header,
-    load_part_record,
-    part_dir,
-    part_name,
-)
-from .reader import load_part, load_vocab
+from .files import hash_file, load_header, load_part_record
+from .layout import HEADER_NAME, RECORD_NAME, TABLE_NAME, CacheHeader, PartRecord, part_dir, part_name
+from .reader import load_part, load_texts, load_vocab
 
-_NO_VOCAB = np.empty(0, np.uint32)
 CONTINUE = "run the command that builds the cache again, it continues"
 
 
@@ -88,6 +75,8 @@ def _check_vocab(root: Path, header: CacheHeader, report: VerifyReport, repair: 
         return
     try:
         load_vocab(root, header)
+        if header.text_xxh3 is not None:
+            load_texts(root, header)
     except CacheCorruptError as error:
         report.problems.append(Problem("vocab", _text(error), repair))
 
@@ -103,7 +92,7 @@ def _check_part(root: Path, header: CacheHeader, index: int, report: VerifyRepor
         record = load_part_record(root, header, index)
         _check_files(root, index, record, report, repair)
         if len(report.problems) == before:
-            load_part(root, header, index, range(len(header.layers)), _NO_VOCAB)
+            load_part(root, header, index, range(len(header.layers)), None).check_mapped()
     except (OSError, VlsiCacheError) as error:
         report.problems.append(Problem(_named_file(root, name, error), _text(error), repair))
     if len(report.problems) > before:
@@ -114,7 +103,10 @@ def _check_files(root: Path, index: int, record: PartRecord, report: VerifyRepor
     folder = part_dir(root, index)
     for name, expected in sorted(record.files.items()):
         path, label = folder / name, f"parts/{part_name(index)}/{name}"
-        size = path.stat().st_size
+        if not os.path.lexists(path):
+            report.problems.append(Problem(label, "is missing", repair))
+            continue
+        size = path.lstat().st_size
         report.num_files += 1
         report.num_bytes += size
         if size != expected.size:

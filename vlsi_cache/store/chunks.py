@@ -1,0 +1,226 @@
+"""Zarr v3 chunks and shards as bytes: the codecs of the format, written and read without an array library.
+
+Any Zarr v3 reader opens the same files (the tests do). What is our own is the way to them: the chunks of a shard lie in
+C order without gaps, so that an uncompressed shard is one strided array that can be memory-mapped, and a layer is read
+without touching the others.
+"""
+
+import math
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+from numcodecs import blosc, zstd  # pyright: ignore[reportAttributeAccessIssue]  (compiled, without types)
+
+from vlsi_cache.errors import CacheCorruptError
+
+from .schema import ArraySpec
+
+CRC_BYTES = 4
+BLOSC_LEVEL, ZSTD_LEVEL = 5, 3
+
+
+def impossible_fill(dtype: np.dtype) -> int | float:
+    """A value no array holds: what a lost chunk would read as must not look like data."""
+    if dtype.kind == "f":
+        return float("nan")
+    return -1 if dtype.kind == "i" else int(np.iinfo(dtype).max)
+
+
+def encode_chunk(values: np.ndarray, spec: ArraySpec) -> bytes:
+    """One chunk as it lies on disk: little-endian, compressed, its crc32c behind it."""
+    raw = np.ascontiguousarray(values, spec.dtype.newbyteorder("<"))
+    if spec.compressor == "blosc":
+        body = blosc.compress(raw, b"zstd", BLOSC_LEVEL, blosc.SHUFFLE, 0, raw.itemsize)
+    elif spec.compressor == "zstd":
+        body = zstd.compress(raw, ZSTD_LEVEL, False)
+    else:
+        body = raw.tobytes()
+    return bytes(body) + _crc(body)
+
+
+def decode_chunk(stored: np.ndarray, spec: ArraySpec, out: np.ndarray) -> None:
+    """Check the crc32c of `stored` (uint8) and unpack it into the contiguous `out`; ValueError if it is damaged."""
+    body = checked(stored)
+    if spec.compressor == "blosc":
+        blosc.decompress(body, out)
+    elif spec.compressor == "zstd":
+        zstd.decompress(body, out)
+    else:
+        out.reshape(-1).view(np.uint8)[...] = body
+
+
+def checked(stored: np.ndarray) -> np.ndarray:
+    """The bytes in front of the crc32c, which must be theirs."""
+    body = stored[:-CRC_BYTES]
+    if stored.size < CRC_BYTES or _crc(body) != stored[-CRC_BYTES:].tobytes():
+        raise ValueError("the checksum (crc32c) of a chunk does not match its bytes")
+    return body
+
+
+def _crc(body: bytes | np.ndarray) -> bytes:
+    return int(google_crc32c.value(body)).to_bytes(CRC_BYTES, "little")  # type: ignore[arg-type]
+
+
+def encode_array(values: np.ndarray, spec: ArraySpec) -> Iterator[bytes]:
+    """The data file of an array, piece by piece; `values` has the layer axis first if the array is layered."""
+    if not spec.sharded:
+        yield encode_chunk(values, spec)
+        return
+    index, at = [], 0
+    for where in np.ndindex(*spec.grid):
+        piece = encode_chunk(_chunk_of(values, spec, where), spec)
+        index.append((at, len(piece)))
+        at += len(piece)
+        yield piece
+    table = np.array(index, "<u8").tobytes()
+    yield table + _crc(table)
+
+
+def _chunk_of(values: np.ndarray, spec: ArraySpec, where: tuple[int, ...]) -> np.ndarray:
+    """The chunk at grid place `where`, filled up at the end of the array."""
+    size = spec.chunk[0]
+    tokens = slice(where[0] * size, (where[0] + 1) * size)
+    found = values[where[1], tokens] if spec.is_layered else values[tokens]
+    if len(found) == size:
+        return found
+    full = np.full((size, *found.shape[1:]), impossible_fill(spec.dtype), spec.dtype)
+    full[: len(found)] = found
+    return full
+
+
+def read_whole(path: Path, spec: ArraySpec) -> np.ndarray:
+    """An array of one chunk."""
+    out = np.empty(spec.shape, spec.dtype)
+    decode_chunk(np.fromfile(path, np.uint8), spec, out)
+    return out
+
+
+def read_layers(path: Path, spec: ArraySpec, layers: Sequence[int]) -> np.ndarray:
+    """Layer rows `layers` of a layered array: [len(layers), T, ...]. Only their chunks are read."""
+    out = np.empty((len(layers), spec.shape[0], *spec.shape[2:]), spec.dtype)
+    with path.open("rb", buffering=0) as file:
+        index = _read_index(file.fileno(), spec)
+        for row, layer in enumerate(layers):
+            for block in range(spec.grid[0]):
+                _read_into(file.fileno(), index[block, layer].ravel(), spec, out[row], block)
+    return out
+
+
+def read_spans(path: Path, spec: ArraySpec, spans: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+    """Stretches (start, stop) of a flat array. Only the chunks that hold them are read, each once."""
+    size = spec.chunk[0]
+    numbers = [range(start // size, -(-stop // size)) for start, stop in spans]
+    blocks = {}
+    with path.open("rb", buffering=0) as file:
+        index = _read_index(file.fileno(), spec)
+        for block in sorted({block for span in numbers for block in span}):
+            blocks[block] = np.empty(min(size, spec.shape[0] - block * size), spec.dtype)
+            _read_into(file.fileno(), index[block], spec, blocks[block], 0)
+    joined = [np.concatenate([blocks[b] for b in span] or [np.empty(0, spec.dtype)]) for span in numbers]
+    return [
+        values[start - span.start * size :][: stop - start]
+        for (start, stop), span, values in zip(spans, numbers, joined, strict=True)
+    ]
+
+
+def _read_index(handle: int, spec: ArraySpec) -> np.ndarray:
+    """Offset and size of every chunk of a shard, uint64 [*grid, 2]; they must lie in C order without gaps."""
+    num_bytes = 16 * math.prod(spec.grid)
+    size = os.fstat(handle).st_size
+    stored = _read_at(handle, size - num_bytes - CRC_BYTES, num_bytes + CRC_BYTES)
+    index = checked(stored).view("<u8").reshape(-1, 2)
+    ends = np.cumsum(index[:, 1])
+    if index[0, 0] or (index[1:, 0] != ends[:-1]).any() or ends[-1] != size - len(stored):
+        raise ValueError("the chunks of the shard do not lie in order without gaps")
+    return index.reshape(*spec.grid, 2)
+
+
+def _read_into(handle: int, place: np.ndarray, spec: ArraySpec, out: np.ndarray, block: int) -> None:
+    """Unpack the chunk at `place` into tokens `block` of `out`; at the end of the array it is cut."""
+    stored = _read_at(handle, int(place[0]), int(place[1]))
+    size = spec.chunk[0]
+    target = out[block * size : (block + 1) * size]
+    if len(target) == size:
+        decode_chunk(stored, spec, target)
+        return
+    full = np.empty((size, *target.shape[1:]), spec.dtype)
+    decode_chunk(stored, spec, full)
+    target[...] = full[: len(target)]
+
+
+def _read_at(handle: int, start: int, num_bytes: int) -> np.ndarray:
+    found = os.pread(handle, num_bytes, start) if start >= 0 else b""
+    if len(found) != num_bytes:
+        raise ValueError(f"the file ends too early: {len(found)} of {num_bytes} bytes at {start}")
+    return np.frombuffer(found, np.uint8)
+
+
+class MappedLayers:
+    """Layer rows of an uncompressed layered array, memory-mapped: `mapped[:, low:high]` is [L, high - low, ...].
+
+    A block of one layer is checked against its crc32c when it is first touched, and never again.
+    """
+
+    def __init__(self, path: Path, spec: ArraySpec, layers: Sequence[int]) -> None:
+        with path.open("rb", buffering=0) as file:
+            index = _read_index(file.fileno(), spec)
+        chunk_bytes = math.prod(spec.chunk) * spec.dtype.itemsize
+        if (index[..., 1] != chunk_bytes + CRC_BYTES).any():
+            raise ValueError(f"a chunk of the shard is not {chunk_bytes} bytes and a checksum long")
+        self.shape = (len(layers), spec.shape[0], *spec.shape[2:])
+        self.dtype, self.path = spec.dtype, path
+        self._layers, self._tokens = list(layers), spec.chunk[0]
+        # plain arrays over the map: slicing a memmap object costs several times as much
+        stored = np.asarray(np.memmap(path, np.uint8, mode="r"))
+        grid = spec.grid[:2]
+        self._stored_BLc = stored[: math.prod(grid) * (chunk_bytes + CRC_BYTES)].reshape(*grid, -1)
+        self._values_BLt = np.ndarray(
+            (*grid, *spec.chunk[:1], *spec.chunk[2:]),
+            spec.dtype,
+            stored,
+            strides=(*self._stored_BLc.strides[:2], *_c_strides((spec.chunk[0], *spec.chunk[2:]), spec.dtype.itemsize)),
+        )
+        self._every_layer = self._layers == list(range(grid[1]))
+        self._known = np.zeros(grid, bool)
+        self._lock = threading.Lock()
+
+    def __getitem__(self, key: tuple[slice, slice]) -> np.ndarray:
+        low, high, _ = key[1].indices(self.shape[1])
+        size = self._tokens
+        pieces = [
+            self._piece(block, max(0, low - block * size), min(size, high - block * size))
+            for block in range(low // size, max(low // size + 1, -(-high // size)))
+        ]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=1)
+
+    def _piece(self, block: int, low: int, high: int) -> np.ndarray:
+        if not self._known[block, self._layers].all():
+            self._check(block)
+        piece = self._values_BLt[block][:, low:high]
+        return piece if self._every_layer else piece[self._layers]
+
+    def check_all(self) -> np.ndarray:
+        """Check every block; a flat copy of all values of all layers, in the order of the file."""
+        for block in range(len(self._known)):
+            self._check(block)
+        tokens = self.shape[1] - (len(self._known) - 1) * self._tokens
+        whole, last = self._values_BLt[:-1], self._values_BLt[-1:, :, :tokens]
+        return np.concatenate([part.reshape(-1) for part in (whole, last)])
+
+    def _check(self, block: int) -> None:
+        with self._lock:
+            for layer in self._layers:
+                if not self._known[block, layer]:
+                    try:
+                        checked(self._stored_BLc[block, layer])
+                    except ValueError as error:
+                        raise CacheCorruptError(f"`{self.path}`: block {block}, layer row {layer}: {error}") from None
+                    self._known[block, layer] = True
+
+
+def _c_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    return tuple(itemsize * math.prod(shape[axis + 1 :]) for axis in range(len(shape)))

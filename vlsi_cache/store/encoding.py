@@ -1,0 +1,102 @@
+"""Between the rows of a teacher and the arrays of a part: profiles, widths, ranks.
+
+Shape suffixes: L layers, T response tokens with a row, K kept entries, m tail samples, E entries of one layer.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from vlsi_cache.sparse.gaps import decode_gaps, encode_gaps
+from vlsi_cache.sparse.levels import decode_levels, encode_levels
+from vlsi_cache.sparse.rows import SparseRows
+from vlsi_cache.sparse.truncate import share_logprobs
+
+from .arrays import Arrays
+from .layout import CacheHeader
+from .schema import value_array
+
+
+def rank_of_id(header: CacheHeader, id_of_rank: np.ndarray) -> np.ndarray:
+    """The inverse of the frequency-rank table, in the dtype of `ids`."""
+    ranks_V = np.empty(header.v_real, header.id_dtype)
+    ranks_V[id_of_rank] = np.arange(header.v_real, dtype=header.id_dtype)
+    return ranks_V
+
+
+def encode_rows(header: CacheHeader, rank_of_id_V: np.ndarray, rows: SparseRows) -> Arrays:
+    """The layered arrays in their disk dtype, layer axis first; `rows` are padded with -inf where they are narrower."""
+    value = value_array(header)
+    entries = {"ids": rank_of_id_V[rows.ids_LTK], value: _encode_values(header, rows.logprobs_LTK)}
+    arrays: Arrays = {
+        "lse": np.asarray(rows.lse_LTn, np.float32),
+        "entropy": np.asarray(rows.entropy_LT, np.float32),
+        "gold_logprob": np.asarray(rows.gold_logprob_LT, np.float32),
+    }
+    if header.row_kind == "top-k":
+        arrays["tail_mass"] = np.asarray(rows.tail_mass_LT, np.float32)
+    if header.tail_samples:
+        arrays["tail_ids"] = rank_of_id_V[rows.tail_ids_LTm]
+    if not header.is_ragged:
+        return arrays | entries
+    kept_LT = row_widths(header, rows.logprobs_LTK)
+    mask_LTK = np.arange(rows.top_k) < kept_LT[..., None]
+    kept_dtype = np.min_scalar_type(header.widest)
+    return arrays | {"kept": kept_LT.astype(kept_dtype)} | {name: a[mask_LTK] for name, a in entries.items()}
+
+
+def row_widths(header: CacheHeader, logprobs_LTK: np.ndarray) -> np.ndarray:
+    """[L, T]: entries of every row. Only top-p and sampled rows end at their padding; others are as wide as allowed."""
+    if header.truncated:
+        return np.isfinite(logprobs_LTK).sum(-1)
+    return np.broadcast_to(np.array(header.top_k)[:, None], logprobs_LTK.shape[:2])
+
+
+def _encode_values(header: CacheHeader, logprobs_LTK: np.ndarray) -> np.ndarray:
+    if header.row_kind == "sampled":
+        counts_LTK = np.rint(np.exp(logprobs_LTK.astype(np.float64)) * header.widest)
+        return counts_LTK.astype(np.min_scalar_type(header.widest))
+    if header.profile == "exact":
+        return encode_gaps(logprobs_LTK)
+    if header.profile == "fast":
+        return logprobs_LTK.astype(np.float16)
+    return encode_levels(logprobs_LTK)
+
+
+def decode_values(
+    header: CacheHeader, stored_LTK: np.ndarray, tail_mass_LT: np.ndarray, mask_LTK: np.ndarray | None = None
+) -> np.ndarray:
+    """Log-probs of stored entries, -inf outside the mask: float32; float16, often a view, in the `fast` profile."""
+    if header.row_kind == "sampled":
+        return share_logprobs(stored_LTK, header.widest)
+    if header.profile == "default":
+        return decode_levels(stored_LTK, tail_mass_LT, mask_LTK)
+    logprobs_LTK = decode_gaps(stored_LTK) if header.profile == "exact" else stored_LTK
+    if mask_LTK is not None:
+        logprobs_LTK[~mask_LTK] = -np.inf
+    return logprobs_LTK
+
+
+def padded(
+    header: CacheHeader, flat: dict[str, list[np.ndarray]], kept_LT: np.ndarray, spans: Sequence[tuple[int, int]]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(ranks [L, T, K], stored values [L, T, K], mask of what is an entry) of entries `spans[l]` of each layer.
+
+    K is the width of the widest of these rows, `kept_LT` their widths.
+    """
+    mask_LTK = np.arange(int(kept_LT.max(initial=1))) < kept_LT[..., None]
+    both = []
+    for name in ("ids", value_array(header)):
+        pieces = [flat[name][layer][low:high] for layer, (low, high) in enumerate(spans)]
+        full_LTK = np.zeros(mask_LTK.shape, pieces[0].dtype if pieces else np.uint8)
+        full_LTK[mask_LTK] = np.concatenate(pieces) if pieces else []
+        both.append(full_LTK)
+    return both[0], both[1], mask_LTK
+
+
+def check_ranks(header: CacheHeader, arrays: Arrays) -> None:
+    """ValueError when a rank is outside the vocabulary. Memory-mapped arrays are checked where they are sliced."""
+    for name in ("ids", "tail_ids"):
+        for piece in arrays[name] if isinstance(arrays.get(name), list) else [arrays.get(name)]:
+            if isinstance(piece, np.ndarray) and piece.size and int(piece.max()) >= header.v_real:
+                raise ValueError(f"`{name}`: rank {piece.max()}, the vocabulary is {header.v_real}")

@@ -1,0 +1,106 @@
+"""Reading the records of a cache, and checking that its files are the ones they speak of."""
+
+import os
+import stat
+from pathlib import Path
+
+import xxhash
+
+from vlsi_cache.errors import CacheCorruptError
+
+from .layout import (
+    FORMAT_VERSION,
+    HEADER_NAME,
+    RECORD_NAME,
+    CacheHeader,
+    FileRecord,
+    PartRecord,
+    as_record,
+    part_dir,
+    unseal_json,
+)
+from .schema import part_file_names, part_specs
+
+
+def load_header(root: Path) -> CacheHeader:
+    """Read and check `cache.json`; a newer format is refused before anything else is looked at."""
+    path = root / HEADER_NAME
+    value = unseal_json(path.read_bytes(), path)
+    version = value.get("format_version")
+    if value.get("format") != "vlsi-cache":
+        raise CacheCorruptError(f"`{path}` is not the header of a vlsi-cache: `format` is {value.get('format')!r}")
+    if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+        raise CacheCorruptError(
+            f"`{path}`: format version {version}, this program reads 1 to {FORMAT_VERSION}; upgrade vlsi-cache"
+        )
+    return as_record(CacheHeader, value, path)
+
+
+def load_part_record(root: Path, header: CacheHeader, index: int) -> PartRecord:
+    """Read `part.json` of part `index` and check that it is this part, of this cache, with just the files of one."""
+    path = part_dir(root, index) / RECORD_NAME
+    _refuse_elsewhere(root, path)
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise CacheCorruptError(f"`{path}` is missing; run: vlsi-cache repair {root}") from None
+    record = as_record(PartRecord, unseal_json(content, path), path)
+    if record.cache_digest != header.digest:
+        raise CacheCorruptError(
+            f"`{path}`: the part belongs to another cache (digest {record.cache_digest[:12]}, this cache is "
+            f"{header.digest[:12]}); run: vlsi-cache repair {root}"
+        )
+    if record.index != index:
+        raise CacheCorruptError(
+            f"`{path}`: this is part {record.index} under the name of part {index}; run: vlsi-cache repair {root}"
+        )
+    # Names from a file are only ever compared with the names a part has, so none of them can lead elsewhere.
+    wrong = part_file_names(part_specs(header, record)) ^ set(record.files)
+    if wrong:
+        raise CacheCorruptError(f"`{path}`: files listed and files expected differ: {sorted(wrong)[:4]}")
+    return record
+
+
+def check_part_files(root: Path, index: int, record: PartRecord) -> None:
+    """Every file of the part is a plain file of the recorded size inside the cache; nothing is read."""
+    folder = part_dir(root, index)
+    for parent in {(folder / name).parent for name in record.files}:
+        _refuse_elsewhere(root, parent)
+    for name, file in record.files.items():
+        check_size(root, folder / name, file.size)
+
+
+def check_metadata(folder: Path, record: PartRecord) -> None:
+    """The `zarr.json` files are those that were written. Nothing here depends on them, other readers do."""
+    for name, file in record.files.items():
+        if name.endswith("zarr.json") and (found := hash_file(folder / name)) != file:
+            raise CacheCorruptError(f"`{folder / name}`: xxh3 is {found.xxh3}, part.json says {file.xxh3}")
+
+
+def check_size(root: Path, path: Path, expected: int) -> None:
+    """Compare the size of `path` with its record, without reading it."""
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        raise CacheCorruptError(f"`{path}` is missing; run: vlsi-cache repair {root}") from None
+    if not stat.S_ISREG(status.st_mode) or status.st_size != expected:
+        raise CacheCorruptError(
+            f"`{path}`: {status.st_size} bytes, part.json says {expected}; "
+            f"run: vlsi-cache verify {root}, then vlsi-cache repair {root}"
+        )
+
+
+def _refuse_elsewhere(root: Path, path: Path) -> None:
+    if os.path.realpath(path) != os.path.join(os.path.realpath(root), path.relative_to(root)):
+        raise CacheCorruptError(f"`{path}` is or lies behind a symbolic link; a cache holds plain files only")
+
+
+def hash_file(path: Path) -> FileRecord:
+    """Size and xxh3-64 of a file."""
+    digest = xxhash.xxh3_64()
+    size = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+            size += len(block)
+    return FileRecord(size=size, xxh3=digest.hexdigest())

@@ -1,0 +1,150 @@
+"""Beginning a cache, or finding that the one that is there is another: `vocab/`, then `cache.json`, then parts.
+
+The frequency-rank table comes first because the header carries its digest: whichever process renames its table into
+place decides it for all, so that a table made from the teacher's own rows need not come out the same everywhere.
+"""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from vlsi_cache.errors import CacheCorruptError, FingerprintMismatchError, SpecError, list_problems
+
+from . import commit
+from .arrays import read_vocab, read_vocab_text, write_vocab
+from .files import load_header
+from .layout import HEADER_NAME, IDENTITY_FIELDS, CacheHeader, rank_table_digest, sealed_json
+
+MAX_SHOWN = 120  # characters of a differing fingerprint value in a message
+
+RankTable = np.ndarray | Callable[[], np.ndarray]
+TokenTexts = Callable[[], Sequence[str]] | None
+
+
+def publish_header(
+    root: Path, header: CacheHeader, id_of_rank: RankTable, token_texts: TokenTexts
+) -> tuple[CacheHeader, np.ndarray]:
+    """Create the cache at `root` or join the one that is there; its header and its rank table, uint32 [V].
+
+    Raises FingerprintMismatchError with every field that differs, SpecError when the folder is something else.
+    """
+    if (root / HEADER_NAME).exists():
+        _compare(root, load_header(root), _as_stored(header))
+    else:
+        root.mkdir(parents=True, exist_ok=True)
+        _refuse_foreign_directory(root)
+    table_V = _publish_vocab(root, header.v_real, id_of_rank, token_texts)
+    if not (root / HEADER_NAME).exists():
+        _create_header(root, header, table_V)
+    stored = load_header(root)
+    _compare(root, stored, _as_stored(header))
+    if stored.id_of_rank_xxh3 != rank_table_digest(table_V):
+        raise CacheCorruptError(
+            f"`{root / 'vocab'}`: the table does not match cache.json; run: vlsi-cache repair {root}"
+        )
+    return stored, table_V
+
+
+def _create_header(root: Path, header: CacheHeader, table_V: np.ndarray) -> None:
+    complete = {"id_of_rank_xxh3": rank_table_digest(table_V), "text_xxh3": _text_digest(root, header.v_real)}
+    with commit.tmp_path(root, HEADER_NAME) as tmp, commit.disk_full_is_an_error(root, 0):
+        commit.write_durable(tmp, sealed_json(_as_stored(header.model_copy(update=complete)).model_dump()))
+        commit.publish_new_file(tmp, root / HEADER_NAME)
+
+
+def _as_stored(header: CacheHeader) -> CacheHeader:
+    """The header after a trip through JSON, so that what is compared later is what a reader will see."""
+    try:
+        return CacheHeader.model_validate(json.loads(json.dumps(header.model_dump(), allow_nan=False)))
+    except (TypeError, ValueError) as error:
+        raise SpecError(f"the header of the cache cannot be written as JSON: {error}") from error
+
+
+def _refuse_foreign_directory(root: Path) -> None:
+    """An existing folder may only hold what an interrupted start of a cache leaves: `vocab/`, and files in `tmp/`."""
+    found = set(os.listdir(root)) - {"tmp"}
+    if (root / "vocab" / "id_of_rank").is_dir():
+        found.discard("vocab")
+    if (root / "tmp").is_dir():
+        found |= {f"tmp/{name}" for name in os.listdir(root / "tmp") if not name.startswith((HEADER_NAME, "vocab."))}
+    if found:
+        raise SpecError(
+            f"`{root}` is not empty and not a cache: it holds {sorted(found)[:4]}; name a new folder for the cache"
+        )
+
+
+def _publish_vocab(root: Path, v_real: int, id_of_rank: RankTable, token_texts: TokenTexts) -> np.ndarray:
+    """Write `vocab/` unless it is there; the table that is there in the end."""
+    if not (root / "vocab").exists():
+        table_V = _checked_rank_table(id_of_rank if isinstance(id_of_rank, np.ndarray) else id_of_rank(), v_real)
+        text, offsets = _joined(token_texts, v_real)
+        need_bytes = table_V.nbytes + len(text or b"")
+        commit.check_free_space(root, need_bytes)
+        with commit.tmp_path(root, "vocab", ".zarr") as tmp, commit.disk_full_is_an_error(root, need_bytes):
+            write_vocab(tmp, table_V, text, offsets)
+            commit.fsync_tree(tmp)
+            commit.publish_dir(tmp, root / "vocab")
+    try:
+        return _checked_rank_table(read_vocab(root / "vocab", v_real), v_real)
+    except SpecError as error:
+        raise CacheCorruptError(f"`{root / 'vocab'}`: {error}; run: vlsi-cache repair {root}") from error
+
+
+def _checked_rank_table(id_of_rank: np.ndarray, v_real: int) -> np.ndarray:
+    table_V = np.asarray(id_of_rank)
+    if table_V.shape != (v_real,) or not np.array_equal(np.sort(table_V), np.arange(v_real)):
+        raise SpecError(f"`id_of_rank` must be a permutation of 0 to {v_real - 1}, got shape {table_V.shape}")
+    return table_V.astype(np.uint32)
+
+
+def _joined(token_texts: TokenTexts, v_real: int) -> tuple[bytes | None, np.ndarray | None]:
+    if token_texts is None:
+        return None, None
+    texts = token_texts()
+    if len(texts) != v_real:
+        raise SpecError(f"{len(texts)} token texts for a vocabulary of {v_real}")
+    pieces = [text.encode("utf-8", "replace") for text in texts]
+    return b"".join(pieces), np.concatenate([[0], np.cumsum([len(piece) for piece in pieces])]).astype(np.int64)
+
+
+def _text_digest(root: Path, v_real: int) -> str | None:
+    if not (root / "vocab" / "text").is_dir():
+        return None
+    return xxhash.xxh3_64_hexdigest(read_vocab_text(root / "vocab", v_real)[0])
+
+
+def _compare(root: Path, stored: CacheHeader, asked: CacheHeader) -> None:
+    fields = [name for name in IDENTITY_FIELDS if name != "id_of_rank_xxh3"]  # the table that is there is taken
+    lines = _differences(stored.fingerprint, asked.fingerprint)
+    lines += _differences(*({name: getattr(header, name) for name in fields} for header in (stored, asked)))
+    if lines:
+        raise FingerprintMismatchError(
+            f"`{root}` was made from something else ({len(lines)} fields differ):\n"
+            f"{list_problems(lines, limit=100)}\nname another folder, or go back to what the cache was made from"
+        )
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    lines = []
+    for name in {**old, **new}:
+        texts = [json.dumps(values[name], sort_keys=True) if name in values else "nothing" for values in (old, new)]
+        if texts[0] != texts[1]:
+            start = max(0, _first_difference(*texts) - MAX_SHOWN // 2)
+            shown = [_excerpt(text, start) for text in texts]
+            lines.append(f"`{name}`: the cache has {shown[0]}, this run has {shown[1]}")
+    return lines
+
+
+def _first_difference(one: str, other: str) -> int:
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def _excerpt(text: str, start: int) -> str:
+    """At most MAX_SHOWN characters, chosen so that the place where two values part is among them."""
+    end = start + MAX_SHOWN
+    return ("..." if start else "") + text[start:end] + ("..." if end < len(text) else "")
