@@ -241,7 +241,7 @@ def test_prune(run: Any, cache: Path, tmp_path: Path) -> None:
     assert (code, json.loads(out)["layers"], small.exists()) == (0, [2, 3, 4], False)
     assert run("prune", cache, "-o", small, "--layers", "2-3,last", "--top-k", 3)[0] == 0
     facts = json.loads(run("inspect", small, "--json")[1])
-    assert (facts["layers"], facts["top_k"]) == ([2, 3, 4], 3)
+    assert (facts["layers"], facts["top_k"]) == ([2, 3, 4], [3, 3, 3])
     for words in (["-o", small], ["-o", small, "--layers", "2-x"], ["-o", small, "--layers", "3-2,last"]):
         assert run("prune", cache, *words)[0] == 2
 

@@ -11,6 +11,7 @@ import numpy as np
 from vlsi_cache.report.example import grid_of
 from vlsi_cache.sparse.rows import SparseRows
 from vlsi_cache.store.layout import CacheHeader
+from vlsi_cache.store.ranks import plain_ranks
 from vlsi_cache.store.reader import open as open_cache
 from vlsi_cache.store.samples import PartSamples
 from vlsi_cache.store.writer import CacheWriter
@@ -66,7 +67,7 @@ def write_cache(path: Path, *, num_parts: int = 2, num_written: int | None = Non
         num_response_tokens=sum(map(len, responses)),
         skipped=[{"id": f"long-{n}", "reason": "prompt <too> long"} for n in range(skipped)],
     )
-    writer = CacheWriter.create_or_resume(path, header, np.arange(V, dtype=np.uint32))
+    writer = CacheWriter.create_or_resume(path, header, plain_ranks(np.arange(V), len(LAYERS)))
     for part in range(num_parts if num_written is None else num_written):
         chosen = responses[3 * part : 3 * part + 3]
         samples = PartSamples(

@@ -8,6 +8,7 @@ import numpy as np
 
 from vlsi_cache.sparse.rows import SparseRows
 from vlsi_cache.store.layout import CacheHeader
+from vlsi_cache.store.ranks import RankTable
 from vlsi_cache.store.samples import PartSamples
 from vlsi_cache.store.writer import CacheWriter
 
@@ -21,6 +22,13 @@ class Case:
     num_layers: int
     top_k: int
     num_tail: int
+    num_head: int = 3
+
+    @property
+    def ranks(self) -> RankTable:
+        """The table, and heads of three ids for each layer."""
+        heads = [np.roll(self.id_of_rank, -layer)[: self.num_head] for layer in range(self.num_layers)]
+        return RankTable(self.id_of_rank, np.stack(heads))
 
 
 def make_rows(
@@ -86,7 +94,7 @@ def standard_case(seed: int = 0) -> Case:
 
 def build(root: Path, case: Case) -> Path:
     """Build or continue the cache of `case` at `root`."""
-    writer = CacheWriter.create_or_resume(root, header_of(case), case.id_of_rank)
+    writer = CacheWriter.create_or_resume(root, header_of(case), case.ranks)
     for index in writer.missing_parts():
         writer.write_part(index, case.parts[index])
     assert writer.finish()

@@ -132,7 +132,7 @@ def keep_building(root: Path, rank: int) -> None:
     from vlsi_cache.store.writer import CacheWriter
 
     case = many_parts()
-    writer = CacheWriter.create_or_resume(root, header_of(case), case.id_of_rank)
+    writer = CacheWriter.create_or_resume(root, header_of(case), case.ranks)
     for index in writer.missing_parts(rank, 2):
         writer.write_part(index, case.parts[index])
     writer.finish()

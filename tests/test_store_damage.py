@@ -9,8 +9,9 @@ import pytest
 from test_store_cases import Case, build, copy_cache, file_bytes, header_of, make_case, standard_case
 
 from vlsi_cache.errors import CacheCorruptError, VlsiCacheError
-from vlsi_cache.store import commit, edit, reader
+from vlsi_cache.store import commit, reader
 from vlsi_cache.store.layout import list_parts, sealed_json
+from vlsi_cache.store.repair import repair
 from vlsi_cache.store.verify import verify
 from vlsi_cache.store.writer import CacheWriter
 
@@ -180,7 +181,7 @@ def test_a_damaged_sample_table_is_rebuilt(root: Path, damage: bytes | None) -> 
     path.write_bytes(content[:200] + bytes([content[200] ^ 4]) + content[201:] if damage is None else damage)
     assert reader.open(root).sample_table() == want
     assert [problem.file for problem in verify(root).problems] == ["samples.parquet"]
-    assert edit.repair(root).table_rebuilt
+    assert repair(root).table_rebuilt
     assert verify(root).ok
 
 
@@ -189,17 +190,17 @@ def test_repair_makes_the_build_continue(root: Path, built: Path, case: Case) ->
     (root / "vocab" / "id_of_rank" / "c" / "0").write_bytes(b"")
     dead = root / "tmp" / f"000002.{commit.host_name()}.999999999.0123456789ab.zarr"
     dead.mkdir()
-    report = edit.repair(root)
+    report = repair(root)
     assert report.quarantined == ["parts/000001.zarr", "vocab"]
     assert report.left == [f"tmp/{dead.name}"]
     assert dead.exists()
     assert report.missing_parts == [1]
     assert (root / "quarantine" / "000001.zarr").is_dir()
-    assert edit.repair(root, yes=True).removed == [f"tmp/{dead.name}"]
+    assert repair(root, yes=True).removed == [f"tmp/{dead.name}"]
     build(root, case)
     assert verify(root, deep=True).ok
     assert file_bytes(root / "parts") == file_bytes(built / "parts")
-    assert str(edit.repair(root)) == "nothing to repair"
+    assert str(repair(root)) == "nothing to repair"
 
 
 def test_only_dead_leftovers_are_removed(root: Path, case: Case) -> None:
@@ -215,7 +216,7 @@ def test_only_dead_leftovers_are_removed(root: Path, case: Case) -> None:
     for name in names.values():
         (root / "tmp" / name).mkdir()
     os.utime(root / "tmp" / names["old"], (0, 0))
-    CacheWriter.create_or_resume(root, header_of(case), case.id_of_rank)
+    CacheWriter.create_or_resume(root, header_of(case), case.ranks)
     left = {key for key, name in names.items() if (root / "tmp" / name).exists()}
     assert left == {"alive", "elsewhere", "foreign"}
 

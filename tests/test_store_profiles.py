@@ -1,4 +1,4 @@
-"""Every profile, every row width, every kind of row: what is read is what was written, by our reader and by plain zarr."""
+"""Every profile, row width and kind of row: what is read is what was written, by our reader and by plain zarr."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +22,7 @@ ERROR_OF_P = {"default": 0.02, "exact": 0.0, "fast": 2e-3}
 
 
 def build_with(root: Path, case: Case, header: CacheHeader) -> reader.Cache:
-    writer = CacheWriter.create_or_resume(root, header, case.id_of_rank)
+    writer = CacheWriter.create_or_resume(root, header, case.ranks)
     for index in writer.missing_parts():
         writer.write_part(index, case.parts[index])
     assert writer.finish()
@@ -31,7 +31,8 @@ def build_with(root: Path, case: Case, header: CacheHeader) -> reader.Cache:
 
 
 def rank_table(case: Case, profile: str) -> Case:
-    return replace(case, id_of_rank=np.arange(len(case.id_of_rank))) if profile == "fast" else case
+    plain = replace(case, id_of_rank=np.arange(len(case.id_of_rank)), num_head=0)
+    return plain if profile == "fast" else case
 
 
 def written_rows(case: Case) -> dict[str, SparseRows]:
@@ -52,7 +53,8 @@ def assert_same(cache: reader.Cache, case: Case, *, error: float) -> None:
         want, got = written.padded_to(width), cache[name].padded_to(width)
         np.testing.assert_array_equal(got.widths_LT, want.widths_LT)
         for field in ("ids_LTK", "tail_ids_LTm", *SCALARS):
-            np.testing.assert_array_equal(getattr(got, field), getattr(want, field))
+            rounding = 2.0**-16 if field in SCALARS and cache.header.profile == "default" else 0
+            np.testing.assert_allclose(getattr(got, field), getattr(want, field), rtol=rounding, atol=0)
         p_got, p_want = (np.exp(rows.logprobs_LTK.astype(np.float64)) for rows in (got, want))
         np.testing.assert_allclose(p_got, p_want, rtol=0, atol=error)
         if error == 0:

@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from .stages.evaluate import evaluate
     from .stages.plan import plan
     from .stages.verbalize import train_verbalizers
-    from .store.edit import prune, repair
+    from .store.edit import prune
     from .store.reader import open
+    from .store.repair import repair
 
 _HOME = {
     "CacheSpec": "spec",
@@ -28,7 +29,7 @@ _HOME = {
     "open": "store.reader",
     "plan": "stages.plan",
     "prune": "store.edit",
-    "repair": "store.edit",
+    "repair": "store.repair",
     "sparse_kl": "sparse.kl",
     "train_verbalizers": "stages.verbalize",
 }

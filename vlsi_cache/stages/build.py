@@ -21,6 +21,7 @@ from vlsi_cache.sparse.select import select_at_random, select_by_entropy
 from vlsi_cache.spec import CacheSpec
 from vlsi_cache.store import reader
 from vlsi_cache.store.layout import TABLE_NAME, CacheHeader
+from vlsi_cache.store.ranks import RankTable, plain_ranks, ranks_by_count
 from vlsi_cache.store.reader import Cache
 from vlsi_cache.store.samples import PartSamples
 from vlsi_cache.store.writer import CacheWriter
@@ -54,7 +55,7 @@ def build_teacher(
     writer = CacheWriter.create_or_resume(
         out,
         cache_header(inputs, parts),
-        lambda: id_of_rank(teacher, parts[0] if parts else []),
+        lambda: frequency_ranks(teacher, parts[0] if parts else []),
         token_texts=lambda: inputs.encoder.token_texts(range(inputs.encoder.v_real)),
     )
     missing = writer.missing_parts(rank=rank, world=world)
@@ -108,24 +109,25 @@ def fingerprint(inputs: TeacherInputs) -> dict[str, Any]:
     }
 
 
-def id_of_rank(teacher: Callable[[], Teacher], indices: list[int]) -> np.ndarray:
-    """uint32 [v_real]: token ids by how often the teacher keeps them in the first rows of the records `indices`.
+def frequency_ranks(teacher: Callable[[], Teacher], indices: list[int]) -> RankTable:
+    """Ids by how often the teacher keeps them in the first rows of the records `indices`, in each layer.
 
     Ids it does not keep there follow by their count in the data set's responses, then by id. Small ranks are what
     makes ids compress; the `fast` profile stores ids as they are.
     """
     inputs = teacher().inputs
-    v_real = inputs.encoder.v_real
+    v_real, num_layers = inputs.encoder.v_real, teacher().num_layers
     if inputs.spec.store.profile == "fast":
-        return np.arange(v_real, dtype=np.uint32)
+        return plain_ranks(np.arange(v_real), num_layers)
     lengths = np.cumsum([len(inputs.response_ids[i]) for i in indices])
     chosen = indices[: int(np.searchsorted(lengths, RANKED_TOKENS)) + 1]
-    kept_V = np.zeros(v_real, np.int64)
+    kept_LV = np.zeros((num_layers, v_real), np.int64)
     for batch in _batches(inputs, chosen):
         for rows in teacher().rows(batch):
-            kept_V += np.bincount(rows.ids_LTK[np.isfinite(rows.logprobs_LTK)], minlength=v_real)
+            for kept_V, ids_TK, logprobs_TK in zip(kept_LV, rows.ids_LTK, rows.logprobs_LTK, strict=True):
+                kept_V += np.bincount(ids_TK[np.isfinite(logprobs_TK)], minlength=v_real)
     said_V = np.bincount(np.concatenate([np.zeros(0, np.uint32), *inputs.response_ids]), minlength=v_real)
-    return np.lexsort((np.arange(v_real), -said_V, -kept_V)).astype(np.uint32)
+    return ranks_by_count(kept_LV, said_V)
 
 
 def _build_parts(teacher: Teacher, parts: list[list[int]], missing: list[int], writer: CacheWriter) -> None:

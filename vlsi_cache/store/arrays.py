@@ -13,8 +13,9 @@ import xxhash
 
 from vlsi_cache.errors import CacheCorruptError
 
-from .chunks import MappedLayers, encode_array, impossible_fill, read_layers, read_spans, read_whole
+from .chunks import BLOSC_LEVEL, MappedLayers, encode_array, impossible_fill, read_layers, read_spans, read_whole
 from .layout import FileRecord
+from .ranks import RankTable
 from .schema import ArraySpec, data_file_name, vocab_specs
 
 Arrays = dict[str, Any]  # numpy arrays, or MappedLayers that are sliced like them
@@ -36,13 +37,15 @@ def write_arrays(folder: Path, arrays: Mapping[str, np.ndarray], specs: dict[str
 
 def _write_metadata(folder: Path, specs: dict[str, ArraySpec]) -> None:
     import zarr
-    from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ZstdCodec
+    from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, TransposeCodec
     from zarr.storage import LocalStore
 
     group = zarr.create_group(LocalStore(folder), zarr_format=3)
     for name, spec in specs.items():
-        blosc = BloscCodec(cname="zstd", clevel=5, shuffle="shuffle", typesize=spec.dtype.itemsize)
-        compressors = {"blosc": [blosc], "zstd": [ZstdCodec(level=3)], "none": []}[spec.compressor]
+        codec, options = spec.codec, {"typesize": spec.dtype.itemsize, "blocksize": spec.codec.block_bytes}
+        blosc = (
+            [BloscCodec(cname="zstd", clevel=BLOSC_LEVEL, shuffle=codec.shuffle, **options)] if codec.shuffle else []
+        )
         shard = tuple(num * size for num, size in zip(spec.grid, spec.chunk, strict=True))
         group.create_array(
             name,
@@ -50,8 +53,8 @@ def _write_metadata(folder: Path, specs: dict[str, ArraySpec]) -> None:
             dtype=spec.dtype,
             chunks=spec.chunk,
             shards=tuple(max(a, b) for a, b in zip(shard, spec.chunk, strict=True)) if spec.sharded else None,
-            filters=[],
-            compressors=[*compressors, Crc32cCodec()],
+            filters=[TransposeCodec(order=(1, 2, 0))] if codec.by_entry else [],
+            compressors=[*blosc, Crc32cCodec()],
             serializer=BytesCodec(endian="little"),
             fill_value=impossible_fill(spec.dtype),
         )
@@ -106,7 +109,7 @@ def _layers_of(folder: Path, name: str, spec: ArraySpec, layers: Sequence[int], 
     if not spec.size_bytes or not layers:
         return np.empty((len(layers), spec.shape[0], *spec.shape[2:]), spec.dtype)
     path = folder / data_file_name(name, spec)
-    if mapped and spec.compressor == "none":
+    if mapped and spec.codec.shuffle is None:
         return MappedLayers(path, spec, layers)
     return read_layers(path, spec, layers)
 
@@ -129,22 +132,24 @@ def _guarded(folder: Path, name: str, read: Callable[[], Any]) -> Any:
         raise CacheCorruptError(f"`{folder / name}`: {what}") from error
 
 
-def write_vocab(folder: Path, id_of_rank: np.ndarray, text: bytes | None, text_offsets: np.ndarray | None) -> None:
-    """Write `vocab/`: the frequency-rank table, and the text of every token if there is one."""
-    arrays = {"id_of_rank": np.ascontiguousarray(id_of_rank, np.uint32)}
+def write_vocab(folder: Path, ranks: RankTable, text: bytes | None, text_offsets: np.ndarray | None) -> None:
+    """Write `vocab/`: the frequency ranks, and the text of every token if there is one."""
+    arrays = {"id_of_rank": ranks.id_of_rank_V, "heads": ranks.heads_LH}
     if text is not None and text_offsets is not None:
         arrays |= {"text": np.frombuffer(text, np.uint8), "text_offsets": np.asarray(text_offsets, np.int64)}
-    write_arrays(folder, arrays, vocab_specs(len(id_of_rank), None if text is None else len(text)))
+    num_bytes = None if text is None else len(text)
+    write_arrays(folder, arrays, vocab_specs(len(ranks.id_of_rank_V), ranks.heads_LH.shape, num_bytes))
 
 
-def read_vocab(folder: Path, v_real: int) -> np.ndarray:
-    """The frequency-rank table, uint32 [V]."""
-    return read_samples(folder, vocab_specs(v_real, None), ["id_of_rank"])["id_of_rank"]
+def read_vocab(folder: Path, v_real: int, heads: tuple[int, int]) -> RankTable:
+    """The frequency ranks, as they were written."""
+    found = read_samples(folder, vocab_specs(v_real, heads, None), ["id_of_rank", "heads"])
+    return RankTable(found["id_of_rank"], found["heads"])
 
 
 def read_vocab_text(folder: Path, v_real: int) -> tuple[bytes, np.ndarray]:
     """UTF-8 bytes of all tokens one after the other, and int64 [V + 1] offsets; the caller knows that they exist."""
-    specs = vocab_specs(v_real, 0)
+    specs = vocab_specs(v_real, (0, 0), 0)
     offsets = read_samples(folder, specs, ["text_offsets"])["text_offsets"]
-    specs = vocab_specs(v_real, max(0, int(offsets[-1])))
+    specs = vocab_specs(v_real, (0, 0), max(0, int(offsets[-1])))
     return read_samples(folder, specs, ["text"])["text"].tobytes(), offsets

@@ -13,14 +13,15 @@ from pathlib import Path
 
 import google_crc32c
 import numpy as np
-from numcodecs import blosc, zstd  # pyright: ignore[reportAttributeAccessIssue]  (compiled, without types)
+from numcodecs import blosc  # pyright: ignore[reportAttributeAccessIssue]  (compiled, without types)
 
 from vlsi_cache.errors import CacheCorruptError
 
 from .schema import ArraySpec
 
 CRC_BYTES = 4
-BLOSC_LEVEL, ZSTD_LEVEL = 5, 3
+BLOSC_LEVEL = 5
+SHUFFLES = {"shuffle": blosc.SHUFFLE, "bitshuffle": blosc.BITSHUFFLE}
 
 
 def impossible_fill(dtype: np.dtype) -> int | float:
@@ -32,25 +33,26 @@ def impossible_fill(dtype: np.dtype) -> int | float:
 
 def encode_chunk(values: np.ndarray, spec: ArraySpec) -> bytes:
     """One chunk as it lies on disk: little-endian, compressed, its crc32c behind it."""
-    raw = np.ascontiguousarray(values, spec.dtype.newbyteorder("<"))
-    if spec.compressor == "blosc":
-        body = blosc.compress(raw, b"zstd", BLOSC_LEVEL, blosc.SHUFFLE, 0, raw.itemsize)
-    elif spec.compressor == "zstd":
-        body = zstd.compress(raw, ZSTD_LEVEL, False)
-    else:
+    codec = spec.codec
+    raw = np.ascontiguousarray(values.T if codec.by_entry else values, spec.dtype.newbyteorder("<"))
+    if codec.shuffle is None:
         body = raw.tobytes()
+    else:
+        body = blosc.compress(raw, b"zstd", BLOSC_LEVEL, SHUFFLES[codec.shuffle], codec.block_bytes, raw.itemsize)
     return bytes(body) + _crc(body)
 
 
 def decode_chunk(stored: np.ndarray, spec: ArraySpec, out: np.ndarray) -> None:
     """Check the crc32c of `stored` (uint8) and unpack it into the contiguous `out`; ValueError if it is damaged."""
     body = checked(stored)
-    if spec.compressor == "blosc":
-        blosc.decompress(body, out)
-    elif spec.compressor == "zstd":
-        zstd.decompress(body, out)
-    else:
+    if spec.codec.shuffle is None:
         out.reshape(-1).view(np.uint8)[...] = body
+    elif spec.codec.by_entry:
+        turned = np.empty(out.shape[::-1], out.dtype)
+        blosc.decompress(body, turned)
+        out[...] = turned.T
+    else:
+        blosc.decompress(body, out)
 
 
 def checked(stored: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ Shape suffixes: L layers, T response tokens, K kept entries, D dropped entries, 
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -17,14 +17,11 @@ from vlsi_cache.errors import CacheIncompleteError, SpecError
 from vlsi_cache.sparse.levels import decode_levels
 from vlsi_cache.sparse.truncate import redraw_tail
 
-from . import commit, table
 from .arrays import Arrays
-from .files import load_header
-from .layout import CacheHeader, list_parts, part_name
+from .layout import CacheHeader
 from .reader import Cache, Part, open
 from .samples import PartSamples
 from .schema import layered_names
-from .verify import verify
 from .writer import CacheWriter
 
 
@@ -112,7 +109,9 @@ def prune(
     plan = plan_prune(source, out, layers=layers, top_k=top_k)
     if dry_run:
         return plan
-    writer = CacheWriter.create_or_resume(plan.out, _pruned_header(source.header, plan), source.id_of_rank)
+    writer = CacheWriter.create_or_resume(
+        plan.out, _pruned_header(source.header, plan), source.ranks.select(source.header.layer_indices(plan.layers))
+    )
     for index in writer.missing_parts():
         part = source.part(index, plan.layers, keep=False)
         arrays = cut_top_k(part, plan.layers, plan.top_k)
@@ -168,61 +167,3 @@ def _samples_of(part: Part) -> PartSamples:
     record, response = part.record, part.arrays["response_offsets"].tolist()
     ids = [part.arrays["response_ids"][lo:hi] for lo, hi in pairwise(response)]
     return PartSamples(record.sample_ids, record.kinds, record.digests, ids, None, record.skipped)
-
-
-@dataclass(frozen=True)
-class RepairReport:
-    """What `repair` did: moved to `quarantine/`, removed, left alone (and why it may be removed)."""
-
-    path: Path
-    quarantined: list[str] = field(default_factory=list)
-    removed: list[str] = field(default_factory=list)
-    left: list[str] = field(default_factory=list)
-    missing_parts: list[int] = field(default_factory=list)
-    table_rebuilt: bool = False
-
-    def __str__(self) -> str:
-        lines = [f"{name}: moved to quarantine/" for name in self.quarantined]
-        lines += [f"{name}: removed" for name in self.removed]
-        lines += [f"{name}: abandoned; `--yes` removes it" for name in self.left]
-        lines += ["samples.parquet: rebuilt"] if self.table_rebuilt else []
-        if self.missing_parts:
-            lines.append(f"{len(self.missing_parts)} parts are missing: run the command that builds the cache again")
-        return "\n".join(lines) or "nothing to repair"
-
-
-def repair(path: str | os.PathLike[str], *, yes: bool = False, deep: bool = True) -> RepairReport:
-    """Move corrupt and foreign parts to `quarantine/` so that the build makes them again, and rebuild the sample table.
-
-    Nothing is deleted without `yes`; with it, what dead processes left in `tmp/` is. Raises CacheCorruptError when
-    `cache.json` itself is broken.
-    """
-    root = Path(path)
-    header = load_header(root)
-    found = verify(root, deep=deep)
-    bad = {f"parts/{part_name(index)}" for index in found.bad_parts}
-    bad |= {p.file for p in found.problems if p.file.count("/") == 1 and "not a part of this" in p.what}
-    bad |= {"vocab"} if any(p.file == "vocab" and p.what != "is missing" for p in found.problems) else set()
-    quarantined = sorted(bad)
-    for name in quarantined:
-        _quarantine(root, name)
-    dead, _ = commit.list_tmp(root)
-    removed = [f"tmp/{name}" for name in (commit.remove_dead_tmp(root) if yes else [])]
-    missing = sorted(set(range(header.num_parts)) - set(list_parts(root)))
-    rebuild = not missing and not table.is_current(root, header)
-    if rebuild:
-        table.write_table(root, header)
-    left = [f"tmp/{name}" for name in dead if f"tmp/{name}" not in removed]
-    return RepairReport(root, quarantined, removed, left, missing, rebuild)
-
-
-def _quarantine(root: Path, name: str) -> None:
-    """Move a piece of the cache out of the way under a name that is still free."""
-    (root / "quarantine").mkdir(exist_ok=True)
-    target, number = root / "quarantine" / Path(name).name, 0
-    while os.path.lexists(target):
-        number += 1
-        target = root / "quarantine" / f"{Path(name).name}.{number}"
-    os.rename(root / name, target)
-    commit.fsync_dir(root / "quarantine")
-    commit.fsync_dir((root / name).parent)

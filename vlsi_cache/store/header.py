@@ -18,18 +18,19 @@ from vlsi_cache.errors import CacheCorruptError, FingerprintMismatchError, SpecE
 from . import commit
 from .arrays import read_vocab, read_vocab_text, write_vocab
 from .files import load_header
-from .layout import HEADER_NAME, IDENTITY_FIELDS, CacheHeader, rank_table_digest, sealed_json
+from .layout import HEADER_NAME, IDENTITY_FIELDS, CacheHeader, sealed_json
+from .ranks import RankTable
 
 MAX_SHOWN = 120  # characters of a differing fingerprint value in a message
 
-RankTable = np.ndarray | Callable[[], np.ndarray]
+Ranks = RankTable | Callable[[], RankTable]
 TokenTexts = Callable[[], Sequence[str]] | None
 
 
 def publish_header(
-    root: Path, header: CacheHeader, id_of_rank: RankTable, token_texts: TokenTexts
-) -> tuple[CacheHeader, np.ndarray]:
-    """Create the cache at `root` or join the one that is there; its header and its rank table, uint32 [V].
+    root: Path, header: CacheHeader, ranks: Ranks, token_texts: TokenTexts
+) -> tuple[CacheHeader, RankTable]:
+    """Create the cache at `root` or join the one that is there; its header and its frequency ranks.
 
     Raises FingerprintMismatchError with every field that differs, SpecError when the folder is something else.
     """
@@ -38,20 +39,24 @@ def publish_header(
     else:
         root.mkdir(parents=True, exist_ok=True)
         _refuse_foreign_directory(root)
-    table_V = _publish_vocab(root, header.v_real, id_of_rank, token_texts)
+    table = _publish_vocab(root, header, ranks, token_texts)
     if not (root / HEADER_NAME).exists():
-        _create_header(root, header, table_V)
+        _create_header(root, header, table)
     stored = load_header(root)
     _compare(root, stored, _as_stored(header))
-    if stored.id_of_rank_xxh3 != rank_table_digest(table_V):
+    if stored.id_of_rank_xxh3 != table.digest:
         raise CacheCorruptError(
             f"`{root / 'vocab'}`: the table does not match cache.json; run: vlsi-cache repair {root}"
         )
-    return stored, table_V
+    return stored, table
 
 
-def _create_header(root: Path, header: CacheHeader, table_V: np.ndarray) -> None:
-    complete = {"id_of_rank_xxh3": rank_table_digest(table_V), "text_xxh3": _text_digest(root, header.v_real)}
+def _create_header(root: Path, header: CacheHeader, table: RankTable) -> None:
+    complete = {
+        "id_of_rank_xxh3": table.digest,
+        "num_head_ranks": table.heads_LH.shape[1],
+        "text_xxh3": _text_digest(root, header.v_real),
+    }
     with commit.tmp_path(root, HEADER_NAME) as tmp, commit.disk_full_is_an_error(root, 0):
         commit.write_durable(tmp, sealed_json(_as_stored(header.model_copy(update=complete)).model_dump()))
         commit.publish_new_file(tmp, root / HEADER_NAME)
@@ -78,28 +83,30 @@ def _refuse_foreign_directory(root: Path) -> None:
         )
 
 
-def _publish_vocab(root: Path, v_real: int, id_of_rank: RankTable, token_texts: TokenTexts) -> np.ndarray:
-    """Write `vocab/` unless it is there; the table that is there in the end."""
+def _publish_vocab(root: Path, header: CacheHeader, ranks: Ranks, token_texts: TokenTexts) -> RankTable:
+    """Write `vocab/` unless it is there; the ranks that are there in the end."""
+    v_real, num_layers = header.v_real, len(header.layers)
     if not (root / "vocab").exists():
-        table_V = _checked_rank_table(id_of_rank if isinstance(id_of_rank, np.ndarray) else id_of_rank(), v_real)
+        table = (ranks if isinstance(ranks, RankTable) else ranks()).checked(num_layers, v_real)
         text, offsets = _joined(token_texts, v_real)
-        need_bytes = table_V.nbytes + len(text or b"")
+        need_bytes = table.id_of_rank_V.nbytes + table.heads_LH.nbytes + len(text or b"")
         commit.check_free_space(root, need_bytes)
         with commit.tmp_path(root, "vocab", ".zarr") as tmp, commit.disk_full_is_an_error(root, need_bytes):
-            write_vocab(tmp, table_V, text, offsets)
+            write_vocab(tmp, table, text, offsets)
             commit.fsync_tree(tmp)
             commit.publish_dir(tmp, root / "vocab")
     try:
-        return _checked_rank_table(read_vocab(root / "vocab", v_real), v_real)
+        heads = num_layers, num_head_ranks(root)
+        return read_vocab(root / "vocab", v_real, heads).checked(num_layers, v_real)
     except SpecError as error:
         raise CacheCorruptError(f"`{root / 'vocab'}`: {error}; run: vlsi-cache repair {root}") from error
 
 
-def _checked_rank_table(id_of_rank: np.ndarray, v_real: int) -> np.ndarray:
-    table_V = np.asarray(id_of_rank)
-    if table_V.shape != (v_real,) or not np.array_equal(np.sort(table_V), np.arange(v_real)):
-        raise SpecError(f"`id_of_rank` must be a permutation of 0 to {v_real - 1}, got shape {table_V.shape}")
-    return table_V.astype(np.uint32)
+def num_head_ranks(root: Path) -> int:
+    """H of the table in `vocab/`: from the header, or while there is none from the array's own metadata."""
+    if (root / HEADER_NAME).exists():
+        return load_header(root).num_head_ranks
+    return int(json.loads((root / "vocab" / "heads" / "zarr.json").read_bytes())["shape"][1])
 
 
 def _joined(token_texts: TokenTexts, v_real: int) -> tuple[bytes | None, np.ndarray | None]:

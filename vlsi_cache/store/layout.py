@@ -76,6 +76,7 @@ class CacheHeader(StrictRecord):
     num_samples: int
     num_response_tokens: int
     id_of_rank_xxh3: str = ""
+    num_head_ranks: int = 0
     text_xxh3: str | None = None
     skipped: list[dict[str, Any]] = []
     parents: list[dict[str, Any]] = []
@@ -186,10 +187,6 @@ def list_parts(root: Path) -> list[int]:
 def response_digest(response_ids: np.ndarray) -> str:
     """xxh3-64 of the response ids as little-endian uint32: the contract between teacher and student."""
     return xxhash.xxh3_64_hexdigest(np.ascontiguousarray(response_ids, dtype="<u4").tobytes())
-
-
-def rank_table_digest(id_of_rank: np.ndarray) -> str:
-    return response_digest(id_of_rank)
 
 
 def canonical_json(value: Any) -> bytes:

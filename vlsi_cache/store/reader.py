@@ -21,7 +21,7 @@ from vlsi_cache.sparse.rows import SparseRows
 
 from .arrays import Arrays, read_flat, read_layered, read_samples, read_vocab, read_vocab_text
 from .chunks import MappedLayers
-from .encoding import check_ranks, decode_values, padded
+from .encoding import by_layer, check_ranks, decode_values, padded
 from .files import check_metadata, check_part_files, load_header, load_part_record
 from .layout import (
     HEADER_NAME,
@@ -29,9 +29,9 @@ from .layout import (
     PartRecord,
     list_parts,
     part_dir,
-    rank_table_digest,
     response_digest,
 )
+from .ranks import RankTable
 from .schema import SAMPLE_ARRAYS, SCALAR_ARRAYS, ArraySpec, layered_names, part_specs, value_array
 
 if TYPE_CHECKING:
@@ -59,15 +59,15 @@ class Part:
     """One part in memory, in its compact disk dtypes (memory-mapped if not compressed); `row` decodes a sample.
 
     `arrays` holds the layered arrays [L, T, ...] of the layer rows that were asked for; where rows differ in width, one
-    array per layer for the entries, and their offsets by token under `edges` [L, T + 1]. `id_of_rank` is None when
-    ranks are ids.
+    array per layer for the entries, and their offsets by token under `edges` [L, T + 1]. `id_of_rank_LV` is of the
+    same layers; None when ranks are ids.
     """
 
     header: CacheHeader
     record: PartRecord
     folder: Path
     arrays: Arrays
-    id_of_rank: np.ndarray | None
+    id_of_rank_LV: np.ndarray | None
 
     def row(self, index: int) -> Row:
         """Decode sample `index` of the part."""
@@ -104,8 +104,8 @@ class Part:
         return np.where(mask_LTK, self._ids(ranks_LTK), 0), logprobs_LTK
 
     def _ids(self, ranks: np.ndarray) -> np.ndarray:
-        if self.id_of_rank is not None:
-            return np.take(self.id_of_rank, ranks)
+        if self.id_of_rank_LV is not None:
+            return by_layer(self.id_of_rank_LV, ranks)
         if ranks.size and int(ranks.max()) >= self.header.v_real:
             raise CacheCorruptError(
                 f"`{self.folder / 'ids'}`: id {ranks.max()}, the vocabulary is {self.header.v_real}"
@@ -132,7 +132,7 @@ class Part:
 
 
 def load_part(
-    root: Path, header: CacheHeader, index: int, layers: Sequence[int], id_of_rank: np.ndarray | None
+    root: Path, header: CacheHeader, index: int, layers: Sequence[int], id_of_rank_LV: np.ndarray | None
 ) -> Part:
     """Read part `index`, of the layered arrays only the layer rows `layers`, and check all that was read."""
     record = load_part_record(root, header, index)
@@ -150,7 +150,7 @@ def load_part(
         dtype = header.id_dtype if name == "tail_ids" else np.float32
         arrays.setdefault(name, np.zeros((len(layers), record.num_tokens, *shape), dtype))
     _check_values(folder, header, arrays)
-    return Part(header, record, folder, arrays, id_of_rank)
+    return Part(header, record, folder, arrays, id_of_rank_LV)
 
 
 def _read_ragged(folder: Path, header: CacheHeader, specs: dict[str, ArraySpec], layers: Sequence[int]) -> Arrays:
@@ -195,9 +195,8 @@ class Cache:
         self._index = index
         self._where: dict[str, int] | None = None
         self._parts: OrderedDict[tuple[int, tuple[int, ...]], Part] = OrderedDict()
-        self._id_of_rank: np.ndarray | None = None
-        self._ranks: np.ndarray | None = None
-        self._ranks_are_known = False
+        self._ranks: RankTable | None = None
+        self._ids_LV: np.ndarray | None = None
         self._texts: tuple[bytes, np.ndarray] | None = None
         self._lock = threading.RLock()
 
@@ -223,12 +222,12 @@ class Cache:
         return len(self.parts) == self.header.num_parts
 
     @property
-    def id_of_rank(self) -> np.ndarray:
-        """Token id of every frequency rank, uint32 [V], checked against cache.json."""
+    def ranks(self) -> RankTable:
+        """What turns frequency ranks into token ids, checked against cache.json."""
         with self._lock:
-            if self._id_of_rank is None:
-                self._id_of_rank = load_vocab(self.path, self.header)
-            return self._id_of_rank
+            if self._ranks is None:
+                self._ranks = load_vocab(self.path, self.header)
+            return self._ranks
 
     def token_text(self, token: int) -> str | None:
         """The text of a token, from the cache itself; None when the cache carries no texts."""
@@ -282,7 +281,9 @@ class Cache:
             if key in self._parts:
                 self._parts.move_to_end(key)
                 return self._parts[key]
-        part = load_part(self.path, self.header, index, key[1], self._rank_table())
+        ids_LV = self._ids_of_ranks()
+        chosen_LV = None if ids_LV is None else ids_LV[list(key[1])]
+        part = load_part(self.path, self.header, index, key[1], chosen_LV)
         if keep:
             with self._lock:
                 self._parts[key] = part
@@ -290,14 +291,12 @@ class Cache:
                     self._parts.popitem(last=False)
         return part
 
-    def _rank_table(self) -> np.ndarray | None:
-        """The table that turns ranks into ids; None when every rank is its own id, as in the `fast` profile."""
+    def _ids_of_ranks(self) -> np.ndarray | None:
+        """uint32 [L, V]; None when every rank is its own id, as in the `fast` profile."""
         with self._lock:
-            if not self._ranks_are_known:
-                table_V = self.id_of_rank
-                self._ranks = None if np.array_equal(table_V, np.arange(len(table_V))) else table_V
-                self._ranks_are_known = True
-            return self._ranks
+            if self._ids_LV is None and not self.ranks.is_identity:
+                self._ids_LV = self.ranks.ids_LV()
+            return self._ids_LV
 
     def sample_table(self) -> "pa.Table":
         """One line per sample: id, kind, part, row, first_token, token counts, digests, means of the last layer."""
@@ -368,11 +367,11 @@ def _refuse_extra_parts(root: Path, header: CacheHeader) -> None:
         )
 
 
-def load_vocab(root: Path, header: CacheHeader) -> np.ndarray:
-    """The frequency-rank table, checked against cache.json."""
-    id_of_rank = read_vocab(root / "vocab", header.v_real)
-    _check_vocab(root, "id_of_rank", rank_table_digest(id_of_rank), header.id_of_rank_xxh3)
-    return id_of_rank
+def load_vocab(root: Path, header: CacheHeader) -> RankTable:
+    """The frequency ranks, checked against cache.json."""
+    ranks = read_vocab(root / "vocab", header.v_real, (len(header.layers), header.num_head_ranks))
+    _check_vocab(root, "id_of_rank", ranks.digest, header.id_of_rank_xxh3)
+    return ranks
 
 
 def load_texts(root: Path, header: CacheHeader) -> tuple[bytes, np.ndarray]:

@@ -16,9 +16,9 @@ from vlsi_cache.errors import DataError
 
 from . import commit, table
 from .arrays import Arrays, write_arrays
-from .encoding import encode_rows, rank_of_id
+from .encoding import encode_rows
 from .files import hash_file
-from .header import RankTable, TokenTexts, publish_header
+from .header import Ranks, TokenTexts, publish_header
 from .layout import (
     RECORD_NAME,
     CacheHeader,
@@ -28,6 +28,7 @@ from .layout import (
     response_digest,
     sealed_json,
 )
+from .ranks import RankTable
 from .samples import PartSamples, check_samples
 from .schema import SUMMARY_ARRAYS, array_specs, part_file_names
 
@@ -37,33 +38,33 @@ MAX_WAITING_PARTS = 2  # finished parts that wait for the disk before whoever ma
 class CacheWriter:
     """The writing side of one cache directory; make one with `create_or_resume`."""
 
-    def __init__(self, root: Path, header: CacheHeader, id_of_rank: np.ndarray) -> None:
+    def __init__(self, root: Path, header: CacheHeader, ranks: RankTable) -> None:
         self.path = root
         self.header = header
-        self.id_of_rank = id_of_rank
-        self._rank_of_id = rank_of_id(header, id_of_rank)
+        self.ranks = ranks
+        self._rank_of_id_LV = ranks.ranks_LV(header.id_dtype)
 
     @classmethod
     def create_or_resume(
         cls,
         path: str | Path,
         header: CacheHeader,
-        id_of_rank: RankTable,
+        ranks: Ranks,
         *,
         token_texts: TokenTexts = None,
     ) -> "CacheWriter":
         """Create the cache at `path`, or continue the one that is there.
 
-        `id_of_rank` [V], or a function that makes it when it is needed, is the token id of every frequency rank, a
-        permutation; a cache that has one keeps it. `token_texts` makes the texts of the V tokens, for people. Raises
+        `ranks`, or a function that makes them when they are needed, turn token ids into small numbers; a cache that has
+        some keeps them. `token_texts` makes the texts of the V tokens, for people. Raises
         FingerprintMismatchError with every differing field when the cache there is another one, SpecError when the
         directory is something else.
         """
         root = Path(path)
-        stored, table_V = publish_header(root, header, id_of_rank, token_texts)
+        stored, table_of_ranks = publish_header(root, header, ranks, token_texts)
         (root / "parts").mkdir(exist_ok=True)
         commit.remove_dead_tmp(root)
-        return cls(root, stored, table_V)
+        return cls(root, stored, table_of_ranks)
 
     def missing_parts(self, rank: int = 0, world: int = 1) -> list[int]:
         """Parts not yet committed: the own ones (p % world == rank) first, then those nobody has done so far."""
@@ -84,7 +85,7 @@ class CacheWriter:
             return False
         check_samples(self.header, index, samples)
         assert samples.rows is not None
-        return self.write_encoded(index, samples, encode_rows(self.header, self._rank_of_id, samples.rows))
+        return self.write_encoded(index, samples, encode_rows(self.header, self._rank_of_id_LV, samples.rows))
 
     def write_encoded(self, index: int, samples: PartSamples, layered: Arrays) -> bool:
         """Commit part `index` from layered arrays that are already in their disk form, layer axis first."""

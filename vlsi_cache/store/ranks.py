@@ -1,0 +1,77 @@
+"""Token ids as frequency ranks: small numbers compress, and every layer says other words.
+
+All layers share one order of the vocabulary; each has a head of its own in front of it.
+Shape suffixes: L layers, V vocabulary, H ids in a head.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import xxhash
+
+from vlsi_cache.errors import SpecError
+
+NUM_HEAD = 2048  # a longer head saves less than a thousandth of the ids
+
+
+@dataclass(frozen=True)
+class RankTable:
+    """`id_of_rank_V`: all ids, the most frequent first. `heads_LH`: ids that come before all others in that layer."""
+
+    id_of_rank_V: np.ndarray
+    heads_LH: np.ndarray
+
+    @property
+    def digest(self) -> str:
+        """xxh3-64 over the bytes of both arrays as little-endian uint32."""
+        pieces = (np.ascontiguousarray(array, "<u4").tobytes() for array in (self.id_of_rank_V, self.heads_LH))
+        return xxhash.xxh3_64_hexdigest(b"".join(pieces))
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether every rank is its own id, as in the `fast` profile."""
+        v_real = len(self.id_of_rank_V)
+        return not self.heads_LH.size and np.array_equal(self.id_of_rank_V, np.arange(v_real))
+
+    def ids_LV(self) -> np.ndarray:
+        """uint32 [L, V]: the id of every rank, layer by layer."""
+        order_V = self.id_of_rank_V
+        rows = [np.concatenate([head_H, order_V[~np.isin(order_V, head_H)]]) for head_H in self.heads_LH]
+        return np.stack(rows).astype(np.uint32)
+
+    def ranks_LV(self, dtype: np.dtype) -> np.ndarray:
+        """[L, V]: the rank of every id, layer by layer."""
+        ids_LV = self.ids_LV()
+        ranks_LV = np.empty(ids_LV.shape, dtype)
+        np.put_along_axis(ranks_LV, ids_LV.astype(np.int64), np.arange(ids_LV.shape[1], dtype=dtype)[None], axis=1)
+        return ranks_LV
+
+    def select(self, layer_rows: list[int]) -> "RankTable":
+        """The table of some of the layers."""
+        return RankTable(self.id_of_rank_V, self.heads_LH[layer_rows])
+
+    def checked(self, num_layers: int, v_real: int) -> "RankTable":
+        """The table as uint32; SpecError unless the order is a permutation and every head holds distinct ids."""
+        order_V, heads_LH = np.asarray(self.id_of_rank_V), np.asarray(self.heads_LH)
+        if order_V.shape != (v_real,) or not np.array_equal(np.sort(order_V), np.arange(v_real)):
+            raise SpecError(f"`id_of_rank` must be a permutation of 0 to {v_real - 1}, got shape {order_V.shape}")
+        sorted_LH = np.sort(heads_LH, axis=1)
+        repeats = heads_LH.size and (np.diff(sorted_LH.astype(np.int64), axis=1) == 0).any()
+        if heads_LH.ndim != 2 or len(heads_LH) != num_layers or repeats or heads_LH.max(initial=0) >= v_real:
+            raise SpecError(f"`heads` must be distinct ids for each of {num_layers} layers, got {heads_LH.shape}")
+        return RankTable(order_V.astype(np.uint32), heads_LH.astype(np.uint32))
+
+
+def plain_ranks(id_of_rank_V: np.ndarray, num_layers: int) -> RankTable:
+    """One order for all layers."""
+    return RankTable(np.asarray(id_of_rank_V), np.empty((num_layers, 0), np.uint32))
+
+
+def ranks_by_count(kept_LV: np.ndarray, said_V: np.ndarray) -> RankTable:
+    """Ids by how often they were kept: over all layers, and at the head of each layer; then by `said_V`, then by id."""
+    ids_V = np.arange(len(said_V))
+    order_V = np.lexsort((ids_V, -said_V, -kept_LV.sum(0)))
+    place_V = np.empty_like(order_V)
+    place_V[order_V] = ids_V
+    heads = [np.lexsort((place_V, -kept_V))[: min(NUM_HEAD, len(ids_V))] for kept_V in kept_LV]
+    return RankTable(order_V.astype(np.uint32), np.stack(heads).astype(np.uint32))
