@@ -8,7 +8,7 @@ Shapes: K kept entries, N any leading axes.
 
 import numpy as np
 
-__all__ = ["decode_gaps", "encode_gaps"]
+__all__ = ["decode_gaps", "encode_gaps", "undo_gaps"]
 
 
 def encode_gaps(logprobs_NK: np.ndarray) -> np.ndarray:
@@ -22,3 +22,9 @@ def encode_gaps(logprobs_NK: np.ndarray) -> np.ndarray:
 def decode_gaps(gaps_NK: np.ndarray) -> np.ndarray:
     """float32 log-probs, bit for bit those that were encoded."""
     return np.cumsum(gaps_NK, axis=-1, dtype=np.uint32).view(np.float32)
+
+
+def undo_gaps(gaps_KN: np.ndarray) -> None:
+    """Turn gaps into bit patterns in place, entries on the FIRST axis."""
+    for entry in range(1, len(gaps_KN)):
+        np.add(gaps_KN[entry - 1], gaps_KN[entry], out=gaps_KN[entry])

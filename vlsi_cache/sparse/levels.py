@@ -9,13 +9,12 @@ import numpy as np
 
 from vlsi_cache.errors import DataError
 
-__all__ = ["decode_levels", "encode_levels"]
+__all__ = ["decode_levels", "encode_levels", "logprobs_of_levels", "undo_descents"]
 
-ROWS_AT_A_TIME = 4096  # keeps the temporaries of one step inside the processor's cache
+ROWS_AT_A_TIME = 1024  # keeps the temporaries of one step inside the processor's cache
 
 with np.errstate(divide="ignore"):
     LOGPROB_OF_LEVEL = (4.0 * np.log(np.arange(256) / 255.0)).astype(np.float32)  # level 0 is -inf
-PROB_OF_LEVEL = np.exp(LOGPROB_OF_LEVEL)
 
 
 def encode_levels(logprobs_NK: np.ndarray) -> np.ndarray:
@@ -44,23 +43,36 @@ def encode_levels(logprobs_NK: np.ndarray) -> np.ndarray:
 
 def decode_levels(stored_NK: np.ndarray, tail_mass_N: np.ndarray, mask_NK: np.ndarray | None = None) -> np.ndarray:
     """Log-probs (float32) whose kept mass is 1 - `tail_mass_N`; level 0 gives -inf, and so does a False in the mask."""
-    flat_RK = stored_NK.reshape(-1, stored_NK.shape[-1])
+    # level_k = first - descents = 2 * first - cumsum, all modulo 256.
+    level_NK = np.cumsum(stored_NK, axis=-1, dtype=np.uint8)
+    np.subtract(2 * stored_NK[..., :1], level_NK, out=level_NK)
+    if mask_NK is not None:
+        level_NK *= mask_NK
+    return logprobs_of_levels(level_NK, tail_mass_N)
+
+
+def undo_descents(stored_KN: np.ndarray) -> None:
+    """Turn descents into levels in place, entries on the FIRST axis: several times as fast as along the last."""
+    for entry in range(1, len(stored_KN)):
+        np.subtract(stored_KN[entry - 1], stored_KN[entry], out=stored_KN[entry])
+
+
+def logprobs_of_levels(level_NK: np.ndarray, tail_mass_N: np.ndarray) -> np.ndarray:
+    """Log-probs (float32) of levels, scaled so that the kept mass is 1 - `tail_mass_N`; level 0 gives -inf."""
+    flat_RK = level_NK.reshape(-1, level_NK.shape[-1])
     kept_R1 = 1.0 - np.asarray(tail_mass_N, np.float32).reshape(-1, 1)
-    mask_RK = None if mask_NK is None else mask_NK.reshape(flat_RK.shape)
     logprobs_RK = np.empty(flat_RK.shape, np.float32)
     for start in range(0, len(flat_RK), ROWS_AT_A_TIME):
         rows = slice(start, start + ROWS_AT_A_TIME)
-        _decode_rows(flat_RK[rows], kept_R1[rows], None if mask_RK is None else mask_RK[rows], logprobs_RK[rows])
-    return logprobs_RK.reshape(stored_NK.shape)
+        _scale_rows(flat_RK[rows], kept_R1[rows], logprobs_RK[rows])
+    return logprobs_RK.reshape(level_NK.shape)
 
 
-def _decode_rows(stored_RK: np.ndarray, kept_R1: np.ndarray, mask_RK: np.ndarray | None, out_RK: np.ndarray) -> None:
-    # level_k = first - descents = 2 * first - cumsum, all modulo 256.
-    level_RK = np.cumsum(stored_RK, axis=1, dtype=np.uint8)
-    np.subtract(2 * stored_RK[:, :1], level_RK, out=level_RK)
-    if mask_RK is not None:
-        level_RK *= mask_RK
-    np.take(PROB_OF_LEVEL, level_RK, out=out_RK, mode="clip")
+def _scale_rows(level_RK: np.ndarray, kept_R1: np.ndarray, out_RK: np.ndarray) -> None:
+    # p = (level / 255)^4 by two squarings: arithmetic is faster than a second look-up in a table
+    np.multiply(level_RK, np.float32(1 / 255), out=out_RK)
+    np.square(out_RK, out=out_RK)
+    np.square(out_RK, out=out_RK)
     mass_R1 = out_RK.sum(1, keepdims=True)
     with np.errstate(divide="ignore"):
         shift_R1 = np.log(np.clip(kept_R1, 0.0, 1.0) / np.where(mass_R1 > 0, mass_R1, 1.0))

@@ -13,7 +13,7 @@ import xxhash
 
 from vlsi_cache.errors import CacheCorruptError
 
-from .chunks import BLOSC_LEVEL, MappedLayers, encode_array, impossible_fill, read_layers, read_spans, read_whole
+from .chunks import BLOSC_LEVEL, MappedLayers, Undo, encode_array, impossible_fill, read_layers, read_spans, read_whole
 from .layout import FileRecord
 from .ranks import RankTable
 from .schema import ArraySpec, data_file_name, vocab_specs
@@ -79,11 +79,22 @@ def read_samples(folder: Path, specs: dict[str, ArraySpec], names: Iterable[str]
 
 
 def read_layered(
-    folder: Path, specs: dict[str, ArraySpec], names: Iterable[str], layers: Sequence[int], *, mapped: bool
+    folder: Path,
+    specs: dict[str, ArraySpec],
+    names: Iterable[str],
+    layers: Sequence[int],
+    *,
+    undo: Mapping[str, Undo],
+    limit: int | None = None,
 ) -> Arrays:
-    """Layer rows `layers` of layered arrays, [len(layers), T, ...]; uncompressed ones stay on disk if `mapped`."""
+    """Layer rows `layers` of layered arrays, [len(layers), T, ...]; uncompressed ones stay on disk.
+
+    `undo` works in place on chunks of the arrays it names, `limit` is what ids must stay below.
+    """
     return {
-        name: _guarded(folder, name, lambda name=name: _layers_of(folder, name, specs[name], layers, mapped=mapped))
+        name: _guarded(
+            folder, name, lambda name=name: _layers_of(folder, name, specs[name], layers, undo.get(name), limit)
+        )
         for name in names
     }
 
@@ -105,13 +116,13 @@ def _whole_or_empty(folder: Path, name: str, spec: ArraySpec) -> np.ndarray:
     )
 
 
-def _layers_of(folder: Path, name: str, spec: ArraySpec, layers: Sequence[int], *, mapped: bool) -> Any:
+def _layers_of(folder: Path, name: str, spec: ArraySpec, layers: Sequence[int], undo: Undo, limit: int | None) -> Any:
     if not spec.size_bytes or not layers:
         return np.empty((len(layers), spec.shape[0], *spec.shape[2:]), spec.dtype)
     path = folder / data_file_name(name, spec)
-    if mapped and spec.codec.shuffle is None:
-        return MappedLayers(path, spec, layers)
-    return read_layers(path, spec, layers)
+    if spec.codec.shuffle is None:
+        return MappedLayers(path, spec, layers, limit if name == "ids" else None)
+    return read_layers(path, spec, layers, undo)
 
 
 def _spans_of(folder: Path, name: str, spec: ArraySpec, spans: list[tuple[int, int]]) -> list[np.ndarray]:

@@ -8,7 +8,7 @@ without touching the others.
 import math
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import google_crc32c
@@ -21,6 +21,8 @@ from .schema import ArraySpec
 
 CRC_BYTES = 4
 BLOSC_LEVEL = 5
+Undo = Callable[[np.ndarray], None] | None
+
 SHUFFLES = {"shuffle": blosc.SHUFFLE, "bitshuffle": blosc.BITSHUFFLE}
 
 
@@ -42,14 +44,19 @@ def encode_chunk(values: np.ndarray, spec: ArraySpec) -> bytes:
     return bytes(body) + _crc(body)
 
 
-def decode_chunk(stored: np.ndarray, spec: ArraySpec, out: np.ndarray) -> None:
-    """Check the crc32c of `stored` (uint8) and unpack it into the contiguous `out`; ValueError if it is damaged."""
+def decode_chunk(stored: np.ndarray, spec: ArraySpec, out: np.ndarray, undo: Undo = None) -> None:
+    """Check the crc32c of `stored` (uint8) and unpack it into the contiguous `out`; ValueError if it is damaged.
+
+    `undo` works in place on a chunk whose entries come first, before it is transposed.
+    """
     body = checked(stored)
     if spec.codec.shuffle is None:
         out.reshape(-1).view(np.uint8)[...] = body
     elif spec.codec.by_entry:
         turned = np.empty(out.shape[::-1], out.dtype)
         blosc.decompress(body, turned)
+        if undo is not None:
+            undo(turned)
         out[...] = turned.T
     else:
         blosc.decompress(body, out)
@@ -101,14 +108,14 @@ def read_whole(path: Path, spec: ArraySpec) -> np.ndarray:
     return out
 
 
-def read_layers(path: Path, spec: ArraySpec, layers: Sequence[int]) -> np.ndarray:
+def read_layers(path: Path, spec: ArraySpec, layers: Sequence[int], undo: Undo = None) -> np.ndarray:
     """Layer rows `layers` of a layered array: [len(layers), T, ...]. Only their chunks are read."""
     out = np.empty((len(layers), spec.shape[0], *spec.shape[2:]), spec.dtype)
     with path.open("rb", buffering=0) as file:
         index = _read_index(file.fileno(), spec)
         for row, layer in enumerate(layers):
             for block in range(spec.grid[0]):
-                _read_into(file.fileno(), index[block, layer].ravel(), spec, out[row], block)
+                _read_into(file.fileno(), index[block, layer].ravel(), spec, out[row], block, undo)
     return out
 
 
@@ -141,16 +148,16 @@ def _read_index(handle: int, spec: ArraySpec) -> np.ndarray:
     return index.reshape(*spec.grid, 2)
 
 
-def _read_into(handle: int, place: np.ndarray, spec: ArraySpec, out: np.ndarray, block: int) -> None:
+def _read_into(handle: int, place: np.ndarray, spec: ArraySpec, out: np.ndarray, block: int, undo: Undo = None) -> None:
     """Unpack the chunk at `place` into tokens `block` of `out`; at the end of the array it is cut."""
     stored = _read_at(handle, int(place[0]), int(place[1]))
     size = spec.chunk[0]
     target = out[block * size : (block + 1) * size]
     if len(target) == size:
-        decode_chunk(stored, spec, target)
+        decode_chunk(stored, spec, target, undo)
         return
     full = np.empty((size, *target.shape[1:]), spec.dtype)
-    decode_chunk(stored, spec, full)
+    decode_chunk(stored, spec, full, undo)
     target[...] = full[: len(target)]
 
 
@@ -164,17 +171,18 @@ def _read_at(handle: int, start: int, num_bytes: int) -> np.ndarray:
 class MappedLayers:
     """Layer rows of an uncompressed layered array, memory-mapped: `mapped[:, low:high]` is [L, high - low, ...].
 
-    A block of one layer is checked against its crc32c when it is first touched, and never again.
+    A block of one layer is checked against its crc32c when it is first touched, and never again; so is that its values
+    are below `limit`.
     """
 
-    def __init__(self, path: Path, spec: ArraySpec, layers: Sequence[int]) -> None:
+    def __init__(self, path: Path, spec: ArraySpec, layers: Sequence[int], limit: int | None = None) -> None:
         with path.open("rb", buffering=0) as file:
             index = _read_index(file.fileno(), spec)
         chunk_bytes = math.prod(spec.chunk) * spec.dtype.itemsize
         if (index[..., 1] != chunk_bytes + CRC_BYTES).any():
             raise ValueError(f"a chunk of the shard is not {chunk_bytes} bytes and a checksum long")
         self.shape = (len(layers), spec.shape[0], *spec.shape[2:])
-        self.dtype, self.path = spec.dtype, path
+        self.dtype, self.path, self._limit = spec.dtype, path, limit
         self._layers, self._tokens = list(layers), spec.chunk[0]
         # plain arrays over the map: slicing a memmap object costs several times as much
         stored = np.asarray(np.memmap(path, np.uint8, mode="r"))
@@ -205,13 +213,10 @@ class MappedLayers:
         piece = self._values_BLt[block][:, low:high]
         return piece if self._every_layer else piece[self._layers]
 
-    def check_all(self) -> np.ndarray:
-        """Check every block; a flat copy of all values of all layers, in the order of the file."""
+    def check_all(self) -> None:
+        """Check every block now."""
         for block in range(len(self._known)):
             self._check(block)
-        tokens = self.shape[1] - (len(self._known) - 1) * self._tokens
-        whole, last = self._values_BLt[:-1], self._values_BLt[-1:, :, :tokens]
-        return np.concatenate([part.reshape(-1) for part in (whole, last)])
 
     def _check(self, block: int) -> None:
         with self._lock:
@@ -219,9 +224,15 @@ class MappedLayers:
                 if not self._known[block, layer]:
                     try:
                         checked(self._stored_BLc[block, layer])
+                        self._check_limit(block, layer)
                     except ValueError as error:
                         raise CacheCorruptError(f"`{self.path}`: block {block}, layer row {layer}: {error}") from None
                     self._known[block, layer] = True
+
+    def _check_limit(self, block: int, layer: int) -> None:
+        values = self._values_BLt[block, layer, : self.shape[1] - block * self._tokens]
+        if self._limit is not None and values.size and int(values.max()) >= self._limit:
+            raise ValueError(f"id {values.max()}, the vocabulary is {self._limit}")
 
 
 def _c_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:

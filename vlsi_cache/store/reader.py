@@ -21,7 +21,7 @@ from vlsi_cache.sparse.rows import SparseRows
 
 from .arrays import Arrays, read_flat, read_layered, read_samples, read_vocab, read_vocab_text
 from .chunks import MappedLayers
-from .encoding import by_layer, check_ranks, decode_values, padded
+from .encoding import UNDO, by_layer, check_ranks, decode_values, padded, undone_values
 from .files import check_metadata, check_part_files, load_header, load_part_record
 from .layout import (
     HEADER_NAME,
@@ -60,7 +60,7 @@ class Part:
 
     `arrays` holds the layered arrays [L, T, ...] of the layer rows that were asked for; where rows differ in width, one
     array per layer for the entries, and their offsets by token under `edges` [L, T + 1]. `id_of_rank_LV` is of the
-    same layers; None when ranks are ids.
+    same layers; None when ranks are ids. `is_undone`: see encoding.UNDO; otherwise everything is as on the disk.
     """
 
     header: CacheHeader
@@ -68,6 +68,7 @@ class Part:
     folder: Path
     arrays: Arrays
     id_of_rank_LV: np.ndarray | None
+    is_undone: bool = False
 
     def row(self, index: int) -> Row:
         """Decode sample `index` of the part."""
@@ -95,8 +96,9 @@ class Part:
         """Ids and log-probs [L, T, K] of the kept entries."""
         value = value_array(self.header)
         if not self.header.is_ragged:
-            stored_LTK = self.arrays[value][:, tokens]
-            return self._ids(self.arrays["ids"][:, tokens]), decode_values(self.header, stored_LTK, tail_mass_LT)
+            decode = undone_values if self.is_undone else decode_values
+            logprobs_LTK = decode(self.header, self.arrays[value][:, tokens], tail_mass_LT)
+            return self._ids(self.arrays["ids"][:, tokens]), logprobs_LTK
         edges_LT = self.arrays["edges"]
         spans = list(zip(edges_LT[:, tokens.start].tolist(), edges_LT[:, tokens.stop].tolist(), strict=True))
         ranks_LTK, stored_LTK, mask_LTK = padded(self.header, self.arrays, self.arrays["kept"][:, tokens], spans)
@@ -106,19 +108,13 @@ class Part:
     def _ids(self, ranks: np.ndarray) -> np.ndarray:
         if self.id_of_rank_LV is not None:
             return by_layer(self.id_of_rank_LV, ranks)
-        if ranks.size and int(ranks.max()) >= self.header.v_real:
-            raise CacheCorruptError(
-                f"`{self.folder / 'ids'}`: id {ranks.max()}, the vocabulary is {self.header.v_real}"
-            )
         return ranks
 
     def check_mapped(self) -> "Part":
         """Check now what is otherwise checked when it is first touched: the blocks of memory-mapped arrays."""
-        for name, array in self.arrays.items():
+        for array in self.arrays.values():
             if isinstance(array, MappedLayers):
-                values = array.check_all()
-                if name == "ids" and values.size:
-                    self._ids(values)
+                array.check_all()
         return self
 
     def __len__(self) -> int:
@@ -132,9 +128,18 @@ class Part:
 
 
 def load_part(
-    root: Path, header: CacheHeader, index: int, layers: Sequence[int], id_of_rank_LV: np.ndarray | None
+    root: Path,
+    header: CacheHeader,
+    index: int,
+    layers: Sequence[int],
+    id_of_rank_LV: np.ndarray | None,
+    *,
+    undone: bool = False,
 ) -> Part:
-    """Read part `index`, of the layered arrays only the layer rows `layers`, and check all that was read."""
+    """Read part `index`, of the layered arrays only the layer rows `layers`, and check all that was read.
+
+    Arrays come as they are on the disk, or `undone` for decoding rows faster.
+    """
     record = load_part_record(root, header, index)
     check_part_files(root, index, record)
     folder = part_dir(root, index)
@@ -143,20 +148,21 @@ def load_part(
     arrays = read_samples(folder, specs, SAMPLE_ARRAYS)
     _check_samples(folder, record, arrays)
     whole = [name for name in layered_names(header) if specs[name].is_layered and name != "kept"]
-    arrays |= read_layered(folder, specs, whole, layers, mapped=True)
+    undo = UNDO if undone else {}
+    arrays |= read_layered(folder, specs, whole, layers, undo=undo, limit=header.v_real)
     if header.is_ragged:
         arrays |= _read_ragged(folder, header, specs, layers)
     for name, shape in {"tail_ids": (0,), "tail_mass": ()}.items():
         dtype = header.id_dtype if name == "tail_ids" else np.float32
         arrays.setdefault(name, np.zeros((len(layers), record.num_tokens, *shape), dtype))
     _check_values(folder, header, arrays)
-    return Part(header, record, folder, arrays, id_of_rank_LV)
+    return Part(header, record, folder, arrays, id_of_rank_LV, undone)
 
 
 def _read_ragged(folder: Path, header: CacheHeader, specs: dict[str, ArraySpec], layers: Sequence[int]) -> Arrays:
     """Widths and offsets of the rows of `layers`, and their entries."""
     every = range(len(header.layers))
-    kept_LT = read_layered(folder, specs, ["kept"], every, mapped=False)["kept"]
+    kept_LT = read_layered(folder, specs, ["kept"], every, undo={})["kept"]
     if (kept_LT.max(1, initial=0) > header.top_k).any() or int(kept_LT.sum(dtype=np.int64)) != specs["ids"].shape[0]:
         raise CacheCorruptError(f"`{folder / 'kept'}`: the widths are not those of the entries")
     flat = read_flat(folder, specs, ["ids", value_array(header)], layers, kept_LT)
@@ -194,7 +200,7 @@ class Cache:
         self.header = header
         self._index = index
         self._where: dict[str, int] | None = None
-        self._parts: OrderedDict[tuple[int, tuple[int, ...]], Part] = OrderedDict()
+        self._parts: OrderedDict[tuple[int, tuple[int, ...], bool], Part] = OrderedDict()
         self._ranks: RankTable | None = None
         self._ids_LV: np.ndarray | None = None
         self._texts: tuple[bytes, np.ndarray] | None = None
@@ -261,7 +267,7 @@ class Cache:
         if where is None:
             raise SampleNotFoundError(self._not_found(sample_id))
         part_index = self._index.samples["part"][where].as_py()
-        row = self.part(part_index, layers).row(self._index.samples["row"][where].as_py())
+        row = self.part(part_index, layers, undone=True).row(self._index.samples["row"][where].as_py())
         if row.sample_id != sample_id:
             raise CacheCorruptError(
                 f"`{part_dir(self.path, part_index)}` holds {row.sample_id!r}, samples.parquet says {sample_id!r}; "
@@ -271,19 +277,24 @@ class Cache:
 
     def read_part(self, index: int, layers: Sequence[int | str] | None = None) -> list[Row]:
         """All samples of one part, in stored order."""
-        part = self.part(index, layers)
+        part = self.part(index, layers, undone=True)
         return [part.row(i) for i in range(len(part))]
 
-    def part(self, index: int, layers: Sequence[int | str] | None = None, *, keep: bool = True) -> Part:
-        """One part in its compact form; with `keep`, those read last stay in memory, up to `RECENT_BYTES`."""
-        key = (index, tuple(self.header.layer_indices(layers)))
+    def part(
+        self, index: int, layers: Sequence[int | str] | None = None, *, keep: bool = True, undone: bool = False
+    ) -> Part:
+        """One part in its compact form; with `keep`, those read last stay in memory, up to `RECENT_BYTES`.
+
+        Its arrays are as on the disk; with `undone` its rows decode faster.
+        """
+        key = (index, tuple(self.header.layer_indices(layers)), undone)
         with self._lock:
             if key in self._parts:
                 self._parts.move_to_end(key)
                 return self._parts[key]
         ids_LV = self._ids_of_ranks()
         chosen_LV = None if ids_LV is None else ids_LV[list(key[1])]
-        part = load_part(self.path, self.header, index, key[1], chosen_LV)
+        part = load_part(self.path, self.header, index, key[1], chosen_LV, undone=undone)
         if keep:
             with self._lock:
                 self._parts[key] = part

@@ -110,7 +110,7 @@ class PartWindowReader:
 
     def _load(self, window: Window, stop: threading.Event) -> dict[int, Part]:
         wanted = (part for part in window.parts if not stop.is_set())
-        return {part: self._cache.part(part, self._layers, keep=False) for part in wanted}
+        return {part: self._cache.part(part, self._layers, keep=False, undone=True) for part in wanted}
 
 
 def samples_per_part(cache: Cache) -> dict[int, int]:
