@@ -61,7 +61,7 @@ def train_verbalizers(spec: CacheSpec, *, out: Path | str, device: str | None = 
             micro_batch_size=settings.micro_batch_size,
             v_real=inputs.encoder.v_real,
             checkpoints=Checkpoints(out),
-            checkpoint_steps=spec.distill.checkpoint_steps,
+            checkpoint_steps=settings.checkpoint_steps,
             log=log,
             seed=settings.seed,
         )
