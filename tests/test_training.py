@@ -123,6 +123,24 @@ def test_a_verbalizer_trains_the_same_whatever_is_trained_beside_it(teacher_fold
     assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
 
 
+def test_verbalizers_have_checkpoints_of_their_own(
+    teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vlsi_cache.stages.loop import Checkpoints
+
+    steps: list[int] = []
+    save = Checkpoints.save
+
+    def spy(self: Checkpoints, stage: str, step: int, *rest: Any) -> None:
+        steps.append(step)
+        save(self, stage, step, *rest)
+
+    monkeypatch.setattr(Checkpoints, "save", spy)
+    changes = ["train_verbalizers.checkpoint_steps=4", "distill.checkpoint_steps=1"]
+    vc.train_verbalizers(vc.load_spec(write_spec(tmp_path, teacher_folder), overrides=changes), out=tmp_path / "run")
+    assert steps == [4, 6]
+
+
 def test_a_gradient_that_is_not_finite_is_named() -> None:
     parameter = torch.nn.Parameter(torch.zeros(3))
     schedule = Schedule(steps=10, learning_rate=0.5, warmup=0)

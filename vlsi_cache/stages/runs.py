@@ -112,7 +112,7 @@ def differences(old: Any, new: Any, key: str = "") -> list[str]:
 
 
 def spec_changes_note(stored_spec: dict[str, Any], spec: CacheSpec) -> str:
-    """What has changed since a cache was built among the settings that `distill` reads from it; `` if nothing has."""
+    """What has changed since a cache was built among the settings that `distill` reads from it; empty if nothing."""
     fresh = spec.model_dump(mode="json")
     changed = [d for name in READ_BY_DISTILL for d in differences(stored_spec.get(name), fresh[name], name)]
     if not changed:
