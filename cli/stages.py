@@ -101,6 +101,9 @@ def evaluate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run, or a model folder together with --spec.")],
     spec: Annotated[str | None, typer.Option(metavar="SPEC", help="Measure on the held-out rows of this spec.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N rows.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let the model run code of its own.")
+    ] = False,
     device: Device = None,
 ) -> Answer:
     """Measure a student on held-out rows.
@@ -111,7 +114,7 @@ def evaluate(
     from vlsi_cache.report.text import evaluation_table
 
     resolved = vc.load_spec(spec) if spec else None
-    result = vc.evaluate(run, spec=resolved, device=device, limit=limit)
+    result = vc.evaluate(run, spec=resolved, device=device, limit=limit, trust_remote_code=trust_remote_code)
     return Answer(result, lambda: evaluation_table(result))
 
 

@@ -110,6 +110,7 @@ def write_spec(folder: Path, teacher: Path, *, num_rows: int = 40) -> Path:
             "schedule": {"steps": 6, "learning_rate": 0.01},
             "batch_size": 4,
             "micro_batch_size": 2,
+            "checkpoint_steps": 2,
         },
         "distill": {
             "layers": [1, 2],

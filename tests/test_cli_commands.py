@@ -153,7 +153,9 @@ def test_stages_pass_on_what_was_typed(run: Any, monkeypatch: pytest.MonkeyPatch
     assert calls["distill"][1]["recipe"] == "last"
     assert calls["distill"][1]["overrides"] == ["a=1", "b=2"]
     assert run("evaluate", "r", "--limit", "3")[0] == 0
-    assert calls["evaluate"][1] == {"spec": None, "device": None, "limit": 3}
+    assert calls["evaluate"][1] == {"spec": None, "device": None, "limit": 3, "trust_remote_code": False}
+    assert run("evaluate", "r", "--trust-remote-code")[0] == 0
+    assert calls["evaluate"][1]["trust_remote_code"] is True
     assert run("init-student", "t", "--layers", "0-1,5", "-o", "s")[0] == 0
     assert calls["init_student"][1] == {"layers": "0-1,5", "out": Path("s"), "gguf_file": None}
     assert run("train-verbalizers", "demo", "-o", "v")[0] == 0

@@ -7,6 +7,7 @@ import pytest
 
 import vlsi_cache as vc
 from vlsi_cache.demo import run as demo
+from vlsi_cache.errors import CacheCorruptError
 from vlsi_cache.models.load import resolve_model
 from vlsi_cache.stages.evaluate import evaluate_model
 
@@ -24,6 +25,7 @@ def test_the_whole_demo_and_a_second_run_that_only_shows_it(
 ) -> None:
     monkeypatch.setattr(demo, "WARM_START_STEPS", 4)
     summary = demo.run_demo(out=tmp_path / "demo", seeds=1, overrides=SMALL)
+    assert summary["build_s"] > 0
     assert set(summary["runs"]) == {"sft", "last", "vlsi"}
     for recipe, (run,) in summary["runs"].items():
         record = json.loads((tmp_path / "demo" / run["run"] / "run.json").read_text())
@@ -36,9 +38,45 @@ def test_the_whole_demo_and_a_second_run_that_only_shows_it(
     files = {f: f.stat().st_mtime_ns for f in (tmp_path / "demo" / "runs").rglob("*.safetensors")}
     capsys.readouterr()
     again = demo.run_demo(out=tmp_path / "demo", seeds=1, overrides=SMALL)
-    assert again["runs"] == summary["runs"]
+    assert (again["runs"], again["build_s"]) == (summary["runs"], summary["build_s"])
     assert {f: f.stat().st_mtime_ns for f in (tmp_path / "demo" / "runs").rglob("*.safetensors")} == files
     assert "nothing to do" in capsys.readouterr().err
+
+
+def test_only_a_build_measured_whole_has_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vlsi_cache.report.html import write_report
+    from vlsi_cache.store.writer import CacheWriter
+
+    monkeypatch.setattr(demo, "WARM_START_STEPS", 4)
+    monkeypatch.setattr(demo, "RECIPES", ("sft",))
+    write_part = CacheWriter.write_part
+
+    def killed(writer: CacheWriter, part: int, *rest: object) -> None:
+        if part > 0:
+            raise KeyboardInterrupt
+        write_part(writer, part, *rest)  # type: ignore[arg-type]
+
+    small = [*SMALL, "store.part_mib=0.05"]
+    with monkeypatch.context() as patch:
+        patch.setattr(CacheWriter, "write_part", killed)
+        with pytest.raises(KeyboardInterrupt):
+            demo.run_demo(out=tmp_path / "demo", overrides=small)
+    assert (tmp_path / "demo" / "cache" / "cache.json").is_file()
+    assert "build_s" not in demo.run_demo(out=tmp_path / "demo", overrides=small)
+    assert "build_s" not in json.loads((tmp_path / "demo" / "demo.json").read_text())
+    assert "teacher pass" not in write_report(tmp_path / "demo").read_text()
+
+
+def test_a_demo_with_a_damaged_cache_stops(tmp_path: Path) -> None:
+    spec = vc.load_spec("demo", overrides=SMALL)
+    cache = vc.build_teacher(spec, out=tmp_path / "demo" / "cache")
+    chunk = max((cache.path / "parts").rglob("c/*"), key=lambda file: file.stat().st_size * file.is_file())
+    content = bytearray(chunk.read_bytes())
+    content[len(content) // 2] ^= 1
+    chunk.write_bytes(content)
+    with pytest.raises(CacheCorruptError, match=r"its cache has problems:[\s\S]*vlsi-cache repair"):
+        demo.run_demo(out=tmp_path / "demo", overrides=SMALL)
+    assert not (tmp_path / "demo" / "runs").exists()
 
 
 def test_the_shipped_teacher_is_as_strong_as_its_card_says() -> None:

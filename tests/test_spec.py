@@ -62,6 +62,11 @@ def test_all_mistakes_are_listed_at_once_with_guesses(tmp_path: Path) -> None:
         ({"rows": {"taus": [1.0, 1.0]}}, "no value twice"),
         ({"train_verbalizers": {"schedule": {"steps": 1, "epochs": 1}}}, "one of `steps` and `epochs`, not both"),
         ({"store": {"profile": "tiny"}}, "default"),
+        ({"rows": {"seed": -1}}, "`rows.seed`: Input should be greater than or equal to 0, got `-1`"),
+        ({"train_verbalizers": {"seed": -1}}, "`train_verbalizers.seed`: Input should be greater"),
+        ({"distill": {"seed": -1}}, "`distill.seed`: Input should be greater"),
+        ({"teacher": {"model": "a/b", "layers": [2, 4], "num_layers": 3}}, "2 layers, `num_layers` is 3; drop one"),
+        ({"train_verbalizers": {"checkpoint_steps": 0}}, "`train_verbalizers.checkpoint_steps`"),
     ],
 )
 def test_one_mistake_one_message(tmp_path: Path, changes: dict[str, object], message: str) -> None:
@@ -91,6 +96,8 @@ def test_overrides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("rows.top_k", "write key=value"),
         ("name.x=1", "not a section"),
         ("rows.x=1", "no such"),
+        ("distill.seed=[a", r"`--set distill.seed=\[a`: the value is not YAML"),
+        ("name=2026-13-45", "`--set name=2026-13-45`: the value is not YAML: month must be in 1..12"),
     ):
         with pytest.raises(SpecError, match=message):
             vc.load_spec(write(tmp_path), overrides=[override])
@@ -101,6 +108,11 @@ def test_overrides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert vc.load_spec(write(tmp_path), overrides=["data.path=rows.jsonl"]).data.path == str(
         Path("rows.jsonl").resolve()
     )
+
+
+def test_layers_named_twice_must_agree(tmp_path: Path) -> None:
+    spec = vc.load_spec(write(tmp_path, teacher={"model": "a/b", "layers": [2, 4], "num_layers": 2}))
+    assert spec.teacher.layers == (2, 4)
 
 
 def test_change_validates() -> None:

@@ -14,6 +14,7 @@ __all__ = [
     "FingerprintMismatchError",
     "InterruptedRunError",
     "ModelError",
+    "RunBusyError",
     "SampleNotFoundError",
     "SpecError",
     "VlsiCacheError",
@@ -59,6 +60,12 @@ class CacheCorruptError(VlsiCacheError, OSError):
 
 class FingerprintMismatchError(VlsiCacheError, ValueError):
     """What is on disk was made from something else than what is asked for now."""
+
+    exit_code = 3
+
+
+class RunBusyError(VlsiCacheError, RuntimeError):
+    """Another process is working on this run folder."""
 
     exit_code = 3
 

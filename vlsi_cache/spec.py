@@ -19,6 +19,7 @@ Recipe = Literal["vlsi", "last", "sft"]
 Structure = Literal["mlp", "mlp-x2", "verb-ffn", "verb-ffn-x2", "ffn", "ffn-x2", "decoder", "decoder-x2"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 TargetLayers = Literal["auto"] | tuple[Annotated[int, Field(ge=1)], ...]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 Section = TypeVar("Section", bound="Strict")
 Batched = TypeVar("Batched", "TrainVerbalizersSpec", "DistillSpec")
@@ -49,6 +50,8 @@ class TeacherSpec(Strict):
     def _layers_are_named_once(self) -> "TeacherSpec":
         if self.layers == "auto" and self.num_layers == 0:
             raise ValueError("name the target layers: `layers: [2, 6, ...]`, or `num_layers: 7` to space them evenly")
+        if self.layers != "auto" and self.num_layers not in (0, len(self.layers)):
+            raise ValueError(f"`layers` names {len(self.layers)} layers, `num_layers` is {self.num_layers}; drop one")
         return self
 
 
@@ -113,7 +116,7 @@ class RowsSpec(Strict):
     tail_samples: Annotated[int, Field(ge=0, le=64)] = 4
     taus: tuple[Annotated[float, Field(gt=0)], ...] = (1.0,)
     select_tokens: TokensSpec = TokensSpec()
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _consistent(self) -> "RowsSpec":
@@ -207,11 +210,10 @@ class TrainVerbalizersSpec(Strict):
     schedule: Schedule = Schedule(epochs=1)
     batch_size: Annotated[int, Field(ge=1)] = 256
     micro_batch_size: Annotated[int, Field(ge=1)] = 4
-    seed: int = 0
+    checkpoint_steps: Annotated[int, Field(ge=1)] = 200
+    seed: Seed = 0
 
-    @model_validator(mode="after")
-    def _whole_micro_batches(self) -> "TrainVerbalizersSpec":
-        return _check_batches(self)
+    _whole_micro_batches = model_validator(mode="after")(_check_batches)
 
 
 class LoraSpec(Strict):
@@ -223,7 +225,7 @@ class LoraSpec(Strict):
 
 
 class InteractSpec(Strict):
-    """The interaction step (Algorithm 1 of the paper); `layers: []` distills the last layer alone."""
+    """The interaction step (Algorithm 1 of the paper); `recipe: last` takes its last-layer term alone."""
 
     schedule: Schedule = Schedule(epochs=1)
     lambda_last: Annotated[float, Field(ge=0)] = 1.0
@@ -261,11 +263,9 @@ class DistillSpec(Strict):
     lora: LoraSpec = LoraSpec()
     checkpoint_steps: Annotated[int, Field(ge=1)] = 200
     window_parts: Annotated[int, Field(ge=1)] = 4
-    seed: int = 0
+    seed: Seed = 0
 
-    @model_validator(mode="after")
-    def _consistent(self) -> "DistillSpec":
-        return _check_batches(self)
+    _whole_micro_batches = model_validator(mode="after")(_check_batches)
 
 
 class EvaluateSpec(Strict):
@@ -385,7 +385,11 @@ def _apply_override(values: dict[str, Any], override: str) -> Iterator[str]:
         if not isinstance(values, dict):
             yield f"`--set {override}`: `{name}` is not a section"
             return
-    value = yaml.safe_load(text)
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: what looks like a date and is none
+        yield f"`--set {override}`: the value is not YAML: {' '.join(str(error).split())}"
+        return
     if last in PATH_KEYS and isinstance(value, str) and Path(value).exists():
         value = str(Path(value).resolve())
     values[last] = value
@@ -399,16 +403,12 @@ def _resolve_paths(values: dict[str, Any], folder: Path, prefix: str = "") -> It
     for key, value in values.items():
         if isinstance(value, dict) and key != "options":
             yield from _resolve_paths(value, folder, f"{prefix}{key}.")
-        elif key in PATH_KEYS and isinstance(value, str) and not _is_elsewhere(value):
+        elif key in PATH_KEYS and isinstance(value, str) and not value.startswith(("package:", "/")):
             target = (folder / value).resolve()
             if not target.is_relative_to(folder):
                 yield f"`{prefix}{key}`: `{value}` leaves the spec's folder {folder}; write an absolute path instead"
             elif target.exists() or key in ("path", "media_root"):
                 values[key] = str(target)
-
-
-def _is_elsewhere(value: str) -> bool:
-    return value.startswith("package:") or Path(value).is_absolute()
 
 
 def _validate(values: dict[str, Any]) -> list[str]:

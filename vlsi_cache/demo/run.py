@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from vlsi_cache.data.records import read_records
 from vlsi_cache.data.tokenize import load_encoder
+from vlsi_cache.errors import CacheCorruptError
 from vlsi_cache.models.load import resolve_model
 from vlsi_cache.models.prune_depth import init_student
 from vlsi_cache.report.html import write_demo_report
@@ -45,16 +46,19 @@ def run_demo(
     out = Path(out)
     spec = load_spec("demo", overrides=overrides)
     say(str(plan(spec)))
+    is_begun = (out / "cache" / "cache.json").exists()
     cache, build_s = _timed(lambda: build_teacher(spec, out=out / "cache", device=device))
     report, verify_s = _timed(lambda: cache.verify(deep=True))
-    say(f"cache: {cache}; verify: {'no problem found' if report.ok else report}")
+    if not report.ok:
+        raise CacheCorruptError(f"the demo stops here, its cache has problems:\n{report}")
+    say(f"cache: {cache}; verify: no problem found")
     summary = {
         "seeds": list(range(seeds)),
         "recipes": list(RECIPES),
         "budget": _budget(spec, len(cache)),
         "cache": "cache",
         "bytes_per_layer_token": cache.bytes_per_layer_token(),
-        "build_s": _remembered(out, "build_s", build_s),
+        **_build_time(out, None if is_begun else build_s),
         "verify_s": verify_s,
         "teacher": _teacher_scores(spec, out, device),
         "runs": {recipe: [] for recipe in RECIPES},
@@ -98,7 +102,8 @@ def _teacher_scores(spec: CacheSpec, out: Path, device: str | None) -> dict[str,
     assert spec.evaluate is not None
     settings, path = spec.evaluate, resolve_model(spec.teacher.model)
     file = out / "teacher-evaluation.json"
-    scores = _once(file, lambda: evaluate_model(path, settings, dtype=spec.teacher.dtype, device=device))
+    options: dict[str, Any] = {"dtype": spec.teacher.dtype, "batch_tokens": spec.run.batch_tokens}
+    scores = _once(file, lambda: evaluate_model(path, settings, **options, device=device or spec.run.device))
     write_atomically(file, json.dumps(scores, indent=1))
     return scores
 
@@ -129,7 +134,9 @@ def _once(file: Path, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     return read_json(file) if file.is_file() else work()
 
 
-def _remembered(out: Path, key: str, value: float) -> float:
-    """The first measurement of a step that a second run skips."""
+def _build_time(out: Path, build_s: float | None) -> dict[str, float]:
+    """`build_s`, now or from an earlier demo, if one attempt built all of the cache; otherwise nothing is known."""
     file = out / "demo.json"
-    return float(read_json(file)[key]) if file.is_file() else value
+    if build_s is None and file.is_file():
+        build_s = read_json(file).get("build_s")
+    return {} if build_s is None else {"build_s": build_s}

@@ -51,19 +51,20 @@ def train_everything(model: Any) -> Any:
 
     The projector between vision tower and language model belongs to the language side and trains.
     """
+    # Cast before merging: in bf16 most of a small update would be rounded away.
+    for parameter in _language_parameters(model):
+        parameter.data = parameter.data.to(torch.float32)
     plain = merge_lora(model)
-    tower = {id(parameter) for parameter in _vision_tower_parameters(plain)}
-    for parameter in plain.parameters():
-        if id(parameter) not in tower:
-            parameter.data = parameter.data.to(torch.float32)
-            parameter.requires_grad_(True)
+    for parameter in _language_parameters(plain):
+        parameter.requires_grad_(True)
     return plain
 
 
-def _vision_tower_parameters(model: nn.Module) -> list[nn.Parameter]:
-    return [
-        parameter
-        for name, parameter in model.named_parameters()
-        if any(part in VISION_TOWERS for part in name.split("."))
-        and not any(word in name for word in ("merger", "projector"))
-    ]
+def _language_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """All parameters but those of the vision tower."""
+    return [parameter for name, parameter in model.named_parameters() if not _is_in_vision_tower(name)]
+
+
+def _is_in_vision_tower(name: str) -> bool:
+    in_tower = any(part in VISION_TOWERS for part in name.split("."))
+    return in_tower and not any(word in name for word in ("merger", "projector"))

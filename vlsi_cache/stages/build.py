@@ -28,7 +28,7 @@ from vlsi_cache.store.writer import CacheWriter
 
 from .inputs import TeacherInputs, open_teacher_inputs
 from .loop import say
-from .runs import versions
+from .runs import spec_changes_note, versions
 from .teacher import Teacher, load_teacher
 
 # Uncompressed bytes of one kept entry, id and value: what `store.part_mib` counts.
@@ -58,6 +58,8 @@ def build_teacher(
         lambda: frequency_ranks(teacher, parts[0] if parts else []),
         token_texts=lambda: inputs.encoder.token_texts(range(inputs.encoder.v_real)),
     )
+    if note := spec_changes_note(writer.header.spec, spec):
+        say(note)
     missing = writer.missing_parts(rank=rank, world=world)
     if inputs.skipped:
         say(f"{len(inputs.skipped)} rows left out, listed with reasons in {out / 'cache.json'}")

@@ -27,14 +27,21 @@ from vlsi_cache.spec import CacheSpec, Dtype, EvaluateSpec, spec_from_dict
 
 from .loop import pick_device, read_json, say, write_atomically
 
-BATCH_TOKENS = 4096
 LOGIT_ELEMENTS = 2**26
 
 
 def evaluate(
-    model: Path | str, *, spec: CacheSpec | None = None, device: str | None = None, limit: int | None = None
+    model: Path | str,
+    *,
+    spec: CacheSpec | None = None,
+    device: str | None = None,
+    limit: int | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Measure a run's student (or any model folder) on the held-out rows of its spec.
+
+    Device, dtype and attention are those of the spec; `device` wins over it. A model's own code runs only with
+    `trust_remote_code`, whatever a spec or a run folder says: either may come from somebody else.
 
     Returns, and for a run also writes to RUN/evaluation.json: `exact_match` (all and per kind, or None when the spec
     does not generate), `nll` in nats per response token, `perplexity`, `layers` (nll per verbalized student layer,
@@ -43,8 +50,8 @@ def evaluate(
     """
     folder = Path(model)
     run = read_json(folder / "run.json") if (folder / "run.json").is_file() else None
-    if run is not None and not (folder / "student").is_dir():
-        raise SpecError(f"{folder} has no trained student yet; go on with: {run['command']}")
+    if run is not None:
+        _check_has_student(folder, run)
     spec = spec or (spec_from_dict(run["spec"], where=str(folder / "run.json")) if run else None)
     if spec is None or spec.evaluate is None:
         raise SpecError(f"no held-out rows for {model}: give --spec with an `evaluate:` section")
@@ -52,13 +59,26 @@ def evaluate(
         str(folder / "student") if run else resolve_model(str(model)),
         spec.evaluate,
         verbalizers=str(folder / "verbalizers") if (folder / "verbalizers").is_dir() else None,
-        trust_remote_code=spec.distill.trust_remote_code,
-        device=device,
+        dtype=spec.distill.student_dtype,
+        trust_remote_code=trust_remote_code,
+        attn_implementation=spec.distill.attn_implementation,
+        device=device or spec.run.device,
+        batch_tokens=spec.run.batch_tokens,
         limit=limit,
     )
     if run is not None:
         write_atomically(folder / "evaluation.json", json.dumps(result, indent=1))
     return result
+
+
+def _check_has_student(folder: Path, run: dict[str, Any]) -> None:
+    if run["kind"] != "distill":
+        raise SpecError(
+            f"{folder} is a `{run['kind']}` run: it holds a teacher's verbalizers and no student. Name a `distill` "
+            "run, or a model's folder together with --spec"
+        )
+    if not (folder / "student").is_dir():
+        raise SpecError(f"{folder} has no trained student yet; go on with: {run['command']}")
 
 
 def evaluate_model(
@@ -69,10 +89,12 @@ def evaluate_model(
     gguf_file: str | None = None,
     dtype: Dtype = "auto",
     trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
     device: str | None = None,
+    batch_tokens: int = 8192,
     limit: int | None = None,
 ) -> dict[str, Any]:
-    """`evaluate` for a model folder; `limit` takes the first rows only."""
+    """`evaluate` for a model folder; `limit` takes the first rows only, `batch_tokens` bounds a perplexity batch."""
     data = settings.data
     encoder = load_encoder(
         path,
@@ -86,12 +108,19 @@ def evaluate_model(
     if skipped:
         say(f"{len(skipped)} held-out rows are longer than {data.max_length} tokens and were left out")
     where = pick_device(device)
-    loaded = load_model(path, gguf_file=gguf_file, dtype=dtype, device=str(where), trust_remote_code=trust_remote_code)
+    loaded = load_model(
+        path,
+        gguf_file=gguf_file,
+        dtype=dtype,
+        device=str(where),
+        trust_remote_code=trust_remote_code,
+        attn_implementation=attn_implementation,
+    )
     backbone = Backbone(loaded)
     spoken = None if verbalizers is None else load_saved_verbalizers(verbalizers, backbone).to(where)
     used = [records[index] for index, _, _ in kept]
     lengths = [num_prompt + len(ids) for _, num_prompt, ids in kept]
-    nll = mean_nll(backbone, spoken, used, lengths, encoder)
+    nll = mean_nll(backbone, spoken, used, plan_batches(lengths, batch_tokens), encoder)
     last = nll.pop(backbone.num_layers)
     return {
         "num_samples": len(used),
@@ -113,13 +142,17 @@ def load_saved_verbalizers(folder: str, backbone: Backbone) -> Verbalizers:
 
 @torch.inference_mode()
 def mean_nll(
-    backbone: Backbone, verbalizers: Verbalizers | None, records: list[Record], lengths: list[int], encoder: Encoder
+    backbone: Backbone,
+    verbalizers: Verbalizers | None,
+    records: list[Record],
+    batches: list[list[int]],
+    encoder: Encoder,
 ) -> dict[int, float]:
     """Negative log-likelihood in nats per response token over the real vocabulary, by layer; the final one last."""
     layers = verbalizers.layers if verbalizers is not None else []
     sums: dict[int, float] = defaultdict(float)
     num_tokens = 0
-    for indices in tqdm(plan_batches(lengths, BATCH_TOKENS), desc="perplexity", disable=None):
+    for indices in tqdm(batches, desc="perplexity", disable=None):
         batch = collate([encoder.encode(records[i]) for i in indices], pad_id=encoder.pad_id).to(backbone.device)
         capture = verbalizers.capture if verbalizers is not None else partial(backbone.capture, layers=[])
         hidden: dict[int, Any] = dict(capture(batch.inputs, rows_T=batch.rows_T, positions_T=batch.positions_T))

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,10 +23,8 @@ from vlsi_cache.sparse.rows import SparseRows
 from vlsi_cache.spec import InteractSpec
 
 from .feed import feeding
-from .loop import autocast, make_optimizer, memory_gib, optimizer_step
-
-if TYPE_CHECKING:
-    from .distill import StudentState
+from .loop import autocast, clip_gradients, make_optimizer, memory_gib, optimizer_step, seed_step
+from .student import StudentState
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,15 @@ def interaction_loss(
         verbal_TD = verbalizers.apply(layer, hidden[layer])
         candidates = rows.against(verbal_TD, backbone.head_weight, slice(low, high + 1))
         values = candidates.matching_M.double().cpu().numpy()
-        choice = choose(values, rng=rng, scale=settings.scale, eps=1e-6, temperature=settings.temperature)
+        choice = choose(
+            values,
+            rng=rng,
+            scale=settings.scale,
+            eps=1e-6,
+            temperature=settings.temperature,
+            student=index,
+            start=low,
+        )
         kl = candidates.loss(choice)
         loss = loss + kl
         kl_layers.append(kl.item())
@@ -111,7 +117,7 @@ def interaction_loss(
     return Interaction(loss, kl_layers, kl_last.item(), matched)
 
 
-def interact(state: "StudentState", model: Any, verbalizers: Verbalizers | None, *, num_steps: int) -> dict[str, Any]:
+def interact(state: StudentState, model: Any, verbalizers: Verbalizers | None, *, num_steps: int) -> dict[str, Any]:
     """Run the stage from its newest checkpoint; returns its entry for `run.json`."""
     distill, checkpoints, log = state.spec.distill, state.checkpoints, state.log
     settings, layers = distill.interact, state.layers
@@ -130,6 +136,7 @@ def interact(state: "StudentState", model: Any, verbalizers: Verbalizers | None,
         for step in range(first, num_steps):
             started, waited, tokens = time.monotonic(), feed.wait_s, 0
             results = []
+            seed_step(distill.seed, "interact", step)
             for micro_step in range(num_micro):
                 micro = feed.next()
                 assert micro.rows is not None
@@ -147,6 +154,7 @@ def interact(state: "StudentState", model: Any, verbalizers: Verbalizers | None,
                     )
                 (result.loss / num_micro).backward()
                 results.append(result)
+            clip_gradients(optimizer, settings.schedule, "interact", step, num_steps)
             rate = optimizer_step(optimizer, settings.schedule, step, num_steps)
 
             seconds = time.monotonic() - started

@@ -1,5 +1,6 @@
 """What every training loop shares: optimizer, schedule, metrics log, checkpoints, progress. The loops are elsewhere."""
 
+import hashlib
 import json
 import math
 import os
@@ -7,7 +8,7 @@ import shutil
 import sys
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
-from vlsi_cache.errors import CacheCorruptError
+from vlsi_cache.errors import CacheCorruptError, ModelError
 from vlsi_cache.spec import Schedule
 
 
@@ -41,8 +42,19 @@ def autocast(device: torch.device) -> torch.autocast:
 
 def make_optimizer(parameters: Iterable[nn.Parameter], schedule: Schedule) -> torch.optim.AdamW:
     """AdamW over the parameters that train; betas 0.9, 0.999."""
-    trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    return make_grouped_optimizer({"": parameters}, schedule)
+
+
+def make_grouped_optimizer(groups: Mapping[str, Iterable[nn.Parameter]], schedule: Schedule) -> torch.optim.AdamW:
+    """One AdamW for several named groups of parameters, each of which is clipped by itself."""
+    trainable = [{"name": name, "params": [p for p in group if p.requires_grad]} for name, group in groups.items()]
     return torch.optim.AdamW(trainable, lr=schedule.learning_rate, weight_decay=schedule.weight_decay)
+
+
+def seed_step(seed: int, stage: str, step: int) -> None:
+    """Key torch's random state to this step, so that a resumed run draws the dropout that a whole one draws."""
+    digest = hashlib.sha256(f"{seed} {stage} {step}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "little"))
 
 
 def learning_rate(schedule: Schedule, step: int, num_steps: int) -> float:
@@ -55,11 +67,22 @@ def learning_rate(schedule: Schedule, step: int, num_steps: int) -> float:
     return schedule.final_learning_rate + 0.5 * span * (1 + math.cos(math.pi * progress))
 
 
+def clip_gradients(optimizer: torch.optim.Optimizer, schedule: Schedule, stage: str, step: int, num_steps: int) -> None:
+    """Clip each group of parameters to its own norm; raises ModelError for a gradient that is not finite."""
+    for group in optimizer.param_groups:
+        norm = nn.utils.clip_grad_norm_(group["params"], schedule.clip_norm)
+        if not torch.isfinite(norm):
+            of = f" of {group['name']}" if group["name"] else ""
+            raise ModelError(
+                f"stage {stage}, step {step + 1} of {num_steps}: the gradient norm{of} is {float(norm)} at learning "
+                f"rate {learning_rate(schedule, step, num_steps):.3g}: training has diverged. Start a new run with a "
+                "lower `learning_rate` or a longer `warmup` for this stage"
+            )
+
+
 def optimizer_step(optimizer: torch.optim.Optimizer, schedule: Schedule, step: int, num_steps: int) -> float:
-    """Clip, set the rate of this step, update, clear; returns the rate. Gradients must be finite."""
+    """Set the rate of this step, update, clear; returns the rate."""
     rate = learning_rate(schedule, step, num_steps)
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    nn.utils.clip_grad_norm_(parameters, schedule.clip_norm, error_if_nonfinite=True)
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()

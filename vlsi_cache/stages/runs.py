@@ -1,20 +1,30 @@
 """Run folders: `run.json` says what the run is and whether it is done; opening one again continues it."""
 
+import fcntl
 import importlib.metadata
 import json
+import os
 import platform
 import shlex
+import shutil
+import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlsi_cache.errors import FingerprintMismatchError, SpecError, list_problems
+from vlsi_cache.errors import FingerprintMismatchError, RunBusyError, SpecError, list_problems
 from vlsi_cache.spec import CacheSpec
 
-from .loop import read_json, write_atomically
+from .loop import read_json, say, write_atomically
 
 PACKAGES = ("vlsi-cache", "torch", "transformers", "peft", "zarr", "numpy")
+LOCK_NAME = ".lock"
+# What a kill can leave behind of files and folders that are written under another name first.
+LEFTOVERS = (".run.json.*", ".metrics.jsonl.*", ".report.html.tmp", ".student.tmp-*", "verbalizers/.*")
+READ_BY_DISTILL = ("verbalizer", "distill", "evaluate")  # sections that do not decide what is in a cache
 
 
 @dataclass(frozen=True)
@@ -29,28 +39,48 @@ class Run:
         return self.record["status"] == "done"
 
 
-def open_run(path: Path, kind: str, spec: CacheSpec, *, device: str | None, **facts: Any) -> Run:
-    """Begin a run, or go on with the one at `path` if it is the same; raises when the folder holds anything else."""
-    record = {
-        "kind": kind,
-        "status": "running",
-        "spec": spec.model_dump(mode="json"),
-        **facts,
-        "device": device or spec.run.device,
-        "versions": versions(),
-        "command": shlex.join(["vlsi-cache", *sys.argv[1:]]),
-        "stages": [],
-    }
+@contextmanager
+def open_run(path: Path, kind: str, spec: CacheSpec, *, device: str | None, call: str, **facts: Any) -> Iterator[Run]:
+    """Begin a run, or go on with the one at `path` if it is the same, and keep other processes off it meanwhile.
+
+    `call` is the Python that goes on with it. Raises SpecError when the folder holds anything else,
+    FingerprintMismatchError when it is another run, RunBusyError when another process works on it.
+    """
     file = path / "run.json"
-    if not file.exists():
-        if path.exists() and any(path.iterdir()):
-            raise SpecError(f"{path} exists and is no run of ours; choose another folder with -o")
-        path.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps(record, indent=1))
-        return Run(path, record)
-    existing = read_json(file)
-    _check_same(path, existing, record, ("kind", *facts))
-    return Run(path, existing)
+    if not file.exists() and path.exists() and any(not _is_ours(entry.name) for entry in path.iterdir()):
+        raise SpecError(f"{path} exists and is no run of ours; choose another folder with -o")
+    path.mkdir(parents=True, exist_ok=True)
+    with _locked(path):
+        record = {
+            "kind": kind,
+            "status": "running",
+            "spec": spec.model_dump(mode="json"),
+            **facts,
+            "device": device or spec.run.device,
+            "versions": versions(),
+            "command": _this_command() or call,
+            "stages": [],
+        }
+        if file.exists():
+            existing = read_json(file)
+            _check_same(path, existing, record, ("kind", *facts))
+            record = existing
+        else:
+            write_atomically(file, json.dumps(record, indent=1))
+        _remove_leftovers(path)
+        yield Run(path, record)
+
+
+def already_done(run: Run) -> bool:
+    """Whether nothing is left to do; a report that a kill has kept from being written is written now."""
+    from vlsi_cache.report.html import REPORT_NAME, write_report
+
+    if not run.is_done:
+        return False
+    if not (run.path / REPORT_NAME).is_file():
+        write_report(run.path)
+    say(f"{run.path} is finished; nothing to do")
+    return True
 
 
 def finish_run(run: Run, *, stages: list[dict[str, Any]]) -> None:
@@ -60,6 +90,12 @@ def finish_run(run: Run, *, stages: list[dict[str, Any]]) -> None:
     record = {**run.record, "status": "done", "stages": stages}
     write_atomically(run.path / "run.json", json.dumps(record, indent=1))
     write_report(run.path)
+
+
+def python_call(name: str, first: str, **options: Any) -> str:
+    """The call `vlsi_cache.name(first, option=...)`; options that are not set are left out."""
+    given = [f"{key}={value!r}" for key, value in options.items() if value not in (None, [])]
+    return f"vlsi_cache.{name}({', '.join([first, *given])})"
 
 
 def versions() -> dict[str, str]:
@@ -75,6 +111,18 @@ def differences(old: Any, new: Any, key: str = "") -> list[str]:
     return [] if old == new else [f"`{key}`: {old!r} there, {new!r} now"]
 
 
+def spec_changes_note(stored_spec: dict[str, Any], spec: CacheSpec) -> str:
+    """What has changed since a cache was built among the settings that `distill` reads from it; empty if nothing."""
+    fresh = spec.model_dump(mode="json")
+    changed = [d for name in READ_BY_DISTILL for d in differences(stored_spec.get(name), fresh[name], name)]
+    if not changed:
+        return ""
+    return (
+        "these settings are not the ones the cache was built with, and `distill` reads those stored in the cache; "
+        f"for other ones give it `--set key=value`:\n{list_problems(changed)}"
+    )
+
+
 def _check_same(path: Path, existing: dict[str, Any], wanted: dict[str, Any], keys: tuple[str, ...]) -> None:
     problems = [d for key in keys for d in differences(existing.get(key), wanted.get(key), key)]
     old, new = ({k: v for k, v in record["spec"].items() if k != "run"} for record in (existing, wanted))
@@ -84,3 +132,45 @@ def _check_same(path: Path, existing: dict[str, Any], wanted: dict[str, Any], ke
             f"{path} is another run; choose a new folder with -o, or bring the settings back:\n"
             + list_problems(problems)
         )
+
+
+def _this_command() -> str | None:
+    """The command line, if this program is the command line."""
+    main = getattr(sys.modules.get("__main__"), "__spec__", None)
+    is_script = Path((sys.argv or [""])[0]).stem == "vlsi-cache"
+    if is_script or getattr(main, "name", None) == "vlsi_cache_cli.main":
+        return shlex.join(["vlsi-cache", *sys.argv[1:]])
+    return None
+
+
+def _is_ours(name: str) -> bool:
+    """Whether an entry of a folder without `run.json` is what a run leaves that was killed at its very beginning."""
+    return name in (LOCK_NAME, "run.json") or name.startswith(".run.json.")
+
+
+def _remove_leftovers(path: Path) -> None:
+    for leftover in [found for pattern in LEFTOVERS for found in path.glob(pattern)]:
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a run folder; the kernel lets go of it when this process ends, however it ends."""
+    with (path / LOCK_NAME).open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise RunBusyError(
+                f"{path} is being worked on by {file.read() or 'another process'}; wait for it, stop it, or choose "
+                "another folder with -o"
+            ) from None
+        except OSError as error:
+            say(f"{path} cannot be locked on this file system ({error.strerror}); do not start it a second time")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on host {socket.gethostname()}")
+        file.flush()
+        yield

@@ -4,7 +4,7 @@ Legend: T response tokens, D hidden size, V head rows.
 """
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -14,10 +14,8 @@ from vlsi_cache.models.adapter import train_everything, train_head_and_embedding
 from vlsi_cache.models.layers import Backbone
 
 from .feed import feeding
-from .loop import autocast, make_optimizer, memory_gib, optimizer_step
-
-if TYPE_CHECKING:
-    from .distill import StudentState
+from .loop import autocast, clip_gradients, make_optimizer, memory_gib, optimizer_step, seed_step
+from .student import StudentState
 
 LOGIT_ELEMENTS = 2**26  # at most 256 MiB of fp32 logits at a time
 
@@ -36,7 +34,7 @@ def response_loss(hidden_TD: torch.Tensor, head_weight_VD: torch.Tensor, gold_T:
     return torch.stack(losses).sum() / len(gold_T)
 
 
-def sft(state: "StudentState", model: Any, *, num_steps: int) -> dict[str, Any]:
+def sft(state: StudentState, model: Any, *, num_steps: int) -> dict[str, Any]:
     """Run the stage from its newest checkpoint; returns its entry for `run.json`."""
     distill, checkpoints, log = state.spec.distill, state.checkpoints, state.log
     schedule = distill.sft.schedule
@@ -56,6 +54,7 @@ def sft(state: "StudentState", model: Any, *, num_steps: int) -> dict[str, Any]:
     with feeding(state.feed("sft", first * distill.batch_size)) as feed:
         for step in range(first, num_steps):
             started, waited, tokens, total = time.monotonic(), feed.wait_s, 0, 0.0
+            seed_step(distill.seed, "sft", step)
             for _ in range(num_micro):
                 batch = feed.next().batch
                 tokens += len(batch.gold_T)
@@ -64,6 +63,7 @@ def sft(state: "StudentState", model: Any, *, num_steps: int) -> dict[str, Any]:
                     loss = response_loss(hidden[backbone.num_layers], backbone.head_weight, batch.gold_T)
                 (loss / num_micro).backward()
                 total += loss.item() / num_micro
+            clip_gradients(optimizer, schedule, "sft", step, num_steps)
             rate = optimizer_step(optimizer, schedule, step, num_steps)
 
             seconds = time.monotonic() - started

@@ -16,15 +16,26 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from vlsi_cache.data.records import RecordSet
 from vlsi_cache.errors import SpecError
 from vlsi_cache.models.layers import Backbone
 from vlsi_cache.models.verbalizer import Verbalizers, build_verbalizers
 from vlsi_cache.spec import CacheSpec, Schedule, VerbalizerSpec
 
 from .feed import Feed, MicroBatch, feeding, shuffled_records
-from .inputs import open_teacher_inputs
-from .loop import Checkpoints, MetricsLog, autocast, make_optimizer, memory_gib, optimizer_step, say
-from .runs import finish_run, open_run
+from .inputs import TeacherInputs, open_teacher_inputs
+from .loop import (
+    Checkpoints,
+    MetricsLog,
+    autocast,
+    clip_gradients,
+    make_grouped_optimizer,
+    memory_gib,
+    optimizer_step,
+    say,
+    seed_step,
+)
+from .runs import already_done, finish_run, open_run, python_call
 
 LOGIT_ELEMENTS = 2**26  # at most 256 MiB of fp32 logits at a time
 
@@ -34,14 +45,30 @@ def train_verbalizers(spec: CacheSpec, *, out: Path | str, device: str | None = 
 
     Writes `verbalizers/layer_KKKK.safetensors`, `verbalizers.json`, `metrics.jsonl`, `run.json`, `report.html`.
     """
-    out, settings = Path(out), spec.train_verbalizers
+    out = Path(out)
     inputs = open_teacher_inputs(spec)
     if not inputs.target_layers:
         raise SpecError("`teacher.layers` is empty: there is nothing to verbalize")
-    run = open_run(out, "train-verbalizers", spec, device=device, teacher_digest=inputs.weights_digest)
-    if run.is_done:
-        say(f"{out} is finished; nothing to do")
-        return out
+    stored = f"vlsi_cache.CacheSpec(**json.loads(pathlib.Path({str(out / 'run.json')!r}).read_text())['spec'])"
+    with open_run(
+        out,
+        "train-verbalizers",
+        spec,
+        device=device,
+        call=python_call("train_verbalizers", stored, out=str(out), device=device),
+        teacher_digest=inputs.weights_digest,
+        data_digest=RecordSet(tuple(inputs.records), []).digest,
+        num_samples=len(inputs.records),
+        encoder=inputs.encoder.fingerprint(),
+    ) as run:
+        if not already_done(run):
+            finish_run(run, stages=[_train(inputs, out, device=device)])
+    return out
+
+
+def _train(inputs: TeacherInputs, out: Path, *, device: str | None) -> dict[str, Any]:
+    """Train and save; returns the stage's entry for `run.json`."""
+    spec, settings = inputs.spec, inputs.spec.train_verbalizers
     backbone = inputs.load_backbone(device or spec.run.device)
     say(f"teacher: {inputs.model_path} on {backbone.device}")
 
@@ -61,15 +88,14 @@ def train_verbalizers(spec: CacheSpec, *, out: Path | str, device: str | None = 
             micro_batch_size=settings.micro_batch_size,
             v_real=inputs.encoder.v_real,
             checkpoints=Checkpoints(out),
-            checkpoint_steps=spec.distill.checkpoint_steps,
+            checkpoint_steps=settings.checkpoint_steps,
             log=log,
             seed=settings.seed,
         )
     verbalizers.save(
         out / "verbalizers", provenance={"teacher_digest": inputs.weights_digest, "model": spec.teacher.model}
     )
-    finish_run(run, stages=[stage])
-    return out
+    return stage
 
 
 def verbalize(
@@ -93,7 +119,9 @@ def verbalize(
     Returns them and the stage's entry for `run.json`. Goes on from this stage's newest checkpoint.
     """
     verbalizers = build_verbalizers(backbone, layers, **architecture.model_dump(), seed=seed)
-    optimizer = make_optimizer(verbalizers.parameters(), schedule)
+    # One group a layer, so that the large gradient of one layer does not clip those of the others.
+    groups = {f"layer {layer}": verbalizers.by_layer[str(layer)].parameters() for layer in layers}
+    optimizer = make_grouped_optimizer(groups, schedule)
     first = checkpoints.step_of("verbalize")
     if first:
         checkpoints.load("verbalize", first, verbalizers, optimizer)
@@ -103,11 +131,13 @@ def verbalize(
         for step in range(first, num_steps):
             started, waited, tokens = time.monotonic(), feed.wait_s, 0
             totals = dict.fromkeys(layers, 0.0)
+            seed_step(seed, "verbalize", step)
             for _ in range(num_micro):
                 micro = feed.next()
                 tokens += len(micro.batch.gold_T)
                 for layer, loss in layer_losses(backbone, verbalizers, micro, v_real=v_real, scale=1 / num_micro):
                     totals[layer] += loss / num_micro
+            clip_gradients(optimizer, schedule, "verbalize", step, num_steps)
             rate = optimizer_step(optimizer, schedule, step, num_steps)
 
             seconds = time.monotonic() - started

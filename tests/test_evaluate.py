@@ -1,0 +1,102 @@
+"""Evaluation: whose settings hold, what may run code, and which folders it is for."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import write_spec
+
+import vlsi_cache as vc
+from vlsi_cache.errors import SpecError
+from vlsi_cache.stages import evaluate as evaluate_module
+
+SHORT = ["distill.sft.schedule.steps=1", "distill.verbalize.steps=1", "distill.interact.schedule.steps=1"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, student_folder: Path) -> Path:
+    """A run whose stored spec names a device, a dtype, an attention, a batch size, and remote code."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    spec = vc.load_spec(write_spec(folder, teacher_folder), overrides=["run.batch_tokens=130"])
+    cache = vc.build_teacher(spec, out=folder / "cache")
+    changes = [*SHORT, "distill.student_dtype=bfloat16", "distill.attn_implementation=eager"]
+    changes += ["distill.trust_remote_code=true", "evaluate.generate=false"]
+    return vc.distill(cache, student=str(student_folder), out=folder / "run", recipe="sft", overrides=changes)
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the model and the encoder are loaded with, and the sizes of the batches."""
+    seen: dict[str, Any] = {}
+    load_model, load_encoder = evaluate_module.load_model, evaluate_module.load_encoder
+    plan_batches = evaluate_module.plan_batches
+
+    def spy_model(path: str, **options: Any) -> Any:
+        seen["model"] = options
+        return load_model(path, **options)
+
+    def spy_encoder(path: str, **options: Any) -> Any:
+        seen["encoder"] = options
+        return load_encoder(path, **options)
+
+    def spy_batches(lengths: list[int], batch_tokens: int) -> Any:
+        seen["batch_tokens"] = batch_tokens
+        return plan_batches(lengths, batch_tokens)
+
+    monkeypatch.setattr(evaluate_module, "load_model", spy_model)
+    monkeypatch.setattr(evaluate_module, "load_encoder", spy_encoder)
+    monkeypatch.setattr(evaluate_module, "plan_batches", spy_batches)
+    return seen
+
+
+def test_only_the_caller_lets_a_model_run_code(run: Path, loaded: dict[str, Any]) -> None:
+    assert json.loads((run / "run.json").read_text())["spec"]["distill"]["trust_remote_code"] is True
+    vc.evaluate(run)
+    assert loaded["model"]["trust_remote_code"] is False
+    assert loaded["encoder"]["trust_remote_code"] is False
+    vc.evaluate(run, trust_remote_code=True)
+    assert loaded["model"]["trust_remote_code"] is True
+    assert loaded["encoder"]["trust_remote_code"] is True
+
+
+def test_the_settings_of_the_run_are_the_defaults(
+    run: Path, loaded: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices: list[str | None] = []
+    pick = evaluate_module.pick_device
+
+    def spy(device: str | None) -> Any:
+        devices.append(device)
+        return pick("cpu")
+
+    monkeypatch.setattr(evaluate_module, "pick_device", spy)
+    vc.evaluate(run)
+    vc.evaluate(run, device="cuda:3")
+    assert devices == ["cpu", "cuda:3"]
+    assert (loaded["model"]["dtype"], loaded["model"]["attn_implementation"]) == ("bfloat16", "eager")
+    assert loaded["batch_tokens"] == 130
+
+
+def test_small_batches_measure_the_same(run: Path) -> None:
+    from vlsi_cache.spec import spec_from_dict
+
+    stored = json.loads((run / "run.json").read_text())["spec"]
+    stored["distill"]["student_dtype"] = "float32"
+    results = []
+    for batch_tokens in (130, 10_000):
+        stored["run"]["batch_tokens"] = batch_tokens
+        results.append(vc.evaluate(run, spec=spec_from_dict(stored, where="here")))
+    assert results[0]["nll"] == pytest.approx(results[1]["nll"], rel=1e-5)
+
+
+def test_a_folder_of_verbalizers_is_called_by_its_name(teacher_folder: Path, tmp_path: Path, run: Path) -> None:
+    spec = vc.load_spec(write_spec(tmp_path, teacher_folder), overrides=["train_verbalizers.schedule.steps=1"])
+    folder = vc.train_verbalizers(spec, out=tmp_path / "verbalizers")
+    with pytest.raises(SpecError, match="is a `train-verbalizers` run: it holds a teacher's verbalizers"):
+        vc.evaluate(folder)
+    record = json.loads((run / "run.json").read_text())
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "run.json").write_text(json.dumps(record))
+    with pytest.raises(SpecError, match=r"no trained student yet; go on with: vlsi_cache\.distill\("):
+        vc.evaluate(tmp_path / "half")

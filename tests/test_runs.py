@@ -1,0 +1,168 @@
+"""Run folders: who may work on one, what a kill leaves in it, what it says about itself."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import make_rows, write_jsonl
+
+import vlsi_cache as vc
+from vlsi_cache.errors import FingerprintMismatchError, RunBusyError, SpecError
+from vlsi_cache.spec import CacheSpec
+from vlsi_cache.stages import runs as runs_module
+from vlsi_cache.stages.runs import already_done, finish_run, open_run, spec_changes_note
+
+
+@pytest.fixture
+def spec(spec_file: Path) -> CacheSpec:
+    return vc.load_spec(spec_file)
+
+
+def opened(path: Path, spec: CacheSpec) -> Any:
+    return open_run(path, "distill", spec, device=None, call="vlsi_cache.distill()")
+
+
+def test_one_process_at_a_time(spec: CacheSpec, tmp_path: Path) -> None:
+    with opened(tmp_path / "run", spec):
+        (tmp_path / "run" / ".student.tmp-first").mkdir()
+        with pytest.raises(RunBusyError, match=f"process {os.getpid()} on host {socket.gethostname()}"):
+            opened(tmp_path / "run", spec).__enter__()
+        assert (tmp_path / "run" / ".student.tmp-first").is_dir()  # what the first one is writing stays
+    with opened(tmp_path / "run", spec):
+        pass
+
+
+def test_a_killed_process_lets_go_of_its_run(spec_file: Path, spec: CacheSpec, tmp_path: Path) -> None:
+    code = (
+        "import sys, time, vlsi_cache as vc; from pathlib import Path; from vlsi_cache.stages.runs import open_run\n"
+        "with open_run(Path(sys.argv[2]), 'distill', vc.load_spec(sys.argv[1]), device=None, call=''):\n"
+        "    print('open', flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", code, str(spec_file), str(tmp_path / "run")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"open\n"
+        with pytest.raises(RunBusyError, match=f"process {process.pid} on host"):
+            opened(tmp_path / "run", spec).__enter__()
+        process.send_signal(signal.SIGKILL)
+    with opened(tmp_path / "run", spec) as run:
+        assert not run.is_done
+
+
+def test_what_a_kill_leaves_is_removed_and_nothing_else(spec: CacheSpec, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / ".run.json.0123").write_text("half")  # killed before there was a run.json
+    (run / ".lock").write_text("")
+    with opened(run, spec):
+        pass
+    assert {file.name for file in run.iterdir()} == {".lock", "run.json"}
+    for name in (".student.tmp-0123", "checkpoints", "verbalizers"):
+        (run / name).mkdir()
+    (run / ".student.tmp-0123" / "model.safetensors").write_text("half")
+    (run / "verbalizers" / ".layer_0001.safetensors.0123").write_text("half")
+    (run / "verbalizers" / "layer_0002.safetensors").write_text("whole")
+    (run / ".metrics.jsonl.0123").write_text("half")
+    (run / "notes.txt").write_text("mine")
+    with opened(run, spec):
+        pass
+    left = {str(file.relative_to(run)) for file in run.rglob("*") if file.is_file()}
+    assert left == {".lock", "run.json", "notes.txt", "verbalizers/layer_0002.safetensors"}
+    assert not (run / ".student.tmp-0123").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / ".run.json.0123").write_text("half")
+    (tmp_path / "mine" / "thesis.tex").write_text("mine")
+    with pytest.raises(SpecError, match="no run of ours"):
+        opened(tmp_path / "mine", spec).__enter__()
+    assert {file.name for file in (tmp_path / "mine").iterdir()} == {".run.json.0123", "thesis.tex"}
+
+
+def test_a_file_system_without_locks_is_said(
+    spec: CacheSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_locks(*_args: Any) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(runs_module.fcntl, "flock", no_locks)
+    with opened(tmp_path / "run", spec):
+        pass
+    assert "cannot be locked on this file system (Function not implemented)" in capsys.readouterr().err
+
+
+def test_a_report_that_a_kill_kept_away_is_written_by_the_next_call(spec: CacheSpec, tmp_path: Path) -> None:
+    with opened(tmp_path / "run", spec) as run:
+        assert not already_done(run)
+        assert not (tmp_path / "run" / "report.html").exists()
+        finish_run(run, stages=[])
+    (tmp_path / "run" / "report.html").unlink()
+    with opened(tmp_path / "run", spec) as run:
+        assert already_done(run)
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_the_command_is_what_continues_the_run(
+    spec_file: Path, spec: CacheSpec, student_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    cache = vc.build_teacher(spec, out="cache")
+    short = ["distill.sft.schedule.steps=1", "distill.verbalize.steps=1", "distill.interact.schedule.steps=1"]
+    vc.distill("cache", student=str(student_folder), out="run", recipe="sft", overrides=iter(short))
+    command = json.loads(Path("run/run.json").read_text())["command"]
+    assert command == (
+        f"vlsi_cache.distill('cache', student={str(student_folder)!r}, out='run', recipe='sft', overrides={short!r})"
+    )
+    assert eval(command, {"vlsi_cache": vc}) == Path("run")  # the same run: refused if any setting differed
+    vc.train_verbalizers(vc.load_spec(spec_file, overrides=["train_verbalizers.schedule.steps=1"]), out="verbalizers")
+    command = json.loads(Path("verbalizers/run.json").read_text())["command"]
+    assert eval(command, {"vlsi_cache": vc, "json": json, "pathlib": pathlib}) == Path("verbalizers")
+    monkeypatch.setattr(sys, "argv", ["/somewhere/bin/vlsi-cache", "distill", "cache", "-o", "a b"])
+    vc.distill(cache, student=str(student_folder), out="a b", recipe="sft", overrides=short)
+    assert json.loads(Path("a b/run.json").read_text())["command"] == "vlsi-cache distill cache -o 'a b'"
+
+
+def test_verbalizers_do_not_go_on_with_other_rows(
+    spec_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vlsi_cache.stages import verbalize
+
+    def stop(*_args: Any) -> float:
+        raise KeyboardInterrupt
+
+    spec = vc.load_spec(spec_file)
+    monkeypatch.setattr(verbalize, "optimizer_step", stop)
+    with pytest.raises(KeyboardInterrupt):
+        vc.train_verbalizers(spec, out=tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["num_samples"] == 40
+    assert len(record["encoder"]["chat_template"]) == 64
+    rows = make_rows(40)
+    rows[0], rows[1] = rows[1], rows[0]
+    write_jsonl(spec_file.parent / "rows.jsonl", rows)
+    both = f"`data_digest`: '{record['data_digest']}' there, '[0-9a-f]+' now"
+    with pytest.raises(FingerprintMismatchError, match=both):
+        vc.train_verbalizers(spec, out=tmp_path / "run")
+
+
+def test_the_note_about_settings_that_distill_reads_from_the_cache(spec_file: Path, spec: CacheSpec) -> None:
+    stored = json.loads(json.dumps(spec.model_dump(mode="json")))
+    assert spec_changes_note(stored, spec) == ""
+    ignored = ["run.device=cuda", "train_verbalizers.seed=3", "rows.top_k=4", "data.limit=9"]
+    assert spec_changes_note(stored, vc.load_spec(spec_file, overrides=ignored)) == ""
+    changed = ["distill.lora.rank=8", "verbalizer.structure=mlp", "evaluate.max_new_tokens=9", "distill.layers=[1]"]
+    note = spec_changes_note(stored, vc.load_spec(spec_file, overrides=changed))
+    for part in (
+        "`distill.lora.rank`: 4 there, 8 now",
+        "`verbalizer.structure`: 'verb-ffn' there, 'mlp' now",
+        "`evaluate.max_new_tokens`: 8 there, 9 now",
+        "`distill.layers`: [1, 2] there, [1] now",
+        "`--set key=value`",
+    ):
+        assert part in note
+    assert len(note.splitlines()) == 5

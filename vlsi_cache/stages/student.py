@@ -1,0 +1,177 @@
+"""The student's side of a run: what is checked against the cache before any weight is loaded, and what stages share."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from vlsi_cache.data.records import RecordSet, read_records
+from vlsi_cache.data.tokenize import Encoder, load_encoder
+from vlsi_cache.errors import DataError, ModelError, SpecError, list_problems
+from vlsi_cache.models.load import load_config, load_model
+from vlsi_cache.spec import CacheSpec, DistillSpec
+from vlsi_cache.store.reader import Cache
+
+from .feed import Feed, cached_records, match_records
+from .inputs import target_layers
+from .loop import Checkpoints, MetricsLog, pick_device, say
+from .runs import Run
+
+STAGE_SEEDS = {"verbalize": 1, "interact": 2, "sft": 3}  # each stage sees the data in an order of its own
+
+
+@dataclass(frozen=True)
+class StudentInputs:
+    """A student that fits the cache, without its weights; made by `open_student`."""
+
+    cache: Cache
+    spec: CacheSpec
+    path: str
+    config: Any
+    encoder: Encoder
+    layers: list[int]
+
+    @cached_property
+    def records(self) -> RecordSet:
+        return read_records(self.spec.data)
+
+    def check_lengths(self) -> None:
+        """Raise DataError when cached samples are longer, in this student's tokens, than its positions reach.
+
+        Lengths differ from the teacher's: a picture can be more tokens, and a chat template can add some.
+        """
+        limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        if limit is None:
+            return
+        by_id, too_long = match_records(self.cache, self.records), []
+        sample_ids = self.cache.sample_table()["id"].to_pylist()
+        for sample_id in tqdm(sample_ids, desc="measure rows", unit="row", delay=2, disable=None):
+            num_prompt, response_ids = self.encoder.measure(by_id[sample_id])
+            if num_prompt + len(response_ids) > limit:
+                too_long.append(f"sample `{sample_id}`: {num_prompt + len(response_ids)} tokens")
+        if too_long:
+            raise DataError(
+                f"{len(too_long)} of {len(sample_ids)} cached samples are longer for student {self.path} than its "
+                f"{limit} positions (`max_position_embeddings`); make pictures smaller with `--set data.max_pixels=N`, "
+                f"choose another student, or build a cache with a lower `data.max_length`:\n{list_problems(too_long)}"
+            )
+
+    def load(self, run: Run, *, device: str | None) -> "StudentState":
+        """Load the weights onto the device of the flag, or else of the spec."""
+        distill, where = self.spec.distill, pick_device(device or self.spec.run.device)
+        # Without autocast, bf16 weights and the fp32 ones that train would not fit each other.
+        has_autocast = where.type == "cuda"
+        model = load_model(
+            self.path,
+            dtype=distill.student_dtype if has_autocast else "float32",
+            device=str(where),
+            trust_remote_code=distill.trust_remote_code,
+            attn_implementation=distill.attn_implementation,
+        )
+        dtype = model.dtype if has_autocast else _wanted_dtype(distill, self.config)
+        if dtype != model.dtype:
+            name = str(dtype).removeprefix("torch.")
+            say(f"student: trained in float32, since {where.type} has no autocast here, and saved in {name}")
+        return StudentState(
+            cache=self.cache,
+            spec=self.spec,
+            run=run,
+            student_path=self.path,
+            records=self.records,
+            encoder=self.encoder,
+            model=model,
+            dtype=dtype,
+            layers=self.layers,
+            device=where,
+            log=MetricsLog(run.path),
+            checkpoints=Checkpoints(run.path),
+        )
+
+
+@dataclass(frozen=True)
+class StudentState:
+    """Everything the stages of one run share; `dtype` is the one that the trained student is saved in."""
+
+    cache: Cache
+    spec: CacheSpec
+    run: Run
+    student_path: str
+    records: RecordSet
+    encoder: Encoder
+    model: Any
+    dtype: torch.dtype
+    layers: list[int]
+    device: torch.device
+    log: MetricsLog
+    checkpoints: Checkpoints
+
+    def feed(self, stage: str, num_skip: int) -> Feed:
+        """Micro-batches of the cached samples; teacher rows come along only where the stage compares with them."""
+        distill = self.spec.distill
+        layers = {"verbalize": [], "interact": self.teacher_layers, "sft": []}[stage]
+        pairs = cached_records(
+            self.cache,
+            self.records,
+            layers=layers,
+            seed=distill.seed * len(STAGE_SEEDS) + STAGE_SEEDS[stage],
+            window_parts=distill.window_parts,
+            num_skip=num_skip,
+        )
+        return Feed(pairs, self.encoder, micro_batch_size=distill.micro_batch_size, device=self.device)
+
+    @property
+    def teacher_layers(self) -> list[int]:
+        """Cached layers that the interaction reads: all for `vlsi`, the last one otherwise."""
+        return self.cache.layers if self.layers else self.cache.layers[-1:]
+
+
+def open_student(cache: Cache, spec: CacheSpec, path: str) -> StudentInputs:
+    """Read the student's tokenizer and config and check them against the cache; raises ModelError, SpecError."""
+    distill = spec.distill
+    encoder = load_encoder(
+        path,
+        min_pixels=spec.data.min_pixels,
+        max_pixels=spec.data.max_pixels,
+        trust_remote_code=distill.trust_remote_code,
+    )
+    _check_tokenizer(cache, encoder, path)
+    config = load_config(path, trust_remote_code=distill.trust_remote_code)
+    layers = _student_layers(distill, config, num_teacher=len(cache.layers) - 1)
+    return StudentInputs(cache, spec, path, config, encoder, layers)
+
+
+def _student_layers(distill: DistillSpec, config: Any, *, num_teacher: int) -> list[int]:
+    if distill.recipe != "vlsi":
+        return []
+    layers = target_layers(distill.layers, distill.num_layers, config, where="distill.layers")
+    if not layers:
+        raise SpecError(
+            "`distill.layers` is empty, and recipe `vlsi` needs at least one target layer of the student; to distill "
+            "the last layer alone use `recipe: last`"
+        )
+    if len(layers) > num_teacher:
+        raise SpecError(
+            f"`distill.layers` names {len(layers)} student layers and the cache holds {num_teacher} intermediate "
+            "teacher layers; Algorithm 1 needs at least as many teacher layers as student layers"
+        )
+    return layers
+
+
+def _check_tokenizer(cache: Cache, encoder: Encoder, path: str) -> None:
+    cached, own = str(cache.header.fingerprint["encoder.tokenizer"]), str(encoder.fingerprint()["tokenizer"])
+    if cached != own or cache.header.v_real != encoder.v_real:
+        raise ModelError(
+            f"student {path} has another tokenizer than the teacher of {cache.path}: "
+            f"{encoder.v_real} tokens, map {own[:12]}, against {cache.header.v_real} tokens, map {cached[:12]}. "
+            "Rows are over token ids, so both must share one vocabulary; choose a student of the teacher's family"
+        )
+
+
+def _wanted_dtype(distill: DistillSpec, config: Any) -> torch.dtype:
+    """The dtype that was asked for; with `auto`, the one that the student's configuration declares."""
+    if distill.student_dtype != "auto":
+        return getattr(torch, distill.student_dtype)
+    declared = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    return declared if isinstance(declared, torch.dtype) else torch.float32
