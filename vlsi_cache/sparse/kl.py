@@ -121,7 +121,8 @@ def candidate_kl(
 class CandidateKL:
     """The state of one student layer against M candidate teacher layers.
 
-    `matching_M`: the unbiased value for layer matching, teacher entropy included, detached; ghost if m = 0.
+    `matching_M`: the unbiased value for layer matching, teacher entropy included, detached; where there is a tail but
+    no sample of it (m = 0), the ghost value.
     `ghost_MT`: ghost-bucket KL of every token, detached. Means over tokens are weighted if weights were given.
     """
 
@@ -139,9 +140,12 @@ class CandidateKL:
         self._logq_MTK, logq_MTm = walk.logprobs
         cross_MT = _masked(logprobs_MTK, logprobs_MTK.exp().mul_(self._logq_MTK)).sum(-1)
         self.ghost_MT = _ghost_value(logprobs_MTK, tail_mass_MT, cross_MT, _log_tail(logprobs_MTK, self._logq_MTK))
-        values_MT = self.ghost_MT
+        # Without a tail (sampled rows, or every token kept) the kept entries are all there is to estimate from.
+        unbiased_MT = -entropy_MT - cross_MT
         if logq_MTm.shape[-1]:
-            values_MT = -entropy_MT - cross_MT - tail_mass_MT * logq_MTm.mean(-1)
+            values_MT = unbiased_MT - tail_mass_MT * logq_MTm.mean(-1)
+        else:
+            values_MT = torch.where(tail_mass_MT > 0, self.ghost_MT, unbiased_MT)
         self.matching_M = values_MT @ share_T
 
     def loss(self, candidate: int | Tensor) -> Tensor:

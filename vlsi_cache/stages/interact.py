@@ -140,6 +140,9 @@ def interact(state: StudentState, model: Any, verbalizers: Verbalizers | None, *
             for micro_step in range(num_micro):
                 micro = feed.next()
                 assert micro.rows is not None
+                if not micro.rows.num_tokens:  # token selection may leave a sample without rows
+                    results.append(Interaction(torch.zeros(()), [0.0] * len(layers), 0.0, []))
+                    continue
                 tokens += len(micro.batch.gold_T)
                 with autocast(state.device):
                     batch = micro.batch

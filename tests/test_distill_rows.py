@@ -1,0 +1,65 @@
+"""Students against every kind of cache: selected tokens, sampled rows, other widths, other profiles."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_spec
+
+import vlsi_cache as vc
+from vlsi_cache.data.collate import collate
+from vlsi_cache.data.records import read_records
+from vlsi_cache.data.tokenize import load_encoder
+from vlsi_cache.stages.feed import Feed
+from vlsi_cache.stages.loop import read_metrics
+from vlsi_cache.store.reader import Cache
+
+KINDS = {
+    "selected": ["rows.select_tokens.entropy_top=0.3"],
+    "few": ["rows.select_tokens.random=0.05"],
+    "sampled": ["rows.kind=sampled", "rows.num_draws=12"],
+    "top-p": ["rows.top_p=0.5", "rows.min_k=2"],
+    "per layer": ["rows.top_k=[2, 8, 4, 3, 6]"],
+    "exact": ["store.profile=exact"],
+    "fast": ["store.profile=fast"],
+}
+
+
+def build(tmp_path: Path, teacher: Path, overrides: list[str]) -> Cache:
+    spec = vc.load_spec(write_spec(tmp_path, teacher), overrides=overrides)
+    return vc.build_teacher(spec, out=tmp_path / "cache")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_student_trains_on_it(kind: str, tmp_path: Path, teacher_folder: Path, student_folder: Path) -> None:
+    cache = build(tmp_path, teacher_folder, KINDS[kind])
+    if kind == "few":
+        assert 0 in cache.sample_table()["num_tokens"].to_pylist()  # samples without any row are there, and trained on
+    run = vc.distill(cache, student=str(student_folder), out=tmp_path / "run")
+    lines = [line for line in read_metrics(run / "metrics.jsonl") if line["stage"] == "interact"]
+    assert len(lines) == 5
+    assert all(np.isfinite(line["loss"]) for line in lines)
+    assert any(line["loss"] > 0 for line in lines)
+
+
+def test_only_tokens_with_rows_are_compared(tmp_path: Path, teacher_folder: Path) -> None:
+    """The micro-batch's positions, golds and rows are those of the chosen tokens, sample by sample."""
+    cache = build(tmp_path, teacher_folder, KINDS["selected"])
+    encoder = load_encoder(str(teacher_folder))
+    records = {record.id: record for record in read_records(vc.load_spec(tmp_path / "spec.yaml").data)}
+    names = [name for name in cache if 0 < cache[name].num_tokens < len(cache[name].response_ids_R)][:4]
+    assert len(names) == 4
+    pairs = iter([(records[name], cache[name]) for name in names])
+    feed = Feed(pairs, encoder, micro_batch_size=4, device=torch.device("cpu"))
+    micro = feed.next()
+    feed.close()
+    whole = collate([encoder.encode(records[name]) for name in names], pad_id=encoder.pad_id)
+    assert micro.rows is not None
+    starts = np.cumsum([0, *whole.num_tokens[:-1]])
+    wanted = np.concatenate([start + cache[name].positions_T for start, name in zip(starts, names, strict=True)])
+    assert micro.batch.gold_T.tolist() == whole.gold_T[wanted.astype(np.int64)].tolist()
+    assert micro.batch.positions_T.tolist() == whole.positions_T[wanted.astype(np.int64)].tolist()
+    gold = np.concatenate([cache[name].response_ids_R[cache[name].positions_T] for name in names])
+    np.testing.assert_array_equal(micro.batch.gold_T.numpy(), gold)
+    np.testing.assert_array_equal(micro.rows.entropy_LT, np.concatenate([cache[n].entropy_LT for n in names], axis=1))
