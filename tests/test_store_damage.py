@@ -96,11 +96,14 @@ def test_bits_all_over_a_payload_file_are_covered(root: Path) -> None:
 
 @pytest.mark.parametrize("name", ["ids/zarr.json", "zarr.json", "part.json"])
 def test_flipped_bit_in_metadata(root: Path, name: str) -> None:
+    """Our reader does without `zarr.json`, so it is `verify` that looks after those of others."""
     path = part_path(root) / name
     good = path.read_bytes()
     for bit in (8 * good.index(b'"') + 8, 8 * len(good) // 2, 8 * (len(good) - 3)):
         flip(path, bit)
-        assert_noticed(root, f"000001.zarr/{name}")
+        if name == "part.json":
+            assert_noticed(root, f"000001.zarr/{name}")
+        assert any(name in problem.file for problem in verify(root).problems)
         path.write_bytes(good)
 
 

@@ -96,8 +96,8 @@ def samples_of(rows: list[reader.Row]) -> PartSamples:
 
 def synthetic_parts(
     *,
-    num_parts: int = 8,
-    per_part: int = 40,
+    num_parts: int = 6,
+    per_part: int = 160,
     length: int = 146,
     num_layers: int = 8,
     top_k: int = 64,
@@ -275,15 +275,20 @@ class Memmap:
 
 
 def window_epoch(cache: Cache) -> None:
-    for _ in PartWindowReader(cache, seed=0, epoch=0):
-        pass
+    for row in PartWindowReader(cache, seed=0, epoch=0):
+        deliver(row)
 
 
 def one_thread(cache: Cache, layers: list[int] | None = None) -> None:
     for index in cache.parts:
         part = cache.part(index, layers, keep=False, undone=True)
         for row in range(len(part)):
-            part.row(row)
+            deliver(part.row(row))
+
+
+def deliver(row: reader.Row) -> None:
+    """What the memmap does too: contiguous arrays of one's own (a view of a mapped file is copied)."""
+    np.ascontiguousarray(row.ids_LTK), np.ascontiguousarray(row.logprobs_LTK)
 
 
 def random_samples(root: Path, num: int = 300) -> tuple[float, float]:

@@ -78,4 +78,4 @@ def _scale_rows(level_RK: np.ndarray, kept_R1: np.ndarray, out_RK: np.ndarray) -
         shift_R1 = np.log(np.clip(kept_R1, 0.0, 1.0) / np.where(mass_R1 > 0, mass_R1, 1.0))
     np.take(LOGPROB_OF_LEVEL, level_RK, out=out_RK, mode="clip")
     out_RK += shift_R1
-    np.minimum(out_RK, 0.0, out=out_RK)
+    np.minimum(out_RK[:, :1], 0.0, out=out_RK[:, :1])  # rounding may lift a probability of 1, and only the first is one

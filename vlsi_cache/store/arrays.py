@@ -13,7 +13,17 @@ import xxhash
 
 from vlsi_cache.errors import CacheCorruptError
 
-from .chunks import BLOSC_LEVEL, MappedLayers, Undo, encode_array, impossible_fill, read_layers, read_spans, read_whole
+from .chunks import (
+    BLOSC_LEVEL,
+    Known,
+    MappedLayers,
+    Undo,
+    encode_array,
+    impossible_fill,
+    read_layers,
+    read_spans,
+    read_whole,
+)
 from .layout import FileRecord
 from .ranks import RankTable
 from .schema import ArraySpec, data_file_name, vocab_specs
@@ -86,14 +96,16 @@ def read_layered(
     *,
     undo: Mapping[str, Undo],
     limit: int | None = None,
+    known: Known | None = None,
 ) -> Arrays:
     """Layer rows `layers` of layered arrays, [len(layers), T, ...]; uncompressed ones stay on disk.
 
-    `undo` works in place on chunks of the arrays it names, `limit` is what ids must stay below.
+    `undo` works in place on chunks of the arrays it names, `limit` is what ids must stay below, `known` the blocks that
+    need no check any more.
     """
     return {
         name: _guarded(
-            folder, name, lambda name=name: _layers_of(folder, name, specs[name], layers, undo.get(name), limit)
+            folder, name, lambda name=name: _layers_of(folder, name, specs[name], layers, undo.get(name), limit, known)
         )
         for name in names
     }
@@ -116,12 +128,14 @@ def _whole_or_empty(folder: Path, name: str, spec: ArraySpec) -> np.ndarray:
     )
 
 
-def _layers_of(folder: Path, name: str, spec: ArraySpec, layers: Sequence[int], undo: Undo, limit: int | None) -> Any:
+def _layers_of(
+    folder: Path, name: str, spec: ArraySpec, layers: Sequence[int], undo: Undo, limit: int | None, known: Known | None
+) -> Any:
     if not spec.size_bytes or not layers:
         return np.empty((len(layers), spec.shape[0], *spec.shape[2:]), spec.dtype)
     path = folder / data_file_name(name, spec)
     if spec.codec.shuffle is None:
-        return MappedLayers(path, spec, layers, limit if name == "ids" else None)
+        return MappedLayers(path, spec, layers, limit=limit if name == "ids" else None, known=known)
     return read_layers(path, spec, layers, undo)
 
 

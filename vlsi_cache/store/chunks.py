@@ -22,6 +22,7 @@ from .schema import ArraySpec
 CRC_BYTES = 4
 BLOSC_LEVEL = 5
 Undo = Callable[[np.ndarray], None] | None
+Known = dict[Path, np.ndarray]  # blocks of memory-mapped files that have been checked
 
 SHUFFLES = {"shuffle": blosc.SHUFFLE, "bitshuffle": blosc.BITSHUFFLE}
 
@@ -172,10 +173,12 @@ class MappedLayers:
     """Layer rows of an uncompressed layered array, memory-mapped: `mapped[:, low:high]` is [L, high - low, ...].
 
     A block of one layer is checked against its crc32c when it is first touched, and never again; so is that its values
-    are below `limit`.
+    are below `limit`. `known` [blocks, layers] remembers it, also for other objects over the same file.
     """
 
-    def __init__(self, path: Path, spec: ArraySpec, layers: Sequence[int], limit: int | None = None) -> None:
+    def __init__(
+        self, path: Path, spec: ArraySpec, layers: Sequence[int], *, limit: int | None, known: Known | None
+    ) -> None:
         with path.open("rb", buffering=0) as file:
             index = _read_index(file.fileno(), spec)
         chunk_bytes = math.prod(spec.chunk) * spec.dtype.itemsize
@@ -195,39 +198,44 @@ class MappedLayers:
             strides=(*self._stored_BLc.strides[:2], *_c_strides((spec.chunk[0], *spec.chunk[2:]), spec.dtype.itemsize)),
         )
         self._every_layer = self._layers == list(range(grid[1]))
-        self._known = np.zeros(grid, bool)
+        self._known_BL = np.zeros(grid, bool) if known is None else known.setdefault(path, np.zeros(grid, bool))
+        self._is_known: list[bool] = self._known_BL[:, self._layers].all(1).tolist()
         self._lock = threading.Lock()
 
     def __getitem__(self, key: tuple[slice, slice]) -> np.ndarray:
         low, high, _ = key[1].indices(self.shape[1])
         size = self._tokens
+        if high <= (low // size + 1) * size:
+            return self._piece(low // size, low % size, high - low // size * size)
         pieces = [
             self._piece(block, max(0, low - block * size), min(size, high - block * size))
-            for block in range(low // size, max(low // size + 1, -(-high // size)))
+            for block in range(low // size, -(-high // size))
         ]
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=1)
+        return np.concatenate(pieces, axis=1)
 
     def _piece(self, block: int, low: int, high: int) -> np.ndarray:
-        if not self._known[block, self._layers].all():
+        if not self._is_known[block]:
             self._check(block)
         piece = self._values_BLt[block][:, low:high]
         return piece if self._every_layer else piece[self._layers]
 
     def check_all(self) -> None:
         """Check every block now."""
-        for block in range(len(self._known)):
+        for block in range(len(self._is_known)):
             self._check(block)
 
     def _check(self, block: int) -> None:
         with self._lock:
-            for layer in self._layers:
-                if not self._known[block, layer]:
-                    try:
-                        checked(self._stored_BLc[block, layer])
-                        self._check_limit(block, layer)
-                    except ValueError as error:
-                        raise CacheCorruptError(f"`{self.path}`: block {block}, layer row {layer}: {error}") from None
-                    self._known[block, layer] = True
+            if self._is_known[block]:
+                return
+            for layer in (layer for layer in self._layers if not self._known_BL[block, layer]):
+                try:
+                    checked(self._stored_BLc[block, layer])
+                    self._check_limit(block, layer)
+                except ValueError as error:
+                    raise CacheCorruptError(f"`{self.path}`: block {block}, layer row {layer}: {error}") from None
+                self._known_BL[block, layer] = True
+            self._is_known[block] = True
 
     def _check_limit(self, block: int, layer: int) -> None:
         values = self._values_BLt[block, layer, : self.shape[1] - block * self._tokens]

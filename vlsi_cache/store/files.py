@@ -63,24 +63,43 @@ def load_part_record(root: Path, header: CacheHeader, index: int) -> PartRecord:
 
 def check_part_files(root: Path, index: int, record: PartRecord) -> None:
     """Every file of the part is a plain file of the recorded size inside the cache; nothing is read."""
-    folder = part_dir(root, index)
-    for parent in {(folder / name).parent for name in record.files}:
-        _refuse_elsewhere(root, parent)
+    folder = str(part_dir(root, index))
+    known = set()
     for name, file in record.files.items():
-        check_size(root, folder / name, file.size)
+        for parent in _parents(name):
+            if parent not in known and not _is_plain_dir(f"{folder}/{parent}"):
+                raise CacheCorruptError(
+                    f"`{folder}/{parent}` is missing or a symbolic link; a cache holds plain files only; "
+                    f"run: vlsi-cache repair {root}"
+                )
+            known.add(parent)
+        check_size(root, f"{folder}/{name}", file.size)
 
 
 def check_metadata(folder: Path, record: PartRecord) -> None:
-    """The `zarr.json` files are those that were written. Nothing here depends on them, other readers do."""
+    """The `zarr.json` files are those that were written. Our reader does not depend on them, others do."""
     for name, file in record.files.items():
         if name.endswith("zarr.json") and (found := hash_file(folder / name)) != file:
             raise CacheCorruptError(f"`{folder / name}`: xxh3 is {found.xxh3}, part.json says {file.xxh3}")
 
 
-def check_size(root: Path, path: Path, expected: int) -> None:
+def _parents(name: str) -> list[str]:
+    """`ids/c/0/0/0` -> `ids`, `ids/c`, ..."""
+    pieces = name.split("/")[:-1]
+    return ["/".join(pieces[: i + 1]) for i in range(len(pieces))]
+
+
+def _is_plain_dir(path: str) -> bool:
+    try:
+        return stat.S_ISDIR(os.lstat(path).st_mode)
+    except OSError:
+        return False
+
+
+def check_size(root: Path, path: str, expected: int) -> None:
     """Compare the size of `path` with its record, without reading it."""
     try:
-        status = path.lstat()
+        status = os.lstat(path)
     except FileNotFoundError:
         raise CacheCorruptError(f"`{path}` is missing; run: vlsi-cache repair {root}") from None
     if not stat.S_ISREG(status.st_mode) or status.st_size != expected:

@@ -9,6 +9,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +21,7 @@ from vlsi_cache.errors import CacheCorruptError, CacheIncompleteError, CacheNotF
 from vlsi_cache.sparse.rows import SparseRows
 
 from .arrays import Arrays, read_flat, read_layered, read_samples, read_vocab, read_vocab_text
-from .chunks import MappedLayers
+from .chunks import Known, MappedLayers
 from .encoding import UNDO, by_layer, check_ranks, decode_values, padded, undone_values
 from .files import check_metadata, check_part_files, load_header, load_part_record
 from .layout import (
@@ -73,8 +74,8 @@ class Part:
     def row(self, index: int) -> Row:
         """Decode sample `index` of the part."""
         arrays, record = self.arrays, self.record
-        tokens = slice(*arrays["offsets"][index : index + 2].tolist())
-        response = slice(*arrays["response_offsets"][index : index + 2].tolist())
+        tokens = slice(*self._edges[0][index : index + 2])
+        response = slice(*self._edges[1][index : index + 2])
         tail_mass_LT = arrays["tail_mass"][:, tokens]
         ids_LTK, logprobs_LTK = self._entries(tokens, tail_mass_LT)
         return Row(
@@ -91,6 +92,10 @@ class Part:
             response_ids_R=arrays["response_ids"][response],
             positions_T=arrays["positions"][tokens],
         )
+
+    @cached_property
+    def _edges(self) -> tuple[list[int], list[int]]:
+        return self.arrays["offsets"].tolist(), self.arrays["response_offsets"].tolist()
 
     def _entries(self, tokens: slice, tail_mass_LT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Ids and log-probs [L, T, K] of the kept entries."""
@@ -110,12 +115,16 @@ class Part:
             return by_layer(self.id_of_rank_LV, ranks)
         return ranks
 
-    def check_mapped(self) -> "Part":
-        """Check now what is otherwise checked when it is first touched: the blocks of memory-mapped arrays."""
+    def check(self) -> None:
+        """What reading does not look at, or not before it is needed: blocks of memory-mapped arrays, the metadata for
+        other readers, and whether the response ids are those of part.json."""
+        check_metadata(self.folder, self.record)
         for array in self.arrays.values():
             if isinstance(array, MappedLayers):
                 array.check_all()
-        return self
+        spans = pairwise(self.arrays["response_offsets"].tolist())
+        if [response_digest(self.arrays["response_ids"][lo:hi]) for lo, hi in spans] != self.record.response_xxh3:
+            raise CacheCorruptError(f"`{self.folder / 'response_ids'}`: response ids are not those of part.json")
 
     def __len__(self) -> int:
         return len(self.record.sample_ids)
@@ -135,21 +144,23 @@ def load_part(
     id_of_rank_LV: np.ndarray | None,
     *,
     undone: bool = False,
+    known: Known | None = None,
 ) -> Part:
     """Read part `index`, of the layered arrays only the layer rows `layers`, and check all that was read.
 
-    Arrays come as they are on the disk, or `undone` for decoding rows faster.
+    Arrays come as they are on the disk, or `undone` for decoding rows faster. `known` are mapped blocks that have been
+    checked before.
     """
     record = load_part_record(root, header, index)
     check_part_files(root, index, record)
     folder = part_dir(root, index)
-    check_metadata(folder, record)
     specs = part_specs(header, record)
     arrays = read_samples(folder, specs, SAMPLE_ARRAYS)
-    _check_samples(folder, record, arrays)
+    if np.diff(arrays["offsets"]).tolist() != record.sample_tokens:
+        raise CacheCorruptError(f"`{folder / 'offsets'}`: token counts are not those of part.json")
     whole = [name for name in layered_names(header) if specs[name].is_layered and name != "kept"]
     undo = UNDO if undone else {}
-    arrays |= read_layered(folder, specs, whole, layers, undo=undo, limit=header.v_real)
+    arrays |= read_layered(folder, specs, whole, layers, undo=undo, limit=header.v_real, known=known)
     if header.is_ragged:
         arrays |= _read_ragged(folder, header, specs, layers)
     for name, shape in {"tail_ids": (0,), "tail_mass": ()}.items():
@@ -172,15 +183,6 @@ def _read_ragged(folder: Path, header: CacheHeader, specs: dict[str, ArraySpec],
     return {**flat, "kept": chosen_LT, "edges": edges_LT}
 
 
-def _check_samples(folder: Path, record: PartRecord, arrays: Arrays) -> None:
-    """What no checksum can see: token spans and response ids that disagree with the record."""
-    pieces = [arrays["response_ids"][lo:hi] for lo, hi in pairwise(arrays["response_offsets"].tolist())]
-    if np.diff(arrays["offsets"]).tolist() != record.sample_tokens:
-        raise CacheCorruptError(f"`{folder / 'offsets'}`: token counts are not those of part.json")
-    if [response_digest(piece) for piece in pieces] != record.response_xxh3:
-        raise CacheCorruptError(f"`{folder / 'response_ids'}`: response ids are not those of part.json")
-
-
 def _check_values(folder: Path, header: CacheHeader, arrays: Arrays) -> None:
     """Values that no writer produces."""
     try:
@@ -201,6 +203,7 @@ class Cache:
         self._index = index
         self._where: dict[str, int] | None = None
         self._parts: OrderedDict[tuple[int, tuple[int, ...], bool], Part] = OrderedDict()
+        self._known: Known = {}
         self._ranks: RankTable | None = None
         self._ids_LV: np.ndarray | None = None
         self._texts: tuple[bytes, np.ndarray] | None = None
@@ -294,7 +297,7 @@ class Cache:
                 return self._parts[key]
         ids_LV = self._ids_of_ranks()
         chosen_LV = None if ids_LV is None else ids_LV[list(key[1])]
-        part = load_part(self.path, self.header, index, key[1], chosen_LV, undone=undone)
+        part = load_part(self.path, self.header, index, key[1], chosen_LV, undone=undone, known=self._known)
         if keep:
             with self._lock:
                 self._parts[key] = part

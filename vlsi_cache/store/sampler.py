@@ -18,8 +18,11 @@ from vlsi_cache.errors import DataError
 
 from .reader import Cache, Part, Row
 
-QUEUE_ROWS = 64
+ROWS_AT_A_TIME = 16  # handed over together: a hand-over between threads costs as much as decoding a short row
+QUEUE_LENGTH = 4
 POLL_S = 0.1
+
+Handed = list[Row] | BaseException | None
 
 
 @dataclass(frozen=True)
@@ -69,26 +72,26 @@ class PartWindowReader:
         return sum(len(window.order) for window in self._windows)
 
     def __iter__(self) -> Iterator[Row]:
-        rows: queue.Queue[Row | BaseException | None] = queue.Queue(QUEUE_ROWS)
+        rows: queue.Queue[Handed] = queue.Queue(QUEUE_LENGTH)
         stop = threading.Event()
         worker = threading.Thread(target=self._produce, args=(rows, stop), name="vlsi-cache prefetch", daemon=True)
         worker.start()
         try:
-            while (row := self._next(rows)) is not None:
-                yield row
+            while (some := self._next(rows)) is not None:
+                yield from some
         finally:
             stop.set()
             worker.join()
 
-    def _next(self, rows: "queue.Queue[Row | BaseException | None]") -> Row | None:
+    def _next(self, rows: "queue.Queue[Handed]") -> list[Row] | None:
         began = time.perf_counter()
-        row = rows.get()
+        some = rows.get()
         self.wait_s += time.perf_counter() - began
-        if isinstance(row, BaseException):
-            raise row
-        return row
+        if isinstance(some, BaseException):
+            raise some
+        return some
 
-    def _produce(self, rows: "queue.Queue[Row | BaseException | None]", stop: threading.Event) -> None:
+    def _produce(self, rows: "queue.Queue[Handed]", stop: threading.Event) -> None:
         """Decode the rows of one window while a second thread reads the parts of the next."""
         with ThreadPoolExecutor(1, "vlsi-cache read") as pool:
             try:
@@ -96,8 +99,9 @@ class PartWindowReader:
                 for number, window in enumerate(self._windows):
                     parts = {} if pending is None else pending.result()
                     pending = self._submit(pool, number + 1, stop)
-                    for part, row in window.order:
-                        if not _put(rows, parts[part].row(row), stop):
+                    for at in range(0, len(window.order), ROWS_AT_A_TIME):
+                        some = [parts[part].row(row) for part, row in window.order[at : at + ROWS_AT_A_TIME]]
+                        if not _put(rows, some, stop):
                             return
                 _put(rows, None, stop)
             except BaseException as error:  # whatever it is belongs to the consumer
@@ -150,13 +154,11 @@ def _skip(windows: list[Window], start: int) -> list[Window]:
     return left
 
 
-def _put(
-    rows: "queue.Queue[Row | BaseException | None]", row: Row | BaseException | None, stop: threading.Event
-) -> bool:
-    """Hand over one item; False if nobody wants it any more."""
+def _put(rows: "queue.Queue[Handed]", some: Handed, stop: threading.Event) -> bool:
+    """Hand over rows, an error or the end; False if nobody wants it any more."""
     while not stop.is_set():
         try:
-            rows.put(row, timeout=POLL_S)
+            rows.put(some, timeout=POLL_S)
         except queue.Full:
             continue
         return True

@@ -92,7 +92,7 @@ def _check_part(root: Path, header: CacheHeader, index: int, report: VerifyRepor
         record = load_part_record(root, header, index)
         _check_files(root, index, record, report, repair)
         if len(report.problems) == before:
-            load_part(root, header, index, range(len(header.layers)), None).check_mapped()
+            load_part(root, header, index, range(len(header.layers)), None).check()
     except (OSError, VlsiCacheError) as error:
         report.problems.append(Problem(_named_file(root, name, error), _text(error), repair))
     if len(report.problems) > before:
