@@ -12,7 +12,7 @@ from test_store_cases import build, copy_cache, make_case
 from vlsi_cache.errors import CacheCorruptError, SpecError
 from vlsi_cache.store import reader
 from vlsi_cache.store.reader import Cache
-from vlsi_cache.store.sampler import PartWindowReader, _skip, plan_windows
+from vlsi_cache.store.sampler import PartWindowReader, plan_windows, skip_samples
 
 LENGTHS = [[2, 1, 3], [1], [2, 2], [], [4, 1, 1, 1]]
 
@@ -44,7 +44,7 @@ def test_ranks_cover_everything_once(counts: list[int], world: int, window_parts
         plan = plan_windows(num_samples, seed=1, epoch=epoch, rank=rank, world=world, window_parts=window_parts)
         order = [sample for window in plan for sample in window.order]
         assert all(len(window.parts) <= window_parts for window in plan)
-        assert [sample for window in _skip(plan, start) for sample in window.order] == order[start:]
+        assert [sample for window in skip_samples(plan, start) for sample in window.order] == order[start:]
         found += order
         sizes.append(len(order))
     assert sorted(found) == everything

@@ -13,13 +13,16 @@ if TYPE_CHECKING:
     from .stages.evaluate import evaluate
     from .stages.plan import plan
     from .stages.verbalize import train_verbalizers
+    from .store.dataset import CacheDataset, PartWindowSampler
     from .store.edit import prune
     from .store.reader import open
     from .store.repair import repair
 
 _HOME = {
+    "CacheDataset": "store.dataset",
     "CacheSpec": "spec",
     "DistillSpec": "spec",
+    "PartWindowSampler": "store.dataset",
     "VlsiCacheError": "errors",
     "build_teacher": "stages.build",
     "distill": "stages.distill",
@@ -35,8 +38,10 @@ _HOME = {
 }
 
 __all__ = [
+    "CacheDataset",
     "CacheSpec",
     "DistillSpec",
+    "PartWindowSampler",
     "VlsiCacheError",
     "build_teacher",
     "distill",

@@ -26,7 +26,7 @@ from .chunks import (
 )
 from .layout import FileRecord
 from .ranks import RankTable
-from .schema import ArraySpec, data_file_name, vocab_specs
+from .schema import ENTRY_ARRAYS, ArraySpec, data_file_name, vocab_specs
 
 Arrays = dict[str, Any]  # numpy arrays, or MappedLayers that are sliced like them
 
@@ -134,7 +134,7 @@ def _layers_of(
     if not spec.size_bytes or not layers:
         return np.empty((len(layers), spec.shape[0], *spec.shape[2:]), spec.dtype)
     path = folder / data_file_name(name, spec)
-    if spec.codec.shuffle is None:
+    if spec.codec.shuffle is None and name in ENTRY_ARRAYS:
         return MappedLayers(path, spec, layers, limit=limit if name == "ids" else None, known=known)
     return read_layers(path, spec, layers, undo)
 

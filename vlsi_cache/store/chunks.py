@@ -199,7 +199,7 @@ class MappedLayers:
         )
         self._every_layer = self._layers == list(range(grid[1]))
         self._known_BL = np.zeros(grid, bool) if known is None else known.setdefault(path, np.zeros(grid, bool))
-        self._is_known: list[bool] = self._known_BL[:, self._layers].all(1).tolist()
+        self._is_known = [bool(known_L[self._layers].all()) for known_L in self._known_BL]
         self._lock = threading.Lock()
 
     def __getitem__(self, key: tuple[slice, slice]) -> np.ndarray:

@@ -200,6 +200,7 @@ class Cache:
     def __init__(self, root: Path, header: CacheHeader, index: "Index") -> None:
         self.path = root
         self.header = header
+        self.recent_bytes = RECENT_BYTES
         self._index = index
         self._where: dict[str, int] | None = None
         self._parts: OrderedDict[tuple[int, tuple[int, ...], bool], Part] = OrderedDict()
@@ -286,7 +287,7 @@ class Cache:
     def part(
         self, index: int, layers: Sequence[int | str] | None = None, *, keep: bool = True, undone: bool = False
     ) -> Part:
-        """One part in its compact form; with `keep`, those read last stay in memory, up to `RECENT_BYTES`.
+        """One part in its compact form; with `keep`, those read last stay in memory, up to `recent_bytes`.
 
         Its arrays are as on the disk; with `undone` its rows decode faster.
         """
@@ -301,7 +302,7 @@ class Cache:
         if keep:
             with self._lock:
                 self._parts[key] = part
-                while len(self._parts) > 1 and sum(one.num_bytes for one in self._parts.values()) > RECENT_BYTES:
+                while len(self._parts) > 1 and sum(one.num_bytes for one in self._parts.values()) > self.recent_bytes:
                     self._parts.popitem(last=False)
         return part
 

@@ -56,8 +56,7 @@ class PartWindowReader:
         window_parts: int = 4,
         start: int = 0,
     ) -> None:
-        if world < 1 or not 0 <= rank < world or window_parts < 1 or start < 0:
-            raise DataError(f"impossible: rank {rank} of {world}, window_parts {window_parts}, start {start}")
+        check_place(rank=rank, world=world, window_parts=window_parts, start=start)
         self.wait_s = 0.0
         self._cache = cache
         self._layers = layers
@@ -65,7 +64,7 @@ class PartWindowReader:
         windows = plan_windows(
             samples_per_part(cache), seed=seed, epoch=epoch, rank=rank, world=world, window_parts=window_parts
         )
-        self._windows = _skip(windows, start)
+        self._windows = skip_samples(windows, start)
 
     def __len__(self) -> int:
         """Samples still to come."""
@@ -117,6 +116,12 @@ class PartWindowReader:
         return {part: self._cache.part(part, self._layers, keep=False, undone=True) for part in wanted}
 
 
+def check_place(*, rank: int, world: int, window_parts: int, start: int) -> None:
+    """Raise DataError for a rank outside the world and the like."""
+    if world < 1 or not 0 <= rank < world or window_parts < 1 or start < 0:
+        raise DataError(f"impossible: rank {rank} of {world}, window_parts {window_parts}, start {start}")
+
+
 def samples_per_part(cache: Cache) -> dict[int, int]:
     """Number of samples of every committed part."""
     counts = np.bincount(cache.sample_table()["part"].to_numpy(), minlength=1)
@@ -144,7 +149,7 @@ def plan_windows(
     return windows
 
 
-def _skip(windows: list[Window], start: int) -> list[Window]:
+def skip_samples(windows: list[Window], start: int) -> list[Window]:
     """The windows without their first `start` samples."""
     left = []
     for window in windows:

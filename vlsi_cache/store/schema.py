@@ -141,11 +141,10 @@ def _whole(shape: tuple[int, ...], dtype: object) -> ArraySpec:
 def _chunked(name: str, shape: tuple[int, ...], dtype: object, *, mapped: bool) -> ArraySpec:
     """One shard, one file: a chunk is one layer, or a stretch of flat entries."""
     kind, whole = np.dtype(dtype), _at_least_one(shape)  # type: ignore[call-overload]
-    mapped = mapped and name in ENTRY_ARRAYS
     codec = STORED if mapped else CODECS.get(name, BYTES)
     if len(shape) == 1:
         return ArraySpec(shape, kind, (min(whole[0], CHUNK_ENTRIES),), True, replace(codec, by_entry=False))
-    tokens = min(whole[0], MAPPED_TOKENS if mapped else CHUNK_TOKENS)
+    tokens = min(whole[0], MAPPED_TOKENS if mapped and name in ENTRY_ARRAYS else CHUNK_TOKENS)
     return ArraySpec(shape, kind, (tokens, 1, *whole[2:]), True, codec)
 
 

@@ -1,0 +1,73 @@
+"""The map-style dataset: any order, any process, the same rows; and the sampler that makes it fast."""
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_store_cases import build, make_case
+
+import vlsi_cache as vc
+from vlsi_cache.errors import DataError, SpecError
+from vlsi_cache.store.sampler import PartWindowReader
+
+LENGTHS = [[2, 1, 3], [1], [2, 2], [4, 1, 1, 1]]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    num = sum(map(len, LENGTHS))
+    return build(tmp_path_factory.mktemp("built") / "cache", make_case(LENGTHS, [f"s{i}" for i in range(num)]))
+
+
+def test_every_sample_by_its_number(root: Path) -> None:
+    cache = vc.open(root)
+    dataset = vc.CacheDataset(cache, layers=[2, "last"])
+    assert [row.sample_id for row in dataset] == list(cache)
+    for index in (0, 5, -1):
+        np.testing.assert_array_equal(dataset[index].ids_LTK, cache[dataset[index].sample_id].ids_LTK[[1, 3]])
+    with pytest.raises(IndexError, match="sample 10 of a cache with 10 samples"):
+        dataset[10]
+    with pytest.raises(SpecError, match="layer `77`"):
+        vc.CacheDataset(root, layers=[77])
+    wanted = [7, 0, 3, 0]
+    assert [row.sample_id for row in dataset.__getitems__(wanted)] == [dataset[i].sample_id for i in wanted]
+
+
+def test_a_copy_in_another_process_reads_the_same(root: Path) -> None:
+    dataset = vc.CacheDataset(root, layers=["last"])
+    copy = pickle.loads(pickle.dumps(dataset))  # noqa: S301
+    assert len(pickle.dumps(dataset)) < 1000
+    assert [row.sample_id for row in copy] == [row.sample_id for row in dataset]
+    assert copy[3].ids_LTK.shape[0] == 1
+
+
+def test_the_sampler_gives_the_order_of_the_window_reader(root: Path) -> None:
+    cache = vc.open(root)
+    dataset = vc.CacheDataset(cache)
+    for rank in (0, 1, 2):
+        place = {"seed": 4, "rank": rank, "world": 3, "window_parts": 2}
+        rows = [row.sample_id for row in PartWindowReader(cache, epoch=1, **place)]
+        sampler = vc.PartWindowSampler(dataset, epoch=1, **place)
+        assert [dataset[index].sample_id for index in sampler] == rows
+        assert len(sampler) == len(rows)
+        later = vc.PartWindowSampler(cache, epoch=1, start=2, **place)
+        assert list(later) == list(sampler)[2:]
+        later.set_epoch(2)
+        assert list(later) == list(vc.PartWindowSampler(dataset, epoch=2, **place))
+    with pytest.raises(DataError, match="rank 3 of 3"):
+        vc.PartWindowSampler(cache, seed=0, rank=3, world=3)
+    with pytest.raises(DataError, match="epoch -1"):
+        later.set_epoch(-1)
+
+
+@pytest.mark.slow
+def test_spawned_workers_of_a_data_loader(root: Path) -> None:
+    from torch.utils.data import DataLoader
+
+    dataset = vc.CacheDataset(root)
+    sampler = vc.PartWindowSampler(dataset, seed=1)
+    loader = DataLoader(
+        dataset, batch_size=3, sampler=sampler, num_workers=2, multiprocessing_context="spawn", collate_fn=list
+    )
+    assert [row.sample_id for batch in loader for row in batch] == [dataset[i].sample_id for i in sampler]
