@@ -3,6 +3,7 @@
 Shape suffixes: L layers, T response tokens with a row, R response tokens, K kept entries, m tail samples.
 """
 
+import bisect
 import difflib
 import os
 import threading
@@ -202,7 +203,7 @@ class Cache:
         self.header = header
         self.recent_bytes = RECENT_BYTES
         self._index = index
-        self._where: dict[str, int] | None = None
+        self._order: np.ndarray | None = None
         self._parts: OrderedDict[tuple[int, tuple[int, ...], bool], Part] = OrderedDict()
         self._known: Known = {}
         self._ranks: RankTable | None = None
@@ -216,11 +217,11 @@ class Cache:
 
     @property
     def num_samples(self) -> int:
-        return len(self._index.samples)
+        return self._index.num_samples
 
     @property
     def num_tokens(self) -> int:
-        return int(self._index.samples["num_tokens"].to_numpy().sum())
+        return int(self._index.column("num_tokens").to_numpy().sum())
 
     @property
     def parts(self) -> list[int]:
@@ -253,10 +254,10 @@ class Cache:
         return self.num_samples
 
     def __contains__(self, sample_id: object) -> bool:
-        return sample_id in self._positions()
+        return self._position(sample_id) is not None
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._index.samples["id"].to_pylist())
+        return iter(self._index.column("id").to_pylist())
 
     def __getitem__(self, sample_id: str) -> Row:
         return self.row(sample_id)
@@ -267,11 +268,11 @@ class Cache:
 
     def row(self, sample_id: str, layers: Sequence[int | str] | None = None) -> Row:
         """The sample's rows, of the model layers `layers` ("last" is the last one); all layers by default."""
-        where = self._positions().get(sample_id)
+        where = self._position(sample_id)
         if where is None:
             raise SampleNotFoundError(self._not_found(sample_id))
-        part_index = self._index.samples["part"][where].as_py()
-        row = self.part(part_index, layers, undone=True).row(self._index.samples["row"][where].as_py())
+        part_index = self._index.column("part")[where].as_py()
+        row = self.part(part_index, layers, undone=True).row(self._index.column("row")[where].as_py())
         if row.sample_id != sample_id:
             raise CacheCorruptError(
                 f"`{part_dir(self.path, part_index)}` holds {row.sample_id!r}, samples.parquet says {sample_id!r}; "
@@ -315,7 +316,7 @@ class Cache:
 
     def sample_table(self) -> "pa.Table":
         """One line per sample: id, kind, part, row, first_token, token counts, digests, means of the last layer."""
-        return self._index.samples
+        return self._index.table()
 
     def part_record(self, index: int) -> PartRecord:
         """The commit record of a part: per-layer summary, skipped samples, files."""
@@ -342,14 +343,23 @@ class Cache:
         sizes = self.bytes_by_array()
         return {**{name: size / cells for name, size in sizes.items()}, "total": sum(sizes.values()) / cells}
 
-    def _positions(self) -> dict[str, int]:
+    def _position(self, sample_id: object) -> int | None:
+        """The line of a sample in the table: by binary search, since a dict of a million ids takes 150 MB."""
+        import pyarrow.compute as pc
+
+        if not isinstance(sample_id, str):
+            return None
         with self._lock:
-            if self._where is None:
-                self._where = {name: i for i, name in enumerate(self._index.samples["id"].to_pylist())}
-            return self._where
+            ids = self._index.column("id")
+            if self._order is None:
+                self._order = pc.call_function("sort_indices", [ids]).to_numpy()
+        found = bisect.bisect_left(self._order, sample_id.encode(), key=lambda line: ids[int(line)].as_py().encode())
+        if found == len(self._order) or ids[int(self._order[found])].as_py() != sample_id:
+            return None
+        return int(self._order[found])
 
     def _not_found(self, sample_id: object) -> str:
-        close = difflib.get_close_matches(str(sample_id), list(self)[:20000], n=3)
+        close = difflib.get_close_matches(str(sample_id), self._index.column("id")[:20000].to_pylist(), n=3)
         hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
         missing = "" if self.is_complete else f" ({len(self.parts)} of {self.header.num_parts} parts are there)"
         return f"no sample {sample_id!r} in `{self.path}`{missing}{hint}"

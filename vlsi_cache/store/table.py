@@ -1,14 +1,13 @@
 """`samples.parquet`: which sample lies where, derived from the part records and rebuilt at any time.
 
-Its schema metadata lists the size of every file of every part, so that opening a cache of a million samples reads one
-small file and no part record.
+Its schema metadata lists the size of every file of every part, so that opening a cache of a million samples reads no
+part record and no sample; columns are read when they are asked for.
 """
 
 import io
 import json
 import os
 import stat
-from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
@@ -48,12 +47,41 @@ SCHEMA = pa.schema(
 )
 
 
-@dataclass(frozen=True)
 class Index:
-    """The sample table and, for each part, the size of every file that exists."""
+    """The sample table, read column by column, and for each part the size of every file that exists."""
 
-    samples: pa.Table
-    file_sizes: dict[int, dict[str, int]]
+    def __init__(
+        self,
+        root: Path,
+        header: CacheHeader,
+        file_sizes: dict[int, dict[str, int]],
+        num_samples: int,
+        samples: pa.Table | None,
+    ) -> None:
+        self.file_sizes = file_sizes
+        self.num_samples = num_samples
+        self._root, self._header = root, header
+        self._columns = {} if samples is None else {name: samples[name] for name in SCHEMA.names}
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """One column of the table, in memory from now on."""
+        if name not in self._columns:
+            try:
+                read = pq.read_table(
+                    self._root / TABLE_NAME, columns=[name], page_checksum_verification=True, memory_map=False
+                )
+                if len(read) != self.num_samples:
+                    raise OSError("the table has changed")
+                self._columns[name] = read[name].combine_chunks()
+            except (OSError, pa.ArrowException):  # damaged or replaced: the part records know
+                rebuilt = build_index(self._root, self._header)
+                self._columns = rebuilt._columns
+                self.num_samples, self.file_sizes = rebuilt.num_samples, rebuilt.file_sizes
+        return self._columns[name]
+
+    def table(self) -> pa.Table:
+        """All columns."""
+        return pa.table([self.column(name) for name in SCHEMA.names], schema=SCHEMA)
 
 
 def build_index(root: Path, header: CacheHeader) -> Index:
@@ -65,7 +93,8 @@ def build_index(root: Path, header: CacheHeader) -> Index:
         sizes = {name: file.size for name, file in record.files.items()}
         file_sizes[index] = {**sizes, RECORD_NAME: (part_dir(root, index) / RECORD_NAME).stat().st_size}
         tables.append(_part_table(record))
-    return Index(pa.concat_tables(tables).combine_chunks(), file_sizes)
+    samples = pa.concat_tables(tables).combine_chunks()
+    return Index(root, header, file_sizes, len(samples), samples)
 
 
 def _part_table(record: PartRecord) -> pa.Table:
@@ -93,12 +122,13 @@ def _part_table(record: PartRecord) -> pa.Table:
 def write_table(root: Path, header: CacheHeader) -> None:
     """Write `samples.parquet` atomically; a sample id in two parts is an error."""
     index = build_index(root, header)
-    _refuse_twice(index.samples)
+    samples = index.table()
+    _refuse_twice(samples)
     names = sorted({name for sizes in index.file_sizes.values() for name in sizes})
     sizes = {str(part): [found.get(name) for name in names] for part, found in index.file_sizes.items()}
     manifest = sealed_json({"cache_digest": header.digest, "files": names, "sizes": sizes})
     sink = io.BytesIO()
-    samples = index.samples.replace_schema_metadata({MANIFEST_KEY: json.dumps(json.loads(manifest)).encode()})
+    samples = samples.replace_schema_metadata({MANIFEST_KEY: json.dumps(json.loads(manifest)).encode()})
     pq.write_table(samples, sink, compression="zstd", write_page_checksum=True)
     commit.replace_file(root, root / TABLE_NAME, sink.getvalue())
 
@@ -120,8 +150,17 @@ def load_index(root: Path, header: CacheHeader) -> Index:
 
 def is_current(root: Path, header: CacheHeader) -> bool:
     """Whether `samples.parquet` is there, whole, and says what the part records say."""
-    index = _current_table(root, header)
-    return index is not None and index == build_index(root, header)
+    index, fresh = _current_table(root, header), build_index(root, header)
+    if index is None or index.file_sizes != fresh.file_sizes:
+        return False
+    try:
+        return _read_all(root).replace_schema_metadata(None) == fresh.table()
+    except (OSError, pa.ArrowException):
+        return False
+
+
+def _read_all(root: Path) -> pa.Table:
+    return pq.read_table(root / TABLE_NAME, page_checksum_verification=True, memory_map=False)
 
 
 def _current_table(root: Path, header: CacheHeader) -> Index | None:
@@ -146,11 +185,12 @@ def _sizes_agree(root: Path, index: Index) -> bool:
 
 
 def _read_table(root: Path, header: CacheHeader) -> Index | None:
+    """What the table's footer says; no column is read."""
     path = root / TABLE_NAME
     try:
-        samples = pq.read_table(path, page_checksum_verification=True, memory_map=False)
-        manifest = unseal_json((samples.schema.metadata or {})[MANIFEST_KEY], path)
-        samples = samples.replace_schema_metadata(None)
+        with pq.ParquetFile(path) as file:
+            schema, num_samples = file.schema_arrow, file.metadata.num_rows
+        manifest = unseal_json((schema.metadata or {})[MANIFEST_KEY], path)
         names = manifest["files"]
         sizes = {
             int(part): {name: size for name, size in zip(names, row, strict=True) if size is not None}
@@ -158,6 +198,6 @@ def _read_table(root: Path, header: CacheHeader) -> Index | None:
         }
     except (OSError, pa.ArrowException, KeyError, ValueError, TypeError, AttributeError):
         return None
-    if manifest.get("cache_digest") != header.digest or samples.schema != SCHEMA:
+    if manifest.get("cache_digest") != header.digest or schema.remove_metadata() != SCHEMA:
         return None
-    return Index(samples, sizes)
+    return Index(root, header, sizes, num_samples, None)
