@@ -350,13 +350,13 @@ class Cache:
         if not isinstance(sample_id, str):
             return None
         with self._lock:
-            ids = self._index.column("id")
-            if self._order is None:
-                self._order = pc.call_function("sort_indices", [ids]).to_numpy()
-        found = bisect.bisect_left(self._order, sample_id.encode(), key=lambda line: ids[int(line)].as_py().encode())
-        if found == len(self._order) or ids[int(self._order[found])].as_py() != sample_id:
+            ids, order = self._index.column("id"), self._order
+            if order is None:
+                order = self._order = pc.call_function("sort_indices", [ids]).to_numpy()
+        found = bisect.bisect_left(order, sample_id.encode(), key=lambda line: ids[int(line)].as_py().encode())
+        if found == len(order) or ids[int(order[found])].as_py() != sample_id:
             return None
-        return int(self._order[found])
+        return int(order[found])
 
     def _not_found(self, sample_id: object) -> str:
         close = difflib.get_close_matches(str(sample_id), self._index.column("id")[:20000].to_pylist(), n=3)
