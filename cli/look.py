@@ -39,13 +39,16 @@ def sample(
     cache: CachePath,
     sample_id: Annotated[str, typer.Argument(metavar="ID", help="Sample id; `inspect` shows some.")],
     top: Annotated[int, typer.Option(min=1, metavar="N", help="Words per layer and token.")] = 1,
+    layers: Annotated[str | None, typer.Option(metavar="LIST", help="Layers to show, e.g. 2-6,18,last.")] = None,
+    tokens: Annotated[str | None, typer.Option(metavar="A:B", help="Response tokens A to B - 1, from 0.")] = None,
 ) -> Answer:
-    """Show what every layer says, token by token."""
-    import vlsi_cache as vc
+    """Show what every layer says, token by token.
 
+    The words come from the cache: no model and no tokenizer is needed. A cache that is still being built will do.
+    """
     from .sampling import grid_text, sample_grid
 
-    grid = sample_grid(vc.open(cache, allow_incomplete=True), sample_id, top=top)
+    grid = sample_grid(cache, sample_id, top=top, layers=layers, tokens=tokens)
     return Answer(grid, lambda: grid_text(grid))
 
 
