@@ -17,7 +17,7 @@ from vlsi_cache import errors
 from vlsi_cache.spec import load_spec
 
 STAGES = ["plan", "train-verbalizers", "build-teacher", "distill", "evaluate", "init-student", "demo"]
-COMMANDS = [*STAGES, "ls", "inspect", "sample", "verify", "report", "specs", "prune", "repair"]
+COMMANDS = [*STAGES, "ls", "inspect", "sample", "stats", "verify", "report", "specs", "prune", "repair"]
 
 
 @pytest.fixture

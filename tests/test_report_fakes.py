@@ -3,6 +3,8 @@
 import base64
 import io
 import json
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,10 @@ import numpy as np
 from vlsi_cache.report.example import grid_of
 from vlsi_cache.sparse.rows import SparseRows
 from vlsi_cache.sparse.truncate import draw_rows, top_p_widths, truncate
-from vlsi_cache.store.layout import CacheHeader
+from vlsi_cache.store.files import load_header, load_part_record
+from vlsi_cache.store.layout import CacheHeader, part_dir, sealed_json
 from vlsi_cache.store.ranks import plain_ranks
+from vlsi_cache.store.reader import load_vocab
 from vlsi_cache.store.reader import open as open_cache
 from vlsi_cache.store.samples import PartSamples
 from vlsi_cache.store.writer import CacheWriter
@@ -99,6 +103,25 @@ def write_cache(
         writer.write_part(part, samples)
     if num_written is None:
         writer.finish()
+    return path
+
+
+def write_many_parts(path: Path, num_parts: int) -> Path:
+    """A finished cache of so many parts: the first one is written, the others are links to its files."""
+    first = write_cache(path.with_name(f"{path.name}-first"), num_parts=1)
+    table = load_vocab(first, old := load_header(first))
+    sizes = {"num_samples": 3 * num_parts, "num_response_tokens": old.num_response_tokens * num_parts}
+    header = old.model_copy(update={"num_parts": num_parts, **sizes})
+    writer = CacheWriter.create_or_resume(path, header, table, token_texts=token_texts)
+    record = load_part_record(first, old, 0)
+    for index in range(num_parts):
+        folder = part_dir(path, index)
+        shutil.copytree(part_dir(first, 0), folder, copy_function=os.link)
+        (folder / "part.json").unlink()
+        names = [f"sample-{index}-{n}" for n in range(3)]
+        own = {"index": index, "sample_ids": names, "cache_digest": writer.header.digest}
+        (folder / "part.json").write_bytes(sealed_json(record.model_copy(update=own).model_dump()))
+    writer.finish()
     return path
 
 

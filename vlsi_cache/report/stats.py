@@ -22,7 +22,7 @@ MAX_SUMMARY_PARTS = 8  # parts that are read for the per-layer summary: enough f
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """Means over response tokens of one cached layer; nats, shares between 0 and 1."""
+    """Means over response tokens of one cached layer; nats, shares between 0 and 1; `kept_mass` of draws is NaN."""
 
     layer: int
     entropy: float
@@ -68,6 +68,8 @@ def layer_summaries(cache: "Cache", *, max_parts: int = MAX_SUMMARY_PARTS) -> li
         sums += _row_sums(row)
         num_tokens += row.num_tokens
     means = sums / max(1, num_tokens)
+    if cache.header.row_kind == "sampled":
+        means[1] = np.nan  # draws have no tail that could be left out
     return [LayerSummary(layer, *(float(x) for x in means[:, i])) for i, layer in enumerate(cache.layers)]
 
 
