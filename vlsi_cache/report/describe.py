@@ -97,7 +97,9 @@ def _bytes(cache: "Cache") -> dict[str, Any]:
             {
                 "layer": layer,
                 "top_k": cache.header.top_k[index],
-                "bytes": round(sum(float(of_L[index]) for of_L in layer_sizes.values()) * cache.num_tokens / num_tokens),
+                "bytes": round(
+                    sum(float(of_L[index]) for of_L in layer_sizes.values()) * cache.num_tokens / num_tokens
+                ),
                 "bytes_per_token": sum(float(of_L[index]) for of_L in layer_sizes.values()) / num_tokens,
                 "by_array": {name: float(of_L[index]) / num_tokens for name, of_L in layer_sizes.items()},
             }
@@ -170,14 +172,14 @@ def description_text(facts: dict[str, Any]) -> str:
 def _head_lines(facts: dict[str, Any]) -> list[str]:
     state = "complete" if facts["complete"] else "not finished"
     spec, rows, all_tokens = facts["spec"], facts["num_tokens"], facts["num_response_tokens"]
-    total = sum(facts["size_bytes"].values())
+    total, share = sum(facts["size_bytes"].values()), 100 * rows / max(1, all_tokens)
     lines = [
         f"cache       {facts['path']} ({state}: {facts['parts_done']} of {facts['num_parts']} parts)",
         f"spec        {spec.get('name', '')}: {spec.get('description', '')}",
         f"teacher     {(spec.get('teacher') or {}).get('model', '')}, {facts['num_model_layers']} layers",
         f"made by     {facts['created_by']}, format {facts['format_version']}",
         f"samples     {facts['num_samples']:,}; first: {', '.join(facts['first_ids'])}",
-        f"tokens      {rows:,} rows a layer for {all_tokens:,} response tokens ({100 * rows / max(1, all_tokens):.1f} %)",
+        f"tokens      {rows:,} rows a layer for {all_tokens:,} response tokens ({share:.1f} %)",
         f"layers      {', '.join(map(str, facts['layers'][:-1]))} and last ({facts['layers'][-1]})",
         f"rows        {rows_text(facts)}",
         f"bytes       {human_bytes(total)}: {facts['bytes_per_layer_token']['total']:.1f} per (layer, token), "

@@ -60,7 +60,9 @@ def _layer_figure(stats: CacheStats) -> str:
         )
         for one in stats.layers
     ]
-    caption = "How surprised each layer is by the response, how unsure it is, and how often it agrees with the last one."
+    caption = (
+        "How surprised each layer is by the response, how unsure it is, and how often it agrees with the last one."
+    )
     return figure(figures.layer_figure(summaries), caption)
 
 
@@ -68,7 +70,10 @@ def _entropy_figures(stats: CacheStats) -> list[str]:
     spread = heat_maps.distribution_map(stats.entropy_share_LB, stats.entropy_edges, _names(stats))
     shown = stats.tokens_P > 0
     by_position = heat_maps.position_map(
-        stats.entropy_LP[:, shown], stats.position_edges_P[shown].tolist(), stats.tokens_P[shown].tolist(), _names(stats)
+        stats.entropy_LP[:, shown],
+        stats.position_edges_P[shown].tolist(),
+        stats.tokens_P[shown].tolist(),
+        _names(stats),
     )
     return [
         figure(spread, "Share of a layer's tokens with this entropy. Left: sure of the next word, right: unsure."),
@@ -80,7 +85,7 @@ def _kl_parts(stats: CacheStats) -> list[str]:
     if stats.kl_LL is None:
         return []
     caption = (
-        "Mean KL of the row's layer from the column's layer, in nats. Faint next to the diagonal: neighbours say almost "
-        "the same, and one of them could go."
+        "Mean KL of the row's layer from the column's layer, in nats. Faint next to the diagonal: neighbours say "
+        "almost the same, and one of them could go."
     )
     return [figure(heat_maps.kl_map(stats.kl_LL, _names(stats)), caption), _note(stats_notes(stats)[2])]
