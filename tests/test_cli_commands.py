@@ -1,5 +1,6 @@
 """The command line: help, exit codes, messages, JSON, and what it does to real small caches."""
 
+import datetime
 import errno
 import json
 import subprocess
@@ -183,6 +184,11 @@ def test_ls(run: Any, cache: Path, tmp_path: Path) -> None:
     assert found["caches/fake"]["state"] == "complete"
     assert found["caches/fake"]["layers"] == LAYERS
     assert found["caches/half"]["state"] == "1/2 parts"
+    assert found["caches/half"]["size_bytes"] is None
+    whole = sum(file.lstat().st_size for file in (tmp_path / "demo").rglob("*") if file.is_file())
+    assert found["demo"]["size_bytes"] == whole
+    assert found["demo/cache"]["size_bytes"] < whole
+    assert found["run"]["date"] <= datetime.datetime.now().isoformat(" ")
     assert found["odd"]["state"] == "unreadable"
     assert found["run"]["exact_match"] > 0.5
     assert str(cache) in run("ls", tmp_path)[1]
@@ -255,6 +261,19 @@ def test_sample_of_other_rows(run: Any, tmp_path: Path, rows: str, says: str) ->
     assert len({len(cell["ids"]) for cell in cells}) > 1
     assert all(min(cell["probs"]) > 0 for cell in cells)  # no padding
     assert cells[0]["words"][0] == f"#{cells[0]['ids'][0]}"
+
+
+def test_stats(run: Any, cache: Path, tmp_path: Path) -> None:
+    found = json.loads(run("stats", cache, "--parts", 1, "--json")[1])
+    assert (found["parts"], [one["layer"] for one in found["layers"]]) == ([0], LAYERS)
+    code, out, _ = run("stats", cache, "--parts", "0", "-o", tmp_path / "s.html")
+    assert code == 0
+    assert "KL to next" in out
+    assert f"page: {tmp_path / 's.html'}" in out
+    assert (tmp_path / "s.html").read_text().startswith("<!doctype html>")
+    code, _, err = run("stats", write_cache(tmp_path / "empty", num_written=0))
+    assert code == 3
+    assert "nothing to measure" in err
 
 
 def test_verify_and_repair(run: Any, cache: Path) -> None:
