@@ -7,7 +7,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -63,6 +63,7 @@ def write_cache(
     texts: bool = True,
     rows: str = "top-k",
     every: int = 1,
+    profile: Literal["default", "exact", "fast"] = "default",
 ) -> Path:
     """A cache of three samples a part; `num_written` parts are there.
 
@@ -81,6 +82,7 @@ def write_cache(
         top_k=[width] * len(LAYERS),
         tail_samples=0 if rows == "sampled" else M,
         v_real=V,
+        profile=profile,
         num_parts=num_parts,
         num_samples=len(responses),
         num_response_tokens=sum(map(len, responses)),

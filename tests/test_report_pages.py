@@ -98,6 +98,12 @@ def test_cache_report(cache: Path) -> None:
     assert '<th class="word">&lt;b&gt;</th>' in html  # words come from the cache: its teacher is nowhere
 
 
+def test_cache_report_of_draws_without_texts(tmp_path: Path) -> None:
+    html = checked(write_report(write_cache(tmp_path / "c", rows="sampled", texts=False)), num_figures=2)
+    assert "The cache carries no token texts" in html
+    assert ">n/a<" in html  # draws have no kept mass
+
+
 def test_unfinished_cache_report(tmp_path: Path) -> None:
     html = write_report(write_cache(tmp_path / "c", num_written=1)).read_text()
     assert "1 of 2 parts" in html

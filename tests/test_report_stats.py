@@ -98,6 +98,15 @@ def test_kl_columns_are_means_over_tokens(tmp_path: Path, rows: str) -> None:
         assert json.dumps(part, allow_nan=False) == json.dumps(found.as_dict(), allow_nan=False)
 
 
+def test_the_profile_changes_little(tmp_path: Path) -> None:
+    kl = [
+        cache_stats(open_cache(write_cache(tmp_path / profile, profile=profile))).kl_LL
+        for profile in ("exact", "default", "fast")
+    ]
+    np.testing.assert_allclose(kl[1], kl[0], rtol=0.02, atol=1e-3)
+    np.testing.assert_allclose(kl[2], kl[0], rtol=0.02, atol=1e-3)
+
+
 def test_some_parts_and_all_parts(tmp_path: Path) -> None:
     cache = opened(tmp_path)
     assert cache_stats(cache, parts=2).parts == [0, 2]

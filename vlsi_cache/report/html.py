@@ -225,7 +225,8 @@ def _sample_html(cache: "Cache") -> str:
     if sample_id is None:
         return ""
     grid = grid_of(cache[sample_id], layers=cache.layers, text=cache.token_text, tokens=slice(MAX_TOKENS))
-    return example_html({**grid, "png": [], "id": sample_id, "question": "", "answer": ""})
+    note = "" if cache.header.text_xxh3 else "The cache carries no token texts: words are token ids."
+    return example_html({**grid, "png": [], "id": sample_id, "question": "", "answer": ""}) + paragraph(note, note=True)
 
 
 def _skipped_html(skipped: list[dict[str, Any]], *, limit: int = 20) -> list[str]:
