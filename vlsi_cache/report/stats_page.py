@@ -10,6 +10,7 @@ from .stats import LayerSummary
 
 def write_stats_page(stats: CacheStats, file: Path) -> Path:
     """Write the page to `file` in one step; returns it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.tmp")
     temporary.write_text(stats_page(stats), encoding="utf-8")
     temporary.replace(file)
