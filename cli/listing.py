@@ -1,5 +1,7 @@
-"""What `ls`, `inspect` and `verify` have to say."""
+"""What `ls` has to say. A cache costs the same to list whatever its size: one listing of `parts/`, nothing in it."""
 
+import datetime
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +10,6 @@ from typing import Any
 from vlsi_cache.errors import CacheNotFoundError, VlsiCacheError
 
 MARKERS = {"cache.json": "cache", "run.json": "run", "demo.json": "demo"}
-FIRST = 5  # samples and reasons that are shown
 
 
 def find_artifacts(folder: Path) -> list[dict[str, Any]]:
@@ -34,8 +35,13 @@ def _describe(path: Path, marker: str) -> dict[str, Any]:
     try:
         facts = describe(path)
     except (VlsiCacheError, OSError, ValueError, KeyError, TypeError) as error:
-        facts = {"state": "unreadable", "problem": str(error)}
-    return {"path": str(path), "kind": MARKERS[marker], "size_bytes": _size(path), **facts}
+        facts = {"state": "unreadable", "problem": str(error), "size_bytes": None}
+    return {"path": str(path), "kind": MARKERS[marker], "date": _date(path / marker), **facts}
+
+
+def _date(file: Path) -> str:
+    """When the file that makes a folder a cache or a run was written: for a cache, when its build began."""
+    return datetime.datetime.fromtimestamp(file.stat().st_mtime).isoformat(" ", "minutes")
 
 
 def _cache(path: Path) -> dict[str, Any]:
@@ -43,14 +49,34 @@ def _cache(path: Path) -> dict[str, Any]:
     from vlsi_cache.store.layout import list_parts
 
     header, done = load_header(path), len(list_parts(path))
-    state = "complete" if done == header.num_parts else f"{done}/{header.num_parts} parts"
     return {
-        "state": state,
+        "state": "complete" if done == header.num_parts else f"{done}/{header.num_parts} parts",
+        "size_bytes": _cache_size(path, done),
         "num_samples": header.num_samples,
+        "num_response_tokens": header.num_response_tokens,
         "layers": header.layers,
+        "row_kind": header.row_kind,
         "top_k": header.top_k,
+        "profile": header.profile,
         "name": header.spec.get("name", ""),
     }
+
+
+def _cache_size(path: Path, num_parts: int) -> int | None:
+    """Bytes of a finished cache, from the file sizes that samples.parquet lists; None where it does not know."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from vlsi_cache.store.layout import TABLE_NAME
+    from vlsi_cache.store.table import MANIFEST_KEY
+
+    try:
+        metadata = pq.read_schema(path / TABLE_NAME, memory_map=False).metadata or {}
+        sizes = json.loads(metadata[MANIFEST_KEY])["sizes"]
+        listed = sum(size for files in sizes.values() for size in files if size is not None)
+    except (OSError, pa.ArrowException, KeyError, ValueError, TypeError, AttributeError):
+        return None
+    return listed + _folder_size(path, without=("parts", "tmp")) if len(sizes) == num_parts else None
 
 
 def _run(path: Path) -> dict[str, Any]:
@@ -59,18 +85,29 @@ def _run(path: Path) -> dict[str, Any]:
     run = read_run(path)
     match = (run.evaluation or {}).get("exact_match") or {}
     what = " ".join(filter(None, [run.record["kind"], run.record.get("recipe")]))
-    return {"state": run.record["status"], "name": what, "exact_match": match.get("all")}
+    state, size = run.record["status"], _folder_size(path)
+    return {"state": state, "size_bytes": size, "name": what, "exact_match": match.get("all")}
 
 
 def _demo(path: Path) -> dict[str, Any]:
     from vlsi_cache.report.stats import read_json
 
-    return {"state": "done", "name": f"{len(read_json(path / 'demo.json')['seeds'])} seed(s)"}
+    name = f"{len(read_json(path / 'demo.json')['seeds'])} seed(s)"
+    return {"state": "done", "size_bytes": _folder_size(path), "name": name}
 
 
-def _size(path: Path) -> int:
-    files = (Path(current) / name for current, _, names in os.walk(path) for name in names)
-    return sum(file.lstat().st_size for file in files)
+def _folder_size(path: Path, *, without: tuple[str, ...] = ()) -> int:
+    """Bytes of all files below a folder; a cache inside it counts with what is known of its size."""
+    total = 0
+    for current, folders, files in os.walk(path):
+        if "cache.json" in files and current != str(path):
+            folders.clear()
+            total += _describe(Path(current), "cache.json")["size_bytes"] or 0
+            continue
+        if current == str(path):
+            folders[:] = [name for name in folders if name not in without]
+        total += sum(os.lstat(os.path.join(current, name)).st_size for name in files)
+    return total
 
 
 def listing_table(found: list[dict[str, Any]]) -> str:
@@ -82,73 +119,20 @@ def listing_table(found: list[dict[str, Any]]) -> str:
             one["path"],
             one["kind"],
             one.get("name", ""),
-            human_bytes(one["size_bytes"]),
             one["state"],
+            "" if one["size_bytes"] is None else human_bytes(one["size_bytes"]),
             str(one.get("num_samples", "")),
             str(len(one["layers"])) if "layers" in one else "",
-            str(one.get("top_k", "")),
+            _widths(one["top_k"]) if "top_k" in one else "",
+            one.get("profile", ""),
+            one["date"],
             percent(one["exact_match"]) if one.get("exact_match") is not None else "",
         ]
         for one in found
     ]
-    return table(["path", "kind", "what", "size", "state", "samples", "layers", "k", "exact match"], rows)
+    heads = ["path", "kind", "what", "state", "size", "samples", "layers", "k", "profile", "date", "exact match"]
+    return table(heads, rows)
 
 
-def describe_cache(path: Path) -> dict[str, Any]:
-    """JSON-ready facts about a cache, finished or not."""
-    import vlsi_cache as vc
-
-    cache = vc.open(path, allow_incomplete=True)
-    header = cache.header
-    return {
-        "path": str(path),
-        "created_by": header.created_by,
-        "format_version": header.format_version,
-        "complete": cache.is_complete,
-        "parts_done": len(cache.parts),
-        "num_parts": header.num_parts,
-        "num_samples": cache.num_samples,
-        "num_tokens": cache.num_tokens,
-        "layers": header.layers,
-        "top_k": header.top_k,
-        "tail_samples": header.tail_samples,
-        "taus": header.taus,
-        "v_real": header.v_real,
-        "size_bytes": cache.bytes_by_array(),
-        "bytes_per_layer_token": cache.bytes_per_layer_token(),
-        "first_ids": [sample_id for sample_id, _ in zip(cache, range(FIRST), strict=False)],
-        "skipped": header.skipped,
-        "parents": header.parents,
-        "fingerprint": header.fingerprint,
-        "spec": header.spec,
-    }
-
-
-def description_text(facts: dict[str, Any]) -> str:
-    """The same for people."""
-    from vlsi_cache.report.text import human_bytes, table
-
-    sizes, per = facts["size_bytes"], facts["bytes_per_layer_token"]
-    rows = [[name, f"{per[name]:.2f}", human_bytes(size)] for name, size in sizes.items()]
-    rows.append(["total", f"{sum(sizes.values()) / max(1, facts['num_tokens'] * len(facts['layers'])):.2f}"])
-    rows[-1].append(human_bytes(sum(sizes.values())))
-    return "\n".join([*_head_lines(facts), "", table(["array", "bytes per (layer, token)", "size"], rows)])
-
-
-def _head_lines(facts: dict[str, Any]) -> list[str]:
-    spec, skipped = facts["spec"], facts["skipped"]
-    state = "complete" if facts["complete"] else "not finished"
-    first = ", ".join(facts["first_ids"])
-    lines = [
-        f"cache       {facts['path']} ({state}: {facts['parts_done']} of {facts['num_parts']} parts)",
-        f"spec        {spec.get('name', '')}: {spec.get('description', '')}",
-        f"teacher     {(spec.get('teacher') or {}).get('model', '')}",
-        f"made by     {facts['created_by']}, format {facts['format_version']}",
-        f"samples     {facts['num_samples']}, {facts['num_tokens']} response tokens; first: {first}",
-        f"layers      {', '.join(map(str, facts['layers'][:-1]))} and last ({facts['layers'][-1]})",
-        f"rows        top-{facts['top_k']} of {facts['v_real']} words, {facts['tail_samples']} tail samples",
-        f"left out    {len(skipped)} rows",
-    ]
-    lines += [f"              {one['id']}: {one['reason']}" for one in skipped[:FIRST]]
-    lines += [f"parent      {parent.get('path', parent)}" for parent in facts["parents"]]
-    return lines
+def _widths(top_k: list[int]) -> str:
+    return str(top_k[0]) if len(set(top_k)) == 1 else f"{min(top_k)}-{max(top_k)}"

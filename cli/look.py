@@ -1,4 +1,4 @@
-"""Commands that only read: ls, inspect, sample, verify, report, specs."""
+"""Commands that only read: ls, inspect, sample, stats, verify, report, specs."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -29,7 +29,7 @@ def ls(
 
 def inspect(cache: CachePath) -> Answer:
     """Show what a cache is: origin, progress, layers, bytes."""
-    from .listing import describe_cache, description_text
+    from vlsi_cache.report.describe import describe_cache, description_text
 
     facts = describe_cache(cache)
     return Answer(facts, lambda: description_text(facts))
@@ -39,14 +39,38 @@ def sample(
     cache: CachePath,
     sample_id: Annotated[str, typer.Argument(metavar="ID", help="Sample id; `inspect` shows some.")],
     top: Annotated[int, typer.Option(min=1, metavar="N", help="Words per layer and token.")] = 1,
+    layers: Annotated[str | None, typer.Option(metavar="LIST", help="Layers to show, e.g. 2-6,18,last.")] = None,
+    tokens: Annotated[str | None, typer.Option(metavar="A:B", help="Response tokens A to B - 1, from 0.")] = None,
 ) -> Answer:
-    """Show what every layer says, token by token."""
-    import vlsi_cache as vc
+    """Show what every layer says, token by token.
 
+    The words come from the cache: no model and no tokenizer is needed. A cache that is still being built will do.
+    """
     from .sampling import grid_text, sample_grid
 
-    grid = sample_grid(vc.open(cache, allow_incomplete=True), sample_id, top=top)
+    grid = sample_grid(cache, sample_id, top=top, layers=layers, tokens=tokens)
     return Answer(grid, lambda: grid_text(grid))
+
+
+def stats(
+    cache: CachePath,
+    parts: Annotated[int, typer.Option(min=0, metavar="N", help="Evenly spaced parts to read; 0: all.")] = 8,
+    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE.html", help="Also write figures.")] = None,
+) -> Answer:
+    """Show what the layers say: entropy, loss, ranks, KL.
+
+    Means over response tokens, per layer, and how far the layers are from each other.
+    """
+    from vlsi_cache.report.layer_stats import cache_stats, stats_text
+    from vlsi_cache.store.reader import open
+
+    found = cache_stats(open(cache, allow_incomplete=True), parts=parts)
+    if out is None:
+        return Answer(found.as_dict(), lambda: stats_text(found))
+    from vlsi_cache.report.stats_page import write_stats_page
+
+    file = write_stats_page(found, out)
+    return Answer({**found.as_dict(), "page": file}, lambda: f"{stats_text(found)}\n\npage: {file}")
 
 
 def verify(
@@ -91,6 +115,7 @@ COMMANDS = (
     ("ls", ls, "ls caches"),
     ("inspect", inspect, "inspect caches/demo"),
     ("sample", sample, "sample caches/demo 5f0c2a --top 3"),
+    ("stats", stats, "stats caches/demo -o stats.html"),
     ("verify", verify, "verify caches/demo --deep"),
     ("report", report, "report runs/a"),
     ("specs", specs, "specs"),

@@ -1,5 +1,6 @@
 """The command line: help, exit codes, messages, JSON, and what it does to real small caches."""
 
+import datetime
 import errno
 import json
 import subprocess
@@ -9,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from test_report_fakes import LAYERS, write_cache, write_demo, write_run
+from test_report_fakes import LAYERS, WORDS, write_cache, write_demo, write_run
 from vlsi_cache_cli.main import main
 
 import vlsi_cache as vc
@@ -17,7 +18,7 @@ from vlsi_cache import errors
 from vlsi_cache.spec import load_spec
 
 STAGES = ["plan", "train-verbalizers", "build-teacher", "distill", "evaluate", "init-student", "demo"]
-COMMANDS = [*STAGES, "ls", "inspect", "sample", "verify", "report", "specs", "prune", "repair"]
+COMMANDS = [*STAGES, "ls", "inspect", "sample", "stats", "verify", "report", "specs", "prune", "repair"]
 
 
 @pytest.fixture
@@ -185,6 +186,11 @@ def test_ls(run: Any, cache: Path, tmp_path: Path) -> None:
     assert found["caches/fake"]["state"] == "complete"
     assert found["caches/fake"]["layers"] == LAYERS
     assert found["caches/half"]["state"] == "1/2 parts"
+    assert found["caches/half"]["size_bytes"] is None
+    whole = sum(file.lstat().st_size for file in (tmp_path / "demo").rglob("*") if file.is_file())
+    assert found["demo"]["size_bytes"] == whole
+    assert found["demo/cache"]["size_bytes"] < whole
+    assert found["run"]["date"] <= datetime.datetime.now().isoformat(" ")
     assert found["odd"]["state"] == "unreadable"
     assert found["run"]["exact_match"] > 0.5
     assert str(cache) in run("ls", tmp_path)[1]
@@ -210,16 +216,66 @@ def test_inspect_of_an_unfinished_cache(run: Any, tmp_path: Path) -> None:
 def test_sample(run: Any, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "60")
     code, out, err = run("sample", cache, "sample-0", "--top", "2")
-    assert code == 0
-    assert "token ids" in err  # the teacher of this cache is nowhere
+    assert (code, err) == (0, "")
     assert max(map(len, out.splitlines())) <= 60
-    assert out.count("response") >= 3  # the layers do not fit side by side
+    assert out.count("  response  ") >= 2  # the layers do not fit side by side
     grid = json.loads(run("sample", cache, "sample-0", "--json")[1])
     assert len(grid["grid"]) == len(LAYERS)
     assert {"entropy", "tail_mass", "gold_rank", "gold_logprob"} <= set(grid["grid"][0][0])
+    assert set(grid["tokens"]) <= set(WORDS)
+    cell = grid["grid"][-1][0]
+    assert cell["words"][0] in WORDS
+    rank = "#-" if cell["gold_rank"] is None else f"#{cell['gold_rank'] + 1}"
+    assert f"{cell['entropy']:.2f}" in out
+    assert rank in out
     code, out, err = run("sample", cache, "sample-00")
     assert (code, out) == (3, "")
     assert "did you mean" in err
+
+
+def test_sample_of_some_layers_and_tokens(run: Any, cache: Path, tmp_path: Path) -> None:
+    grid = json.loads(run("sample", cache, "sample-0", "--layers", "2,last", "--tokens", "1:3", "--json")[1])
+    assert (grid["layers"], grid["positions"], len(grid["grid"]), len(grid["grid"][0])) == ([2, 4], [1, 2], 2, 2)
+    out = run("sample", cache, "sample-0", "--layers", "2")[1]
+    assert "last" not in out  # layer 2 is the last one shown, not the last one of the model
+    for tokens, positions in {"2": [2], "2:": [2, 3], ":1": [0], " 0 : 2": [0, 1]}.items():
+        found = json.loads(run("sample", cache, "sample-0", "--tokens", tokens, "--json")[1])["positions"]
+        assert found[: len(positions)] == positions
+    for words in (["--tokens", "3-4"], ["--tokens", "900:"], ["--tokens", ""], ["--layers", "9"]):
+        code, out, err = run("sample", cache, "sample-0", *words)
+        assert (code, out) == (2, "")
+        assert words[1] in err
+    half = write_cache(tmp_path / "half", num_written=1, every=2)
+    grid = json.loads(run("sample", half, "sample-0", "--tokens", "1:5", "--json")[1])
+    assert grid["positions"][:2] == [2, 4][: len(grid["positions"])]
+    assert "1 of 2 parts" in run("sample", half, "sample-5")[2]
+
+
+@pytest.mark.parametrize(("rows", "says"), [("top-p", "probability in %"), ("sampled", "share of the draws")])
+def test_sample_of_other_rows(run: Any, tmp_path: Path, rows: str, says: str) -> None:
+    other = write_cache(tmp_path / "other", rows=rows, texts=False)
+    code, out, _ = run("sample", other, "sample-1", "--top", "9")
+    assert code == 0
+    assert says in out
+    assert "words are token ids" in out
+    grid = json.loads(run("sample", other, "sample-1", "--top", "9", "--json")[1])
+    cells = [cell for line in grid["grid"] for cell in line]
+    assert len({len(cell["ids"]) for cell in cells}) > 1
+    assert all(min(cell["probs"]) > 0 for cell in cells)  # no padding
+    assert cells[0]["words"][0] == f"#{cells[0]['ids'][0]}"
+
+
+def test_stats(run: Any, cache: Path, tmp_path: Path) -> None:
+    found = json.loads(run("stats", cache, "--parts", 1, "--json")[1])
+    assert (found["parts"], [one["layer"] for one in found["layers"]]) == ([0], LAYERS)
+    code, out, _ = run("stats", cache, "--parts", "0", "-o", tmp_path / "s.html")
+    assert code == 0
+    assert "KL to next" in out
+    assert f"page: {tmp_path / 's.html'}" in out
+    assert (tmp_path / "s.html").read_text().startswith("<!doctype html>")
+    code, _, err = run("stats", write_cache(tmp_path / "empty", num_written=0))
+    assert code == 3
+    assert "nothing to measure" in err
 
 
 def test_verify_and_repair(run: Any, cache: Path) -> None:

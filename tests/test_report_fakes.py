@@ -3,31 +3,35 @@
 import base64
 import io
 import json
+import os
+import shutil
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from vlsi_cache.report.example import grid_of
 from vlsi_cache.sparse.rows import SparseRows
-from vlsi_cache.store.layout import CacheHeader
+from vlsi_cache.sparse.truncate import draw_rows, top_p_widths, truncate
+from vlsi_cache.store.files import load_header, load_part_record
+from vlsi_cache.store.layout import CacheHeader, part_dir, sealed_json
 from vlsi_cache.store.ranks import plain_ranks
+from vlsi_cache.store.reader import load_vocab
 from vlsi_cache.store.reader import open as open_cache
 from vlsi_cache.store.samples import PartSamples
 from vlsi_cache.store.writer import CacheWriter
 
-V, K, M = 60, 5, 2
+V, K, M, NUM_DRAWS = 60, 5, 2, 8
 LAYERS = [1, 2, 3, 4]
 WORDS = ["the", "red", "bar", " is", "blue", "two", "<b>", "\n", " ", "3", "4", "top", "left", ".", "<|im_end|>"]
 KINDS = ("bar_value", "colour", "count")
 SPEC = {"name": "fake", "description": "made-up <rows>", "teacher": {"model": "/nowhere/at/all"}}
 
 
-class FakeEncoder:
-    """Stands for data.tokenize.Encoder."""
-
-    def token_texts(self, ids: Any) -> list[str]:
-        return [WORDS[int(index) % len(WORDS)] for index in ids]
+def token_texts() -> list[str]:
+    """Text of each of the V tokens."""
+    return [WORDS[index % len(WORDS)] for index in range(V)]
 
 
 def dense_rows(gold_T: np.ndarray, rng: np.random.Generator) -> SparseRows:
@@ -50,37 +54,89 @@ def dense_rows(gold_T: np.ndarray, rng: np.random.Generator) -> SparseRows:
     )
 
 
-def write_cache(path: Path, *, num_parts: int = 2, num_written: int | None = None, skipped: int = 0) -> Path:
-    """A cache of three samples a part; `num_written` parts are there."""
+def write_cache(
+    path: Path,
+    *,
+    num_parts: int = 2,
+    num_written: int | None = None,
+    skipped: int = 0,
+    texts: bool = True,
+    rows: str = "top-k",
+    every: int = 1,
+    profile: Literal["default", "exact", "fast"] = "default",
+) -> Path:
+    """A cache of three samples a part; `num_written` parts are there.
+
+    `rows` are "top-k", "top-p" (of different widths) or "sampled"; only every `every`-th response token has a row.
+    """
     rng = np.random.default_rng(0)
     responses = [rng.integers(0, V, size=int(size)) for size in rng.integers(4, 9, size=3 * num_parts)]
+    width = NUM_DRAWS if rows == "sampled" else K
     header = CacheHeader(
         spec=SPEC,
         fingerprint={"teacher.weights": "feed", "rows.top_k": K},
         layers=LAYERS,
         num_model_layers=LAYERS[-1],
-        top_k=[K] * len(LAYERS),
-        tail_samples=M,
+        row_kind="sampled" if rows == "sampled" else "top-k",
+        truncated=rows != "top-k",
+        top_k=[width] * len(LAYERS),
+        tail_samples=0 if rows == "sampled" else M,
         v_real=V,
+        profile=profile,
         num_parts=num_parts,
         num_samples=len(responses),
         num_response_tokens=sum(map(len, responses)),
-        skipped=[{"id": f"long-{n}", "reason": "prompt <too> long"} for n in range(skipped)],
+        skipped=[{"id": f"long-{n}", "reason": f"prompt <too> long: {400 + n} tokens"} for n in range(skipped)],
     )
-    writer = CacheWriter.create_or_resume(path, header, plain_ranks(np.arange(V), len(LAYERS)))
+    ranks = plain_ranks(np.arange(V), len(LAYERS))
+    writer = CacheWriter.create_or_resume(path, header, ranks, token_texts=token_texts if texts else None)
     for part in range(num_parts if num_written is None else num_written):
         chosen = responses[3 * part : 3 * part + 3]
+        positions = [np.arange(0, len(ids), every, dtype=np.uint32) for ids in chosen]
+        made = [dense_rows(ids, rng).select_tokens(at) for ids, at in zip(chosen, positions, strict=True)]
         samples = PartSamples(
             sample_ids=[f"sample-{3 * part + n}" for n in range(3)],
             kinds=list(KINDS),
             digests=["00"] * 3,
             response_ids=[ids.astype(np.uint32) for ids in chosen],
-            rows=SparseRows.concat([dense_rows(ids, rng) for ids in chosen]),
+            rows=reshaped(SparseRows.concat(made), rows, rng),
+            positions=positions,
         )
         writer.write_part(part, samples)
     if num_written is None:
         writer.finish()
     return path
+
+
+def write_many_parts(path: Path, num_parts: int) -> Path:
+    """A finished cache of so many parts: the first one is written, the others are links to its files."""
+    first = write_cache(path.with_name(f"{path.name}-first"), num_parts=1)
+    table = load_vocab(first, old := load_header(first))
+    sizes = {"num_samples": 3 * num_parts, "num_response_tokens": old.num_response_tokens * num_parts}
+    header = old.model_copy(update={"num_parts": num_parts, **sizes})
+    writer = CacheWriter.create_or_resume(path, header, table, token_texts=token_texts)
+    record = load_part_record(first, old, 0)
+    for index in range(num_parts):
+        folder = part_dir(path, index)
+        shutil.copytree(part_dir(first, 0), folder, copy_function=os.link)
+        (folder / "part.json").unlink()
+        names = [f"sample-{index}-{n}" for n in range(3)]
+        own = {"index": index, "sample_ids": names, "cache_digest": writer.header.digest}
+        (folder / "part.json").write_bytes(sealed_json(record.model_copy(update=own).model_dump()))
+    writer.finish()
+    return path
+
+
+def reshaped(rows: SparseRows, kind: str, rng: np.random.Generator) -> SparseRows:
+    """The same rows as top-p rows, or as draws."""
+    LT = rows.entropy_LT.shape
+    if kind == "top-p":
+        widths_LT = top_p_widths(rows.logprobs_LTK, top_p=0.5, min_k=1)
+        return truncate(rows, widths_LT, rng.random((*LT, M)))
+    if kind == "sampled":
+        more = replace(rows, tail_ids_LTm=np.repeat(rows.tail_ids_LTm, NUM_DRAWS // M, axis=-1))
+        return draw_rows(more, rng.random((*LT, NUM_DRAWS)))
+    return rows
 
 
 def metrics_lines(recipe: str, rng: np.random.Generator) -> list[dict[str, Any]]:
@@ -167,7 +223,7 @@ def fake_example(cache: Path) -> dict[str, Any]:
     opened = open_cache(cache)
     buffer = io.BytesIO()
     Image.new("RGB", (16, 16), "red").save(buffer, format="PNG")
-    grid = grid_of(opened["sample-0"], layers=opened.layers, encoder=FakeEncoder(), max_tokens=24)
+    grid = grid_of(opened["sample-0"], layers=opened.layers, text=opened.token_text, tokens=slice(24))
     picture = base64.b64encode(buffer.getvalue()).decode()
     texts = {"question": "How tall is the <red> bar?", "answer": "the red bar is 3", "kind": "bar_value"}
     return {"id": "sample-0", "png": [picture], **texts, **grid}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_report_fakes import LAYERS, SPEC, FakeEncoder, K, fake_example, write_cache, write_demo, write_run
+from test_report_fakes import LAYERS, SPEC, K, fake_example, write_cache, write_demo, write_run
 
 from vlsi_cache.errors import CacheNotFoundError
 from vlsi_cache.report import figures, stats, text
@@ -94,7 +94,14 @@ def test_cache_report(cache: Path) -> None:
     html = checked(write_report(cache), num_figures=2)
     assert "made-up &lt;rows&gt;" in html
     assert "prompt &lt;too&gt; long" in html
-    assert "shown as token ids" in html  # the teacher of this cache is nowhere
+    assert "the&lt;b&gt;" not in html
+    assert '<th class="word">&lt;b&gt;</th>' in html  # words come from the cache: its teacher is nowhere
+
+
+def test_cache_report_of_draws_without_texts(tmp_path: Path) -> None:
+    html = checked(write_report(write_cache(tmp_path / "c", rows="sampled", texts=False)), num_figures=2)
+    assert "The cache carries no token texts" in html
+    assert ">n/a<" in html  # draws have no kept mass
 
 
 def test_unfinished_cache_report(tmp_path: Path) -> None:
@@ -136,7 +143,7 @@ def test_layer_summaries_against_the_rows(cache: Path) -> None:
 def test_grid_of_a_row(cache: Path) -> None:
     opened = open_cache(cache)
     row = opened["sample-1"]
-    grid = grid_of(row, layers=opened.layers, encoder=None, top=2)
+    grid = grid_of(row, layers=opened.layers, top=2)
     assert grid["tokens"] == [f"#{token}" for token in row.response_ids_R]
     for index in range(len(LAYERS)):
         for t, gold in enumerate(row.response_ids_R.tolist()):
@@ -157,7 +164,7 @@ def test_example_of_a_record(cache: Path) -> None:
         {"role": "assistant", "content": [{"type": "text", "text": "red"}]},
     ]
     record = Record(id="sample-0", messages=turns, images=(), digest="00")
-    example = example_of(open_cache(cache)["sample-0"], record, FakeEncoder(), layers=LAYERS)  # type: ignore[arg-type]
+    example = example_of(open_cache(cache)["sample-0"], record, layers=LAYERS)
     assert (example["question"], example["answer"], example["png"]) == ("what?", "red", [])
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vlsi_cache.data.records import read_records
-from vlsi_cache.data.tokenize import load_encoder
 from vlsi_cache.errors import CacheCorruptError
 from vlsi_cache.models.load import resolve_model
 from vlsi_cache.models.prune_depth import init_student
@@ -113,7 +112,7 @@ def _example(spec: CacheSpec, cache: Cache) -> dict[str, Any]:
     from vlsi_cache.report.example import example_of
 
     record = read_records(spec.data)[0]
-    return example_of(cache[record.id], record, load_encoder(resolve_model(spec.teacher.model)))
+    return example_of(cache[record.id], record, cache.token_text, layers=cache.layers)
 
 
 def _budget(spec: CacheSpec, num_samples: int) -> str:

@@ -6,7 +6,7 @@ Shape suffixes: L layers, T response tokens with a row, K kept entries.
 import base64
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,20 +21,21 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from vlsi_cache.data.records import Record
-    from vlsi_cache.data.tokenize import Encoder
-    from vlsi_cache.store.reader import Cache, Row
+    from vlsi_cache.store.reader import Row
 
+TextOf = Callable[[int], str | None]
 EXAMPLE_NAME = "example.json"
 MAX_TOKENS = 24  # columns of the picture; a longer response is cut, and says so
 PICTURE_WIDTH = 384  # pixels; a larger picture is made smaller
 
 
 def example_of(
-    row: "Row", record: "Record", encoder: "Encoder", *, layers: Sequence[int] | None = None
+    row: "Row", record: "Record", text: TextOf | None = None, *, layers: Sequence[int] | None = None
 ) -> dict[str, Any]:
     """JSON-ready: question, answer, the pictures as base64 PNG, and `grid_of` the row.
 
-    `layers` are the cache's; without them the report takes them from the cache that it is about.
+    `text` gives the text of a token id. `layers` are the cache's; without them the report takes them from the cache
+    that it is about.
     """
     texts = [part["text"] for message in record.prompt_messages for part in message["content"] if "text" in part]
     return {
@@ -43,77 +44,62 @@ def example_of(
         "question": "\n".join(texts),
         "answer": record.answer,
         "png": [_png(media.open()) for media in record.images],
-        **grid_of(row, layers=layers, encoder=encoder, max_tokens=MAX_TOKENS),
+        **grid_of(row, layers=layers, text=text, tokens=slice(MAX_TOKENS)),
     }
 
 
 def grid_of(
-    row: "Row", *, layers: Sequence[int] | None, encoder: "Encoder | None", top: int = 1, max_tokens: int | None = None
+    row: "Row",
+    *,
+    layers: Sequence[int] | None,
+    text: TextOf | None = None,
+    top: int = 1,
+    tokens: slice = slice(None),
 ) -> dict[str, Any]:
     """JSON-ready: `tokens` (the response), and `grid`, per layer and token the `top` words and the layer's numbers.
 
-    Without an encoder a word is its token id. `gold_rank` counts from 0; None means not among the kept entries.
+    `text` gives the text of a token id; where it gives None, and without it, a word is `#` and the id. `tokens` are the
+    rows to show. `gold_rank` counts from 0; None means not among the kept entries. Infinite numbers become None.
     """
-    num = row.num_tokens if max_tokens is None else min(max_tokens, row.num_tokens)
-    words = _Words(encoder)
-    gold_T, ranks_LT = gold_ids(row), gold_ranks(row)
-    grid = [
-        [_cell(row, index, t, top, int(ranks_LT[index, t]), words) for t in range(num)]
-        for index in range(row.num_layers)
-    ]
+    known: dict[int, str] = {}
+
+    def word(token: int) -> str:
+        if token not in known:
+            found = None if text is None else text(token)
+            known[token] = f"#{token}" if found is None else found
+        return known[token]
+
+    chosen = range(row.num_tokens)[tokens]
+    gold_T, ranks_LT = gold_ids(row).tolist(), gold_ranks(row).tolist()
+    grid = [[_cell(row, index, t, top, ranks_LT[index][t], word) for t in chosen] for index in range(row.num_layers)]
     return {
         "layers": None if layers is None else list(layers),
         "top_k": row.top_k,
         "num_tokens": row.num_tokens,
-        "positions": [int(position) for position in row.positions_T[:num]],
-        "token_ids": [int(token) for token in gold_T[:num]],
-        "tokens": [words(token) for token in gold_T[:num]],
+        "positions": [int(row.positions_T[t]) for t in chosen],
+        "token_ids": [gold_T[t] for t in chosen],
+        "tokens": [word(gold_T[t]) for t in chosen],
         "grid": grid,
     }
 
 
-class _Words:
-    """Text of a token id, looked up once."""
-
-    def __init__(self, encoder: "Encoder | None") -> None:
-        self._encoder = encoder
-        self._known: dict[int, str] = {}
-
-    def __call__(self, token: Any) -> str:
-        index = int(token)
-        if index not in self._known:
-            self._known[index] = f"#{index}" if self._encoder is None else self._encoder.token_texts([index])[0]
-        return self._known[index]
-
-
-def _cell(row: "Row", layer: int, t: int, top: int, rank: int, words: _Words) -> dict[str, Any]:
-    kept = min(top, row.top_k)
-    probs = np.exp(row.logprobs_LTK[layer, t, :kept].astype(np.float64))
-    ids = [int(token) for token in row.ids_LTK[layer, t, :kept]]
+def _cell(row: "Row", layer: int, t: int, top: int, rank: int, word: Callable[[int], str]) -> dict[str, Any]:
+    logprobs_K = row.logprobs_LTK[layer, t, :top].astype(np.float64)
+    logprobs_K = logprobs_K[np.isfinite(logprobs_K)]  # what is left is padding
+    ids = row.ids_LTK[layer, t, : len(logprobs_K)].tolist()
     return {
         "ids": ids,
-        "words": [words(token) for token in ids],
-        "probs": [round(float(prob), 6) for prob in probs],
-        "entropy": round(float(row.entropy_LT[layer, t]), 6),
-        "tail_mass": round(float(row.tail_mass_LT[layer, t]), 6),
-        "gold_logprob": round(float(row.gold_logprob_LT[layer, t]), 6),
+        "words": [word(token) for token in ids],
+        "probs": [round(float(prob), 6) for prob in np.exp(logprobs_K)],
+        "entropy": _rounded(row.entropy_LT[layer, t]),
+        "tail_mass": _rounded(row.tail_mass_LT[layer, t]),
+        "gold_logprob": _rounded(row.gold_logprob_LT[layer, t]),
         "gold_rank": rank if rank >= 0 else None,
     }
 
 
-def cache_encoder(cache: "Cache") -> tuple["Encoder | None", str]:
-    """The encoder of the teacher that a cache was built from; when it cannot be loaded, None and the reason."""
-    teacher = cache.header.spec.get("teacher") or {}
-    try:
-        from vlsi_cache.data.tokenize import load_encoder
-        from vlsi_cache.models.load import resolve_model
-
-        keys = ("revision", "gguf_file")
-        options = {key: teacher[key] for key in keys if teacher.get(key)}
-        return load_encoder(resolve_model(teacher["model"]), **options), ""
-    except Exception as error:  # whatever keeps the tokenizer away: the rows can still be shown by their ids
-        reason = str(error).split("\n")[0] or type(error).__name__
-        return None, f"words are shown as token ids, the teacher's tokenizer cannot be loaded: {reason}"
+def _rounded(value: float) -> float | None:
+    return round(float(value), 6) if np.isfinite(value) else None
 
 
 def visible(word: str) -> str:
@@ -164,7 +150,8 @@ def grid_html(example: dict[str, Any]) -> str:
 
 def _cell_html(cell: dict[str, Any]) -> str:
     prob, mark = cell["probs"][0], ' class="gold"' if cell["gold_rank"] == 0 else ""
-    hint = f"entropy {cell['entropy']:.2f} nats, response token: log-prob {cell['gold_logprob']:.2f}"
+    logprob = "-inf" if cell["gold_logprob"] is None else f"{cell['gold_logprob']:.2f}"
+    hint = f"entropy {cell['entropy']:.2f} nats, response token: log-prob {logprob}"
     word = f'<span class="word">{escape(visible(cell["words"][0]))}</span>'
     return f'<td{mark} style="--p: {prob:.3f}" title="{escape(hint)}">{word}<small>{100 * prob:.0f} %</small></td>'
 

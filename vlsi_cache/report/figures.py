@@ -54,8 +54,8 @@ Curves = Mapping[str, Mapping[str, tuple[Sequence[int], Sequence[float]]]]
 
 
 @contextmanager
-def _figure(width: float, height: float, columns: int = 1, **options: Any) -> Any:
-    """A styled figure with `columns` axes side by side, closed to pyplot: no display, no global state."""
+def styled_figure(width: float, height: float, columns: int = 1, *, rows: int = 1, **options: Any) -> Any:
+    """A styled figure with axes side by side (or in `rows`), closed to pyplot: no display, no global state."""
     import matplotlib
 
     matplotlib.use("Agg", force=False)
@@ -63,12 +63,12 @@ def _figure(width: float, height: float, columns: int = 1, **options: Any) -> An
 
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width, height))
-        yield figure, figure.subplots(1, columns, squeeze=False, **options)[0]
+        yield figure, figure.subplots(rows, columns, squeeze=False, **options).ravel()
 
 
 def accuracy_bars(scores: Scores, kinds: Sequence[str], teacher: Mapping[str, float] | None = None) -> str:
     """Exact match per kind of question, one bar per recipe: the mean, with a line from the worst to the best seed."""
-    with _figure(max(5.2, 1.6 + 0.86 * len(kinds)), 3.3) as (figure, (axes,)):
+    with styled_figure(max(5.2, 1.6 + 0.86 * len(kinds)), 3.3) as (figure, (axes,)):
         centres, width = np.arange(len(kinds)), 0.8 / max(1, len(scores))
         for index, (recipe, of_kind) in enumerate(scores.items()):
             x = centres + (index - (len(scores) - 1) / 2) * width
@@ -81,7 +81,7 @@ def accuracy_bars(scores: Scores, kinds: Sequence[str], teacher: Mapping[str, fl
         axes.tick_params(axis="x", length=0)
         axes.grid(axis="y")
         figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=len(scores) + 1)
-        return _svg(figure, "accuracy", "Exact match per kind of question and recipe")
+        return svg_of(figure, "accuracy", "Exact match per kind of question and recipe")
 
 
 def _bars(axes: "Axes", x: np.ndarray, values: Sequence[Sequence[float]], width: float, recipe: str) -> None:
@@ -95,7 +95,7 @@ def _bars(axes: "Axes", x: np.ndarray, values: Sequence[Sequence[float]], width:
 
 def loss_curves(curves: Curves, *, unit: str = "nats per token") -> str:
     """One panel per stage, one line per label: every step faint, the running mean on top."""
-    with _figure(3.3 * len(curves) + 0.6, 2.9, len(curves)) as (figure, panels):
+    with styled_figure(3.3 * len(curves) + 0.6, 2.9, len(curves)) as (figure, panels):
         for axes, (stage, lines) in zip(panels, curves.items(), strict=True):
             for number, (label, (steps, values)) in enumerate(lines.items()):
                 colour = RECIPE_COLOURS.get(label, (ACCENT, WARM, GREEN, GREY)[number % 4])
@@ -106,12 +106,12 @@ def loss_curves(curves: Curves, *, unit: str = "nats per token") -> str:
             axes.grid(axis="y")
             if len(lines) > 1:
                 axes.legend(handlelength=1.2)
-        return _svg(figure, "loss", "Training loss per stage")
+        return svg_of(figure, "loss", "Training loss per stage")
 
 
 def verbalizer_losses(steps: Sequence[int], layers: Mapping[int, Sequence[float]], *, unit: str) -> str:
     """Loss of every layer's verbalizer over training (left), and at the end (right)."""
-    with _figure(8.2, 3.1, 2, width_ratios=(1.6, 1)) as (figure, (over_time, final)):
+    with styled_figure(8.2, 3.1, 2, width_ratios=(1.6, 1)) as (figure, (over_time, final)):
         colours = _shades(len(layers))
         for colour, (layer, values) in zip(colours, layers.items(), strict=True):
             over_time.plot(steps, smooth(values, max(1, len(values) // 12)), color=colour, lw=1.6, label=str(layer))
@@ -123,12 +123,12 @@ def verbalizer_losses(steps: Sequence[int], layers: Mapping[int, Sequence[float]
         final.bar(names, [final_loss(values) for values in layers.values()], color=colours, width=0.7)
         final.set(title="at the end", xlabel="layer", ylabel=f"loss [{unit}]")
         final.grid(axis="y")
-        return _svg(figure, "verbalizers", "Loss of each layer's verbalizer")
+        return svg_of(figure, "verbalizers", "Loss of each layer's verbalizer")
 
 
 def layer_losses(losses: Mapping[str, Mapping[int, Sequence[float]]], *, unit: str = "nats per token") -> str:
     """Held-out loss of each verbalized student layer, one line per recipe; a band from the worst to the best seed."""
-    with _figure(5.4, 3.0) as (figure, (axes,)):
+    with styled_figure(5.4, 3.0) as (figure, (axes,)):
         for recipe, of_layer in losses.items():
             layers, colour = list(of_layer), RECIPE_COLOURS.get(recipe, GREEN)
             means = [float(np.mean(of_layer[layer])) for layer in layers]
@@ -139,7 +139,7 @@ def layer_losses(losses: Mapping[str, Mapping[int, Sequence[float]]], *, unit: s
         axes.set(xlabel="student layer", ylabel=f"loss [{unit}]")
         axes.grid(axis="y")
         axes.legend()
-        return _svg(figure, "layers", "Held-out loss of each student layer")
+        return svg_of(figure, "layers", "Held-out loss of each student layer")
 
 
 def match_map(
@@ -147,13 +147,13 @@ def match_map(
 ) -> str:
     """Share of steps in which a student layer was matched with a teacher layer, beside what pure chance gives."""
     size = 1.5 + 0.26 * len(student_layers)
-    with _figure(8.6, max(2.3, size), 2, sharey=True) as (figure, panels):
+    with styled_figure(8.6, max(2.3, size), 2, sharey=True) as (figure, panels):
         titles = ("matched in training", "uniform sampling (no information)")
         for axes, title, share in zip(panels, titles, (shares_SM, null_SM), strict=True):
             _heat_map(axes, share, student_layers, teacher_layers)
             axes.set(title=title, xlabel="teacher layer")
         panels[0].set_ylabel("student layer")
-        return _svg(figure, "matches", "Matched layers beside the distribution of uniform sampling")
+        return svg_of(figure, "matches", "Matched layers beside the distribution of uniform sampling")
 
 
 def _heat_map(axes: "Axes", share_SM: np.ndarray, rows: Sequence[int], columns: Sequence[int]) -> None:
@@ -174,7 +174,7 @@ def _heat_map(axes: "Axes", share_SM: np.ndarray, rows: Sequence[int], columns: 
 def bytes_bars(per_layer_token: Mapping[str, float]) -> str:
     """Bytes per (layer, response token) of every array of a cache."""
     shown = {name: value for name, value in per_layer_token.items() if value >= 0.005}
-    with _figure(6.2, 0.9 + 0.27 * len(shown)) as (figure, (axes,)):
+    with styled_figure(6.2, 0.9 + 0.27 * len(shown)) as (figure, (axes,)):
         names, values = list(shown), list(shown.values())
         axes.barh(names, values, color=ACCENT, height=0.62)
         for name, value in shown.items():
@@ -184,12 +184,12 @@ def bytes_bars(per_layer_token: Mapping[str, float]) -> str:
         axes.tick_params(axis="y", length=0)
         axes.invert_yaxis()
         axes.grid(axis="x")
-        return _svg(figure, "bytes", "Bytes per array")
+        return svg_of(figure, "bytes", "Bytes per array")
 
 
 def layer_figure(summaries: Sequence[LayerSummary]) -> str:
     """What each cached layer knows: loss on the response and entropy (left), shares of tokens (right)."""
-    with _figure(8.2, 3.0, 2) as (figure, (nats, shares)):
+    with styled_figure(8.2, 3.0, 2) as (figure, (nats, shares)):
         names = [str(one.layer) for one in summaries[:-1]] + ["last"]
         nats.plot(
             names, [one.gold_nll for one in summaries], color=ACCENT, marker="o", ms=4, label="loss on the response"
@@ -199,13 +199,22 @@ def layer_figure(summaries: Sequence[LayerSummary]) -> str:
             names, [100 * one.top1_agreement for one in summaries], color=ACCENT, marker="o", ms=4,
             label="same top word as last",
         )  # fmt: skip
-        shares.plot(names, [100 * one.kept_mass for one in summaries], color=GREEN, marker="o", ms=4, label="kept mass")
+        if not np.isnan(summaries[-1].kept_mass):  # rows of draws have none
+            kept = [100 * one.kept_mass for one in summaries]
+            shares.plot(names, kept, color=GREEN, marker="o", ms=4, label="kept mass")
         nats.set(title="nats per token", xlabel="teacher layer", ylabel="nats", ylim=(0, None))
         shares.set(title="shares", xlabel="teacher layer", ylabel="[%]", ylim=(0, 104))
         for axes in (nats, shares):
             axes.grid(axis="y")
             axes.legend(handlelength=1.4)
-        return _svg(figure, "cached-layers", "What each cached layer knows")
+            axes.set_xticks(some_ticks(len(names), 10))
+        return svg_of(figure, "cached-layers", "What each cached layer knows")
+
+
+def some_ticks(num: int, most: int) -> list[int]:
+    """At most `most` and one evenly spaced numbers below `num`, the last one among them and nothing close to it."""
+    step = -(-num // most)
+    return [*(index for index in range(0, num - 1, step) if num - 1 - index >= step), num - 1]
 
 
 def _shades(num: int) -> list[tuple[float, float, float]]:
@@ -217,7 +226,7 @@ def _shades(num: int) -> list[tuple[float, float, float]]:
     return [(float(r), float(g), float(b)) for r, g, b in mixed[:num]]
 
 
-def _svg(figure: "Figure", name: str, label: str) -> str:
+def svg_of(figure: "Figure", name: str, label: str) -> str:
     """The figure as one `<svg>` for a page: colours of the page, its own ids, no namespaces, no metadata."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})

@@ -9,7 +9,7 @@ from vlsi_cache.errors import CacheNotFoundError
 
 from . import figures
 from .demo_page import demo_page
-from .example import cache_encoder, example_html, grid_of, load_example, save_example
+from .example import MAX_TOKENS, example_html, grid_of, load_example, save_example
 from .page import details, facts_table, figure, html_table, page, paragraph, section, tiles
 from .stats import (
     LayerSummary,
@@ -70,7 +70,6 @@ def cache_page(cache: "Cache") -> str:
     header = cache.header
     state = "complete" if cache.is_complete else f"{len(cache.parts)} of {header.num_parts} parts"
     lead = f"{header.spec.get('description') or 'a vlsi-cache'}; {state}"
-    encoder, note = cache_encoder(cache)
     numbers = tiles(
         [
             (f"{cache.num_samples:,}", "samples"),
@@ -85,7 +84,7 @@ def cache_page(cache: "Cache") -> str:
         [
             numbers,
             section("What the layers know", *_layers_html(layer_summaries(cache))),
-            section("One sample", _sample_html(cache, encoder), paragraph(note, note=True)),
+            section("One sample", _sample_html(cache)),
             section("Bytes", bytes_html(cache.bytes_per_layer_token())),
             section("Rows left out", *_skipped_html(header.skipped)),
             section("How it was made", *_provenance_html(header)),
@@ -221,13 +220,13 @@ def _layers_html(summaries: list[LayerSummary]) -> list[str]:
     ]
 
 
-def _sample_html(cache: "Cache", encoder: Any) -> str:
+def _sample_html(cache: "Cache") -> str:
     sample_id = next(iter(cache), None)
     if sample_id is None:
         return ""
-    row = cache[sample_id]
-    grid = grid_of(row, layers=cache.layers, encoder=encoder, max_tokens=24)
-    return example_html({**grid, "png": [], "id": sample_id, "question": "", "answer": ""})
+    grid = grid_of(cache[sample_id], layers=cache.layers, text=cache.token_text, tokens=slice(MAX_TOKENS))
+    note = "" if cache.header.text_xxh3 else "The cache carries no token texts: words are token ids."
+    return example_html({**grid, "png": [], "id": sample_id, "question": "", "answer": ""}) + paragraph(note, note=True)
 
 
 def _skipped_html(skipped: list[dict[str, Any]], *, limit: int = 20) -> list[str]:

@@ -14,6 +14,7 @@ import numpy as np
 from vlsi_cache.errors import CacheNotFoundError
 
 if TYPE_CHECKING:
+    from vlsi_cache.sparse.rows import SparseRows
     from vlsi_cache.store.reader import Cache, Row
 
 MAX_SUMMARY_PARTS = 8  # parts that are read for the per-layer summary: enough for stable means, cheap for any size
@@ -21,7 +22,7 @@ MAX_SUMMARY_PARTS = 8  # parts that are read for the per-layer summary: enough f
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """Means over response tokens of one cached layer; nats, shares between 0 and 1."""
+    """Means over response tokens of one cached layer; nats, shares between 0 and 1; `kept_mass` of draws is NaN."""
 
     layer: int
     entropy: float
@@ -48,21 +49,35 @@ def gold_ids(row: "Row") -> np.ndarray:
 
 def gold_ranks(row: "Row") -> np.ndarray:
     """[L, T]: rank of the response token among the kept entries, from 0; -1 when it is not among them."""
-    hits_LTK = np.asarray(row.ids_LTK).astype(np.int64) == gold_ids(row)[None, :, None]
+    return ranks_of(row, gold_ids(row))
+
+
+def ranks_of(rows: "SparseRows", ids_T: np.ndarray) -> np.ndarray:
+    """[L, T]: rank of a token id among the kept entries, from 0; -1 when it is not among them."""
+    hits_LTK = np.asarray(rows.ids_LTK).astype(np.int64) == ids_T[None, :, None]
+    hits_LTK &= np.isfinite(rows.logprobs_LTK)  # padding has an id too
     return np.where(hits_LTK.any(axis=2), hits_LTK.argmax(axis=2), -1)
 
 
 def layer_summaries(cache: "Cache", *, max_parts: int = MAX_SUMMARY_PARTS) -> list[LayerSummary]:
     """One summary per cached layer, over evenly spaced parts (all of them in a small cache)."""
-    spaced = np.linspace(0, len(cache.parts) - 1, max_parts).round().astype(int) if cache.parts else []
-    chosen = sorted({cache.parts[index] for index in spaced})
+    chosen = spaced(cache.parts, max_parts)
     sums = np.zeros((5, len(cache.layers)))
     num_tokens = 0
     for row in (row for part in chosen for row in cache.read_part(part)):
         sums += _row_sums(row)
         num_tokens += row.num_tokens
     means = sums / max(1, num_tokens)
+    if cache.header.row_kind == "sampled":
+        means[1] = np.nan  # draws have no tail that could be left out
     return [LayerSummary(layer, *(float(x) for x in means[:, i])) for i, layer in enumerate(cache.layers)]
+
+
+def spaced(items: Sequence[int], num: int) -> list[int]:
+    """`num` evenly spaced ones of the items, the first and the last among them; all of them for 0."""
+    if not num or num >= len(items):
+        return list(items)
+    return [items[index] for index in sorted(set(np.linspace(0, len(items) - 1, num).round().astype(int).tolist()))]
 
 
 def _row_sums(row: "Row") -> np.ndarray:

@@ -42,7 +42,7 @@ def human_seconds(seconds: float) -> str:
 
 
 def percent(share: float | None) -> str:
-    return "n/a" if share is None else f"{100 * share:.1f} %"
+    return "n/a" if share is None or share != share else f"{100 * share:.1f} %"
 
 
 def mean_and_spread(values: Sequence[float], *, scale: float = 100.0, digits: int = 1) -> str:

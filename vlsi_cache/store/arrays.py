@@ -28,6 +28,8 @@ from .layout import FileRecord
 from .ranks import RankTable
 from .schema import ENTRY_ARRAYS, ArraySpec, data_file_name, vocab_specs
 
+NOTHING: Mapping[str, Undo] = {}
+
 Arrays = dict[str, Any]  # numpy arrays, or MappedLayers that are sliced like them
 
 
@@ -94,7 +96,7 @@ def read_layered(
     names: Iterable[str],
     layers: Sequence[int],
     *,
-    undo: Mapping[str, Undo],
+    undo: Mapping[str, Undo] = NOTHING,
     limit: int | None = None,
     known: Known | None = None,
 ) -> Arrays:

@@ -137,6 +137,22 @@ def read_spans(path: Path, spec: ArraySpec, spans: Sequence[tuple[int, int]]) ->
     ]
 
 
+def layer_bytes(path: Path, spec: ArraySpec, entries_L: np.ndarray) -> np.ndarray:
+    """Stored bytes of every layer of a sharded array, float64 [L]: only the index of the shard is read.
+
+    `entries_L` are the entries of every layer. A chunk of a flat array may hold more than one layer: they share it by
+    their entries.
+    """
+    with path.open("rb", buffering=0) as file:
+        sizes = _read_index(file.fileno(), spec)[..., 1].astype(np.float64)
+    if spec.is_layered:
+        return sizes.reshape(*spec.grid[:2], -1).sum((0, 2))
+    num_entries, size = spec.shape[0], spec.chunk[0]
+    ends = np.minimum((np.arange(len(sizes)) + 1) * size, num_entries)
+    bytes_up_to = np.interp(np.cumsum(entries_L), np.concatenate([[0], ends]), np.concatenate([[0], np.cumsum(sizes)]))
+    return np.diff(bytes_up_to, prepend=0.0)
+
+
 def _read_index(handle: int, spec: ArraySpec) -> np.ndarray:
     """Offset and size of every chunk of a shard, uint64 [*grid, 2]; they must lie in C order without gaps."""
     num_bytes = 16 * math.prod(spec.grid)

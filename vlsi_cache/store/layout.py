@@ -179,7 +179,7 @@ def part_dir(root: Path, index: int) -> Path:
 
 def list_parts(root: Path) -> list[int]:
     """Indices of the committed parts: what is in `parts/` under a part's name is done."""
-    names = os.listdir(root / "parts") if (root / "parts").is_dir() else []
+    names = set(os.listdir(root / "parts")) if (root / "parts").is_dir() else set()
     indices = (int(name[:-5]) for name in names if name.endswith(".zarr") and name[:-5].isdecimal())
     return sorted(index for index in indices if part_name(index) in names)
 

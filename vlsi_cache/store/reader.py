@@ -174,7 +174,7 @@ def load_part(
 def _read_ragged(folder: Path, header: CacheHeader, specs: dict[str, ArraySpec], layers: Sequence[int]) -> Arrays:
     """Widths and offsets of the rows of `layers`, and their entries."""
     every = range(len(header.layers))
-    kept_LT = read_layered(folder, specs, ["kept"], every, undo={})["kept"]
+    kept_LT = read_layered(folder, specs, ["kept"], every)["kept"]
     if (kept_LT.max(1, initial=0) > header.top_k).any() or int(kept_LT.sum(dtype=np.int64)) != specs["ids"].shape[0]:
         raise CacheCorruptError(f"`{folder / 'kept'}`: the widths are not those of the entries")
     flat = read_flat(folder, specs, ["ids", value_array(header)], layers, kept_LT)

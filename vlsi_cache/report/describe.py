@@ -1,0 +1,282 @@
+"""What a cache is: origin, progress, and where its bytes go. Reads indices and records, no rows.
+
+Shape suffixes: L layers, T response tokens with a row.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vlsi_cache.errors import CacheCorruptError
+
+from .stats import spaced
+from .text import human_bytes, table
+
+if TYPE_CHECKING:
+    from vlsi_cache.store.layout import CacheHeader
+    from vlsi_cache.store.reader import Cache
+
+MEASURED_PARTS = 4  # parts whose shard indices are read: their layers are alike, and each costs a dozen open files
+FIRST = 5  # samples, reasons and names that are shown
+
+
+def describe_cache(path: Path) -> dict[str, Any]:
+    """JSON-ready facts about a cache, finished or not. Raises what opening a cache raises."""
+    from vlsi_cache.store.commit import list_tmp
+    from vlsi_cache.store.reader import open
+
+    cache = open(path, allow_incomplete=True)
+    header = cache.header
+    done = set(cache.parts)
+    dead, alive = list_tmp(path)
+    return {
+        "path": str(path),
+        "created_by": header.created_by,
+        "format_version": header.format_version,
+        "digest": header.digest,
+        "complete": cache.is_complete,
+        "parts_done": len(done),
+        "num_parts": header.num_parts,
+        "missing_parts": [index for index in range(header.num_parts) if index not in done],
+        "tmp": {"abandoned": dead, "perhaps_alive": alive},
+        "num_samples": cache.num_samples,
+        "planned_samples": header.num_samples,
+        "num_tokens": cache.num_tokens,
+        "num_response_tokens": _sum(cache, "num_response_tokens"),
+        "planned_response_tokens": header.num_response_tokens,
+        "layers": header.layers,
+        "num_model_layers": header.num_model_layers,
+        "row_kind": header.row_kind,
+        "truncated": header.truncated,
+        "top_k": header.top_k,
+        "tail_samples": header.tail_samples,
+        "taus": header.taus,
+        "profile": header.profile,
+        "v_real": header.v_real,
+        "token_texts": header.text_xxh3 is not None,
+        "select_tokens": (header.spec.get("rows") or {}).get("select_tokens"),
+        **_bytes(cache),
+        "first_ids": [sample_id for sample_id, _ in zip(cache, range(FIRST), strict=False)],
+        "skipped": header.skipped,
+        "skipped_by_reason": reasons(header.skipped),
+        "parents": header.parents,
+        "fingerprint": header.fingerprint,
+        "spec": header.spec,
+    }
+
+
+def reasons(skipped: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """How often each reason occurs, the most frequent first; numbers and names in it do not tell reasons apart."""
+    kinds = (re.sub(r"`[^`]*`|\d+", "..", str(one.get("reason", ""))) for one in skipped)
+    return dict(Counter(kinds).most_common())
+
+
+def _sum(cache: "Cache", column: str) -> int:
+    return int(cache.sample_table()[column].to_numpy().sum())
+
+
+def _bytes(cache: "Cache") -> dict[str, Any]:
+    """Bytes per array of all parts, exact, and per layer as the measured parts have them."""
+    stored = cache.bytes_by_array()
+    total, measured = sum(stored.values()), spaced(cache.parts, MEASURED_PARTS)
+    layer_sizes, num_tokens, num_entries = _measure(cache, measured)
+    num_tokens = max(1, num_tokens)
+    return {
+        "size_bytes": stored,
+        "vocab_bytes": sum(file.lstat().st_size for file in (cache.path / "vocab").rglob("*") if file.is_file()),
+        "bytes_per_layer_token": cache.bytes_per_layer_token(),
+        "bytes_per_token": total / max(1, cache.num_tokens),
+        "bytes_per_response_token": total / max(1, _sum(cache, "num_response_tokens")),
+        "raw_bytes": _raw_bytes(cache, num_entries / num_tokens),
+        "measured_parts": measured,
+        "layer_bytes": [
+            {
+                "layer": layer,
+                "top_k": cache.header.top_k[index],
+                "bytes": round(
+                    sum(float(of_L[index]) for of_L in layer_sizes.values()) * cache.num_tokens / num_tokens
+                ),
+                "bytes_per_token": sum(float(of_L[index]) for of_L in layer_sizes.values()) / num_tokens,
+                "by_array": {name: float(of_L[index]) / num_tokens for name, of_L in layer_sizes.items()},
+            }
+            for index, layer in enumerate(cache.layers)
+        ],
+    }
+
+
+def _measure(cache: "Cache", parts: Sequence[int]) -> tuple[dict[str, np.ndarray], int, int]:
+    """(bytes [L] of every layered array, response tokens, entries) of these parts."""
+    from vlsi_cache.store.schema import layered_names
+
+    sizes = {name: np.zeros(len(cache.layers)) for name in layered_names(cache.header)}
+    num_tokens = num_entries = 0
+    for part in parts:
+        found, tokens, entries = _measure_part(cache.path, cache.header, part)
+        sizes = {name: sizes_L + found[name] for name, sizes_L in sizes.items()}
+        num_tokens, num_entries = num_tokens + tokens, num_entries + entries
+    return sizes, num_tokens, num_entries
+
+
+def _measure_part(root: Path, header: "CacheHeader", part: int) -> tuple[dict[str, np.ndarray], int, int]:
+    from vlsi_cache.store.arrays import read_layered
+    from vlsi_cache.store.chunks import layer_bytes
+    from vlsi_cache.store.files import load_part_record
+    from vlsi_cache.store.layout import part_dir
+    from vlsi_cache.store.schema import data_file_name, layered_names, part_specs
+
+    record, folder = load_part_record(root, header, part), part_dir(root, part)
+    specs, entries_L = part_specs(header, record), np.zeros(len(header.layers))
+    if header.is_ragged:
+        every = range(len(header.layers))
+        entries_L = read_layered(folder, specs, ["kept"], every)["kept"].sum(1, dtype=np.int64)
+    found = {}
+    for name in layered_names(header):
+        found[name] = np.zeros(len(header.layers))
+        if specs[name].size_bytes:
+            file = folder / data_file_name(name, specs[name])
+            try:
+                found[name] = layer_bytes(file, specs[name], entries_L)
+            except ValueError as error:
+                raise CacheCorruptError(f"`{file}`: {error}; run: vlsi-cache verify {root}") from error
+    return found, record.num_tokens, record.num_entries
+
+
+def _raw_bytes(cache: "Cache", entries_per_token: float) -> dict[str, int]:
+    """Bytes of every array before compression; where rows are cut by mass, after the measured parts."""
+    from vlsi_cache.store.schema import array_specs
+
+    header, samples = cache.header, cache.sample_table()
+    num_tokens = cache.num_tokens
+    per_token = entries_per_token if header.truncated else sum(header.top_k)
+    specs = array_specs(
+        header,
+        num_samples=len(samples) + len(cache.parts) - 1,  # every part has one offset more than samples
+        num_tokens=num_tokens,
+        num_response=_sum(cache, "num_response_tokens"),
+        num_entries=round(per_token * num_tokens),
+    )
+    return {name: spec.size_bytes for name, spec in specs.items()}
+
+
+def description_text(facts: dict[str, Any]) -> str:
+    """The same for people."""
+    blocks = ["\n".join(_head_lines(facts)), _array_table(facts), _layer_table(facts), "\n".join(_skipped_lines(facts))]
+    blocks.append("\n".join(_origin_lines(facts)))
+    return "\n\n".join(block for block in blocks if block)
+
+
+def _head_lines(facts: dict[str, Any]) -> list[str]:
+    state = "complete" if facts["complete"] else "not finished"
+    spec, rows, all_tokens = facts["spec"], facts["num_tokens"], facts["num_response_tokens"]
+    total, share = sum(facts["size_bytes"].values()), 100 * rows / max(1, all_tokens)
+    lines = [
+        f"cache       {facts['path']} ({state}: {facts['parts_done']} of {facts['num_parts']} parts)",
+        f"spec        {spec.get('name', '')}: {spec.get('description', '')}",
+        f"teacher     {(spec.get('teacher') or {}).get('model', '')}, {facts['num_model_layers']} layers",
+        f"made by     {facts['created_by']}, format {facts['format_version']}",
+        f"samples     {facts['num_samples']:,}; first: {', '.join(facts['first_ids'])}",
+        f"tokens      {rows:,} rows a layer for {all_tokens:,} response tokens ({share:.1f} %)",
+        f"layers      {', '.join(map(str, facts['layers'][:-1]))} and last ({facts['layers'][-1]})",
+        f"rows        {rows_text(facts)}",
+        f"bytes       {human_bytes(total)}: {facts['bytes_per_layer_token']['total']:.1f} per (layer, token), "
+        f"{facts['bytes_per_response_token']:.1f} per response token; vocabulary {human_bytes(facts['vocab_bytes'])}",
+    ]
+    missing, tmp = facts["missing_parts"], facts["tmp"]
+    if missing:
+        planned = f"{facts['planned_samples']:,} samples, {facts['planned_response_tokens']:,} response tokens"
+        lines.append(f"missing     {len(missing)} parts: {_some(missing)}; planned are {planned}")
+    lines += [f"tmp/        {len(n)} {k.replace('_', ' ')}: {_some(n)}" for k, n in tmp.items() if n]
+    return lines
+
+
+def rows_text(facts: dict[str, Any]) -> str:
+    """What a row is, in a few words."""
+    k = facts["top_k"]
+    widths = str(k[0]) if len(set(k)) == 1 else f"{min(k)} to {max(k)}"
+    if facts["row_kind"] == "sampled":
+        what = f"{widths} draws"
+    elif facts["truncated"]:
+        what = f"top-p, at most {widths} words"
+    else:
+        what = f"top-{widths} words"
+    tails = "" if facts["row_kind"] == "sampled" else f", {facts['tail_samples']} tail samples"
+    texts = "with" if facts["token_texts"] else "without"
+    return f"{what} of {facts['v_real']:,}{tails}; profile {facts['profile']}; {texts} token texts"
+
+
+def _array_table(facts: dict[str, Any]) -> str:
+    sizes, per, raw = facts["size_bytes"], facts["bytes_per_layer_token"], facts["raw_bytes"]
+    rows = [
+        [
+            name,
+            human_bytes(size),
+            human_bytes(raw[name]) if name in raw else "",
+            f"{100 * size / raw[name]:.0f} %" if raw.get(name) else "",
+            f"{per[name]:.2f}",
+        ]
+        for name, size in sizes.items()
+    ]
+    rows.append(["total", human_bytes(sum(sizes.values())), human_bytes(sum(raw.values())), "", f"{per['total']:.2f}"])
+    return table(["array", "stored", "raw", "stored/raw", "bytes per (layer, token)"], rows)
+
+
+def _layer_table(facts: dict[str, Any]) -> str:
+    of_layer, measured = facts["layer_bytes"], facts["measured_parts"]
+    if not measured:
+        return ""
+    whole = max(1e-9, sum(one["bytes_per_token"] for one in of_layer))
+    rows = [
+        [
+            "last" if one["layer"] == facts["layers"][-1] else str(one["layer"]),
+            str(one["top_k"]),
+            f"{one['bytes_per_token']:.2f}",
+            f"{100 * one['bytes_per_token'] / whole:.1f} %",
+            human_bytes(one["bytes"]),
+        ]
+        for one in of_layer
+    ]
+    is_all = len(measured) == facts["parts_done"]
+    note = "" if is_all else f"\nlayers: measured on {len(measured)} evenly spaced parts of {facts['parts_done']}"
+    size = "stored" if is_all else "stored, about"
+    return table(["layer", "k", "bytes per token", "share", size], rows) + note
+
+
+def _skipped_lines(facts: dict[str, Any]) -> list[str]:
+    skipped, kinds = facts["skipped"], facts["skipped_by_reason"]
+    lines = [f"left out    {len(skipped)} rows"]
+    lines += [f"  {count:>8}  {reason}" for reason, count in list(kinds.items())[:FIRST]]
+    lines += [f"            {len(kinds) - FIRST} more reasons"] if len(kinds) > FIRST else []
+    return lines + [f"              {one['id']}: {one['reason']}" for one in skipped[:FIRST]]
+
+
+def _origin_lines(facts: dict[str, Any]) -> list[str]:
+    lines = [f"parent      {_parent_text(parent)}" for parent in lineage(facts["parents"])]
+    lines += ["made from"] + [f"  {key}: {_short(value)}" for key, value in facts["fingerprint"].items()]
+    return [*lines, "everything, the spec too: --json"]
+
+
+def lineage(parents: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """All ancestors, the nearest first."""
+    for parent in parents:
+        yield parent
+        yield from lineage(parent.get("parents") or [])
+
+
+def _parent_text(parent: dict[str, Any]) -> str:
+    done = [f"{k} {_short(v)}" for k, v in parent.items() if k not in ("path", "digest", "parents", "operation")]
+    name = f"{parent.get('path', '')} ({str(parent.get('digest', ''))[:12]})"
+    return f"{name}: {parent.get('operation', '')} {', '.join(done)}".rstrip(": ")
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 72 else f"{text[:69]}..."
+
+
+def _some(names: Sequence[Any]) -> str:
+    shown = ", ".join(map(str, names[:FIRST]))
+    return f"{shown}, ..." if len(names) > FIRST else shown
