@@ -34,9 +34,10 @@ def prune(
 
     The old one stays as it is. Run again after a crash to go on.
     """
+    from vlsi_cache.store.edit import plan_prune
+
     import vlsi_cache as vc
     from vlsi_cache.report.text import human_bytes
-    from vlsi_cache.store.edit import plan_prune
 
     if layers is None and top_k is None:
         raise SpecError("nothing to prune: name what to keep with --layers, --top-k or both")

@@ -21,7 +21,7 @@ KILL_AT_EVERY_STEP = """
     from pathlib import Path
     sys.path.insert(0, {tests!r})
     from test_store_cases import build, file_bytes, make_case
-    from vlsi_cache.store import edit, reader, sampler, table, verify
+    from vlsi_cache.store import prune, reader, sampler, table, verify
 
     base, stride = Path({base!r}), {stride}
     case = make_case([[2, 1]], ["a", "b"], num_layers=2, top_k=2, num_tail=1)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .stages.evaluate import evaluate
     from .stages.plan import plan
     from .stages.verbalize import train_verbalizers
-    from .store.edit import prune
+    from .store.prune import prune
     from .store.reader import open
     from .store.repair import repair
 
@@ -28,7 +28,7 @@ _HOME = {
     "load_spec": "spec",
     "open": "store.reader",
     "plan": "stages.plan",
-    "prune": "store.edit",
+    "prune": "store.prune",
     "repair": "store.repair",
     "sparse_kl": "sparse.kl",
     "train_verbalizers": "stages.verbalize",
