@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from .stages.evaluate import evaluate
     from .stages.plan import plan
     from .stages.verbalize import train_verbalizers
+    from .store.diff import diff
+    from .store.merge import merge
     from .store.prune import prune
     from .store.reader import open
     from .store.repair import repair
@@ -22,10 +24,12 @@ _HOME = {
     "DistillSpec": "spec",
     "VlsiCacheError": "errors",
     "build_teacher": "stages.build",
+    "diff": "store.diff",
     "distill": "stages.distill",
     "evaluate": "stages.evaluate",
     "init_student": "models.prune_depth",
     "load_spec": "spec",
+    "merge": "store.merge",
     "open": "store.reader",
     "plan": "stages.plan",
     "prune": "store.prune",
@@ -39,10 +43,12 @@ __all__ = [
     "DistillSpec",
     "VlsiCacheError",
     "build_teacher",
+    "diff",
     "distill",
     "evaluate",
     "init_student",
     "load_spec",
+    "merge",
     "open",
     "plan",
     "prune",

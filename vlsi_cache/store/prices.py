@@ -13,11 +13,13 @@ LEVEL_BYTES = 0.8  # of one entry in the `default` profile, compressed; measured
 
 @dataclass(frozen=True)
 class Shares:
-    """What stays of one part, from 0 to 1, applied one after another."""
+    """What stays of one part, from 0 to 1: first layers, then entries, then samples with their rows and responses, and
+    of the rows that are left those of some tokens."""
 
     layers: float
     entries: float
     samples: float
+    rows: float
     responses: float
     tokens: float
 
@@ -44,23 +46,24 @@ def entry_share(header: CacheHeader, records: Sequence[PartRecord], rows: list[i
 
 def spend(header: CacheHeader, record: PartRecord, shares: Shares, profile: str) -> Spent:
     """Price one part."""
-    entries, layered, per_row, per_response, rest = _sizes(header, record)
+    entries, layered, per_row, per_response, per_sample = _sizes(header, record)
     saved = {}
     saved["layers"] = (entries + layered) * (1 - shares.layers)
     entries, layered = entries * shares.layers, layered * shares.layers
     saved["entries"] = entries * (1 - shares.entries)
     entries *= shares.entries
-    saved["samples"] = (entries + layered + per_row) * (1 - shares.samples) + per_response * (1 - shares.responses)
-    entries, layered, per_row = (size * shares.samples for size in (entries, layered, per_row))
-    per_response *= shares.responses
+    saved["samples"] = (entries + layered + per_row) * (1 - shares.rows) + per_response * (1 - shares.responses)
+    saved["samples"] += per_sample * (1 - shares.samples)
+    entries, layered, per_row = (size * shares.rows for size in (entries, layered, per_row))
+    per_response, per_sample = per_response * shares.responses, per_sample * shares.samples
     saved["tokens"] = (entries + layered + per_row) * (1 - shares.tokens)
     entries, layered, per_row = (size * shares.tokens for size in (entries, layered, per_row))
     if profile != header.profile:
-        share = shares.layers * shares.entries * shares.samples * shares.tokens
+        share = shares.layers * shares.entries * shares.rows * shares.tokens
         after = _converted(header, record, entries, record.num_entries * share, profile)
         saved["profile"] = entries - after
         entries = after
-    left = int(entries + layered + per_row + per_response + rest)
+    left = int(entries + layered + per_row + per_response + per_sample)
     return Spent(left, {reason: int(num_bytes) for reason, num_bytes in saved.items()})
 
 
@@ -92,9 +95,14 @@ def _converted(header: CacheHeader, record: PartRecord, entry_bytes: float, num_
 
 def group_parts(sizes: Sequence[int], target: int) -> list[list[int]]:
     """Runs of source parts whose bytes come to about `target` each: a part belongs where the middle of it falls."""
-    groups: dict[int, list[int]] = {}
-    begin = 0
+    total = max(1, sum(sizes))
+    num_groups = max(1, round(total / max(1, target)))
+    groups: list[list[int]] = []
+    begin, last = 0, -1
     for index, size in enumerate(sizes):
-        groups.setdefault((begin + size // 2) // max(1, target), []).append(index)
-        begin += size
-    return list(groups.values())
+        place = (2 * begin + size) * num_groups // (2 * total)
+        if not groups or (size and last not in (-1, place)):
+            groups.append([])
+        groups[-1].append(index)
+        begin, last = begin + size, place if size else last
+    return groups

@@ -291,7 +291,8 @@ def _price(source: Cache, cuts: Cuts, chosen: dict[int, np.ndarray]) -> tuple[in
         shares = Shares(
             layers=len(cuts.rows) / len(header.layers),
             entries=entries,
-            samples=of_samples / max(1, record.num_tokens),
+            samples=float(chosen[index].sum()) / max(1, len(record.sample_ids)),
+            rows=of_samples / max(1, record.num_tokens),
             responses=float(response_S[chosen[index]].sum()) / max(1, record.num_response_tokens),
             tokens=left / max(1, of_samples),
         )
