@@ -1,10 +1,5 @@
 """Merging: every row of every source comes out as it was, under one table of ranks."""
 
-import os
-import random
-import subprocess
-import sys
-import textwrap
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -222,46 +217,3 @@ def test_token_texts_are_kept(tmp_path: Path) -> None:
     writer.finish()
     other = build(tmp_path / "u", named_case("u", 1))
     assert merge([tmp_path / "t", other], tmp_path / "both").token_text(5) == "x"
-
-
-# Forks a merger again and again and kills it after a random time; the parent has imported everything.
-KILL = """
-    import os, random, signal, time
-    from pathlib import Path
-    from vlsi_cache.store import reader
-    from vlsi_cache.store.merge import merge
-
-    base, rng, kills = Path({base!r}), random.Random({seed}), 0
-    sources = [base / "a", base / "b"]
-    while True:
-        pid = os.fork()
-        if pid == 0:
-            merge(sources, base / "new")
-            os._exit(0)
-        time.sleep(rng.uniform(0.01, 0.08))
-        if len(list((base / "new" / "parts").glob("*"))) > 6 or kills > 80:
-            assert os.waitpid(pid, 0)[1] == 0
-            break
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        kills += 1
-        if (base / "new" / "cache.json").exists():
-            half = reader.open(base / "new", allow_incomplete=True)
-            assert all(half.read_part(index) for index in half.parts)
-    merge(sources, base / "whole")
-    print(kills)
-"""
-
-
-def test_killed_at_random_a_merge_goes_on(tmp_path: Path) -> None:
-    for number, name in enumerate("ab"):
-        case = make_case([[30, 20]] * 4, [f"{name}{i}" for i in range(8)], num_layers=3, seed=number)
-        build(tmp_path / name, case)
-    code = textwrap.dedent(KILL).format(base=str(tmp_path), seed=random.Random(1).random())
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert int(done.stdout) >= 3
-    assert file_bytes(tmp_path / "new" / "parts") == file_bytes(tmp_path / "whole" / "parts")
-    assert reader.open(tmp_path / "new").verify(deep=True).ok
