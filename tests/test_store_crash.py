@@ -198,15 +198,14 @@ KILL_WHILE_CHANGING = """
             os._exit(0)
         while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
             if list((base / "new").glob(f"tmp/*.{{pid}}.*")):  # it has something to lose
-                time.sleep(rng.uniform(0, 0.3))
+                time.sleep(rng.uniform(0, 0.05 * (1 + len(seen))))  # longer every time: it ends on any machine
                 os.kill(pid, signal.SIGKILL)
                 break
             time.sleep(0.002)
         alive = os.waitpid(pid, 0)[1] != 0
-        if (base / "new" / "cache.json").exists():
-            half = reader.open(base / "new", allow_incomplete=True)
-            assert all(half.read_part(index) for index in half.parts)
-            seen.append(len(half.parts))
+        half = reader.open(base / "new", allow_incomplete=True) if (base / "new" / "cache.json").exists() else None
+        assert half is None or all(half.read_part(index) for index in half.parts)
+        seen.append(0 if half is None else len(half.parts))
     change(base / "whole")
     print(*seen)
 """
@@ -221,7 +220,7 @@ KILL_WHILE_CHANGING = """
     ids=["prune", "merge"],
 )
 def test_killed_at_random_a_change_goes_on(tmp_path: Path, change: str) -> None:
-    num_parts = {"prune": 12, "merge": 3}[change.partition("(")[0]]
+    num_parts = {"prune": 9, "merge": 3}[change.partition("(")[0]]
     for number, name in enumerate("ab"):
         names = [f"{name}{i}" for i in range(2 * num_parts)]
         case = make_case([[30, 20]] * num_parts, names, num_layers=3, top_k=8, seed=number)

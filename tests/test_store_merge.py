@@ -22,6 +22,7 @@ from vlsi_cache.store import commit, reader
 from vlsi_cache.store.derive import data_sections
 from vlsi_cache.store.merge import merge
 from vlsi_cache.store.prune import prune
+from vlsi_cache.store.sampler import PartWindowReader
 from vlsi_cache.store.writer import CacheWriter
 
 FIELDS = (
@@ -207,6 +208,17 @@ def test_unfinished_says_how_to_go_on_and_goes_on(tmp_path: Path) -> None:
         reader.open(tmp_path / "both")
     merge([one, other], tmp_path / "both")
     assert file_bytes(tmp_path / "both" / "parts") == file_bytes(whole / "parts")
+
+
+def test_an_epoch_reads_every_sample(tmp_path: Path) -> None:
+    one, other = two(tmp_path)
+    merged = merge([one, prune(other, tmp_path / "fewer", where="part > 0")], tmp_path / "both")
+    small = prune(merged, tmp_path / "small", tokens="entropy>4")  # leaves samples without rows
+    assert 0 in small.sample_table()["num_tokens"].to_pylist()
+    for cache in (merged, small):
+        rows = list(PartWindowReader(cache, layers=[1, "last"], seed=0, epoch=0))
+        assert sorted(row.sample_id for row in rows) == sorted(cache)
+        assert sum(row.num_tokens for row in rows) == cache.num_tokens
 
 
 def test_token_texts_are_kept(tmp_path: Path) -> None:
