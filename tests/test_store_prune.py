@@ -315,7 +315,7 @@ def test_parts_keep_their_size(tmp_path: Path) -> None:
     assert small.sample_table()["part"].to_pylist() == sorted(small.sample_table()["part"].to_pylist())
     assert group_parts([10, 10, 10], 10) == [[0], [1], [2]]
     assert group_parts([5, 5, 0, 5, 25, 5], 10) == [[0, 1, 2], [3], [4], [5]]
-    assert group_parts([99] * 60, 100) == [[i] for i in range(60)]
+    assert group_parts([999] * 60, 1000) == [[i] for i in range(60)]
     assert group_parts([0, 300, 0, 0], 100) == [[0, 1, 2, 3]]
     assert group_parts([102, 3], 100) == [[0, 1]]
     assert group_parts([0, 0], 0) == [[0, 1]]

@@ -19,7 +19,7 @@ from .cut import in_memory, stored_samples
 from .derive import CachePath, check_room, check_target, lineage, open_source, token_texts
 from .encoding import by_layer
 from .header import differences
-from .layout import IDENTITY_FIELDS, CacheHeader, list_parts
+from .layout import IDENTITY_FIELDS, CacheHeader, list_parts, part_dir
 from .reader import Cache, Part, open
 from .schema import layered_names, value_array
 from .writer import CacheWriter
@@ -76,6 +76,8 @@ def _run(sources: list[Cache], plan: MergePlan) -> Cache:
     )
     maps = {source.path: _rank_map(source, writer) for source in sources}
     for number in writer.missing_parts():
+        if part_dir(plan.out, number).exists():  # another process was faster
+            continue
         source, index = homes[number]
         part = in_memory(source.part(index, keep=False))
         writer.write_encoded(number, stored_samples(part), _as_stored(part, maps[source.path]))

@@ -27,7 +27,7 @@ from .choose import (
 )
 from .cut import cut_part, join
 from .derive import CachePath, check_room, check_target, lineage, open_source, token_texts
-from .layout import CacheHeader, list_parts
+from .layout import CacheHeader, list_parts, part_dir
 from .prices import Shares, Spent, entry_share, group_parts, spend
 from .ranks import RankTable, plain_ranks
 from .reader import Cache, Part, open
@@ -156,6 +156,8 @@ def run_prune(job: Job) -> Cache:
     writer = CacheWriter.create_or_resume(out, job.header, job.ranks, token_texts=token_texts(source))
     generation = len(earlier_cuts(source.header, "top_k"))
     for index in writer.missing_parts():
+        if part_dir(out, index).exists():  # another process was faster
+            continue
         pieces = []
         for number in job.groups[index]:
             part, chosen_S = source.part(number, job.header.layers, keep=False), job.chosen[number]
