@@ -1,9 +1,9 @@
-"""Commands that make a new cache out of one, or mend one: prune, repair."""
+"""Commands that make a new cache out of others, or mend one: prune, merge, repair."""
 
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,7 +12,7 @@ from vlsi_cache.errors import SpecError
 from .output import CHANGE, Answer, command, require_cache, say
 
 if TYPE_CHECKING:
-    from vlsi_cache.store.edit import PrunePlan
+    from vlsi_cache.store.prune import PrunePlan
 
 CachePath = Annotated[Path, typer.Argument(metavar="CACHE", help="Folder of a cache.")]
 
@@ -28,27 +28,63 @@ def prune(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="NEW", help="Where the smaller cache goes.")],
     layers: Annotated[str | None, typer.Option(metavar="LIST", help="Layers to keep, e.g. 2-6,18,last.")] = None,
     top_k: Annotated[int | None, typer.Option(min=1, metavar="K", help="Entries to keep per distribution.")] = None,
+    samples: Annotated[Path | None, typer.Option(metavar="FILE", help="Samples to keep: one id a line.")] = None,
+    min_kept_mass: Annotated[
+        float | None, typer.Option(metavar="X", help="Keep samples whose top-k holds at least this mass.")
+    ] = None,
+    where: Annotated[
+        str | None, typer.Option(metavar="EXPR", help="Samples to keep, e.g. 'kind == \"chart\" and entropy > 0.5'.")
+    ] = None,
+    tokens: Annotated[
+        str | None, typer.Option(metavar="RULE", help="Tokens to keep: 'entropy>0.5', top:0.3 or random:0.2.")
+    ] = None,
+    profile: Annotated[str | None, typer.Option(metavar="P", help="Store values as: default or fast.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what the new cache would be.")] = False,
 ) -> Answer:
-    """Make a smaller cache with fewer layers or a smaller k.
+    """Make a smaller cache: fewer layers, a smaller k, fewer samples or tokens.
 
     The old one stays as it is. Run again after a crash to go on.
     """
     import vlsi_cache as vc
     from vlsi_cache.report.text import human_bytes
-    from vlsi_cache.store.edit import plan_prune
 
-    if layers is None and top_k is None:
-        raise SpecError("nothing to prune: name what to keep with --layers, --top-k or both")
-    kept = None if layers is None else parse_layers(layers)
-    planned = plan_prune(vc.open(cache), out, layers=kept, top_k=top_k)
+    options: dict[str, Any] = {"top_k": top_k, "samples": samples, "min_kept_mass": min_kept_mass, "where": where}
+    options |= {"layers": None if layers is None else parse_layers(layers), "tokens": tokens, "profile": profile}
+    if all(value is None for value in options.values()):
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(options))
+        raise SpecError(f"nothing to prune: say what to keep with one or more of {names}")
+    source = vc.open(cache)
+    planned = vc.prune(source, out, dry_run=True, **options)
     facts = {**asdict(planned), "dry_run": dry_run}
     if dry_run:
         return Answer(facts, f"would write {out}: {_cuts(planned)}")
     say(_cuts(planned))
-    small = vc.prune(cache, out, layers=kept, top_k=top_k)
+    small = vc.prune(source, out, **options)
     facts["bytes"] = sum(small.bytes_by_array().values())
     return Answer(facts, f"cache: {out} ({human_bytes(facts['bytes'])} of {human_bytes(planned.source_bytes)})")
+
+
+def merge(
+    caches: Annotated[list[Path], typer.Argument(metavar="A B [C ...]", help="Folders of caches.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="NEW", help="Where the new cache goes.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what the new cache would be.")] = False,
+) -> Answer:
+    """Join caches of one teacher with different samples.
+
+    The old ones stay as they are. Run again after a crash to go on.
+    """
+    import vlsi_cache as vc
+    from vlsi_cache.report.text import human_bytes
+
+    planned = vc.merge(caches, out, dry_run=True)
+    facts = {**asdict(planned), "dry_run": dry_run}
+    size = human_bytes(planned.estimated_bytes)
+    holds = f"{planned.num_samples} samples in {planned.num_parts} parts, about {size}"
+    if dry_run:
+        return Answer(facts, f"would write {out}: {holds}")
+    say(holds)
+    facts["bytes"] = sum(vc.merge(caches, out).bytes_by_array().values())
+    return Answer(facts, f"cache: {out} ({planned.num_samples} samples, {human_bytes(facts['bytes'])})")
 
 
 def repair(
@@ -95,11 +131,17 @@ def _cuts(planned: "PrunePlan") -> str:
     from vlsi_cache.report.text import human_bytes
 
     layers = f"{len(planned.layers)} of {len(planned.layers) + len(planned.dropped_layers)} layers {planned.layers}"
+    entries = f"top-{max(planned.top_k)} of {max(planned.source_top_k)}"
+    samples = f"{planned.num_samples} of {planned.source_samples} samples"
+    tokens = f"{planned.num_tokens} of {planned.source_tokens} rows per layer"
+    profile = f"profile {planned.profile}"
     sizes = f"about {human_bytes(planned.estimated_bytes)} instead of {human_bytes(planned.source_bytes)}"
-    return f"{layers}, top-{planned.top_k} of {planned.source_top_k}; {sizes}"
+    saved = ", ".join(f"{name} {human_bytes(size)}" for name, size in planned.saved_bytes.items() if size)
+    return f"{layers}, {entries}, {samples}, {tokens}, {profile}; {sizes} (saved: {saved})"
 
 
 COMMANDS = (
     ("prune", prune, "prune caches/demo -o caches/small --layers 2,4,last --top-k 8"),
+    ("merge", merge, "merge caches/a caches/b -o caches/both"),
     ("repair", repair, "repair caches/demo"),
 )

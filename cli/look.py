@@ -1,4 +1,4 @@
-"""Commands that only read: ls, inspect, sample, stats, verify, report, specs."""
+"""Commands that only read: ls, inspect, sample, stats, verify, diff, report, specs."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -88,6 +88,21 @@ def verify(
     return Answer({"ok": found.ok, **asdict(found)}, str(found), exit_code=OK if found.ok else PROBLEMS)
 
 
+def diff(
+    a: Annotated[Path, typer.Argument(metavar="A", help="Folder of a cache.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Folder of the cache to compare it with.")],
+    samples: Annotated[int, typer.Option(min=0, metavar="N", help="Common samples whose rows are compared.")] = 200,
+) -> Answer:
+    """Compare two caches: origin, samples, and what every layer says.
+
+    Exit code 1 when something differs.
+    """
+    import vlsi_cache as vc
+
+    found = vc.diff(a, b, samples=samples)
+    return Answer(found.as_dict(), lambda: str(found), exit_code=OK if found.is_equal else PROBLEMS)
+
+
 def report(
     path: Annotated[Path, typer.Argument(metavar="CACHE-or-RUN", help="Folder of a cache, a run or a demo.")],
 ) -> Answer:
@@ -117,6 +132,7 @@ COMMANDS = (
     ("sample", sample, "sample caches/demo 5f0c2a --top 3"),
     ("stats", stats, "stats caches/demo -o stats.html"),
     ("verify", verify, "verify caches/demo --deep"),
+    ("diff", diff, "diff caches/demo caches/small"),
     ("report", report, "report runs/a"),
     ("specs", specs, "specs"),
 )

@@ -18,7 +18,8 @@ from vlsi_cache import errors
 from vlsi_cache.spec import load_spec
 
 STAGES = ["plan", "train-verbalizers", "build-teacher", "distill", "evaluate", "init-student", "demo"]
-COMMANDS = [*STAGES, "ls", "inspect", "sample", "stats", "verify", "report", "specs", "prune", "repair"]
+LOOK = ["ls", "inspect", "sample", "stats", "verify", "diff", "report", "specs"]
+COMMANDS = [*STAGES, *LOOK, "prune", "merge", "repair"]
 
 
 @pytest.fixture
@@ -302,6 +303,49 @@ def test_prune(run: Any, cache: Path, tmp_path: Path) -> None:
     assert (facts["layers"], facts["top_k"]) == ([2, 3, 4], [3, 3, 3])
     for words in (["-o", small], ["-o", small, "--layers", "2-x"], ["-o", small, "--layers", "3-2,last"]):
         assert run("prune", cache, *words)[0] == 2
+
+
+def test_prune_by_samples_and_tokens(run: Any, cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "ids.txt").write_text("sample-0\nsample-1\nsample-4\n")
+    small = tmp_path / "small"
+    words = ["--samples", tmp_path / "ids.txt", "--where", "kind != 'count'", "--tokens", "top:0.5"]
+    words += ["--min-kept-mass", 0.001, "--profile", "fast"]
+    code, out, _ = run("prune", cache, "-o", small, *words, "--dry-run", "--json")
+    facts = json.loads(out)
+    assert (code, facts["num_samples"], facts["dry_run"]) == (0, 3, True)
+    assert run("prune", cache, "-o", small, *words)[0] == 0
+    facts = json.loads(run("inspect", small, "--json")[1])
+    assert (facts["num_samples"], facts["parents"][0]["cuts"]["tokens"]) == (3, "top:0.5")
+    assert run("verify", small, "--deep")[0] == 0
+    code, _, err = run("prune", cache, "-o", small, "--where", "entropy > 99")
+    assert (code, "nothing would be left of the 6 samples" in err) == (2, True)
+    code, _, err = run("prune", cache, "-o", small, "--where", "__import__('os')")
+    assert (code, "compare the columns id, kind" in err) == (2, True)
+    assert run("prune", cache, "-o", small, "--top-k", 2)[0] == 3
+    (tmp_path / "ids.txt").write_text("sample-9\n")
+    assert run("prune", cache, "-o", small, "--samples", tmp_path / "ids.txt")[0] == 3
+
+
+def test_merge_and_diff(run: Any, cache: Path, tmp_path: Path) -> None:
+    for name, where in (("one", "part == 0"), ("other", "part == 1")):
+        assert run("prune", cache, "-o", tmp_path / name, "--where", where)[0] == 0
+    words = ["merge", tmp_path / "one", tmp_path / "other", "-o", tmp_path / "both"]
+    code, out, _ = run(*words, "--dry-run", "--json")
+    assert (code, json.loads(out)["num_samples"], (tmp_path / "both").exists()) == (0, 6, False)
+    assert "6 samples in 2 parts" in run(*words, "--dry-run")[1]
+    assert run(*words)[0] == 0
+    assert run("verify", tmp_path / "both", "--deep")[0] == 0
+    code, _, err = run("merge", tmp_path / "one", cache, "-o", tmp_path / "no")
+    assert (code, "3 samples are in both" in err) == (2, True)
+    assert run("merge", tmp_path / "one", "-o", tmp_path / "no")[0] == 2
+    assert run("diff", cache, cache) == (0, "equal: 6 samples in both, the rows of 6 compared\n", "")
+    code, out, _ = run("diff", cache, tmp_path / "both", "--samples", 4, "--json")
+    facts = json.loads(out)
+    assert (code, facts["equal"], facts["num_compared"], facts["only_a"]) == (1, False, 4, [])
+    assert all(layer["max_dlogp"] == 0 for layer in facts["layers"])
+    code, out, _ = run("diff", cache, tmp_path / "one")
+    assert (code, "3 samples only in a" in out) == (1, True)
+    assert run("diff", cache, tmp_path / "nowhere")[0] == 3
 
 
 def test_report(run: Any, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import write_spec
+from conftest import make_rows, write_jsonl, write_spec
 
 import vlsi_cache as vc
 from vlsi_cache.data.collate import collate
@@ -63,3 +63,19 @@ def test_only_tokens_with_rows_are_compared(tmp_path: Path, teacher_folder: Path
     gold = np.concatenate([cache[name].response_ids_R[cache[name].positions_T] for name in names])
     np.testing.assert_array_equal(micro.batch.gold_T.numpy(), gold)
     np.testing.assert_array_equal(micro.rows.entropy_LT, np.concatenate([cache[n].entropy_LT for n in names], axis=1))
+
+
+def test_a_student_of_a_merged_cache_finds_the_rows_of_both(
+    tmp_path: Path, teacher_folder: Path, student_folder: Path
+) -> None:
+    caches = []
+    for name, first in (("a", 0), ("b", 500)):
+        folder = tmp_path / name
+        folder.mkdir()
+        spec = write_spec(folder, teacher_folder, num_rows=10)
+        write_jsonl(folder / "rows.jsonl", make_rows(10, start=first))
+        caches.append(vc.build_teacher(vc.load_spec(spec), out=folder / "cache"))
+    both = vc.merge(caches, out=tmp_path / "both")
+    assert len(both) == 20
+    run = vc.distill(both, student=str(student_folder), out=tmp_path / "run")
+    assert (run / "student" / "config.json").is_file()

@@ -21,7 +21,7 @@ KILL_AT_EVERY_STEP = """
     from pathlib import Path
     sys.path.insert(0, {tests!r})
     from test_store_cases import build, file_bytes, make_case
-    from vlsi_cache.store import edit, reader, sampler, table, verify
+    from vlsi_cache.store import prune, reader, sampler, table, verify
 
     base, stride = Path({base!r}), {stride}
     case = make_case([[2, 1]], ["a", "b"], num_layers=2, top_k=2, num_tail=1)
@@ -176,3 +176,65 @@ def test_writers_that_race_for_every_part_agree(tmp_path: Path) -> None:
     assert [racer.wait() for racer in racers] == [0, 0]
     assert verify(tmp_path / "cache", deep=True).ok
     assert list((tmp_path / "cache" / "tmp").iterdir()) == []
+
+
+# One process that has imported everything forks a child again and again, and kills it after a random time.
+KILL_WHILE_CHANGING = """
+    import os, random, signal, time
+    from pathlib import Path
+    import zarr.codecs, zarr.storage  # a child that is still importing has nothing to lose
+    from vlsi_cache.store import reader, table
+    from vlsi_cache.store.merge import merge
+    from vlsi_cache.store.prune import prune
+
+    base, rng, seen = Path({base!r}), random.Random(0), []
+    def change(out):
+        {change}
+    alive = True
+    while alive:
+        pid = os.fork()
+        if pid == 0:
+            change(base / "new")
+            os._exit(0)
+        while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            if list((base / "new").glob(f"tmp/*.{{pid}}.*")):  # it has something to lose
+                time.sleep(rng.uniform(0, 0.05 * (1 + len(seen))))  # longer every time: it ends on any machine
+                os.kill(pid, signal.SIGKILL)
+                break
+            time.sleep(0.002)
+        alive = os.waitpid(pid, 0)[1] != 0
+        half = reader.open(base / "new", allow_incomplete=True) if (base / "new" / "cache.json").exists() else None
+        assert half is None or all(half.read_part(index) for index in half.parts)
+        seen.append(0 if half is None else len(half.parts))
+    change(base / "whole")
+    print(*seen)
+"""
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        """prune(base / "a", out, top_k=3, tokens="random:0.7", where="id != 'a3'")""",
+        """merge([base / "a", base / "b"], out)""",
+    ],
+    ids=["prune", "merge"],
+)
+def test_killed_at_random_a_change_goes_on(tmp_path: Path, change: str) -> None:
+    num_parts = {"prune": 9, "merge": 3}[change.partition("(")[0]]
+    for number, name in enumerate("ab"):
+        names = [f"{name}{i}" for i in range(2 * num_parts)]
+        case = make_case([[30, 20]] * num_parts, names, num_layers=3, top_k=8, seed=number)
+        build(tmp_path / name, case)
+    before = file_bytes(tmp_path / "a"), file_bytes(tmp_path / "b")
+    code = textwrap.dedent(KILL_WHILE_CHANGING).format(base=str(tmp_path), change=change)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    seen = list(map(int, done.stdout.split()))
+    assert len(seen) >= 3, seen
+    assert seen == sorted(seen)
+    assert (file_bytes(tmp_path / "a"), file_bytes(tmp_path / "b")) == before
+    for folder in ("parts", "vocab"):
+        assert file_bytes(tmp_path / "new" / folder) == file_bytes(tmp_path / "whole" / folder)
+    assert (tmp_path / "new" / "cache.json").read_bytes() == (tmp_path / "whole" / "cache.json").read_bytes()
+    assert verify(tmp_path / "new", deep=True).ok
+    assert list((tmp_path / "new" / "tmp").iterdir()) == []

@@ -23,7 +23,7 @@ from vlsi_cache.errors import (
     SpecError,
 )
 from vlsi_cache.sparse.truncate import redraw_tail
-from vlsi_cache.store import commit, edit, reader
+from vlsi_cache.store import commit, reader
 from vlsi_cache.store.layout import list_parts, response_digest
 from vlsi_cache.store.ranks import plain_ranks
 from vlsi_cache.store.verify import verify
@@ -291,43 +291,9 @@ def test_importing_the_package_imports_no_store_and_the_store_no_torch() -> None
     code = (
         "import sys, vlsi_cache; assert not any(m.startswith(('vlsi_cache.store', 'zarr')) for m in sys.modules);"
         "import vlsi_cache.store.reader; assert 'zarr' not in sys.modules and 'pyarrow' not in sys.modules;"
-        "import vlsi_cache.store.edit, vlsi_cache.store.sampler; assert 'torch' not in sys.modules"
+        "import vlsi_cache.store.prune, vlsi_cache.store.sampler; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-@pytest.mark.parametrize(("layers", "top_k"), [([2, "last"], None), (None, 3), (["last"], 2)])
-def test_prune_equals_select(
-    cache_dir: Path, tmp_path: Path, layers: list[int | str] | None, top_k: int | None
-) -> None:
-    source = reader.open(cache_dir)
-    plan = edit.prune(source, tmp_path / "new", layers=layers, top_k=top_k, dry_run=True)
-    assert not (tmp_path / "new").exists()
-    small = edit.prune(source, tmp_path / "new", layers=layers, top_k=top_k)
-    k = top_k or source.header.widest
-    assert small.layers == plan.layers
-    assert small.header.parents[0]["digest"] == source.header.digest
-    for name in source:
-        want, got = source.row(name, layers=layers), small[name]
-        np.testing.assert_array_equal(got.ids_LTK, want.ids_LTK[..., :k])
-        np.testing.assert_allclose(got.logprobs_LTK, want.logprobs_LTK[..., :k], atol=2e-6)
-        dropped = np.exp(want.logprobs_LTK[..., k:]).sum(-1)
-        np.testing.assert_allclose(got.tail_mass_LT, want.tail_mass_LT + dropped, atol=1e-6)
-        outside = np.concatenate([want.ids_LTK[..., k:], want.tail_ids_LTm], axis=-1)
-        assert (got.tail_ids_LTm[..., None] == outside[..., None, :]).any(-1).all()
-    assert small.verify(deep=True).ok
-
-
-def test_prune_says_no(cache_dir: Path, tmp_path: Path) -> None:
-    for options, message in (
-        ({}, "nothing to prune"),
-        ({"layers": [1]}, "the final layer 4 always stays"),
-        ({"top_k": 99}, "this cache keeps 6"),
-    ):
-        with pytest.raises(SpecError, match=message):
-            edit.prune(cache_dir, tmp_path / "new", **options)  # type: ignore[call-overload]
-    with pytest.raises(SpecError, match="prune writes a new one"):
-        edit.prune(cache_dir, cache_dir, top_k=2)
 
 
 def test_redrawn_tail_is_unbiased() -> None:

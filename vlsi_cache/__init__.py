@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from .stages.plan import plan
     from .stages.verbalize import train_verbalizers
     from .store.dataset import CacheDataset, PartWindowSampler
-    from .store.edit import prune
+    from .store.diff import diff
+    from .store.merge import merge
+    from .store.prune import prune
     from .store.reader import open
     from .store.repair import repair
 
@@ -25,13 +27,15 @@ _HOME = {
     "PartWindowSampler": "store.dataset",
     "VlsiCacheError": "errors",
     "build_teacher": "stages.build",
+    "diff": "store.diff",
     "distill": "stages.distill",
     "evaluate": "stages.evaluate",
     "init_student": "models.prune_depth",
     "load_spec": "spec",
+    "merge": "store.merge",
     "open": "store.reader",
     "plan": "stages.plan",
-    "prune": "store.edit",
+    "prune": "store.prune",
     "repair": "store.repair",
     "sparse_kl": "sparse.kl",
     "train_verbalizers": "stages.verbalize",
@@ -44,10 +48,12 @@ __all__ = [
     "PartWindowSampler",
     "VlsiCacheError",
     "build_teacher",
+    "diff",
     "distill",
     "evaluate",
     "init_student",
     "load_spec",
+    "merge",
     "open",
     "plan",
     "prune",

@@ -60,17 +60,22 @@ def cached_records(
 def match_records(cache: Cache, records: RecordSet) -> dict[str, Record]:
     """The record of every cached sample; raises FingerprintMismatchError when one is gone or has changed."""
     by_id = {record.id: record for record in records}
-    table = cache.sample_table()
+    # Two sources of a merged cache may use one id for different rows: the content decides.
+    by_content = {(record.id, record.digest): record for record in records}
+    table, found = cache.sample_table(), {}
     for sample_id, digest in zip(table["id"].to_pylist(), table["digest"].to_pylist(), strict=True):
-        record = by_id.get(sample_id)
-        if record is None or record.digest != digest:
+        record = by_content.get((sample_id, digest))
+        if record is not None:
+            found[sample_id] = record
+        else:
+            record = by_id.get(sample_id)
             state = "is no longer in the data" if record is None else f"has changed ({digest[:12]} when cached, "
             state += "" if record is None else f"{record.digest[:12]} now)"
             raise FingerprintMismatchError(
                 f"sample `{sample_id}` {state}: the data has changed since {cache.path} was built. "
                 "Bring the data back, or build a new cache with `vlsi-cache build-teacher`"
             )
-    return by_id
+    return found
 
 
 def check_response_ids(record: Record, response_ids: Iterable[int], row: Row, encoder: Encoder) -> None:

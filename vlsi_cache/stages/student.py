@@ -11,7 +11,8 @@ from vlsi_cache.data.records import RecordSet, read_records
 from vlsi_cache.data.tokenize import Encoder, load_encoder
 from vlsi_cache.errors import DataError, ModelError, SpecError, list_problems
 from vlsi_cache.models.load import load_config, load_model
-from vlsi_cache.spec import CacheSpec, DistillSpec
+from vlsi_cache.spec import CacheSpec, DataSpec, DistillSpec
+from vlsi_cache.store.derive import data_sections
 from vlsi_cache.store.reader import Cache
 
 from .feed import Feed, cached_records, match_records
@@ -35,7 +36,13 @@ class StudentInputs:
 
     @cached_property
     def records(self) -> RecordSet:
-        return read_records(self.spec.data)
+        sections = data_sections(self.cache.header)
+        if len(sections) < 2:
+            return read_records(self.spec.data)
+        sets = [read_records(DataSpec.model_validate(section)) for section in sections]  # a merged cache
+        return RecordSet(
+            tuple(one for found in sets for one in found), [row for found in sets for row in found.skipped]
+        )
 
     def check_lengths(self) -> None:
         """Raise DataError when cached samples are longer, in this student's tokens, than its positions reach.

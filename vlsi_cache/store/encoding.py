@@ -20,14 +20,14 @@ from .schema import value_array
 def encode_rows(header: CacheHeader, rank_of_id_LV: np.ndarray, rows: SparseRows) -> Arrays:
     """The layered arrays in their disk dtype, layer axis first; `rows` are padded with -inf where they are narrower."""
     value = value_array(header)
-    entries = {"ids": by_layer(rank_of_id_LV, rows.ids_LTK), value: _encode_values(header, rows.logprobs_LTK)}
+    entries = {"ids": by_layer(rank_of_id_LV, rows.ids_LTK), value: encode_values(header, rows.logprobs_LTK)}
     arrays: Arrays = {
-        "lse": _scalar(header, rows.lse_LTn),
-        "entropy": _scalar(header, rows.entropy_LT),
-        "gold_logprob": _scalar(header, rows.gold_logprob_LT),
+        "lse": stored_scalar(header, rows.lse_LTn),
+        "entropy": stored_scalar(header, rows.entropy_LT),
+        "gold_logprob": stored_scalar(header, rows.gold_logprob_LT),
     }
     if header.row_kind == "top-k":
-        arrays["tail_mass"] = _scalar(header, rows.tail_mass_LT)
+        arrays["tail_mass"] = stored_scalar(header, rows.tail_mass_LT)
     if header.tail_samples:
         arrays["tail_ids"] = by_layer(rank_of_id_LV, rows.tail_ids_LTm)
     if not header.is_ragged:
@@ -46,7 +46,7 @@ def by_layer(table_LV: np.ndarray, index_LTx: np.ndarray) -> np.ndarray:
     return out_LTx
 
 
-def _scalar(header: CacheHeader, values: np.ndarray) -> np.ndarray:
+def stored_scalar(header: CacheHeader, values: np.ndarray) -> np.ndarray:
     """float32; in the `default` profile rounded to 16 bits of significance (an error below 1 in 130,000)."""
     exact = np.array(values, np.float32)
     if header.profile == "default":
@@ -63,7 +63,7 @@ def row_widths(header: CacheHeader, logprobs_LTK: np.ndarray) -> np.ndarray:
     return np.broadcast_to(np.array(header.top_k)[:, None], logprobs_LTK.shape[:2])
 
 
-def _encode_values(header: CacheHeader, logprobs_LTK: np.ndarray) -> np.ndarray:
+def encode_values(header: CacheHeader, logprobs_LTK: np.ndarray) -> np.ndarray:
     if header.row_kind == "sampled":
         counts_LTK = np.rint(np.exp(logprobs_LTK.astype(np.float64)) * header.widest)
         return counts_LTK.astype(np.min_scalar_type(header.widest))

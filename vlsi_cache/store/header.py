@@ -127,8 +127,8 @@ def _text_digest(root: Path, v_real: int) -> str | None:
 
 def _compare(root: Path, stored: CacheHeader, asked: CacheHeader) -> None:
     fields = [name for name in IDENTITY_FIELDS if name != "id_of_rank_xxh3"]  # the table that is there is taken
-    lines = _differences(stored.fingerprint, asked.fingerprint)
-    lines += _differences(*({name: getattr(header, name) for name in fields} for header in (stored, asked)))
+    lines = differences(stored.fingerprint, asked.fingerprint)
+    lines += differences(*({name: getattr(header, name) for name in fields} for header in (stored, asked)))
     if lines:
         raise FingerprintMismatchError(
             f"`{root}` was made from something else ({len(lines)} fields differ):\n"
@@ -136,14 +136,17 @@ def _compare(root: Path, stored: CacheHeader, asked: CacheHeader) -> None:
         )
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+def differences(
+    old: dict[str, Any], new: dict[str, Any], *, names: tuple[str, str] = ("the cache has", "this run has")
+) -> list[str]:
+    """One line for every field that differs, with both values, cut to where they part."""
     lines = []
     for name in {**old, **new}:
         texts = [json.dumps(values[name], sort_keys=True) if name in values else "nothing" for values in (old, new)]
         if texts[0] != texts[1]:
             start = max(0, _first_difference(*texts) - MAX_SHOWN // 2)
             shown = [_excerpt(text, start) for text in texts]
-            lines.append(f"`{name}`: the cache has {shown[0]}, this run has {shown[1]}")
+            lines.append(f"`{name}`: {names[0]} {shown[0]}, {names[1]} {shown[1]}")
     return lines
 
 

@@ -415,11 +415,10 @@ def _check_vocab(root: Path, name: str, found: str, expected: str | None) -> Non
 
 
 def _incomplete(root: Path, header: CacheHeader, done: int) -> str:
-    if header.parents:
-        command = f"vlsi-cache prune {header.parents[-1].get('path', 'CACHE')} -o {root} (with the same cuts)"
-    else:
-        command = f"vlsi-cache build-teacher SPEC -o {root}"
-    return f"`{root}` is not finished: {done} of {header.num_parts} parts are there; to continue run: {command}"
+    from .derive import resume_command
+
+    done_of = f"{done} of {header.num_parts} parts are there"
+    return f"`{root}` is not finished: {done_of}; to continue run: {resume_command(header, root)}"
 
 
 def _not_a_cache(root: Path) -> str:

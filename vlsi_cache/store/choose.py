@@ -1,0 +1,163 @@
+"""What a prune keeps of a cache: which samples, and which of their tokens.
+
+Shape suffixes: S samples, T response tokens with a row.
+"""
+
+import hashlib
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from vlsi_cache.errors import SampleNotFoundError, SpecError
+from vlsi_cache.sparse.select import select_at_random, select_by_entropy
+
+from .layout import CacheHeader, canonical_json, part_dir
+from .reader import Cache
+from .schema import part_specs
+from .where import samples_where
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+SampleIds = str | os.PathLike[str] | Iterable[str]
+
+
+@dataclass(frozen=True)
+class TokenRule:
+    """`entropy>0.5`, `top:0.3` or `random:0.2`."""
+
+    kind: Literal["entropy", "top", "random"]
+    amount: float
+
+    @property
+    def text(self) -> str:
+        return f"{self.kind}{'>' if self.kind == 'entropy' else ':'}{self.amount!r}"
+
+
+def parse_token_rule(text: str) -> TokenRule:
+    """The rule written in `text`; SpecError when there is none."""
+    for kind, mark in (("entropy", ">"), ("top", ":"), ("random", ":")):
+        name, found, number = text.replace(" ", "").partition(mark)
+        if name == kind and found:
+            try:
+                amount = float(number)
+            except ValueError:
+                amount = math.nan
+            if (kind == "entropy" and 0 <= amount < math.inf) or 0 < amount <= 1:
+                return TokenRule(kind, amount)  # pyright: ignore[reportArgumentType]  (one of the three above)
+    raise SpecError(
+        f"tokens `{text}`: write entropy>0.5 (in nats), or top:0.3 or random:0.2 (a share above 0, up to 1)"
+    )
+
+
+def read_sample_ids(samples: SampleIds) -> list[str]:
+    """Distinct sample ids, sorted; a path is a text file (UTF-8) with one id a line, empty lines aside."""
+    if not isinstance(samples, str | os.PathLike):
+        ids = list(samples)
+        wrong = [one for one in ids if not isinstance(one, str)]
+        if wrong:
+            raise SpecError(f"samples: ids are text, got {wrong[0]!r}")
+        return sorted(set(ids))
+    path = Path(samples)
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise SpecError(f"samples `{path}`: the list of ids cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise SpecError(f"samples `{path}`: the list of ids is not UTF-8 text (byte {error.start})") from error
+    # only line feeds end a line: an id may hold any other character that Unicode calls a line break
+    return sorted({line.removesuffix("\r") for line in text.split("\n")} - {""})
+
+
+def ids_digest(ids: list[str]) -> dict[str, Any]:
+    """How a list of ids is named in a fingerprint."""
+    return {"num": len(ids), "sha256": hashlib.sha256(canonical_json(ids)).hexdigest()}
+
+
+def choose_samples(
+    cache: Cache, *, ids: list[str] | None, min_kept_mass: float | None, where: str | None
+) -> np.ndarray:
+    """bool [S]: the samples of the table that all of these keep."""
+    table = cache.sample_table()
+    chosen_S = np.ones(len(table), bool)
+    if ids is not None:
+        chosen_S &= _named(cache, table, ids)
+    if min_kept_mass is not None:
+        if not 0 <= min_kept_mass <= 1:
+            raise SpecError(f"min_kept_mass {min_kept_mass}: a mass is between 0 and 1")
+        chosen_S &= table["kept_mass"].to_numpy() >= min_kept_mass
+    if where is not None:
+        chosen_S &= samples_where(where, table)
+    return chosen_S
+
+
+def _named(cache: Cache, table: "pa.Table", ids: list[str]) -> np.ndarray:
+    known, wanted = table["id"].to_pylist(), set(ids)
+    unknown = sorted(wanted.difference(known))
+    if unknown:
+        shown = ", ".join(map(repr, unknown[:3])) + (", ..." if len(unknown) > 3 else "")
+        raise SampleNotFoundError(f"{len(unknown)} of {len(ids)} sample ids are not in `{cache.path}`: {shown}")
+    return np.array([name in wanted for name in known], bool)
+
+
+@dataclass(frozen=True)
+class PartTokens:
+    """What a token rule looks at in one part: spans of the samples, places in the response, last-layer entropies."""
+
+    sample_ids: list[str]
+    response_lengths: list[int]
+    offsets: np.ndarray
+    positions_T: np.ndarray
+    entropy_T: np.ndarray
+
+
+def read_part_tokens(cache: Cache, index: int) -> PartTokens:
+    """The same of a part on disk; nothing else of it is read."""
+    from .arrays import read_layered, read_samples
+
+    record, folder = cache.part_record(index), part_dir(cache.path, index)
+    specs = part_specs(cache.header, record)
+    samples = read_samples(folder, specs, ["offsets", "positions"])
+    entropy_LT = read_layered(folder, specs, ["entropy"], [len(cache.layers) - 1])["entropy"]
+    lengths = record.sample_response_tokens
+    return PartTokens(record.sample_ids, lengths, samples["offsets"], samples["positions"], entropy_LT[0])
+
+
+def choose_rows(header: CacheHeader, rule: TokenRule | None, part: PartTokens, chosen_S: np.ndarray) -> np.ndarray:
+    """bool [T]: the rows of a part that stay; `chosen_S` are the samples that do."""
+    rows_T = np.repeat(chosen_S, np.diff(part.offsets))
+    if rule is None:
+        return rows_T
+    if rule.kind == "random":
+        return rows_T & _at_random(header, rule.amount, part)
+    option = {"above" if rule.kind == "entropy" else "top": rule.amount}
+    rows_T[rows_T] = select_by_entropy(part.entropy_T[rows_T], **option)
+    return rows_T
+
+
+def _at_random(header: CacheHeader, share: float, part: PartTokens) -> np.ndarray:
+    """Drawn as a build with this rule would; anew for tokens that were already chosen once."""
+    base, times = int(header.fingerprint.get("rows.seed", 0)), num_token_choices(header)
+    names, lengths = part.sample_ids, part.response_lengths
+    of_response = select_at_random(names, lengths, share=share, seed=base + (times << 32))
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    pieces = [start + part.positions_T[lo:hi] for start, (lo, hi) in zip(starts, pairwise(part.offsets), strict=False)]
+    return of_response[np.concatenate([np.zeros(0, np.int64), *pieces]).astype(np.int64)]
+
+
+def num_token_choices(header: CacheHeader) -> int:
+    """How often tokens of this cache were chosen before: by its build, and by every prune since."""
+    built = header.fingerprint.get("rows.select_tokens") or {}
+    return any(value is not None for value in built.values()) + len(earlier_cuts(header, "tokens"))
+
+
+def earlier_cuts(header: CacheHeader, what: str) -> list[Any]:
+    """The values of the fingerprint's fields `prune.<number>.<what>`."""
+    fields = header.fingerprint.items()
+    return [value for name, value in fields if name.startswith("prune.") and name.endswith(f".{what}")]
