@@ -25,7 +25,9 @@ def register(app: typer.Typer) -> None:
 
 def prune(
     cache: CachePath,
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="NEW", help="Where the smaller cache goes.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="NEW", help="Where the smaller cache goes.")
+    ] = None,
     layers: Annotated[str | None, typer.Option(metavar="LIST", help="Layers to keep, e.g. 2-6,18,last.")] = None,
     top_k: Annotated[int | None, typer.Option(min=1, metavar="K", help="Entries to keep per distribution.")] = None,
     samples: Annotated[Path | None, typer.Option(metavar="FILE", help="Samples to keep: one id a line.")] = None,
@@ -40,6 +42,9 @@ def prune(
     ] = None,
     profile: Annotated[str | None, typer.Option(metavar="P", help="Store values as: default or fast.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what the new cache would be.")] = False,
+    suggest: Annotated[bool, typer.Option("--suggest", help="Only propose layers to drop, with their KL.")] = False,
+    keep: Annotated[int | None, typer.Option(min=1, metavar="N", help="With --suggest: layers to be left.")] = None,
+    max_kl: Annotated[float | None, typer.Option(metavar="X", help="With --suggest: nats a drop may cost.")] = None,
 ) -> Answer:
     """Make a smaller cache: fewer layers, a smaller k, fewer samples or tokens.
 
@@ -48,6 +53,12 @@ def prune(
     import vlsi_cache as vc
     from vlsi_cache.report.text import human_bytes
 
+    if suggest:
+        return _suggestion(cache, keep=keep, max_kl=max_kl)
+    if keep is not None or max_kl is not None:
+        raise SpecError("--keep and --max-kl belong to --suggest; the layers to keep are named with --layers")
+    if out is None:
+        raise SpecError("name the folder of the new cache with -o NEW")
     options: dict[str, Any] = {"top_k": top_k, "samples": samples, "min_kept_mass": min_kept_mass, "where": where}
     options |= {"layers": None if layers is None else parse_layers(layers), "tokens": tokens, "profile": profile}
     if all(value is None for value in options.values()):
@@ -62,6 +73,14 @@ def prune(
     small = vc.prune(source, out, **options)
     facts["bytes"] = sum(small.bytes_by_array().values())
     return Answer(facts, f"cache: {out} ({human_bytes(facts['bytes'])} of {human_bytes(planned.source_bytes)})")
+
+
+def _suggestion(cache: Path, *, keep: int | None, max_kl: float | None) -> Answer:
+    import vlsi_cache as vc
+    from vlsi_cache.report.redundancy import suggest_layers, suggestion_text
+
+    found = suggest_layers(vc.open(cache), keep=keep, max_kl=max_kl)
+    return Answer(found.as_dict(), lambda: suggestion_text(found))
 
 
 def merge(

@@ -391,3 +391,15 @@ def record_calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, t
         monkeypatch.setitem(vars(vc), name, stand_in)
     assert load_spec("demo").name == "demo"
     return calls
+
+
+def test_prune_suggests_layers_and_writes_nothing(run: Any, cache: Path, tmp_path: Path) -> None:
+    code, out, _ = run("prune", cache, "--suggest", "--keep", 2)
+    assert code == 0
+    assert "what is left: --layers" in out
+    code, out, _ = run("prune", cache, "--suggest", "--keep", 2, "--json")
+    assert len(json.loads(out)["layers"]) == 2
+    assert run("prune", cache, "--keep", 2, "-o", tmp_path / "new")[0] == 2
+    code, _, err = run("prune", cache, "--layers", "last")
+    assert (code, "-o NEW" in err) == (2, True)
+    assert [path.name for path in tmp_path.iterdir()] == ["caches"]

@@ -65,17 +65,20 @@ def match_records(cache: Cache, records: RecordSet) -> dict[str, Record]:
     table, found = cache.sample_table(), {}
     for sample_id, digest in zip(table["id"].to_pylist(), table["digest"].to_pylist(), strict=True):
         record = by_content.get((sample_id, digest))
-        if record is not None:
-            found[sample_id] = record
-        else:
-            record = by_id.get(sample_id)
-            state = "is no longer in the data" if record is None else f"has changed ({digest[:12]} when cached, "
-            state += "" if record is None else f"{record.digest[:12]} now)"
-            raise FingerprintMismatchError(
-                f"sample `{sample_id}` {state}: the data has changed since {cache.path} was built. "
-                "Bring the data back, or build a new cache with `vlsi-cache build-teacher`"
-            )
+        if record is None:
+            raise FingerprintMismatchError(_changed(cache, sample_id, digest, by_id.get(sample_id)))
+        found[sample_id] = record
     return found
+
+
+def _changed(cache: Cache, sample_id: str, digest: str, record: Record | None) -> str:
+    state = "is no longer in the data"
+    if record is not None:
+        state = f"has changed ({digest[:12]} when cached, {record.digest[:12]} now)"
+    return (
+        f"sample `{sample_id}` {state}: the data has changed since {cache.path} was built. "
+        "Bring the data back, or build a new cache with `vlsi-cache build-teacher`"
+    )
 
 
 def check_response_ids(record: Record, response_ids: Iterable[int], row: Row, encoder: Encoder) -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import torch
@@ -40,9 +41,7 @@ class StudentInputs:
         if len(sections) < 2:
             return read_records(self.spec.data)
         sets = [read_records(DataSpec.model_validate(section)) for section in sections]  # a merged cache
-        return RecordSet(
-            tuple(one for found in sets for one in found), [row for found in sets for row in found.skipped]
-        )
+        return RecordSet(tuple(chain.from_iterable(sets)), [row for found in sets for row in found.skipped])
 
     def check_lengths(self) -> None:
         """Raise DataError when cached samples are longer, in this student's tokens, than its positions reach.
