@@ -170,6 +170,7 @@ class MappedLayers:
     def __init__(self, path: Path, spec: ArraySpec, layers: Sequence[int]) -> None:
         with path.open("rb", buffering=0) as file:
             index = _read_index(file.fileno(), spec)
+            self._file_bytes = os.fstat(file.fileno()).st_size
         chunk_bytes = math.prod(spec.chunk) * spec.dtype.itemsize
         if (index[..., 1] != chunk_bytes + CRC_BYTES).any():
             raise ValueError(f"a chunk of the shard is not {chunk_bytes} bytes and a checksum long")
@@ -215,6 +216,8 @@ class MappedLayers:
 
     def _check(self, block: int) -> None:
         with self._lock:
+            if self.path.stat().st_size != self._file_bytes:  # touching a page behind the end would kill the process
+                raise CacheCorruptError(f"`{self.path}`: the file has changed its size since it was opened")
             for layer in self._layers:
                 if not self._known[block, layer]:
                     try:

@@ -25,7 +25,10 @@ from .schema import part_file_names, part_specs
 def load_header(root: Path) -> CacheHeader:
     """Read and check `cache.json`; a newer format is refused before anything else is looked at."""
     path = root / HEADER_NAME
-    value = unseal_json(path.read_bytes(), path)
+    try:
+        value = unseal_json(path.read_bytes(), path)
+    except CacheCorruptError as error:
+        raise CacheCorruptError(f"{error}; restore this file from a copy of the cache") from error
     version = value.get("format_version")
     if value.get("format") != "vlsi-cache":
         raise CacheCorruptError(f"`{path}` is not the header of a vlsi-cache: `format` is {value.get('format')!r}")
@@ -39,10 +42,10 @@ def load_header(root: Path) -> CacheHeader:
 def load_part_record(root: Path, header: CacheHeader, index: int) -> PartRecord:
     """Read `part.json` of part `index` and check that it is this part, of this cache, with just the files of one."""
     path = part_dir(root, index) / RECORD_NAME
-    _refuse_elsewhere(root, path)
+    refuse_elsewhere(root, path)
     try:
         content = path.read_bytes()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise CacheCorruptError(f"`{path}` is missing; run: vlsi-cache repair {root}") from None
     record = as_record(PartRecord, unseal_json(content, path), path)
     if record.cache_digest != header.digest:
@@ -65,7 +68,7 @@ def check_part_files(root: Path, index: int, record: PartRecord) -> None:
     """Every file of the part is a plain file of the recorded size inside the cache; nothing is read."""
     folder = part_dir(root, index)
     for parent in {(folder / name).parent for name in record.files}:
-        _refuse_elsewhere(root, parent)
+        refuse_elsewhere(root, parent)
     for name, file in record.files.items():
         check_size(root, folder / name, file.size)
 
@@ -90,9 +93,15 @@ def check_size(root: Path, path: Path, expected: int) -> None:
         )
 
 
-def _refuse_elsewhere(root: Path, path: Path) -> None:
+def refuse_elsewhere(root: Path, path: Path) -> None:
+    """Raise CacheCorruptError when `path` is reached through a symbolic link."""
     if os.path.realpath(path) != os.path.join(os.path.realpath(root), path.relative_to(root)):
         raise CacheCorruptError(f"`{path}` is or lies behind a symbolic link; a cache holds plain files only")
+
+
+def advised(error: CacheCorruptError, root: Path) -> CacheCorruptError:
+    """The same error with what to do about it, unless it says so already."""
+    return error if "; run: " in str(error) else CacheCorruptError(f"{error}; run: vlsi-cache repair {root}")
 
 
 def hash_file(path: Path) -> FileRecord:
