@@ -147,8 +147,8 @@ def _text_digest(root: Path, v_real: int) -> str | None:
 
 def _compare(root: Path, stored: CacheHeader, asked: CacheHeader) -> None:
     fields = [name for name in IDENTITY_FIELDS if name != "id_of_rank_xxh3"]  # the table that is there is taken
-    lines = _differences(stored.fingerprint, asked.fingerprint)
-    lines += _differences(*({name: getattr(header, name) for name in fields} for header in (stored, asked)))
+    lines = differences(stored.fingerprint, asked.fingerprint)
+    lines += differences(*({name: getattr(header, name) for name in fields} for header in (stored, asked)))
     if lines:
         raise FingerprintMismatchError(
             f"`{root}` was made from something else ({len(lines)} fields differ):\n"
@@ -156,7 +156,8 @@ def _compare(root: Path, stored: CacheHeader, asked: CacheHeader) -> None:
         )
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """A line with both values for every field that is not equal; `old` is the cache's, `new` this run's."""
     lines = []
     for name in {**old, **new}:
         texts = [json.dumps(values[name], sort_keys=True) if name in values else "nothing" for values in (old, new)]
