@@ -47,7 +47,10 @@ def load_part_record(root: Path, header: CacheHeader, index: int) -> PartRecord:
         content = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise CacheCorruptError(f"`{path}` is missing; run: vlsi-cache repair {root}") from None
-    record = as_record(PartRecord, unseal_json(content, path), path)
+    try:
+        record = as_record(PartRecord, unseal_json(content, path), path)
+    except CacheCorruptError as error:
+        raise advised(error, root) from error
     if record.cache_digest != header.digest:
         raise CacheCorruptError(
             f"`{path}`: the part belongs to another cache (digest {record.cache_digest[:12]}, this cache is "
@@ -60,7 +63,9 @@ def load_part_record(root: Path, header: CacheHeader, index: int) -> PartRecord:
     # Names from a file are only ever compared with the names a part has, so none of them can lead elsewhere.
     wrong = part_file_names(part_specs(header, record)) ^ set(record.files)
     if wrong:
-        raise CacheCorruptError(f"`{path}`: files listed and files expected differ: {sorted(wrong)[:4]}")
+        raise CacheCorruptError(
+            f"`{path}`: files listed and files expected differ: {sorted(wrong)[:4]}; run: vlsi-cache repair {root}"
+        )
     return record
 
 
