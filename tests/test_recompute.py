@@ -97,15 +97,21 @@ def more_entropy(rows: Any) -> Any:
     return replace(rows, entropy_LT=entropy)
 
 
+@pytest.fixture(scope="module")
+def exact(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path) -> Path:
+    folder = tmp_path_factory.mktemp("exact")
+    spec_file = write_spec(folder, teacher_folder, num_rows=12)
+    return build_teacher(vc.load_spec(spec_file, overrides=["store.profile=exact"]), out=folder / "c").path
+
+
 @pytest.mark.parametrize("change", [swap_ids, sharpen, shift_last_entry, more_entropy])
-def test_sees_wrong_rows_with_right_checksums(spec_file: Path, tmp_path: Path, change: Any) -> None:
-    build_teacher(vc.load_spec(spec_file, overrides=["store.profile=exact"]), out=tmp_path / "c")
-    report = recompute(rewritten(tmp_path / "c", tmp_path / "wrong", change), num_samples=30)
+def test_sees_wrong_rows_with_right_checksums(exact: Path, tmp_path: Path, change: Any) -> None:
+    report = recompute(rewritten(exact, tmp_path / "wrong", change), num_samples=12)
     assert not report.ok
     assert [one.layer for one in report.layers if not one.ok] == [3], str(report)
     assert "do not train on this cache" in str(report)
-    same = rewritten(tmp_path / "c", tmp_path / "same", lambda rows: rows)
-    assert recompute(same, num_samples=10).ok
+    same = rewritten(exact, tmp_path / "same", lambda rows: rows)
+    assert recompute(same, num_samples=5).ok
 
 
 def test_changed_and_missing_records_are_listed(spec_file: Path, tmp_path: Path) -> None:
@@ -153,12 +159,10 @@ def test_a_spec_in_a_cache_cannot_switch_on_remote_code(
     assert seen == [False, True]
 
 
-def test_command_line(tmp_path: Path, teacher_folder: Path) -> None:
-    spec_file = write_spec(tmp_path, teacher_folder, num_rows=10)
-    build_teacher(vc.load_spec(spec_file), out=tmp_path / "c")
-    rewritten(tmp_path / "c", tmp_path / "wrong", swap_ids)
+def test_command_line(exact: Path, tmp_path: Path) -> None:
+    rewritten(exact, tmp_path / "wrong", swap_ids)
     command = [sys.executable, "-m", "vlsi_cache_cli.main", "verify", "--recompute", "5", "--device", "cpu"]
-    good = subprocess.run([*command, "--json", str(tmp_path / "c")], capture_output=True, text=True)
+    good = subprocess.run([*command, "--json", str(exact)], capture_output=True, text=True)
     assert good.returncode == 0, good.stderr
     assert json.loads(good.stdout)["recompute"]["num_samples"] == 5
     bad = subprocess.run([*command, str(tmp_path / "wrong")], capture_output=True, text=True)
