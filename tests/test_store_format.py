@@ -135,3 +135,46 @@ def test_tensorstore_opens_the_same_arrays(tmp_path: Path, name: str) -> None:
             np.testing.assert_array_equal(found.read().result(), array[...], err_msg=where.name)
             seen += array.size > 0
     assert seen >= 10
+
+
+def test_the_text_names_every_field_and_array() -> None:
+    from vlsi_cache.store import layout, schema
+
+    text = Path(schema.__file__).with_name("FORMAT.md").read_text(encoding="utf-8")
+    names = {*layout.CacheHeader.model_fields, *layout.PartRecord.model_fields, *schema.SAMPLE_ARRAYS}
+    names |= {*schema.ENTRY_ARRAYS, *schema.SCALAR_ARRAYS, "kept", "tail_ids", "heads", "text", "text_offsets"}
+    assert sorted(name for name in names if f"`{name}`" not in text) == []
+    identity = text.split("an object with the keys `fingerprint`, ")[1].split(".\n")[0].strip("`").split("`, `")
+    assert identity == list(layout.IDENTITY_FIELDS)
+
+
+def test_codecs_are_those_of_the_text(tmp_path: Path) -> None:
+    """(transpose, shuffle, blocksize) of every array as it lies on disk; None where a chunk is stored."""
+    byte, id_codec = (False, "shuffle", 0), (False, "bitshuffle", 1 << 20)
+    want = {
+        "plain-default": {"ids": id_codec, "levels": (True, "bitshuffle", 1 << 17), "tail_ids": byte, "lse": byte},
+        "plain-exact": {"ids": id_codec, "logprob_gaps": (True, "bitshuffle", 1 << 21), "entropy": byte},
+        "plain-fast": {"ids": None, "logprobs": None, "tail_ids": byte, "offsets": byte, "positions": byte},
+        "top-p-default": {"ids": id_codec, "levels": (False, "bitshuffle", 1 << 17), "kept": byte},
+        "top-p-exact": {"logprob_gaps": (False, "bitshuffle", 1 << 21), "tail_mass": byte},
+        "sampled-exact": {"ids": id_codec, "counts": (False, "bitshuffle", 1 << 17), "response_ids": byte},
+        "sampled-fast": {"ids": None, "counts": None, "kept": byte},
+    }
+    for name, arrays in want.items():
+        root = build_variant(tmp_path / name, variant_of(name))
+        for array, codec in arrays.items():
+            metadata = json.loads((root / "parts" / "000001.zarr" / array / "zarr.json").read_text())
+            chain = metadata["codecs"]
+            if chain[0]["name"] == "sharding_indexed":
+                shard = chain[0]["configuration"]
+                assert shard["index_location"] == "end"
+                assert [one["name"] for one in shard["index_codecs"]] == ["bytes", "crc32c"]
+                chain = shard["codecs"]
+            names = [one["name"] for one in chain]
+            turned = names[0] == "transpose"
+            assert names == ["transpose"] * turned + ["bytes"] + ["blosc"] * (codec is not None) + ["crc32c"], name
+            if codec is not None:
+                blosc = chain[-2]["configuration"]
+                assert (turned, blosc["shuffle"], blosc["blocksize"]) == codec, (name, array)
+                assert (blosc["cname"], blosc["clevel"]) == ("zstd", 5)
+            assert not turned or chain[0]["configuration"]["order"] == [1, 2, 0]
