@@ -1,5 +1,6 @@
 """The rank table and its second copy: each is judged by itself, what is broken in one is taken from the other."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -8,6 +9,8 @@ from test_store_cases import Case, build, copy_cache, file_bytes, standard_case
 from test_store_damage import flip
 
 from vlsi_cache.errors import CacheCorruptError
+from vlsi_cache.store import header, reader
+from vlsi_cache.store.layout import sealed_json
 from vlsi_cache.store.repair import repair
 from vlsi_cache.store.verify import verify
 
@@ -65,4 +68,35 @@ def test_a_continued_build_takes_a_lost_table_from_the_copy(root: Path, case: Ca
     shutil.rmtree(root / "vocab")
     build(root, Case(case.parts, case.id_of_rank[::-1], case.num_layers, case.top_k, case.num_tail))
     assert file_bytes(root / "vocab") == file_bytes(built / "vocab")
+    assert verify(root, deep=True).ok
+
+
+@pytest.mark.parametrize("name", ["../../outside", "/etc/hostname", "heads/../../x", "text/c/0"])
+def test_names_in_the_header_cannot_leave_the_cache(root: Path, name: str) -> None:
+    value = json.loads((root / "cache.json").read_text())
+    del value["xxh3"]
+    value["vocab_files"][name] = {"size": 1, "xxh3": "0" * 16}
+    (root / "cache.json").write_bytes(sealed_json(value))
+    shutil.rmtree(root / "vocab")
+    with pytest.raises(CacheCorruptError, match="names what no table has"):
+        repair(root)
+    assert [problem.file for problem in verify(root).problems] == ["cache.json"]
+    with pytest.raises(CacheCorruptError, match="names what no table has"):
+        reader.open(root)
+
+
+@pytest.mark.parametrize("file", ["heads/zarr.json", "heads/c/0/0", "id_of_rank/c/0"])
+def test_a_table_damaged_before_there_is_a_header_costs_nothing(
+    tmp_path: Path, case: Case, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    root = tmp_path / "c"
+    with monkeypatch.context() as patch:
+        patch.setattr(header, "_create_header", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            build(root, case)
+    (root / "vocab" / file).write_bytes(b"{}")
+    with pytest.raises(CacheCorruptError, match=r"vocab` is damaged .*no part depends on it yet: delete this folder"):
+        build(root, case)
+    shutil.rmtree(root / "vocab")
+    build(root, case)
     assert verify(root, deep=True).ok

@@ -19,7 +19,7 @@ from .layout import (
     part_dir,
     unseal_json,
 )
-from .schema import part_file_names, part_specs
+from .schema import part_file_names, part_specs, vocab_specs
 
 
 def load_header(root: Path) -> CacheHeader:
@@ -36,7 +36,13 @@ def load_header(root: Path) -> CacheHeader:
         raise CacheCorruptError(
             f"`{path}`: format version {version}, this program reads 1 to {FORMAT_VERSION}; upgrade vlsi-cache"
         )
-    return as_record(CacheHeader, value, path)
+    header = as_record(CacheHeader, value, path)
+    # Names from a file are only ever compared with the names a table has, so none of them can lead elsewhere.
+    heads, num_text = (len(header.layers), header.num_head_ranks), None if header.text_xxh3 is None else 1
+    foreign = set(header.vocab_files) - part_file_names(vocab_specs(header.v_real, heads, num_text))
+    if foreign:
+        raise CacheCorruptError(f"`{path}`: `vocab_files` names what no table has: {sorted(foreign)[:4]}")
+    return header
 
 
 def load_part_record(root: Path, header: CacheHeader, index: int) -> PartRecord:
