@@ -1,6 +1,6 @@
 """Commands that only read: ls, inspect, sample, verify, report, specs."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -69,13 +69,15 @@ def verify(
     require_cache(cache)
     found = verify_cache(cache, deep=deep)
     answer = Answer({"ok": found.ok, **asdict(found)}, str(found), exit_code=OK if found.ok else PROBLEMS)
-    if recompute is None or not found.ok:
+    if recompute is None:
         return answer
+    if not found.ok:
+        return replace(answer, text=f"{answer.text}\nnothing was recomputed: mend these files first")
     from vlsi_cache.stages.recompute import recompute as run_teacher
     from vlsi_cache.store.reader import open
 
     again = run_teacher(open(cache), num_samples=recompute, device=device, trust_remote_code=trust_remote_code)
-    data = {**answer.data, "ok": again.ok, "recompute": {"ok": again.ok, **asdict(again)}}
+    data = {**answer.data, "ok": again.ok, "recompute": again.as_dict()}
     return Answer(data, f"{answer.text}\n{again}", exit_code=OK if again.ok else PROBLEMS)
 
 

@@ -164,8 +164,14 @@ def test_command_line(exact: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "vlsi_cache_cli.main", "verify", "--recompute", "5", "--device", "cpu"]
     good = subprocess.run([*command, "--json", str(exact)], capture_output=True, text=True)
     assert good.returncode == 0, good.stderr
-    assert json.loads(good.stdout)["recompute"]["num_samples"] == 5
+    said = json.loads(good.stdout)["recompute"]
+    assert (said["ok"], said["num_samples"], said["changed"]) == (True, 5, {})
+    assert [one["layer"] for one in said["layers"] if one["ok"] and one["top1_agreement"] == 1.0] == [1, 2, 3, 4, 5]
     bad = subprocess.run([*command, str(tmp_path / "wrong")], capture_output=True, text=True)
     assert bad.returncode == 1, bad.stderr
     assert "layer 3" in bad.stdout
     assert "WRONG" in bad.stdout
+    (tmp_path / "wrong" / "parts" / "000000.zarr" / "ids" / "zarr.json").unlink()
+    broken = subprocess.run([*command, str(tmp_path / "wrong")], capture_output=True, text=True)
+    assert broken.returncode == 1
+    assert "nothing was recomputed: mend these files first" in broken.stdout

@@ -14,8 +14,9 @@ quantised entries into the tail, the tail mass by `PRUNED_TAIL` more.
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -71,6 +72,12 @@ class RecomputeReport:
     @property
     def ok(self) -> bool:
         return not self.changed and all(layer.ok for layer in self.layers)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready, with what is derived."""
+        derived = [{"top1_agreement": one.top1_agreement, "ok": one.ok} for one in self.layers]
+        layers = [asdict(one) | more for one, more in zip(self.layers, derived, strict=True)]
+        return {"ok": self.ok, "num_samples": self.num_samples, "layers": layers, "changed": self.changed}
 
     def __str__(self) -> str:
         found = "the teacher says the same" if self.ok else "the teacher says something else"
