@@ -1,6 +1,6 @@
 """Commands that only read: ls, inspect, sample, stats, verify, diff, report, specs."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -76,6 +76,13 @@ def stats(
 def verify(
     cache: CachePath,
     deep: Annotated[bool, typer.Option(help="Also read every byte and compare its checksum.")] = False,
+    recompute: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Also run the teacher on N random samples and compare.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="Where the teacher runs; default: what its spec says.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the teacher.")
+    ] = False,
 ) -> Answer:
     """Check that every file is what was written.
 
@@ -85,7 +92,17 @@ def verify(
 
     require_cache(cache)
     found = verify_cache(cache, deep=deep)
-    return Answer({"ok": found.ok, **asdict(found)}, str(found), exit_code=OK if found.ok else PROBLEMS)
+    answer = Answer({"ok": found.ok, **asdict(found)}, str(found), exit_code=OK if found.ok else PROBLEMS)
+    if recompute is None:
+        return answer
+    if not found.ok:
+        return replace(answer, text=f"{answer.text}\nnothing was recomputed: mend these files first")
+    from vlsi_cache.stages.recompute import recompute as run_teacher
+    from vlsi_cache.store.reader import open
+
+    again = run_teacher(open(cache), num_samples=recompute, device=device, trust_remote_code=trust_remote_code)
+    data = {**answer.data, "ok": again.ok, "recompute": again.as_dict()}
+    return Answer(data, f"{answer.text}\n{again}", exit_code=OK if again.ok else PROBLEMS)
 
 
 def diff(

@@ -10,8 +10,8 @@ from test_report_fakes import LAYERS, V, write_cache
 from vlsi_cache.errors import CacheCorruptError
 from vlsi_cache.report.describe import describe_cache, description_text, lineage, reasons, rows_text
 from vlsi_cache.store.chunks import encode_array, encode_chunk, layer_bytes
-from vlsi_cache.store.edit import prune
 from vlsi_cache.store.layout import part_dir
+from vlsi_cache.store.prune import prune
 from vlsi_cache.store.reader import open as open_cache
 from vlsi_cache.store.schema import BYTES, ArraySpec, data_file_name, part_specs
 
@@ -92,7 +92,7 @@ def test_origin_and_rows_left_out(tmp_path: Path) -> None:
     assert [Path(one["path"]).name for one in lineage(facts["parents"])] == ["second", "first"]
     text = description_text(facts)
     assert f"parent      {first}" in text
-    assert "dropped_layers [1]" in text
+    assert "prune.1.layers: [2, 3, 4]" in text
     assert facts["skipped_by_reason"] == {"prompt <too> long: .. tokens": 9}
     assert "left out    9 rows" in text
     assert text.count("prompt <too> long: 40") == 5

@@ -1,23 +1,26 @@
 """Killed at any moment, a build goes on: no half part is ever visible, the files come out byte for byte the same."""
 
 import os
-import random
 import subprocess
 import sys
 import textwrap
-import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_store_cases import build, file_bytes, make_case
+from test_store_cases import build, file_bytes, header_of, make_case, standard_case
 
-from vlsi_cache.store import reader
+from vlsi_cache.errors import CacheNotFoundError
+from vlsi_cache.store import header, reader
+from vlsi_cache.store.repair import repair
 from vlsi_cache.store.verify import verify
 
 # One process that has imported everything forks a writer for every step and kills it there. A step is any operation of
 # Python on a file or folder of the cache (audit events), and every fsync; killed at the commits and every n-th other.
+# Whoever goes on then brings a rank table of its own: the one that was there first must decide every byte.
 KILL_AT_EVERY_STEP = """
     import os, sys, traceback
+    from dataclasses import replace
     from pathlib import Path
     sys.path.insert(0, {tests!r})
     from test_store_cases import build, file_bytes, make_case
@@ -25,6 +28,7 @@ KILL_AT_EVERY_STEP = """
 
     base, stride = Path({base!r}), {stride}
     case = make_case([[2, 1]], ["a", "b"], num_layers=2, top_k=2, num_tail=1)
+    other = replace(case, id_of_rank=case.id_of_rank[::-1])
     TOUCHING = ("open", "os.mkdir", "os.rename", "os.link", "os.remove", "os.rmdir", "fsync")
 
     def child(work):
@@ -68,19 +72,25 @@ KILL_AT_EVERY_STEP = """
         assert child(work) == 0, (root, "a half-written part is visible")
         return len(parts)
 
-    def resume(root, want):
+    def resume(root):
+        want = want_first if (root / "vocab").exists() else want_other
         def work():
-            build(root, case)
+            build(root, other)
             assert verify.verify(root, deep=True).ok
             assert file_bytes(root / "parts") == want
+            assert file_bytes(root / "vocab") == file_bytes(root / "vocab-copy")
+            rows = reader.open(root).read_part(0)
+            assert (rows[0].ids_LTK == case.parts[0].rows.ids_LTK[:, :2]).all()
             assert list((root / "tmp").iterdir()) == []
         assert child(work) == 0, (root, "the build did not continue")
 
     log = os.open(base / "log", os.O_CREAT | os.O_WRONLY)
     assert killed_writer(base / "whole", 10**9, log) == 0
     steps = (base / "log").read_text()
-    assert steps.count("C") == 4, steps  # cache.json, vocab, the part, the table
-    want = file_bytes(base / "whole" / "parts")
+    assert steps.count("C") == 5, steps  # vocab, cache.json, vocab-copy, the part, the table
+    assert child(lambda: build(base / "other", other) and 0) == 0
+    want_first, want_other = (file_bytes(base / name / "parts") for name in ("whole", "other"))
+    assert want_first != want_other
     commits = [i for i, step in enumerate(steps) if step == "C"]
     chosen = sorted({{*range(0, len(steps), stride), *commits, *(i + 1 for i in commits)}})
     seen = set()
@@ -88,7 +98,7 @@ KILL_AT_EVERY_STEP = """
         root = base / f"at{{step}}"
         assert killed_writer(root, step) == 99, step
         seen.add(state(root))
-        resume(root, want)
+        resume(root)
     assert seen == {{0, 1}}, seen
     print(len(chosen))
 """
@@ -112,6 +122,89 @@ def test_killed_at_every_step_of_the_commit(tmp_path: Path) -> None:
     assert run_kills(tmp_path, stride=1) >= 150
 
 
+def test_killed_between_the_rank_table_and_the_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is lost and nothing is corrupt; a writer with another table then takes the one that is there."""
+    case, root = standard_case(), tmp_path / "c"
+    with monkeypatch.context() as patch:
+        patch.setattr(header, "_create_header", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            build(root, case)
+    assert sorted(path.name for path in root.iterdir()) == ["tmp", "vocab"]
+    report = verify(root)
+    assert [problem.file for problem in report.problems] == ["cache.json"]
+    assert "interrupted, and nothing is lost; run the command that builds" in str(report)
+    assert "no part was written yet" in str(repair(root, yes=True))
+    with pytest.raises(CacheNotFoundError, match="the start of a cache, interrupted before its first part: run"):
+        reader.open(root)
+    build(root, replace(case, id_of_rank=case.id_of_rank[::-1]))
+    assert reader.open(root).ranks.digest == case.ranks.digest
+    assert file_bytes(root / "parts") == file_bytes(build(tmp_path / "whole", case) / "parts")
+    assert str(repair(root)) == "nothing to repair"
+
+
+# Two writers at work on one cache, one of them killed at a random moment, and again; when a cache is finished in spite
+# of that, it is compared with an undisturbed one and the next is begun.
+KILL_AT_RANDOM = """
+    import os, random, signal, sys, time, traceback
+    from pathlib import Path
+    sys.path.insert(0, {tests!r})
+    from test_store_cases import build, file_bytes
+    from test_store_crash import keep_building, many_parts
+    from vlsi_cache.store import prune, reader, sampler, table, verify
+
+    base, wanted = Path({base!r}), {wanted}
+    rng, kills, finished = random.Random(0), 0, 0
+
+    def forked(work):
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                work()
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        return pid
+
+    def succeed(work):
+        assert os.waitstatus_to_exitcode(os.waitpid(forked(work), 0)[1]) == 0
+
+    def parts_are_whole(root):
+        cache = reader.open(root, allow_incomplete=True)
+        assert all(len(cache.read_part(index)) == 2 for index in cache.parts)
+
+    def compare(root):
+        build(root, many_parts())
+        assert verify.verify(root, deep=True).ok
+        assert list((root / "tmp").iterdir()) == []
+        assert file_bytes(root / "parts") == file_bytes(base / "whole" / "parts")
+
+    succeed(lambda: build(base / "whole", many_parts()))
+    while kills < wanted:
+        root, running = base / f"cache{{finished}}", {{}}
+        while kills < wanted and len(list(root.glob("parts/*"))) < 40:
+            for rank in (0, 1):
+                if rank not in running:
+                    running[rank] = forked(lambda: keep_building(root, rank))
+            victim = rng.randrange(2)
+            time.sleep(rng.uniform(0, 0.25))
+            os.kill(running[victim], signal.SIGKILL)
+            code = os.waitstatus_to_exitcode(os.waitpid(running.pop(victim), 0)[1])
+            assert code in (0, -9), code
+            kills += code == -9
+            if (root / "cache.json").exists():
+                succeed(lambda: parts_are_whole(root))
+        for pid in running.values():
+            os.kill(pid, signal.SIGKILL)
+            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) in (0, -9)
+        succeed(lambda: compare(root))
+        finished += 1
+    print(kills, finished)
+"""
+
+
 WRITER = """
     import sys
     from pathlib import Path
@@ -127,8 +220,6 @@ def many_parts(num_parts: int = 40):
 
 
 def keep_building(root: Path, rank: int) -> None:
-    from test_store_cases import header_of
-
     from vlsi_cache.store.writer import CacheWriter
 
     case = many_parts()
@@ -139,33 +230,13 @@ def keep_building(root: Path, rank: int) -> None:
 
 
 @pytest.mark.slow
-def test_two_writers_killed_at_random_many_times(tmp_path: Path) -> None:
-    root, rng, kills = tmp_path / "cache", random.Random(0), 0
-    code = textwrap.dedent(WRITER).format(tests=str(Path(__file__).parent), root=str(root))
-    running: dict[int, subprocess.Popen[bytes]] = {}
-    while kills < 60 and len(list(root.glob("parts/*"))) < 40:
-        for rank in (0, 1):
-            if rank not in running or running[rank].poll() is not None:
-                assert rank not in running or running[rank].returncode in (0, -9)
-                running[rank] = subprocess.Popen([sys.executable, "-c", code, str(rank)])
-        victim = running[rng.randrange(2)]
-        while victim.poll() is None and not list(root.glob(f"tmp/*.{victim.pid}.*")):
-            time.sleep(0.01)  # until it has something to lose
-        time.sleep(rng.uniform(0, 0.2))
-        victim.kill()
-        victim.wait()
-        kills += 1
-        if (root / "cache.json").exists():
-            cache = reader.open(root, allow_incomplete=True)
-            assert all(len(cache.read_part(index)) == 2 for index in cache.parts[-3:])
-    for process in running.values():
-        process.kill()
-        process.wait()
-    assert kills >= 3
-    build(root, many_parts())
-    assert verify(root, deep=True).ok
-    assert list((root / "tmp").iterdir()) == []
-    assert file_bytes(root / "parts") == file_bytes(build(tmp_path / "whole", many_parts()) / "parts")
+def test_two_writers_killed_at_two_hundred_random_moments(tmp_path: Path) -> None:
+    code = textwrap.dedent(KILL_AT_RANDOM).format(tests=str(Path(__file__).parent), base=str(tmp_path), wanted=200)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    kills, finished = map(int, done.stdout.split())
+    assert kills == 200
+    assert finished >= 2
 
 
 def test_writers_that_race_for_every_part_agree(tmp_path: Path) -> None:

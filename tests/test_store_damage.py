@@ -3,9 +3,13 @@
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
+import google_crc32c
+import numpy as np
 import pytest
+from store_variants import PROFILES, VARIANTS, build_variant, plain, variant_of
 from test_store_cases import Case, build, copy_cache, file_bytes, header_of, make_case, standard_case
 
 from vlsi_cache.errors import CacheCorruptError, VlsiCacheError
@@ -51,6 +55,7 @@ def read_everything(root: Path) -> None:
     cache = reader.open(root)
     for index in cache.parts:
         cache.read_part(index)
+    cache.token_text(0)
 
 
 def assert_noticed(root: Path, name: str, *, by_deep: bool = True) -> None:
@@ -195,6 +200,7 @@ def test_repair_makes_the_build_continue(root: Path, built: Path, case: Case) ->
     dead.mkdir()
     report = repair(root)
     assert report.quarantined == ["parts/000001.zarr", "vocab"]
+    assert report.restored == ["vocab"]
     assert report.left == [f"tmp/{dead.name}"]
     assert dead.exists()
     assert report.missing_parts == [1]
@@ -204,6 +210,120 @@ def test_repair_makes_the_build_continue(root: Path, built: Path, case: Case) ->
     assert verify(root, deep=True).ok
     assert file_bytes(root / "parts") == file_bytes(built / "parts")
     assert str(repair(root)) == "nothing to repair"
+
+
+def damages(good: bytes, num_bits: int) -> Iterator[tuple[str, bytes | None]]:
+    """Ways in which a file can be wrong, each of them another content than the good one."""
+    for bit in np.linspace(0, 8 * len(good) - 1, num_bits).astype(int).tolist():
+        flipped = bytearray(good)
+        flipped[bit // 8] ^= 1 << bit % 8
+        yield f"bit {bit} flipped", bytes(flipped)
+    for length in sorted({len(good) - 1, len(good) // 2, 0}):
+        yield f"cut to {length} bytes", good[:length]
+    yield "one byte more", good + b"\0"
+    third = len(good) // 3
+    for name, low, high in (("front", 0, third), ("middle", third, 2 * third), ("all", 0, len(good))):
+        hole = good[:low] + bytes(high - low) + good[high:]
+        if hole != good:
+            yield f"{name} zeroed", hole
+    yield "deleted", None
+
+
+def assault(root: Path, num_bits: int) -> tuple[int, list[str]]:
+    """Damage every file of one part, of the table and of its copy, one at a time: (tried, what went unnoticed)."""
+    tried, unnoticed = 0, []
+    for path in sorted(
+        file for name in ("parts/000001.zarr", "vocab", "vocab-copy") for file in (root / name).rglob("*")
+    ):
+        if path.is_dir():
+            continue
+        name, good = path.relative_to(root).as_posix(), path.read_bytes()
+        array = name.split("/c/")[0].removesuffix("/zarr.json") if name.startswith("parts") else name
+        for what, content in damages(good, num_bits):
+            if content is not None and name.endswith("part.json") and content.split() == good.split():
+                continue  # a line end is no part of sealed JSON
+            path.unlink()
+            if content is not None:
+                path.write_bytes(content)
+            tried += 1
+            problems = [problem for problem in verify(root).problems if problem.file.startswith(array)]
+            if not problems or not all("repair" in problem.todo for problem in problems):
+                unnoticed.append(f"{name}: {what}: by verify")
+            if name.startswith("parts") or (name.startswith("vocab/") and "/c/" in name):
+                try:
+                    read_everything(root)
+                    if not name.endswith("zarr.json"):  # our reader does without those of the parts
+                        unnoticed.append(f"{name}: {what}: by reading")
+                except CacheCorruptError as error:
+                    if array.split("/c/")[0] not in str(error) or "; run: vlsi-cache" not in str(error):
+                        unnoticed.append(f"{name}: {what}: the error is {error}")
+            path.unlink(missing_ok=True)
+            path.write_bytes(good)
+    assert verify(root, deep=True).ok
+    return tried, unnoticed
+
+
+@pytest.mark.parametrize("name", ["plain-exact", "per-layer-fast", "sampled-default", "chosen-fast"])
+def test_every_damage_to_every_file_is_noticed(tmp_path: Path, name: str) -> None:
+    tried, unnoticed = assault(build_variant(tmp_path / "c", variant_of(name)), num_bits=2)
+    assert unnoticed == []
+    assert tried > 250
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_damage_to_every_file_is_noticed_in_all_variants(tmp_path: Path, name: str) -> None:
+    tried, unnoticed = assault(build_variant(tmp_path / "c", variant_of(name)), num_bits=12)
+    print(name, tried)
+    assert unnoticed == []
+    assert tried > 500
+
+
+def swap_first_two_chunks(path: Path, num_chunks: int) -> None:
+    """Two chunks of a shard change places, each with its own valid checksum, and the index says so correctly."""
+    content = path.read_bytes()
+    index = np.frombuffer(content[-16 * num_chunks - 4 : -4], "<u8").reshape(-1, 2)
+    pieces = [content[at : at + size] for at, size in index.tolist()]
+    pieces[:2] = pieces[1::-1]
+    sizes = np.array([len(piece) for piece in pieces])
+    table = np.stack([np.cumsum(sizes) - sizes, sizes], axis=1).astype("<u8").tobytes()
+    path.write_bytes(b"".join([*pieces, table, google_crc32c.value(table).to_bytes(4, "little")]))
+    assert path.stat().st_size == len(content)
+    assert path.read_bytes() != content
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("array", ["ids", "entropy"])
+def test_swapped_chunks_with_valid_checksums_are_noticed_by_deep_verify(
+    tmp_path: Path, profile: str, array: str
+) -> None:
+    root = build_variant(tmp_path / "c", plain(profile))
+    swap_first_two_chunks(data_file(root, array), num_chunks=3)
+    report = verify(root, deep=True)
+    assert [problem.file.split("/c/")[0] for problem in report.problems] == [f"parts/000001.zarr/{array}"], str(report)
+    assert repair(root).quarantined == ["parts/000001.zarr"]
+
+
+@pytest.mark.parametrize("name", [*(f"plain-{profile}" for profile in PROFILES), "per-layer-fast", "sampled-exact"])
+def test_swapped_and_foreign_parts_of_every_kind(tmp_path: Path, name: str) -> None:
+    variant = variant_of(name)
+    root = build_variant(tmp_path / "c", variant)
+    one, two, aside = part_path(root, 0), part_path(root, 1), root / "tmp" / "aside"
+    for source, target in ((one, aside), (two, one), (aside, two)):
+        source.rename(target)
+    with pytest.raises(CacheCorruptError, match=r"this is part 1 under the name of part 0; run: vlsi-cache repair"):
+        read_everything(root)
+    assert not verify(root).ok
+    shutil.rmtree(one)
+    shutil.rmtree(two)
+    other = build_variant(
+        tmp_path / "other",
+        type(variant)(variant.case, variant.header.model_copy(update={"fingerprint": {"teacher": "another"}})),
+    )
+    shutil.copytree(other / "parts", root / "parts", dirs_exist_ok=True)
+    with pytest.raises(CacheCorruptError, match=r"belongs to another cache .*; run: vlsi-cache repair"):
+        read_everything(root)
+    assert sum("another cache" in problem.what for problem in verify(root).problems) == 2
 
 
 def test_only_dead_leftovers_are_removed(root: Path, case: Case) -> None:

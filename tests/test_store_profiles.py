@@ -8,9 +8,11 @@ import pytest
 import zarr
 from test_store_cases import Case, header_of, make_case
 
+from vlsi_cache.errors import DataError
 from vlsi_cache.sparse.rows import SparseRows
 from vlsi_cache.sparse.truncate import draw_rows, truncate
 from vlsi_cache.store import reader
+from vlsi_cache.store.encoding import encode_rows
 from vlsi_cache.store.layout import CacheHeader
 from vlsi_cache.store.verify import verify
 from vlsi_cache.store.writer import CacheWriter
@@ -138,3 +140,14 @@ def test_plain_zarr_reads_the_same_arrays(tmp_path: Path, profile: str) -> None:
         array = group[name]
         mine = part.arrays[name][:, :] if array.ndim > 1 else part.arrays[name]
         np.testing.assert_array_equal(array[:], np.moveaxis(mine, 0, 1) if array.ndim > 1 else mine)
+
+
+def test_arrays_that_are_too_short_are_refused_and_not_filled_up(tmp_path: Path) -> None:
+    case = make_case([[5, 3]], ["a", "b"])
+    writer = CacheWriter.create_or_resume(tmp_path / "c", header_of(case), case.ranks)
+    rows = case.parts[0].rows
+    assert rows is not None
+    arrays = encode_rows(writer.header, case.ranks.ranks_LV(writer.header.id_dtype), rows.tokens(slice(0, 6)))
+    with pytest.raises(DataError, match=r"`ids` is \(4, 6, 6\), this part needs \(4, 8, 6\)"):
+        writer.write_encoded(0, case.parts[0], arrays)
+    assert writer.missing_parts() == [0]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from vlsi_cache.errors import CacheCorruptError
+from vlsi_cache.errors import CacheCorruptError, DataError
 
 from .chunks import (
     BLOSC_LEVEL,
@@ -38,6 +38,10 @@ def write_arrays(folder: Path, arrays: Mapping[str, np.ndarray], specs: dict[str
 
     Nothing is flushed to the disk here.
     """
+    for name, spec in specs.items():
+        shape = (spec.shape[1], spec.shape[0], *spec.shape[2:]) if spec.is_layered else spec.shape
+        if spec.size_bytes and arrays[name].shape != shape:  # else the rest of a chunk would be filled up in silence
+            raise DataError(f"`{name}` is {arrays[name].shape}, this part needs {shape}")
     _write_metadata(folder, specs)
     written = {}
     for name, spec in specs.items():

@@ -197,6 +197,7 @@ class MappedLayers:
     ) -> None:
         with path.open("rb", buffering=0) as file:
             index = _read_index(file.fileno(), spec)
+            self._file_bytes = os.fstat(file.fileno()).st_size
         chunk_bytes = math.prod(spec.chunk) * spec.dtype.itemsize
         if (index[..., 1] != chunk_bytes + CRC_BYTES).any():
             raise ValueError(f"a chunk of the shard is not {chunk_bytes} bytes and a checksum long")
@@ -244,6 +245,8 @@ class MappedLayers:
         with self._lock:
             if self._is_known[block]:
                 return
+            if self.path.stat().st_size != self._file_bytes:  # touching a page behind the end would kill the process
+                raise CacheCorruptError(f"`{self.path}`: the file has changed its size since it was opened")
             for layer in (layer for layer in self._layers if not self._known_BL[block, layer]):
                 try:
                     checked(self._stored_BLc[block, layer])

@@ -19,13 +19,16 @@ from .layout import (
     part_dir,
     unseal_json,
 )
-from .schema import part_file_names, part_specs
+from .schema import part_file_names, part_specs, vocab_specs
 
 
 def load_header(root: Path) -> CacheHeader:
     """Read and check `cache.json`; a newer format is refused before anything else is looked at."""
     path = root / HEADER_NAME
-    value = unseal_json(path.read_bytes(), path)
+    try:
+        value = unseal_json(path.read_bytes(), path)
+    except CacheCorruptError as error:
+        raise CacheCorruptError(f"{error}; restore this file from a copy of the cache") from error
     version = value.get("format_version")
     if value.get("format") != "vlsi-cache":
         raise CacheCorruptError(f"`{path}` is not the header of a vlsi-cache: `format` is {value.get('format')!r}")
@@ -33,18 +36,27 @@ def load_header(root: Path) -> CacheHeader:
         raise CacheCorruptError(
             f"`{path}`: format version {version}, this program reads 1 to {FORMAT_VERSION}; upgrade vlsi-cache"
         )
-    return as_record(CacheHeader, value, path)
+    header = as_record(CacheHeader, value, path)
+    # Names from a file are only ever compared with the names a table has, so none of them can lead elsewhere.
+    heads, num_text = (len(header.layers), header.num_head_ranks), None if header.text_xxh3 is None else 1
+    foreign = set(header.vocab_files) - part_file_names(vocab_specs(header.v_real, heads, num_text))
+    if foreign:
+        raise CacheCorruptError(f"`{path}`: `vocab_files` names what no table has: {sorted(foreign)[:4]}")
+    return header
 
 
 def load_part_record(root: Path, header: CacheHeader, index: int) -> PartRecord:
     """Read `part.json` of part `index` and check that it is this part, of this cache, with just the files of one."""
     path = part_dir(root, index) / RECORD_NAME
-    _refuse_elsewhere(root, path)
+    refuse_elsewhere(root, path)
     try:
         content = path.read_bytes()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise CacheCorruptError(f"`{path}` is missing; run: vlsi-cache repair {root}") from None
-    record = as_record(PartRecord, unseal_json(content, path), path)
+    try:
+        record = as_record(PartRecord, unseal_json(content, path), path)
+    except CacheCorruptError as error:
+        raise advised(error, root) from error
     if record.cache_digest != header.digest:
         raise CacheCorruptError(
             f"`{path}`: the part belongs to another cache (digest {record.cache_digest[:12]}, this cache is "
@@ -57,7 +69,9 @@ def load_part_record(root: Path, header: CacheHeader, index: int) -> PartRecord:
     # Names from a file are only ever compared with the names a part has, so none of them can lead elsewhere.
     wrong = part_file_names(part_specs(header, record)) ^ set(record.files)
     if wrong:
-        raise CacheCorruptError(f"`{path}`: files listed and files expected differ: {sorted(wrong)[:4]}")
+        raise CacheCorruptError(
+            f"`{path}`: files listed and files expected differ: {sorted(wrong)[:4]}; run: vlsi-cache repair {root}"
+        )
     return record
 
 
@@ -109,9 +123,15 @@ def check_size(root: Path, path: str, expected: int) -> None:
         )
 
 
-def _refuse_elsewhere(root: Path, path: Path) -> None:
+def refuse_elsewhere(root: Path, path: Path) -> None:
+    """Raise CacheCorruptError when `path` is reached through a symbolic link."""
     if os.path.realpath(path) != os.path.join(os.path.realpath(root), path.relative_to(root)):
         raise CacheCorruptError(f"`{path}` is or lies behind a symbolic link; a cache holds plain files only")
+
+
+def advised(error: CacheCorruptError, root: Path) -> CacheCorruptError:
+    """The same error with what to do about it, unless it says so already."""
+    return error if "; run: " in str(error) else CacheCorruptError(f"{error}; run: vlsi-cache repair {root}")
 
 
 def hash_file(path: Path) -> FileRecord:

@@ -1,11 +1,11 @@
 """Beginning a cache, or finding that the one that is there is another: `vocab/`, then `cache.json`, then parts.
 
 The frequency-rank table comes first because the header carries its digest: whichever process renames its table into
-place decides it for all, so that a table made from the teacher's own rows need not come out the same everywhere.
+place decides it for all, so that a table made from the teacher's own rows need not come out the same everywhere. Once
+`cache.json` says what is in it, a second copy is written.
 """
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ from vlsi_cache.errors import CacheCorruptError, FingerprintMismatchError, SpecE
 from . import commit
 from .arrays import read_vocab, read_vocab_text, write_vocab
 from .files import load_header
-from .layout import HEADER_NAME, IDENTITY_FIELDS, CacheHeader, sealed_json
+from .layout import HEADER_NAME, IDENTITY_FIELDS, VOCAB_NAME, CacheHeader, sealed_json
 from .ranks import RankTable
+from .vocab import complete_copies, foreign_names, vocab_files
 
 MAX_SHOWN = 120  # characters of a differing fingerprint value in a message
 
@@ -36,6 +37,7 @@ def publish_header(
     """
     if (root / HEADER_NAME).exists():
         _compare(root, load_header(root), _as_stored(header))
+        complete_copies(root, load_header(root))
     else:
         root.mkdir(parents=True, exist_ok=True)
         _refuse_foreign_directory(root)
@@ -46,8 +48,9 @@ def publish_header(
     _compare(root, stored, _as_stored(header))
     if stored.id_of_rank_xxh3 != table.digest:
         raise CacheCorruptError(
-            f"`{root / 'vocab'}`: the table does not match cache.json; run: vlsi-cache repair {root}"
+            f"`{root / VOCAB_NAME}`: the table does not match cache.json; run: vlsi-cache repair {root}"
         )
+    complete_copies(root, stored)
     return stored, table
 
 
@@ -56,6 +59,7 @@ def _create_header(root: Path, header: CacheHeader, table: RankTable) -> None:
         "id_of_rank_xxh3": table.digest,
         "num_head_ranks": table.heads_LH.shape[1],
         "text_xxh3": _text_digest(root, header.v_real),
+        "vocab_files": vocab_files(root),
     }
     with commit.tmp_path(root, HEADER_NAME) as tmp, commit.disk_full_is_an_error(root, 0):
         commit.write_durable(tmp, sealed_json(_as_stored(header.model_copy(update=complete)).model_dump()))
@@ -72,11 +76,7 @@ def _as_stored(header: CacheHeader) -> CacheHeader:
 
 def _refuse_foreign_directory(root: Path) -> None:
     """An existing folder may only hold what an interrupted start of a cache leaves: `vocab/`, and files in `tmp/`."""
-    found = set(os.listdir(root)) - {"tmp"}
-    if (root / "vocab" / "id_of_rank").is_dir():
-        found.discard("vocab")
-    if (root / "tmp").is_dir():
-        found |= {f"tmp/{name}" for name in os.listdir(root / "tmp") if not name.startswith((HEADER_NAME, "vocab."))}
+    found = foreign_names(root)
     if found:
         raise SpecError(
             f"`{root}` is not empty and not a cache: it holds {sorted(found)[:4]}; name a new folder for the cache"
@@ -86,27 +86,47 @@ def _refuse_foreign_directory(root: Path) -> None:
 def _publish_vocab(root: Path, header: CacheHeader, ranks: Ranks, token_texts: TokenTexts) -> RankTable:
     """Write `vocab/` unless it is there; the ranks that are there in the end."""
     v_real, num_layers = header.v_real, len(header.layers)
-    if not (root / "vocab").exists():
+    if not (root / VOCAB_NAME).exists():
         table = (ranks if isinstance(ranks, RankTable) else ranks()).checked(num_layers, v_real)
+        _refuse_other_table(root, table)
         text, offsets = _joined(token_texts, v_real)
         need_bytes = table.id_of_rank_V.nbytes + table.heads_LH.nbytes + len(text or b"")
         commit.check_free_space(root, need_bytes)
-        with commit.tmp_path(root, "vocab", ".zarr") as tmp, commit.disk_full_is_an_error(root, need_bytes):
+        with commit.tmp_path(root, VOCAB_NAME) as tmp, commit.disk_full_is_an_error(root, need_bytes):
             write_vocab(tmp, table, text, offsets)
             commit.fsync_tree(tmp)
-            commit.publish_dir(tmp, root / "vocab")
+            commit.publish_dir(tmp, root / VOCAB_NAME)
     try:
         heads = num_layers, num_head_ranks(root)
-        return read_vocab(root / "vocab", v_real, heads).checked(num_layers, v_real)
-    except SpecError as error:
-        raise CacheCorruptError(f"`{root / 'vocab'}`: {error}; run: vlsi-cache repair {root}") from error
+        return read_vocab(root / VOCAB_NAME, v_real, heads).checked(num_layers, v_real)
+    except (CacheCorruptError, SpecError) as error:
+        raise CacheCorruptError(f"`{root / VOCAB_NAME}` is damaged ({error}); {_remedy(root)}") from error
+
+
+def _refuse_other_table(root: Path, table: RankTable) -> None:
+    """A lost table may only be made again if it comes out the same: the parts hold its ranks."""
+    if (root / HEADER_NAME).exists() and (wanted := load_header(root).id_of_rank_xxh3) != table.digest:
+        raise CacheCorruptError(
+            f"`{root / VOCAB_NAME}` is lost, and the table made anew is another (xxh3 {table.digest}, cache.json says "
+            f"{wanted}); restore this folder from a copy of the cache"
+        )
+
+
+def _remedy(root: Path) -> str:
+    if (root / HEADER_NAME).exists():
+        return f"run: vlsi-cache repair {root}"
+    return "no part depends on it yet: delete this folder and run the same command again"
 
 
 def num_head_ranks(root: Path) -> int:
     """H of the table in `vocab/`: from the header, or while there is none from the array's own metadata."""
     if (root / HEADER_NAME).exists():
         return load_header(root).num_head_ranks
-    return int(json.loads((root / "vocab" / "heads" / "zarr.json").read_bytes())["shape"][1])
+    path = root / VOCAB_NAME / "heads" / "zarr.json"
+    try:
+        return int(json.loads(path.read_bytes())["shape"][1])
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise CacheCorruptError(f"`{path}` cannot be read: {error}") from error
 
 
 def _joined(token_texts: TokenTexts, v_real: int) -> tuple[bytes | None, np.ndarray | None]:
@@ -120,9 +140,9 @@ def _joined(token_texts: TokenTexts, v_real: int) -> tuple[bytes | None, np.ndar
 
 
 def _text_digest(root: Path, v_real: int) -> str | None:
-    if not (root / "vocab" / "text").is_dir():
+    if not (root / VOCAB_NAME / "text").is_dir():
         return None
-    return xxhash.xxh3_64_hexdigest(read_vocab_text(root / "vocab", v_real)[0])
+    return xxhash.xxh3_64_hexdigest(read_vocab_text(root / VOCAB_NAME, v_real)[0])
 
 
 def _compare(root: Path, stored: CacheHeader, asked: CacheHeader) -> None:

@@ -21,6 +21,8 @@ FORMAT_VERSION = 1
 HEADER_NAME = "cache.json"
 RECORD_NAME = "part.json"
 TABLE_NAME = "samples.parquet"
+VOCAB_NAME = "vocab"
+VOCAB_COPY_NAME = "vocab-copy"
 # what must be equal for two builds to write into one cache, beside every field of the fingerprint
 IDENTITY_FIELDS = (
     "format_version",
@@ -55,6 +57,13 @@ def _created_by() -> str:
         return "vlsi-cache"
 
 
+class FileRecord(StrictRecord):
+    """Size and xxh3-64 of one file of a part, or of `vocab/`."""
+
+    size: int
+    xxh3: str
+
+
 class CacheHeader(StrictRecord):
     """`cache.json`: everything a reader needs to know that is not in the parts; written once, before the first part."""
 
@@ -78,6 +87,7 @@ class CacheHeader(StrictRecord):
     id_of_rank_xxh3: str = ""
     num_head_ranks: int = 0
     text_xxh3: str | None = None
+    vocab_files: dict[str, FileRecord] = {}
     skipped: list[dict[str, Any]] = []
     parents: list[dict[str, Any]] = []
 
@@ -127,13 +137,6 @@ class CacheHeader(StrictRecord):
             if layer not in self.layers:
                 raise SpecError(f'layer `{layer}` is not in this cache; it has {self.layers} ("last" is the last)')
         return [self.layers.index(layer) for layer in wanted]
-
-
-class FileRecord(StrictRecord):
-    """Size and xxh3-64 of one file of a part."""
-
-    size: int
-    xxh3: str
 
 
 class PartRecord(StrictRecord):
@@ -186,7 +189,7 @@ def list_parts(root: Path) -> list[int]:
 
 def response_digest(response_ids: np.ndarray) -> str:
     """xxh3-64 of the response ids as little-endian uint32: the contract between teacher and student."""
-    return xxhash.xxh3_64_hexdigest(np.ascontiguousarray(response_ids, dtype="<u4").tobytes())
+    return xxhash.xxh3_64_hexdigest(np.ascontiguousarray(response_ids, dtype="<u4").data)
 
 
 def canonical_json(value: Any) -> bytes:

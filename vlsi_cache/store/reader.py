@@ -16,15 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import xxhash
 
 from vlsi_cache.errors import CacheCorruptError, CacheIncompleteError, CacheNotFoundError, SampleNotFoundError
 from vlsi_cache.sparse.rows import SparseRows
 
-from .arrays import Arrays, read_flat, read_layered, read_samples, read_vocab, read_vocab_text
+from .arrays import Arrays, read_flat, read_layered, read_samples
 from .chunks import Known, MappedLayers
 from .encoding import UNDO, by_layer, check_ranks, decode_values, padded, undone_values
-from .files import check_metadata, check_part_files, load_header, load_part_record
+from .files import advised, check_metadata, check_part_files, load_header, load_part_record
 from .layout import (
     HEADER_NAME,
     CacheHeader,
@@ -35,6 +34,7 @@ from .layout import (
 )
 from .ranks import RankTable
 from .schema import SAMPLE_ARRAYS, SCALAR_ARRAYS, ArraySpec, layered_names, part_specs, value_array
+from .vocab import is_interrupted_start, load_texts, load_vocab
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -73,10 +73,19 @@ class Part:
     is_undone: bool = False
 
     def row(self, index: int) -> Row:
-        """Decode sample `index` of the part."""
+        """Decode sample `index` of the part; the first touch of a memory-mapped block may raise CacheCorruptError."""
+        try:
+            return self._row(index)
+        except CacheCorruptError as error:
+            raise advised(error, self.folder.parent.parent) from error
+
+    def _row(self, index: int) -> Row:
         arrays, record = self.arrays, self.record
         tokens = slice(*self._edges[0][index : index + 2])
         response = slice(*self._edges[1][index : index + 2])
+        response_ids_R = arrays["response_ids"][response]
+        if response_digest(response_ids_R) != record.response_xxh3[index]:
+            raise CacheCorruptError(f"`{self.folder / 'response_ids'}`: response ids are not those of part.json")
         tail_mass_LT = arrays["tail_mass"][:, tokens]
         ids_LTK, logprobs_LTK = self._entries(tokens, tail_mass_LT)
         return Row(
@@ -90,7 +99,7 @@ class Part:
             sample_id=record.sample_ids[index],
             kind=record.kinds[index],
             digest=record.digests[index],
-            response_ids_R=arrays["response_ids"][response],
+            response_ids_R=response_ids_R,
             positions_T=arrays["positions"][tokens],
         )
 
@@ -152,6 +161,22 @@ def load_part(
     Arrays come as they are on the disk, or `undone` for decoding rows faster. `known` are mapped blocks that have been
     checked before.
     """
+    try:
+        return _load_part(root, header, index, layers, id_of_rank_LV, undone=undone, known=known)
+    except CacheCorruptError as error:
+        raise advised(error, root) from error
+
+
+def _load_part(
+    root: Path,
+    header: CacheHeader,
+    index: int,
+    layers: Sequence[int],
+    id_of_rank_LV: np.ndarray | None,
+    *,
+    undone: bool,
+    known: Known | None,
+) -> Part:
     record = load_part_record(root, header, index)
     check_part_files(root, index, record)
     folder = part_dir(root, index)
@@ -392,28 +417,6 @@ def _refuse_extra_parts(root: Path, header: CacheHeader) -> None:
         )
 
 
-def load_vocab(root: Path, header: CacheHeader) -> RankTable:
-    """The frequency ranks, checked against cache.json."""
-    ranks = read_vocab(root / "vocab", header.v_real, (len(header.layers), header.num_head_ranks))
-    _check_vocab(root, "id_of_rank", ranks.digest, header.id_of_rank_xxh3)
-    return ranks
-
-
-def load_texts(root: Path, header: CacheHeader) -> tuple[bytes, np.ndarray]:
-    """Text of all tokens as UTF-8, and the offset of each, int64 [V + 1]; checked against cache.json."""
-    text, offsets = read_vocab_text(root / "vocab", header.v_real)
-    _check_vocab(root, "text", xxhash.xxh3_64_hexdigest(text), header.text_xxh3)
-    return text, offsets
-
-
-def _check_vocab(root: Path, name: str, found: str, expected: str | None) -> None:
-    if found != expected:
-        raise CacheCorruptError(
-            f"`{root / 'vocab' / name}`: xxh3 of the table is {found}, cache.json says {expected}; "
-            f"run: vlsi-cache repair {root}"
-        )
-
-
 def _incomplete(root: Path, header: CacheHeader, done: int) -> str:
     from .derive import resume_command
 
@@ -427,6 +430,10 @@ def _not_a_cache(root: Path) -> str:
     above = next((parent for parent in root.absolute().parents if (parent / HEADER_NAME).is_file()), None)
     if above is not None:
         return f"`{root}` is a piece of a cache; open the cache itself: `{above}`"
+    if is_interrupted_start(root):
+        return (
+            f"`{root}` is the start of a cache, interrupted before its first part: run the command that builds it again"
+        )
     if root.is_dir():
         below = sorted(child.name for child in root.iterdir() if (child / HEADER_NAME).is_file())
         if below:

@@ -8,8 +8,19 @@ from vlsi_cache.errors import CacheCorruptError, VlsiCacheError
 
 from .commit import list_tmp
 from .files import hash_file, load_header, load_part_record
-from .layout import HEADER_NAME, RECORD_NAME, TABLE_NAME, CacheHeader, PartRecord, part_dir, part_name
-from .reader import load_part, load_texts, load_vocab
+from .layout import (
+    HEADER_NAME,
+    RECORD_NAME,
+    TABLE_NAME,
+    VOCAB_COPY_NAME,
+    VOCAB_NAME,
+    CacheHeader,
+    PartRecord,
+    part_dir,
+    part_name,
+)
+from .reader import load_part
+from .vocab import is_interrupted_start, load_texts, load_vocab, vocab_problems
 
 CONTINUE = "run the command that builds the cache again, it continues"
 
@@ -54,6 +65,10 @@ def verify(path: str | os.PathLike[str], *, deep: bool = False) -> VerifyReport:
     """Check sizes and the checksum of every chunk (`deep`: also the hash of every file), and what is foreign."""
     root = Path(path)
     report = VerifyReport(root, deep)
+    if is_interrupted_start(root):
+        what = "is missing: the start of this cache was interrupted, and nothing is lost"
+        report.problems.append(Problem(HEADER_NAME, what, CONTINUE))
+        return report
     repair = f"run: vlsi-cache repair {root}"
     try:
         header = load_header(root)
@@ -70,15 +85,20 @@ def verify(path: str | os.PathLike[str], *, deep: bool = False) -> VerifyReport:
 
 
 def _check_vocab(root: Path, header: CacheHeader, report: VerifyReport, repair: str) -> None:
-    if not (root / "vocab").exists():
-        report.problems.append(Problem("vocab", "is missing", CONTINUE))
-        return
-    try:
-        load_vocab(root, header)
-        if header.text_xxh3 is not None:
-            load_texts(root, header)
-    except CacheCorruptError as error:
-        report.problems.append(Problem("vocab", _text(error), repair))
+    """Both copies, every file by its hash; a cache may do without the second one."""
+    for name in (VOCAB_NAME, VOCAB_COPY_NAME):
+        if os.path.lexists(root / name):
+            report.problems += [Problem(file, what, repair) for file, what in vocab_problems(root, header, name)]
+    if not os.path.lexists(root / VOCAB_NAME):
+        has_copy = (root / VOCAB_COPY_NAME).is_dir()
+        report.problems.append(Problem(VOCAB_NAME, "is missing", repair if has_copy else CONTINUE))
+    elif not any(problem.file.startswith(VOCAB_NAME) for problem in report.problems):
+        try:
+            load_vocab(root, header)
+            if header.text_xxh3 is not None:
+                load_texts(root, header)
+        except CacheCorruptError as error:
+            report.problems.append(Problem(VOCAB_NAME, _text(error), repair))
 
 
 def _check_part(root: Path, header: CacheHeader, index: int, report: VerifyReport, repair: str) -> None:
@@ -139,7 +159,8 @@ def _check_table(root: Path, header: CacheHeader, report: VerifyReport, repair: 
 
 
 def _text(error: Exception) -> str:
-    return str(error).split("; run: ", 1)[0]
+    """What is wrong, without what to do."""
+    return str(error).split("; run: ", 1)[0].split("; restore ", 1)[0]
 
 
 def _named_file(root: Path, part: str, error: Exception) -> str:

@@ -61,8 +61,9 @@ class CacheWriter:
         directory is something else.
         """
         root = Path(path)
-        stored, table_of_ranks = publish_header(root, header, ranks, token_texts)
-        (root / "parts").mkdir(exist_ok=True)
+        with commit.disk_full_is_an_error(root, 0):
+            stored, table_of_ranks = publish_header(root, header, ranks, token_texts)
+            (root / "parts").mkdir(exist_ok=True)
         commit.remove_dead_tmp(root)
         return cls(root, stored, table_of_ranks)
 
@@ -119,7 +120,8 @@ class CacheWriter:
         """When all parts are there, write `samples.parquet` and clean up; False while parts are missing."""
         if self.missing_parts():
             return False
-        table.write_table(self.path, self.header)
+        with commit.disk_full_is_an_error(self.path, 0):
+            table.write_table(self.path, self.header)
         commit.remove_dead_tmp(self.path)
         return True
 
