@@ -96,7 +96,7 @@ def samples_of(rows: list[reader.Row]) -> PartSamples:
 
 def synthetic_parts(
     *,
-    num_parts: int = 6,
+    num_parts: int = 12,
     per_part: int = 160,
     length: int = 146,
     num_layers: int = 8,

@@ -20,6 +20,7 @@ from .reader import Cache, Part, Row
 
 ROWS_AT_A_TIME = 16  # handed over together: a hand-over between threads costs as much as decoding a short row
 QUEUE_LENGTH = 4
+READING_THREADS = 2
 POLL_S = 0.1
 
 Handed = list[Row] | BaseException | None
@@ -41,7 +42,8 @@ class PartWindowReader:
 
     `layers` are model layers ("last" is the last); [] gives rows without any layer, at no decoding cost. `start` is the
     number of samples of this epoch already consumed: what follows is exactly what an uninterrupted epoch would give.
-    `wait_s` is the time the consumer has waited for rows. Up to two windows of compressed-dtype parts are in memory.
+    `wait_s` is the time the consumer has waited for rows. Up to two windows of decoded parts are in memory, 8 bytes an
+    entry (4 where a view of the file does).
     """
 
     def __init__(
@@ -91,12 +93,14 @@ class PartWindowReader:
         return some
 
     def _produce(self, rows: "queue.Queue[Handed]", stop: threading.Event) -> None:
-        """Decode the rows of one window while a second thread reads the parts of the next."""
-        with ThreadPoolExecutor(1, "vlsi-cache read") as pool:
+        """Hand over the rows of one window while the parts of the next are read and decoded."""
+        # Mapping a file costs nothing: there a second thread would only take the interpreter from the consumer.
+        num_threads = 1 if self._cache.header.profile == "fast" else READING_THREADS
+        with ThreadPoolExecutor(num_threads, "vlsi-cache read") as pool:
             try:
                 pending = self._submit(pool, 0, stop)
                 for number, window in enumerate(self._windows):
-                    parts = {} if pending is None else pending.result()
+                    parts = {part: loading.result() for part, loading in pending.items()}
                     pending = self._submit(pool, number + 1, stop)
                     for at in range(0, len(window.order), ROWS_AT_A_TIME):
                         some = [parts[part].row(row) for part, row in window.order[at : at + ROWS_AT_A_TIME]]
@@ -105,15 +109,17 @@ class PartWindowReader:
                 _put(rows, None, stop)
             except BaseException as error:  # whatever it is belongs to the consumer
                 _put(rows, error, stop)
+            finally:
+                pool.shutdown(cancel_futures=True)
 
-    def _submit(self, pool: ThreadPoolExecutor, number: int, stop: threading.Event) -> "Future[dict[int, Part]] | None":
-        if number >= len(self._windows):
-            return None
-        return pool.submit(self._load, self._windows[number], stop)
+    def _submit(self, pool: ThreadPoolExecutor, number: int, stop: threading.Event) -> "dict[int, Future[Part]]":
+        if number >= len(self._windows) or stop.is_set():
+            return {}
+        return {part: pool.submit(self._load, part) for part in self._windows[number].parts}
 
-    def _load(self, window: Window, stop: threading.Event) -> dict[int, Part]:
-        wanted = (part for part in window.parts if not stop.is_set())
-        return {part: self._cache.part(part, self._layers, keep=False, undone=True) for part in wanted}
+    def _load(self, part: int) -> Part:
+        # Decoded whole: many small steps in several threads would wait for each other, not work at the same time.
+        return self._cache.part(part, self._layers, keep=False, undone=True).decoded()
 
 
 def check_place(*, rank: int, world: int, window_parts: int, start: int) -> None:
