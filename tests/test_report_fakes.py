@@ -17,9 +17,9 @@ from vlsi_cache.sparse.truncate import draw_rows, top_p_widths, truncate
 from vlsi_cache.store.files import load_header, load_part_record
 from vlsi_cache.store.layout import CacheHeader, part_dir, sealed_json
 from vlsi_cache.store.ranks import plain_ranks
-from vlsi_cache.store.reader import load_vocab
 from vlsi_cache.store.reader import open as open_cache
 from vlsi_cache.store.samples import PartSamples
+from vlsi_cache.store.vocab import load_vocab
 from vlsi_cache.store.writer import CacheWriter
 
 V, K, M, NUM_DRAWS = 60, 5, 2, 8

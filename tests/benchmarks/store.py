@@ -27,6 +27,7 @@ import zarr
 from vlsi_cache.sparse.rows import SparseRows
 from vlsi_cache.store import reader
 from vlsi_cache.store.layout import CacheHeader
+from vlsi_cache.store.part import Row
 from vlsi_cache.store.ranks import plain_ranks, ranks_by_count
 from vlsi_cache.store.reader import Cache
 from vlsi_cache.store.sampler import PartWindowReader
@@ -82,7 +83,7 @@ def real_parts(path: Path) -> list[PartSamples]:
     return [samples_of(cache.read_part(index)) for index in cache.parts]
 
 
-def samples_of(rows: list[reader.Row]) -> PartSamples:
+def samples_of(rows: list[Row]) -> PartSamples:
     names = ("ids_LTK", "logprobs_LTK", "tail_ids_LTm", "lse_LTn", "entropy_LT", "gold_logprob_LT", "tail_mass_LT")
     joined = SparseRows.concat([SparseRows(**{name: getattr(row, name) for name in names}) for row in rows])
     return PartSamples(
@@ -286,7 +287,7 @@ def one_thread(cache: Cache, layers: list[int] | None = None) -> None:
             deliver(part.row(row))
 
 
-def deliver(row: reader.Row) -> None:
+def deliver(row: Row) -> None:
     """What the memmap does too: contiguous arrays of one's own (a view of a mapped file is copied)."""
     np.ascontiguousarray(row.ids_LTK), np.ascontiguousarray(row.logprobs_LTK)
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from vlsi_cache.data.records import Record
-    from vlsi_cache.store.reader import Row
+    from vlsi_cache.store.part import Row
 
 TextOf = Callable[[int], str | None]
 EXAMPLE_NAME = "example.json"

@@ -19,7 +19,8 @@ from .stats import MAX_SUMMARY_PARTS, gold_ids, ranks_of, spaced
 from .text import percent, table
 
 if TYPE_CHECKING:
-    from vlsi_cache.store.reader import Cache, Row
+    from vlsi_cache.store.part import Row
+    from vlsi_cache.store.reader import Cache
 
 FINE, COARSE = 4096, 64  # bins of the quantiles: 0.003 nats for 150,000 words; and of what is drawn
 KL_TOKENS = 512  # tokens of a part that are compared, evenly spaced: all pairs of 20 layers in a second

@@ -15,7 +15,8 @@ from vlsi_cache.errors import CacheNotFoundError
 
 if TYPE_CHECKING:
     from vlsi_cache.sparse.rows import SparseRows
-    from vlsi_cache.store.reader import Cache, Row
+    from vlsi_cache.store.part import Row
+    from vlsi_cache.store.reader import Cache
 
 MAX_SUMMARY_PARTS = 8  # parts that are read for the per-layer summary: enough for stable means, cheap for any size
 

@@ -18,7 +18,8 @@ from vlsi_cache.data.records import Record, RecordSet
 from vlsi_cache.data.tokenize import Encoder
 from vlsi_cache.errors import FingerprintMismatchError
 from vlsi_cache.sparse.rows import SparseRows
-from vlsi_cache.store.reader import Cache, Row
+from vlsi_cache.store.part import Row
+from vlsi_cache.store.reader import Cache
 from vlsi_cache.store.sampler import PartWindowReader
 
 Pair = tuple[Record, Row | None]

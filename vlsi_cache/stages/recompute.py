@@ -27,7 +27,8 @@ from vlsi_cache.spec import DataSpec, change, spec_from_dict
 from vlsi_cache.store.derive import data_sections
 from vlsi_cache.store.header import differences
 from vlsi_cache.store.layout import CacheHeader, response_digest
-from vlsi_cache.store.reader import Cache, Row
+from vlsi_cache.store.part import Row
+from vlsi_cache.store.reader import Cache
 
 from .build import fingerprint
 from .inputs import TeacherInputs, open_teacher_inputs

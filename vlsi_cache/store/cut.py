@@ -16,7 +16,7 @@ from .arrays import Arrays
 from .chunks import MappedLayers
 from .encoding import decode_values, encode_values, padded, stored_scalar
 from .layout import CacheHeader
-from .reader import Part
+from .part import Part
 from .samples import PartSamples
 from .schema import SCALAR_ARRAYS, layered_names, value_array
 

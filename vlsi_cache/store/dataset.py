@@ -12,7 +12,8 @@ import numpy as np
 
 from vlsi_cache.errors import DataError
 
-from .reader import RECENT_BYTES, Cache, Row, open
+from .part import Row
+from .reader import RECENT_BYTES, Cache, open
 from .sampler import check_place, plan_windows, samples_per_part, skip_samples
 
 

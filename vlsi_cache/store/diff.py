@@ -15,7 +15,8 @@ from vlsi_cache.sparse.rows import SparseRows
 from .derive import CachePath
 from .header import differences
 from .layout import IDENTITY_FIELDS
-from .reader import Cache, Row, open
+from .part import Row
+from .reader import Cache, open
 
 SMALLEST_BUCKET = 1e-12  # a tail of exactly nothing against one of something is no infinite divergence
 SHOWN_IDS = 3

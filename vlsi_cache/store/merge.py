@@ -20,7 +20,8 @@ from .derive import CachePath, check_room, check_target, lineage, open_source, t
 from .encoding import by_layer
 from .header import differences
 from .layout import IDENTITY_FIELDS, CacheHeader, list_parts, part_dir
-from .reader import Cache, Part, open
+from .part import Part
+from .reader import Cache, open
 from .schema import layered_names, value_array
 from .writer import CacheWriter
 

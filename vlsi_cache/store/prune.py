@@ -28,9 +28,10 @@ from .choose import (
 from .cut import cut_part, join
 from .derive import CachePath, check_room, check_target, lineage, open_source, token_texts
 from .layout import CacheHeader, list_parts, part_dir
+from .part import Part
 from .prices import Shares, Spent, entry_share, group_parts, spend
 from .ranks import RankTable, plain_ranks
-from .reader import Cache, Part, open
+from .reader import Cache, open
 from .writer import CacheWriter
 
 Profile = Literal["default", "exact", "fast"]

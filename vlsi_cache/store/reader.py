@@ -1,6 +1,6 @@
-"""Reading a cache: open, look up a sample, read a part. A row comes back exactly as it was written, or not at all.
+"""Reading a cache: open, look up a sample, read a part.
 
-Shape suffixes: L layers, T response tokens with a row, R response tokens, K kept entries, m tail samples.
+Shape suffixes: L layers, V vocabulary.
 """
 
 import bisect
@@ -9,31 +9,24 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from vlsi_cache.errors import CacheCorruptError, CacheIncompleteError, CacheNotFoundError, SampleNotFoundError
-from vlsi_cache.sparse.rows import SparseRows
 
-from .arrays import Arrays, read_flat, read_layered, read_samples
-from .chunks import Known, MappedLayers
-from .encoding import UNDO, by_layer, check_ranks, decode_values, padded, undone_values
-from .files import advised, check_metadata, check_part_files, load_header, load_part_record
+from .chunks import Known
+from .files import load_header, load_part_record
 from .layout import (
     HEADER_NAME,
     CacheHeader,
     PartRecord,
     list_parts,
     part_dir,
-    response_digest,
 )
+from .part import Part, Row, load_part
 from .ranks import RankTable
-from .schema import SAMPLE_ARRAYS, SCALAR_ARRAYS, ArraySpec, layered_names, part_specs, value_array
 from .vocab import is_interrupted_start, load_texts, load_vocab
 
 if TYPE_CHECKING:
@@ -43,197 +36,6 @@ if TYPE_CHECKING:
     from .verify import VerifyReport
 
 RECENT_BYTES = 256 << 20  # decoded parts that stay in memory for the next look, at least one
-
-
-@dataclass(frozen=True)
-class Row(SparseRows):
-    """One sample: its sparse rows, and what ties them to the training record."""
-
-    sample_id: str
-    kind: str
-    digest: str
-    response_ids_R: np.ndarray
-    positions_T: np.ndarray
-
-
-@dataclass(frozen=True)
-class Part:
-    """One part in memory, in its compact disk dtypes (memory-mapped if not compressed); `row` decodes a sample.
-
-    `arrays` holds the layered arrays [L, T, ...] of the layer rows that were asked for; where rows differ in width, one
-    array per layer for the entries, and their offsets by token under `edges` [L, T + 1]. `id_of_rank_LV` is of the
-    same layers; None when ranks are ids. `is_undone`: see encoding.UNDO; otherwise everything is as on the disk.
-    """
-
-    header: CacheHeader
-    record: PartRecord
-    folder: Path
-    arrays: Arrays
-    id_of_rank_LV: np.ndarray | None
-    is_undone: bool = False
-    is_decoded: bool = False
-
-    def decoded(self) -> "Part":
-        """The part with ids and log-probs of all its rows decoded at once, at 8 bytes an entry; rows are views then.
-
-        Rows of different widths, and memory-mapped ones, stay as they are.
-        """
-        value = value_array(self.header)
-        if self.header.is_ragged or isinstance(self.arrays[value], MappedLayers):
-            return self
-        decode = undone_values if self.is_undone else decode_values
-        logprobs_LTK = decode(self.header, self.arrays[value], self.arrays["tail_mass"])
-        arrays = {**self.arrays, "ids": self._ids(self.arrays["ids"]), value: logprobs_LTK}
-        return replace(self, arrays=arrays, is_decoded=True)
-
-    def row(self, index: int) -> Row:
-        """Decode sample `index` of the part; the first touch of a memory-mapped block may raise CacheCorruptError."""
-        try:
-            return self._row(index)
-        except CacheCorruptError as error:
-            raise advised(error, self.folder.parent.parent) from error
-
-    def _row(self, index: int) -> Row:
-        arrays, record = self.arrays, self.record
-        tokens = slice(*self._edges[0][index : index + 2])
-        response = slice(*self._edges[1][index : index + 2])
-        response_ids_R = arrays["response_ids"][response]
-        if response_digest(response_ids_R) != record.response_xxh3[index]:
-            raise CacheCorruptError(f"`{self.folder / 'response_ids'}`: response ids are not those of part.json")
-        tail_mass_LT = arrays["tail_mass"][:, tokens]
-        ids_LTK, logprobs_LTK = self._entries(tokens, tail_mass_LT)
-        return Row(
-            ids_LTK=ids_LTK,
-            logprobs_LTK=logprobs_LTK,
-            tail_ids_LTm=self._ids(arrays["tail_ids"][:, tokens]),
-            lse_LTn=arrays["lse"][:, tokens],
-            entropy_LT=arrays["entropy"][:, tokens],
-            gold_logprob_LT=arrays["gold_logprob"][:, tokens],
-            tail_mass_LT=tail_mass_LT,
-            sample_id=record.sample_ids[index],
-            kind=record.kinds[index],
-            digest=record.digests[index],
-            response_ids_R=response_ids_R,
-            positions_T=arrays["positions"][tokens],
-        )
-
-    @cached_property
-    def _edges(self) -> tuple[list[int], list[int]]:
-        return self.arrays["offsets"].tolist(), self.arrays["response_offsets"].tolist()
-
-    def _entries(self, tokens: slice, tail_mass_LT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and log-probs [L, T, K] of the kept entries."""
-        value = value_array(self.header)
-        if self.is_decoded:
-            return self.arrays["ids"][:, tokens], self.arrays[value][:, tokens]
-        if not self.header.is_ragged:
-            decode = undone_values if self.is_undone else decode_values
-            logprobs_LTK = decode(self.header, self.arrays[value][:, tokens], tail_mass_LT)
-            return self._ids(self.arrays["ids"][:, tokens]), logprobs_LTK
-        edges_LT = self.arrays["edges"]
-        spans = list(zip(edges_LT[:, tokens.start].tolist(), edges_LT[:, tokens.stop].tolist(), strict=True))
-        ranks_LTK, stored_LTK, mask_LTK = padded(self.header, self.arrays, self.arrays["kept"][:, tokens], spans)
-        logprobs_LTK = decode_values(self.header, stored_LTK, tail_mass_LT, mask_LTK)
-        return np.where(mask_LTK, self._ids(ranks_LTK), 0), logprobs_LTK
-
-    def _ids(self, ranks: np.ndarray) -> np.ndarray:
-        if self.id_of_rank_LV is not None:
-            return by_layer(self.id_of_rank_LV, ranks)
-        return ranks
-
-    def check(self) -> None:
-        """What reading does not look at, or not before it is needed: blocks of memory-mapped arrays, the metadata for
-        other readers, and whether the response ids are those of part.json."""
-        check_metadata(self.folder, self.record)
-        for array in self.arrays.values():
-            if isinstance(array, MappedLayers):
-                array.check_all()
-        spans = pairwise(self.arrays["response_offsets"].tolist())
-        if [response_digest(self.arrays["response_ids"][lo:hi]) for lo, hi in spans] != self.record.response_xxh3:
-            raise CacheCorruptError(f"`{self.folder / 'response_ids'}`: response ids are not those of part.json")
-
-    def __len__(self) -> int:
-        return len(self.record.sample_ids)
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory it takes; what is memory-mapped takes none."""
-        pieces = [one for found in self.arrays.values() for one in (found if isinstance(found, list) else [found])]
-        return sum(piece.nbytes for piece in pieces if isinstance(piece, np.ndarray))
-
-
-def load_part(
-    root: Path,
-    header: CacheHeader,
-    index: int,
-    layers: Sequence[int],
-    id_of_rank_LV: np.ndarray | None,
-    *,
-    undone: bool = False,
-    known: Known | None = None,
-) -> Part:
-    """Read part `index`, of the layered arrays only the layer rows `layers`, and check all that was read.
-
-    Arrays come as they are on the disk, or `undone` for decoding rows faster. `known` are mapped blocks that have been
-    checked before.
-    """
-    try:
-        return _load_part(root, header, index, layers, id_of_rank_LV, undone=undone, known=known)
-    except CacheCorruptError as error:
-        raise advised(error, root) from error
-
-
-def _load_part(
-    root: Path,
-    header: CacheHeader,
-    index: int,
-    layers: Sequence[int],
-    id_of_rank_LV: np.ndarray | None,
-    *,
-    undone: bool,
-    known: Known | None,
-) -> Part:
-    record = load_part_record(root, header, index)
-    check_part_files(root, index, record)
-    folder = part_dir(root, index)
-    specs = part_specs(header, record)
-    arrays = read_samples(folder, specs, SAMPLE_ARRAYS)
-    if np.diff(arrays["offsets"]).tolist() != record.sample_tokens:
-        raise CacheCorruptError(f"`{folder / 'offsets'}`: token counts are not those of part.json")
-    whole = [name for name in layered_names(header) if specs[name].is_layered and name != "kept"]
-    undo = UNDO if undone else {}
-    arrays |= read_layered(folder, specs, whole, layers, undo=undo, limit=header.v_real, known=known)
-    if header.is_ragged:
-        arrays |= _read_ragged(folder, header, specs, layers)
-    for name, shape in {"tail_ids": (0,), "tail_mass": ()}.items():
-        dtype = header.id_dtype if name == "tail_ids" else np.float32
-        arrays.setdefault(name, np.zeros((len(layers), record.num_tokens, *shape), dtype))
-    _check_values(folder, header, arrays)
-    return Part(header, record, folder, arrays, id_of_rank_LV, undone)
-
-
-def _read_ragged(folder: Path, header: CacheHeader, specs: dict[str, ArraySpec], layers: Sequence[int]) -> Arrays:
-    """Widths and offsets of the rows of `layers`, and their entries."""
-    every = range(len(header.layers))
-    kept_LT = read_layered(folder, specs, ["kept"], every)["kept"]
-    if (kept_LT.max(1, initial=0) > header.top_k).any() or int(kept_LT.sum(dtype=np.int64)) != specs["ids"].shape[0]:
-        raise CacheCorruptError(f"`{folder / 'kept'}`: the widths are not those of the entries")
-    flat = read_flat(folder, specs, ["ids", value_array(header)], layers, kept_LT)
-    chosen_LT = kept_LT[list(layers)]
-    edges_LT = np.zeros((len(layers), chosen_LT.shape[1] + 1), np.int64)
-    np.cumsum(chosen_LT, axis=1, dtype=np.int64, out=edges_LT[:, 1:])
-    return {**flat, "kept": chosen_LT, "edges": edges_LT}
-
-
-def _check_values(folder: Path, header: CacheHeader, arrays: Arrays) -> None:
-    """Values that no writer produces."""
-    try:
-        check_ranks(header, arrays)
-    except ValueError as error:
-        raise CacheCorruptError(f"`{folder}`: {error}") from None
-    for name in SCALAR_ARRAYS:
-        if np.isnan(arrays[name]).any():
-            raise CacheCorruptError(f"`{folder / name}`: holds a NaN, which is never written")
 
 
 class Cache:

@@ -16,7 +16,8 @@ import numpy as np
 
 from vlsi_cache.errors import DataError
 
-from .reader import Cache, Part, Row
+from .part import Part, Row
+from .reader import Cache
 
 ROWS_AT_A_TIME = 16  # handed over together: a hand-over between threads costs as much as decoding a short row
 QUEUE_LENGTH = 4

@@ -19,7 +19,7 @@ from .layout import (
     part_dir,
     part_name,
 )
-from .reader import load_part
+from .part import load_part
 from .vocab import is_interrupted_start, load_texts, load_vocab, vocab_problems
 
 CONTINUE = "run the command that builds the cache again, it continues"
