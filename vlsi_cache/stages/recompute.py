@@ -86,8 +86,8 @@ class RecomputeReport:
         lines = [f"{self.num_samples} samples recomputed: {found}"]
         lines += [
             f"  layer {one.layer}: {one.num_tokens} tokens, log-probs off by {one.max_dlogp:.3g}, first entry equal in "
-            f"{one.top1_agreement:.2%}, tail mass off by {one.max_dtail:.3g}, entropy by {one.max_dentropy:.3g}"
-            + ("" if one.ok else f"; WRONG: {one.worst:.3g} times what is allowed")
+            f"{one.top1_agreement:.2%}, tail mass off by {one.max_dtail:.3g}, entropy by {one.max_dentropy:.3g}; "
+            + (f"{one.worst:.0%} of what is allowed" if one.ok else f"WRONG: {one.worst:.3g} times what is allowed")
             for one in self.layers
         ]
         if self.changed:
