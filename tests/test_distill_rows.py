@@ -11,6 +11,7 @@ import vlsi_cache as vc
 from vlsi_cache.data.collate import collate
 from vlsi_cache.data.records import read_records
 from vlsi_cache.data.tokenize import load_encoder
+from vlsi_cache.errors import SpecError
 from vlsi_cache.stages.feed import Feed
 from vlsi_cache.stages.loop import read_metrics
 from vlsi_cache.store.reader import Cache
@@ -79,3 +80,6 @@ def test_a_student_of_a_merged_cache_finds_the_rows_of_both(
     assert len(both) == 20
     run = vc.distill(both, student=str(student_folder), out=tmp_path / "run")
     assert (run / "student" / "config.json").is_file()
+    with pytest.raises(SpecError, match="merged from 2 sources"):
+        vc.distill(both, student=str(student_folder), out=tmp_path / "other", overrides=["data.limit=5"])
+    assert not (tmp_path / "other").exists()

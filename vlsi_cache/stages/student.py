@@ -21,6 +21,7 @@ from .inputs import target_layers
 from .loop import Checkpoints, MetricsLog, pick_device, say
 from .runs import Run
 
+SOURCE_KEYS = ("path", "media_root", "generator", "options", "limit")
 STAGE_SEEDS = {"verbalize": 1, "interact": 2, "sft": 3}  # each stage sees the data in an order of its own
 
 
@@ -40,6 +41,11 @@ class StudentInputs:
         sections = data_sections(self.cache.header)
         if len(sections) < 2:
             return read_records(self.spec.data)
+        if any(getattr(self.spec.data, name) != sections[0].get(name) for name in SOURCE_KEYS):
+            raise SpecError(
+                f"{self.cache.path} was merged from {len(sections)} sources of rows, each read from where it was: "
+                f"leave {', '.join(f'`data.{name}`' for name in SOURCE_KEYS)} as they are"
+            )
         sets = [read_records(DataSpec.model_validate(section)) for section in sections]  # a merged cache
         return RecordSet(tuple(chain.from_iterable(sets)), [row for found in sets for row in found.skipped])
 

@@ -8,7 +8,7 @@ import numpy as np
 from .layout import CacheHeader, PartRecord
 from .schema import VALUE_ARRAY, VALUE_DTYPE, layered_names, value_array
 
-LEVEL_BYTES = 0.5  # a guess, of one entry in the `default` profile, compressed; made-up random rows take 0.25
+LEVEL_BYTES = 0.26  # of one entry in the `default` profile, compressed: measured on SmolLM2-135M at k = 64
 
 
 @dataclass(frozen=True)
