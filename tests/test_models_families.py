@@ -28,6 +28,7 @@ from transformers import (
 
 from vlsi_cache.errors import ModelError
 from vlsi_cache.models.layers import Backbone, default_layers
+from vlsi_cache.stages.loop import head_of
 
 FAMILIES = ("llama", "qwen2", "qwen2_vl", "llava_onevision")
 NUM_LAYERS, HIDDEN_SIZE, VOCAB_SIZE = 5, 32, 61
@@ -240,15 +241,36 @@ def test_intermediate_gradient_stops_at_its_layer() -> None:
 
 
 @pytest.mark.parametrize(
+    "config",
+    [
+        Gemma2Config(**DECODER, head_dim=8, query_pre_attn_scalar=8, final_logit_softcapping=0.3),
+        GraniteConfig(**DECODER, logits_scaling=0.25),
+        CohereConfig(**DECODER, logit_scale=3.0),
+        LlamaConfig(**DECODER),
+    ],
+)
+def test_scaled_and_capped_logits_are_those_of_the_model(config: Any) -> None:
+    torch.manual_seed(0)
+    model, inputs = AutoModelForCausalLM.from_config(config).double().eval(), tiny_inputs("llama")
+    backbone = Backbone(model)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(20)  # large enough for the cap to bend them
+        hidden_TD = backbone.capture(inputs, [], ROWS_T, POSITIONS_T)[NUM_LAYERS]
+        expected_TV = model(**inputs).logits[ROWS_T, POSITIONS_T]
+        logits_TV = head_of(backbone).logits_into(torch.empty_like(expected_TV), hidden_TD, 0)
+    torch.testing.assert_close(logits_TV, expected_TV)
+    plain_TV = hidden_TD @ backbone.head_weight.T
+    assert torch.allclose(plain_TV, expected_TV) == isinstance(config, LlamaConfig)
+
+
+@pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (Gemma2Config(**DECODER, head_dim=8, query_pre_attn_scalar=8), "final_logit_softcapping"),
-        (GraniteConfig(**DECODER, logits_scaling=8.0), "logits_scaling"),
-        (CohereConfig(**DECODER, logit_scale=0.0625), "logit_scale"),
+        (LlamaConfig(**DECODER, lm_head_multiplier=2.0), "lm_head_multiplier"),
         (PhiConfig(**{**DECODER, "num_key_value_heads": 4}), "has a bias"),
     ],
 )
-def test_models_that_change_their_logits_are_refused(config: Any, reason: str) -> None:
+def test_models_that_change_their_logits_in_other_ways_are_refused(config: Any, reason: str) -> None:
     with pytest.raises(ModelError, match=reason):
         Backbone(AutoModelForCausalLM.from_config(config))
 

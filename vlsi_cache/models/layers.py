@@ -19,17 +19,10 @@ from vlsi_cache.errors import ModelError
 
 Kept = TypeVar("Kept")
 
-# What these models do to logits after the head; a cache of `head(hidden)` would silently be another distribution.
-LOGIT_CHANGES = (
-    "final_logit_softcapping",
-    "logit_softcapping",
-    "softcap",
-    "logits_scaling",
-    "logit_scale",
-    "lm_head_multiplier",
-    "output_multiplier",
-    "dim_model_base",
-)
+# What these models do to logits after the head. Scale and soft cap are handled; with the others a cache of
+# `head(hidden)` would silently be another distribution.
+MULTIPLIES, DIVIDES, CAPS = "logit_scale", "logits_scaling", "final_logit_softcapping"
+UNKNOWN_LOGIT_CHANGES = ("logit_softcapping", "softcap", "lm_head_multiplier", "output_multiplier", "dim_model_base")
 # LLaVA-OneVision-7B: 28 layers, but the paper's targets are those of the 24-layer 0.5B model.
 PAPER_LAYERS = {("llava_onevision", 28, 3): [4, 12, 20]}
 
@@ -51,7 +44,8 @@ class LayerSequence:
 class Backbone:
     """A loaded model, with an adapter or without: its text stack, final norm and head, and its hidden states.
 
-    Holds the model, registers nothing on it. Raises ModelError for models whose logits are not `head(final_norm(h))`.
+    Holds the model, registers nothing on it. Raises ModelError for models whose logits are not
+    `head(final_norm(h))`, apart from a scale and a soft cap.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -85,6 +79,19 @@ class Backbone:
     def head_weight(self) -> Tensor:
         """Weight of the language head, [V, D]; V can exceed the real vocabulary."""
         return self._inner.get_output_embeddings().weight
+
+    @property
+    def logit_scale(self) -> float:
+        """What the model multiplies its logits with (1 in most families)."""
+        scale = getattr(self.text_config, MULTIPLIES, None)
+        divisor = getattr(self.text_config, DIVIDES, None)
+        return (1.0 if scale is None else float(scale)) / (1.0 if divisor is None else float(divisor))
+
+    @property
+    def logit_cap(self) -> float | None:
+        """The model's soft cap on its logits: `cap * tanh(logits / cap)`."""
+        cap = getattr(self.text_config, CAPS, None)
+        return None if cap is None else float(cap)
 
     @property
     def device(self) -> torch.device:
@@ -206,7 +213,7 @@ def _check_head(model: Any, configs: list[Any]) -> None:
         raise ModelError(f"`{name}`: its language head has a bias, which is not supported")
     if head.weight.is_meta:
         raise ModelError(f"`{name}`: its language head is offloaded; load the model with more memory for its device")
-    for config, key in ((config, key) for config in configs for key in LOGIT_CHANGES):
+    for config, key in ((config, key) for config in configs for key in UNKNOWN_LOGIT_CHANGES):
         value = getattr(config, key, None)
         if value is not None and value != 1:
             raise ModelError(f"`{name}` changes its logits after the head (`{key}` is {value}); this is not supported")

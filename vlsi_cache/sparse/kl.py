@@ -22,7 +22,7 @@ from torch import Tensor
 
 from vlsi_cache.errors import DataError, ModelError
 
-from .logits import check_head, compute_dtype, logits_into, project
+from .logits import Head, compute_dtype, project
 
 __all__ = ["CandidateKL", "candidate_kl", "sparse_kl"]
 
@@ -97,7 +97,8 @@ def candidate_kl(
     Logits and sums are fp32 for bf16 inputs (float64 for float64 ones). Peak memory is about
     T * block * 6 + 4 * T * D + T * M * (K + m) * 16 bytes. Raises DataError or ModelError.
     """
-    check_head(hidden_TD, head_weight_VD, v_real)
+    head = Head(head_weight_VD).real(v_real)
+    head.check(hidden_TD)
     wants_gradient = torch.is_grad_enabled() and hidden_TD.requires_grad
     if torch.is_grad_enabled() and head_weight_VD.requires_grad:
         raise ModelError(
@@ -219,7 +220,7 @@ class _Walk:
         for index, start in enumerate(range(0, len(weight_VD), self.block)):
             weight_BD = weight_VD[start : start + self.block]
             z_TB = buffer[: num_tokens * len(weight_BD)].view(num_tokens, len(weight_BD))
-            logits_into(z_TB, hidden_TD, weight_BD)
+            Head(weight_VD).logits_into(z_TB, hidden_TD, start)
             for pick in picks:
                 pick.collect(index, z_TB)
             new_T1 = torch.maximum(max_T1, z_TB.amax(1, keepdim=True))

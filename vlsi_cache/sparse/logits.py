@@ -3,12 +3,14 @@
 Shapes: T response tokens, B rows of the head in this block, V vocabulary, D hidden size.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from vlsi_cache.errors import ModelError
 
-__all__ = ["check_head", "compute_dtype", "logits_into", "project"]
+__all__ = ["Head", "compute_dtype", "project"]
 
 CONVERT_ROWS = 1024  # head rows turned into fp32 at a time where the device has no mixed product
 
@@ -18,27 +20,53 @@ def compute_dtype(hidden_TD: Tensor) -> torch.dtype:
     return torch.float64 if hidden_TD.dtype == torch.float64 else torch.float32
 
 
-def check_head(hidden_TD: Tensor, head_weight_VD: Tensor, v_real: int) -> None:
-    """Raise ModelError where hidden states and head do not fit together."""
-    if hidden_TD.ndim != 2 or head_weight_VD.ndim != 2 or hidden_TD.shape[1] != head_weight_VD.shape[1]:
-        raise ModelError(
-            f"hidden states [T, D] have shape {list(hidden_TD.shape)}, the head [V, D] {list(head_weight_VD.shape)}"
-        )
-    if not 0 < v_real <= head_weight_VD.shape[0]:
-        raise ModelError(f"`v_real` is {v_real}, the head has {head_weight_VD.shape[0]} rows")
+@dataclass(frozen=True)
+class Head:
+    """A language head without bias: `logits = cap * tanh(scale * hidden @ weight.T / cap)`, without tanh if no cap.
 
+    `scale` is Cohere's `logit_scale` or the inverse of Granite's `logits_scaling`, `cap` Gemma's
+    `final_logit_softcapping`.
+    """
 
-def logits_into(out_TB: Tensor, hidden_TD: Tensor, weight_BD: Tensor) -> Tensor:
-    """out = hidden @ weight.T, written as fp32 (fp64 for fp64 hidden states)."""
-    if hidden_TD.dtype == weight_BD.dtype == out_TB.dtype:
-        return torch.mm(hidden_TD, weight_BD.T, out=out_TB)
-    if hidden_TD.is_cuda and hidden_TD.dtype == weight_BD.dtype and out_TB.is_contiguous():
-        return torch.mm(hidden_TD, weight_BD.T, out_dtype=torch.float32, out=out_TB)
-    hidden_TD = hidden_TD.to(out_TB.dtype)
-    for start in range(0, weight_BD.shape[0], CONVERT_ROWS):
-        rows = slice(start, start + CONVERT_ROWS)
-        torch.mm(hidden_TD, weight_BD[rows].to(out_TB.dtype).T, out=out_TB[:, rows])
-    return out_TB
+    weight_VD: Tensor
+    scale: float = 1.0
+    cap: float | None = None
+
+    @classmethod
+    def of(cls, head: "Head | Tensor") -> "Head":
+        """A head, or the weight [V, D] of one that changes its logits in no way."""
+        return head if isinstance(head, Head) else cls(head)
+
+    def real(self, v_real: int) -> "Head":
+        """The rows of the real vocabulary; heads may have padding rows behind it."""
+        if not 0 < v_real <= self.num_rows:
+            raise ModelError(f"`v_real` is {v_real}, the head has {self.num_rows} rows")
+        return Head(self.weight_VD[:v_real], self.scale, self.cap)
+
+    @property
+    def num_rows(self) -> int:
+        return self.weight_VD.shape[0]
+
+    def check(self, hidden_TD: Tensor) -> None:
+        """Raise ModelError where hidden states and head do not fit together."""
+        weight_VD = self.weight_VD
+        if hidden_TD.ndim != 2 or weight_VD.ndim != 2 or hidden_TD.shape[1] != weight_VD.shape[1]:
+            raise ModelError(
+                f"hidden states [T, D] have shape {list(hidden_TD.shape)}, the head [V, D] {list(weight_VD.shape)}"
+            )
+        if self.scale <= 0 or (self.cap is not None and self.cap <= 0):
+            raise ModelError(f"logit scale and cap of a head must be positive, found {self.scale} and {self.cap}")
+
+    def logits_into(self, out_TB: Tensor, hidden_TD: Tensor, start: int) -> Tensor:
+        """The logits of the rows from `start` on, as many as `out` has columns: fp32 (fp64 for fp64 hidden states)."""
+        _product_into(out_TB, hidden_TD, self.weight_VD[start : start + out_TB.shape[1]])
+        return self.shape_(out_TB)
+
+    def shape_(self, products: Tensor) -> Tensor:
+        """Turn `hidden @ weight.T` into logits, in place."""
+        if self.cap is not None:
+            return products.mul_(self.scale / self.cap).tanh_().mul_(self.cap)
+        return products if self.scale == 1.0 else products.mul_(self.scale)
 
 
 def project(acc_TD: Tensor, probs_TB: Tensor, weight_BD: Tensor) -> Tensor:
@@ -49,3 +77,15 @@ def project(acc_TD: Tensor, probs_TB: Tensor, weight_BD: Tensor) -> Tensor:
         rows = slice(start, start + CONVERT_ROWS)
         acc_TD.addmm_(probs_TB[:, rows].to(acc_TD.dtype), weight_BD[rows].to(acc_TD.dtype))
     return acc_TD
+
+
+def _product_into(out_TB: Tensor, hidden_TD: Tensor, weight_BD: Tensor) -> None:
+    if hidden_TD.dtype == weight_BD.dtype == out_TB.dtype:
+        torch.mm(hidden_TD, weight_BD.T, out=out_TB)
+    elif hidden_TD.is_cuda and hidden_TD.dtype == weight_BD.dtype and out_TB.is_contiguous():
+        torch.mm(hidden_TD, weight_BD.T, out_dtype=torch.float32, out=out_TB)
+    else:
+        hidden_TD = hidden_TD.to(out_TB.dtype)
+        for start in range(0, weight_BD.shape[0], CONVERT_ROWS):
+            rows = slice(start, start + CONVERT_ROWS)
+            torch.mm(hidden_TD, weight_BD[rows].to(out_TB.dtype).T, out=out_TB[:, rows])

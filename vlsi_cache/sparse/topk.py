@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vlsi_cache.errors import ModelError, SpecError
 
-from .logits import check_head, compute_dtype, logits_into
+from .logits import Head, compute_dtype
 from .rows import SparseRows
 from .select import keyed_uniforms
 
@@ -40,7 +40,7 @@ def sample_uniforms(seed: int, sample_id: str, num_tokens: int, num_layers: int,
 
 def teacher_rows(
     hidden_TD: Tensor,
-    head_weight_VD: Tensor,
+    head: Head | Tensor,
     gold_ids_T: Tensor,
     *,
     top_k: int,
@@ -49,7 +49,7 @@ def teacher_rows(
     taus: Sequence[float] = (1.0,),
     block: int = 16384,
 ) -> dict[str, Tensor]:
-    """The sparse rows of one layer, over the first `v_real` rows of a head without bias or soft cap.
+    """The sparse rows of one layer, over the first `v_real` rows of the head (or of its weight).
 
     `hidden_TD` is what enters the head. Logits are fp32 for any dtype and ties go to the lowest id. A tail whose mass
     underflows to 0 has nothing to draw from: its samples are the lowest id outside the top-k, of weight 0.
@@ -59,15 +59,15 @@ def teacher_rows(
     `gold_logprob_T`, `tail_mass_T`, all float32 but the ids. Raises SpecError or ModelError.
     """
     uniforms_Tm = torch.as_tensor(uniforms_Tm, dtype=torch.float64, device=hidden_TD.device)
-    check_head(hidden_TD, head_weight_VD, v_real)
+    head = Head.of(head).real(v_real)
+    head.check(hidden_TD)
     _check_request(gold_ids_T, top_k, uniforms_Tm, v_real, taus, hidden_TD.shape[0])
     # Autocast would turn the fp32 products into bf16 behind our back.
     with torch.no_grad(), torch.autocast(hidden_TD.device.type, enabled=False):
-        weight_VD = head_weight_VD[:v_real]
         width = math.ceil(max(min(block, v_real), top_k + 1) / GROUP) * GROUP
-        scan = _scan(hidden_TD, weight_VD, gold_ids_T.to(hidden_TD.device), top_k, tuple(taus), width)
+        scan = _scan(hidden_TD, head, gold_ids_T.to(hidden_TD.device), top_k, tuple(taus), width)
         rows, inside_TCK, scale_TC = _finish(scan, top_k)
-        rows["tail_ids_Tm"] = _draw(scan, hidden_TD, weight_VD, uniforms_Tm, inside_TCK, scale_TC, rows["ids_TK"])
+        rows["tail_ids_Tm"] = _draw(scan, hidden_TD, head, uniforms_Tm, inside_TCK, scale_TC, rows["ids_TK"])
     return rows
 
 
@@ -118,10 +118,8 @@ def _check_request(
         raise ModelError(f"gold ids go from {int(gold_T.min())} to {int(gold_T.max())}, outside 0 to {v_real - 1}")
 
 
-def _scan(
-    hidden_TD: Tensor, weight_VD: Tensor, gold_T: Tensor, top_k: int, taus: tuple[float, ...], width: int
-) -> _Scan:
-    num_tokens, v_real = hidden_TD.shape[0], weight_VD.shape[0]
+def _scan(hidden_TD: Tensor, head: Head, gold_T: Tensor, top_k: int, taus: tuple[float, ...], width: int) -> _Scan:
+    num_tokens, v_real = hidden_TD.shape[0], head.num_rows
     num_blocks = math.ceil(v_real / width)
     dtype = compute_dtype(hidden_TD)
     z_TB = hidden_TD.new_empty((num_tokens, width), dtype=dtype)
@@ -139,7 +137,7 @@ def _scan(
     for index, start in enumerate(range(0, v_real, width)):
         stop = min(start + width, v_real)
         z_TB[:, stop - start :] = NO_LOGIT
-        logits_into(z_TB[:, : stop - start], hidden_TD, weight_VD[start:stop])
+        head.logits_into(z_TB[:, : stop - start], hidden_TD, start)
         offset_T = gold_T - start
         gold_T1 = z_TB.gather(1, offset_T.clamp(0, width - 1)[:, None])
         scan.gold_T = torch.where((offset_T >= 0) & (offset_T < width), gold_T1[:, 0], scan.gold_T)
@@ -245,7 +243,7 @@ def _block_tails(scan: _Scan, inside_TCK: Tensor) -> Tensor:
 def _draw(
     scan: _Scan,
     hidden_TD: Tensor,
-    weight_VD: Tensor,
+    head: Head,
     uniforms_Tm: Tensor,
     inside_TCK: Tensor,
     scale_TC: Tensor,
@@ -270,22 +268,22 @@ def _draw(
     step = max(1, budget // (first_Tm.shape[1] * GROUP * hidden_TD.shape[1]))
     for start in range(0, len(ids_TK), step):
         t = slice(start, start + step)
-        in_group_Tm[t] = _draw_in_group(hidden_TD[t], weight_VD, first_Tm[t], candidates_TmK[t], rest_Tm[t])
+        in_group_Tm[t] = _draw_in_group(hidden_TD[t], head, first_Tm[t], candidates_TmK[t], rest_Tm[t])
     tail_ids_Tm = torch.where(slot_Tm < num_groups, in_group_Tm, runner_Tm)
     return torch.where(tails_TC.sum(1, keepdim=True) > 0, tail_ids_Tm, _lowest_free(ids_TK)[:, None])
 
 
 def _draw_in_group(
-    hidden_TD: Tensor, weight_VD: Tensor, first_Tm: Tensor, candidates_TmK: Tensor, uniforms_Tm: Tensor
+    hidden_TD: Tensor, head: Head, first_Tm: Tensor, candidates_TmK: Tensor, uniforms_Tm: Tensor
 ) -> Tensor:
     """Draw among the GROUP ids from `first`, leaving out the block's candidates and what lies behind the vocabulary."""
     num_tokens, num_tail = first_Tm.shape
     ids_Tmg = first_Tm[..., None] + torch.arange(GROUP, device=first_Tm.device)
     dtype = compute_dtype(hidden_TD)
-    rows_RD = weight_VD.index_select(0, ids_Tmg.clamp(max=len(weight_VD) - 1).flatten()).to(dtype)
+    rows_RD = head.weight_VD.index_select(0, ids_Tmg.clamp(max=head.num_rows - 1).flatten()).to(dtype)
     rows_TDr = rows_RD.view(num_tokens, num_tail * GROUP, -1).transpose(1, 2)
-    z_Tmg = torch.bmm(hidden_TD.to(dtype)[:, None], rows_TDr).view(num_tokens, num_tail, GROUP)
-    barred_Tmg = (ids_Tmg[..., None] == candidates_TmK[:, :, None]).any(-1) | (ids_Tmg >= len(weight_VD))
+    z_Tmg = head.shape_(torch.bmm(hidden_TD.to(dtype)[:, None], rows_TDr)).view(num_tokens, num_tail, GROUP)
+    barred_Tmg = (ids_Tmg[..., None] == candidates_TmK[:, :, None]).any(-1) | (ids_Tmg >= head.num_rows)
     z_Tmg = z_Tmg.masked_fill(barred_Tmg, -math.inf)
     top_Tm1 = z_Tmg.amax(-1, keepdim=True)
     # A draw that went to a runner-up looks at a group too, maybe a fully barred one: any finite number will do there.

@@ -19,6 +19,8 @@ from torch import nn
 from tqdm import tqdm
 
 from vlsi_cache.errors import CacheCorruptError, ModelError
+from vlsi_cache.models.layers import Backbone
+from vlsi_cache.sparse.logits import Head
 from vlsi_cache.spec import Schedule
 
 
@@ -33,6 +35,11 @@ def pick_device(device: str | None) -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         say(f"device: {device} ({'CUDA found' if device == 'cuda' else 'no CUDA found'})")
     return torch.device(str(device))
+
+
+def head_of(backbone: Backbone) -> Head:
+    """The model's head with what it does to its logits."""
+    return Head(backbone.head_weight, backbone.logit_scale, backbone.logit_cap)
 
 
 def autocast(device: torch.device) -> torch.autocast:

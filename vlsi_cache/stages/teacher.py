@@ -14,13 +14,14 @@ import torch
 from vlsi_cache.data.collate import Batch, collate
 from vlsi_cache.models.layers import Backbone
 from vlsi_cache.models.verbalizer import Verbalizers
+from vlsi_cache.sparse.logits import Head
 from vlsi_cache.sparse.rows import SparseRows
 from vlsi_cache.sparse.select import keyed_uniforms
 from vlsi_cache.sparse.topk import sample_uniforms, stack_layers, teacher_rows
 from vlsi_cache.sparse.truncate import draw_rows, top_p_widths, truncate
 
 from .inputs import TeacherInputs
-from .loop import say
+from .loop import head_of, say
 
 SCANNED_K = 64  # of sampled rows: the likeliest tokens are drawn from directly, the rest through the tail
 
@@ -43,6 +44,10 @@ class Teacher:
         rows = self._narrowed(rows, indices)
         stops = np.cumsum(batch.num_tokens)
         return [rows.tokens(slice(int(stop - n), int(stop))) for stop, n in zip(stops, batch.num_tokens, strict=True)]
+
+    @property
+    def head(self) -> Head:
+        return head_of(self.backbone)
 
     @property
     def num_layers(self) -> int:
@@ -93,7 +98,7 @@ class Teacher:
             state: Any = hidden.pop(layer)
             yield teacher_rows(
                 state if layer == inputs.num_model_layers else self.verbalizers.apply(layer, state),
-                self.backbone.head_weight,
+                self.head,
                 batch.gold_T,
                 top_k=min(SCANNED_K, v_real - 1) if rows.kind == "sampled" else widths[index],
                 uniforms_Tm=torch.from_numpy(uniforms_LTm[index]).to(self.device),
