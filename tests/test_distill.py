@@ -13,8 +13,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import vlsi_cache as vc
 from vlsi_cache.errors import CacheIncompleteError, FingerprintMismatchError, ModelError, SpecError
-from vlsi_cache.sparse.matching import match_layers
-from vlsi_cache.sparse.rows import SparseRows
 from vlsi_cache.stages import interact as interact_module
 from vlsi_cache.stages import sft as sft_module
 from vlsi_cache.stages.distill import stage_steps
@@ -155,62 +153,6 @@ def test_recipes_have_the_same_budget(cache: Cache) -> None:
     steps = {r: stage_steps(spec.model_copy(update={"recipe": r}), 40) for r in ("vlsi", "last", "sft")}
     assert {r: sum(s.values()) for r, s in steps.items()} == {"vlsi": 13, "last": 13, "sft": 13}
     assert list(steps["last"]) == ["interact", "sft"]
-
-
-def test_interaction_loss_is_algorithm_1_over_dense_divergences(student_folder: Path) -> None:
-    """Everything kept: the loss equals dense forward KL, and the matches those of the full table."""
-    from vlsi_cache.models.layers import Backbone
-    from vlsi_cache.models.load import load_model
-    from vlsi_cache.models.verbalizer import logit_lens
-    from vlsi_cache.sparse.matching import match_rng
-    from vlsi_cache.spec import InteractSpec, Schedule
-
-    backbone = Backbone(load_model(str(student_folder)))
-    torch.manual_seed(0)
-    vocabulary, num_tokens, num_teacher = 50, 7, 4
-    logprobs = torch.log_softmax(torch.randn(num_teacher + 1, num_tokens, vocabulary) * 2, -1)
-    ordered, ids = logprobs.sort(-1, descending=True)
-    entropy = torch.distributions.Categorical(logits=logprobs).entropy()
-    zeros = np.zeros((num_teacher + 1, num_tokens), np.float32)
-    rows = SparseRows(
-        ids_LTK=ids.numpy(),
-        logprobs_LTK=ordered.numpy(),
-        tail_ids_LTm=np.zeros((num_teacher + 1, num_tokens, 0), np.int64),
-        lse_LTn=zeros[..., None],
-        entropy_LT=entropy.numpy(),
-        gold_logprob_LT=zeros,
-        tail_mass_LT=zeros,
-    )
-    hidden = {k: torch.randn(num_tokens, backbone.hidden_size) for k in (1, 2, 3)}
-    verbalizers = logit_lens(backbone, [1, 2])
-    settings = InteractSpec(schedule=Schedule(steps=1), lambda_last=0.5)
-    result = interact_module.interaction_loss(
-        hidden,
-        backbone,
-        verbalizers,
-        interact_module.LayerRows.on(torch.device("cpu"), rows, v_real=vocabulary),
-        settings=settings,
-        rng=match_rng(3, 0, 0),
-    )
-
-    def student(state: torch.Tensor) -> torch.distributions.Categorical:
-        return torch.distributions.Categorical(logits=(state @ backbone.head_weight[:vocabulary].T))
-
-    states = [backbone.final_norm(hidden[1]), backbone.final_norm(hidden[2]), hidden[3]]
-    table = [
-        [
-            torch.distributions.kl_divergence(
-                torch.distributions.Categorical(logits=logprobs[j]), student(state)
-            ).mean()
-            for j in range(num_teacher + 1)
-        ]
-        for state in states
-    ]
-    kld = np.array([[float(v) for v in row[:num_teacher]] for row in table[:2]])
-    matched = match_layers(kld, rng=match_rng(3, 0, 0))
-    assert result.matched == matched
-    expected = kld[0, matched[0]] + kld[1, matched[1]] + 0.5 * float(table[2][num_teacher])
-    np.testing.assert_allclose(result.loss.item(), expected, rtol=1e-4)
 
 
 def test_the_student_must_share_the_tokenizer(cache: Cache, tmp_path: Path) -> None:

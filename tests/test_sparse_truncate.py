@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from vlsi_cache.sparse.kl import candidate_kl
+from vlsi_cache.sparse.kl import LayerRows, candidate_kl
 from vlsi_cache.sparse.rows import SparseRows
 from vlsi_cache.sparse.select import keyed_uniforms, select_at_random, select_by_entropy
 from vlsi_cache.sparse.truncate import draw_rows, top_p_widths, truncate
@@ -66,16 +66,10 @@ def test_the_loss_on_draws_is_unbiased_in_value_and_gradient() -> None:
     rows = draw_rows(rows_of(num, 3, 8), keyed_uniforms("u", (1, num, 8)))
     logits = torch.tensor([0.3, -0.5, 1.0, 0.0, 0.2, -1.0], dtype=torch.float64)
     hidden_TD = logits.repeat(num, 1).requires_grad_()
-    candidates = candidate_kl(
-        hidden_TD,
-        torch.eye(6, dtype=torch.float64),
-        torch.from_numpy(rows.ids_LTK.astype(np.int64)),
-        torch.from_numpy(rows.logprobs_LTK),
-        torch.from_numpy(rows.tail_ids_LTm.astype(np.int64)),
-        torch.from_numpy(rows.tail_mass_LT),
-        torch.from_numpy(rows.entropy_LT),
-        v_real=6,
+    layer_rows = LayerRows.of(
+        rows.ids_LTK, rows.logprobs_LTK, rows.tail_ids_LTm, rows.tail_mass_LT, rows.entropy_LT, v_real=6
     )
+    candidates = candidate_kl(hidden_TD, torch.eye(6, dtype=torch.float64), layer_rows)
     q = logits.softmax(0).numpy()
     dense = float((P * np.log(P / q)).sum())
     assert candidates.matching_M.item() == pytest.approx(dense, abs=0.01)

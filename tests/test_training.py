@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from conftest import save_model, write_spec
@@ -168,33 +167,6 @@ def test_a_run_that_diverges_says_where(
     of = " of layer 2" if stage == "verbalize" else ""
     with pytest.raises(ModelError, match=f"stage {stage}, step 1 of [45]: the gradient norm{of} is nan"):
         vc.distill(cache, student=str(student_folder), out=tmp_path / "run")
-
-
-def test_a_divergence_that_is_not_finite_names_the_layers(student_folder: Path) -> None:
-    from types import SimpleNamespace
-
-    from vlsi_cache.models.layers import Backbone
-    from vlsi_cache.models.verbalizer import logit_lens
-    from vlsi_cache.sparse.matching import match_rng
-    from vlsi_cache.spec import InteractSpec
-    from vlsi_cache.stages.interact import interaction_loss
-
-    backbone = Backbone(load_model(student_folder))
-    num_tokens, num_teacher = 3, 5
-
-    def against(hidden_TD: torch.Tensor, _head: torch.Tensor, window: slice) -> Any:
-        values_M = hidden_TD.mean() + torch.zeros(window.stop - window.start)
-        return SimpleNamespace(matching_M=values_M, loss=lambda choice: values_M[choice])
-
-    rows: Any = SimpleNamespace(ids_LTK=np.zeros((num_teacher + 1, num_tokens, 1)), against=against)
-    hidden = {k: torch.ones(num_tokens, backbone.hidden_size) for k in (1, 2, 3)}
-    rng, settings = match_rng(0, 0, 0), InteractSpec(schedule=Schedule(steps=1))
-    verbalizers = logit_lens(backbone, [1, 2])
-    first = interaction_loss(hidden, backbone, verbalizers, rows, settings=settings, rng=rng).matched[0]
-    hidden[2][:] = float("nan")
-    message = f"student target index 1 to teacher target index {first + 1} is nan"
-    with pytest.raises(ModelError, match=message):
-        interaction_loss(hidden, backbone, verbalizers, rows, settings=settings, rng=match_rng(0, 0, 0))
 
 
 def test_no_layers_is_another_recipe(cache: Cache, student_folder: Path, tmp_path: Path) -> None:

@@ -216,9 +216,18 @@ class LoraSpec(Strict):
 
 
 class InteractSpec(Strict):
-    """The interaction step (Algorithm 1 of the paper); `recipe: last` takes its last-layer term alone."""
+    """The interaction step (Algorithm 1 of the paper); `recipe: last` takes its last-layer term alone.
+
+    `divergence` is what is trained, with the teacher's share `beta` in the jsd's mixture and `skew` in the skewed KL's;
+    layers are matched by the forward KL whatever it is. `tau` softens both sides; it must be one of the cache's
+    `rows.taus`. Both apply to all terms.
+    """
 
     schedule: Schedule = Schedule(epochs=1)
+    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skewed_kl", "l2_topk"] = "forward_kl"
+    beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    skew: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    tau: Annotated[float, Field(gt=0)] = 1.0
     lambda_last: Annotated[float, Field(ge=0)] = 1.0
     scale: Annotated[float, Field(gt=0)] = 2.0
     temperature: Literal["normalized", "printed"] = "normalized"

@@ -209,6 +209,13 @@ def _check_head(model: Any, configs: list[Any]) -> None:
     head = model.get_output_embeddings()
     if head is None:
         raise ModelError(f"`{name}` has no language head")
+    for what, module in (("language head", head), ("word embeddings", model.get_input_embeddings())):
+        # An adapter there would be in the model's logits and not in `head_weight`.
+        if hasattr(module, "base_layer") or hasattr(module, "modules_to_save") or hasattr(module, "parametrizations"):
+            raise ModelError(
+                f"`{name}`: its {what} carries an adapter (`{type(module).__name__}`), and layers are read through the "
+                "plain weight: merge the adapter first, or adapt the decoder layers alone"
+            )
     if getattr(head, "bias", None) is not None:
         raise ModelError(f"`{name}`: its language head has a bias, which is not supported")
     if head.weight.is_meta:

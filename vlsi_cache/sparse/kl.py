@@ -1,33 +1,35 @@
 """The layer-wise loss on sparse rows: one walk over the vocabulary serves every candidate teacher layer.
 
-Forward KL of candidate i has dL/dz = c * softmax(z) + (something on its kept ids only), and softmax(z) is common to
-all candidates. So the walk computes G = softmax(h W^T) W and the log-probs at all candidates' ids; the gradient of
-whichever candidate is chosen later is c * G + sum_k s_k W[id_k]. Nothing of shape [T, V] exists.
+The trained value is a divergence on the bucketed support (k kept ids and one bucket for the tail); the default is the
+ghost-bucket forward KL, 0 <= ghost <= dense KL. The value for matching is the unbiased estimate of the forward KL,
+-H - sum p log q - tail/m * sum log q(tail samples), whatever is trained.
 
-The price: where the student's tail mass is far below the teacher's, the two terms nearly cancel, and the gradient of
-that token has a relative error of a few fp32 units divided by the student's tail mass (7e-4 at 2e-4).
+The price of one walk: where the student's tail mass is far below the teacher's, c * G and the kept rows nearly cancel,
+and the gradient of that token has a relative error of a few fp32 units divided by the student's tail mass (7e-4 at
+2e-4).
 
-The trained value is the ghost-bucket KL (k kept ids and one bucket for the tail): 0 <= ghost <= dense KL. The value
-for matching is the unbiased estimate -H - sum p log q - tail/m * sum log q(tail samples).
-
-Shapes: T response tokens, M candidates, K kept entries, m tail samples, V vocabulary, B ids of a block, D hidden size.
+Shapes: T response tokens, L teacher layers, M candidates of them, K kept entries, m tail samples, X = K + m,
+V vocabulary, D hidden size, n temperatures (taus).
 """
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vlsi_cache.errors import DataError, ModelError
+from vlsi_cache.errors import DataError
 
-from .logits import Head, compute_dtype, project
+from .divergences import Bucketed, Divergence
+from .logits import Head, compute_dtype
+from .walk import BlockIndex, OneId, Walk, default_block
 
-__all__ = ["CandidateKL", "candidate_kl", "sparse_kl"]
+__all__ = ["CandidateKL", "LayerRows", "Loss", "candidate_kl", "linear_cross_entropy", "sparse_kl"]
 
-FLOOR = 1e-6  # of the student's tail mass, in value and gradient alike: fp32 log-probs resolve no less
-LOG_FLOOR = math.log(FLOOR)
+FORWARD_KL = Divergence()
 
 
 def sparse_kl(
@@ -36,14 +38,23 @@ def sparse_kl(
     row: Any,
     *,
     layer: int = -1,
+    divergence: Divergence = FORWARD_KL,
+    tau: float = 1.0,
+    taus: Sequence[float] = (1.0,),
     weights_T: Tensor | None = None,
     v_real: int | None = None,
+    logit_scale: float = 1.0,
+    logit_cap: float | None = None,
 ) -> Tensor:
-    """Forward KL(teacher || student) of one cached layer, in nats, for any trainer: a scalar, mean over the tokens.
+    """Divergence of a student from one cached teacher layer, in nats, for any trainer: a scalar, mean over the tokens.
 
-    `hidden_TD` is what enters the student's head at the response tokens and gets the gradient; the head is frozen.
+    `hidden_TD` is what enters the student's head at the response tokens and gets the gradient; so does the head if it
+    requires one (its logits are then made a second time in the backward pass). Backward takes one scalar.
+
     `row` has the attributes of `SparseRows` (numpy or torch), `layer` indexes its layers. `weights_T` weighs tokens.
-    Pass the cache's `v_real` if the student's head has padding rows. Raises DataError or ModelError.
+    `tau` softens both sides; it must be one of the cache's `taus` (`cache.header.taus`, in the row's order), and value
+    and gradient are those of tau^2 times the divergence. Pass the cache's `v_real` if the student's head has padding
+    rows, and `logit_scale`, `logit_cap` for models that change their logits. Raises DataError, ModelError, SpecError.
 
     >>> import torch
     >>> from vlsi_cache.sparse.topk import sample_uniforms, stack_layers, teacher_rows
@@ -57,248 +68,236 @@ def sparse_kl(
     >>> round(loss.item(), 3), hidden_TD.grad.argmin(1).tolist()
     (1.005, [1, 2])
     """
-
-    def at_layer(name: str) -> Tensor:
-        array_LTx = getattr(row, name)
-        if isinstance(array_LTx, np.ndarray):
-            array_LTx = array_LTx.astype(np.int64 if array_LTx.dtype.kind in "iu" else np.float32, copy=False)
-        return torch.as_tensor(array_LTx[layer], device=hidden_TD.device)[None]
-
-    candidates = candidate_kl(
-        hidden_TD,
-        head_weight_VD,
-        at_layer("ids_LTK"),
-        at_layer("logprobs_LTK"),
-        # The loss is the ghost bucket's, which needs no tail samples.
-        at_layer("tail_ids_LTm")[..., :0],
-        at_layer("tail_mass_LT"),
-        at_layer("entropy_LT"),
-        v_real=head_weight_VD.shape[0] if v_real is None else v_real,
-        weights_T=weights_T,
+    head = Head(head_weight_VD, logit_scale, logit_cap).real(head_weight_VD.shape[0] if v_real is None else v_real)
+    rows = LayerRows.of(
+        row.ids_LTK[layer][None],
+        row.logprobs_LTK[layer][None],
+        row.tail_ids_LTm[layer][None, :, :0],  # no divergence on the bucketed support needs them
+        row.tail_mass_LT[layer][None],
+        row.entropy_LT[layer][None],
+        row.lse_LTn[layer][None],
+        v_real=head.num_rows,
+        tau=tau,
+        taus=taus,
+        device=hidden_TD.device,
     )
-    return candidates.loss(0)
+    return candidate_kl(hidden_TD, head, rows, divergence=divergence, weights_T=weights_T).loss(0)
+
+
+@dataclass(frozen=True)
+class LayerRows:
+    """The sparse rows of L teacher layers for T response tokens, made ready once for any number of walks.
+
+    Log-probs and tail mass are those at `tau`; entropy and tail samples are the teacher's at tau = 1.
+    """
+
+    ids_LTX: Tensor  # int32: kept ids, then tail samples
+    logprobs_LTK: Tensor
+    tail_mass_LT: Tensor
+    entropy_LT: Tensor
+    index: BlockIndex
+    v_real: int
+    tau: float
+
+    @classmethod
+    def of(
+        cls,
+        ids_LTK: Tensor | np.ndarray,
+        logprobs_LTK: Tensor | np.ndarray,
+        tail_ids_LTm: Tensor | np.ndarray,
+        tail_mass_LT: Tensor | np.ndarray,
+        entropy_LT: Tensor | np.ndarray,
+        lse_LTn: Tensor | np.ndarray | None = None,
+        *,
+        v_real: int,
+        tau: float = 1.0,
+        taus: Sequence[float] = (1.0,),
+        device: torch.device | str = "cpu",
+        block: int | None = None,
+    ) -> "LayerRows":
+        """Arrays of the cache (numpy or torch), moved to the student's device.
+
+        Raises DataError for shapes that do not fit together, ids outside `v_real`, and a `tau` outside `taus`.
+        """
+        device = torch.device(device)
+        ids, tails = (_as_ids(array) for array in (ids_LTK, tail_ids_LTm))
+        logprobs, mass, entropy = (
+            torch.as_tensor(array).to(device) for array in (logprobs_LTK, tail_mass_LT, entropy_LT)
+        )
+        logprobs, mass, entropy = (x if x.dtype == torch.float64 else x.float() for x in (logprobs, mass, entropy))
+        _check_shapes(ids, logprobs, tails, mass, entropy)
+        if tau != 1.0:
+            logprobs, mass = _tempered(logprobs, lse_LTn, tau, taus)
+        ids_LTX = torch.cat([ids, tails], -1)
+        index = BlockIndex.of(ids_LTX, v_real=v_real, block=block or default_block(device), device=device)
+        return cls(ids_LTX.to(device, torch.int32), logprobs, mass, entropy, index, v_real, tau)
+
+    @property
+    def num_layers(self) -> int:
+        return self.ids_LTX.shape[0]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.ids_LTX.shape[1]
+
+
+class Loss(NamedTuple):
+    """A loss, differentiable, and the same for every token: [T], detached, unweighted and not clamped at 0."""
+
+    value: Tensor
+    tokens_T: Tensor
 
 
 def candidate_kl(
     hidden_TD: Tensor,
-    head_weight_VD: Tensor,
-    ids_MTK: Tensor,
-    logprobs_MTK: Tensor,
-    tail_ids_MTm: Tensor,
-    tail_mass_MT: Tensor,
-    entropy_MT: Tensor,
+    head: Head | Tensor,
+    rows: LayerRows,
+    window: range | None = None,
     *,
-    v_real: int,
-    block: int = 1024,
+    divergence: Divergence = FORWARD_KL,
     weights_T: Tensor | None = None,
+    compiled: bool = False,
 ) -> "CandidateKL":
-    """Compare one student layer with M candidate teacher layers in one pass; see CandidateKL for what comes out.
+    """Compare one student layer with the teacher layers `window` of `rows` (all by default) in one pass.
 
     Logits and sums are fp32 for bf16 inputs (float64 for float64 ones). Peak memory is about
-    T * block * 6 + 4 * T * D + T * M * (K + m) * 16 bytes. Raises DataError or ModelError.
+    T * block * 6 + 4 * T * D + T * M * (K + m) * 16 bytes. Nothing is read back from the device unless `weights_T` is
+    given, which is checked. With a head that requires a gradient, one loss can be taken and its logits are made again
+    in the backward pass. Raises DataError or ModelError.
     """
-    head = Head(head_weight_VD).real(v_real)
+    head, hidden_TD = Head.of(head).real(rows.v_real), _operand(hidden_TD)
     head.check(hidden_TD)
-    wants_gradient = torch.is_grad_enabled() and hidden_TD.requires_grad
-    if torch.is_grad_enabled() and head_weight_VD.requires_grad:
-        raise ModelError(
-            "the head is frozen here, but `head_weight_VD` requires a gradient, which it would silently not get: "
-            "pass head_weight_VD.detach() or call requires_grad_(False) on it (also where LoRA is on `lm_head`)"
-        )
-    _check_shapes(hidden_TD.shape[0], ids_MTK, logprobs_MTK, tail_ids_MTm, tail_mass_MT, entropy_MT)
-    # Autocast would turn the fp32 products into bf16 behind our back.
-    with torch.no_grad(), torch.autocast(hidden_TD.device.type, enabled=False):
-        dtype = compute_dtype(hidden_TD)
-        return CandidateKL(
-            _Walk(hidden_TD, head_weight_VD[:v_real], (ids_MTK, tail_ids_MTm), block, wants_gradient),
-            ids_MTK,
-            logprobs_MTK.to(dtype),
-            tail_mass_MT.to(dtype),
-            entropy_MT.to(dtype),
-            _share_of_tokens(weights_T, hidden_TD),
-        )
+    if rows.num_tokens != hidden_TD.shape[0]:
+        raise DataError(f"{hidden_TD.shape[0]} student hidden states, but rows of {rows.num_tokens} response tokens")
+    window = range(rows.num_layers) if window is None else window
+    walk = Walk(hidden_TD, head, rows.index.window(window), tau=rows.tau, compiled=compiled)
+    return CandidateKL(walk, rows, window, _share_of_tokens(weights_T, hidden_TD), divergence)
 
 
 class CandidateKL:
     """The state of one student layer against M candidate teacher layers.
 
-    `matching_M`: the unbiased value for layer matching, teacher entropy included, detached; where there is a tail but
-    no sample of it (m = 0), the ghost value.
-    `ghost_MT`: ghost-bucket KL of every token, detached. Means over tokens are weighted if weights were given.
+    `matching_MT`: the unbiased forward KL of every token for layer matching, teacher entropy included, detached; where
+    there is a tail but no sample of it, or tau is not 1, the ghost value.
     """
 
-    def __init__(
-        self,
-        walk: "_Walk",
-        ids_MTK: Tensor,
-        logprobs_MTK: Tensor,
-        tail_mass_MT: Tensor,
-        entropy_MT: Tensor,
-        share_T: Tensor,
-    ) -> None:
-        self._walk, self._share_T = walk, share_T
-        self._ids_MTK, self._logprobs_MTK, self._tail_mass_MT = ids_MTK, logprobs_MTK, tail_mass_MT
-        self._logq_MTK, logq_MTm = walk.logprobs
-        cross_MT = _masked(logprobs_MTK, logprobs_MTK.exp().mul_(self._logq_MTK)).sum(-1)
-        self.ghost_MT = _ghost_value(logprobs_MTK, tail_mass_MT, cross_MT, _log_tail(logprobs_MTK, self._logq_MTK))
-        # Without a tail (sampled rows, or every token kept) the kept entries are all there is to estimate from.
-        unbiased_MT = -entropy_MT - cross_MT
+    def __init__(self, walk: Walk, rows: LayerRows, window: range, share_T: Tensor, divergence: Divergence) -> None:
+        chosen, num_kept, dtype = slice(window.start, window.stop), rows.logprobs_LTK.shape[2], share_T.dtype
+        self._walk, self._share_T, self._divergence, self._tau = walk, share_T, divergence, rows.tau
+        self._ids_MTK, self._logq_MTK = rows.ids_LTX[chosen, :, :num_kept], walk.logq[..., :num_kept]
+        self._logprobs_MTK = rows.logprobs_LTK[chosen].to(dtype)
+        self._tail_mass_MT = rows.tail_mass_LT[chosen].to(dtype)
+        self.matching_MT = self._matching(rows.entropy_LT[chosen].to(dtype), walk.logq[..., num_kept:])
+
+    @property
+    def matching_M(self) -> Tensor:
+        """`matching_MT` averaged over the tokens, with their weights."""
+        return _mean(self.matching_MT, self._share_T)
+
+    @property
+    def ghost_MT(self) -> Tensor:
+        """Ghost-bucket forward KL of every candidate and token, detached."""
+        rows = Bucketed.of(self._logprobs_MTK, self._tail_mass_MT, self._logq_MTK)
+        return FORWARD_KL(rows).clamp_(min=0)
+
+    def _matching(self, entropy_MT: Tensor, logq_MTm: Tensor) -> Tensor:
+        if self._tau != 1.0:
+            return self.ghost_MT
+        unbiased_MT = -entropy_MT - self._logprobs_MTK.exp().mul_(self._logq_MTK).sum(-1)
         if logq_MTm.shape[-1]:
-            values_MT = unbiased_MT - tail_mass_MT * logq_MTm.mean(-1)
-        else:
-            values_MT = torch.where(tail_mass_MT > 0, self.ghost_MT, unbiased_MT)
-        self.matching_M = values_MT @ share_T
+            return unbiased_MT - self._tail_mass_MT * logq_MTm.mean(-1)
+        # Without a tail (sampled rows, or every token kept) the kept entries are all there is to estimate from.
+        return torch.where(self._tail_mass_MT > 0, self.ghost_MT, unbiased_MT)
 
-    def loss(self, candidate: int | Tensor) -> Tensor:
-        """Ghost KL of this candidate, differentiable in the hidden states; an int or a 0-dim tensor (no host sync)."""
-        index = torch.as_tensor(candidate, device=self.ghost_MT.device).reshape(1)
-        with torch.no_grad(), torch.autocast(self.ghost_MT.device.type, enabled=False):
-            value = self.ghost_MT.index_select(0, index)[0] @ self._share_T
-            if self._walk.mean_TD is None:
-                return value
-            gradient_TD = self._gradient(*(x.index_select(0, index)[0] for x in self._parts()))
-        return _GivenGradient.apply(self._walk.hidden_TD, value, gradient_TD)
+    def loss(self, candidate: int | Tensor = 0) -> Tensor:
+        """The divergence from this candidate, differentiable: a scalar, the weighted mean over the tokens.
 
-    def _parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self._ids_MTK, self._logprobs_MTK, self._logq_MTK, self._tail_mass_MT
+        An int, or a tensor on the device: 0-dim, or [T] to choose for every token. Carries tau^2.
+        """
+        return self.choose(candidate).value
 
-    def _gradient(self, ids_TK: Tensor, logprobs_TK: Tensor, logq_TK: Tensor, tail_T: Tensor) -> Tensor:
-        """d(weighted mean)/d(hidden) = share * (c * G + sum_k s_k W[id_k])."""
-        log_tail_T = _log_tail(logprobs_TK, logq_TK)
-        p_TK = logprobs_TK.exp()
-        q_TK = _masked(logprobs_TK, logq_TK.exp())
-        # Below the floor the bucket's value is constant, so it gives no gradient.
-        tail_T = torch.where(log_tail_T > LOG_FLOOR, tail_T, 0.0)
-        ratio_T = tail_T / log_tail_T.exp()
-        c_T = (p_TK.sum(-1) + tail_T - ratio_T) * self._share_T
-        s_TK = (ratio_T[:, None] * q_TK - p_TK) * self._share_T[:, None]
-        assert self._walk.mean_TD is not None
-        if self._walk.rounds:
-            s_TK += c_T[:, None] * _masked(logprobs_TK, self._walk.rounding(ids_TK, logq_TK))
-        return _add_rows(c_T[:, None] * self._walk.mean_TD, s_TK, ids_TK, self._walk.weight_VD)
+    def choose(self, candidate: int | Tensor = 0) -> Loss:
+        """`loss`, together with the values of the tokens."""
+        index_T = torch.as_tensor(candidate, device=self._share_T.device).expand(len(self._share_T))
+        ids_TK, logp_TK, logq_TK, tail_T = (
+            _at(x, index_T) for x in (self._ids_MTK, self._logprobs_MTK, self._logq_MTK, self._tail_mass_MT)
+        )
+        tokens_T, s_TK = self._value_and_slopes(logp_TK, tail_T, logq_TK)
+        value = _mean(tokens_T.clamp(min=0), self._share_T)
+        return Loss(self._walk.attach(value, ids_TK.long(), logq_TK, s_TK, logp_TK != -math.inf), tokens_T)
+
+    def _value_and_slopes(self, logp_TK: Tensor, tail_T: Tensor, logq_TK: Tensor) -> tuple[Tensor, Tensor]:
+        """tau^2 * divergence of every token, and d(weighted mean) / d log q."""
+        with torch.enable_grad():
+            leaf_TK = logq_TK.detach().requires_grad_()
+            tokens_T = self._divergence(Bucketed.of(logp_TK, tail_T, leaf_TK)) * self._tau**2
+            (s_TK,) = torch.autograd.grad(tokens_T, leaf_TK, self._share_T)
+        return tokens_T.detach(), s_TK
 
 
-class _GivenGradient(torch.autograd.Function):
-    """A value whose gradient in the hidden states is already known."""
+def linear_cross_entropy(
+    hidden_TD: Tensor,
+    head: Head | Tensor,
+    gold_T: Tensor,
+    *,
+    weights_T: Tensor | None = None,
+    block: int | None = None,
+    compiled: bool = False,
+) -> Tensor:
+    """Mean cross-entropy in nats of `softmax(head(hidden))` with the ids `gold_T`; no logits [T, V] are kept.
 
-    @staticmethod
-    def forward(ctx: Any, hidden_TD: Tensor, value: Tensor, gradient_TD: Tensor) -> Tensor:
-        ctx.save_for_backward(gradient_TD)
-        ctx.dtype = hidden_TD.dtype
-        return value.clone()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  (the decorator hides the names)
-        ctx: Any, *grad_outputs: Tensor
-    ) -> tuple[Tensor, None, None]:
-        (gradient_TD,) = ctx.saved_tensors
-        return (grad_outputs[0] * gradient_TD).to(ctx.dtype), None, None
-
-
-class _Walk:
-    """Online softmax over vocabulary blocks: log-probs at chosen ids, and the mean head row G if a gradient is wanted.
-
-    G is rescaled whenever a block raises the running maximum, as flash attention does with K = V = W.
+    With a frozen head two matrix products make value and gradient; a head that requires a gradient takes four, two of
+    them in the backward pass. Raises ModelError or DataError.
     """
-
-    def __init__(
-        self, hidden_TD: Tensor, weight_VD: Tensor, ids: tuple[Tensor, ...], block: int, wants_gradient: bool
-    ) -> None:
-        self.hidden_TD, self.weight_VD, self.block = hidden_TD, weight_VD, min(block, len(weight_VD))
-        dtype = compute_dtype(hidden_TD)
-        # On a GPU the probabilities enter the second product in the head's bf16; what this loses on the kept ids is
-        # put back by `rounding`.
-        self.rounds = wants_gradient and _rounds_probs(hidden_TD, weight_VD)
-        picks = [_Picks(x, self.block, len(weight_VD), dtype) for x in ids]
-        num_tokens = hidden_TD.shape[0]
-        max_T1 = hidden_TD.new_full((num_tokens, 1), -math.inf, dtype=dtype)
-        sum_T1 = torch.zeros_like(max_T1)
-        mean_TD = torch.zeros_like(hidden_TD, dtype=dtype) if wants_gradient else None
-        maxima: list[Tensor] = []
-        buffer = hidden_TD.new_empty(num_tokens * self.block, dtype=dtype)
-        for index, start in enumerate(range(0, len(weight_VD), self.block)):
-            weight_BD = weight_VD[start : start + self.block]
-            z_TB = buffer[: num_tokens * len(weight_BD)].view(num_tokens, len(weight_BD))
-            Head(weight_VD).logits_into(z_TB, hidden_TD, start)
-            for pick in picks:
-                pick.collect(index, z_TB)
-            new_T1 = torch.maximum(max_T1, z_TB.amax(1, keepdim=True))
-            rescale_T1 = (max_T1 - new_T1).exp_()
-            max_T1 = new_T1
-            z_TB.sub_(max_T1).exp_()
-            sum_T1.mul_(rescale_T1).add_(z_TB.sum(1, keepdim=True))
-            if mean_TD is not None:
-                project(mean_TD.mul_(rescale_T1), z_TB.to(weight_VD.dtype) if self.rounds else z_TB, weight_BD)
-                if self.rounds:
-                    maxima.append(max_T1)
-        self.mean_TD = None if mean_TD is None else mean_TD.div_(sum_T1)
-        # Maximum first, then log-sum: subtracting their fp32 sum would cost the likeliest tokens, and with them the
-        # tail mass, one more digit.
-        self._max_T1, self._log_sum_T1 = max_T1, sum_T1.log()
-        self.logprobs = [pick.values.sub_(max_T1).sub_(self._log_sum_T1).clamp_(max=0) for pick in picks]
-        self._max_TC = torch.cat(maxima, 1) if maxima else None
-
-    def rounding(self, ids_TK: Tensor, logq_TK: Tensor) -> Tensor:
-        """q - (q as it entered G) at these ids."""
-        assert self._max_TC is not None
-        log_unit_TK = self._max_TC.gather(1, ids_TK // self.block) - self._max_T1 - self._log_sum_T1
-        p_TK = (logq_TK - log_unit_TK).exp()
-        return (p_TK - p_TK.to(self.weight_VD.dtype)) * log_unit_TK.exp()
+    head, hidden_TD = Head.of(head), _operand(hidden_TD)
+    head.check(hidden_TD)
+    if gold_T.shape != hidden_TD.shape[:1] or not len(gold_T):
+        raise DataError(f"{hidden_TD.shape[0]} hidden states, but gold ids of shape {list(gold_T.shape)}")
+    picker = OneId(gold_T, block or default_block(hidden_TD.device))
+    walk, share_T = Walk(hidden_TD, head, picker, compiled=compiled), _share_of_tokens(weights_T, hidden_TD)
+    ids_T1, is_entry_T1 = gold_T[:, None], torch.ones_like(gold_T, dtype=torch.bool)[:, None]
+    return walk.attach(-_mean(walk.logq[0, :, 0], share_T), ids_T1, walk.logq[0], -share_T[:, None], is_entry_T1)
 
 
-class _Picks:
-    """Logits at chosen ids: the entries are sorted by vocabulary block once, so that a block touches only its own."""
-
-    def __init__(self, ids_MTX: Tensor, block: int, v_real: int, dtype: torch.dtype) -> None:
-        self.block, self.ids = block, ids_MTX.reshape(-1)
-        self.num_tokens, self.per_token = ids_MTX.shape[1], max(1, ids_MTX.shape[2])
-        self.values = torch.empty(ids_MTX.shape, dtype=dtype, device=ids_MTX.device)
-        low, high = (int(x) for x in torch.aminmax(self.ids)) if self.ids.numel() else (0, 0)
-        if low < 0 or high >= v_real:
-            raise DataError(f"token ids go from {low} to {high}, outside the real vocabulary of {v_real} tokens")
-        num_blocks = math.ceil(v_real / block)
-        # Few-valued small integers take the radix sort, over ten times faster than int64.
-        blocks = (self.ids // block).to(torch.int16 if num_blocks < 2**15 else torch.int32)
-        self.order = blocks.sort(stable=True).indices
-        self.ends = [0, *torch.bincount(blocks, minlength=num_blocks).cumsum(0).tolist()]
-
-    def collect(self, index: int, z_TB: Tensor) -> None:
-        entries = self.order[self.ends[index] : self.ends[index + 1]]
-        tokens = entries // self.per_token % self.num_tokens
-        slots = tokens * z_TB.shape[1] + self.ids[entries] - index * self.block
-        self.values.view(-1)[entries] = z_TB.view(-1)[slots]
+def _mean(x_MT: Tensor, share_T: Tensor) -> Tensor:
+    """The weighted mean over the tokens; no matrix product, which autocast would make bf16."""
+    return (x_MT * share_T).sum(-1)
 
 
-def _rounds_probs(hidden_TD: Tensor, weight_VD: Tensor) -> bool:
-    return hidden_TD.is_cuda and hidden_TD.dtype == weight_VD.dtype and weight_VD.dtype.itemsize == 2
+def _operand(hidden_TD: Tensor) -> Tensor:
+    """Hidden states in the dtype that enters the matrix products: a GPU's autocast is honoured there and only there."""
+    if hidden_TD.is_cuda and torch.is_autocast_enabled("cuda") and hidden_TD.dtype == torch.float32:
+        return hidden_TD.to(torch.get_autocast_dtype("cuda"))
+    return hidden_TD
 
 
-def _masked(logprobs: Tensor, values: Tensor) -> Tensor:
-    """`values`, but 0 at padded entries, whatever their ids point at."""
-    return values.masked_fill_(logprobs == -math.inf, 0.0)
+def _at(x_MTx: Tensor, index_T: Tensor) -> Tensor:
+    """x[index_T[t], t] for every token."""
+    index_1Tx = index_T.view(1, -1, *[1] * (x_MTx.ndim - 2)).expand(1, *x_MTx.shape[1:])
+    return x_MTx.gather(0, index_1Tx)[0]
 
 
-def _log_tail(logprobs: Tensor, logq: Tensor) -> Tensor:
-    """log of the student's mass outside the kept ids, by log1mexp of their log-sum, floored."""
-    kept = logq.masked_fill(logprobs == -math.inf, -math.inf).logsumexp(-1).clamp_(max=0)
-    tail = torch.where(kept > -math.log(2), (-torch.expm1(kept)).log(), torch.log1p(-kept.exp()))
-    return tail.clamp(min=LOG_FLOOR)
+def _as_ids(array: Tensor | np.ndarray) -> Tensor:
+    return torch.from_numpy(array.astype(np.int64, copy=False)) if isinstance(array, np.ndarray) else array.long()
 
 
-def _ghost_value(logprobs: Tensor, tail_mass: Tensor, cross: Tensor, log_tail: Tensor) -> Tensor:
-    entropy = _masked(logprobs, logprobs.exp().mul_(logprobs)).sum(-1)
-    # Clamped: rounding and the floor can leave a KL of nearly 0 slightly below it.
-    return (entropy - cross + torch.xlogy(tail_mass, tail_mass) - tail_mass * log_tail).clamp_(min=0)
-
-
-def _add_rows(out_TD: Tensor, s_TK: Tensor, ids_TK: Tensor, weight_VD: Tensor) -> Tensor:
-    """out += sum_k s_k W[id_k] in the dtype of `out`, a few tokens at a time: [T, K, D] never exists."""
-    step = max(1, (1 << 20) // (ids_TK.shape[1] * weight_VD.shape[1]))
-    for start in range(0, len(out_TD), step):
-        t = slice(start, start + step)
-        out_TD[t].unsqueeze(1).baddbmm_(s_TK[t].unsqueeze(1), weight_VD[ids_TK[t]].to(out_TD.dtype))
-    return out_TD
+def _tempered(
+    logprobs_LTK: Tensor, lse_LTn: Tensor | np.ndarray | None, tau: float, taus: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """Log-probs and tail mass at another temperature of the grid, from the log-sum-exp that is stored for it."""
+    if tau not in taus or 1.0 not in taus:
+        raise DataError(
+            f"`tau` is {tau}, and the rows hold {list(taus)} only: the tail at another temperature cannot be known "
+            f"from the top-k; build a cache with `rows.taus` [1.0, {tau}]"
+        )
+    if lse_LTn is None or lse_LTn.shape[-1] != len(taus):
+        shape = None if lse_LTn is None else list(lse_LTn.shape)
+        raise DataError(f"`lse_LTn` has shape {shape}, and there are {len(taus)} temperatures {list(taus)}")
+    lse = torch.as_tensor(lse_LTn).to(logprobs_LTK.device, logprobs_LTK.dtype)
+    first, other = lse[..., list(taus).index(1.0), None], lse[..., list(taus).index(tau), None]
+    tempered_LTK = ((logprobs_LTK + first) / tau - other).clamp(max=0)
+    # Rounded log-probs can add up to more than 1.
+    return tempered_LTK, (1 - tempered_LTK.exp().sum(-1)).clamp(min=0)
 
 
 def _share_of_tokens(weights_T: Tensor | None, hidden_TD: Tensor) -> Tensor:
@@ -315,12 +314,13 @@ def _share_of_tokens(weights_T: Tensor | None, hidden_TD: Tensor) -> Tensor:
     return weights_T / total
 
 
-def _check_shapes(num_tokens: int, ids: Tensor, logprobs: Tensor, tails: Tensor, mass: Tensor, entropy: Tensor) -> None:
-    same_MT = all(x.shape[:2] == ids.shape[:2] for x in (tails, mass, entropy))
-    if not num_tokens:
-        raise DataError("there are no response tokens: a mean over 0 tokens is not defined")
-    if ids.ndim != 3 or tails.ndim != 3 or ids.shape != logprobs.shape or not same_MT:
+def _check_shapes(ids: Tensor, logprobs: Tensor, tails: Tensor, mass: Tensor, entropy: Tensor) -> None:
+    if ids.ndim != 3 or tails.ndim != 3 or ids.shape != logprobs.shape or not ids.shape[2]:
+        fits = False
+    else:
+        fits = all(x.shape[:2] == ids.shape[:2] for x in (tails, mass, entropy))
+    if not fits:
         shapes = [list(x.shape) for x in (ids, logprobs, tails, mass, entropy)]
         raise DataError(f"the candidates' arrays do not fit together: ids, logprobs, tail, mass, entropy are {shapes}")
-    if ids.shape[1] != num_tokens:
-        raise DataError(f"{num_tokens} student hidden states, but rows of {ids.shape[1]} response tokens")
+    if not ids.shape[1]:
+        raise DataError("there are no response tokens: a mean over 0 tokens is not defined")

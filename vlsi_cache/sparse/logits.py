@@ -41,7 +41,7 @@ class Head:
         """The rows of the real vocabulary; heads may have padding rows behind it."""
         if not 0 < v_real <= self.num_rows:
             raise ModelError(f"`v_real` is {v_real}, the head has {self.num_rows} rows")
-        return Head(self.weight_VD[:v_real], self.scale, self.cap)
+        return self if v_real == self.num_rows else Head(self.weight_VD[:v_real], self.scale, self.cap)
 
     @property
     def num_rows(self) -> int:
@@ -70,9 +70,9 @@ class Head:
 
 
 def project(acc_TD: Tensor, probs_TB: Tensor, weight_BD: Tensor) -> Tensor:
-    """acc += probs @ weight, accumulated in the dtype of `acc`; probs may already be rounded to the head's dtype."""
-    if probs_TB.is_cuda and probs_TB.dtype == weight_BD.dtype != acc_TD.dtype:
-        return acc_TD.add_(torch.mm(probs_TB, weight_BD, out_dtype=torch.float32))
+    """acc += probs @ weight, accumulated in the dtype of `acc`; probs may be rounded to 16 bits before."""
+    if _is_half_on_gpu(probs_TB):
+        return acc_TD.add_(torch.mm(probs_TB, weight_BD.to(probs_TB.dtype), out_dtype=torch.float32))
     for start in range(0, weight_BD.shape[0], CONVERT_ROWS):
         rows = slice(start, start + CONVERT_ROWS)
         acc_TD.addmm_(probs_TB[:, rows].to(acc_TD.dtype), weight_BD[rows].to(acc_TD.dtype))
@@ -82,10 +82,15 @@ def project(acc_TD: Tensor, probs_TB: Tensor, weight_BD: Tensor) -> Tensor:
 def _product_into(out_TB: Tensor, hidden_TD: Tensor, weight_BD: Tensor) -> None:
     if hidden_TD.dtype == weight_BD.dtype == out_TB.dtype:
         torch.mm(hidden_TD, weight_BD.T, out=out_TB)
-    elif hidden_TD.is_cuda and hidden_TD.dtype == weight_BD.dtype and out_TB.is_contiguous():
-        torch.mm(hidden_TD, weight_BD.T, out_dtype=torch.float32, out=out_TB)
+    elif _is_half_on_gpu(hidden_TD) and out_TB.is_contiguous():
+        torch.mm(hidden_TD, weight_BD.to(hidden_TD.dtype).T, out_dtype=torch.float32, out=out_TB)
     else:
         hidden_TD = hidden_TD.to(out_TB.dtype)
         for start in range(0, weight_BD.shape[0], CONVERT_ROWS):
             rows = slice(start, start + CONVERT_ROWS)
             torch.mm(hidden_TD, weight_BD[rows].to(out_TB.dtype).T, out=out_TB[:, rows])
+
+
+def _is_half_on_gpu(factor: Tensor) -> bool:
+    # There the product of 16-bit numbers is summed and written in fp32; no such product exists on a CPU.
+    return factor.is_cuda and factor.dtype.itemsize == 2

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from vlsi_cache.data.batches import plan_batches
@@ -23,11 +22,10 @@ from vlsi_cache.errors import SpecError
 from vlsi_cache.models.layers import Backbone
 from vlsi_cache.models.load import load_model, resolve_model
 from vlsi_cache.models.verbalizer import Verbalizers, load_verbalizers
+from vlsi_cache.sparse.kl import linear_cross_entropy
 from vlsi_cache.spec import CacheSpec, Dtype, EvaluateSpec, spec_from_dict
 
-from .loop import pick_device, read_json, say, write_atomically
-
-LOGIT_ELEMENTS = 2**26
+from .loop import head_of, pick_device, read_json, say, write_atomically
 
 
 def evaluate(
@@ -151,7 +149,7 @@ def mean_nll(
     """Negative log-likelihood in nats per response token over the real vocabulary, by layer; the final one last."""
     layers = verbalizers.layers if verbalizers is not None else []
     sums: dict[int, float] = defaultdict(float)
-    num_tokens = 0
+    num_tokens, head = 0, head_of(backbone).real(encoder.v_real)
     for indices in tqdm(batches, desc="perplexity", disable=None):
         batch = collate([encoder.encode(records[i]) for i in indices], pad_id=encoder.pad_id).to(backbone.device)
         capture = verbalizers.capture if verbalizers is not None else partial(backbone.capture, layers=[])
@@ -160,20 +158,9 @@ def mean_nll(
             state_TD = hidden.pop(layer)
             if verbalizers is not None and layer != backbone.num_layers:
                 state_TD = verbalizers.apply(layer, state_TD)
-            sums[layer] += _sum_nll(state_TD, backbone.head_weight[: encoder.v_real], batch.gold_T)
+            sums[layer] += float(linear_cross_entropy(state_TD, head, batch.gold_T)) * len(batch.gold_T)
         num_tokens += len(batch.gold_T)
     return {layer: total / num_tokens for layer, total in sums.items()}
-
-
-def _sum_nll(state_TD: torch.Tensor, head_weight_VD: torch.Tensor, gold_T: torch.Tensor) -> float:
-    size = max(1, LOGIT_ELEMENTS // head_weight_VD.shape[0])
-    weight = head_weight_VD
-    return sum(
-        F.cross_entropy(
-            (state_TD[i : i + size].to(weight.dtype) @ weight.T).float(), gold_T[i : i + size], reduction="sum"
-        ).item()
-        for i in range(0, len(gold_T), size)
-    )
 
 
 def exact_match(model: Any, records: list[Record], encoder: Encoder, settings: EvaluateSpec) -> dict[str, float]:

@@ -32,7 +32,7 @@ class MicroBatch:
 
     batch: Batch
     rows: SparseRows | None
-    num_samples: int
+    sample_ids: list[str]
 
 
 def shuffled_records(records: Sequence[Record], *, seed: int, num_skip: int = 0) -> Iterator[Pair]:
@@ -121,7 +121,7 @@ class Feed:
         self.wait_s += time.monotonic() - started
         if isinstance(item, BaseException):
             raise item
-        return MicroBatch(item.batch.to(self._device), item.rows, item.num_samples)
+        return MicroBatch(item.batch.to(self._device), item.rows, item.sample_ids)
 
     def close(self) -> None:
         self._stop.set()
@@ -157,7 +157,7 @@ class Feed:
         batch = collate(encoded, pad_id=self._encoder.pad_id)
         if rows and rows[0].num_layers:
             batch = _tokens_with_rows(batch, rows)
-        return MicroBatch(batch, SparseRows.concat(rows) if rows else None, len(pairs))
+        return MicroBatch(batch, SparseRows.concat(rows) if rows else None, [record.id for record, _ in pairs])
 
 
 def _tokens_with_rows(batch: Batch, rows: Sequence[Row]) -> Batch:

@@ -1,37 +1,17 @@
-"""Stage sft: supervised finetuning on the labels, the cached samples and nothing else.
-
-Legend: T response tokens, D hidden size, V head rows.
-"""
+"""Stage sft: supervised finetuning on the labels, the cached samples and nothing else."""
 
 import time
 from typing import Any
 
 import torch
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from vlsi_cache.models.adapter import train_everything, train_head_and_embeddings
 from vlsi_cache.models.layers import Backbone
+from vlsi_cache.sparse.kl import linear_cross_entropy
 
 from .feed import feeding
-from .loop import autocast, clip_gradients, make_optimizer, memory_gib, optimizer_step, seed_step
+from .loop import autocast, clip_gradients, head_of, make_optimizer, memory_gib, optimizer_step, seed_step
 from .student import StudentState
-
-LOGIT_ELEMENTS = 2**26  # at most 256 MiB of fp32 logits at a time
-
-
-def response_loss(hidden_TD: torch.Tensor, head_weight_VD: torch.Tensor, gold_T: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy in nats per response token; logits are made chunk by chunk and made again for the gradient."""
-
-    def chunk_loss(state_TD: torch.Tensor, ids_T: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy((state_TD @ head_weight_VD.T).float(), ids_T, reduction="sum")
-
-    size = max(1, LOGIT_ELEMENTS // head_weight_VD.shape[0])
-    losses = [
-        checkpoint(chunk_loss, hidden_TD[i : i + size], gold_T[i : i + size], use_reentrant=False)
-        for i in range(0, len(gold_T), size)
-    ]
-    return torch.stack(losses).sum() / len(gold_T)
 
 
 def sft(state: StudentState, model: Any, *, num_steps: int) -> dict[str, Any]:
@@ -53,16 +33,17 @@ def sft(state: StudentState, model: Any, *, num_steps: int) -> dict[str, Any]:
     num_micro = distill.batch_size // distill.micro_batch_size
     with feeding(state.feed("sft", first * distill.batch_size)) as feed:
         for step in range(first, num_steps):
-            started, waited, tokens, total = time.monotonic(), feed.wait_s, 0, 0.0
+            started, waited, tokens = time.monotonic(), feed.wait_s, 0
+            losses: list[torch.Tensor] = []
             seed_step(distill.seed, "sft", step)
             for _ in range(num_micro):
                 batch = feed.next().batch
                 tokens += len(batch.gold_T)
                 with autocast(state.device):
                     hidden = backbone.capture(batch.inputs, [], batch.rows_T, batch.positions_T)
-                    loss = response_loss(hidden[backbone.num_layers], backbone.head_weight, batch.gold_T)
+                    loss = linear_cross_entropy(hidden[backbone.num_layers], head_of(backbone), batch.gold_T)
                 (loss / num_micro).backward()
-                total += loss.item() / num_micro
+                losses.append(loss.detach())
             clip_gradients(optimizer, schedule, "sft", step, num_steps)
             rate = optimizer_step(optimizer, schedule, step, num_steps)
 
@@ -71,7 +52,7 @@ def sft(state: StudentState, model: Any, *, num_steps: int) -> dict[str, Any]:
                 stage="sft",
                 step=step + 1,
                 num_steps=num_steps,
-                loss=total,
+                loss=float(torch.stack(losses).mean()),
                 learning_rate=rate,
                 tokens_per_s=tokens / seconds,
                 data_wait_pct=100 * (feed.wait_s - waited) / seconds,

@@ -12,7 +12,7 @@ from vlsi_cache.data.records import RecordSet, read_records
 from vlsi_cache.data.tokenize import Encoder, load_encoder
 from vlsi_cache.errors import DataError, ModelError, SpecError, list_problems
 from vlsi_cache.models.load import load_config, load_model
-from vlsi_cache.spec import CacheSpec, DataSpec, DistillSpec
+from vlsi_cache.spec import CacheSpec, DataSpec, DistillSpec, InteractSpec
 from vlsi_cache.store.derive import data_sections
 from vlsi_cache.store.reader import Cache
 
@@ -151,6 +151,8 @@ def open_student(cache: Cache, spec: CacheSpec, path: str) -> StudentInputs:
     _check_tokenizer(cache, encoder, path)
     config = load_config(path, trust_remote_code=distill.trust_remote_code)
     layers = _student_layers(distill, config, num_teacher=len(cache.layers) - 1)
+    if distill.recipe != "sft":
+        _check_divergence(cache, distill.interact)
     return StudentInputs(cache, spec, path, config, encoder, layers)
 
 
@@ -169,6 +171,21 @@ def _student_layers(distill: DistillSpec, config: Any, *, num_teacher: int) -> l
             "teacher layers; Algorithm 1 needs at least as many teacher layers as student layers"
         )
     return layers
+
+
+def _check_divergence(cache: Cache, interact: InteractSpec) -> None:
+    header = cache.header
+    if interact.tau not in header.taus:
+        raise SpecError(
+            f"`distill.interact.tau` is {interact.tau}, and {cache.path} holds rows for {header.taus} alone: "
+            "the tail at another temperature cannot be known from the top-k. Build a cache with "
+            f"`rows.taus=[1.0,{interact.tau}]`"
+        )
+    if header.row_kind == "sampled" and (interact.divergence != "forward_kl" or interact.tau != 1.0):
+        raise SpecError(
+            f"`distill.interact` asks for {interact.divergence} at tau {interact.tau}, and {cache.path} holds draws "
+            "from the teacher: what they estimate without bias is forward_kl at tau 1 alone"
+        )
 
 
 def _check_tokenizer(cache: Cache, encoder: Encoder, path: str) -> None:

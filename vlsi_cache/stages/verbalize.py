@@ -4,7 +4,7 @@ The same loop serves the teacher (`train_verbalizers`) and the student (called b
 are frozen, the layers' gradients are independent: each layer is stepped through the head and back before the next
 one, so one layer's logits are alive at a time.
 
-Legend: T response tokens, D hidden size, V vocabulary.
+Legend: T response tokens, D hidden size.
 """
 
 import time
@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from vlsi_cache.data.records import RecordSet
 from vlsi_cache.errors import SpecError
 from vlsi_cache.models.layers import Backbone
 from vlsi_cache.models.verbalizer import Verbalizers, build_verbalizers
+from vlsi_cache.sparse.kl import linear_cross_entropy
 from vlsi_cache.spec import CacheSpec, Schedule, VerbalizerSpec
 
 from .feed import Feed, MicroBatch, feeding, shuffled_records
@@ -29,6 +29,7 @@ from .loop import (
     MetricsLog,
     autocast,
     clip_gradients,
+    head_of,
     make_grouped_optimizer,
     memory_gib,
     optimizer_step,
@@ -36,8 +37,6 @@ from .loop import (
     seed_step,
 )
 from .runs import already_done, finish_run, open_run, python_call
-
-LOGIT_ELEMENTS = 2**26  # at most 256 MiB of fp32 logits at a time
 
 
 def train_verbalizers(spec: CacheSpec, *, out: Path | str, device: str | None = None) -> Path:
@@ -130,23 +129,23 @@ def verbalize(
     with feeding(make_feed(first * batch_size)) as feed:
         for step in range(first, num_steps):
             started, waited, tokens = time.monotonic(), feed.wait_s, 0
-            totals = dict.fromkeys(layers, 0.0)
+            losses: list[torch.Tensor] = []
             seed_step(seed, "verbalize", step)
             for _ in range(num_micro):
                 micro = feed.next()
                 tokens += len(micro.batch.gold_T)
-                for layer, loss in layer_losses(backbone, verbalizers, micro, v_real=v_real, scale=1 / num_micro):
-                    totals[layer] += loss / num_micro
+                losses += layer_losses(backbone, verbalizers, micro, v_real=v_real, scale=1 / num_micro)
             clip_gradients(optimizer, schedule, "verbalize", step, num_steps)
             rate = optimizer_step(optimizer, schedule, step, num_steps)
 
+            by_layer = torch.stack(losses).view(num_micro, len(layers)).mean(0).tolist()
             seconds = time.monotonic() - started
             log.write(
                 stage="verbalize",
                 step=step + 1,
                 num_steps=num_steps,
-                loss=sum(totals.values()),
-                layers={str(layer): loss for layer, loss in totals.items()},
+                loss=sum(by_layer),
+                layers={str(layer): loss for layer, loss in zip(layers, by_layer, strict=True)},
                 learning_rate=rate,
                 tokens_per_s=tokens / seconds,
                 data_wait_pct=100 * (feed.wait_s - waited) / seconds,
@@ -159,28 +158,13 @@ def verbalize(
 
 def layer_losses(
     backbone: Backbone, verbalizers: Verbalizers, micro: MicroBatch, *, v_real: int, scale: float
-) -> Iterator[tuple[int, float]]:
+) -> Iterator[torch.Tensor]:
     """Cross-entropy of each layer, nats per response token; `scale` times its gradient is left in the verbalizer."""
-    batch = micro.batch
+    batch, head = micro.batch, head_of(backbone).real(v_real)
     with torch.no_grad(), autocast(backbone.device):
         hidden = dict(verbalizers.capture(batch.inputs, batch.rows_T, batch.positions_T))
     for layer in verbalizers.layers:
         with autocast(backbone.device):
-            verbal_TD = verbalizers.apply(layer, hidden.pop(layer))
-        yield layer, _backward_through_head(verbal_TD, backbone.head_weight[:v_real], batch.gold_T, scale=scale)
-
-
-def _backward_through_head(
-    verbal_TD: torch.Tensor, head_weight_VD: torch.Tensor, gold_T: torch.Tensor, *, scale: float
-) -> float:
-    """Mean cross-entropy over the tokens; logits chunk by chunk, then one gradient for all chunks."""
-    leaf_TD, total = verbal_TD.detach().requires_grad_(), 0.0
-    tokens_per_chunk = max(1, LOGIT_ELEMENTS // head_weight_VD.shape[0])
-    for start in range(0, len(gold_T), tokens_per_chunk):
-        chunk = slice(start, start + tokens_per_chunk)
-        logits_TV = leaf_TD[chunk].to(head_weight_VD.dtype) @ head_weight_VD.T
-        loss = F.cross_entropy(logits_TV.float(), gold_T[chunk], reduction="sum") / len(gold_T)
+            loss = linear_cross_entropy(verbalizers.apply(layer, hidden.pop(layer)), head, batch.gold_T)
         (loss * scale).backward()
-        total += loss.item()
-    verbal_TD.backward(leaf_TD.grad)
-    return total
+        yield loss.detach()
