@@ -44,6 +44,39 @@ def test_a_student_trains_on_it(kind: str, tmp_path: Path, teacher_folder: Path,
     assert any(line["loss"] > 0 for line in lines)
 
 
+@pytest.mark.parametrize("recipe", ["vlsi", "last"])
+def test_other_divergences_and_temperatures_are_trained(
+    recipe: str, tmp_path: Path, teacher_folder: Path, student_folder: Path
+) -> None:
+    cache = build(tmp_path, teacher_folder, ["rows.taus=[1.0, 2.0]", "store.profile=exact"])
+    first = {}
+    for name, tau in (
+        ("forward_kl", 1.0), ("forward_kl", 2.0), ("reverse_kl", 1.0), ("jsd", 2.0), ("skewed_kl", 1.0),
+        ("l2_topk", 1.0),
+    ):  # fmt: skip
+        changes = [f"distill.interact.divergence={name}", f"distill.interact.tau={tau}"]
+        out = tmp_path / f"{name}-{tau}"
+        run = vc.distill(cache, student=str(student_folder), out=out, recipe=recipe, overrides=changes)
+        lines = [line for line in read_metrics(run / "metrics.jsonl") if line["stage"] == "interact"]
+        assert lines[-1]["kl_last"] < lines[0]["kl_last"]
+        first[name, tau] = lines[0]["kl_last"]
+    assert len(set(first.values())) == len(first)
+
+
+def test_divergences_that_the_cache_does_not_allow_are_refused_before_anything_is_loaded(
+    tmp_path: Path, teacher_folder: Path, student_folder: Path
+) -> None:
+    cache = build(tmp_path, teacher_folder, ["rows.kind=sampled", "rows.num_draws=12"])
+    for changes, message in (
+        (["distill.interact.tau=3.0"], r"`distill\.interact\.tau` is 3\.0.* holds rows for \[1\.0, .*\] alone"),
+        (["distill.interact.divergence=jsd"], "asks for jsd at tau 1.0, and .* holds draws from the teacher"),
+        (["distill.interact.divergence=kl"], "interact.divergence"),
+    ):
+        with pytest.raises(SpecError, match=message):
+            vc.distill(cache, student=str(student_folder), out=tmp_path / "run", overrides=changes)
+    assert not (tmp_path / "run").exists()
+
+
 def test_only_tokens_with_rows_are_compared(tmp_path: Path, teacher_folder: Path) -> None:
     """The micro-batch's positions, golds and rows are those of the chosen tokens, sample by sample."""
     cache = build(tmp_path, teacher_folder, KINDS["selected"])

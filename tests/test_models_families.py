@@ -3,6 +3,7 @@
 Legend: B rows, S positions, T response tokens, V vocabulary, D hidden size.
 """
 
+import warnings
 from typing import Any
 
 import pytest
@@ -273,6 +274,21 @@ def test_scaled_and_capped_logits_are_those_of_the_model(config: Any) -> None:
 def test_models_that_change_their_logits_in_other_ways_are_refused(config: Any, reason: str) -> None:
     with pytest.raises(ModelError, match=reason):
         Backbone(AutoModelForCausalLM.from_config(config))
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("saved", [False, True])
+def test_adapters_on_head_or_embeddings_are_refused(target: str, tied: bool, saved: bool) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**DECODER, tie_word_embeddings=tied))
+    config = LoraConfig(target_modules=["q_proj"] if saved else [target], modules_to_save=[target] if saved else None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped = get_peft_model(model, config)
+    with pytest.raises(ModelError, match=r"carries an adapter .*merge the adapter first"):
+        Backbone(wrapped)
 
 
 def test_encoder_decoder_models_are_refused() -> None:
