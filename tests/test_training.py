@@ -1,7 +1,10 @@
 """Training: dtypes, the random state of a step, clipping, and what is refused before or while it runs."""
 
 import importlib
+import importlib.util
 import json
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +170,36 @@ def test_a_run_that_diverges_says_where(
     of = " of layer 2" if stage == "verbalize" else ""
     with pytest.raises(ModelError, match=f"stage {stage}, step 1 of [45]: the gradient norm{of} is nan"):
         vc.distill(cache, student=str(student_folder), out=tmp_path / "run")
+
+
+def test_liger_s_loss_is_taken_on_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vlsi_cache.sparse.logits import Head
+    from vlsi_cache.stages.sft import pick_liger, response_loss
+
+    head, cuda = Head(torch.randn(9, 4), cap=3.0), torch.device("cuda")
+    hidden_TD, gold_T = torch.randn(5, 4), torch.tensor([0, 8, 2, 3, 3])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert pick_liger(cuda, head) == (False, "ours (Liger's is not installed: pip install 'vlsi-cache[gpu]')")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "liger_kernel")
+    assert pick_liger(cuda, head)[0]
+    assert not pick_liger(torch.device("cpu"), head)[0]
+    assert not pick_liger(cuda, Head(head.weight_VD, scale=2.0))[0]
+
+    class LigerFusedLinearCrossEntropyLoss:  # the arguments and their order are those of liger-kernel 0.8
+        def __init__(self, *, softcap: float | None, accum_dtype: torch.dtype) -> None:
+            self.cap, self.accum_dtype = softcap, accum_dtype
+
+        def __call__(self, lin_weight: torch.Tensor, _input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            assert self.cap is not None
+            logits = self.cap * torch.tanh(_input @ lin_weight.T / self.cap)
+            return torch.nn.functional.cross_entropy(logits, target)
+
+    fake: Any = types.ModuleType("liger_kernel.transformers")
+    fake.LigerFusedLinearCrossEntropyLoss = LigerFusedLinearCrossEntropyLoss
+    monkeypatch.setitem(sys.modules, "liger_kernel", types.ModuleType("liger_kernel"))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", fake)
+    ours = response_loss(hidden_TD, head, gold_T, with_liger=False)
+    torch.testing.assert_close(response_loss(hidden_TD, head, gold_T, with_liger=True), ours)
 
 
 def test_no_layers_is_another_recipe(cache: Cache, student_folder: Path, tmp_path: Path) -> None:

@@ -1,5 +1,9 @@
-"""Stage sft: supervised finetuning on the labels, the cached samples and nothing else."""
+"""Stage sft: supervised finetuning on the labels, the cached samples and nothing else.
 
+Legend: T response tokens, D hidden size, V head rows.
+"""
+
+import importlib.util
 import time
 from typing import Any
 
@@ -8,10 +12,34 @@ import torch
 from vlsi_cache.models.adapter import train_everything, train_head_and_embeddings
 from vlsi_cache.models.layers import Backbone
 from vlsi_cache.sparse.kl import linear_cross_entropy
+from vlsi_cache.sparse.logits import Head
 
 from .feed import feeding
-from .loop import autocast, clip_gradients, head_of, make_optimizer, memory_gib, optimizer_step, seed_step
+from .loop import autocast, clip_gradients, head_of, make_optimizer, memory_gib, optimizer_step, say, seed_step
 from .student import StudentState
+
+
+def response_loss(hidden_TD: torch.Tensor, head: Head, gold_T: torch.Tensor, *, with_liger: bool) -> torch.Tensor:
+    """Mean cross-entropy in nats per response token, of which no logits [T, V] are kept."""
+    if not with_liger:
+        return linear_cross_entropy(hidden_TD, head, gold_T)
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss  # pyright: ignore[reportMissingImports]
+
+    # In fp32 it adds up what the chunks give the head; by default it would do so in the dtype of the weight.
+    return LigerFusedLinearCrossEntropyLoss(softcap=head.cap, accum_dtype=torch.float32)(
+        head.weight_VD, hidden_TD, gold_T
+    )
+
+
+def pick_liger(device: torch.device, head: Head) -> tuple[bool, str]:
+    """Whether Liger's fused loss is used, and why: where it runs it takes three matrix products, ours takes four."""
+    if device.type != "cuda":
+        return False, f"ours (Liger's needs CUDA, this is {device.type})"
+    if importlib.util.find_spec("liger_kernel") is None:
+        return False, "ours (Liger's is not installed: pip install 'vlsi-cache[gpu]')"
+    if head.scale != 1.0:
+        return False, "ours (Liger's knows no scale of the logits)"
+    return True, "Liger's fused linear one (CUDA found)"
 
 
 def sft(state: StudentState, model: Any, *, num_steps: int) -> dict[str, Any]:
@@ -29,6 +57,8 @@ def sft(state: StudentState, model: Any, *, num_steps: int) -> dict[str, Any]:
     optimizer = make_optimizer(model.parameters(), schedule)
     if first:
         checkpoints.load("sft", first, model, optimizer)
+    with_liger, reason = pick_liger(state.device, head_of(backbone))
+    say(f"sft: cross-entropy is {reason}")
     log.start_stage("sft", step=first, num_steps=num_steps)
     num_micro = distill.batch_size // distill.micro_batch_size
     with feeding(state.feed("sft", first * distill.batch_size)) as feed:
@@ -41,7 +71,8 @@ def sft(state: StudentState, model: Any, *, num_steps: int) -> dict[str, Any]:
                 tokens += len(batch.gold_T)
                 with autocast(state.device):
                     hidden = backbone.capture(batch.inputs, [], batch.rows_T, batch.positions_T)
-                    loss = linear_cross_entropy(hidden[backbone.num_layers], head_of(backbone), batch.gold_T)
+                    state_TD = hidden[backbone.num_layers]
+                    loss = response_loss(state_TD, head_of(backbone), batch.gold_T, with_liger=with_liger)
                 (loss / num_micro).backward()
                 losses.append(loss.detach())
             clip_gradients(optimizer, schedule, "sft", step, num_steps)
