@@ -178,7 +178,7 @@ def test_liger_s_loss_is_taken_on_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPa
 
     head, cuda = Head(torch.randn(9, 4), cap=3.0), torch.device("cuda")
     hidden_TD, gold_T = torch.randn(5, 4), torch.tensor([0, 8, 2, 3, 3])
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     assert pick_liger(cuda, head) == (False, "ours (Liger's is not installed: pip install 'vlsi-cache[gpu]')")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "liger_kernel")
     assert pick_liger(cuda, head)[0]
