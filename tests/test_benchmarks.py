@@ -112,8 +112,8 @@ def test_what_is_too_big_or_fails_is_said(scripts: dict[str, Any]) -> None:
         measuring.Work("broken", broken),
         measuring.Work("fine", lambda: torch.zeros(3)),
     ]
-    base = lambda: torch.ones(100, 100) @ torch.ones(100, 100)  # noqa: E731
-    rows = measuring.measure(base, works, CPU, measuring.Limits(), {"slow": 1e12})
+    some = torch.ones(100, 100)
+    rows = measuring.measure(lambda: some @ some, works, CPU, measuring.Limits(), {"slow": 1e12})
     reasons = {row.name: row.skip for row in rows}
     assert reasons["big"] == "skipped: needs about 7.5 GB, the limit is 6"
     assert reasons["slow"].startswith("skipped: would take about")

@@ -75,12 +75,12 @@ def main(arguments: Sequence[str]) -> None:
         limits = Limits(
             num_bytes=0.9 * torch.cuda.get_device_properties(device).total_memory, num_rounds=10, warm_up=True
         )
-    for name in args.only:
-        PARTS[name](TINY if args.tiny else PAPER, report, limits, device)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    if args.out:
-        report.write(args.out)
+    try:
+        for name in args.only:
+            PARTS[name](TINY if args.tiny else PAPER, report, limits, device)
+    finally:
+        if args.out:
+            report.write(args.out)
 
 
 def teacher_part(sizes: Sizes, report: Report, limits: Limits, device: torch.device) -> None:

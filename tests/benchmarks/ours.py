@@ -36,16 +36,15 @@ def student(case: StudentCase, num: int, compiled: Compiled = None) -> tuple[Ten
     return result.matching_M, gradient_TD
 
 
-def student_values(case: StudentCase, num: int, compiled: Compiled = None) -> Tensor:
-    with torch.no_grad():
-        return compare(case.hidden_TD, case, num, compiled).matching_M
-
-
 def gradient_before_rounding(case: StudentCase) -> Tensor | None:
     """The gradient before it is rounded to the dtype of the hidden states; None if it is not kept."""
-    loss = compare(case.hidden_TD.detach().requires_grad_(), case, 1).loss(0)
-    kept = getattr(loss.grad_fn, "saved_tensors", ())
-    return next((x for x in kept if x.shape == case.hidden_TD.shape and x.dtype.itemsize > 2), None)
+    hidden_TD = case.hidden_TD.detach().requires_grad_()
+    loss = compare(hidden_TD, case, 1).loss(0)
+    kept = [x for x in getattr(loss.grad_fn, "saved_tensors", ()) if x.shape == hidden_TD.shape]
+    (rounded_TD,) = torch.autograd.grad(loss, hidden_TD)
+    return next(
+        (x for x in kept if x.dtype != rounded_TD.dtype and torch.equal(x.to(rounded_TD.dtype), rounded_TD)), None
+    )
 
 
 def cross_entropy(case: HeadCase) -> tuple[Tensor, Tensor]:

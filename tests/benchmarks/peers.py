@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from cases import HeadCase, StudentCase, TeacherCase
+from measuring import failure
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -146,7 +147,7 @@ def liger_missing() -> str:
     try:
         import liger_kernel.chunked_loss  # noqa: F401  # pyright: ignore[reportMissingImports]
     except Exception as error:  # without its compiler it fails in more ways than one
-        return f"not available: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+        return failure(error).replace("failed", "not available")
     return ""
 
 
@@ -187,7 +188,7 @@ def plain_cross_entropy(case: HeadCase) -> tuple[Tensor, ...]:
 
 
 def torch_cross_entropy(case: HeadCase, options: Any) -> tuple[Tensor, ...]:
-    """torch's own function; `options` are its chunking options, None its reference."""
+    """torch's own function with chunking options; without, it is the plain one."""
     fused = F.linear_cross_entropy  # torch >= 2.13
     return _head_gradients(case, lambda hidden, weight: fused(hidden, weight, case.gold_T, options=options))
 
