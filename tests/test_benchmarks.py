@@ -31,7 +31,7 @@ def test_every_part_of_the_cpu_benchmark_runs(
 ) -> None:
     kernels = scripts["kernels"]
     tiny = kernels.Sizes(
-        heads=((16, 300),), tokens=(8, 40), gradient_tokens=8, top_k=8, num_tail=2, num_candidates=3
+        heads=((16, 300),), tokens=(8, 40), few_tokens=8, top_k=8, num_tail=2, num_candidates=3
     )  # fmt: skip
     monkeypatch.setattr(kernels, "QUICK", tiny)
     kernels.main(["--quick", "--out", str(tmp_path / "results.md")])

@@ -35,7 +35,7 @@ COLUMNS = ("shape", "form", "time / GEMM", "ms", "peak MiB", "runs")
 class Sizes:
     heads: tuple[tuple[int, int], ...] = ((576, 49152), (896, 151936))  # hidden size, vocabulary
     tokens: tuple[int, ...] = (512, 2048)
-    gradient_tokens: int = 128
+    few_tokens: int = 128  # for the gradient's error, and to see what is too slow for more
     top_k: int = 64
     num_tail: int = 4
     num_candidates: int = 14
@@ -46,7 +46,7 @@ class Sizes:
             yield Shape(max(self.tokens), hidden, vocab, top_k=self.top_k, num_tail=self.num_tail)
 
 
-QUICK = Sizes(heads=((64, 8192),), tokens=(64, 128), gradient_tokens=64)
+QUICK = Sizes(heads=((64, 8192),), tokens=(64, 128), few_tokens=64)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -145,7 +145,7 @@ def gradient_part(sizes: Sizes, report: Report, _limits: Limits) -> None:
     report.say("\n## Error of the student's gradient, relative L2 against the same loss in float64\n")
     report.table("shape", "form", "error, %")
     for full in sizes.shapes():
-        shape = replace(full, num_tokens=sizes.gradient_tokens)
+        shape = replace(full, num_tokens=sizes.few_tokens)
         whole = student_case(shape, CPU, 1)
         for dtype in DTYPES:
             case = whole.first(shape.num_tokens, dtype)
@@ -207,7 +207,7 @@ def head_part(sizes: Sizes, report: Report, limits: Limits) -> None:
     for full in sizes.shapes():
         whole = teacher_case(full, CPU)
         for dtype in DTYPES:
-            for num_tokens in sizes.tokens:
+            for num_tokens in dict.fromkeys((sizes.few_tokens, *sizes.tokens)):
                 one = whole.first(num_tokens, dtype)
                 case = HeadCase(one.hidden_TD, one.weight_VD, one.gold_T)
                 base = products(case.hidden_TD, case.weight_VD, 3)
