@@ -35,7 +35,7 @@ class Shape:
         return self.v_real or self.vocab
 
     def __str__(self) -> str:
-        return f"T{self.num_tokens} d{self.hidden} V{self.vocab}"
+        return f"T{self.num_tokens} d{self.hidden} V{self.vocab}" + (f" ({self.v_real} real)" if self.v_real else "")
 
 
 @dataclass(frozen=True)

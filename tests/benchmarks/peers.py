@@ -2,7 +2,7 @@
 
 The forms of the student layer return the values of all candidates and the gradient of the first in the hidden states,
 each in the cheapest way: one log-softmax serves all candidates wherever the form has one. Heads may have padding rows,
-which every form leaves out of its softmax where it can.
+which no softmax counts.
 
 Shapes: T response tokens, M candidates, K kept entries, m tail samples, V vocabulary, D hidden size.
 """
@@ -211,5 +211,5 @@ def _head_gradients(case: HeadCase, loss_of: Callable[[Tensor, Tensor], Tensor])
 
 def _logits(hidden_TD: Tensor, weight_VD: Tensor, v_real: int) -> Tensor:
     """Logits of the real vocabulary as plain code has them: rounded to the model's dtype, then turned to fp32."""
-    z_TV = hidden_TD @ weight_VD[:v_real].T
+    z_TV = (hidden_TD @ weight_VD.T)[:, :v_real]  # an odd number of rows would slow the product down
     return z_TV if z_TV.dtype == torch.float64 else z_TV.float()
