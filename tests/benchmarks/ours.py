@@ -1,0 +1,74 @@
+"""The project's functions as the benchmarks call them: the one place to change when they change."""
+
+import inspect
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import torch
+from cases import HeadCase, StudentCase, TeacherCase
+from torch import Tensor
+
+from vlsi_cache.sparse.kl import CandidateKL, candidate_kl
+from vlsi_cache.sparse.logits import Head
+from vlsi_cache.sparse.topk import teacher_rows
+
+Compiled = bool | None  # None: whatever the function does by itself
+
+
+def teacher(case: TeacherCase, compiled: Compiled = None) -> dict[str, Tensor]:
+    return teacher_rows(
+        case.hidden_TD, case.weight_VD, case.gold_T, top_k=case.top_k, uniforms_Tm=case.uniforms_Tm,
+        v_real=case.v_real, block=16384, **_form(teacher_rows, compiled),
+    )  # fmt: skip
+
+
+def compare(hidden_TD: Tensor, case: StudentCase, num: int, compiled: Compiled = None) -> CandidateKL:
+    rows = case.candidates(num)
+    return candidate_kl(hidden_TD, case.weight_VD, *rows, v_real=case.v_real, **_form(candidate_kl, compiled))
+
+
+def student(case: StudentCase, num: int, compiled: Compiled = None) -> tuple[Tensor, Tensor]:
+    """Values of all candidates, gradient of the first in the hidden states."""
+    hidden_TD = case.hidden_TD.detach().requires_grad_()
+    result = compare(hidden_TD, case, num, compiled)
+    (gradient_TD,) = torch.autograd.grad(result.loss(0), hidden_TD)
+    return result.matching_M, gradient_TD
+
+
+def gradient_before_rounding(case: StudentCase) -> Tensor | None:
+    """The gradient before it is rounded to the dtype of the hidden states; None if it is not kept."""
+    hidden_TD = case.hidden_TD.detach().requires_grad_()
+    loss = compare(hidden_TD, case, 1).loss(0)
+    kept = [x for x in getattr(loss.grad_fn, "saved_tensors", ()) if x.shape == hidden_TD.shape]
+    (rounded_TD,) = torch.autograd.grad(loss, hidden_TD)
+    return next(
+        (x for x in kept if x.dtype != rounded_TD.dtype and torch.equal(x.to(rounded_TD.dtype), rounded_TD)), None
+    )
+
+
+def cross_entropy(case: HeadCase) -> tuple[Tensor, Tensor]:
+    """Gradients of the cross-entropy in the hidden states and in the head."""
+    hidden_TD, weight_VD = (x.detach().requires_grad_() for x in (case.hidden_TD, case.weight_VD))
+    loss = _linear_cross_entropy()(hidden_TD, Head(weight_VD), case.gold_T)
+    hidden_grad, weight_grad = torch.autograd.grad(loss, (hidden_TD, weight_VD))
+    return hidden_grad, weight_grad
+
+
+def cross_entropy_missing() -> str:
+    kl = import_module("vlsi_cache.sparse.kl")
+    return "" if hasattr(kl, "linear_cross_entropy") else "not available"
+
+
+def compiled_missing() -> str:
+    both = [f for f in (teacher_rows, candidate_kl) if "compiled" not in inspect.signature(f).parameters]
+    return f"not available: no keyword `compiled` of {' and '.join(f.__name__ for f in both)}" if both else ""
+
+
+def _linear_cross_entropy() -> Callable[..., Tensor]:
+    return import_module("vlsi_cache.sparse.kl").linear_cross_entropy
+
+
+def _form(function: Callable, compiled: Compiled) -> dict[str, Any]:
+    takes = "compiled" in inspect.signature(function).parameters
+    return {"compiled": compiled} if takes and compiled is not None else {}

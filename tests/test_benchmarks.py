@@ -1,0 +1,124 @@
+"""The benchmarks of the kernels still run, at tiny sizes, and their baselines compute what is measured against them."""
+
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).parent / "benchmarks"
+SCRIPTS = ("cases", "gpu", "kernels", "measuring", "ours", "peers")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def scripts() -> Iterator[dict[str, Any]]:
+    """The modules beside the scripts, imported as the scripts import each other."""
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        yield {name: importlib.import_module(name) for name in SCRIPTS}
+        for name in SCRIPTS:
+            sys.modules.pop(name, None)
+    torch.set_num_threads(threads)
+
+
+def test_every_part_of_the_cpu_benchmark_runs(
+    scripts: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels = scripts["kernels"]
+    tiny = kernels.Sizes(
+        heads=((16, 300),), tokens=(8, 40), few_tokens=8, top_k=8, num_tail=2, num_candidates=3
+    )  # fmt: skip
+    monkeypatch.setattr(kernels, "QUICK", tiny)
+    kernels.main(["--quick", "--out", str(tmp_path / "results.md")])
+    text = (tmp_path / "results.md").read_text(encoding="utf-8")
+    assert text.count("\n## ") == 4
+    assert "failed" not in text
+    assert "bf16 T40 d16 V300 | ours, 3 |" in text
+
+
+def test_every_part_of_the_gpu_benchmark_runs(scripts: dict[str, Any], tmp_path: Path) -> None:
+    scripts["gpu"].main(["--device", "cpu", "--tiny", "--out", str(tmp_path / "results.md")])
+    text = (tmp_path / "results.md").read_text(encoding="utf-8")
+    assert text.count("\n## ") == 4
+    assert "failed" not in text
+
+
+def student(scripts: dict[str, Any]) -> Any:
+    shape = scripts["cases"].Shape(40, 16, 310, v_real=301, top_k=8, num_tail=2)
+    return scripts["cases"].student_case(shape, CPU, 3).first(40, torch.float64)
+
+
+@pytest.mark.parametrize("form", ["checkpointed_chunks", "compiled_materialised"])
+def test_student_peers_agree_with_ours(scripts: dict[str, Any], form: str) -> None:
+    peers, case = scripts["peers"], student(scripts)
+    others = {
+        "checkpointed_chunks": lambda: peers.checkpointed_chunks(case, 3, size=16),
+        "compiled_materialised": lambda: peers.compiled_materialised("eager")(case, 3),
+    }
+    values_M, gradient_TD = scripts["ours"].student(case, 3)
+    for got in (peers.materialised(case, 3), others[form]()):
+        torch.testing.assert_close(got[0], values_M)
+        torch.testing.assert_close(got[1], gradient_TD)
+
+
+def test_dense_peer_sees_the_same_kept_entries(scripts: dict[str, Any]) -> None:
+    """Its tail is spread evenly, so only the rows are compared: they sum to 1 and agree on the kept ids."""
+    case = student(scripts)
+    dense_TV = scripts["peers"]._dense(case, 1)
+    torch.testing.assert_close(dense_TV.sum(1), torch.ones(40, dtype=torch.float64))
+    torch.testing.assert_close(dense_TV.gather(1, case.ids_MTK[1]), case.logprobs_MTK[1].exp())
+
+
+def test_teacher_peers_agree_with_ours(scripts: dict[str, Any]) -> None:
+    shape = scripts["cases"].Shape(40, 16, 310, v_real=301, top_k=8, num_tail=2)
+    case, peers = scripts["cases"].teacher_case(shape, CPU), scripts["peers"]
+    want = scripts["ours"].teacher(case)
+    names = ("ids_TK", "logprobs_TK", "tail_ids_Tm", "lse_Tn", "entropy_T", "gold_logprob_T", "tail_mass_T")
+    for rows in (peers.whole_row_all(case), peers.token_chunks(case, 16)):
+        for name, got in zip(names, rows, strict=True):
+            if name != "tail_ids_Tm":  # another generator draws them
+                torch.testing.assert_close(got, want[name], rtol=1e-4, atol=1e-5)
+    assert torch.equal(peers.whole_row(case)[0], want["ids_TK"])
+
+
+def test_peak_counts_what_lives_at_once(scripts: dict[str, Any]) -> None:
+    size = 1 << 20
+
+    def run() -> torch.Tensor:
+        first = torch.zeros(size, dtype=torch.uint8)
+        second = first + 1  # two at once
+        del first
+        return second + 1  # two again
+
+    _, peak = scripts["measuring"].timed_with_peak(run, CPU)
+    assert 2 * size <= peak < 2 * size + 4096
+
+
+def test_what_is_too_big_or_fails_is_said(scripts: dict[str, Any]) -> None:
+    measuring = scripts["measuring"]
+
+    def broken() -> None:
+        raise RuntimeError("no such kernel\nand more")
+
+    works = [
+        measuring.Work("big", lambda: None, needs_bytes=7.5e9),
+        measuring.Work("slow", lambda: None),
+        measuring.Work("absent", lambda: None, skip="not available"),
+        measuring.Work("broken", broken),
+        measuring.Work("fine", lambda: torch.zeros(3)),
+    ]
+    some = torch.ones(100, 100)
+    rows = measuring.measure(lambda: some @ some, works, CPU, measuring.Limits(), {"slow": 1e12})
+    reasons = {row.name: row.skip for row in rows}
+    assert reasons["big"] == "skipped: needs about 7.5 GB, the limit is 6"
+    assert reasons["slow"].startswith("skipped: would take about")
+    assert reasons["absent"] == "not available"
+    assert reasons["broken"] == "failed: RuntimeError: no such kernel"
+    assert reasons["fine"] == reasons["(plain products)"] == ""
+    assert rows[-1].num_runs == 3
+    assert rows[-1].ratio > 0
