@@ -2,14 +2,13 @@
 
 import inspect
 from collections.abc import Callable
-from importlib import import_module
 from typing import Any
 
 import torch
 from cases import HeadCase, StudentCase, TeacherCase
 from torch import Tensor
 
-from vlsi_cache.sparse.kl import CandidateKL, candidate_kl
+from vlsi_cache.sparse.kl import CandidateKL, LayerRows, candidate_kl, linear_cross_entropy
 from vlsi_cache.sparse.logits import Head
 from vlsi_cache.sparse.topk import teacher_rows
 
@@ -24,8 +23,8 @@ def teacher(case: TeacherCase, compiled: Compiled = None) -> dict[str, Tensor]:
 
 
 def compare(hidden_TD: Tensor, case: StudentCase, num: int, compiled: Compiled = None) -> CandidateKL:
-    rows = case.candidates(num)
-    return candidate_kl(hidden_TD, case.weight_VD, *rows, v_real=case.v_real, **_form(candidate_kl, compiled))
+    rows = LayerRows.of(*case.candidates(num), v_real=case.v_real, device=hidden_TD.device)
+    return candidate_kl(hidden_TD, case.weight_VD, rows, compiled=bool(compiled))
 
 
 def student(case: StudentCase, num: int, compiled: Compiled = None) -> tuple[Tensor, Tensor]:
@@ -50,23 +49,13 @@ def gradient_before_rounding(case: StudentCase) -> Tensor | None:
 def cross_entropy(case: HeadCase) -> tuple[Tensor, Tensor]:
     """Gradients of the cross-entropy in the hidden states and in the head."""
     hidden_TD, weight_VD = (x.detach().requires_grad_() for x in (case.hidden_TD, case.weight_VD))
-    loss = _linear_cross_entropy()(hidden_TD, Head(weight_VD), case.gold_T)
+    loss = linear_cross_entropy(hidden_TD, Head(weight_VD), case.gold_T)
     hidden_grad, weight_grad = torch.autograd.grad(loss, (hidden_TD, weight_VD))
     return hidden_grad, weight_grad
 
 
-def cross_entropy_missing() -> str:
-    kl = import_module("vlsi_cache.sparse.kl")
-    return "" if hasattr(kl, "linear_cross_entropy") else "not available"
-
-
 def compiled_missing() -> str:
-    both = [f for f in (teacher_rows, candidate_kl) if "compiled" not in inspect.signature(f).parameters]
-    return f"not available: no keyword `compiled` of {' and '.join(f.__name__ for f in both)}" if both else ""
-
-
-def _linear_cross_entropy() -> Callable[..., Tensor]:
-    return import_module("vlsi_cache.sparse.kl").linear_cross_entropy
+    return "" if "compiled" in inspect.signature(teacher_rows).parameters else "not available"
 
 
 def _form(function: Callable, compiled: Compiled) -> dict[str, Any]:
