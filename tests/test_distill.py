@@ -155,6 +155,25 @@ def test_recipes_have_the_same_budget(cache: Cache) -> None:
     assert list(steps["last"]) == ["interact", "sft"]
 
 
+def test_activation_checkpointing_and_accumulation_change_nothing(
+    cache: Cache, vlsi_run: Path, student_folder: Path, tmp_path: Path
+) -> None:
+    run = vc.distill(
+        cache, student=str(student_folder), out=tmp_path / "run", overrides=["distill.gradient_checkpointing=true"]
+    )
+    assert metrics(run) == metrics(vlsi_run)
+    # Recipe `last` matches no layers, so that only the mean over the tokens can differ with the micro-batches.
+    first = {}
+    for size in (1, 2, 4):
+        overrides = [f"distill.micro_batch_size={size}", "distill.batch_size=4"]
+        run = vc.distill(
+            cache, student=str(student_folder), out=tmp_path / f"run-{size}", recipe="last", overrides=overrides
+        )
+        first[size] = metrics(run)[0]["loss"]
+    assert first[1] == pytest.approx(first[4], rel=0.2)
+    assert first[2] == pytest.approx(first[4], rel=0.2)
+
+
 def test_the_student_must_share_the_tokenizer(cache: Cache, tmp_path: Path) -> None:
     other = save_model(tmp_path / "other", num_layers=3, hidden=16, seed=1, extra="zebra yonder xylophone quilt")
     with pytest.raises(ModelError, match="another tokenizer"):
