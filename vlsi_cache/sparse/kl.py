@@ -25,7 +25,7 @@ from vlsi_cache.errors import DataError
 
 from .divergences import Bucketed, Divergence
 from .logits import Head, compute_dtype
-from .walk import BlockIndex, OneId, Walk, default_block
+from .walk import BlockIndex, OneId, Walk, default_block, moved
 
 __all__ = ["CandidateKL", "LayerRows", "Loss", "candidate_kl", "linear_cross_entropy", "sparse_kl"]
 
@@ -122,7 +122,7 @@ class LayerRows:
         device = torch.device(device)
         ids, tails = (_as_ids(array) for array in (ids_LTK, tail_ids_LTm))
         logprobs, mass, entropy = (
-            torch.as_tensor(array).to(device) for array in (logprobs_LTK, tail_mass_LT, entropy_LT)
+            moved(torch.as_tensor(array), device) for array in (logprobs_LTK, tail_mass_LT, entropy_LT)
         )
         logprobs, mass, entropy = (x if x.dtype == torch.float64 else x.float() for x in (logprobs, mass, entropy))
         _check_shapes(ids, logprobs, tails, mass, entropy)
@@ -130,7 +130,7 @@ class LayerRows:
             logprobs, mass = _tempered(logprobs, lse_LTn, tau, taus)
         ids_LTX = torch.cat([ids, tails], -1)
         index = BlockIndex.of(ids_LTX, v_real=v_real, block=block or default_block(device), device=device)
-        return cls(ids_LTX.to(device, torch.int32), logprobs, mass, entropy, index, v_real, tau)
+        return cls(moved(ids_LTX.int(), device), logprobs, mass, entropy, index, v_real, tau)
 
     @property
     def num_layers(self) -> int:
@@ -293,7 +293,7 @@ def _tempered(
     if lse_LTn is None or lse_LTn.shape[-1] != len(taus):
         shape = None if lse_LTn is None else list(lse_LTn.shape)
         raise DataError(f"`lse_LTn` has shape {shape}, and there are {len(taus)} temperatures {list(taus)}")
-    lse = torch.as_tensor(lse_LTn).to(logprobs_LTK.device, logprobs_LTK.dtype)
+    lse = moved(torch.as_tensor(lse_LTn), logprobs_LTK.device).to(logprobs_LTK.dtype)
     first, other = lse[..., list(taus).index(1.0), None], lse[..., list(taus).index(tau), None]
     tempered_LTK = ((logprobs_LTK + first) / tau - other).clamp(max=0)
     # Rounded log-probs can add up to more than 1.

@@ -24,7 +24,7 @@ from vlsi_cache.errors import DataError
 from .kernels import fused
 from .logits import Head, compute_dtype, project
 
-__all__ = ["BlockIndex", "OneId", "Walk", "default_block", "full_precision"]
+__all__ = ["BlockIndex", "OneId", "Walk", "default_block", "full_precision", "moved"]
 
 
 def default_block(device: torch.device) -> int:
@@ -37,6 +37,13 @@ def full_precision(device: torch.device) -> Iterator[None]:
     """No gradients, and no autocast, which would turn the fp32 products into bf16 behind our back."""
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         yield
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on this device; only from pinned memory can a copy to a GPU stand in line without a wait."""
+    if device.type == "cuda" and not tensor.is_cuda:
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 class Picker(Protocol):
@@ -76,8 +83,8 @@ class BlockIndex:
         layers_L11 = torch.arange(num_layers, device=ids_LTX.device)[:, None, None]
         counts = torch.bincount((blocks_LTX * num_layers + layers_L11).flatten(), minlength=num_blocks * num_layers)
         ends = [0, *counts.cumsum(0).tolist()]
-        ids_N = ids_LTX.to(device, torch.int32).flatten()
-        order_N = blocks_LTX.to(device).flatten().sort(stable=True).indices.to(torch.int32)
+        ids_N = moved(ids_LTX.int(), device).flatten()
+        order_N = moved(blocks_LTX, device).flatten().sort(stable=True).indices.to(torch.int32)
         last = (num_blocks - 1) * block
         width_N = torch.where(ids_N >= last, v_real - last, block)
         tokens_N = torch.arange(num_tokens, device=device, dtype=torch.int32).repeat_interleave(per_token)
