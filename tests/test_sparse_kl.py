@@ -291,6 +291,8 @@ def test_sparse_kl_takes_numpy_and_torch_rows_of_any_layer():
     }  # fmt: skip
     numpy_row = SimpleNamespace(**{name: value.numpy() for name, value in arrays.items()})
     numpy_row.ids_LTK = numpy_row.ids_LTK.astype(np.uint32)
+    for array in vars(numpy_row).values():
+        array.flags.writeable = False  # as the memory-mapped profile gives them
     weights_T = torch.arange(5.0)
     for row in (SimpleNamespace(**arrays), numpy_row):
         for layer in (-1, 0, 1):

@@ -120,11 +120,8 @@ class LayerRows:
         Raises DataError for shapes that do not fit together, ids outside `v_real`, and a `tau` outside `taus`.
         """
         device = torch.device(device)
-        ids, tails = (_as_ids(array) for array in (ids_LTK, tail_ids_LTm))
-        logprobs, mass, entropy = (
-            moved(torch.as_tensor(array), device) for array in (logprobs_LTK, tail_mass_LT, entropy_LT)
-        )
-        logprobs, mass, entropy = (x if x.dtype == torch.float64 else x.float() for x in (logprobs, mass, entropy))
+        ids, tails = (_tensor(array).long() for array in (ids_LTK, tail_ids_LTm))
+        logprobs, mass, entropy = (moved(_tensor(array), device) for array in (logprobs_LTK, tail_mass_LT, entropy_LT))
         _check_shapes(ids, logprobs, tails, mass, entropy)
         if tau != 1.0:
             logprobs, mass = _tempered(logprobs, lse_LTn, tau, taus)
@@ -277,8 +274,12 @@ def _at(x_MTx: Tensor, index_T: Tensor) -> Tensor:
     return x_MTx.gather(0, index_1Tx)[0]
 
 
-def _as_ids(array: Tensor | np.ndarray) -> Tensor:
-    return torch.from_numpy(array.astype(np.int64, copy=False)) if isinstance(array, np.ndarray) else array.long()
+def _tensor(array: Tensor | np.ndarray) -> Tensor:
+    """fp32 or fp64 of floats, int64 of whole numbers; a mapped array, which cannot be written to, is copied."""
+    if isinstance(array, np.ndarray):
+        dtype = np.int64 if array.dtype.kind in "iu" else np.promote_types(array.dtype, np.float32)
+        return torch.from_numpy(np.require(array, dtype, "W"))
+    return array.to(torch.promote_types(array.dtype, torch.float32)) if array.is_floating_point() else array
 
 
 def _tempered(
@@ -293,7 +294,7 @@ def _tempered(
     if lse_LTn is None or lse_LTn.shape[-1] != len(taus):
         shape = None if lse_LTn is None else list(lse_LTn.shape)
         raise DataError(f"`lse_LTn` has shape {shape}, and there are {len(taus)} temperatures {list(taus)}")
-    lse = moved(torch.as_tensor(lse_LTn), logprobs_LTK.device).to(logprobs_LTK.dtype)
+    lse = moved(_tensor(lse_LTn), logprobs_LTK.device).to(logprobs_LTK.dtype)
     first, other = lse[..., list(taus).index(1.0), None], lse[..., list(taus).index(tau), None]
     tempered_LTK = ((logprobs_LTK + first) / tau - other).clamp(max=0)
     # Rounded log-probs can add up to more than 1.
