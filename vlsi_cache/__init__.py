@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .errors import VlsiCacheError
     from .models.prune_depth import init_student
+    from .sparse.divergences import Divergence
     from .sparse.kl import sparse_kl
     from .spec import CacheSpec, DistillSpec, load_spec
     from .stages.build import build_teacher
@@ -24,6 +25,7 @@ _HOME = {
     "CacheDataset": "store.dataset",
     "CacheSpec": "spec",
     "DistillSpec": "spec",
+    "Divergence": "sparse.divergences",
     "PartWindowSampler": "store.dataset",
     "VlsiCacheError": "errors",
     "build_teacher": "stages.build",
@@ -45,6 +47,7 @@ __all__ = [
     "CacheDataset",
     "CacheSpec",
     "DistillSpec",
+    "Divergence",
     "PartWindowSampler",
     "VlsiCacheError",
     "build_teacher",
