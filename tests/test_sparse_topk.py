@@ -1,6 +1,7 @@
 """Teacher rows against dense distributions; ties, padding, tail samples and memory."""
 
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from torch.distributions import Categorical
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vlsi_cache.errors import ModelError, SpecError
+from vlsi_cache.sparse import kernels
+from vlsi_cache.sparse.kernels import pick_kernels
 from vlsi_cache.sparse.topk import _top_slots, sample_uniforms, stack_layers, teacher_rows
 
 
@@ -294,3 +297,28 @@ def test_stacked_layers_are_valid_rows():
     rows = stack_layers(layers)
     rows.validate(80)
     assert (rows.num_layers, rows.num_tokens, rows.top_k, rows.num_tail) == (2, 4, 6, 3)
+
+
+def test_compiled_sums_are_the_eager_ones():
+    compiled, reason = pick_kernels("compiled" if shutil.which("gcc") else "auto", torch.device("cpu"))
+    if not compiled:
+        pytest.skip(f"no compiler: {reason}")
+    for num_tokens in (6, 9):  # one compilation serves both
+        hidden_TD, weight_VD, gold_T = make_teacher(num_tokens, 16, 900)
+        asked = {"top_k": 7, "uniforms_Tm": uniforms(num_tokens, 3), "v_real": 870, "taus": (1.0, 2.0), "block": 256}
+        eager = teacher_rows(hidden_TD, weight_VD, gold_T % 870, **asked)
+        for name, value in teacher_rows(hidden_TD, weight_VD, gold_T % 870, **asked, compiled=True).items():
+            torch.testing.assert_close(value, eager[name], rtol=1e-6, atol=2e-6, msg=name)
+
+
+def test_which_kernels_and_why(monkeypatch: pytest.MonkeyPatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert pick_kernels("auto", cpu) == (False, "no fused kernels needed on cpu")
+    assert pick_kernels("eager", cuda) == (False, "asked for")
+    monkeypatch.setattr(kernels, "_compiler_problem", lambda _: "")
+    assert pick_kernels("auto", cuda) == (True, "CUDA found")
+    assert pick_kernels("compiled", cpu) == (True, "asked for")
+    monkeypatch.setattr(kernels, "_compiler_problem", lambda _: "no compiler")
+    assert pick_kernels("auto", cuda) == (False, "torch.compile does not work here: no compiler")
+    with pytest.raises(ModelError, match=r"`compiled` were asked for, and .* does not work here: no compiler"):
+        pick_kernels("compiled", cpu)
