@@ -46,8 +46,9 @@ def build_teacher(
     """Build the cache of `spec` at `out`, or go on with it after a kill; a finished one is only opened.
 
     Any number of processes may work on one `out`: process `rank` of `world` takes its own parts first, then whatever
-    is missing. Raises FingerprintMismatchError when `out` holds a cache of something else, DiskFullError, DataError,
-    ModelError.
+    is missing. With `run.batch_tokens: auto` the first of them finds the number and records it, and all take that one.
+    Raises FingerprintMismatchError when `out` holds a cache of something else, BatchTooLargeError, DiskFullError,
+    DataError, ModelError.
     """
     out = Path(out)
     inputs = open_teacher_inputs(spec)
