@@ -303,6 +303,27 @@ def test_memory_that_is_used_is_seen() -> None:
     assert (much - nothing) * available == pytest.approx(2**26, rel=0.5)
 
 
+@pytest.mark.parametrize(
+    ("names", "limit", "left"),
+    [
+        (("memory.max", "memory.current", "inactive_file"), "5000", 5000 - 3000 + 700),
+        (("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"), "5000", 2700),
+        (("memory.max", "memory.current", "inactive_file"), "max", None),
+    ],
+)
+def test_the_limit_of_a_container_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: tuple[str, str, str], limit: str, left: int | None
+) -> None:
+    monkeypatch.setattr(batch_size, "CGROUP", tmp_path)
+    without = batch_size.available_bytes(torch.device("cpu"))
+    (tmp_path / "memory").mkdir()
+    (tmp_path / names[0]).write_text(f"{limit}\n")
+    (tmp_path / names[1]).write_text("3000\n")
+    (tmp_path / names[0]).with_name("memory.stat").write_text(f"anon 5\n{names[2]} 700\n")
+    found = batch_size.available_bytes(torch.device("cpu"))
+    assert found == left if left is not None else found > without / 2
+
+
 AUTO = "run.batch_tokens=auto"
 
 

@@ -205,7 +205,7 @@ def _block_sums(z_TB: Tensor, max_T1: Tensor, taus: tuple[float, ...]) -> tuple[
 
 def _tokens_at_a_time(z_TB: Tensor) -> int:
     """A processor wants what it sums in its cache, a GPU wants few launches."""
-    budget = torch.get_num_threads() << 19 if z_TB.device.type == "cpu" else 1 << 26
+    budget = torch.get_num_threads() << 19 if z_TB.device.type == "cpu" else 1 << 24
     return max(1, budget // z_TB.shape[1])
 
 

@@ -8,7 +8,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,14 +119,19 @@ def available_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    limits = [_machine_bytes()]
-    for limit, usage in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    return min([_machine_bytes(), *_cgroup_bytes()])
+
+
+def _cgroup_bytes() -> Iterator[int]:
+    """What the limits of this process (version 2 or 1 of control groups) leave, with the file cache that can go."""
+    for limit, usage, cache in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
     ):
-        with suppress(OSError, ValueError):  # no such file, or `max`: no limit
-            limits.append(int((CGROUP / limit).read_text()) - int((CGROUP / usage).read_text()))
-    return min(limits)
+        with suppress(OSError, ValueError, KeyError):  # no such file, or `max`: no limit
+            allowed, used = (int((CGROUP / name).read_text()) for name in (limit, usage))
+            stat = dict(line.split() for line in (CGROUP / limit).with_name("memory.stat").read_text().splitlines())
+            yield allowed - used + int(stat[cache])
 
 
 def _machine_bytes() -> int:
