@@ -12,7 +12,7 @@ from torch.distributions import Categorical
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vlsi_cache.errors import ModelError, SpecError
-from vlsi_cache.sparse import kernels
+from vlsi_cache.sparse import kernels, topk
 from vlsi_cache.sparse.kernels import pick_kernels
 from vlsi_cache.sparse.topk import _top_slots, sample_uniforms, stack_layers, teacher_rows
 
@@ -139,6 +139,15 @@ def test_rows_do_not_depend_on_the_batch():
     for part in (slice(0, 1), slice(1, 6), slice(6, 9)):
         for name, value in rows_of(part).items():
             assert torch.equal(value, together[name][part]), name
+
+
+def test_rows_do_not_depend_on_how_many_tokens_are_summed_at_a_time(monkeypatch: pytest.MonkeyPatch):
+    hidden_TD, weight_VD, gold_T = make_teacher(7, 8, 500)
+    asked = {"top_k": 9, "uniforms_Tm": uniforms(7, 4), "v_real": 490, "taus": (1.0, 2.0), "block": 128}
+    together = teacher_rows(hidden_TD, weight_VD, gold_T % 490, **asked)
+    monkeypatch.setattr(topk, "_tokens_at_a_time", lambda _: 3)
+    for name, value in teacher_rows(hidden_TD, weight_VD, gold_T % 490, **asked).items():
+        assert torch.equal(value, together[name]), name
 
 
 def test_a_tail_without_mass_gives_the_lowest_free_id():
