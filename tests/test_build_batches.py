@@ -198,11 +198,17 @@ def test_a_failed_batch_names_its_samples_and_nothing_hangs(
         assert part_bytes(out) == part_bytes(tmp_path / "whole")
 
 
-@pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
-)
+def too_much_for_a_gpu() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def too_much_for_any_cpu() -> None:
+    torch.empty(2**50, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("allocate", [too_much_for_a_gpu, too_much_for_any_cpu])
 def test_out_of_memory_says_what_to_do(
-    spec_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+    spec_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allocate: Callable[[], None]
 ) -> None:
     spec = vc.load_spec(spec_file)
     inputs = open_teacher_inputs(spec)
@@ -210,15 +216,15 @@ def test_out_of_memory_says_what_to_do(
 
     def small_memory(self: Teacher, batch: Any, uniforms_LTm: Any) -> Any:
         if batch.inputs["input_ids"].numel() > 150:
-            raise error
+            allocate()
         return layer_rows(self, batch, uniforms_LTm)
 
     monkeypatch.setattr(Teacher, "_layer_rows", small_memory)
     with pytest.raises(
-        BatchTooLargeError, match=r"part 0, in a batch of \d+ samples and 1\d\d tokens .*`row-"
+        BatchTooLargeError, match=r"^part 0: out of memory in a batch of \d+ samples and 1\d\d tokens .*`row-"
     ) as caught:
         build_teacher(spec, out=tmp_path / "cache")
-    assert "smaller `--batch-tokens`; it goes on where it was" in str(caught.value)
+    assert "with `--batch-tokens` and a smaller number: it goes on where it was" in str(caught.value)
     assert no_threads_left()
     cache = build_teacher(vc.load_spec(spec_file, overrides=["run.batch_tokens=100"]), out=tmp_path / "cache")
     assert len(cache) == len(inputs.records)

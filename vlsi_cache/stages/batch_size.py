@@ -20,7 +20,7 @@ from vlsi_cache.errors import BatchTooLargeError
 
 from .inputs import TeacherInputs
 from .loop import say
-from .teacher import Teacher
+from .teacher import NO_PART, PartBatch, Teacher
 
 USED_SHARE = 0.8  # of the memory that is available before the first try
 GAIN = 1.05  # tokens per second that a batch of twice the size must bring
@@ -45,9 +45,10 @@ def find_batch_tokens(teacher: Teacher, parts: list[list[int]]) -> int:
 
     def run(batch: list[int]) -> Trial:
         seconds, used = [], 0.0
+        prepared = teacher.prepare(PartBatch(NO_PART, batch))  # not timed: a thread does it while the teacher works
         for _ in range(2):  # the first run at a new size pays for memory and compilation
             started = time.monotonic()
-            used = max(used, share(lambda: teacher.rows(batch)))
+            used = max(used, share(lambda: teacher.collect(teacher.launch(prepared))))
             seconds.append(time.monotonic() - started)
         return Trial(inputs.padded_tokens(batch), used, sum(inputs.lengths(batch)) / min(seconds))
 

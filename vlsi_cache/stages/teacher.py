@@ -34,10 +34,11 @@ from .loop import head_of, say
 
 SCANNED_K = 64  # of sampled rows: the likeliest tokens are drawn from directly, the rest through the tail
 SHOWN_SAMPLES = 5
+NO_PART = -1
 
 
 class PartBatch(NamedTuple):
-    """Records of one part that go through the teacher together."""
+    """Records of one part (NO_PART: of none in particular) that go through the teacher together."""
 
     part: int
     indices: list[int]
@@ -74,7 +75,7 @@ class Teacher:
 
     def rows(self, indices: list[int]) -> list[SparseRows]:
         """The sparse rows of some records, one SparseRows [L, T_i] per record; no token is left out yet."""
-        return self.collect(self.launch(self.prepare(PartBatch(0, indices))))
+        return self.collect(self.launch(self.prepare(PartBatch(NO_PART, indices))))
 
     def stream(self, batches: Iterable[PartBatch]) -> Generator[tuple[PartBatch, list[SparseRows]], None, None]:
         """The rows of many batches, in order; close it to leave early."""
@@ -130,18 +131,17 @@ class Teacher:
         except VlsiCacheError:
             raise
         except Exception as error:
+            part = "" if work.part == NO_PART else f"part {work.part}: "
             ids = [self.inputs.records[i].id for i in work.indices]
             names = ", ".join(f"`{name}`" for name in ids[:SHOWN_SAMPLES])
             names += f" and {len(ids) - SHOWN_SAMPLES} more" if len(ids) > SHOWN_SAMPLES else ""
             if is_out_of_memory(error):
                 raise BatchTooLargeError(
-                    f"out of memory in part {work.part}, in a batch of {len(ids)} samples and "
-                    f"{self.inputs.padded_tokens(work.indices)} tokens ({names}): run the same command again with a "
-                    "smaller `--batch-tokens`; it goes on where it was"
+                    f"{part}out of memory in a batch of {len(ids)} samples and "
+                    f"{self.inputs.padded_tokens(work.indices)} tokens ({names}); run the same command again with "
+                    "`--batch-tokens` and a smaller number: it goes on where it was"
                 ) from error
-            raise ModelError(
-                f"part {work.part}: the batch of samples {names} failed: {type(error).__name__}: {error}"
-            ) from error
+            raise ModelError(f"{part}the batch of samples {names} failed: {type(error).__name__}: {error}") from error
 
     def _place(self, launched: Launched) -> Callable[[int, int], str]:
         stops = np.cumsum(launched.num_tokens)
@@ -223,8 +223,9 @@ class Teacher:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the memory did not do: torch raises a plain RuntimeError for that on a CPU."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
+    """Whether the memory did not do: for that of the host, torch raises a plain RuntimeError."""
+    said = any(words in str(error) for words in ("can't allocate memory", "not enough memory", "out of memory"))
+    return said or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 def load_teacher(inputs: TeacherInputs, *, device: str | None) -> Teacher:
