@@ -54,15 +54,27 @@ def build_teacher(
     device: Device = None,
     rank: Annotated[int, typer.Option(min=0, help="Number of this process, from 0.")] = 0,
     world: Annotated[int, typer.Option(min=1, help="How many processes build this cache.")] = 1,
+    batch_tokens: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|auto", help="Tokens of a batch; auto: find what suits the machine. Default: the spec's."
+        ),
+    ] = None,
+    kernels: Annotated[
+        Literal["auto", "eager", "compiled"] | None,
+        typer.Option(help="Sums over the vocabulary, fused by torch.compile or not. Default: the spec's."),
+    ] = None,
 ) -> Answer:
     """Run the teacher once and write the cache.
 
     Run again after a crash to go on. Several processes may work on one cache: --rank and --world say which parts each
-    takes first.
+    takes first. With --batch-tokens auto the number found is recorded in the cache, and taken again when it goes on.
     """
     import vlsi_cache as vc
 
-    resolved = vc.load_spec(spec, overrides=sets or [])
+    flags = {"run.batch_tokens": batch_tokens, "run.kernels": kernels}
+    given = [f"{key}={value}" for key, value in flags.items() if value is not None]
+    resolved = vc.load_spec(spec, overrides=[*(sets or []), *given])
     cache = vc.build_teacher(resolved, out=out, device=device, rank=rank, world=world)
     facts = {"cache": cache.path, "num_samples": cache.num_samples, "num_tokens": cache.num_tokens}
     counts = f"{cache.num_samples} samples, {cache.num_tokens} response tokens, {len(cache.layers)} layers"

@@ -158,7 +158,8 @@ def test_the_pixel_budget(tmp_path: Path) -> None:
 
 def test_where_it_runs_is_no_setting(there: Path) -> None:
     """Neither `run:`, nor where the files lie, nor what students make of the cache later."""
-    for override in ("run.batch_tokens=64", "run.device=cuda:7", "name=other", "distill.seed=9"):
+    run = ("run.batch_tokens=64", "run.batch_tokens=auto", "run.kernels=compiled", "run.device=cuda:7")
+    for override in (*run, "name=other", "distill.seed=9"):
         build_teacher(load(there, override), out=there / "cache")
 
 

@@ -1,10 +1,11 @@
 """Plans of parts and batches: every sample once, limits kept, the same plan from the same numbers."""
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlsi_cache.data.batches import plan_batches, plan_parts
+from vlsi_cache.data.batches import padding_share, plan_batches, plan_parts
 
 LENGTHS = st.lists(st.integers(min_value=1, max_value=50), max_size=40)
 LIMIT = st.integers(min_value=1, max_value=120)
@@ -33,14 +34,32 @@ def test_batches(lengths: list[int], limit: int) -> None:
     batches = plan_batches(lengths, limit)
     assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
     for batch in batches:
-        assert len(batch) == 1 or len(batch) * max(lengths[index] for index in batch) <= limit
+        longest = max(lengths[index] for index in batch)
+        assert len(batch) == 1 or len(batch) * longest <= limit
+        assert sum(longest - lengths[index] for index in batch) <= limit / 8
     ordered = [lengths[index] for batch in batches for index in batch]
     assert ordered == sorted(lengths, reverse=True)
     assert batches == plan_batches(lengths, limit)
 
 
 def test_batches_by_hand() -> None:
-    assert plan_batches([3, 9, 3, 4, 20], 12) == [[4], [1], [3, 0, 2]]
+    assert plan_batches([3, 9, 3, 4, 20], 16) == [[4], [1], [3, 0, 2]]
+    assert plan_batches([3, 9, 3, 4, 20], 12) == [[4], [1], [3, 0], [2]]  # a third 3 would make it 2 of padding
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "batch_tokens", "most_padding", "most_batches"),
+    [(20_000, 8192, 0.01, 1.1), (200, 8192, 0.12, 1.5), (200, 32768, 0.25, 2.2)],
+)
+def test_skewed_lengths_in_large_and_small_parts(
+    num_samples: int, batch_tokens: int, most_padding: float, most_batches: float
+) -> None:
+    """Log-normal lengths: a median of 245 tokens, the longest 4096. `most_batches` is in units of full batches."""
+    draws = np.random.Generator(np.random.Philox(0)).standard_normal(num_samples)
+    lengths = np.clip(245 * np.exp(draws), 8, 4096).astype(int).tolist()
+    batches = plan_batches(lengths, batch_tokens)
+    assert padding_share(lengths, batches) < most_padding
+    assert len(batches) < most_batches * sum(lengths) / batch_tokens + 1
 
 
 @pytest.mark.parametrize("plan", [lambda: plan_batches([], 8), lambda: plan_parts([], seed=0, tokens_per_part=8)])

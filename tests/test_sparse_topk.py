@@ -1,16 +1,20 @@
 """Teacher rows against dense distributions; ties, padding, tail samples and memory."""
 
 import math
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.distributions import Categorical
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vlsi_cache.errors import ModelError, SpecError
-from vlsi_cache.sparse.topk import sample_uniforms, stack_layers, teacher_rows
+from vlsi_cache.sparse import kernels, topk
+from vlsi_cache.sparse.kernels import pick_kernels
+from vlsi_cache.sparse.topk import _top_slots, sample_uniforms, stack_layers, teacher_rows
 
 
 class LargestTensor(TorchDispatchMode):
@@ -137,6 +141,15 @@ def test_rows_do_not_depend_on_the_batch():
             assert torch.equal(value, together[name][part]), name
 
 
+def test_rows_do_not_depend_on_how_many_tokens_are_summed_at_a_time(monkeypatch: pytest.MonkeyPatch):
+    hidden_TD, weight_VD, gold_T = make_teacher(7, 8, 500)
+    asked = {"top_k": 9, "uniforms_Tm": uniforms(7, 4), "v_real": 490, "taus": (1.0, 2.0), "block": 128}
+    together = teacher_rows(hidden_TD, weight_VD, gold_T % 490, **asked)
+    monkeypatch.setattr(topk, "_tokens_at_a_time", lambda _: 3)
+    for name, value in teacher_rows(hidden_TD, weight_VD, gold_T % 490, **asked).items():
+        assert torch.equal(value, together[name]), name
+
+
 def test_a_tail_without_mass_gives_the_lowest_free_id():
     weight_VD = torch.full((100, 1), -1.0)
     weight_VD[[0, 1, 50]] = 1.0
@@ -165,9 +178,15 @@ def test_bf16_is_computed_in_fp32(head_dtype: torch.dtype):
     asked = {"top_k": 16, "uniforms_Tm": uniforms(6, 2), "v_real": 2900, "block": 512}
     with torch.autocast("cpu", dtype=torch.bfloat16):
         rows = teacher_rows(hidden_TD, weight_VD, gold_T % 2900, **asked)
-    exact = teacher_rows(hidden_TD.double(), weight_VD.double(), gold_T % 2900, **asked)
-    for name in ("ids_TK", "tail_ids_Tm", "logprobs_TK", "entropy_T", "tail_mass_T"):
-        torch.testing.assert_close(rows[name], exact[name], rtol=1e-4, atol=1e-5)
+    dense = Categorical(logits=hidden_TD.double() @ weight_VD[:2900].double().T)
+    order_TV = dense.logits.argsort(dim=1, descending=True, stable=True)
+    close = {"rtol": 1e-4, "atol": 1e-5, "check_dtype": False}
+    torch.testing.assert_close(rows["ids_TK"], order_TV[:, :16])
+    torch.testing.assert_close(rows["logprobs_TK"], dense.logits.gather(1, rows["ids_TK"]), **close)
+    torch.testing.assert_close(rows["entropy_T"], dense.entropy(), **close)
+    torch.testing.assert_close(rows["tail_mass_T"], dense.probs.gather(1, order_TV[:, 16:]).sum(1), **close)
+    again = teacher_rows(hidden_TD.double(), weight_VD.double(), gold_T % 2900, **asked)
+    torch.testing.assert_close(rows["tail_ids_Tm"], again["tail_ids_Tm"])
 
 
 def test_everything_kept_no_tail_and_no_tokens():
@@ -194,13 +213,64 @@ def test_requests_that_cannot_be_met():
     ]:
         with pytest.raises(error, match=message):
             teacher_rows(hidden_TD, weight_VD, gold_T, **{**asked, **wrong})
-    with pytest.raises(ModelError, match="gold ids go from"):
-        teacher_rows(hidden_TD, weight_VD, gold_T - 100, **asked)
     with pytest.raises(ModelError, match="shape"):
         teacher_rows(hidden_TD, weight_VD[:, :3], gold_T, **asked)
-    hidden_TD[1, 0] = torch.nan
-    with pytest.raises(ModelError, match="logits of response token 1 are not finite"):
-        teacher_rows(hidden_TD, weight_VD, gold_T, **asked)
+
+
+@pytest.mark.parametrize("gold", [-1, 47, 48, 63, 10**6])
+def test_a_gold_id_outside_the_real_vocabulary_is_refused_with_its_place(gold: int):
+    hidden_TD, weight_VD, gold_T = make_teacher(3, 4, 50)
+    asked = {"top_k": 4, "uniforms_Tm": uniforms(3, 1), "v_real": 47, "block": 32}
+    fine = teacher_rows(hidden_TD, weight_VD, gold_T % 47, **asked)
+    bad = teacher_rows(hidden_TD, weight_VD, torch.tensor([0, 46, gold]), **asked)
+    stack_layers([fine])
+    with pytest.raises(ModelError, match="layer index 1, token 2: the gold id is outside the real vocabulary"):
+        stack_layers([fine, bad])
+
+
+@pytest.mark.parametrize("value", [torch.nan, -torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("place", ["hidden", "weight"])
+def test_logits_that_are_not_finite_are_refused_with_their_place(value: float, place: str):
+    hidden_TD, weight_VD, gold_T = make_teacher(3, 4, 300)
+    asked = {"top_k": 2, "uniforms_Tm": uniforms(3, 1), "v_real": 300, "block": 128}
+    fine = teacher_rows(hidden_TD, weight_VD, gold_T, **asked)
+    (hidden_TD if place == "hidden" else weight_VD)[1, 0] = value
+    bad = teacher_rows(hidden_TD, weight_VD, gold_T, **asked)
+    token = 1 if place == "hidden" else 0
+    with pytest.raises(ModelError, match=f"^layer index 1, token {token}: the logits are not finite"):
+        stack_layers([fine, bad])
+    with pytest.raises(ModelError, match=f"^1 of {token}"):
+        stack_layers([fine, bad], place=lambda layer, at: f"{layer} of {at}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kept", [1, 5, 64])
+def test_no_value_is_read_on_the_host(kept: int, dtype: torch.dtype):
+    """A tensor without values: whatever would wait for a GPU to learn one raises here."""
+    hidden_TD, weight_VD, gold_T = make_teacher(7, 8, 5000)
+    uniforms_Tm = torch.from_numpy(uniforms(7, 3))
+    asked = {"top_k": kept, "v_real": 4990, "block": 2048, "taus": (1.0, 2.0)}
+    hidden_TD, weight_VD = hidden_TD.to(dtype), weight_VD.to(dtype)
+    real = teacher_rows(hidden_TD, weight_VD, gold_T % 4990, uniforms_Tm=uniforms_Tm, **asked)
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(one) for one in (hidden_TD, weight_VD, gold_T, uniforms_Tm)]
+        with pytest.raises(DataDependentOutputException):
+            fakes[2].min().item()  # what `int(gold.min())` would do: the mode notices
+        with pytest.raises(DynamicOutputShapeException):
+            fakes[2].nonzero()
+        rows = teacher_rows(*fakes[:3], uniforms_Tm=fakes[3], **asked)
+    assert {name: (one.shape, one.dtype) for name, one in rows.items()} == {
+        name: (one.shape, one.dtype) for name, one in real.items()
+    }
+
+
+def test_signed_zeros_and_extremes_are_ordered_as_floats_are():
+    special = [0.0, -0.0, 1e-45, -1e-45, 3.4e38, -3.4e38, math.inf, -math.inf, -1e30, 1.0, -1.0]
+    logits_TV = torch.tensor([special * 30, (special * 30)[::-1], [-0.0, 0.0] * 165])
+    for top_k in (1, 4, 100, 329):
+        columns = _top_slots(torch.nn.functional.pad(logits_TV, (0, 22), value=-math.inf), top_k)
+        order = np.argsort(-logits_TV.numpy(), axis=1, kind="stable")[:, :top_k]
+        np.testing.assert_array_equal(columns.numpy(), np.sort(order, axis=1))
 
 
 def test_nothing_of_the_vocabulary_s_size_is_allocated():
@@ -236,3 +306,28 @@ def test_stacked_layers_are_valid_rows():
     rows = stack_layers(layers)
     rows.validate(80)
     assert (rows.num_layers, rows.num_tokens, rows.top_k, rows.num_tail) == (2, 4, 6, 3)
+
+
+def test_compiled_sums_are_the_eager_ones():
+    compiled, reason = pick_kernels("compiled" if shutil.which("gcc") else "auto", torch.device("cpu"))
+    if not compiled:
+        pytest.skip(f"no compiler: {reason}")
+    for num_tokens in (6, 9):  # one compilation serves both
+        hidden_TD, weight_VD, gold_T = make_teacher(num_tokens, 16, 900)
+        asked = {"top_k": 7, "uniforms_Tm": uniforms(num_tokens, 3), "v_real": 870, "taus": (1.0, 2.0), "block": 256}
+        eager = teacher_rows(hidden_TD, weight_VD, gold_T % 870, **asked)
+        for name, value in teacher_rows(hidden_TD, weight_VD, gold_T % 870, **asked, compiled=True).items():
+            torch.testing.assert_close(value, eager[name], rtol=1e-6, atol=2e-6, msg=name)
+
+
+def test_which_kernels_and_why(monkeypatch: pytest.MonkeyPatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert pick_kernels("auto", cpu) == (False, "no fused kernels needed on cpu")
+    assert pick_kernels("eager", cuda) == (False, "asked for")
+    monkeypatch.setattr(kernels, "_compiler_problem", lambda _: "")
+    assert pick_kernels("auto", cuda) == (True, "CUDA found")
+    assert pick_kernels("compiled", cpu) == (True, "asked for")
+    monkeypatch.setattr(kernels, "_compiler_problem", lambda _: "no compiler")
+    assert pick_kernels("auto", cuda) == (False, "torch.compile does not work here: no compiler")
+    with pytest.raises(ModelError, match=r"`compiled` were asked for, and .* does not work here: no compiler"):
+        pick_kernels("compiled", cpu)

@@ -132,3 +132,20 @@ def test_specs_are_frozen() -> None:
     spec = CacheSpec.model_validate(MINIMAL)
     with pytest.raises(ValueError, match="frozen"):
         spec.rows.top_k = 3  # type: ignore[misc]
+
+
+def test_batch_tokens_may_be_left_open(tmp_path: Path) -> None:
+    spec = vc.load_spec(write(tmp_path, run={"batch_tokens": "auto"}))
+    assert (spec.run.batch_tokens, spec.run.find_batch_tokens) == (8192, True)
+    assert spec_from_dict(spec.model_dump(mode="json"), where="here") == spec
+    assert spec.run.with_batch_tokens(77).model_dump() == {**spec.run.model_dump(), "batch_tokens": 77} | {
+        "find_batch_tokens": False
+    }
+    said = vc.load_spec(write(tmp_path, run={"batch_tokens": "auto"}), overrides=["run.batch_tokens=64"])
+    assert (said.run.batch_tokens, said.run.find_batch_tokens) == (64, False)
+    assert not vc.load_spec(write(tmp_path)).run.find_batch_tokens
+    for wrong in ("automatic", 0, 1.5):
+        with pytest.raises(SpecError, match=r"`run\.batch_tokens`"):
+            vc.load_spec(write(tmp_path, run={"batch_tokens": wrong}))
+    with pytest.raises(SpecError, match=r"`run\.kernels`.*'auto', 'eager' or 'compiled'"):
+        vc.load_spec(write(tmp_path, run={"kernels": "triton"}))

@@ -40,6 +40,10 @@ class ModelError(VlsiCacheError, ValueError):
     """A model, tokenizer or verbalizer cannot be used here."""
 
 
+class BatchTooLargeError(ModelError, MemoryError):
+    """The memory of the device does not do for a batch."""
+
+
 class CacheNotFoundError(VlsiCacheError, FileNotFoundError):
     """There is no cache at this path."""
 

@@ -14,6 +14,7 @@ Structure = Literal["mlp", "mlp-x2", "verb-ffn", "verb-ffn-x2", "ffn", "ffn-x2",
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 TargetLayers = Literal["auto"] | tuple[Annotated[int, Field(ge=1)], ...]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+DEFAULT_BATCH_TOKENS = 8192
 
 Batched = TypeVar("Batched", "TrainVerbalizersSpec", "DistillSpec")
 
@@ -278,10 +279,28 @@ class EvaluateSpec(Strict):
 
 
 class RunSpec(Strict):
-    """Where the build runs; not part of the fingerprint (another batch size changes rows by rounding only)."""
+    """Where the build runs; not part of the fingerprint (another batch size changes rows by rounding only).
+
+    `batch_tokens: auto` sets `find_batch_tokens`: a new build then looks for the number that suits the machine and
+    records it in the cache, and whatever else reads the number takes the default. `kernels`: sums over the vocabulary
+    as torch runs them (`eager`) or fused by `torch.compile`; `auto` fuses them on CUDA.
+    """
 
     device: str = "auto"
-    batch_tokens: Annotated[int, Field(ge=1)] = 8192
+    batch_tokens: Annotated[int, Field(ge=1)] = DEFAULT_BATCH_TOKENS
+    find_batch_tokens: bool = False
+    kernels: Literal["auto", "eager", "compiled"] = "auto"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _auto_means_find(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("batch_tokens") == "auto":
+            return {**values, "batch_tokens": DEFAULT_BATCH_TOKENS, "find_batch_tokens": True}
+        return values
+
+    def with_batch_tokens(self, number: int) -> "RunSpec":
+        """The same run with the number that was found, as it is recorded."""
+        return self.model_copy(update={"batch_tokens": number, "find_batch_tokens": False})
 
 
 class CacheSpec(Strict):

@@ -3,7 +3,7 @@
 Shapes: B samples, S positions (padded on the right), T response tokens of all samples one after another.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -28,16 +28,18 @@ class Batch:
     labels_BS: torch.Tensor
     num_tokens: list[int]
 
-    def to(self, device: str | torch.device) -> "Batch":
-        """The same batch on another device; a GPU gets it without anybody waiting."""
+    def to(self, device: str | torch.device, *, non_blocking: bool = False) -> "Batch":
+        """The same batch on another device; `non_blocking` as torch has it, for tensors of a pinned batch."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
-        def move(tensor: torch.Tensor) -> torch.Tensor:
-            # Only from pinned memory does a copy stand in line behind the work that is queued already.
-            is_copy_to_gpu = torch.device(device).type == "cuda" and not tensor.is_cuda
-            return tensor.pin_memory().to(device, non_blocking=True) if is_copy_to_gpu else tensor.to(device)
+    def pinned(self) -> "Batch":
+        """The same batch in page-locked memory, from where a GPU copies while the host goes on."""
+        return self._each(torch.Tensor.pin_memory)
 
-        moved = {name: move(getattr(self, name)) for name in ("rows_T", "positions_T", "gold_T", "labels_BS")}
-        return Batch(inputs={key: move(x) for key, x in self.inputs.items()}, num_tokens=self.num_tokens, **moved)
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        changed = {name: change(getattr(self, name)) for name in ("rows_T", "positions_T", "gold_T", "labels_BS")}
+        inputs = {key: change(value) for key, value in self.inputs.items()}
+        return Batch(inputs=inputs, num_tokens=self.num_tokens, **changed)
 
     def at(self, index_T: torch.Tensor, num_tokens: list[int]) -> "Batch":
         """The same samples with some of their response tokens, `num_tokens` of each; inputs and labels stay whole."""

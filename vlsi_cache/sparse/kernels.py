@@ -7,7 +7,7 @@ on a CPU a block lies in its cache and little is gained, so there it happens onl
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, cast
 
 import torch
 
@@ -35,7 +35,7 @@ def pick_kernels(wanted: Kernels, device: torch.device) -> tuple[bool, str]:
 
 def fused(function: Function, *, compiled: bool) -> Function:
     """`function`, or its compiled form."""
-    return _compiled(function) if compiled else function
+    return cast(Function, _compiled(function)) if compiled else function
 
 
 @functools.cache

@@ -9,16 +9,18 @@ m tail samples, n temperatures (taus), L layers, N any leading axes.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from vlsi_cache.errors import ModelError, SpecError
 
-from .logits import Head, compute_dtype
+from .kernels import fused
+from .logits import Head
 from .rows import SparseRows
 from .select import keyed_uniforms
 
@@ -26,6 +28,7 @@ __all__ = ["sample_uniforms", "stack_layers", "teacher_rows"]
 
 GROUP = 32  # ids per group: a tail sample costs this many head rows, the sums V / GROUP floats per token
 NO_LOGIT = -1e30  # behind the last id of the last block: finite, so that 0 * (it) is 0, and its exp is 0
+LAST_COLUMN = 2**32 - 1
 
 
 def sample_uniforms(seed: int, sample_id: str, num_tokens: int, num_layers: int, num_tail: int) -> np.ndarray:
@@ -48,12 +51,17 @@ def teacher_rows(
     v_real: int,
     taus: Sequence[float] = (1.0,),
     block: int = 16384,
+    compiled: bool = False,
 ) -> dict[str, Tensor]:
     """The sparse rows of one layer, over the first `v_real` rows of the head (or of its weight).
 
     `hidden_TD` is what enters the head. Logits are fp32 for any dtype and ties go to the lowest id. A tail whose mass
     underflows to 0 has nothing to draw from: its samples are the lowest id outside the top-k, of weight 0.
-    Peak memory is about T * block * 8 bytes and the outputs; `block` should be many times `top_k`.
+    Peak memory is about T * block * 8 bytes and the outputs; `block` should be many times `top_k`. `compiled` fuses
+    the sums over a block (`kernels.py`).
+
+    No value is read on the host, so that a GPU is never waited for: what is wrong in the values (logits that are not
+    finite, gold ids outside the vocabulary) is found by `stack_layers`.
 
     Returns `ids_TK` int64, `logprobs_TK`, `tail_ids_Tm` int64, `lse_Tn` (log-sum-exp of logits / tau), `entropy_T`,
     `gold_logprob_T`, `tail_mass_T`, all float32 but the ids. Raises SpecError or ModelError.
@@ -62,24 +70,44 @@ def teacher_rows(
     head = Head.of(head).real(v_real)
     head.check(hidden_TD)
     _check_request(gold_ids_T, top_k, uniforms_Tm, v_real, taus, hidden_TD.shape[0])
+    if hidden_TD.dtype == torch.float64:
+        hidden_TD = hidden_TD.float()
     # Autocast would turn the fp32 products into bf16 behind our back.
     with torch.no_grad(), torch.autocast(hidden_TD.device.type, enabled=False):
         width = math.ceil(max(min(block, v_real), top_k + 1) / GROUP) * GROUP
-        scan = _scan(hidden_TD, head, gold_ids_T.to(hidden_TD.device), top_k, tuple(taus), width)
+        scan = _scan(hidden_TD, head, gold_ids_T.to(hidden_TD.device), top_k, tuple(taus), width, compiled)
         rows, inside_TCK, scale_TC = _finish(scan, top_k)
         rows["tail_ids_Tm"] = _draw(scan, hidden_TD, head, uniforms_Tm, inside_TCK, scale_TC, rows["ids_TK"])
     return rows
 
 
-def stack_layers(layers: Sequence[Mapping[str, Tensor]]) -> SparseRows:
-    """Join what `teacher_rows` returned for each layer into numpy rows; layers of smaller k are padded."""
+def stack_layers(
+    layers: Sequence[Mapping[str, Tensor]], *, place: Callable[[int, int], str] = "layer index {}, token {}".format
+) -> SparseRows:
+    """Join what `teacher_rows` returned for each layer into numpy rows; layers of smaller k are padded.
+
+    Raises ModelError where a value is no number; `place` names a layer index and a token for a person.
+    """
     names = [name.rsplit("_", 1) for name in layers[0]]
     arrays = [
         {f"{stem}_L{axes}": layer[f"{stem}_{axes}"][None].cpu().numpy() for stem, axes in names} for layer in layers
     ]
     widest = max(one["ids_LTK"].shape[2] for one in arrays)
     rows = [vars(SparseRows(**one).padded_to(widest)) for one in arrays]
-    return SparseRows(**{name: np.concatenate([one[name] for one in rows]) for name in arrays[0]})
+    joined = SparseRows(**{name: np.concatenate([one[name] for one in rows]) for name in arrays[0]})
+    _refuse_bad_values(joined, place)
+    return joined
+
+
+def _refuse_bad_values(rows: SparseRows, place: Callable[[int, int], str]) -> None:
+    bad_LT = ~(np.isfinite(rows.lse_LTn).all(2) & np.isfinite(rows.entropy_LT))
+    for layer, token in np.argwhere(bad_LT)[:1].tolist():
+        raise ModelError(
+            f"{place(layer, token)}: the logits are not finite (log-sum-exp {rows.lse_LTn[layer, token, 0]}): "
+            "check the hidden states and the head"
+        )
+    for layer, token in np.argwhere(np.isnan(rows.gold_logprob_LT))[:1].tolist():
+        raise ModelError(f"{place(layer, token)}: the gold id is outside the real vocabulary")
 
 
 @dataclass
@@ -92,7 +120,7 @@ class _Scan:
     max_TC: Tensor
     sums_TCn: Tensor  # float64: sum of exp at tau = 1 and at each of the taus
     shifted_TC: Tensor  # float64: sum of (z - max) * exp(z - max)
-    gold_T: Tensor
+    gold_T: Tensor  # NaN where the gold id is outside the vocabulary
     taus: tuple[float, ...]
 
     @property
@@ -114,86 +142,96 @@ def _check_request(
         raise SpecError(f"`top_k` {top_k} keeps the whole vocabulary: no tail is left for tail samples, ask for 0")
     if not taus or min(taus) <= 0:
         raise SpecError(f"`taus` must be positive temperatures, found {list(taus)}")
-    if num_tokens and (int(gold_T.min()) < 0 or int(gold_T.max()) >= v_real):
-        raise ModelError(f"gold ids go from {int(gold_T.min())} to {int(gold_T.max())}, outside 0 to {v_real - 1}")
 
 
-def _scan(hidden_TD: Tensor, head: Head, gold_T: Tensor, top_k: int, taus: tuple[float, ...], width: int) -> _Scan:
+def _scan(
+    hidden_TD: Tensor, head: Head, gold_T: Tensor, top_k: int, taus: tuple[float, ...], width: int, compiled: bool
+) -> _Scan:
     num_tokens, v_real = hidden_TD.shape[0], head.num_rows
     num_blocks = math.ceil(v_real / width)
-    dtype = compute_dtype(hidden_TD)
-    z_TB = hidden_TD.new_empty((num_tokens, width), dtype=dtype)
-    exp_TB = torch.empty_like(z_TB)
+    buffer = hidden_TD.new_empty(num_tokens * width, dtype=torch.float32)
     scan = _Scan(
-        values_TCK=z_TB.new_empty((num_tokens, num_blocks, top_k)),
+        values_TCK=buffer.new_empty((num_tokens, num_blocks, top_k)),
         ids_TCK=gold_T.new_empty((num_tokens, num_blocks, top_k), dtype=torch.int64),
-        group_sums_TCG=z_TB.new_empty((num_tokens, num_blocks, width // GROUP)),
-        max_TC=z_TB.new_empty((num_tokens, num_blocks)),
-        sums_TCn=z_TB.new_empty((num_tokens, num_blocks, 1 + len(taus)), dtype=torch.float64),
-        shifted_TC=z_TB.new_empty((num_tokens, num_blocks), dtype=torch.float64),
-        gold_T=z_TB.new_zeros(num_tokens),
+        group_sums_TCG=buffer.new_zeros((num_tokens, num_blocks, width // GROUP)),
+        max_TC=buffer.new_empty((num_tokens, num_blocks)),
+        sums_TCn=buffer.new_empty((num_tokens, num_blocks, 1 + len(taus)), dtype=torch.float64),
+        shifted_TC=buffer.new_empty((num_tokens, num_blocks), dtype=torch.float64),
+        gold_T=buffer.new_full((num_tokens,), math.nan),
         taus=taus,
     )
     for index, start in enumerate(range(0, v_real, width)):
-        stop = min(start + width, v_real)
-        z_TB[:, stop - start :] = NO_LOGIT
-        head.logits_into(z_TB[:, : stop - start], hidden_TD, start)
+        real = min(width, v_real - start)
+        # Contiguous also where the block is narrow: CUDA writes a mixed product into nothing else.
+        z_TB = head.logits_into(buffer[: num_tokens * real].view(num_tokens, real), hidden_TD, start)
         offset_T = gold_T - start
-        gold_T1 = z_TB.gather(1, offset_T.clamp(0, width - 1)[:, None])
-        scan.gold_T = torch.where((offset_T >= 0) & (offset_T < width), gold_T1[:, 0], scan.gold_T)
-        exp_TB[:, stop - start :] = 0.0
-        _scan_block(scan, index, z_TB, exp_TB, stop - start)
+        gold_T1 = z_TB.gather(1, offset_T.clamp(0, real - 1)[:, None])
+        scan.gold_T = torch.where((offset_T >= 0) & (offset_T < real), gold_T1[:, 0], scan.gold_T)
+        # A block takes at least k ids from itself, so a narrow last one is filled up to that.
+        missing = max(-real % GROUP, math.ceil(top_k / GROUP) * GROUP - real)
+        z_TB = pad(z_TB, (0, missing), value=NO_LOGIT) if missing else z_TB
+        step = _tokens_at_a_time(z_TB)
+        for t in (slice(first, first + step) for first in range(0, num_tokens, step)):
+            _scan_block(scan, t, index, z_TB[t], compiled)
     return scan
 
 
-def _scan_block(scan: _Scan, index: int, z_TB: Tensor, exp_TB: Tensor, real: int) -> None:
-    """Reduce one block, of which the first `real` columns are ids and the rest is NO_LOGIT with an exp of 0."""
-    top_k = scan.ids_TCK.shape[2]
-    slots_TK = _top_slots(z_TB, top_k)
-    scan.values_TCK[:, index] = z_TB.gather(1, slots_TK)
-    scan.ids_TCK[:, index] = slots_TK + index * scan.width
-    max_T1 = scan.values_TCK[:, index].amax(1, keepdim=True)
-    scan.max_TC[:, index] = max_T1[:, 0]
-    z_TB.sub_(max_T1)
-    for column, tau in enumerate(scan.taus, start=1):
-        if tau != 1.0:
-            torch.div(z_TB[:, :real], tau, out=exp_TB[:, :real]).exp_()
-            scan.sums_TCn[:, index, column] = exp_TB.sum(1, dtype=torch.float64)
-    # The exp of the padding would underflow, which is 35 times slower on a CPU.
-    torch.exp(z_TB[:, :real], out=exp_TB[:, :real])
-    kept_T = exp_TB.gather(1, slots_TK).sum(1, dtype=torch.float64)
-    scan.shifted_TC[:, index] = z_TB.mul_(exp_TB).sum(1)
-    exp_TB.scatter_(1, slots_TK, 0.0)
-    groups_TG = exp_TB.view(len(exp_TB), scan.width // GROUP, GROUP).sum(2)
-    scan.group_sums_TCG[:, index] = groups_TG
-    scan.sums_TCn[:, index, 0] = groups_TG.sum(1, dtype=torch.float64) + kept_T
-    for column, tau in enumerate(scan.taus, start=1):
-        if tau == 1.0:
-            scan.sums_TCn[:, index, column] = scan.sums_TCn[:, index, 0]
+def _scan_block(scan: _Scan, t: slice, index: int, z_tB: Tensor, compiled: bool) -> None:
+    """Reduce one block of the tokens `t`; behind the vocabulary its columns are NO_LOGIT."""
+    slots_tK = _top_slots(z_tB, scan.ids_TCK.shape[2])
+    values_tK = z_tB.gather(1, slots_tK)
+    max_t1 = values_tK.amax(1, keepdim=True)
+    z_tB.scatter_(1, slots_tK, NO_LOGIT)  # the sums of a group are those of the ids that were not kept
+    groups_tG, sums_tn, shifted_t = fused(_block_sums, compiled=compiled)(z_tB, max_t1, scan.taus)
+    kept_tK = values_tK - max_t1
+    kept_tn = torch.stack([(kept_tK / tau).exp().sum(1, dtype=torch.float64) for tau in (1.0, *scan.taus)], 1)
+    scan.values_TCK[t, index], scan.ids_TCK[t, index] = values_tK, slots_tK + index * scan.width
+    scan.max_TC[t, index] = max_t1[:, 0]
+    scan.group_sums_TCG[t, index, : groups_tG.shape[1]] = groups_tG
+    scan.sums_TCn[t, index] = sums_tn + kept_tn
+    scan.shifted_TC[t, index] = shifted_t + (kept_tK * kept_tK.exp()).sum(1, dtype=torch.float64)
+
+
+def _block_sums(z_TB: Tensor, max_T1: Tensor, taus: tuple[float, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums of exp(z - max): of each group, at tau = 1 and at each of the taus (float64), and weighted by z - max."""
+    shifted_TGg = (z_TB - max_T1).unflatten(1, (-1, GROUP))
+    exp_TGg = shifted_TGg.exp()
+    groups_TG = exp_TGg.sum(2)
+    sum_T = groups_TG.sum(1, dtype=torch.float64)
+    others = [sum_T if tau == 1.0 else (shifted_TGg / tau).exp().sum(2).sum(1, dtype=torch.float64) for tau in taus]
+    weighted_T = (shifted_TGg * exp_TGg).sum(2).sum(1, dtype=torch.float64)
+    return groups_TG, torch.stack([sum_T, *others], 1), weighted_T
+
+
+def _tokens_at_a_time(z_TB: Tensor) -> int:
+    """A processor wants what it sums in its cache, a GPU wants few launches."""
+    budget = torch.get_num_threads() << 19 if z_TB.device.type == "cpu" else 1 << 24
+    return max(1, budget // z_TB.shape[1])
 
 
 def _top_slots(z_TB: Tensor, top_k: int) -> Tensor:
     """Columns of the k largest values of each row, ties by the lowest column, in ascending column order."""
-    num_tokens = z_TB.shape[0]
-    grouped_TGg = z_TB.view(num_tokens, z_TB.shape[1] // GROUP, GROUP)
-    groups = None
-    pool, left_out_T = z_TB, z_TB.new_full((num_tokens,), -math.inf)
-    if grouped_TGg.shape[1] >= 2 * top_k:
-        # The k largest values lie in the k groups with the largest maxima: far fewer columns to select from.
-        best, groups = grouped_TGg.amax(2).topk(top_k + 1, dim=1)
-        rows_T1 = torch.arange(num_tokens, device=z_TB.device)[:, None] * grouped_TGg.shape[1]
-        chosen = (rows_T1 + groups[:, :top_k]).flatten()
-        pool, left_out_T = z_TB.view(-1, GROUP).index_select(0, chosen).view(num_tokens, top_k * GROUP), best[:, top_k]
-    values, slots = pool.topk(top_k + 1, dim=1)
-    slots_TK = slots[:, :top_k]
-    if groups is not None:
-        slots_TK = groups.gather(1, slots_TK // GROUP) * GROUP + slots_TK % GROUP
-    # topk breaks ties as it likes: where one crosses the edge of the selection, the row is selected again in order.
-    crossing_T = values[:, top_k - 1] <= torch.maximum(values[:, top_k], left_out_T)
-    for rows in crossing_T.nonzero()[:, 0].split(max(1, num_tokens // 4)):
-        order = z_TB[rows].sort(dim=1, descending=True, stable=True).indices
-        slots_TK = slots_TK.index_copy(0, rows, order[:, :top_k])
-    return slots_TK.sort(dim=1).values
+    num_groups = z_TB.shape[1] // GROUP
+    column_B = torch.arange(z_TB.shape[1], device=z_TB.device)
+    if num_groups < 2 * top_k:
+        return _largest(z_TB, column_B, top_k).sort(dim=1).values
+    # Only k groups need to be looked at: those with the largest maxima, the lowest first on ties. An id of another
+    # group stands behind the first maximum of each of them: it is smaller, or as large and of a higher column.
+    groups_TK = _largest(z_TB.unflatten(1, (-1, GROUP)).amax(2), column_B[:num_groups], top_k)
+    columns_TP = (groups_TK[..., None] * GROUP + column_B[:GROUP]).flatten(1)
+    return _largest(z_TB.gather(1, columns_TP), columns_TP, top_k).sort(dim=1).values
+
+
+def _largest(values_TX: Tensor, columns_TX: Tensor, top_k: int) -> Tensor:
+    """The columns of the k largest fp32 values, ties by the lowest column; nothing waits for the device.
+
+    The bits of a float, as an integer, rise with it from 0 up and fall with it below; the column, counted from the
+    end, stands behind them. Adding 0.0 makes -0.0 and 0.0 one value.
+    """
+    bits_TX = (values_TX + 0.0).view(torch.int32)
+    rising_TX = bits_TX ^ ((bits_TX >> 31) & 0x7FFFFFFF)
+    keys_TX = (rising_TX.long() << 32) + (LAST_COLUMN - columns_TX)
+    return LAST_COLUMN - (keys_TX.topk(top_k, dim=1, sorted=False).values & LAST_COLUMN)
 
 
 def _finish(scan: _Scan, top_k: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
@@ -214,9 +252,6 @@ def _finish(scan: _Scan, top_k: int) -> tuple[dict[str, Tensor], Tensor, Tensor]
         ],
         dim=1,
     )
-    if not torch.isfinite(lse_T).all():
-        token = int((~torch.isfinite(lse_T)).nonzero()[0])
-        raise ModelError(f"the logits of response token {token} are not finite: check the hidden states and the head")
     inside_TCK = inside.view_as(scan.ids_TCK)
     rows = {
         "ids_TK": scan.ids_TCK.flatten(1).gather(1, order_TK),
@@ -279,10 +314,9 @@ def _draw_in_group(
     """Draw among the GROUP ids from `first`, leaving out the block's candidates and what lies behind the vocabulary."""
     num_tokens, num_tail = first_Tm.shape
     ids_Tmg = first_Tm[..., None] + torch.arange(GROUP, device=first_Tm.device)
-    dtype = compute_dtype(hidden_TD)
-    rows_RD = head.weight_VD.index_select(0, ids_Tmg.clamp(max=head.num_rows - 1).flatten()).to(dtype)
+    rows_RD = head.weight_VD.index_select(0, ids_Tmg.clamp(max=head.num_rows - 1).flatten()).float()
     rows_TDr = rows_RD.view(num_tokens, num_tail * GROUP, -1).transpose(1, 2)
-    z_Tmg = head.shape_(torch.bmm(hidden_TD.to(dtype)[:, None], rows_TDr)).view(num_tokens, num_tail, GROUP)
+    z_Tmg = head.shape_(torch.bmm(hidden_TD.float()[:, None], rows_TDr)).view(num_tokens, num_tail, GROUP)
     barred_Tmg = (ids_Tmg[..., None] == candidates_TmK[:, :, None]).any(-1) | (ids_Tmg >= head.num_rows)
     z_Tmg = z_Tmg.masked_fill(barred_Tmg, -math.inf)
     top_Tm1 = z_Tmg.amax(-1, keepdim=True)

@@ -1,13 +1,14 @@
 """Stage build: the frozen teacher runs once over the data, and every (layer, response token) becomes a sparse row.
 
 The data alone decides parts and batches, so a build that was killed repeats the same batches and writes the same
-bytes. Encoding and writing run in the background while the teacher makes the next part.
+bytes. Samples are encoded, and finished parts are written, by threads while the teacher works.
 
 Legend: T response tokens, L layers (intermediate targets, then the final layer), V vocabulary.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from functools import cache as remember
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,18 @@ from vlsi_cache.sparse.rows import SparseRows
 from vlsi_cache.sparse.select import select_at_random, select_by_entropy
 from vlsi_cache.spec import CacheSpec
 from vlsi_cache.store import reader
-from vlsi_cache.store.layout import TABLE_NAME, CacheHeader
+from vlsi_cache.store.files import load_header
+from vlsi_cache.store.layout import HEADER_NAME, TABLE_NAME, CacheHeader
 from vlsi_cache.store.ranks import RankTable, plain_ranks, ranks_by_count
 from vlsi_cache.store.reader import Cache
 from vlsi_cache.store.samples import PartSamples
 from vlsi_cache.store.writer import CacheWriter
 
+from .batch_size import find_batch_tokens
 from .inputs import TeacherInputs, open_teacher_inputs
 from .loop import say
 from .runs import spec_changes_note, versions
-from .teacher import Teacher, load_teacher
+from .teacher import PartBatch, Teacher, load_teacher
 
 # Uncompressed bytes of one kept entry, id and value: what `store.part_mib` counts.
 BYTES_PER_ENTRY = {"default": 5, "exact": 8, "fast": 6}
@@ -43,8 +46,9 @@ def build_teacher(
     """Build the cache of `spec` at `out`, or go on with it after a kill; a finished one is only opened.
 
     Any number of processes may work on one `out`: process `rank` of `world` takes its own parts first, then whatever
-    is missing. Raises FingerprintMismatchError when `out` holds a cache of something else, DiskFullError, DataError,
-    ModelError.
+    is missing. With `run.batch_tokens: auto` the first of them finds the number and records it, and all take that one.
+    Raises FingerprintMismatchError when `out` holds a cache of something else, BatchTooLargeError, DiskFullError,
+    DataError, ModelError.
     """
     out = Path(out)
     inputs = open_teacher_inputs(spec)
@@ -52,19 +56,22 @@ def build_teacher(
         [len(ids) for ids in inputs.response_ids], seed=spec.rows.seed, tokens_per_part=part_tokens(inputs)
     )
     teacher = remember(lambda: load_teacher(inputs, device=device))
+    batch_tokens = settled_batch_tokens(inputs, out, lambda: find_batch_tokens(teacher(), parts))
     writer = CacheWriter.create_or_resume(
         out,
-        cache_header(inputs, parts),
-        lambda: frequency_ranks(teacher, parts[0] if parts else []),
+        cache_header(inputs, parts, batch_tokens),
+        lambda: frequency_ranks(teacher, parts[0] if parts else [], batch_tokens),
         token_texts=lambda: inputs.encoder.token_texts(range(inputs.encoder.v_real)),
     )
+    if spec.run.find_batch_tokens:  # another process may have been the first to record a number
+        batch_tokens = int(writer.header.spec["run"]["batch_tokens"])
     if note := spec_changes_note(writer.header.spec, spec):
         say(note)
     missing = writer.missing_parts(rank=rank, world=world)
     if inputs.skipped:
         say(f"{len(inputs.skipped)} rows left out, listed with reasons in {out / 'cache.json'}")
     if missing:
-        _build_parts(teacher(), parts, missing, writer)
+        _build_parts(teacher(), parts, missing, writer, batch_tokens)
     else:
         say(f"{out} is finished: all {len(parts)} parts are there; nothing to do")
     if missing or not (out / TABLE_NAME).is_file():
@@ -72,9 +79,24 @@ def build_teacher(
     return reader.open(out)
 
 
-def cache_header(inputs: TeacherInputs, parts: list[list[int]]) -> CacheHeader:
-    """What `cache.json` says; `fingerprint` holds, field by field, everything that decides the bytes."""
-    spec = inputs.spec
+def settled_batch_tokens(inputs: TeacherInputs, out: Path, find: Callable[[], int]) -> int:
+    """The number the spec names; for `auto` the one that the cache has recorded, or else one found now."""
+    if not inputs.spec.run.find_batch_tokens:
+        return inputs.spec.run.batch_tokens
+    if not (out / HEADER_NAME).exists():
+        return find()
+    recorded = int(load_header(out).spec["run"]["batch_tokens"])
+    say(f"batch tokens: {recorded} (recorded in {out / HEADER_NAME})")
+    return recorded
+
+
+def cache_header(inputs: TeacherInputs, parts: list[list[int]], batch_tokens: int | None = None) -> CacheHeader:
+    """What `cache.json` says; `fingerprint` holds, field by field, everything that decides the bytes.
+
+    `batch_tokens` is the number that was found, where the spec leaves it open.
+    """
+    run = inputs.spec.run.with_batch_tokens(batch_tokens or inputs.spec.run.batch_tokens)
+    spec = inputs.spec.model_copy(update={"run": run})
     layers = [*inputs.target_layers, inputs.num_model_layers]
     return CacheHeader(
         created_by=f"vlsi-cache {versions()['vlsi-cache']}",
@@ -111,7 +133,7 @@ def fingerprint(inputs: TeacherInputs) -> dict[str, Any]:
     }
 
 
-def frequency_ranks(teacher: Callable[[], Teacher], indices: list[int]) -> RankTable:
+def frequency_ranks(teacher: Callable[[], Teacher], indices: list[int], batch_tokens: int) -> RankTable:
     """Ids by how often the teacher keeps them in the first rows of the records `indices`, in each layer.
 
     Ids it does not keep there follow by their count in the data set's responses, then by id. Small ranks are what
@@ -124,41 +146,38 @@ def frequency_ranks(teacher: Callable[[], Teacher], indices: list[int]) -> RankT
     lengths = np.cumsum([len(inputs.response_ids[i]) for i in indices])
     chosen = indices[: int(np.searchsorted(lengths, RANKED_TOKENS)) + 1]
     kept_LV = np.zeros((num_layers, v_real), np.int64)
-    for batch in _batches(inputs, chosen):
-        for rows in teacher().rows(batch):
+    with closing(teacher().stream(_batches(inputs, [chosen], [0], batch_tokens))) as stream:
+        for rows in (rows for _, found in stream for rows in found):
             for kept_V, ids_TK, logprobs_TK in zip(kept_LV, rows.ids_LTK, rows.logprobs_LTK, strict=True):
                 kept_V += np.bincount(ids_TK[np.isfinite(logprobs_TK)], minlength=v_real)
     said_V = np.bincount(np.concatenate([np.zeros(0, np.uint32), *inputs.response_ids]), minlength=v_real)
     return ranks_by_count(kept_LV, said_V)
 
 
-def _build_parts(teacher: Teacher, parts: list[list[int]], missing: list[int], writer: CacheWriter) -> None:
-    response_ids = teacher.inputs.response_ids
-    total = sum(len(ids) for ids in response_ids)
-    left = sum(len(response_ids[i]) for part in missing for i in parts[part])
+def _build_parts(
+    teacher: Teacher, parts: list[list[int]], missing: list[int], writer: CacheWriter, batch_tokens: int
+) -> None:
+    inputs = teacher.inputs
+    total = sum(len(ids) for ids in inputs.response_ids)
+    left = sum(len(inputs.response_ids[i]) for part in missing for i in parts[part])
+    found: dict[int, SparseRows] = {}  # of the part at work, by record
     with (
         tqdm(desc="build", total=total, initial=total - left, unit="tok", unit_scale=True, disable=None) as bar,
         writer.in_background() as queue,
+        closing(teacher.stream(_batches(inputs, parts, missing, batch_tokens))) as stream,
     ):
-
-        def count(num_tokens: int) -> None:
-            bar.update(num_tokens)
+        for (part, indices), rows in stream:
+            found.update(zip(indices, rows, strict=True))
+            bar.update(sum(one.num_tokens for one in rows))
             queue.check()  # a write that failed stops the build here and now, with its cause
+            if len(found) == len(parts[part]):
+                bar.set_postfix_str("waits for the disk" if queue.is_full else "")
+                queue.put(part, part_samples(inputs, parts[part], found))
+                found = {}
 
-        for part in missing:
-            samples = part_samples(teacher, parts[part], count)
-            bar.set_postfix_str("waits for the disk" if queue.is_full else "")
-            queue.put(part, samples)
 
-
-def part_samples(teacher: Teacher, indices: list[int], count: Callable[[int], object]) -> PartSamples:
-    """What part of the records `indices` holds: their rows, of the tokens that the spec selects."""
-    inputs = teacher.inputs
-    found: dict[int, SparseRows] = {}
-    for batch in _batches(inputs, indices):
-        for index, rows in zip(batch, teacher.rows(batch), strict=True):
-            found[index] = rows
-            count(rows.num_tokens)
+def part_samples(inputs: TeacherInputs, indices: list[int], found: dict[int, SparseRows]) -> PartSamples:
+    """What part of the records `indices` holds: the rows found for them, of the tokens that the spec selects."""
     rows = SparseRows.concat([found[index] for index in indices])
     positions = selected_positions(inputs, indices, rows)
     if positions is not None:
@@ -188,10 +207,13 @@ def selected_positions(inputs: TeacherInputs, indices: list[int], rows: SparseRo
     return [np.flatnonzero(piece) for piece in np.split(chosen_T, np.cumsum(lengths)[:-1])]
 
 
-def _batches(inputs: TeacherInputs, indices: list[int]) -> list[list[int]]:
-    """Records that go through the teacher together: planned from the data alone."""
-    lengths = [int(inputs.num_prompt_N[i]) + len(inputs.response_ids[i]) for i in indices]
-    return [[indices[j] for j in batch] for batch in plan_batches(lengths, inputs.spec.run.batch_tokens)]
+def _batches(
+    inputs: TeacherInputs, parts: list[list[int]], chosen: list[int], batch_tokens: int
+) -> Iterator[PartBatch]:
+    """Records of some parts that go through the teacher together: planned from the data alone, never across parts."""
+    for part in chosen:
+        for batch in plan_batches(inputs.lengths(parts[part]), batch_tokens):
+            yield PartBatch(part, [parts[part][j] for j in batch])
 
 
 def part_tokens(inputs: TeacherInputs) -> int:

@@ -121,7 +121,8 @@ class Feed:
         self.wait_s += time.monotonic() - started
         if isinstance(item, BaseException):
             raise item
-        return MicroBatch(item.batch.to(self._device), item.rows, item.sample_ids)
+        batch = item.batch.to(self._device, non_blocking=True)
+        return MicroBatch(batch, item.rows, item.sample_ids)
 
     def close(self) -> None:
         self._stop.set()
@@ -157,6 +158,8 @@ class Feed:
         batch = collate(encoded, pad_id=self._encoder.pad_id)
         if rows and rows[0].num_layers:
             batch = _tokens_with_rows(batch, rows)
+        if self._device.type == "cuda":
+            batch = batch.pinned()  # from where a copy stands in line behind the work that is queued already
         return MicroBatch(batch, SparseRows.concat(rows) if rows else None, [record.id for record, _ in pairs])
 
 

@@ -31,6 +31,14 @@ class TeacherInputs:
     num_model_layers: int
     target_layers: list[int]
 
+    def lengths(self, indices: list[int]) -> list[int]:
+        """Tokens of some records, prompt and response."""
+        return [int(self.num_prompt_N[i]) + len(self.response_ids[i]) for i in indices]
+
+    def padded_tokens(self, indices: list[int]) -> int:
+        """Tokens of a batch of these records once all are as long as the longest."""
+        return len(indices) * max(self.lengths(indices))
+
     @cached_property
     def weights_digest(self) -> str:
         teacher = self.spec.teacher

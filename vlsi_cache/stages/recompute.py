@@ -110,8 +110,11 @@ def recompute(
         raise DataError(f"`num_samples` is {num_samples}: at least one sample must be recomputed")
     spec = spec_from_dict(cache.header.spec, where=str(cache.path))
     teacher = change(spec.teacher, trust_remote_code=trust_remote_code)
+    run = change(spec.run, kernels="auto")  # what is there now need not be the machine of the build
     data = [DataSpec.model_validate(section) for section in data_sections(cache.header)]  # several after a merge
-    sources = [open_teacher_inputs(spec.model_copy(update={"teacher": teacher, "data": one})) for one in data]
+    sources = [
+        open_teacher_inputs(spec.model_copy(update={"teacher": teacher, "data": one, "run": run})) for one in data
+    ]
     _refuse_another_teacher(cache, sources[0])
     names = list(cache)
     names = sorted(random.Random(seed).sample(names, min(num_samples, len(names))))

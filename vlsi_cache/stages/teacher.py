@@ -1,29 +1,66 @@
 """The loaded teacher at work: records in, sparse rows out.
 
 Only response positions leave the layers, and only one layer's logits exist at a time, in vocabulary blocks.
+
+A batch takes three steps, and on a GPU those of neighbouring batches overlap: a thread encodes it (`prepare`), its
+forward pass and all its layers are queued without waiting for any value (`launch`), and when its rows have arrived on
+the host they are checked and taken apart (`collect`), while the device works on the next batch.
+
 Legend: T response tokens, L layers (intermediate targets, then the final layer), m tail samples, N draws.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from vlsi_cache.data.collate import Batch, collate
+from vlsi_cache.errors import BatchTooLargeError, ModelError, VlsiCacheError
 from vlsi_cache.models.layers import Backbone
 from vlsi_cache.models.verbalizer import Verbalizers
+from vlsi_cache.sparse.kernels import pick_kernels
 from vlsi_cache.sparse.logits import Head
 from vlsi_cache.sparse.rows import SparseRows
 from vlsi_cache.sparse.select import keyed_uniforms
 from vlsi_cache.sparse.topk import sample_uniforms, stack_layers, teacher_rows
 from vlsi_cache.sparse.truncate import draw_rows, top_p_widths, truncate
 
+from .ahead import ahead
 from .inputs import TeacherInputs
 from .loop import head_of, say
 
 SCANNED_K = 64  # of sampled rows: the likeliest tokens are drawn from directly, the rest through the tail
+SHOWN_SAMPLES = 5
+NO_PART = -1
+
+
+class PartBatch(NamedTuple):
+    """Records of one part (NO_PART: of none in particular) that go through the teacher together."""
+
+    part: int
+    indices: list[int]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A batch ready for the device, in page-locked memory where there is a GPU."""
+
+    work: PartBatch
+    batch: Batch
+    uniforms_LTm: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Launched:
+    """Rows of each layer, on the host as soon as `event` has happened (None: they are there)."""
+
+    work: PartBatch
+    num_tokens: list[int]
+    layers: list[dict[str, torch.Tensor]]
+    event: torch.cuda.Event | None
 
 
 @dataclass(frozen=True)
@@ -34,16 +71,93 @@ class Teacher:
     verbalizers: Verbalizers
     inputs: TeacherInputs
     device: torch.device
+    compiled: bool = False
 
-    @torch.inference_mode()
     def rows(self, indices: list[int]) -> list[SparseRows]:
         """The sparse rows of some records, one SparseRows [L, T_i] per record; no token is left out yet."""
-        inputs = self.inputs
-        batch = collate([inputs.encoder.encode(inputs.records[i]) for i in indices], pad_id=inputs.encoder.pad_id)
-        rows = stack_layers(list(self._layer_rows(batch.to(self.device), self._tail_uniforms(indices))))
-        rows = self._narrowed(rows, indices)
-        stops = np.cumsum(batch.num_tokens)
-        return [rows.tokens(slice(int(stop - n), int(stop))) for stop, n in zip(stops, batch.num_tokens, strict=True)]
+        return self.collect(self.launch(self.prepare(PartBatch(NO_PART, indices))))
+
+    def stream(self, batches: Iterable[PartBatch]) -> Generator[tuple[PartBatch, list[SparseRows]], None, None]:
+        """The rows of many batches, in order; close it to leave early."""
+        behind: Launched | None = None
+        with closing(ahead(self.prepare, batches)) as ready:
+            for prepared in ready:
+                launched = self.launch(prepared)
+                if behind is not None:
+                    yield behind.work, self.collect(behind)
+                behind = launched
+        if behind is not None:
+            yield behind.work, self.collect(behind)
+
+    def prepare(self, work: PartBatch) -> Prepared:
+        """Encode the records and draw their uniforms."""
+        encoder, records = self.inputs.encoder, self.inputs.records
+        with self._naming(work):
+            batch = collate([encoder.encode(records[i]) for i in work.indices], pad_id=encoder.pad_id)
+            uniforms_LTm = torch.from_numpy(self._tail_uniforms(work.indices))
+            if self.device.type == "cuda":
+                batch, uniforms_LTm = batch.pinned(), uniforms_LTm.pin_memory()
+            return Prepared(work, batch, uniforms_LTm)
+
+    @torch.inference_mode()
+    def launch(self, prepared: Prepared) -> Launched:
+        """Queue the forward pass, all layers and the way back to the host; a CPU is done when this returns."""
+        with self._naming(prepared.work):
+            batch = prepared.batch.to(self.device, non_blocking=True)
+            uniforms_LTm = prepared.uniforms_LTm.to(self.device, non_blocking=True)
+            layers = [_to_host(rows) for rows in self._layer_rows(batch, uniforms_LTm)]
+            event = None
+            if self.device.type == "cuda":
+                event = torch.cuda.Event()
+                event.record(torch.cuda.current_stream(self.device))
+            return Launched(prepared.work, prepared.batch.num_tokens, layers, event)
+
+    def collect(self, launched: Launched) -> list[SparseRows]:
+        """Wait for the rows, check them, and cut them to the spec and by record."""
+        indices = launched.work.indices
+        with self._naming(launched.work):
+            if launched.event is not None:
+                launched.event.synchronize()
+            rows = self._narrowed(stack_layers(launched.layers, place=self._place(launched)), indices)
+        stops = np.cumsum(launched.num_tokens)
+        sizes = zip(stops, launched.num_tokens, strict=True)
+        return [rows.tokens(slice(int(stop - n), int(stop))) for stop, n in sizes]
+
+    @contextmanager
+    def _naming(self, work: PartBatch) -> Iterator[None]:
+        """Errors say which batch it was; what already speaks of its own place stays as it is."""
+        try:
+            yield
+        except VlsiCacheError:
+            raise
+        except Exception as error:
+            part = "" if work.part == NO_PART else f"part {work.part}: "
+            ids = [self.inputs.records[i].id for i in work.indices]
+            names = ", ".join(f"`{name}`" for name in ids[:SHOWN_SAMPLES])
+            names += f" and {len(ids) - SHOWN_SAMPLES} more" if len(ids) > SHOWN_SAMPLES else ""
+            if is_out_of_memory(error):
+                raise BatchTooLargeError(
+                    f"{part}out of memory in a batch of {len(ids)} samples and "
+                    f"{self.inputs.padded_tokens(work.indices)} tokens ({names}); run the same command again with "
+                    "`--batch-tokens` and a smaller number: it goes on where it was"
+                ) from error
+            raise ModelError(f"{part}the batch of samples {names} failed: {type(error).__name__}: {error}") from error
+
+    def _place(self, launched: Launched) -> Callable[[int, int], str]:
+        stops = np.cumsum(launched.num_tokens)
+
+        def place(layer: int, token: int) -> str:
+            number = int(np.searchsorted(stops, token, side="right"))
+            name = self.inputs.records[launched.work.indices[number]].id
+            at = token - int(stops[number]) + launched.num_tokens[number]
+            return f"sample `{name}`, response token {at}, layer {self.layers[layer]}"
+
+        return place
+
+    @property
+    def layers(self) -> list[int]:
+        """The layers that get rows, by their number in the model; the final one last."""
+        return [*self.inputs.target_layers, self.inputs.num_model_layers]
 
     @property
     def head(self) -> Head:
@@ -89,26 +203,45 @@ class Teacher:
         kept_LT = top_p_widths(rows.logprobs_LTK, top_p=spec.top_p, min_k=spec.min_k)
         return truncate(rows, np.minimum(kept_LT, rows.widths_LT), uniforms_LTm)
 
-    def _layer_rows(self, batch: Batch, uniforms_LTm: np.ndarray) -> Iterator[dict[str, torch.Tensor]]:
+    def _layer_rows(self, batch: Batch, uniforms_LTm: torch.Tensor) -> Iterator[dict[str, torch.Tensor]]:
         inputs, rows = self.inputs, self.inputs.spec.rows
         v_real = inputs.encoder.v_real
         widths = rows.widths(self.num_layers)
         hidden = dict(self.verbalizers.capture(batch.inputs, batch.rows_T, batch.positions_T))
-        for index, layer in enumerate([*inputs.target_layers, inputs.num_model_layers]):
+        for index, layer in enumerate(self.layers):
             state: Any = hidden.pop(layer)
             yield teacher_rows(
                 state if layer == inputs.num_model_layers else self.verbalizers.apply(layer, state),
                 self.head,
                 batch.gold_T,
                 top_k=min(SCANNED_K, v_real - 1) if rows.kind == "sampled" else widths[index],
-                uniforms_Tm=torch.from_numpy(uniforms_LTm[index]).to(self.device),
+                uniforms_Tm=uniforms_LTm[index],
                 taus=rows.taus,
                 v_real=v_real,
+                compiled=self.compiled,
             )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the memory did not do: for that of the host, torch raises a plain RuntimeError."""
+    said = any(words in str(error) for words in ("can't allocate memory", "not enough memory", "out of memory"))
+    return said or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 def load_teacher(inputs: TeacherInputs, *, device: str | None) -> Teacher:
     """Load weights and verbalizers onto the device of the flag, or else of the spec."""
     backbone = inputs.load_backbone(device or inputs.spec.run.device)
     say(f"teacher: {inputs.model_path} on {backbone.device}")
-    return Teacher(backbone, inputs.load_verbalizers(backbone), inputs, backbone.device)
+    compiled, reason = pick_kernels(inputs.spec.run.kernels, backbone.device)
+    say(f"kernels: {'compiled' if compiled else 'eager'} ({reason})")
+    return Teacher(backbone, inputs.load_verbalizers(backbone), inputs, backbone.device, compiled)
+
+
+def _to_host(rows: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Rows on their way to page-locked memory; on a CPU they are there."""
+    if next(iter(rows.values())).device.type != "cuda":
+        return rows
+    return {
+        name: torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)
+        for name, value in rows.items()
+    }
