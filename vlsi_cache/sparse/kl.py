@@ -213,22 +213,29 @@ class CandidateKL:
         """
         return self.choose(candidate).value
 
-    def choose(self, candidate: int | Tensor = 0) -> Loss:
-        """`loss`, together with the values of the tokens."""
+    def gold_logprobs(self, gold_T: Tensor) -> Tensor:
+        """The student's own log-prob (at tau) of an id per token, [T], detached."""
+        return self._walk.logprobs_of(gold_T)
+
+    def choose(self, candidate: int | Tensor = 0, *, keep_T: Tensor | None = None) -> Loss:
+        """`loss`, together with the values of the tokens; tokens that are not kept count as 0 in the mean."""
         index_T = torch.as_tensor(candidate, device=self._share_T.device).expand(len(self._share_T))
         ids_TK, logp_TK, logq_TK, tail_T = (
             _at(x, index_T) for x in (self._ids_MTK, self._logprobs_MTK, self._logq_MTK, self._tail_mass_MT)
         )
-        tokens_T, s_TK = self._value_and_slopes(logp_TK, tail_T, logq_TK)
-        value = _mean(tokens_T.clamp(min=0), self._share_T)
+        share_T = self._share_T if keep_T is None else self._share_T * keep_T
+        tokens_T, s_TK = self._value_and_slopes(logp_TK, tail_T, logq_TK, share_T)
+        value = _mean(tokens_T.clamp(min=0), share_T)
         return Loss(self._walk.attach(value, ids_TK.long(), logq_TK, s_TK, logp_TK != -math.inf), tokens_T)
 
-    def _value_and_slopes(self, logp_TK: Tensor, tail_T: Tensor, logq_TK: Tensor) -> tuple[Tensor, Tensor]:
+    def _value_and_slopes(
+        self, logp_TK: Tensor, tail_T: Tensor, logq_TK: Tensor, share_T: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """tau^2 * divergence of every token, and d(weighted mean) / d log q."""
         with torch.enable_grad():
             leaf_TK = logq_TK.detach().requires_grad_()
             tokens_T = self._divergence(Bucketed.of(logp_TK, tail_T, leaf_TK)) * self._tau**2
-            (s_TK,) = torch.autograd.grad(tokens_T, leaf_TK, self._share_T)
+            (s_TK,) = torch.autograd.grad(tokens_T, leaf_TK, share_T)
         return tokens_T.detach(), s_TK
 
 
