@@ -24,7 +24,7 @@ from vlsi_cache.errors import DataError
 from .kernels import fused
 from .logits import Head, compute_dtype, project
 
-__all__ = ["BlockIndex", "OneId", "Walk", "default_block", "full_precision", "moved"]
+__all__ = ["BlockIndex", "GivenGradient", "OneId", "Walk", "default_block", "full_precision", "moved"]
 
 
 def default_block(device: torch.device) -> int:
@@ -209,6 +209,11 @@ class Walk:
             logits_T1 = self.head.shape_(products_T1) / self.tau
             return (logits_T1 - self._max_T1 - self._log_sum_T1).clamp_(max=0)[:, 0]
 
+    @property
+    def lse_T(self) -> Tensor:
+        """Log-sum-exp of the logits / tau."""
+        return (self._max_T1 + self._log_sum_T1)[:, 0]
+
     def attach(self, value: Tensor, ids_TX: Tensor, logq_TX: Tensor, s_TX: Tensor, is_entry_TX: Tensor) -> Tensor:
         """`value`, a loss of s = dL / d log q at these ids, as a function of the hidden states, and of the head if it
         requires a gradient. The ids of a token name none twice but as padding."""
@@ -218,7 +223,7 @@ class Walk:
             return value
         with full_precision(value.device):
             gradient_TD = self._gradient(ids_TX, logq_TX, s_TX, is_entry_TX)
-        return _GivenGradient.apply(self.hidden_TD, value, gradient_TD)
+        return GivenGradient.apply(self.hidden_TD, value, gradient_TD)
 
     def _gradient(self, ids_TX: Tensor, logq_TX: Tensor, s_TX: Tensor, is_entry_TX: Tensor) -> Tensor:
         """dL/d(hidden), [T, D]."""
@@ -264,7 +269,7 @@ class Walk:
         return hidden_grad_TD, weight_grad_VD
 
 
-class _GivenGradient(torch.autograd.Function):
+class GivenGradient(torch.autograd.Function):
     """A value whose gradient in the hidden states is already known."""
 
     @staticmethod

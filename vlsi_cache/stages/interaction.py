@@ -21,9 +21,10 @@ from vlsi_cache.models.layers import Backbone, LayerSequence
 from vlsi_cache.models.verbalizer import Verbalizers
 from vlsi_cache.sparse.divergences import Divergence, DivergenceName
 from vlsi_cache.sparse.drawing import Matcher, Matching
-from vlsi_cache.sparse.kl import CandidateKL, LayerRows, candidate_kl, linear_cross_entropy
+from vlsi_cache.sparse.kl import CandidateKL, LayerRows, candidate_kl
 from vlsi_cache.sparse.rows import SparseRows
 from vlsi_cache.sparse.walk import moved
+from vlsi_cache.sparse.whole import linear_cross_entropy
 from vlsi_cache.spec import InteractSpec
 from vlsi_cache.store.layout import CacheHeader
 
