@@ -54,7 +54,8 @@ def test_other_divergences_and_temperatures_are_trained(
         ("forward_kl", 1.0), ("forward_kl", 2.0), ("reverse_kl", 1.0), ("jsd", 2.0), ("skewed_kl", 1.0),
         ("l2_topk", 1.0),
     ):  # fmt: skip
-        changes = [f"distill.interact.divergence={name}", f"distill.interact.tau={tau}"]
+        changes = [f"distill.interact.{key}={name}" for key in ("intermediate", "last")]
+        changes.append(f"distill.interact.tau={tau}")
         out = tmp_path / f"{name}-{tau}"
         run = vc.distill(cache, student=str(student_folder), out=out, recipe=recipe, overrides=changes)
         lines = [line for line in read_metrics(run / "metrics.jsonl") if line["stage"] == "interact"]
@@ -69,8 +70,8 @@ def test_divergences_that_the_cache_does_not_allow_are_refused_before_anything_i
     cache = build(tmp_path, teacher_folder, ["rows.kind=sampled", "rows.num_draws=12"])
     for changes, message in (
         (["distill.interact.tau=3.0"], r"`distill\.interact\.tau` is 3\.0.* holds rows for \[1\.0, .*\] alone"),
-        (["distill.interact.divergence=jsd"], "asks for jsd at tau 1.0, and .* holds draws from the teacher"),
-        (["distill.interact.divergence=kl"], "interact.divergence"),
+        (["distill.interact.last=jsd"], "asks for jsd at tau 1.0, and .* holds draws from the teacher,"),
+        (["distill.interact.intermediate=kl"], "interact.intermediate"),
     ):
         with pytest.raises(SpecError, match=message):
             vc.distill(cache, student=str(student_folder), out=tmp_path / "run", overrides=changes)

@@ -18,8 +18,9 @@ from torch.nn import functional as F
 
 from vlsi_cache.errors import DataError, ModelError, SpecError
 from vlsi_cache.sparse.divergences import Bucketed, Divergence
-from vlsi_cache.sparse.kl import LayerRows, candidate_kl, linear_cross_entropy, sparse_kl
+from vlsi_cache.sparse.kl import LayerRows, candidate_kl, sparse_kl
 from vlsi_cache.sparse.logits import Head
+from vlsi_cache.sparse.whole import linear_cross_entropy
 
 NAMES = ("forward_kl", "reverse_kl", "jsd", "skewed_kl", "l2_topk")
 BOUNDED = NAMES[:-1]  # data processing does not hold for the l2

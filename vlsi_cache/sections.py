@@ -216,22 +216,72 @@ class LoraSpec(Strict):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
+Operation = Literal["forward_kl", "reverse_kl", "jsd", "skewed_kl", "l2_topk", "ce", "none"]
+
+
 class InteractSpec(Strict):
     """The interaction step (Algorithm 1 of the paper); `recipe: last` takes its last-layer term alone.
 
-    `divergence` is what is trained, with the teacher's share `beta` in the jsd's mixture and `skew` in the skewed KL's;
-    layers are matched by the forward KL whatever it is. `tau` softens both sides; it must be one of the cache's
-    `rows.taus`. Both apply to all terms.
+    `intermediate` and `last` say what is trained at the matched layers and at the last one (Table 4d): a divergence
+    from the teacher, `ce` with the labels and no teacher, or nothing. `beta` is the teacher's share of the jsd's
+    mixture, `skew` that of the skewed KL's. `tau` softens both sides of a divergence; it must be one of the cache's
+    `rows.taus`. `alpha_ce` mixes the labels into the last layer: (1 - alpha_ce) * divergence + alpha_ce * ce.
+
+    `matching` and what follows it choose teacher layers (Table 4e), by the forward KL whatever is trained: one match
+    for a micro-batch or for each sample (`match_unit`). `reliable_only`: a teacher layer that says the response worse
+    than the student's own layer teaches it nothing. The intermediate terms have their full weight until
+    `layers_full_until`, a share of the stage's steps, and none from `layers_zero_from` on.
     """
 
     schedule: Schedule = Schedule(epochs=1)
-    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skewed_kl", "l2_topk"] = "forward_kl"
+    lambda_last: Annotated[float, Field(ge=0)] = 1.0
+    intermediate: Operation = "forward_kl"
+    last: Operation = "forward_kl"
+    layer_reduction: Literal["sum", "mean"] = "sum"
     beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
     skew: Annotated[float, Field(gt=0, lt=1)] = 0.1
     tau: Annotated[float, Field(gt=0)] = 1.0
-    lambda_last: Annotated[float, Field(ge=0)] = 1.0
+    alpha_ce: Annotated[float, Field(ge=0, le=1)] = 0.0
+    matching: Literal["vlsi", "order", "range", "multinomial", "bottom_k", "uniform", "uniform_stretch", "random"] = (
+        "vlsi"
+    )
+    match_unit: Literal["batch", "sample"] = "batch"
+    sampler: Literal["greedy", "joint"] = "greedy"
     scale: Annotated[float, Field(gt=0)] = 2.0
-    temperature: Literal["normalized", "printed"] = "normalized"
+    temperature: Literal["normalized", "printed", "fixed"] = "normalized"
+    fixed_temperature: Annotated[float, Field(gt=0)] = 1.0
+    bottom_k: Annotated[int, Field(ge=1)] = 1
+    reliable_only: bool = False
+    layers_full_until: Annotated[float, Field(ge=0, le=1)] = 1.0
+    layers_zero_from: Annotated[float, Field(ge=0, le=1)] = 1.0
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> "InteractSpec":
+        adaptive = {"scale": 2.0, "temperature": "normalized", "fixed_temperature": 1.0}
+        changed = [key for key, default in adaptive.items() if getattr(self, key) != default]
+        if self.matching != "vlsi" and changed:
+            raise ValueError(f"`{'`, `'.join(changed)}` belong to `matching: vlsi`, and it is `{self.matching}`")
+        if self.temperature != "fixed" and self.fixed_temperature != 1.0:
+            raise ValueError(f"`fixed_temperature` belongs to `temperature: fixed`, and it is `{self.temperature}`")
+        if self.matching != "bottom_k" and self.bottom_k != 1:
+            raise ValueError(f"`bottom_k` belongs to `matching: bottom_k`, and it is `{self.matching}`")
+        if self.sampler == "joint" and self.matching not in ("vlsi", "order"):
+            raise ValueError(f"`sampler: joint` keeps the order of layers, which `matching: {self.matching}` does not")
+        if self.reliable_only and self.tau != 1.0:
+            raise ValueError("`reliable_only` compares the likelihood of the response, which is known at `tau` 1 alone")
+        if self.layers_full_until > self.layers_zero_from:
+            raise ValueError("`layers_full_until` lies behind `layers_zero_from`")
+        if self.intermediate == "none" and (self.last == "none" or not self.lambda_last):
+            raise ValueError("`intermediate` and `last` are both none: there is nothing to train")
+        return self
+
+    def layer_weight(self, progress: float) -> float:
+        """The weight of the intermediate terms after this share of the stage's steps."""
+        if progress < self.layers_full_until or self.layers_full_until == 1.0:
+            return 1.0
+        if progress >= self.layers_zero_from:
+            return 0.0
+        return (self.layers_zero_from - progress) / (self.layers_zero_from - self.layers_full_until)
 
 
 class SftSpec(Strict):

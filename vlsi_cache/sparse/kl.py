@@ -24,10 +24,11 @@ from torch import Tensor
 from vlsi_cache.errors import DataError
 
 from .divergences import Bucketed, Divergence
-from .logits import Head, compute_dtype
-from .walk import BlockIndex, OneId, Walk, default_block, moved
+from .logits import Head, operand
+from .tokens import token_mean, token_shares
+from .walk import BlockIndex, Walk, default_block, moved
 
-__all__ = ["CandidateKL", "LayerRows", "Loss", "candidate_kl", "linear_cross_entropy", "sparse_kl"]
+__all__ = ["CandidateKL", "LayerRows", "Loss", "candidate_kl", "sparse_kl"]
 
 FORWARD_KL = Divergence()
 
@@ -162,13 +163,13 @@ def candidate_kl(
     given, which is checked. With a head that requires a gradient, one loss can be taken and its logits are made again
     in the backward pass. Raises DataError or ModelError.
     """
-    head, hidden_TD = Head.of(head).real(rows.v_real), _operand(hidden_TD)
+    head, hidden_TD = Head.of(head).real(rows.v_real), operand(hidden_TD)
     head.check(hidden_TD)
     if rows.num_tokens != hidden_TD.shape[0]:
         raise DataError(f"{hidden_TD.shape[0]} student hidden states, but rows of {rows.num_tokens} response tokens")
     window = range(rows.num_layers) if window is None else window
     walk = Walk(hidden_TD, head, rows.index.window(window), tau=rows.tau, compiled=compiled)
-    return CandidateKL(walk, rows, window, _share_of_tokens(weights_T, hidden_TD), divergence)
+    return CandidateKL(walk, rows, window, token_shares(weights_T, hidden_TD), divergence)
 
 
 class CandidateKL:
@@ -189,7 +190,7 @@ class CandidateKL:
     @property
     def matching_M(self) -> Tensor:
         """`matching_MT` averaged over the tokens, with their weights."""
-        return _mean(self.matching_MT, self._share_T)
+        return token_mean(self.matching_MT, self._share_T)
 
     @property
     def ghost_MT(self) -> Tensor:
@@ -213,59 +214,30 @@ class CandidateKL:
         """
         return self.choose(candidate).value
 
-    def choose(self, candidate: int | Tensor = 0) -> Loss:
-        """`loss`, together with the values of the tokens."""
+    def gold_logprobs(self, gold_T: Tensor) -> Tensor:
+        """The student's own log-prob (at tau) of an id per token, [T], detached."""
+        return self._walk.logprobs_of(gold_T)
+
+    def choose(self, candidate: int | Tensor = 0, *, keep_T: Tensor | None = None) -> Loss:
+        """`loss`, together with the values of the tokens; tokens that are not kept count as 0 in the mean."""
         index_T = torch.as_tensor(candidate, device=self._share_T.device).expand(len(self._share_T))
         ids_TK, logp_TK, logq_TK, tail_T = (
             _at(x, index_T) for x in (self._ids_MTK, self._logprobs_MTK, self._logq_MTK, self._tail_mass_MT)
         )
-        tokens_T, s_TK = self._value_and_slopes(logp_TK, tail_T, logq_TK)
-        value = _mean(tokens_T.clamp(min=0), self._share_T)
+        share_T = self._share_T if keep_T is None else self._share_T * keep_T
+        tokens_T, s_TK = self._value_and_slopes(logp_TK, tail_T, logq_TK, share_T)
+        value = token_mean(tokens_T.clamp(min=0), share_T)
         return Loss(self._walk.attach(value, ids_TK.long(), logq_TK, s_TK, logp_TK != -math.inf), tokens_T)
 
-    def _value_and_slopes(self, logp_TK: Tensor, tail_T: Tensor, logq_TK: Tensor) -> tuple[Tensor, Tensor]:
+    def _value_and_slopes(
+        self, logp_TK: Tensor, tail_T: Tensor, logq_TK: Tensor, share_T: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """tau^2 * divergence of every token, and d(weighted mean) / d log q."""
         with torch.enable_grad():
             leaf_TK = logq_TK.detach().requires_grad_()
             tokens_T = self._divergence(Bucketed.of(logp_TK, tail_T, leaf_TK)) * self._tau**2
-            (s_TK,) = torch.autograd.grad(tokens_T, leaf_TK, self._share_T)
+            (s_TK,) = torch.autograd.grad(tokens_T, leaf_TK, share_T)
         return tokens_T.detach(), s_TK
-
-
-def linear_cross_entropy(
-    hidden_TD: Tensor,
-    head: Head | Tensor,
-    gold_T: Tensor,
-    *,
-    weights_T: Tensor | None = None,
-    block: int | None = None,
-    compiled: bool = False,
-) -> Tensor:
-    """Mean cross-entropy in nats of `softmax(head(hidden))` with the ids `gold_T`; no logits [T, V] are kept.
-
-    With a frozen head two matrix products make value and gradient; a head that requires a gradient takes four, two of
-    them in the backward pass. Raises ModelError or DataError.
-    """
-    head, hidden_TD = Head.of(head), _operand(hidden_TD)
-    head.check(hidden_TD)
-    if gold_T.shape != hidden_TD.shape[:1] or not len(gold_T):
-        raise DataError(f"{hidden_TD.shape[0]} hidden states, but gold ids of shape {list(gold_T.shape)}")
-    picker = OneId(gold_T, block or default_block(hidden_TD.device))
-    walk, share_T = Walk(hidden_TD, head, picker, compiled=compiled), _share_of_tokens(weights_T, hidden_TD)
-    ids_T1, is_entry_T1 = gold_T[:, None], torch.ones_like(gold_T, dtype=torch.bool)[:, None]
-    return walk.attach(-_mean(walk.logq[0, :, 0], share_T), ids_T1, walk.logq[0], -share_T[:, None], is_entry_T1)
-
-
-def _mean(x_MT: Tensor, share_T: Tensor) -> Tensor:
-    """The weighted mean over the tokens; no matrix product, which autocast would make bf16."""
-    return (x_MT * share_T).sum(-1)
-
-
-def _operand(hidden_TD: Tensor) -> Tensor:
-    """Hidden states in the dtype that enters the matrix products: a GPU's autocast is honoured there and only there."""
-    if hidden_TD.is_cuda and torch.is_autocast_enabled("cuda") and hidden_TD.dtype == torch.float32:
-        return hidden_TD.to(torch.get_autocast_dtype("cuda"))
-    return hidden_TD
 
 
 def _at(x_MTx: Tensor, index_T: Tensor) -> Tensor:
@@ -299,20 +271,6 @@ def _tempered(
     tempered_LTK = ((logprobs_LTK + first) / tau - other).clamp(max=0)
     # Rounded log-probs can add up to more than 1.
     return tempered_LTK, (1 - tempered_LTK.exp().sum(-1)).clamp(min=0)
-
-
-def _share_of_tokens(weights_T: Tensor | None, hidden_TD: Tensor) -> Tensor:
-    """Each token's share of the mean, summing to 1."""
-    num_tokens, dtype = hidden_TD.shape[0], compute_dtype(hidden_TD)
-    if weights_T is None:
-        return hidden_TD.new_full((num_tokens,), 1.0 / num_tokens, dtype=dtype)
-    if weights_T.shape != (num_tokens,):
-        raise DataError(f"`weights_T` has shape {list(weights_T.shape)}, there are {num_tokens} response tokens")
-    weights_T = weights_T.to(hidden_TD.device, dtype)
-    low, total = torch.stack([weights_T.min(), weights_T.sum()]).tolist()
-    if not (low >= 0 and 0 < total < math.inf):
-        raise DataError(f"`weights_T` must be >= 0 and not all zero, found minimum {low} and sum {total}")
-    return weights_T / total
 
 
 def _check_shapes(ids: Tensor, logprobs: Tensor, tails: Tensor, mass: Tensor, entropy: Tensor) -> None:

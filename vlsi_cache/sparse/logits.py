@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vlsi_cache.errors import ModelError
 
-__all__ = ["Head", "compute_dtype", "project"]
+__all__ = ["Head", "compute_dtype", "operand", "project"]
 
 CONVERT_ROWS = 1024  # head rows turned into fp32 at a time where the device has no mixed product
 
@@ -67,6 +67,13 @@ class Head:
         if self.cap is not None:
             return products.mul_(self.scale / self.cap).tanh_().mul_(self.cap)
         return products if self.scale == 1.0 else products.mul_(self.scale)
+
+
+def operand(hidden_TD: Tensor) -> Tensor:
+    """Hidden states in the dtype that enters the matrix products: a GPU's autocast is honoured there and only there."""
+    if hidden_TD.is_cuda and torch.is_autocast_enabled("cuda") and hidden_TD.dtype == torch.float32:
+        return hidden_TD.to(torch.get_autocast_dtype("cuda"))
+    return hidden_TD
 
 
 def project(acc_TD: Tensor, probs_TB: Tensor, weight_BD: Tensor) -> Tensor:

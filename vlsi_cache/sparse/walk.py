@@ -24,7 +24,7 @@ from vlsi_cache.errors import DataError
 from .kernels import fused
 from .logits import Head, compute_dtype, project
 
-__all__ = ["BlockIndex", "OneId", "Walk", "default_block", "full_precision", "moved"]
+__all__ = ["BlockIndex", "GivenGradient", "OneId", "Walk", "default_block", "full_precision", "moved"]
 
 
 def default_block(device: torch.device) -> int:
@@ -201,6 +201,19 @@ class Walk:
             self.head.logits_into(z_TB, self.hidden_TD, start)
             yield index, start, z_TB if self.tau == 1.0 else z_TB.div_(self.tau)
 
+    def logprobs_of(self, ids_T: Tensor) -> Tensor:
+        """Log-prob of one id per token, [T], for ids that the picker did not have."""
+        with full_precision(ids_T.device):
+            dtype = self._max_T1.dtype
+            products_T1 = (self.hidden_TD.to(dtype) * self.head.weight_VD[ids_T].to(dtype)).sum(1, keepdim=True)
+            logits_T1 = self.head.shape_(products_T1) / self.tau
+            return (logits_T1 - self._max_T1 - self._log_sum_T1).clamp_(max=0)[:, 0]
+
+    @property
+    def lse_T(self) -> Tensor:
+        """Log-sum-exp of the logits / tau."""
+        return (self._max_T1 + self._log_sum_T1)[:, 0]
+
     def attach(self, value: Tensor, ids_TX: Tensor, logq_TX: Tensor, s_TX: Tensor, is_entry_TX: Tensor) -> Tensor:
         """`value`, a loss of s = dL / d log q at these ids, as a function of the hidden states, and of the head if it
         requires a gradient. The ids of a token name none twice but as padding."""
@@ -210,7 +223,7 @@ class Walk:
             return value
         with full_precision(value.device):
             gradient_TD = self._gradient(ids_TX, logq_TX, s_TX, is_entry_TX)
-        return _GivenGradient.apply(self.hidden_TD, value, gradient_TD)
+        return GivenGradient.apply(self.hidden_TD, value, gradient_TD)
 
     def _gradient(self, ids_TX: Tensor, logq_TX: Tensor, s_TX: Tensor, is_entry_TX: Tensor) -> Tensor:
         """dL/d(hidden), [T, D]."""
@@ -256,7 +269,7 @@ class Walk:
         return hidden_grad_TD, weight_grad_VD
 
 
-class _GivenGradient(torch.autograd.Function):
+class GivenGradient(torch.autograd.Function):
     """A value whose gradient in the hidden states is already known."""
 
     @staticmethod

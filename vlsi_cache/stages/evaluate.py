@@ -22,7 +22,7 @@ from vlsi_cache.errors import SpecError
 from vlsi_cache.models.layers import Backbone
 from vlsi_cache.models.load import load_model, resolve_model
 from vlsi_cache.models.verbalizer import Verbalizers, load_verbalizers
-from vlsi_cache.sparse.kl import linear_cross_entropy
+from vlsi_cache.sparse.whole import linear_cross_entropy
 from vlsi_cache.spec import CacheSpec, Dtype, EvaluateSpec, spec_from_dict
 
 from .loop import head_of, pick_device, read_json, say, write_atomically

@@ -15,7 +15,7 @@ from vlsi_cache.models.verbalizer import Verbalizers
 from vlsi_cache.sparse.matching import match_rng
 
 from .feed import feeding
-from .interaction import MATCH, VALUE, Interaction, device_rows, interaction, read_terms
+from .interaction import Interaction, MicroRows, interaction, read_numbers
 from .loop import autocast, clip_gradients, make_optimizer, memory_gib, optimizer_step, seed_step
 from .student import StudentState
 
@@ -39,44 +39,44 @@ def interact(state: StudentState, model: Any, verbalizers: Verbalizers | None, *
         for step in range(first, num_steps):
             started, waited, tokens = time.monotonic(), feed.wait_s, 0
             results: list[Interaction] = []
+            layer_weight = settings.layer_weight(step / num_steps)
             seed_step(distill.seed, "interact", step)
             for micro_step in range(num_micro):
                 micro = feed.next()
                 assert micro.rows is not None
-                terms_N4 = None
+                terms = None
                 if micro.rows.num_tokens:  # token selection may leave a sample without rows
                     tokens += len(micro.batch.gold_T)
                     batch = micro.batch
                     with autocast(state.device):
                         hidden = capture(batch.inputs, rows_T=batch.rows_T, positions_T=batch.positions_T)
-                    terms_N4 = interaction(
+                    terms = interaction(
                         hidden,
                         backbone,
                         verbalizers,
-                        device_rows(micro.rows, state.cache.header, settings, state.device),
+                        MicroRows.of(micro, micro.rows, state.cache.header, settings, state.device),
                         settings=settings,
                         rng=match_rng(distill.seed, step * num_micro + micro_step, 0),
                         scale=1 / num_micro,
+                        layer_weight=layer_weight,
                     )
-                results.append(Interaction(terms_N4, micro.sample_ids, micro.batch.num_tokens))
-            terms = read_terms(results, settings, state.teacher_layers)
+                results.append(Interaction(terms, micro.sample_ids, micro.batch.num_tokens))
+            numbers = read_numbers(results, settings, state.teacher_layers)
             clip_gradients(optimizer, settings.schedule, "interact", step, num_steps)
             rate = optimizer_step(optimizer, settings.schedule, step, num_steps)
 
             seconds = time.monotonic() - started
-            kl_last, *kl_layers = (terms[..., VALUE].sum(0) / num_micro).tolist()
-            matches = iter(terms[:, 1:, MATCH].astype(int).tolist())
+            kl_last = numbers.values.get(backbone.num_layers, 0.0)
+            by_layer = {layer: numbers.values.get(layer, 0.0) for layer in layers}
+            reduced = sum(by_layer.values()) / (len(layers) or 1 if settings.layer_reduction == "mean" else 1)
             log.write(
                 stage="interact",
                 step=step + 1,
                 num_steps=num_steps,
-                loss=settings.lambda_last * kl_last + sum(kl_layers),
+                loss=settings.lambda_last * kl_last + layer_weight * reduced,
                 kl_last=kl_last,
-                layers={str(layer): kl for layer, kl in zip(layers, kl_layers or [0.0] * len(layers), strict=True)},
-                matched_layers=[
-                    [] if result.terms_N4 is None else [state.teacher_layers[j] for j in next(matches)]
-                    for result in results
-                ],
+                layers={str(layer): value for layer, value in by_layer.items()},
+                matched_layers=[unit for units in numbers.matched for unit in units or [[]]],
                 learning_rate=rate,
                 tokens_per_s=tokens / seconds,
                 data_wait_pct=100 * (feed.wait_s - waited) / seconds,

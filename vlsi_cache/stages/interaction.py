@@ -10,6 +10,7 @@ Legend: T response tokens, S student target layers, N terms: the last layer, the
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -18,29 +19,88 @@ from torch import Tensor
 from vlsi_cache.errors import ModelError
 from vlsi_cache.models.layers import Backbone, LayerSequence
 from vlsi_cache.models.verbalizer import Verbalizers
-from vlsi_cache.sparse.divergences import Divergence
-from vlsi_cache.sparse.drawing import Matcher
-from vlsi_cache.sparse.kl import LayerRows, candidate_kl
+from vlsi_cache.sparse.divergences import Divergence, DivergenceName
+from vlsi_cache.sparse.drawing import Matcher, Matching
+from vlsi_cache.sparse.kl import CandidateKL, LayerRows, candidate_kl
 from vlsi_cache.sparse.rows import SparseRows
+from vlsi_cache.sparse.walk import moved
+from vlsi_cache.sparse.whole import linear_cross_entropy
 from vlsi_cache.spec import InteractSpec
 from vlsi_cache.store.layout import CacheHeader
 
+from .feed import MicroBatch
 from .loop import autocast, head_of
 
 # A divergence is never negative; rounded log-probs can take one of nearly 0 a little below it.
 LOWEST_NATS = -0.05
-VALUE, LOWEST, LOWEST_TOKEN, MATCH = range(4)  # columns of what is logged of a term
+VALUE, LOWEST, LOWEST_TOKEN, MATCH, KEPT = range(5)  # columns of what is logged of a term
+
+
+@dataclass(frozen=True)
+class MicroRows:
+    """The rows of a micro-batch, ready on the device: the teacher's intermediate layers, then the final one."""
+
+    layers: LayerRows
+    gold_T: Tensor
+    gold_logprob_LT: Tensor
+    unit_T: Tensor  # which unit a token is matched with: the micro-batch, or its sample
+    count_U: Tensor  # tokens of each unit
+
+    @classmethod
+    def of(
+        cls, micro: MicroBatch, rows: SparseRows, header: CacheHeader, settings: InteractSpec, device: torch.device
+    ) -> "MicroRows":
+        """Everything that the terms of one micro-batch are made from but the student."""
+        layers = LayerRows.of(
+            rows.ids_LTK,
+            rows.logprobs_LTK,
+            rows.tail_ids_LTm,
+            rows.tail_mass_LT,
+            rows.entropy_LT,
+            rows.lse_LTn,
+            v_real=header.v_real,
+            tau=settings.tau,
+            taus=header.taus,
+            device=device,
+        )
+        # Samples without rows have nothing to match.
+        counts = [count for count in micro.batch.num_tokens if count]
+        counts = counts if settings.match_unit == "sample" else [sum(counts)]
+        count_U = torch.tensor(counts)
+        unit_T = torch.repeat_interleave(torch.arange(len(counts)), count_U)
+        gold_LT = moved(torch.from_numpy(rows.gold_logprob_LT.astype(np.float32)), device)
+        return cls(layers, micro.batch.gold_T, gold_LT, moved(unit_T, device), moved(count_U, device))
+
+    def mean_of_units(self, x_MT: Tensor) -> Tensor:
+        """Mean over the tokens of each unit, [M, U]."""
+        if self.num_units == 1:
+            return x_MT.mean(1, keepdim=True)
+        sums_MU = x_MT.new_zeros(len(x_MT), self.num_units).index_add_(1, self.unit_T, x_MT)
+        return sums_MU / self.count_U
+
+    @property
+    def num_units(self) -> int:
+        return len(self.count_U)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What is left of a micro-batch's terms, on the device; columns of `numbers_N5` (float64):
+
+    the loss in nats per response token, the lowest value of a token (NaN if one is), that token, its teacher target
+    (-1: none), the share of tokens that were not left out. `matched_US`: the teacher targets of all units.
+    """
+
+    layers: list[int]
+    numbers_N5: Tensor
+    matched_US: Tensor
 
 
 @dataclass(frozen=True)
 class Interaction:
-    """What is left of a micro-batch: `terms_N4` on the device (float64), and whose tokens it had.
+    """A micro-batch after its turn; no terms if it has no rows."""
 
-    Columns: mean in nats per response token, the lowest value of a token (NaN if one is), that token, the index of the
-    teacher target. None if the micro-batch has no rows.
-    """
-
-    terms_N4: Tensor | None
+    terms: Terms | None
     sample_ids: Sequence[str]
     num_tokens: Sequence[int]
 
@@ -49,90 +109,222 @@ class Interaction:
         return self.sample_ids[int(np.searchsorted(np.cumsum(self.num_tokens), token, side="right"))]
 
 
-def device_rows(rows: SparseRows, header: CacheHeader, settings: InteractSpec, device: torch.device) -> LayerRows:
-    """The rows of a micro-batch, ready on the device: the teacher's intermediate layers, then the final one."""
-    return LayerRows.of(
-        rows.ids_LTK,
-        rows.logprobs_LTK,
-        rows.tail_ids_LTm,
-        rows.tail_mass_LT,
-        rows.entropy_LT,
-        rows.lse_LTn,
-        v_real=header.v_real,
-        tau=settings.tau,
-        taus=header.taus,
-        device=device,
-    )
-
-
 def interaction(
     hidden: Mapping[int, Tensor | LayerSequence],
     backbone: Backbone,
     verbalizers: Verbalizers | None,
-    rows: LayerRows,
+    rows: MicroRows,
     *,
     settings: InteractSpec,
     rng: np.random.Generator,
     scale: float = 1.0,
+    layer_weight: float = 1.0,
     compiled: bool = False,
-) -> Tensor:
-    """Step back through what `hidden` came from, with `scale` times (sum of layers + lambda_last * last).
+) -> Terms:
+    """Step back through what `hidden` came from, with `scale` times the loss.
 
-    `hidden` is by layer; `rows` holds the teacher's intermediate layers, then the final one. With no verbalizers only
-    the last term is left. Returns the terms as `Interaction` holds them.
+    That is lambda_last * last + layer_weight * (sum or mean of the layers). `hidden` is by layer. With no verbalizers,
+    or a weight of 0, only the last term is left.
     """
     if backbone.head_weight.requires_grad:
         raise ModelError("the head trains: while layers are compared through it, in stage interact, it must be frozen")
-    layers, last = verbalizers.layers if verbalizers is not None else [], backbone.num_layers
-    num_teacher = rows.num_layers - 1
-    matcher = Matcher(len(layers), num_teacher, rng=rng, scale=settings.scale, temperature=settings.temperature)
-    divergence = Divergence(settings.divergence, settings.beta, settings.skew)
-    gradients: dict[int, Tensor] = {}
+    layers = verbalizers.layers if verbalizers is not None and layer_weight and settings.intermediate != "none" else []
+    turn = _Turn(hidden, backbone, verbalizers, rows, settings, compiled)
+    if settings.lambda_last and settings.last != "none":
+        turn.last(scale * settings.lambda_last)
+    each = scale * layer_weight / (len(layers) if settings.layer_reduction == "mean" and layers else 1)
+    if settings.intermediate == "ce":
+        for layer in layers:
+            turn.labels(layer, each)
+    else:
+        matcher = matcher_of(len(layers), rows, settings, rng)
+        if layers and settings.sampler == "joint":
+            matcher.draw_all([turn.divergences(layer, matcher.window(s)) for s, layer in enumerate(layers)])
+        for layer in layers:
+            turn.matched(layer, matcher, each)
+    return turn.finish()
 
-    def term(layer: int) -> Tensor:
-        own, leaf = _cut(hidden[layer])
+
+def matcher_of(num_student: int, rows: MicroRows, settings: InteractSpec, rng: np.random.Generator) -> Matcher:
+    """The choice of teacher layers that the settings describe."""
+    matching = Matching(
+        mode=settings.matching,
+        scale=settings.scale,
+        temperature=settings.temperature,
+        fixed_temperature=settings.fixed_temperature,
+        bottom_k=settings.bottom_k,
+        sampler=settings.sampler,
+    )
+    num_teacher = rows.layers.num_layers - 1
+    return Matcher(num_student, num_teacher, rng=rng, matching=matching, num_units=rows.num_units)
+
+
+class _Turn:
+    """The terms of one micro-batch as they come: each is stepped back as far as the hidden states it stands on."""
+
+    def __init__(
+        self,
+        hidden: Mapping[int, Tensor | LayerSequence],
+        backbone: Backbone,
+        verbalizers: Verbalizers | None,
+        rows: MicroRows,
+        settings: InteractSpec,
+        compiled: bool,
+    ) -> None:
+        self.hidden, self.backbone, self.verbalizers, self.rows = hidden, backbone, verbalizers, rows
+        self.settings, self.compiled, self.head = settings, compiled, head_of(backbone)
+        self.gradients: dict[int, Tensor] = {}
+        self.layers: list[int] = []
+        self.numbers: list[Tensor] = []
+        self.targets: list[Tensor] = []
+
+    def last(self, weight: float) -> None:
+        """The last layer, through the head alone."""
+        layer, alpha = self.backbone.num_layers, self.settings.alpha_ce
+        if self.settings.last == "ce":
+            self.labels(layer, weight)
+            return
+        leaf, state_TD = self._state(layer)
+        final = self.rows.layers.num_layers - 1
+        loss, tokens_T = self._compare(state_TD, self.settings.last, range(final, final + 1)).choose(0)
+        if alpha:
+            with autocast(leaf.device):
+                loss = (1 - alpha) * loss + alpha * linear_cross_entropy(state_TD, self.head, self.rows.gold_T)
+        self._add(layer, leaf, loss * weight, loss, tokens_T, torch.full_like(self.rows.unit_T, final))
+
+    def labels(self, layer: int, weight: float) -> None:
+        """Cross-entropy of a layer with the response."""
+        leaf, state_TD = self._state(layer)
         with autocast(leaf.device):
-            verbal_TD = leaf if verbalizers is None or layer == last else verbalizers.apply(layer, own)
-            window = range(num_teacher, num_teacher + 1) if layer == last else matcher.window()
-            candidates = candidate_kl(
-                verbal_TD, head_of(backbone), rows, window, divergence=divergence, compiled=compiled
+            loss = linear_cross_entropy(state_TD, self.head, self.rows.gold_T, compiled=self.compiled)
+        self._add(layer, leaf, loss * weight, loss, loss.detach()[None], torch.full_like(self.rows.unit_T, -1))
+
+    def matched(self, layer: int, matcher: Matcher, weight: float) -> None:
+        """The divergence of a layer from the teacher layers that the matcher chooses."""
+        leaf, state_TD = self._state(layer)
+        window = matcher.window()
+        candidates = self._compare(state_TD, self.settings.intermediate, window)
+        index_nU = matcher.choose(self.rows.mean_of_units(candidates.matching_MT))
+        losses, tokens, kept = [], [], []
+        for index_U in index_nU:
+            index_T = index_U[self.rows.unit_T]
+            keep_T = self._reliable(candidates, window.start + index_T) if self.settings.reliable_only else None
+            loss, tokens_T = candidates.choose(index_T, keep_T=keep_T)
+            losses.append(loss)
+            tokens.append(tokens_T)
+            kept.append(loss.new_ones(()) if keep_T is None else keep_T.mean())
+        loss = torch.stack(losses).mean()
+        target_T = window.start + index_nU[-1][self.rows.unit_T]
+        self._add(layer, leaf, loss * weight, loss, tokens[-1], target_T, torch.stack(kept).mean())
+        self.targets.append(window.start + index_nU)
+
+    def divergences(self, layer: int, window: range) -> Tensor:
+        """What a layer would be matched by, [M, U], without a gradient."""
+        with torch.no_grad():
+            _, state_TD = self._state(layer)
+            return self.rows.mean_of_units(self._compare(state_TD, "forward_kl", window).matching_MT)
+
+    def finish(self) -> Terms:
+        """Step back through the backbone, once for all terms."""
+        if self.gradients:
+            roots = [_cut_at(self.hidden[layer]) for layer in self.gradients]
+            torch.autograd.backward(roots, list(self.gradients.values()))
+        num_matched = self.targets[0].numel() if self.targets else 0
+        matched = [target_nU.flatten() for target_nU in self.targets]
+        matched_US = torch.stack(matched, 1) if matched else self.rows.unit_T.new_empty(num_matched, 0)
+        return Terms(self.layers, torch.stack(self.numbers), matched_US)
+
+    def _state(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Hidden states of a layer with a gradient of their own, and what enters the head."""
+        own, leaf = _cut(self.hidden[layer])
+        if self.verbalizers is None or layer == self.backbone.num_layers:
+            return leaf, leaf
+        with autocast(leaf.device):
+            return leaf, self.verbalizers.apply(layer, own)
+
+    def _compare(self, state_TD: Tensor, operation: str, window: range) -> CandidateKL:
+        settings = self.settings
+        divergence = Divergence(cast(DivergenceName, operation), settings.beta, settings.skew)
+        with autocast(state_TD.device):
+            return candidate_kl(
+                state_TD, self.head, self.rows.layers, window, divergence=divergence, compiled=self.compiled
             )
-        choice = 0 if layer == last else matcher.choose(candidates.matching_M)
-        loss, tokens_T = candidates.choose(choice)
+
+    def _reliable(self, candidates: CandidateKL, target_T: Tensor) -> Tensor:
+        """1 for the tokens of units whose teacher layer says the response better than the student's layer, else 0."""
+        teacher_1T = self.rows.gold_logprob_LT.gather(0, target_T[None])
+        student_1T = candidates.gold_logprobs(self.rows.gold_T)[None]
+        is_better_1U = self.rows.mean_of_units(teacher_1T) >= self.rows.mean_of_units(student_1T)
+        return is_better_1U[0][self.rows.unit_T].to(student_1T.dtype)
+
+    def _add(
+        self,
+        layer: int,
+        leaf: Tensor,
+        weighted: Tensor,
+        loss: Tensor,
+        tokens_T: Tensor,
+        target_T: Tensor,
+        kept: Tensor | None = None,
+    ) -> None:
         if leaf.requires_grad:
-            (loss * scale * (settings.lambda_last if layer == last else 1.0)).backward()
+            weighted.backward()
             assert leaf.grad is not None
-            gradients[layer] = leaf.grad
+            self.gradients[layer] = leaf.grad
         lowest, token = tokens_T.min(0)
-        match = torch.as_tensor(window.start + choice, device=leaf.device)
-        return torch.stack([x.detach().double() for x in (loss, lowest, token, match)])
-
-    terms_N4 = torch.stack([term(layer) for layer in [last, *layers]])
-    if gradients:
-        torch.autograd.backward([_cut_at(hidden[layer]) for layer in gradients], list(gradients.values()))
-    return terms_N4
+        share = torch.ones_like(lowest) if kept is None else kept
+        self.layers.append(layer)
+        numbers = (loss.detach(), lowest, token, target_T.gather(0, token[None])[0], share)
+        self.numbers.append(torch.stack([x.double() for x in numbers]))
 
 
-def read_terms(results: Sequence[Interaction], settings: InteractSpec, teacher_layers: Sequence[int]) -> np.ndarray:
-    """The terms of all micro-batches that have rows, [., N, 4]: the one place of a step that waits for the device.
+@dataclass(frozen=True)
+class StepNumbers:
+    """The terms of one optimizer step on the host: means over the micro-batches, nats per response token.
+
+    `kept` is the share of tokens whose teacher layer was reliable; `matched` holds, for each micro-batch, the teacher
+    targets of its units, [U, S].
+    """
+
+    values: dict[int, float]
+    kept: dict[int, float]
+    matched: list[list[list[int]]]
+
+
+def read_numbers(results: Sequence[Interaction], settings: InteractSpec, teacher_layers: Sequence[int]) -> StepNumbers:
+    """The one place of a step that waits for the device. Micro-batches without rows count as 0 in the means.
 
     Raises ModelError for a token whose divergence is negative or not finite, naming sample and layers.
     """
-    results = [result for result in results if result.terms_N4 is not None]
-    if not results:
-        return np.zeros((0, 1, 4))
-    values = torch.stack([result.terms_N4 for result in results if result.terms_N4 is not None]).cpu().numpy()
-    wrong = ~(np.isfinite(values[..., VALUE]) & (values[..., LOWEST] >= LOWEST_NATS * settings.tau**2))
-    for number, index in np.argwhere(wrong)[:1]:
-        _, lowest, token, match = values[number, index]
-        student = "last layer" if index == 0 else f"target layer {index} of {values.shape[1] - 1}"
-        raise ModelError(
-            f"sample `{results[number].sample_of(int(token))}`: the divergence of the student's {student} from teacher "
-            f"layer {teacher_layers[int(match)]} is {lowest:.4g} nats at one of its tokens. Not finite: training has "
-            "diverged, start a new run with a lower `learning_rate` or a longer `warmup` for stage interact. Negative: "
-            "the cached rows are damaged, run vlsi-cache verify CACHE"
-        )
-    return values
+    values: dict[int, float] = {}
+    kept: dict[int, float] = {}
+    matched: list[list[list[int]]] = []
+    for result in results:
+        if result.terms is None:
+            matched.append([])
+            continue
+        numbers_N5 = result.terms.numbers_N5.cpu().numpy()
+        for layer, numbers in zip(result.terms.layers, numbers_N5, strict=True):
+            _refuse_impossible(result, layer, numbers, settings, teacher_layers)
+            values[layer] = values.get(layer, 0.0) + float(numbers[VALUE]) / len(results)
+            kept[layer] = kept.get(layer, 0.0) + float(numbers[KEPT]) / len(results)
+        matched.append([[teacher_layers[j] for j in unit] for unit in result.terms.matched_US.tolist()])
+    return StepNumbers(values, kept, matched)
+
+
+def _refuse_impossible(
+    result: Interaction, layer: int, numbers: np.ndarray, settings: InteractSpec, teacher_layers: Sequence[int]
+) -> None:
+    lowest, target = float(numbers[LOWEST]), int(numbers[MATCH])
+    if np.isfinite(numbers[VALUE]) and lowest >= LOWEST_NATS * settings.tau**2:
+        return
+    sample = result.sample_of(int(numbers[LOWEST_TOKEN]))
+    against = "the labels" if target < 0 else f"teacher layer {teacher_layers[target]}"
+    raise ModelError(
+        f"sample `{sample}`: the divergence of student layer {layer} from {against} is {lowest:.4g} nats at one of its "
+        "tokens. Not finite: training has diverged, start a new run with a lower `learning_rate` or a longer `warmup` "
+        "for stage interact. Negative: the cached rows are damaged, run vlsi-cache verify CACHE"
+    )
 
 
 def _cut(hidden: Tensor | LayerSequence) -> tuple[Tensor | LayerSequence, Tensor]:

@@ -11,8 +11,8 @@ import torch
 
 from vlsi_cache.models.adapter import train_everything, train_head_and_embeddings
 from vlsi_cache.models.layers import Backbone
-from vlsi_cache.sparse.kl import linear_cross_entropy
 from vlsi_cache.sparse.logits import Head
+from vlsi_cache.sparse.whole import linear_cross_entropy
 
 from .feed import feeding
 from .loop import autocast, clip_gradients, head_of, make_optimizer, memory_gib, optimizer_step, say, seed_step

@@ -181,10 +181,12 @@ def _check_divergence(cache: Cache, interact: InteractSpec) -> None:
             "the tail at another temperature cannot be known from the top-k. Build a cache with "
             f"`rows.taus=[1.0,{interact.tau}]`"
         )
-    if header.row_kind == "sampled" and (interact.divergence != "forward_kl" or interact.tau != 1.0):
+    operations = {interact.intermediate, interact.last} - {"forward_kl", "ce", "none"}
+    if header.row_kind == "sampled" and (operations or interact.tau != 1.0):
         raise SpecError(
-            f"`distill.interact` asks for {interact.divergence} at tau {interact.tau}, and {cache.path} holds draws "
-            "from the teacher: what they estimate without bias is forward_kl at tau 1 alone"
+            f"`distill.interact` asks for {' and '.join(sorted(operations)) or 'forward_kl'} at tau {interact.tau}, "
+            f"and {cache.path} holds draws from the teacher, which estimate forward_kl at tau 1 without bias and "
+            "nothing else"
         )
 
 

@@ -19,7 +19,7 @@ from vlsi_cache.data.records import RecordSet
 from vlsi_cache.errors import SpecError
 from vlsi_cache.models.layers import Backbone
 from vlsi_cache.models.verbalizer import Verbalizers, build_verbalizers
-from vlsi_cache.sparse.kl import linear_cross_entropy
+from vlsi_cache.sparse.whole import linear_cross_entropy
 from vlsi_cache.spec import CacheSpec, Schedule, VerbalizerSpec
 
 from .feed import Feed, MicroBatch, feeding, shuffled_records
