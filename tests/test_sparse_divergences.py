@@ -20,7 +20,7 @@ from vlsi_cache.errors import DataError, ModelError, SpecError
 from vlsi_cache.sparse.divergences import Bucketed, Divergence
 from vlsi_cache.sparse.kl import LayerRows, candidate_kl, sparse_kl
 from vlsi_cache.sparse.logits import Head
-from vlsi_cache.sparse.whole import linear_cross_entropy
+from vlsi_cache.sparse.whole import head_output, kl_to_output, linear_cross_entropy
 
 NAMES = ("forward_kl", "reverse_kl", "jsd", "skewed_kl", "l2_topk")
 BOUNDED = NAMES[:-1]  # data processing does not hold for the l2
@@ -220,6 +220,23 @@ def test_linear_cross_entropy_is_cross_entropy_of_the_logits(
     with torch.no_grad():
         value = linear_cross_entropy(case.hidden_TD, Head(case.weight_VD, **head), gold_T)
     assert not value.requires_grad
+
+
+def test_the_divergence_from_another_output_needs_no_logits() -> None:
+    case = Case(scale=0.7)
+    target_TD, gold_T = torch.randn(4, 8, dtype=torch.float64), torch.tensor([0, 39, 7, 14])
+    head = Head(case.weight_VD, 0.7)
+    found, cross_entropy = kl_to_output(case.hidden_TD, head, gold_T, head_output(target_TD, head))
+    teacher = Categorical(logits=0.7 * target_TD @ case.weight_VD.T)
+    expected = kl_divergence(teacher, Categorical(logits=case.logits_TV())).mean()
+    torch.testing.assert_close(found, expected)
+    wanted_TD = torch.autograd.grad(3 * expected, case.hidden_TD)[0]
+    torch.testing.assert_close(torch.autograd.grad(3 * found, case.hidden_TD)[0], wanted_TD)
+    torch.testing.assert_close(cross_entropy, F.cross_entropy(case.logits_TV(), gold_T).detach())
+    own = head_output(case.hidden_TD, head)
+    assert 0 <= kl_to_output(case.hidden_TD, head, gold_T, own)[0].item() < 1e-12
+    with pytest.raises(ModelError, match="without a soft cap"):
+        kl_to_output(case.hidden_TD, Head(case.weight_VD, cap=2.0), gold_T, own)
 
 
 def test_a_head_changed_between_value_and_gradient_is_noticed() -> None:

@@ -19,7 +19,7 @@ from vlsi_cache.errors import DataError, ModelError, SpecError
 from vlsi_cache.models.adapter import add_lora, train_everything
 from vlsi_cache.models.load import load_model
 from vlsi_cache.spec import Schedule
-from vlsi_cache.stages.loop import clip_gradients, make_optimizer, seed_step
+from vlsi_cache.stages.loop import clip_gradients, make_optimizer, read_metrics, seed_step
 from vlsi_cache.store.reader import Cache
 
 
@@ -170,6 +170,20 @@ def test_a_run_that_diverges_says_where(
     of = " of layer 2" if stage == "verbalize" else ""
     with pytest.raises(ModelError, match=f"stage {stage}, step 1 of [45]: the gradient norm{of} is nan"):
         vc.distill(cache, student=str(student_folder), out=tmp_path / "run")
+
+
+def test_verbalizers_may_learn_what_the_model_says(teacher_folder: Path, tmp_path: Path) -> None:
+    changes = ["verbalizer.loss=kl_to_final", "train_verbalizers.schedule.steps=12"]
+    spec = vc.load_spec(write_spec(tmp_path, teacher_folder), overrides=changes)
+    run = vc.train_verbalizers(spec, out=tmp_path / "run")
+    lines = read_metrics(run / "metrics.jsonl")
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    # What is logged by layer is the loss of the response, whatever was trained.
+    labels = vc.load_spec(write_spec(tmp_path, teacher_folder), overrides=changes[1:])
+    first = read_metrics(vc.train_verbalizers(labels, out=tmp_path / "labels") / "metrics.jsonl")[0]
+    assert lines[0]["layers"] == pytest.approx(first["layers"], rel=1e-5)
+    assert first["loss"] == pytest.approx(sum(first["layers"].values()))
+    assert lines[0]["loss"] != pytest.approx(first["loss"])
 
 
 def test_liger_s_loss_is_taken_on_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:

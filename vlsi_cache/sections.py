@@ -180,12 +180,17 @@ class Schedule(Strict):
 
 
 class VerbalizerSpec(Strict):
-    """Architecture of the verbalizers, for teacher and student alike (VLsI, Table 4f)."""
+    """Architecture of the verbalizers, for teacher and student alike (VLsI, Table 4f), and what they learn.
+
+    `loss: ce` is the cross-entropy with the response; `kl_to_final` the divergence from what the model itself says at
+    the response's positions, as the tuned lens learns it.
+    """
 
     structure: Structure = "verb-ffn"
     style: Literal["residual", "plain"] = "residual"
     final_norm: bool = True
     pre_norm: Literal["rms", "none"] = "rms"
+    loss: Literal["ce", "kl_to_final"] = "ce"
 
 
 def _check_batches(spec: Batched) -> Batched:

@@ -1,9 +1,5 @@
 """The project's functions as the benchmarks call them: the one place to change when they change."""
 
-import inspect
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from cases import HeadCase, StudentCase, TeacherCase
 from torch import Tensor
@@ -19,7 +15,7 @@ Compiled = bool | None  # None: whatever the function does by itself
 def teacher(case: TeacherCase, compiled: Compiled = None) -> dict[str, Tensor]:
     return teacher_rows(
         case.hidden_TD, case.weight_VD, case.gold_T, top_k=case.top_k, uniforms_Tm=case.uniforms_Tm,
-        v_real=case.v_real, block=16384, **_form(teacher_rows, compiled),
+        v_real=case.v_real, block=16384, compiled=bool(compiled),
     )  # fmt: skip
 
 
@@ -53,12 +49,3 @@ def cross_entropy(case: HeadCase) -> tuple[Tensor, Tensor]:
     loss = linear_cross_entropy(hidden_TD, Head(weight_VD), case.gold_T)
     hidden_grad, weight_grad = torch.autograd.grad(loss, (hidden_TD, weight_VD))
     return hidden_grad, weight_grad
-
-
-def compiled_missing() -> str:
-    return "" if "compiled" in inspect.signature(teacher_rows).parameters else "not available"
-
-
-def _form(function: Callable, compiled: Compiled) -> dict[str, Any]:
-    takes = "compiled" in inspect.signature(function).parameters
-    return {"compiled": compiled} if takes and compiled is not None else {}

@@ -146,6 +146,7 @@ def _verbalize(state: StudentState, num_steps: int) -> tuple[Verbalizers, dict[s
         checkpoint_steps=distill.checkpoint_steps,
         log=state.log,
         seed=distill.seed,
+        compiled=state.compiled,
     )
     verbalizers.save(
         folder, provenance={"teacher_digest": state.run.record["student_digest"], "model": state.student_path}

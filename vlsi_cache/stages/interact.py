@@ -59,6 +59,7 @@ def interact(state: StudentState, model: Any, verbalizers: Verbalizers | None, *
                         rng=match_rng(distill.seed, step * num_micro + micro_step, 0),
                         scale=1 / num_micro,
                         layer_weight=layer_weight,
+                        compiled=state.compiled,
                     )
                 results.append(Interaction(terms, micro.sample_ids, micro.batch.num_tokens))
             numbers = read_numbers(results, settings, state.teacher_layers)

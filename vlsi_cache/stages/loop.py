@@ -20,8 +20,9 @@ from tqdm import tqdm
 
 from vlsi_cache.errors import CacheCorruptError, ModelError
 from vlsi_cache.models.layers import Backbone
+from vlsi_cache.sparse.kernels import pick_kernels
 from vlsi_cache.sparse.logits import Head
-from vlsi_cache.spec import Schedule
+from vlsi_cache.spec import RunSpec, Schedule
 
 
 def say(message: str) -> None:
@@ -35,6 +36,13 @@ def pick_device(device: str | None) -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         say(f"device: {device} ({'CUDA found' if device == 'cuda' else 'no CUDA found'})")
     return torch.device(str(device))
+
+
+def choose_kernels(run: RunSpec, device: torch.device) -> bool:
+    """Whether sums over the vocabulary are compiled; printed with the reason."""
+    compiled, reason = pick_kernels(run.kernels, device)
+    say(f"kernels: {'compiled' if compiled else 'eager'} ({reason})")
+    return compiled
 
 
 def head_of(backbone: Backbone) -> Head:

@@ -19,10 +19,12 @@ from .loop import autocast, clip_gradients, head_of, make_optimizer, memory_gib,
 from .student import StudentState
 
 
-def response_loss(hidden_TD: torch.Tensor, head: Head, gold_T: torch.Tensor, *, with_liger: bool) -> torch.Tensor:
+def response_loss(
+    hidden_TD: torch.Tensor, head: Head, gold_T: torch.Tensor, *, with_liger: bool, compiled: bool = False
+) -> torch.Tensor:
     """Mean cross-entropy in nats per response token, of which no logits [T, V] are kept."""
     if not with_liger:
-        return linear_cross_entropy(hidden_TD, head, gold_T)
+        return linear_cross_entropy(hidden_TD, head, gold_T, compiled=compiled)
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss  # pyright: ignore[reportMissingImports]
 
     # In fp32 it adds up what the chunks give the head; by default it would do so in the dtype of the weight.
@@ -72,7 +74,9 @@ def sft(state: StudentState, model: Any, *, num_steps: int) -> dict[str, Any]:
                 with autocast(state.device):
                     hidden = backbone.capture(batch.inputs, [], batch.rows_T, batch.positions_T)
                     state_TD = hidden[backbone.num_layers]
-                    loss = response_loss(state_TD, head_of(backbone), batch.gold_T, with_liger=with_liger)
+                    loss = response_loss(
+                        state_TD, head_of(backbone), batch.gold_T, with_liger=with_liger, compiled=state.compiled
+                    )
                 (loss / num_micro).backward()
                 losses.append(loss.detach())
             clip_gradients(optimizer, schedule, "sft", step, num_steps)

@@ -18,7 +18,7 @@ from vlsi_cache.store.reader import Cache
 
 from .feed import Feed, cached_records, match_records
 from .inputs import target_layers
-from .loop import Checkpoints, MetricsLog, pick_device, say
+from .loop import Checkpoints, MetricsLog, choose_kernels, pick_device, say
 from .runs import Run
 
 SOURCE_KEYS = ("path", "media_root", "generator", "options", "limit")
@@ -97,6 +97,7 @@ class StudentInputs:
             dtype=dtype,
             layers=self.layers,
             device=where,
+            compiled=choose_kernels(self.spec.run, where),
             log=MetricsLog(run.path),
             checkpoints=Checkpoints(run.path),
         )
@@ -116,6 +117,7 @@ class StudentState:
     dtype: torch.dtype
     layers: list[int]
     device: torch.device
+    compiled: bool
     log: MetricsLog
     checkpoints: Checkpoints
 

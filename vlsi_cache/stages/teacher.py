@@ -21,7 +21,6 @@ from vlsi_cache.data.collate import Batch, collate
 from vlsi_cache.errors import BatchTooLargeError, ModelError, VlsiCacheError
 from vlsi_cache.models.layers import Backbone
 from vlsi_cache.models.verbalizer import Verbalizers
-from vlsi_cache.sparse.kernels import pick_kernels
 from vlsi_cache.sparse.logits import Head
 from vlsi_cache.sparse.rows import SparseRows
 from vlsi_cache.sparse.select import keyed_uniforms
@@ -30,7 +29,7 @@ from vlsi_cache.sparse.truncate import draw_rows, top_p_widths, truncate
 
 from .ahead import ahead
 from .inputs import TeacherInputs
-from .loop import head_of, say
+from .loop import choose_kernels, head_of, say
 
 SCANNED_K = 64  # of sampled rows: the likeliest tokens are drawn from directly, the rest through the tail
 SHOWN_SAMPLES = 5
@@ -232,8 +231,7 @@ def load_teacher(inputs: TeacherInputs, *, device: str | None) -> Teacher:
     """Load weights and verbalizers onto the device of the flag, or else of the spec."""
     backbone = inputs.load_backbone(device or inputs.spec.run.device)
     say(f"teacher: {inputs.model_path} on {backbone.device}")
-    compiled, reason = pick_kernels(inputs.spec.run.kernels, backbone.device)
-    say(f"kernels: {'compiled' if compiled else 'eager'} ({reason})")
+    compiled = choose_kernels(inputs.spec.run, backbone.device)
     return Teacher(backbone, inputs.load_verbalizers(backbone), inputs, backbone.device, compiled)
 
 

@@ -1,4 +1,5 @@
-"""Stage verbalize: train one verbalizer per target layer by cross-entropy on the response; all else is frozen.
+"""Stage verbalize: train one verbalizer per target layer to say the response, or what the model says; the rest is
+frozen.
 
 The same loop serves the teacher (`train_verbalizers`) and the student (called by `distill`). Since backbone and head
 are frozen, the layers' gradients are independent: each layer is stepped through the head and back before the next
@@ -11,23 +12,25 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from vlsi_cache.data.collate import Batch
 from vlsi_cache.data.records import RecordSet
 from vlsi_cache.errors import SpecError
 from vlsi_cache.models.layers import Backbone
 from vlsi_cache.models.verbalizer import Verbalizers, build_verbalizers
-from vlsi_cache.sparse.whole import linear_cross_entropy
+from vlsi_cache.sparse.whole import head_output, kl_to_output, linear_cross_entropy
 from vlsi_cache.spec import CacheSpec, Schedule, VerbalizerSpec
 
-from .feed import Feed, MicroBatch, feeding, shuffled_records
+from .feed import Feed, feeding, shuffled_records
 from .inputs import TeacherInputs, open_teacher_inputs
 from .loop import (
     Checkpoints,
     MetricsLog,
     autocast,
+    choose_kernels,
     clip_gradients,
     head_of,
     make_grouped_optimizer,
@@ -90,6 +93,7 @@ def _train(inputs: TeacherInputs, out: Path, *, device: str | None) -> dict[str,
             checkpoint_steps=settings.checkpoint_steps,
             log=log,
             seed=settings.seed,
+            compiled=choose_kernels(spec.run, backbone.device),
         )
     verbalizers.save(
         out / "verbalizers", provenance={"teacher_digest": inputs.weights_digest, "model": spec.teacher.model}
@@ -112,12 +116,13 @@ def verbalize(
     checkpoint_steps: int,
     log: MetricsLog,
     seed: int,
+    compiled: bool = False,
 ) -> tuple[Verbalizers, dict[str, Any]]:
     """Train verbalizers of `layers`; `make_feed(num_skip)` gives the data from any sample on.
 
     Returns them and the stage's entry for `run.json`. Goes on from this stage's newest checkpoint.
     """
-    verbalizers = build_verbalizers(backbone, layers, **architecture.model_dump(), seed=seed)
+    verbalizers = build_verbalizers(backbone, layers, **architecture.model_dump(exclude={"loss"}), seed=seed)
     # One group a layer, so that the large gradient of one layer does not clip those of the others.
     groups = {f"layer {layer}": verbalizers.by_layer[str(layer)].parameters() for layer in layers}
     optimizer = make_grouped_optimizer(groups, schedule)
@@ -129,23 +134,33 @@ def verbalize(
     with feeding(make_feed(first * batch_size)) as feed:
         for step in range(first, num_steps):
             started, waited, tokens = time.monotonic(), feed.wait_s, 0
-            losses: list[torch.Tensor] = []
+            losses: list[LayerLoss] = []
             seed_step(seed, "verbalize", step)
             for _ in range(num_micro):
                 micro = feed.next()
                 tokens += len(micro.batch.gold_T)
-                losses += layer_losses(backbone, verbalizers, micro, v_real=v_real, scale=1 / num_micro)
+                losses += layer_losses(
+                    backbone,
+                    verbalizers,
+                    micro.batch,
+                    loss=architecture.loss,
+                    v_real=v_real,
+                    scale=1 / num_micro,
+                    compiled=compiled,
+                )
             clip_gradients(optimizer, schedule, "verbalize", step, num_steps)
             rate = optimizer_step(optimizer, schedule, step, num_steps)
 
-            by_layer = torch.stack(losses).view(num_micro, len(layers)).mean(0).tolist()
+            trained, nll = (
+                torch.stack(column).view(num_micro, -1).mean(0).tolist() for column in zip(*losses, strict=True)
+            )
             seconds = time.monotonic() - started
             log.write(
                 stage="verbalize",
                 step=step + 1,
                 num_steps=num_steps,
-                loss=sum(by_layer),
-                layers={str(layer): loss for layer, loss in zip(layers, by_layer, strict=True)},
+                loss=sum(trained),
+                layers={str(layer): value for layer, value in zip(layers, nll, strict=True)},
                 learning_rate=rate,
                 tokens_per_s=tokens / seconds,
                 data_wait_pct=100 * (feed.wait_s - waited) / seconds,
@@ -156,15 +171,35 @@ def verbalize(
     return verbalizers, {"name": "verbalize", "steps": num_steps, "seconds": log.stage_seconds("verbalize")}
 
 
+class LayerLoss(NamedTuple):
+    """One layer and micro-batch, detached, nats per response token: what was trained, and the cross-entropy."""
+
+    trained: torch.Tensor
+    nll: torch.Tensor
+
+
 def layer_losses(
-    backbone: Backbone, verbalizers: Verbalizers, micro: MicroBatch, *, v_real: int, scale: float
-) -> Iterator[torch.Tensor]:
-    """Cross-entropy of each layer, nats per response token; `scale` times its gradient is left in the verbalizer."""
-    batch, head = micro.batch, head_of(backbone).real(v_real)
+    backbone: Backbone,
+    verbalizers: Verbalizers,
+    batch: Batch,
+    *,
+    loss: str,
+    v_real: int,
+    scale: float,
+    compiled: bool = False,
+) -> Iterator[LayerLoss]:
+    """The loss of each layer; `scale` times its gradient is left in the verbalizer."""
+    head = head_of(backbone).real(v_real)
     with torch.no_grad(), autocast(backbone.device):
         hidden = dict(verbalizers.capture(batch.inputs, batch.rows_T, batch.positions_T))
+        final_TD: Any = hidden.pop(backbone.num_layers)
+        own = head_output(final_TD, head, compiled=compiled) if loss == "kl_to_final" else None
     for layer in verbalizers.layers:
         with autocast(backbone.device):
-            loss = linear_cross_entropy(verbalizers.apply(layer, hidden.pop(layer)), head, batch.gold_T)
-        (loss * scale).backward()
-        yield loss.detach()
+            state_TD = verbalizers.apply(layer, hidden.pop(layer))
+            if own is None:
+                trained = nll = linear_cross_entropy(state_TD, head, batch.gold_T, compiled=compiled)
+            else:
+                trained, nll = kl_to_output(state_TD, head, batch.gold_T, own, compiled=compiled)
+        (trained * scale).backward()
+        yield LayerLoss(trained.detach(), nll.detach())
