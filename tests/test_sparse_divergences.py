@@ -125,7 +125,8 @@ def test_gradcheck(divergence: Divergence, options: dict[str, int]) -> None:
 
     hidden_TD, weight_VD = case.hidden_TD, case.weight_VD
     assert torch.autograd.gradcheck(loss, (hidden_TD, weight_VD), atol=1e-7)  # a frozen head
-    assert torch.autograd.gradcheck(loss, (hidden_TD, weight_VD.requires_grad_()), atol=1e-7)
+    # One random direction in the 320 weights; every single one is compared with autograd above.
+    assert torch.autograd.gradcheck(loss, (hidden_TD, weight_VD.requires_grad_()), atol=1e-7, fast_mode=True)
 
 
 def test_the_gradient_carries_tau_squared_like_the_value() -> None:
