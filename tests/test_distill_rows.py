@@ -64,6 +64,37 @@ def test_other_divergences_and_temperatures_are_trained(
     assert len(set(first.values())) == len(first)
 
 
+def test_ways_of_matching_and_operations_run_and_are_logged(
+    tmp_path: Path, teacher_folder: Path, student_folder: Path
+) -> None:
+    cache = build(tmp_path, teacher_folder, [])
+    for name, changes in {
+        "bottom": ["matching=bottom_k", "bottom_k=2"],
+        "stretch": ["matching=uniform_stretch"],
+        "sample": ["match_unit=sample", "reliable_only=true"],
+        "joint": ["sampler=joint", "layer_reduction=mean"],
+        "late": ["layers_full_until=0.4", "layers_zero_from=0.8", "alpha_ce=0.3"],
+        "labels": ["intermediate=ce", "last=none"],
+    }.items():
+        overrides = [f"distill.interact.{change}" for change in changes]
+        run = vc.distill(cache, student=str(student_folder), out=tmp_path / name, overrides=overrides)
+        lines = [line for line in read_metrics(run / "metrics.jsonl") if line["stage"] == "interact"]
+        matches = [match for line in lines for match in line["matched_layers"]]
+        if name == "stretch":
+            assert all(match == [cache.layers[0], cache.layers[-2]] for match in matches)
+        elif name == "sample":
+            assert len(matches) == 5 * 4  # batches of 4 samples, each matched by itself
+            assert all(0 <= share <= 1 for line in lines for share in line["reliable"].values())
+        elif name == "bottom":
+            assert len(matches) == 5 * 2 * 2  # two micro-batches, two layers each
+        elif name == "late":
+            assert [bool(line["layers"]["1"]) for line in lines] == [True, True, True, True, False]
+        elif name == "labels":
+            assert matches == [[]] * len(matches)
+            assert all(line["kl_last"] == 0 for line in lines)
+        assert (run / "report.html").is_file()
+
+
 def test_divergences_that_the_cache_does_not_allow_are_refused_before_anything_is_loaded(
     tmp_path: Path, teacher_folder: Path, student_folder: Path
 ) -> None:

@@ -77,6 +77,7 @@ def interact(state: StudentState, model: Any, verbalizers: Verbalizers | None, *
                 loss=settings.lambda_last * kl_last + layer_weight * reduced,
                 kl_last=kl_last,
                 layers={str(layer): value for layer, value in by_layer.items()},
+                **({"reliable": {str(k): v for k, v in numbers.kept.items()}} if settings.reliable_only else {}),
                 matched_layers=[unit for units in numbers.matched for unit in units or [[]]],
                 learning_rate=rate,
                 tokens_per_s=tokens / seconds,
