@@ -190,10 +190,15 @@ def ratios(rows: Sequence[Measured]) -> dict[str, float]:
     return {row.name: row.ratio for row in rows if not row.skip}
 
 
-def setting(arguments: Sequence[str], script: str, device: torch.device) -> str:
-    """Command, machine, versions and commit."""
+def setting(
+    arguments: Sequence[str],
+    script: str,
+    device: torch.device,
+    names: Sequence[str] = ("torch", "numpy", "triton", "liger_kernel"),
+) -> str:
+    """Command, machine, versions of the packages `names` and commit."""
     packages = []
-    for name in ("torch", "numpy", "triton", "liger_kernel"):
+    for name in names:
         try:
             packages.append(f"{name} {version(name)}")
         except PackageNotFoundError:

@@ -1,0 +1,289 @@
+"""The stages against the plain forward and supervised steps of the same models: time, waiting for data, memory.
+
+    python tests/benchmarks/stages.py [--real] [--samples N] [--steps 8] [--threads 2] [--device cpu] [--out FILE.md]
+
+The demo's tiny Qwen2-VL, or with `--real` SmolLM2-135M and a copy of it cut to 12 layers. Steps take turns on the same
+micro-batches; times are wall-clock, since stages work in more than one thread. `--tiny` is the demo with few rows, all
+in this process: it shows that the benchmark runs, no more.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from measuring import MIB, Report, setting
+from processes import Answer, peak, remote, serve, start_peak
+from students import (
+    PACKAGES,
+    Step,
+    first_batches,
+    forward_step,
+    interact_step,
+    load_student,
+    plain_step,
+    prepare,
+    sft_step,
+    verbalize_step,
+)
+
+from vlsi_cache.data.batches import plan_batches, plan_parts
+from vlsi_cache.data.collate import Batch, collate
+from vlsi_cache.spec import CacheSpec
+from vlsi_cache.stages import build
+from vlsi_cache.stages.distill import distill
+from vlsi_cache.stages.inputs import TeacherInputs, open_teacher_inputs
+from vlsi_cache.stages.loop import read_metrics
+from vlsi_cache.stages.student import StudentState
+from vlsi_cache.stages.teacher import Teacher, load_teacher
+from vlsi_cache.store import reader
+
+SCRIPT = Path(__file__).name
+FORWARD, PLAIN, PLAIN_HEAD = "plain forward, no head", "plain sft: adapter", "plain sft: adapter, head, embeddings"
+STEPS: dict[str, Callable[[StudentState], Step]] = {
+    FORWARD: forward_step,
+    "verbalize": verbalize_step,
+    PLAIN: partial(plain_step, with_head=False),
+    "interact": interact_step,
+    PLAIN_HEAD: partial(plain_step, with_head=True),
+    "sft": sft_step,
+}
+TRAINED = [PLAIN, "interact", PLAIN_HEAD, "sft"]  # with an adapter
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
+    parser.add_argument("--real", action="store_true", help="SmolLM2-135M")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--samples", type=int, help="rows; 300 by default")
+    parser.add_argument("--steps", type=int, default=8, help="timed steps of each kind")
+    parser.add_argument("--rounds", type=int, default=3, help="builds")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--worker", nargs=3, metavar=("STEP", "CHECKPOINTING", "FOLDER"), help=argparse.SUPPRESS)
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(args.threads)
+    if args.worker:
+        name, checkpointing, folder = args.worker
+        serve(memory_of(name, checkpointing == "yes", Path(folder), args.device))
+        return
+    report = Report("Stages against plain steps")
+    report.say(setting(arguments, SCRIPT, torch.device(args.device), PACKAGES))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        num_samples = args.samples or (32 if args.tiny else 300)
+        spec = prepare("smollm2" if args.real else "demo", folder, num_samples=num_samples, device=args.device)
+        build_part(spec, folder, report, args)
+        stage_part(folder, report, args)
+        step_part(folder, report, args)
+        memory_part(folder, report, args)
+    if args.out:
+        report.write(args.out)
+
+
+def build_part(spec: CacheSpec, folder: Path, report: Report, args: argparse.Namespace) -> None:
+    """Whole builds, rows that are thrown away, and forward passes, in turns."""
+    inputs = open_teacher_inputs(spec)
+    teacher = load_teacher(inputs, device=args.device)
+    batches = planned_batches(inputs)
+    lengths = [[int(inputs.num_prompt_N[i]) + len(inputs.response_ids[i]) for i in batch] for batch in batches]
+    padding = 1 - sum(map(sum, lengths)) / sum(len(batch) * max(batch) for batch in lengths)
+    tokens = sum(len(ids) for ids in inputs.response_ids)
+    began = time.perf_counter()
+    encoded = [encode(inputs, batch).to(teacher.device) for batch in batches]
+    encode_s = time.perf_counter() - began
+    ranks_s: list[float] = []
+    works: dict[str, Callable[[], object]] = {
+        "forward of the backbone, encoded before": lambda: forward_all(teacher, encoded),
+        "rows, nothing written": lambda: [teacher.rows(batch) for batch in batches],
+        "build_teacher without loading": lambda: whole_build(spec, inputs, teacher, folder, ranks_s, args.device),
+    }
+    teacher.rows(batches[-1])
+    seconds, used = in_turns(works, args.rounds, teacher.device)
+    forward, rows, whole = works
+    seconds["of it, before the loop: ranks of the ids"] = ranks_s
+    seconds["build_teacher without loading and ranks"] = loop_s = [
+        all_s - some_s for all_s, some_s in zip(seconds[whole], ranks_s, strict=True)
+    ]
+    num_parts = reader.open(folder / "cache").header.num_parts
+    report.say(
+        f"## Build\n\nSpec `{spec.name}`, {len(inputs.records)} samples, {tokens} response tokens, {num_parts} parts, "
+        f"{len(batches)} batches of at most {spec.run.batch_tokens} tokens, "
+        f"{100 * padding:.1f} % padding. Encoding everything took {encode_s:.2f} s by itself.\n"
+    )
+    report.table("", "s, median", "response tokens/s", "/ rows", "/ forward", "CPU s, all threads")
+    for name, times in seconds.items():
+        cpu = f"{statistics.median(used[name]):.2f}" if name in used else ""
+        typical = statistics.median(times)
+        ratios = (f"{ratio(times, seconds[base]):.3f}" for base in (rows, forward))
+        report.row(name, f"{typical:.2f}", f"{tokens / typical:.0f}", *ratios, cpu)
+    report.say(
+        f"\nThe loop takes **{ratio(loop_s, seconds[rows]):.3f}** of the rows alone, median of {args.rounds} rounds. "
+        f"The ranks are counted once a build, over the first {build.RANKED_TOKENS} response tokens.\n"
+    )
+
+
+def planned_batches(inputs: TeacherInputs) -> list[list[int]]:
+    """The batches of a whole build."""
+    responses = [len(ids) for ids in inputs.response_ids]
+    seed, per_part = inputs.spec.rows.seed, build.part_tokens(inputs)
+    batches: list[list[int]] = []
+    for part in plan_parts(responses, seed=seed, tokens_per_part=per_part):
+        lengths = [int(inputs.num_prompt_N[i]) + responses[i] for i in part]
+        batches += [[part[j] for j in batch] for batch in plan_batches(lengths, inputs.spec.run.batch_tokens)]
+    return batches
+
+
+def encode(inputs: TeacherInputs, batch: list[int]) -> Batch:
+    return collate([inputs.encoder.encode(inputs.records[i]) for i in batch], pad_id=inputs.encoder.pad_id)
+
+
+@torch.inference_mode()
+def forward_all(teacher: Teacher, batches: Sequence[Batch]) -> None:
+    for batch in batches:
+        teacher.backbone.capture(batch.inputs, [], batch.rows_T, batch.positions_T)
+
+
+def whole_build(
+    spec: CacheSpec, inputs: TeacherInputs, teacher: Teacher, folder: Path, ranks_s: list[float], device: str
+) -> None:
+    """`build_teacher` with inputs and teacher that are there already; the first cache is kept for the students."""
+    count = build.frequency_ranks
+
+    def frequency_ranks(*arguments: Any) -> Any:
+        began = time.perf_counter()
+        found = count(*arguments)
+        ranks_s.append(time.perf_counter() - began)
+        return found
+
+    out = folder / ("cache" if not ranks_s else f"cache-{len(ranks_s)}")
+    with (
+        patch.object(build, "open_teacher_inputs", lambda _: inputs),
+        patch.object(build, "load_teacher", lambda *_, **__: teacher),
+        patch.object(build, "frequency_ranks", frequency_ranks),
+    ):
+        build.build_teacher(spec, out=out, device=device)
+
+
+def stage_part(folder: Path, report: Report, args: argparse.Namespace) -> None:
+    """The stages themselves, as `distill` runs them and logs them."""
+    num = max(3, args.steps)
+    lengths = [f"distill.{key}.steps={num}" for key in ("verbalize", "interact.schedule", "sft.schedule")]
+    run = distill(
+        folder / "cache",
+        student=str(folder / "student"),
+        out=folder / "run",
+        overrides=[*lengths, "distill.checkpoint_steps=1000000"],
+        device=args.device,
+    )
+    lines = read_metrics(run / "metrics.jsonl")
+    report.say(f"\n## Stages of `distill`, {num} steps each, the first left out\n")
+    report.table("stage", "response tokens/s, median", "waiting for data, %: mean", "largest")
+    for stage in ("verbalize", "interact", "sft"):
+        own = [line for line in lines if line["stage"] == stage][1:]
+        speed = statistics.median(line["tokens_per_s"] for line in own)
+        waits = [line["data_wait_pct"] for line in own]
+        report.row(stage, f"{speed:.0f}", f"{statistics.mean(waits):.2f}", f"{max(waits):.2f}")
+
+
+def step_part(folder: Path, report: Report, args: argparse.Namespace) -> None:
+    """One step of every kind on each micro-batch, each with a student of its own."""
+    steps = {name: make(load_student(folder, args.device)) for name, make in STEPS.items()}
+    state = load_student(folder, args.device)
+    micros = first_batches(state, args.steps + 2)
+    for step in steps.values():
+        for micro in micros[:2]:
+            step(micro)
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for micro in micros[2:]:
+        works = {name: partial(step, micro) for name, step in steps.items()}
+        for name, times in in_turns(works, 1, state.device)[0].items():
+            seconds[name] += times
+    tokens = statistics.mean(len(micro.batch.gold_T) for micro in micros[2:])
+    positions = statistics.mean(micro.batch.labels_BS.numel() for micro in micros[2:])
+    targets = len(state.layers)
+    report.say(
+        f"\n## Steps, update included, in turns on {args.steps} micro-batches of {state.spec.distill.micro_batch_size} "
+        f"samples\n\n{tokens:.0f} response tokens of {positions:.0f} positions (mean); {targets} student target layers "
+        f"and the last, {len(state.teacher_layers)} cached teacher layers. No data is waited for.\n"
+    )
+    report.table("step", "ms, median", "response tokens/s", f"/ {FORWARD}", f"/ {PLAIN}", f"/ {PLAIN_HEAD}", "/ sft")
+    for name, times in seconds.items():
+        typical = statistics.median(times)
+        ratios = (f"{ratio(times, seconds[base]):.2f}" for base in (FORWARD, PLAIN, PLAIN_HEAD, "sft"))
+        report.row(name, f"{1e3 * typical:.0f}", f"{tokens / typical:.0f}", *ratios)
+
+
+def memory_part(folder: Path, report: Report, args: argparse.Namespace) -> None:
+    """The peak of each training step in a process of its own, with gradient checkpointing and without."""
+    kind = "allocated on the GPU" if args.device.startswith("cuda") else "resident"
+    report.say(f"\n## Peak memory of a step, MiB {kind} above what was there after loading, two steps\n")
+    report.table(
+        "step", "gradient checkpointing", "after loading", "above it", f"/ {PLAIN}", f"/ {PLAIN_HEAD}", "/ sft"
+    )
+    for checkpointing in ("no", "yes"):
+        found: dict[str, Answer] = {}
+        for name in TRAINED:
+            if args.tiny:
+                answers = memory_of(name, checkpointing == "yes", folder, args.device)
+            else:
+                options = ["--threads", str(args.threads), "--device", args.device]
+                answers = remote(SCRIPT, ["--worker", name, checkpointing, str(folder), *options])
+            (found[name],) = answers
+        for name, answer in found.items():
+            ratios = (f"{answer['above'] / max(1, found[base]['above']):.2f}" for base in (PLAIN, PLAIN_HEAD, "sft"))
+            values = (f"{answer[key] / MIB:.0f}" for key in ("loaded", "above"))
+            report.row(name, checkpointing, *values, *ratios)
+    report.say(
+        "\nThe student, its adapter, frozen verbalizers and two micro-batches with their rows are there after loading; "
+        "activations, gradients and the optimizer's state are above. `sft` and the plain step beside it train head and "
+        "embeddings too.\n"
+    )
+
+
+def memory_of(name: str, checkpointing: bool, folder: Path, device: str) -> Iterator[Answer]:
+    state = load_student(folder, device, checkpointing=checkpointing)
+    micros = first_batches(state, 2)
+    step = STEPS[name](state)
+    loaded = start_peak(state.device)
+    for micro in micros:
+        step(micro)
+    yield {"loaded": loaded, "above": peak(state.device) - loaded}
+
+
+def in_turns(
+    works: dict[str, Callable[[], object]], num_rounds: int, device: torch.device
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Wall seconds of every work in every round, and the CPU seconds of all threads."""
+    seconds, used = {name: [] for name in works}, {name: [] for name in works}
+    for _ in range(num_rounds):
+        for name, work in works.items():
+            began, used_s = synchronized(device), time.process_time()
+            work()
+            seconds[name].append(synchronized(device) - began)
+            used[name].append(time.process_time() - used_s)
+    return seconds, used
+
+
+def synchronized(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def ratio(times: Sequence[float], base: Sequence[float]) -> float:
+    """Median over the rounds."""
+    return statistics.median(a / b for a, b in zip(times, base, strict=True))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
