@@ -22,7 +22,18 @@ import torch
 from measuring import MIB, Report, setting
 from online import Teacher, dense_values, now, online_step
 from processes import Answer, peak, remote, serve, start_peak
-from students import PACKAGES, Trained, cached_step, feed, for_interaction, load_student, prepare, read_spec
+from students import (
+    PACKAGES,
+    TINY,
+    Trained,
+    cached_step,
+    feed,
+    for_interaction,
+    load_student,
+    prepare,
+    read_spec,
+    touch,
+)
 
 from vlsi_cache.sparse.kl import candidate_kl
 from vlsi_cache.spec import CacheSpec
@@ -39,7 +50,7 @@ WARM_UP = 2  # steps that are not timed
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("--verbalizers", help="a folder of the teacher's verbalizers; fresh ones otherwise")
-    parser.add_argument("--samples", type=int, help="rows of one epoch, 1500 by default")
+    parser.add_argument("--samples", type=int, help="rows of one epoch, 600 by default")
     parser.add_argument("--steps", type=int, default=12, help="timed steps")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--device", default="cpu")
@@ -61,8 +72,8 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def compare(args: argparse.Namespace, folder: Path, report: Report) -> None:
-    options = {"verbalizers": args.verbalizers, "device": args.device}
-    num_samples = args.samples or (48 if args.tiny else 1500)
+    options = {"verbalizers": args.verbalizers, "device": args.device, "overrides": TINY if args.tiny else ()}
+    num_samples = args.samples or (48 if args.tiny else 600)
     spec = prepare("demo" if args.tiny else "smollm2", folder, num_samples=num_samples, **options)
 
     def start(mode: str) -> Iterator[Answer]:
@@ -98,6 +109,8 @@ def worker(mode: str, folder: Path, device: str, num_steps: int) -> Iterator[Ans
     state = load_student(folder, device)
     student = for_interaction(state)
     teacher = Teacher(folder, device) if mode == "online" else None
+    for model in (state.model, teacher.backbone.model) if teacher else (state.model,):
+        touch(model)
     yield {
         "imported": imported,
         "loaded": start_peak(where),
@@ -234,13 +247,15 @@ def agreement(steps: dict[str, list[Answer]], last: dict[str, Answer], report: R
     """Both losses on the same batches; the values of one batch for students that have not trained."""
     report.say("## Do both compute the same?\n")
     dense, sparse = (np.array(last[mode]["matching"]) for mode in MODES)
-    error, share = np.abs(sparse / dense - 1), np.array(last["cached"]["trained"]) / dense
+    off, apart = np.abs(sparse - dense), dense > 0.01  # no ratios where the student's layers still are the teacher's
+    percent, share = 100 * off[apart] / dense[apart], np.array(last["cached"]["trained"])[apart] / dense[apart]
     num_same = int((dense[:-1, :-1].argmin(1) == sparse[:-1, :-1].argmin(1)).sum())
     report.say(
-        f"One batch, students that have not trained, {dense.size} pairs of layers: the value that matches layers is "
-        f"off the dense KL by {100 * error.mean():.2f} % on average, {100 * error.max():.2f} % at most; the ghost "
-        f"value that is trained is {share.min():.3f} to {share.max():.3f} of the dense KL. The nearest teacher layer "
-        f"is the same for {num_same} of {len(dense) - 1} student layers.\n"
+        f"One batch, students that have not trained, {dense.size} pairs of layers, dense KL {dense.min():.3f} to "
+        f"{dense.max():.3f} nats: the value that matches layers is off it by {off.mean():.4f} nats on average, "
+        f"{off.max():.4f} at most ({percent.mean():.2f} % and {percent.max():.2f} %); the ghost value that is trained "
+        f"is {share.min():.3f} to {share.max():.3f} of it. The nearest teacher layer is the same for {num_same} of "
+        f"{len(dense) - 1} student layers.\n"
     )
     losses = {mode: np.array([sum(step["values"]) for step in steps[mode]]) for mode in MODES}
     matches = [np.array([step["matches"] for step in steps[mode]])[:, 1:] for mode in MODES]

@@ -41,22 +41,29 @@ assert peft is not None  # imported here, so that memory counted from later on l
 PACKAGES = ("torch", "transformers", "peft", "numpy", "zarr")
 KEPT_LAYERS = {"smollm2": "0-5,24-29", "demo": "0-1,6-7"}  # of the teacher, in the student
 TARGETS = {"smollm2": [2, 5, 8, 11], "demo": [1, 2, 3]}  # of the student
+TINY = ("store.part_mib=0.1", "distill.batch_size=2", "distill.micro_batch_size=2")  # of the demo, for a look at it
 NUM_STEPS = 1000  # what the schedules of the steps below believe
 
 Step = Callable[[MicroBatch], Any]
 
 
-def prepare(name: str, folder: Path, *, num_samples: int, verbalizers: str | None = None, device: str) -> CacheSpec:
+def prepare(
+    name: str,
+    folder: Path,
+    *,
+    num_samples: int,
+    device: str,
+    verbalizers: str | None = None,
+    overrides: Sequence[str] = (),
+) -> CacheSpec:
     """Write the student, the teacher's verbalizers unless there are some, and the spec; the cache is not built yet.
 
     Parts shrink with the number of samples, so that a cache has as many of them as that of the whole spec.
     """
     spec = load_spec(name)
     part_mib = spec.store.part_mib * num_samples / spec.data.options["num_samples"]
-    spec = apply_overrides(
-        spec,
-        [f"data.options.num_samples={num_samples}", f"store.part_mib={part_mib}", f"distill.layers={TARGETS[name]}"],
-    )
+    size = [f"data.options.num_samples={num_samples}", f"store.part_mib={part_mib}"]
+    spec = apply_overrides(spec, [*size, f"distill.layers={TARGETS[name]}", *overrides])
     teacher = spec.teacher
     init_student(teacher.model, KEPT_LAYERS[name], folder / "student", gguf_file=teacher.gguf_file)
     if verbalizers is None and teacher.verbalizers is None:
@@ -84,6 +91,12 @@ def load_student(folder: Path, device: str, *, checkpointing: bool = False) -> S
     state = student.load(run, device=device)
     state.log.close()  # nothing is logged here
     return state
+
+
+def touch(model: torch.nn.Module) -> None:
+    """Read every weight once: those mapped from a file become resident only then."""
+    for parameter in model.parameters():
+        parameter.sum()
 
 
 def feed(state: StudentState, *, with_rows: bool = True) -> Feed:
