@@ -20,7 +20,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from measuring import MIB, Report, setting
+from measuring import MIB, Report, Took, clocks, in_turns, ratio, setting, since
 from processes import Answer, peak, remote, serve, start_peak
 from students import (
     PACKAGES,
@@ -39,7 +39,7 @@ from students import (
 
 from vlsi_cache.data.batches import plan_batches, plan_parts
 from vlsi_cache.data.collate import Batch, collate
-from vlsi_cache.spec import CacheSpec
+from vlsi_cache.spec import CacheSpec, load_spec
 from vlsi_cache.stages import build
 from vlsi_cache.stages.distill import distill
 from vlsi_cache.stages.inputs import TeacherInputs, open_teacher_inputs
@@ -96,43 +96,48 @@ def main(arguments: Sequence[str]) -> None:
 def build_part(spec: CacheSpec, folder: Path, report: Report, args: argparse.Namespace) -> None:
     """Whole builds, rows that are thrown away, and forward passes, in turns."""
     inputs = open_teacher_inputs(spec)
-    teacher = load_teacher(inputs, device=args.device)
-    batches = planned_batches(inputs)
-    lengths = [[int(inputs.num_prompt_N[i]) + len(inputs.response_ids[i]) for i in batch] for batch in batches]
-    padding = 1 - sum(map(sum, lengths)) / sum(len(batch) * max(batch) for batch in lengths)
+    teacher, batches = load_teacher(inputs, device=args.device), planned_batches(inputs)
     tokens = sum(len(ids) for ids in inputs.response_ids)
     began = time.perf_counter()
     encoded = [encode(inputs, batch).to(teacher.device) for batch in batches]
     encode_s = time.perf_counter() - began
-    ranks_s: list[float] = []
+    ranks: list[Took] = []
     works: dict[str, Callable[[], object]] = {
         "forward of the backbone, encoded before": lambda: forward_all(teacher, encoded),
         "rows, nothing written": lambda: [teacher.rows(batch) for batch in batches],
-        "build_teacher without loading": lambda: whole_build(spec, inputs, teacher, folder, ranks_s, args.device),
+        "build_teacher without loading": lambda: whole_build(spec, inputs, teacher, folder, ranks, args.device),
     }
-    teacher.rows(batches[-1])
-    seconds, used = in_turns(works, args.rounds, teacher.device)
+    forward_all(teacher, encoded[-1:])
+    times = in_turns(works, args.rounds, teacher.device)
     forward, rows, whole = works
-    seconds["of it, before the loop: ranks of the ids"] = ranks_s
-    seconds["build_teacher without loading and ranks"] = loop_s = [
-        all_s - some_s for all_s, some_s in zip(seconds[whole], ranks_s, strict=True)
-    ]
+    loop = "build_teacher without loading and ranks"
+    times["of it, before the loop: ranks of the ids"] = ranks
+    times[loop] = [Took(*(a - b for a, b in zip(*pair, strict=True))) for pair in zip(times[whole], ranks, strict=True)]
     num_parts = reader.open(folder / "cache").header.num_parts
+    # Small parts are padded more than those of the whole spec, in all three alike.
+    in_spec = "" if args.tiny else f" ({padding(open_teacher_inputs(load_spec(spec.name))):.1f} in the whole spec)"
     report.say(
         f"## Build\n\nSpec `{spec.name}`, {len(inputs.records)} samples, {tokens} response tokens, {num_parts} parts, "
-        f"{len(batches)} batches of at most {spec.run.batch_tokens} tokens, "
-        f"{100 * padding:.1f} % padding. Encoding everything took {encode_s:.2f} s by itself.\n"
+        f"{len(batches)} batches of at most {spec.run.batch_tokens} tokens, {padding(inputs):.1f} % padding{in_spec}. "
+        f"Encoding everything took {encode_s:.2f} s by itself. Medians of {args.rounds} rounds.\n"
     )
-    report.table("", "s, median", "response tokens/s", "/ rows", "/ forward", "CPU s, all threads")
-    for name, times in seconds.items():
-        cpu = f"{statistics.median(used[name]):.2f}" if name in used else ""
-        typical = statistics.median(times)
-        ratios = (f"{ratio(times, seconds[base]):.3f}" for base in (rows, forward))
-        report.row(name, f"{typical:.2f}", f"{tokens / typical:.0f}", *ratios, cpu)
+    report.table(
+        "", "wall, s", "response tokens/s", "/ rows", "/ forward", "CPU of all threads, s", "/ rows", "/ forward"
+    )
+    for name, took in times.items():
+        typical = [statistics.median(x) for x in zip(*took, strict=True)]
+        ratios = [[f"{ratio(took, times[base], clock):.3f}" for base in (rows, forward)] for clock in (0, 1)]
+        report.row(name, f"{typical[0]:.2f}", f"{tokens / typical[0]:.0f}", *ratios[0], f"{typical[1]:.2f}", *ratios[1])
     report.say(
-        f"\nThe loop takes **{ratio(loop_s, seconds[rows]):.3f}** of the rows alone, median of {args.rounds} rounds. "
-        f"The ranks are counted once a build, over the first {build.RANKED_TOKENS} response tokens.\n"
+        f"\nThe loop takes **{ratio(times[loop], times[rows]):.3f}** of the rows alone. The ranks are counted once a "
+        f"build, over about {build.RANKED_TOKENS} response tokens of the first part, and these rows are made again.\n"
     )
+
+
+def padding(inputs: TeacherInputs) -> float:
+    """Percent of the positions that go through the teacher."""
+    lengths = [[int(inputs.num_prompt_N[i]) + len(inputs.response_ids[i]) for i in b] for b in planned_batches(inputs)]
+    return 100 * (1 - sum(map(sum, lengths)) / sum(len(batch) * max(batch) for batch in lengths))
 
 
 def planned_batches(inputs: TeacherInputs) -> list[list[int]]:
@@ -157,18 +162,18 @@ def forward_all(teacher: Teacher, batches: Sequence[Batch]) -> None:
 
 
 def whole_build(
-    spec: CacheSpec, inputs: TeacherInputs, teacher: Teacher, folder: Path, ranks_s: list[float], device: str
+    spec: CacheSpec, inputs: TeacherInputs, teacher: Teacher, folder: Path, ranks: list[Took], device: str
 ) -> None:
     """`build_teacher` with inputs and teacher that are there already; the first cache is kept for the students."""
     count = build.frequency_ranks
 
     def frequency_ranks(*arguments: Any) -> Any:
-        began = time.perf_counter()
+        began = clocks(teacher.device)
         found = count(*arguments)
-        ranks_s.append(time.perf_counter() - began)
+        ranks.append(since(began, teacher.device))
         return found
 
-    out = folder / ("cache" if not ranks_s else f"cache-{len(ranks_s)}")
+    out = folder / ("cache" if not ranks else f"cache-{len(ranks)}")
     with (
         patch.object(build, "open_teacher_inputs", lambda _: inputs),
         patch.object(build, "load_teacher", lambda *_, **__: teacher),
@@ -206,24 +211,28 @@ def step_part(folder: Path, report: Report, args: argparse.Namespace) -> None:
     for step in steps.values():
         for micro in micros[:2]:
             step(micro)
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    times: dict[str, list[Took]] = {name: [] for name in steps}
     for micro in micros[2:]:
         works = {name: partial(step, micro) for name, step in steps.items()}
-        for name, times in in_turns(works, 1, state.device)[0].items():
-            seconds[name] += times
-    tokens = statistics.mean(len(micro.batch.gold_T) for micro in micros[2:])
-    positions = statistics.mean(micro.batch.labels_BS.numel() for micro in micros[2:])
-    targets = len(state.layers)
+        for name, took in in_turns(works, 1, state.device).items():
+            times[name] += took
+    batches = [micro.batch for micro in micros[2:]]
+    tokens = statistics.mean(len(batch.gold_T) for batch in batches)
+    positions = statistics.mean(batch.labels_BS.numel() for batch in batches)
+    padded = 1 - statistics.mean(float(batch.inputs["attention_mask"].sum()) for batch in batches) / positions
     report.say(
         f"\n## Steps, update included, in turns on {args.steps} micro-batches of {state.spec.distill.micro_batch_size} "
-        f"samples\n\n{tokens:.0f} response tokens of {positions:.0f} positions (mean); {targets} student target layers "
-        f"and the last, {len(state.teacher_layers)} cached teacher layers. No data is waited for.\n"
+        f"samples\n\n{tokens:.0f} response tokens of {positions:.0f} positions (mean), {100 * padded:.1f} % of them "
+        f"padding; {len(state.layers)} student target layers and the last, {len(state.teacher_layers)} cached teacher "
+        "layers. No data is waited for.\n"
     )
-    report.table("step", "ms, median", "response tokens/s", f"/ {FORWARD}", f"/ {PLAIN}", f"/ {PLAIN_HEAD}", "/ sft")
-    for name, times in seconds.items():
-        typical = statistics.median(times)
-        ratios = (f"{ratio(times, seconds[base]):.2f}" for base in (FORWARD, PLAIN, PLAIN_HEAD, "sft"))
-        report.row(name, f"{1e3 * typical:.0f}", f"{tokens / typical:.0f}", *ratios)
+    report.table(
+        "step", "ms, median", "response tokens/s", f"/ {FORWARD}", f"/ {PLAIN}", f"/ {PLAIN_HEAD}", "/ sft", "CPU ms"
+    )
+    for name, took in times.items():
+        wall_s, cpu_s = (statistics.median(x) for x in zip(*took, strict=True))
+        ratios = (f"{ratio(took, times[base]):.2f}" for base in (FORWARD, PLAIN, PLAIN_HEAD, "sft"))
+        report.row(name, f"{1e3 * wall_s:.0f}", f"{tokens / wall_s:.0f}", *ratios, f"{1e3 * cpu_s:.0f}")
 
 
 def memory_part(folder: Path, report: Report, args: argparse.Namespace) -> None:
@@ -262,31 +271,6 @@ def memory_of(name: str, checkpointing: bool, folder: Path, device: str) -> Iter
     for micro in micros:
         step(micro)
     yield {"loaded": loaded, "above": peak(state.device) - loaded}
-
-
-def in_turns(
-    works: dict[str, Callable[[], object]], num_rounds: int, device: torch.device
-) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Wall seconds of every work in every round, and the CPU seconds of all threads."""
-    seconds, used = {name: [] for name in works}, {name: [] for name in works}
-    for _ in range(num_rounds):
-        for name, work in works.items():
-            began, used_s = synchronized(device), time.process_time()
-            work()
-            seconds[name].append(synchronized(device) - began)
-            used[name].append(time.process_time() - used_s)
-    return seconds, used
-
-
-def synchronized(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def ratio(times: Sequence[float], base: Sequence[float]) -> float:
-    """Median over the rounds."""
-    return statistics.median(a / b for a, b in zip(times, base, strict=True))
 
 
 if __name__ == "__main__":
