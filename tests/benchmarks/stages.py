@@ -65,8 +65,8 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("--real", action="store_true", help="SmolLM2-135M")
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--samples", type=int, help="rows; 300 by default, 150 with --real")
-    parser.add_argument("--steps", type=int, default=8, help="timed steps of each kind")
+    parser.add_argument("--samples", type=int, help="rows; 300 by default, 100 with --real")
+    parser.add_argument("--steps", type=int, default=6, help="timed steps of each kind")
     parser.add_argument("--rounds", type=int, default=2, help="builds")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--device", default="cpu")
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str]) -> None:
     report.say(setting(arguments, SCRIPT, torch.device(args.device), PACKAGES))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        num_samples = args.samples or (32 if args.tiny else 150 if args.real else 300)
+        num_samples = args.samples or (32 if args.tiny else 100 if args.real else 300)
         options = {"device": args.device, "overrides": TINY if args.tiny else ()}
         spec = prepare("smollm2" if args.real else "demo", folder, num_samples=num_samples, **options)
         build_part(spec, folder, report, args)
