@@ -37,7 +37,7 @@ from students import (
 
 from vlsi_cache.sparse.kl import candidate_kl
 from vlsi_cache.spec import CacheSpec
-from vlsi_cache.stages.build import build_teacher
+from vlsi_cache.stages.build import RANKED_TOKENS, build_teacher
 from vlsi_cache.stages.feed import MicroBatch, feeding
 from vlsi_cache.stages.interaction import MATCH, VALUE, device_rows
 from vlsi_cache.stages.loop import autocast, head_of
@@ -50,7 +50,7 @@ WARM_UP = 2  # steps that are not timed
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("--verbalizers", help="a folder of the teacher's verbalizers; fresh ones otherwise")
-    parser.add_argument("--samples", type=int, help="rows of one epoch, 600 by default")
+    parser.add_argument("--samples", type=int, help="rows of one epoch, 400 by default")
     parser.add_argument("--steps", type=int, default=12, help="timed steps")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--device", default="cpu")
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def compare(args: argparse.Namespace, folder: Path, report: Report) -> None:
     options = {"verbalizers": args.verbalizers, "device": args.device, "overrides": TINY if args.tiny else ()}
-    num_samples = args.samples or (48 if args.tiny else 600)
+    num_samples = args.samples or (48 if args.tiny else 400)
     spec = prepare("demo" if args.tiny else "smollm2", folder, num_samples=num_samples, **options)
 
     def start(mode: str) -> Iterator[Answer]:
@@ -157,7 +157,8 @@ def built(folder: Path, device: str) -> Answer:
     cache = build_teacher(read_spec(folder), out=folder / "cache", device=device)
     size = sum(cache.bytes_by_array().values())
     seconds = time.perf_counter() - began
-    return {"seconds": seconds, "samples": len(cache), "tokens": cache.num_tokens, "bytes": size}
+    ranked = min(RANKED_TOKENS, cache.part_record(0).num_tokens)
+    return {"seconds": seconds, "samples": len(cache), "tokens": cache.num_tokens, "ranked": ranked, "bytes": size}
 
 
 def sparse_values(student: Trained, micro: MicroBatch) -> Answer:
@@ -232,7 +233,9 @@ def totals(step_s: dict[str, float], build: Answer, spec: CacheSpec, report: Rep
     rate = build["tokens"] / build["seconds"]
     report.say(
         f"## One epoch, {num_steps} steps: extrapolated from the median step\n\nThe cache was built once in "
-        f"{build['seconds']:.1f} s, loading included: {rate:.0f} response tokens/s, {build['bytes'] / 1e6:.1f} MB.\n"
+        f"{build['seconds']:.1f} s, loading included: {rate:.0f} response tokens/s, {build['bytes'] / 1e6:.1f} MB. "
+        f"About {build['ranked']} of its {build['tokens']} tokens went through the teacher twice, for the ranks of the ids; "
+        "there are no more of them in a larger cache.\n"
     )
     report.table("students of one epoch", "online, s", "cached with its build, s", "online / cached")
     for num in (1, 10):
