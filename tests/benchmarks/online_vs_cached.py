@@ -234,8 +234,8 @@ def totals(step_s: dict[str, float], build: Answer, spec: CacheSpec, report: Rep
     report.say(
         f"## One epoch, {num_steps} steps: extrapolated from the median step\n\nThe cache was built once in "
         f"{build['seconds']:.1f} s, loading included: {rate:.0f} response tokens/s, {build['bytes'] / 1e6:.1f} MB. "
-        f"About {build['ranked']} of its {build['tokens']} tokens went through the teacher twice, for the ranks of the ids; "
-        "there are no more of them in a larger cache.\n"
+        f"About {build['ranked']} of its {build['tokens']} tokens went through the teacher twice, for the ranks of "
+        "the ids; there are no more of them in a larger cache.\n"
     )
     report.table("students of one epoch", "online, s", "cached with its build, s", "online / cached")
     for num in (1, 10):
