@@ -1,6 +1,7 @@
-"""The benchmarks of the kernels still run, at tiny sizes, and their baselines compute what is measured against them."""
+"""The benchmarks still run, at tiny sizes, and their baselines compute what is measured against them."""
 
 import importlib
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,10 @@ import pytest
 import torch
 
 FOLDER = Path(__file__).parent / "benchmarks"
-SCRIPTS = ("cases", "gpu", "kernels", "measuring", "ours", "peers")
+SCRIPTS = (
+    "cases", "gpu", "kernels", "measuring", "online", "online_vs_cached", "ours", "peers", "processes", "stages",
+    "students",
+)  # fmt: skip
 CPU = torch.device("cpu")
 
 
@@ -46,6 +50,50 @@ def test_every_part_of_the_gpu_benchmark_runs(scripts: dict[str, Any], tmp_path:
     text = (tmp_path / "results.md").read_text(encoding="utf-8")
     assert text.count("\n## ") == 4
     assert "failed" not in text
+
+
+def test_online_and_cached_steps_run_and_agree(scripts: dict[str, Any], tmp_path: Path) -> None:
+    options = ["--tiny", "--samples", "32", "--steps", "1", "--threads", "1"]
+    scripts["online_vs_cached"].main([*options, "--out", str(tmp_path / "results.md")])
+    text = (tmp_path / "results.md").read_text(encoding="utf-8")
+    assert text.count("\n## ") == 5
+    # Of the sums over the layers, in three steps: were the gradients others, the students would part after the first.
+    found = re.search(r"cached / online (\S+) to (\S+)\.", text)
+    assert found is not None
+    assert 0.99 < float(found[1]) <= float(found[2]) < 1.01
+    assert "100 % of the matches are the same" in text
+
+
+def test_every_part_of_the_stages_benchmark_runs(scripts: dict[str, Any], tmp_path: Path) -> None:
+    options = ["--tiny", "--samples", "16", "--steps", "1", "--rounds", "1", "--threads", "1"]
+    scripts["stages"].main([*options, "--out", str(tmp_path / "results.md")])
+    text = (tmp_path / "results.md").read_text(encoding="utf-8")
+    assert text.count("\n## ") == 4
+    assert text.count("\n| interact |") == 3  # the stage, its step, its memory
+
+
+def test_workers_answer_one_by_one_and_say_when_they_fail(scripts: dict[str, Any], tmp_path: Path) -> None:
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        f"import sys\nsys.path.insert(0, {str(FOLDER)!r})\nfrom processes import serve\n"
+        "serve({'got': int(text)} for text in sys.argv[1:])\n"
+    )
+    answers = scripts["processes"].remote(str(worker), ["1", "2", "three"])
+    assert [next(answers), next(answers)] == [{"got": 1}, {"got": 2}]
+    with pytest.raises(RuntimeError, match="ended with code 1"):
+        next(answers)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux counts it")
+def test_resident_peak_starts_anew(scripts: dict[str, Any]) -> None:
+    start_peak, peak = scripts["processes"].start_peak, scripts["processes"].peak
+    size = 1 << 26
+    before = start_peak(CPU)
+    _ = torch.ones(size, dtype=torch.uint8)
+    del _
+    assert before + 0.9 * size < peak(CPU) < before + 1.5 * size
+    assert start_peak(CPU) < before + 0.5 * size
+    assert peak(CPU) < before + 0.5 * size
 
 
 def student(scripts: dict[str, Any]) -> Any:

@@ -1,4 +1,4 @@
-"""Time against a plain product, peak memory, tables and results files: what the benchmarks of the kernels share.
+"""Time against a plain product, peak memory, tables and results files: what the benchmarks share.
 
 Times are ratios: a round runs the plain product once and then every contestant once, the ratio is the median over the
 rounds. On one CPU thread the clock is the process's own, which stands still while others have the core.
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its profiler announces every use
 
@@ -156,6 +156,37 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+class Took(NamedTuple):
+    wall_s: float
+    cpu_s: float  # of all threads of the process
+
+
+def in_turns(works: dict[str, Callable[[], object]], num_rounds: int, device: torch.device) -> dict[str, list[Took]]:
+    """What every work took in every round."""
+    times: dict[str, list[Took]] = {name: [] for name in works}
+    for _ in range(num_rounds):
+        for name, work in works.items():
+            began = clocks(device)
+            work()
+            times[name].append(since(began, device))
+    return times
+
+
+def clocks(device: torch.device) -> Took:
+    _wait(device)
+    return Took(time.perf_counter(), time.process_time())
+
+
+def since(began: Took, device: torch.device) -> Took:
+    now = clocks(device)
+    return Took(now.wall_s - began.wall_s, now.cpu_s - began.cpu_s)
+
+
+def ratio(times: Sequence[Took], base: Sequence[Took], clock: int = 0) -> float:
+    """Median over the rounds, of wall (0) or CPU time (1)."""
+    return statistics.median(a[clock] / b[clock] for a, b in zip(times, base, strict=True))
+
+
 class Report:
     """Lines that are printed as they come and kept for the results file."""
 
@@ -190,10 +221,15 @@ def ratios(rows: Sequence[Measured]) -> dict[str, float]:
     return {row.name: row.ratio for row in rows if not row.skip}
 
 
-def setting(arguments: Sequence[str], script: str, device: torch.device) -> str:
-    """Command, machine, versions and commit."""
+def setting(
+    arguments: Sequence[str],
+    script: str,
+    device: torch.device,
+    names: Sequence[str] = ("torch", "numpy", "triton", "liger_kernel"),
+) -> str:
+    """Command, machine, versions of the packages `names` and commit."""
     packages = []
-    for name in ("torch", "numpy", "triton", "liger_kernel"):
+    for name in names:
         try:
             packages.append(f"{name} {version(name)}")
         except PackageNotFoundError:
