@@ -15,7 +15,7 @@ from torch import Tensor
 from vlsi_cache.data.collate import Batch
 from vlsi_cache.models.layers import Backbone
 from vlsi_cache.models.verbalizer import Verbalizers
-from vlsi_cache.sparse.drawing import Matcher
+from vlsi_cache.sparse.drawing import Matcher, Matching
 from vlsi_cache.sparse.matching import match_rng
 from vlsi_cache.stages.inputs import open_teacher_inputs
 from vlsi_cache.stages.loop import autocast
@@ -64,7 +64,8 @@ def online_step(teacher: Teacher, student: Trained, batch: Batch, step: int, mar
     p_LTV, entropy_LT = teacher.probs(batch, marks)
     num_teacher = len(p_LTV) - 1
     rng = match_rng(state.spec.distill.seed, step, 0)
-    matcher = Matcher(len(layers), num_teacher, rng=rng, scale=settings.scale, temperature=settings.temperature)
+    matching = Matching(scale=settings.scale, temperature=settings.temperature)
+    matcher = Matcher(len(layers), num_teacher, rng=rng, matching=matching)
     with autocast(state.device):
         hidden: dict[int, Any] = dict(student.verbalizers.capture(batch.inputs, batch.rows_T, batch.positions_T))
     terms, gradients = [], []
@@ -74,7 +75,7 @@ def online_step(teacher: Teacher, student: Trained, batch: Batch, step: int, mar
         match = num_teacher
         if layer != last:
             window = matcher.window()
-            match = window.start + int(matcher.choose(window_kl(p_LTV, entropy_LT, window, logq_TV.detach())))
+            match = window.start + int(matcher.choose(window_kl(p_LTV, entropy_LT, window, logq_TV.detach())[:, None]))
         loss = -(entropy_LT[match] + torch.einsum("tv,tv->t", p_LTV[match], logq_TV)).mean()
         (loss * (settings.lambda_last if layer == last else 1.0)).backward()
         terms.append([float(loss.detach()), 0.0, 0.0, match])

@@ -39,7 +39,7 @@ from vlsi_cache.sparse.kl import candidate_kl
 from vlsi_cache.spec import CacheSpec
 from vlsi_cache.stages.build import RANKED_TOKENS, build_teacher
 from vlsi_cache.stages.feed import MicroBatch, feeding
-from vlsi_cache.stages.interaction import MATCH, VALUE, device_rows
+from vlsi_cache.stages.interaction import MATCH, VALUE, MicroRows
 from vlsi_cache.stages.loop import autocast, head_of
 
 SCRIPT = Path(__file__).name
@@ -165,7 +165,8 @@ def sparse_values(student: Trained, micro: MicroBatch) -> Answer:
     """The same from the cache: the unbiased estimate that matching uses, and the ghost value that is trained."""
     state, batch = student.state, micro.batch
     assert micro.rows is not None
-    rows = device_rows(micro.rows, state.cache.header, state.spec.distill.interact, state.device)
+    settings = state.spec.distill.interact
+    rows = MicroRows.of(micro, micro.rows, state.cache.header, settings, state.device).layers
     with autocast(state.device):
         hidden: dict[int, Any] = dict(student.verbalizers.capture(batch.inputs, batch.rows_T, batch.positions_T))
         matching, trained = [], []

@@ -22,7 +22,7 @@ from vlsi_cache.sparse.matching import match_rng
 from vlsi_cache.spec import CacheSpec, Schedule, apply_overrides, load_spec, spec_from_dict
 from vlsi_cache.stages.feed import Feed, MicroBatch, cached_records, feeding
 from vlsi_cache.stages.inputs import open_teacher_inputs
-from vlsi_cache.stages.interaction import Interaction, device_rows, interaction, read_terms
+from vlsi_cache.stages.interaction import Interaction, MicroRows, interaction, read_numbers
 from vlsi_cache.stages.loop import (
     autocast,
     clip_gradients,
@@ -68,7 +68,9 @@ def prepare(
     init_student(teacher.model, KEPT_LAYERS[name], folder / "student", gguf_file=teacher.gguf_file)
     if verbalizers is None and teacher.verbalizers is None:
         inputs = open_teacher_inputs(spec)
-        fresh = build_verbalizers(inputs.load_backbone(device), inputs.target_layers, **spec.verbalizer.model_dump())
+        fresh = build_verbalizers(
+            inputs.load_backbone(device), inputs.target_layers, **spec.verbalizer.model_dump(exclude={"loss"})
+        )
         verbalizers = str(fresh.save(folder / "verbalizers", provenance={"teacher_digest": inputs.weights_digest}))
     if verbalizers is not None:
         spec = apply_overrides(spec, [f"teacher.verbalizers={verbalizers}"])
@@ -127,7 +129,7 @@ class Trained:
 def for_interaction(state: StudentState) -> Trained:
     """Fresh frozen verbalizers, a fresh adapter, its optimizer."""
     spec = state.spec
-    verbalizers = build_verbalizers(Backbone(state.model), state.layers, **spec.verbalizer.model_dump())
+    verbalizers = build_verbalizers(Backbone(state.model), state.layers, **spec.verbalizer.model_dump(exclude={"loss"}))
     model = with_adapter(state)
     update = updating(
         make_optimizer(model.parameters(), spec.distill.interact.schedule), spec.distill.interact.schedule
@@ -160,17 +162,17 @@ def cached_step(trained: Trained, micro: MicroBatch, step: int) -> Any:
     assert micro.rows is not None
     with autocast(state.device):
         hidden = trained.verbalizers.capture(batch.inputs, rows_T=batch.rows_T, positions_T=batch.positions_T)
-    terms_N4 = interaction(
+    terms = interaction(
         hidden,
         trained.backbone,
         trained.verbalizers,
-        device_rows(micro.rows, state.cache.header, settings, state.device),
+        MicroRows.of(micro, micro.rows, state.cache.header, settings, state.device),
         settings=settings,
         rng=match_rng(state.spec.distill.seed, step, 0),
     )
-    terms = read_terms([Interaction(terms_N4, micro.sample_ids, batch.num_tokens)], settings, state.teacher_layers)
+    read_numbers([Interaction(terms, micro.sample_ids, batch.num_tokens)], settings, state.teacher_layers)
     trained.update()
-    return terms[0]
+    return terms.numbers_N5.cpu().numpy()
 
 
 def interact_step(state: StudentState) -> Step:
@@ -216,7 +218,7 @@ def plain_step(state: StudentState, *, with_head: bool) -> Step:
 
 def verbalize_step(state: StudentState) -> Step:
     spec, backbone = state.spec, Backbone(state.model)
-    verbalizers = build_verbalizers(backbone, state.layers, **spec.verbalizer.model_dump())
+    verbalizers = build_verbalizers(backbone, state.layers, **spec.verbalizer.model_dump(exclude={"loss"}))
     groups = {f"layer {layer}": verbalizers.by_layer[str(layer)].parameters() for layer in state.layers}
     update = updating(make_grouped_optimizer(groups, spec.distill.verbalize), spec.distill.verbalize)
 
