@@ -223,9 +223,10 @@ def verbalize_step(state: StudentState) -> Step:
     update = updating(make_grouped_optimizer(groups, spec.distill.verbalize), spec.distill.verbalize)
 
     def step(micro: MicroBatch) -> list[float]:
-        losses = list(layer_losses(backbone, verbalizers, micro, v_real=state.encoder.v_real, scale=1.0))
+        v_real = state.encoder.v_real
+        losses = list(layer_losses(backbone, verbalizers, micro.batch, loss="ce", v_real=v_real, scale=1.0))
         update()
-        return torch.stack(losses).tolist()
+        return torch.stack([loss.nll for loss in losses]).tolist()
 
     return step
 
