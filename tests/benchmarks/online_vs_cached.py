@@ -37,7 +37,7 @@ from students import (
 
 from vlsi_cache.sparse.kl import candidate_kl
 from vlsi_cache.spec import CacheSpec
-from vlsi_cache.stages.build import RANKED_TOKENS, build_teacher
+from vlsi_cache.stages.build import build_teacher
 from vlsi_cache.stages.feed import MicroBatch, feeding
 from vlsi_cache.stages.interaction import MATCH, VALUE, MicroRows
 from vlsi_cache.stages.loop import autocast, head_of
@@ -157,8 +157,7 @@ def built(folder: Path, device: str) -> Answer:
     cache = build_teacher(read_spec(folder), out=folder / "cache", device=device)
     size = sum(cache.bytes_by_array().values())
     seconds = time.perf_counter() - began
-    ranked = min(RANKED_TOKENS, cache.part_record(0).num_tokens)
-    return {"seconds": seconds, "samples": len(cache), "tokens": cache.num_tokens, "ranked": ranked, "bytes": size}
+    return {"seconds": seconds, "samples": len(cache), "tokens": cache.num_tokens, "bytes": size}
 
 
 def sparse_values(student: Trained, micro: MicroBatch) -> Answer:
@@ -234,9 +233,7 @@ def totals(step_s: dict[str, float], build: Answer, spec: CacheSpec, report: Rep
     rate = build["tokens"] / build["seconds"]
     report.say(
         f"## One epoch, {num_steps} steps: extrapolated from the median step\n\nThe cache was built once in "
-        f"{build['seconds']:.1f} s, loading included: {rate:.0f} response tokens/s, {build['bytes'] / 1e6:.1f} MB. "
-        f"About {build['ranked']} of its {build['tokens']} tokens went through the teacher twice, for the ranks of "
-        "the ids; there are no more of them in a larger cache.\n"
+        f"{build['seconds']:.1f} s, loading included: {rate:.0f} response tokens/s, {build['bytes'] / 1e6:.1f} MB.\n"
     )
     report.table("students of one epoch", "online, s", "cached with its build, s", "online / cached")
     for num in (1, 10):

@@ -16,11 +16,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import torch
-from measuring import MIB, Report, Took, clocks, in_turns, ratio, setting, since
+from measuring import MIB, Report, Took, in_turns, ratio, setting
 from processes import Answer, peak, remote, serve, start_peak
 from students import (
     PACKAGES,
@@ -101,18 +100,14 @@ def build_part(spec: CacheSpec, folder: Path, report: Report, args: argparse.Nam
     began = time.perf_counter()
     encoded = [encode(inputs, batch).to(teacher.device) for batch in batches]
     encode_s = time.perf_counter() - began
-    ranks: list[Took] = []
     works: dict[str, Callable[[], object]] = {
         "forward of the backbone, encoded before": lambda: forward_all(teacher, encoded),
         "rows, nothing written": lambda: [teacher.rows(batch) for batch in batches],
-        "build_teacher without loading": lambda: whole_build(spec, inputs, teacher, folder, ranks, args.device),
+        "build_teacher without loading": lambda: whole_build(spec, inputs, teacher, folder, args.device),
     }
     forward_all(teacher, encoded[-1:])
     times = in_turns(works, args.rounds, teacher.device)
     forward, rows, whole = works
-    loop = "build_teacher without loading and ranks"
-    times["of it, before the loop: ranks of the ids"] = ranks
-    times[loop] = [Took(*(a - b for a, b in zip(*pair, strict=True))) for pair in zip(times[whole], ranks, strict=True)]
     num_parts = reader.open(folder / "cache").header.num_parts
     # Small parts are padded more than those of the whole spec, in all three alike.
     in_spec = "" if args.tiny else f" ({padding(open_teacher_inputs(load_spec(spec.name))):.1f} in the whole spec)"
@@ -128,10 +123,7 @@ def build_part(spec: CacheSpec, folder: Path, report: Report, args: argparse.Nam
         typical = [statistics.median(x) for x in zip(*took, strict=True)]
         ratios = [[f"{ratio(took, times[base], clock):.3f}" for base in (rows, forward)] for clock in (0, 1)]
         report.row(name, f"{typical[0]:.2f}", f"{tokens / typical[0]:.0f}", *ratios[0], f"{typical[1]:.2f}", *ratios[1])
-    report.say(
-        f"\nThe loop takes **{ratio(times[loop], times[rows]):.3f}** of the rows alone. The ranks are counted once a "
-        f"build, over about {build.RANKED_TOKENS} response tokens of the first part, and these rows are made again.\n"
-    )
+    report.say(f"\nThe build takes **{ratio(times[whole], times[rows]):.3f}** of the rows alone.\n")
 
 
 def padding(inputs: TeacherInputs) -> float:
@@ -161,25 +153,14 @@ def forward_all(teacher: Teacher, batches: Sequence[Batch]) -> None:
         teacher.backbone.capture(batch.inputs, [], batch.rows_T, batch.positions_T)
 
 
-def whole_build(
-    spec: CacheSpec, inputs: TeacherInputs, teacher: Teacher, folder: Path, ranks: list[Took], device: str
-) -> None:
+def whole_build(spec: CacheSpec, inputs: TeacherInputs, teacher: Teacher, folder: Path, device: str) -> None:
     """`build_teacher` with inputs and teacher that are there already; the first cache is kept for the students."""
-    count = build.frequency_ranks
-
-    def frequency_ranks(*arguments: Any) -> Any:
-        began = clocks(teacher.device)
-        found = count(*arguments)
-        ranks.append(since(began, teacher.device))
-        return found
-
-    out = folder / ("cache" if not ranks else f"cache-{len(ranks)}")
+    num_built = len(list(folder.glob("cache*")))
     with (
         patch.object(build, "open_teacher_inputs", lambda _: inputs),
         patch.object(build, "load_teacher", lambda *_, **__: teacher),
-        patch.object(build, "frequency_ranks", frequency_ranks),
     ):
-        build.build_teacher(spec, out=out, device=device)
+        build.build_teacher(spec, out=folder / ("cache" if not num_built else f"cache-{num_built}"), device=device)
 
 
 def stage_part(folder: Path, report: Report, args: argparse.Namespace) -> None:

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import cache as remember
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ BYTES_PER_ENTRY = {"default": 5, "exact": 8, "fast": 6}
 BYTES_PER_SCALAR = 4
 RANKED_TOKENS = 2048  # response tokens whose rows decide the frequency ranks of the ids
 
+MadeBatch = tuple[PartBatch, list[SparseRows]]
+
 
 def build_teacher(
     spec: CacheSpec, *, out: Path | str, device: str | None = None, rank: int = 0, world: int = 1
@@ -57,12 +60,14 @@ def build_teacher(
     )
     teacher = remember(lambda: load_teacher(inputs, device=device))
     batch_tokens = settled_batch_tokens(inputs, out, lambda: find_batch_tokens(teacher(), parts))
+    first_rows: list[MadeBatch] = []
     writer = CacheWriter.create_or_resume(
         out,
         cache_header(inputs, parts, batch_tokens),
-        lambda: frequency_ranks(teacher, parts[0] if parts else [], batch_tokens),
+        lambda: frequency_ranks(teacher, parts, batch_tokens, first_rows),
         token_texts=lambda: inputs.encoder.token_texts(range(inputs.encoder.v_real)),
     )
+    planned = batch_tokens
     if spec.run.find_batch_tokens:  # another process may have been the first to record a number
         batch_tokens = int(writer.header.spec["run"]["batch_tokens"])
     if note := spec_changes_note(writer.header.spec, spec):
@@ -71,7 +76,8 @@ def build_teacher(
     if inputs.skipped:
         say(f"{len(inputs.skipped)} rows left out, listed with reasons in {out / 'cache.json'}")
     if missing:
-        _build_parts(teacher(), parts, missing, writer, batch_tokens)
+        made = first_rows if missing[0] == 0 and batch_tokens == planned else []
+        _build_parts(teacher(), parts, missing, writer, batch_tokens, made)
     else:
         say(f"{out} is finished: all {len(parts)} parts are there; nothing to do")
     if missing or not (out / TABLE_NAME).is_file():
@@ -133,30 +139,48 @@ def fingerprint(inputs: TeacherInputs) -> dict[str, Any]:
     }
 
 
-def frequency_ranks(teacher: Callable[[], Teacher], indices: list[int], batch_tokens: int) -> RankTable:
-    """Ids by how often the teacher keeps them in the first rows of the records `indices`, in each layer.
+def frequency_ranks(
+    teacher: Callable[[], Teacher], parts: list[list[int]], batch_tokens: int, made: list[MadeBatch]
+) -> RankTable:
+    """Ids by how often the teacher keeps them in the first batches of the first part, in each layer.
 
     Ids it does not keep there follow by their count in the data set's responses, then by id. Small ranks are what
-    makes ids compress; the `fast` profile stores ids as they are.
+    makes ids compress; the `fast` profile stores ids as they are. The batches are left in `made`.
     """
     inputs = teacher().inputs
     v_real, num_layers = inputs.encoder.v_real, teacher().num_layers
     if inputs.spec.store.profile == "fast":
         return plain_ranks(np.arange(v_real), num_layers)
-    lengths = np.cumsum([len(inputs.response_ids[i]) for i in indices])
-    chosen = indices[: int(np.searchsorted(lengths, RANKED_TOKENS)) + 1]
     kept_LV = np.zeros((num_layers, v_real), np.int64)
-    with closing(teacher().stream(_batches(inputs, [chosen], [0], batch_tokens))) as stream:
-        for rows in (rows for _, found in stream for rows in found):
-            for kept_V, ids_TK, logprobs_TK in zip(kept_LV, rows.ids_LTK, rows.logprobs_LTK, strict=True):
-                kept_V += np.bincount(ids_TK[np.isfinite(logprobs_TK)], minlength=v_real)
+    with closing(teacher().stream(_first_batches(inputs, parts, batch_tokens))) as stream:
+        for batch, found in stream:
+            made.append((batch, found))
+            for rows in found:
+                for kept_V, ids_TK, logprobs_TK in zip(kept_LV, rows.ids_LTK, rows.logprobs_LTK, strict=True):
+                    kept_V += np.bincount(ids_TK[np.isfinite(logprobs_TK)], minlength=v_real)
     said_V = np.bincount(np.concatenate([np.zeros(0, np.uint32), *inputs.response_ids]), minlength=v_real)
     return ranks_by_count(kept_LV, said_V)
 
 
+def _first_batches(inputs: TeacherInputs, parts: list[list[int]], batch_tokens: int) -> Iterator[PartBatch]:
+    """As many of the first part's batches as have RANKED_TOKENS response tokens."""
+    num_tokens = 0
+    for batch in _batches(inputs, parts, [0] if parts else [], batch_tokens):
+        if num_tokens >= RANKED_TOKENS:
+            return
+        num_tokens += sum(len(inputs.response_ids[i]) for i in batch.indices)
+        yield batch
+
+
 def _build_parts(
-    teacher: Teacher, parts: list[list[int]], missing: list[int], writer: CacheWriter, batch_tokens: int
+    teacher: Teacher,
+    parts: list[list[int]],
+    missing: list[int],
+    writer: CacheWriter,
+    batch_tokens: int,
+    made: list[MadeBatch],
 ) -> None:
+    """Make and write the missing parts; the first batches of the first of them may have been `made` already."""
     inputs = teacher.inputs
     total = sum(len(ids) for ids in inputs.response_ids)
     left = sum(len(inputs.response_ids[i]) for part in missing for i in parts[part])
@@ -164,9 +188,9 @@ def _build_parts(
     with (
         tqdm(desc="build", total=total, initial=total - left, unit="tok", unit_scale=True, disable=None) as bar,
         writer.in_background() as queue,
-        closing(teacher.stream(_batches(inputs, parts, missing, batch_tokens))) as stream,
+        closing(teacher.stream(islice(_batches(inputs, parts, missing, batch_tokens), len(made), None))) as stream,
     ):
-        for (part, indices), rows in stream:
+        for (part, indices), rows in chain(made, stream):
             found.update(zip(indices, rows, strict=True))
             bar.update(sum(one.num_tokens for one in rows))
             queue.check()  # a write that failed stops the build here and now, with its cause
