@@ -275,6 +275,28 @@ def test_a_window_is_the_same_as_those_layers_alone() -> None:
     torch.testing.assert_close(window.matching_MT, candidate_kl(hidden_TD, weight_VD, alone).matching_MT)
 
 
+def test_many_layers_and_blocks_are_indexed_without_overflow() -> None:
+    torch.manual_seed(0)
+    num_layers, v_real = 21, 40_000
+    ids = torch.randint(v_real, (num_layers, 3, 5))
+    ids[..., 0] = v_real - 1
+    hidden_TD, weight_VD = torch.randn(3, 4), torch.randn(v_real, 4)
+    zeros = torch.zeros(num_layers, 3)
+    rows = LayerRows.of(ids, ids - ids - 1.0, ids[..., :0], zeros, zeros, v_real=v_real, block=16)
+    assert rows.index.slots_N.dtype == rows.index.order_N.dtype == torch.int32
+    found = candidate_kl(hidden_TD, weight_VD, rows).matching_MT
+    logq_TV = (hidden_TD @ weight_VD.T).log_softmax(1)
+    expected = -math.exp(-1) * logq_TV.expand(num_layers, -1, -1).gather(2, ids).sum(-1)
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_gold_id_outside_the_head_is_no_number() -> None:
+    case = Case()
+    for outside in (-100, 40):
+        loss = linear_cross_entropy(case.hidden_TD.detach(), case.weight_VD, torch.tensor([1, 2, outside, 3]))
+        assert loss.isnan()
+
+
 def test_compiled_equals_eager() -> None:
     case = Case(cap=3.0)
     gold_T = torch.arange(4)

@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vlsi_cache.errors import ModelError, SpecError
+from vlsi_cache.sparse.drawing import Matcher, Matching
 from vlsi_cache.sparse.matching import choose, match_layers, match_probabilities, match_rng, null_distribution
 from vlsi_cache.sparse.matching import search_window as window
 
@@ -94,6 +96,25 @@ def test_null_distribution_is_what_uniform_matching_does():
             counts_SL[student, match] += 1
     np.testing.assert_allclose(null_SL.sum(1), 1)
     np.testing.assert_allclose(counts_SL / 2500, null_SL, atol=0.04)
+
+
+@pytest.mark.parametrize("sampler", ["greedy", "joint"])
+@pytest.mark.parametrize("mode", ["vlsi", "order", "range", "random", "multinomial"])
+def test_null_distributions_are_what_equal_divergences_give(mode, sampler):
+    if sampler == "joint" and mode not in ("vlsi", "order"):
+        return
+    num = 30_000
+    matcher = Matcher(3, 7, rng=np.random.default_rng(0), matching=Matching(mode, sampler=sampler), num_units=num)
+    values = [torch.zeros(len(matcher.window(s)), num) for s in range(3)]
+    if sampler == "joint":
+        matcher.draw_all(values)
+    for value_MU in values:
+        matcher.choose(value_MU)
+    null_SL = null_distribution(3, 7, mode=mode, sampler=sampler)
+    for null_L, match_nU in zip(null_SL, matcher.matched, strict=True):
+        found_L = np.bincount(match_nU[0].numpy(), minlength=7) / num
+        np.testing.assert_allclose(found_L, null_L, atol=5 * np.sqrt(0.25 / num))
+    assert null_distribution(3, 7, mode="uniform") is None
 
 
 def test_null_distribution_at_the_paper_s_sizes():

@@ -1,6 +1,8 @@
 """Specs: every mistake at once, with a guess; paths stay below the spec's folder; overrides are recorded."""
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 import vlsi_cache as vc
 from vlsi_cache.errors import SpecError
-from vlsi_cache.spec import CacheSpec, Schedule, change, spec_from_dict
+from vlsi_cache.spec import CacheSpec, Schedule, apply_overrides, change, spec_from_dict
 
 MINIMAL = {
     "name": "minimal",
@@ -134,18 +136,56 @@ def test_specs_are_frozen() -> None:
         spec.rows.top_k = 3  # type: ignore[misc]
 
 
+@pytest.mark.parametrize(
+    ("interact", "message"),
+    [
+        ({"matching": "order", "scale": 3.0}, "`scale` belong to `matching: vlsi`"),
+        ({"fixed_temperature": 2.0}, "`fixed_temperature` belongs to `temperature: fixed`"),
+        ({"bottom_k": 2}, "`bottom_k` belongs to `matching: bottom_k`"),
+        ({"matching": "random", "sampler": "joint"}, "keeps the order of layers, which `matching: random` does not"),
+        ({"reliable_only": True, "tau": 2.0}, "at `tau` 1 alone"),
+        ({"layers_full_until": 0.8, "layers_zero_from": 0.5}, "lies behind"),
+        ({"last": "none", "intermediate": "none"}, "steps with nothing to train"),
+        ({"lambda_last": 0.0, "layers_full_until": 0.2, "layers_zero_from": 0.5}, "steps with nothing to train"),
+        ({"beta": 0.3}, "`beta` belongs to jsd"),
+        ({"skew": 0.3, "last": "jsd"}, "`skew` belongs to skewed_kl"),
+        ({"tau": 2.0, "last": "ce", "intermediate": "ce"}, "`tau` belongs to forward_kl"),
+        ({"alpha_ce": 0.5, "last": "ce"}, "`alpha_ce` mixes the labels into a divergence"),
+        ({"intermediate": "ce", "match_unit": "sample"}, "`match_unit` do nothing with `intermediate: ce`"),
+        ({"intermediate": "none", "layer_reduction": "mean"}, "`layer_reduction` do nothing"),
+    ],
+)
+def test_settings_of_the_interaction_that_would_do_nothing_are_refused(
+    tmp_path: Path, interact: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(SpecError, match=re.escape(message)):
+        vc.load_spec(write(tmp_path, distill={"interact": interact}))
+
+
+def test_the_last_recipe_needs_a_last_layer(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="`recipe: last` trains the last layer alone"):
+        vc.load_spec(write(tmp_path, distill={"recipe": "last", "interact": {"last": "none"}}))
+
+
+def test_the_weight_of_the_layers_fades(tmp_path: Path) -> None:
+    fading = {"layers_full_until": 0.25, "layers_zero_from": 0.75}
+    interact = vc.load_spec(write(tmp_path, distill={"interact": fading})).distill.interact
+    assert [interact.layer_weight(x / 8) for x in range(9)] == [1, 1, 1, 0.75, 0.5, 0.25, 0, 0, 0]
+    interact = vc.load_spec(write(tmp_path)).distill.interact
+    assert interact.layer_weight(0.999) == interact.layer_weight(0.0) == 1
+
+
 def test_batch_tokens_may_be_left_open(tmp_path: Path) -> None:
     spec = vc.load_spec(write(tmp_path, run={"batch_tokens": "auto"}))
-    assert (spec.run.batch_tokens, spec.run.find_batch_tokens) == (8192, True)
+    assert (spec.run.batch_tokens, spec.run.num_batch_tokens) == ("auto", 8192)
     assert spec_from_dict(spec.model_dump(mode="json"), where="here") == spec
-    assert spec.run.with_batch_tokens(77).model_dump() == {**spec.run.model_dump(), "batch_tokens": 77} | {
-        "find_batch_tokens": False
-    }
+    assert spec.run.with_batch_tokens(77).model_dump() == {**spec.run.model_dump(), "batch_tokens": 77}
     said = vc.load_spec(write(tmp_path, run={"batch_tokens": "auto"}), overrides=["run.batch_tokens=64"])
-    assert (said.run.batch_tokens, said.run.find_batch_tokens) == (64, False)
-    assert not vc.load_spec(write(tmp_path)).run.find_batch_tokens
+    assert (said.run.batch_tokens, said.run.num_batch_tokens) == (64, 64)
+    assert apply_overrides(spec, ["run.batch_tokens=64"]).run == said.run
+    assert vc.load_spec(write(tmp_path)).run.batch_tokens == 8192
     for wrong in ("automatic", 0, 1.5):
-        with pytest.raises(SpecError, match=r"`run\.batch_tokens`"):
+        with pytest.raises(SpecError, match=r"`run\.batch_tokens"):
             vc.load_spec(write(tmp_path, run={"batch_tokens": wrong}))
     with pytest.raises(SpecError, match=r"`run\.kernels`.*'auto', 'eager' or 'compiled'"):
         vc.load_spec(write(tmp_path, run={"kernels": "triton"}))

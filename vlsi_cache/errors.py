@@ -6,6 +6,7 @@ Messages say what is wrong, where, which values, and what to do next.
 import errno
 
 __all__ = [
+    "BatchTooLargeError",
     "CacheCorruptError",
     "CacheIncompleteError",
     "CacheNotFoundError",

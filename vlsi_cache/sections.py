@@ -202,7 +202,7 @@ def _check_batches(spec: Batched) -> Batched:
 
 
 class TrainVerbalizersSpec(Strict):
-    """Training of the teacher's verbalizers: per-layer cross-entropy, everything else frozen."""
+    """Training of the teacher's verbalizers, each by the loss of its layer; everything else is frozen."""
 
     schedule: Schedule = Schedule(epochs=1)
     batch_size: Annotated[int, Field(ge=1)] = 256
@@ -222,6 +222,7 @@ class LoraSpec(Strict):
 
 
 Operation = Literal["forward_kl", "reverse_kl", "jsd", "skewed_kl", "l2_topk", "ce", "none"]
+DIVERGENCES = frozenset({"forward_kl", "reverse_kl", "jsd", "skewed_kl", "l2_topk"})
 
 
 class InteractSpec(Strict):
@@ -276,9 +277,33 @@ class InteractSpec(Strict):
             raise ValueError("`reliable_only` compares the likelihood of the response, which is known at `tau` 1 alone")
         if self.layers_full_until > self.layers_zero_from:
             raise ValueError("`layers_full_until` lies behind `layers_zero_from`")
-        if self.intermediate == "none" and (self.last == "none" or not self.lambda_last):
-            raise ValueError("`intermediate` and `last` are both none: there is nothing to train")
+        self._nothing_belongs_to_another_operation()
+        if not self.trains_last and (self.intermediate == "none" or self.layers_zero_from < 1):
+            raise ValueError(
+                "the last layer is not trained (`last`, `lambda_last`), and the intermediate ones are not, or not to "
+                "the end (`intermediate`, `layers_zero_from`): there would be steps with nothing to train"
+            )
         return self
+
+    def _nothing_belongs_to_another_operation(self) -> None:
+        used = {self.intermediate, self.last}
+        for key, names in {"beta": {"jsd"}, "skew": {"skewed_kl"}, "tau": DIVERGENCES}.items():
+            if getattr(self, key) != type(self).model_fields[key].default and not used & names:
+                raise ValueError(f"`{key}` belongs to {', '.join(sorted(names))}, and none is trained")
+        if self.alpha_ce and self.last not in DIVERGENCES:
+            raise ValueError(f"`alpha_ce` mixes the labels into a divergence, and `last` is `{self.last}`")
+        if self.intermediate in DIVERGENCES:
+            return
+        of_matching = ("matching", "match_unit", "sampler", "reliable_only", "scale", "temperature")
+        of_layers = ("layer_reduction", "layers_full_until", "layers_zero_from")
+        keys = of_matching if self.intermediate == "ce" else (*of_matching, *of_layers)
+        changed = [key for key in keys if getattr(self, key) != type(self).model_fields[key].default]
+        if changed:
+            raise ValueError(f"`{'`, `'.join(changed)}` do nothing with `intermediate: {self.intermediate}`")
+
+    @property
+    def trains_last(self) -> bool:
+        return bool(self.lambda_last) and self.last != "none"
 
     def layer_weight(self, progress: float) -> float:
         """The weight of the intermediate terms after this share of the stage's steps."""
@@ -323,6 +348,12 @@ class DistillSpec(Strict):
 
     _whole_micro_batches = model_validator(mode="after")(_check_batches)
 
+    @model_validator(mode="after")
+    def _last_is_something(self) -> "DistillSpec":
+        if self.recipe == "last" and not self.interact.trains_last:
+            raise ValueError("`recipe: last` trains the last layer alone, and `interact` leaves it out")
+        return self
+
 
 class EvaluateSpec(Strict):
     """Held-out rows and what is measured on them."""
@@ -336,26 +367,23 @@ class EvaluateSpec(Strict):
 class RunSpec(Strict):
     """Where the build runs; not part of the fingerprint (another batch size changes rows by rounding only).
 
-    `batch_tokens: auto` sets `find_batch_tokens`: a new build then looks for the number that suits the machine and
-    records it in the cache, and whatever else reads the number takes the default. `kernels`: sums over the vocabulary
-    as torch runs them (`eager`) or fused by `torch.compile`; `auto` fuses them on CUDA.
+    `batch_tokens: auto`: a new build looks for the number that suits the machine and records it in the cache; whatever
+    else reads the number takes the default. `kernels`: sums over the vocabulary as torch runs them (`eager`) or fused
+    by `torch.compile`; `auto` fuses them on CUDA.
     """
 
     device: str = "auto"
-    batch_tokens: Annotated[int, Field(ge=1)] = DEFAULT_BATCH_TOKENS
-    find_batch_tokens: bool = False
+    batch_tokens: Literal["auto"] | Annotated[int, Field(ge=1)] = DEFAULT_BATCH_TOKENS
     kernels: Literal["auto", "eager", "compiled"] = "auto"
 
-    @model_validator(mode="before")
-    @classmethod
-    def _auto_means_find(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("batch_tokens") == "auto":
-            return {**values, "batch_tokens": DEFAULT_BATCH_TOKENS, "find_batch_tokens": True}
-        return values
+    @property
+    def num_batch_tokens(self) -> int:
+        """The number, or the default where it is to be found."""
+        return DEFAULT_BATCH_TOKENS if self.batch_tokens == "auto" else self.batch_tokens
 
     def with_batch_tokens(self, number: int) -> "RunSpec":
         """The same run with the number that was found, as it is recorded."""
-        return self.model_copy(update={"batch_tokens": number, "find_batch_tokens": False})
+        return self.model_copy(update={"batch_tokens": number})
 
 
 class CacheSpec(Strict):

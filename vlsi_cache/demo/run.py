@@ -101,7 +101,7 @@ def _teacher_scores(spec: CacheSpec, out: Path, device: str | None) -> dict[str,
     assert spec.evaluate is not None
     settings, path = spec.evaluate, resolve_model(spec.teacher.model)
     file = out / "teacher-evaluation.json"
-    options: dict[str, Any] = {"dtype": spec.teacher.dtype, "batch_tokens": spec.run.batch_tokens}
+    options: dict[str, Any] = {"dtype": spec.teacher.dtype, "batch_tokens": spec.run.num_batch_tokens}
     scores = _once(file, lambda: evaluate_model(path, settings, **options, device=device or spec.run.device))
     write_atomically(file, json.dumps(scores, indent=1))
     return scores

@@ -14,6 +14,7 @@ from typing import Any, TypeVar, cast
 import torch
 import xxhash
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from vlsi_cache.errors import ModelError
 
@@ -135,8 +136,11 @@ class Backbone:
         """Like `capture`, for verbalizers that attend: a `LayerSequence` per layer; the final one stays [T, D]."""
 
         def keep(hidden_BSD: Tensor, kwargs: dict[str, Any]) -> LayerSequence:
-            kept = {**kwargs, "past_key_values": None, "use_cache": False}
-            return LayerSequence(hidden_BSD, kept, rows_T, positions_T)
+            kept = tree_map(
+                lambda x: x.to(self.device) if isinstance(x, Tensor) else x,
+                {**kwargs, "past_key_values": None, "use_cache": False},
+            )
+            return LayerSequence(hidden_BSD.to(self.device), kept, rows_T, positions_T)
 
         captured, final_BSD = self._run(inputs, layers, keep)
         return {**captured, self.num_layers: _gather(final_BSD, rows_T, positions_T).to(self.device)}

@@ -143,13 +143,13 @@ def layer_losses(losses: Mapping[str, Mapping[int, Sequence[float]]], *, unit: s
 
 
 def match_map(
-    shares_SM: np.ndarray, null_SM: np.ndarray, student_layers: Sequence[int], teacher_layers: Sequence[int]
+    shares_SM: np.ndarray, null_SM: np.ndarray | None, student_layers: Sequence[int], teacher_layers: Sequence[int]
 ) -> str:
-    """Share of steps in which a student layer was matched with a teacher layer, beside what pure chance gives."""
+    """Share of matches of each student layer with each teacher layer, beside what no information would give, if any."""
     size = 1.5 + 0.26 * len(student_layers)
-    with styled_figure(8.6, max(2.3, size), 2, sharey=True) as (figure, panels):
-        titles = ("matched in training", "uniform sampling (no information)")
-        for axes, title, share in zip(panels, titles, (shares_SM, null_SM), strict=True):
+    shown = [("matched in training", shares_SM), *([] if null_SM is None else [("no information", null_SM)])]
+    with styled_figure(4.3 * len(shown), max(2.3, size), len(shown), sharey=True) as (figure, panels):
+        for axes, (title, share) in zip(panels, shown, strict=True):
             _heat_map(axes, share, student_layers, teacher_layers)
             axes.set(title=title, xlabel="teacher layer")
         panels[0].set_ylabel("student layer")

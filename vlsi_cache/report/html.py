@@ -145,11 +145,15 @@ def match_html(run: RunFiles) -> str:
     if found is None:
         return ""
     shares, rows = found
-    null = null_distribution(len(rows), len(columns))
-    caption = (
-        "Share of micro-batches, in percent, in which a student layer was matched with a teacher layer. Keeping the "
-        "order alone pushes matches deep: only what differs from the right-hand side says something about the layers."
-    )
+    interact = ((run.record.get("spec") or {}).get("distill") or {}).get("interact") or {}
+    mode, sampler = interact.get("matching", "vlsi"), interact.get("sampler", "greedy")
+    null = null_distribution(len(rows), len(columns), mode=mode, sampler=sampler)
+    caption = f"Share of matches, in percent, of a student layer with a teacher layer (matching `{mode}`, {sampler})."
+    if null is not None:
+        caption += (
+            " Right: what they would be if the divergences said nothing. Keeping the order alone pushes matches deep; "
+            "only what differs between the two sides says something about the layers."
+        )
     return figure(figures.match_map(shares, null, rows, columns), caption)
 
 

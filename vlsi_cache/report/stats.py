@@ -146,7 +146,7 @@ def match_shares(
     metrics: Iterable[Mapping[str, Any]], teacher_layers: Sequence[int]
 ) -> tuple[np.ndarray, list[int]] | None:
     """(share of micro-batches [S, M] in which student layer s was matched with teacher layer m, student layers)."""
-    lines = [line for line in metrics if line.get("matched_layers")]
+    lines = [line for line in metrics if any(line.get("matched_layers") or [])]
     matches = [match for line in lines for match in _per_micro_batch(line["matched_layers"]) if match]
     if not matches:
         return None

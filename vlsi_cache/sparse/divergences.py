@@ -21,7 +21,6 @@ __all__ = ["Bucketed", "Divergence", "DivergenceName"]
 
 DivergenceName = Literal["forward_kl", "reverse_kl", "jsd", "skewed_kl", "l2_topk"]
 FLOOR = 1e-6  # of both tail masses as far as their log goes: fp32 log-probs resolve no less
-LOG_FLOOR = math.log(FLOOR)
 LOG_KEPT_MAX = math.log1p(-FLOOR)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from vlsi_cache.errors import SpecError
 
 from .matching import search_window
+from .walk import moved
 
 __all__ = ["Matcher", "Matching", "MatchingMode"]
 
@@ -131,8 +132,7 @@ class Matcher:
         ready = []
         for student, values_MU in enumerate(values):
             allowed_MU = torch.ones_like(values_MU, dtype=torch.bool)
-            logits_LU = torch.full((self.num_teacher, values_MU.shape[1]), -torch.inf, dtype=torch.float64)
-            logits_LU = logits_LU.to(values_MU.device)
+            logits_LU = values_MU.new_full((self.num_teacher, values_MU.shape[1]), -torch.inf, dtype=torch.float64)
             logits_LU[student : student + len(values_MU)] = self.matching.logits(values_MU.double(), allowed_MU)
             ready.append(logits_LU)
         # Backward: the log-weight of all that may follow a match, over the targets behind it.
@@ -151,7 +151,8 @@ class Matcher:
 
     def _draw(self, student: int, logits_MU: Tensor) -> Tensor:
         """One index [U] by inverse CDF."""
-        uniforms_U = self._uniforms_SU[student].to(logits_MU.device, non_blocking=True)
+        self._uniforms_SU = moved(self._uniforms_SU, logits_MU.device)
+        uniforms_U = self._uniforms_SU[student]
         cdf_MU = (logits_MU - logits_MU.amax(0)).exp().cumsum(0)
         index_U = (cdf_MU <= uniforms_U * cdf_MU[-1]).sum(0)
         # Rounding may lift the draw past the end; values that are not finite are reported later, where nothing waits.

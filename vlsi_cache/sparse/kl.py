@@ -126,9 +126,10 @@ class LayerRows:
         _check_shapes(ids, logprobs, tails, mass, entropy)
         if tau != 1.0:
             logprobs, mass = _tempered(logprobs, lse_LTn, tau, taus)
-        ids_LTX = torch.cat([ids, tails], -1)
-        index = BlockIndex.of(ids_LTX, v_real=v_real, block=block or default_block(device), device=device)
-        return cls(moved(ids_LTX.int(), device), logprobs, mass, entropy, index, v_real, tau)
+        ids_LTX = torch.cat([ids, tails], -1).int()
+        on_device_LTX = moved(ids_LTX, device)
+        index = BlockIndex.of(ids_LTX, on_device_LTX, v_real=v_real, block=block or default_block(device))
+        return cls(on_device_LTX, logprobs, mass, entropy, index, v_real, tau)
 
     @property
     def num_layers(self) -> int:
@@ -220,7 +221,9 @@ class CandidateKL:
 
     def choose(self, candidate: int | Tensor = 0, *, keep_T: Tensor | None = None) -> Loss:
         """`loss`, together with the values of the tokens; tokens that are not kept count as 0 in the mean."""
-        index_T = torch.as_tensor(candidate, device=self._share_T.device).expand(len(self._share_T))
+        if isinstance(candidate, int):  # made on the device: a copy to it would wait
+            candidate = torch.full((), candidate, dtype=torch.long, device=self._share_T.device)
+        index_T = candidate.expand(len(self._share_T))
         ids_TK, logp_TK, logq_TK, tail_T = (
             _at(x, index_T) for x in (self._ids_MTK, self._logprobs_MTK, self._logq_MTK, self._tail_mass_MT)
         )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vlsi_cache.errors import ModelError
 
-__all__ = ["Head", "compute_dtype", "operand", "project"]
+__all__ = ["Head", "compute_dtype", "operand", "product_into", "project"]
 
 CONVERT_ROWS = 1024  # head rows turned into fp32 at a time where the device has no mixed product
 
@@ -59,7 +59,7 @@ class Head:
 
     def logits_into(self, out_TB: Tensor, hidden_TD: Tensor, start: int) -> Tensor:
         """The logits of the rows from `start` on, as many as `out` has columns: fp32 (fp64 for fp64 hidden states)."""
-        _product_into(out_TB, hidden_TD, self.weight_VD[start : start + out_TB.shape[1]])
+        product_into(out_TB, hidden_TD, self.weight_VD[start : start + out_TB.shape[1]].T)
         return self.shape_(out_TB)
 
     def shape_(self, products: Tensor) -> Tensor:
@@ -86,16 +86,19 @@ def project(acc_TD: Tensor, probs_TB: Tensor, weight_BD: Tensor) -> Tensor:
     return acc_TD
 
 
-def _product_into(out_TB: Tensor, hidden_TD: Tensor, weight_BD: Tensor) -> None:
-    if hidden_TD.dtype == weight_BD.dtype == out_TB.dtype:
-        torch.mm(hidden_TD, weight_BD.T, out=out_TB)
-    elif _is_half_on_gpu(hidden_TD) and out_TB.is_contiguous():
-        torch.mm(hidden_TD, weight_BD.to(hidden_TD.dtype).T, out_dtype=torch.float32, out=out_TB)
+def product_into(out_TB: Tensor, left_TD: Tensor, right_DB: Tensor) -> None:
+    """out = left @ right, summed and written in the dtype of `out`."""
+    if left_TD.dtype == right_DB.dtype == out_TB.dtype:
+        torch.mm(left_TD, right_DB, out=out_TB)
+    elif _is_half_on_gpu(left_TD) and out_TB.dtype == torch.float32 and out_TB.is_contiguous():
+        torch.mm(left_TD, right_DB.to(left_TD.dtype), out_dtype=torch.float32, out=out_TB)
+    elif _is_half_on_gpu(left_TD):
+        out_TB.copy_(left_TD @ right_DB.to(left_TD.dtype))
     else:
-        hidden_TD = hidden_TD.to(out_TB.dtype)
-        for start in range(0, weight_BD.shape[0], CONVERT_ROWS):
-            rows = slice(start, start + CONVERT_ROWS)
-            torch.mm(hidden_TD, weight_BD[rows].to(out_TB.dtype).T, out=out_TB[:, rows])
+        left_TD = left_TD.to(compute_dtype(out_TB))
+        for start in range(0, right_DB.shape[1], CONVERT_ROWS):
+            columns = slice(start, start + CONVERT_ROWS)
+            out_TB[:, columns] = left_TD @ right_DB[:, columns].to(left_TD.dtype)
 
 
 def _is_half_on_gpu(factor: Tensor) -> bool:

@@ -4,6 +4,7 @@ Shapes: S student target layers, L teacher target layers.
 """
 
 from collections.abc import Sequence
+from math import comb
 from typing import Literal
 
 import numpy as np
@@ -111,12 +112,27 @@ def match_layers(
     return matches
 
 
-def null_distribution(num_student: int, num_teacher: int) -> np.ndarray:
+def null_distribution(
+    num_student: int, num_teacher: int, *, mode: str = "vlsi", sampler: str = "greedy"
+) -> np.ndarray | None:
     """P(student target s is matched with teacher target l), [S, L], if the divergences said nothing at all.
 
-    Order preservation alone pushes matches deep; any drift must be read against this.
+    Order preservation alone pushes matches deep; any drift must be read against this. None for the uniform modes, in
+    which the divergences say nothing anyway.
     """
     search_window(0, 0, num_student, num_teacher)
+    if mode.startswith("uniform"):
+        return None
+    if mode not in ("vlsi", "order"):
+        last_S = np.arange(num_student) + (num_teacher - num_student if mode == "range" else num_teacher)
+        allowed_SL = np.arange(num_teacher) <= last_S[:, None]
+        return allowed_SL / allowed_SL.sum(1, keepdims=True)
+    if sampler == "joint":  # all increasing assignments alike
+        ways = [
+            [comb(j, s) * comb(num_teacher - 1 - j, num_student - 1 - s) for j in range(num_teacher)]
+            for s in range(num_student)
+        ]
+        return np.array(ways) / comb(num_teacher, num_student)
     match_SL = np.zeros((num_student, num_teacher))
     starts = {0: 1.0}
     for student in range(num_student):

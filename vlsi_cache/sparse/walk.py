@@ -22,7 +22,7 @@ from torch import Tensor
 from vlsi_cache.errors import DataError
 
 from .kernels import fused
-from .logits import Head, compute_dtype, project
+from .logits import Head, compute_dtype, product_into, project
 
 __all__ = ["BlockIndex", "GivenGradient", "OneId", "Walk", "default_block", "full_precision", "moved"]
 
@@ -71,22 +71,24 @@ class BlockIndex:
     ends: list[int]  # where the entries of each (block, row) end
 
     @classmethod
-    def of(cls, ids_LTX: Tensor, *, v_real: int, block: int, device: torch.device) -> "BlockIndex":
-        """Raises DataError for ids outside the vocabulary. Ids on the CPU cost a GPU no synchronisation."""
+    def of(cls, ids_LTX: Tensor, on_device_LTX: Tensor, *, v_real: int, block: int) -> "BlockIndex":
+        """From int32 ids, twice: those on the CPU cost a GPU no synchronisation. Raises DataError for unknown ids."""
         num_layers, num_tokens, per_token = ids_LTX.shape
         low, high = (int(x) for x in torch.aminmax(ids_LTX)) if ids_LTX.numel() else (0, 0)
         if low < 0 or high >= v_real:
             raise DataError(f"token ids go from {low} to {high}, outside the real vocabulary of {v_real} tokens")
         num_blocks = math.ceil(v_real / block)
-        # Few-valued small integers take the radix sort, over ten times faster than int64.
-        blocks_LTX = (ids_LTX // block).to(torch.int16 if num_blocks < 2**15 else torch.int32)
         layers_L11 = torch.arange(num_layers, device=ids_LTX.device)[:, None, None]
-        counts = torch.bincount((blocks_LTX * num_layers + layers_L11).flatten(), minlength=num_blocks * num_layers)
+        counts = torch.bincount(
+            (ids_LTX // block * num_layers + layers_L11).flatten(), minlength=num_blocks * num_layers
+        )
         ends = [0, *counts.cumsum(0).tolist()]
-        ids_N = moved(ids_LTX.int(), device).flatten()
-        order_N = moved(blocks_LTX, device).flatten().sort(stable=True).indices.to(torch.int32)
+        ids_N, device = on_device_LTX.flatten(), on_device_LTX.device
+        # Few-valued small integers take the radix sort, over ten times faster than int64.
+        blocks_N = (ids_N // block).to(torch.int16 if num_blocks < 2**15 else torch.int32)
+        order_N = blocks_N.sort(stable=True).indices.int()
         last = (num_blocks - 1) * block
-        width_N = torch.where(ids_N >= last, v_real - last, block)
+        width_N = torch.where(ids_N >= last, v_real - last, block).int()
         tokens_N = torch.arange(num_tokens, device=device, dtype=torch.int32).repeat_interleave(per_token)
         slots_N = tokens_N.repeat(num_layers) * width_N + ids_N % block
         return cls(block, (num_layers, num_tokens, per_token), order_N, slots_N[order_N], ends)
@@ -127,7 +129,8 @@ class OneId:
     block: int
 
     def empty(self, num_tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.zeros((1, num_tokens, 1), dtype=dtype, device=device)
+        # An id that no block has leaves a loss that is not a number instead of a plausible one.
+        return torch.full((1, num_tokens, 1), math.nan, dtype=dtype, device=device)
 
     def collect(self, values: Tensor, index: int, z_TB: Tensor) -> None:
         offset_T = self.ids_T - index * self.block
@@ -265,7 +268,7 @@ class Walk:
             if _rounds_probs(self.hidden_TD):
                 dz_TB = dz_TB.to(self.hidden_TD.dtype)
             project(hidden_grad_TD, dz_TB, weight_VD[rows])
-            weight_grad_VD[rows] = dz_TB.T @ self.hidden_TD.to(dz_TB.dtype)
+            product_into(weight_grad_VD[rows], dz_TB.T, self.hidden_TD)
         return hidden_grad_TD, weight_grad_VD
 
 
@@ -316,7 +319,9 @@ def _online_softmax(
     new_T1 = torch.maximum(max_T1, z_TB.amax(1, keepdim=True))
     rescale_T1 = (max_T1 - new_T1).exp()
     slopes_TB = None if slope is None else 1 - (slope * z_TB).square()
-    exp_TB = z_TB.sub_(new_T1).exp_()
+    # In place it would be written out twice when compiled: once for the sums, once in `dtype`.
+    in_place = dtype == z_TB.dtype or not torch.compiler.is_compiling()
+    exp_TB = z_TB.sub_(new_T1).exp_() if in_place else (z_TB - new_T1).exp()
     sum_T1 = sum_T1 * rescale_T1 + exp_TB.sum(1, keepdim=True)
     weights_TB = exp_TB if slopes_TB is None else exp_TB * slopes_TB
     return new_T1, sum_T1, rescale_T1, weights_TB.to(dtype)

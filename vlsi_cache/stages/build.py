@@ -68,7 +68,7 @@ def build_teacher(
         token_texts=lambda: inputs.encoder.token_texts(range(inputs.encoder.v_real)),
     )
     planned = batch_tokens
-    if spec.run.find_batch_tokens:  # another process may have been the first to record a number
+    if spec.run.batch_tokens == "auto":  # another process may have been the first to record a number
         batch_tokens = int(writer.header.spec["run"]["batch_tokens"])
     if note := spec_changes_note(writer.header.spec, spec):
         say(note)
@@ -87,7 +87,7 @@ def build_teacher(
 
 def settled_batch_tokens(inputs: TeacherInputs, out: Path, find: Callable[[], int]) -> int:
     """The number the spec names; for `auto` the one that the cache has recorded, or else one found now."""
-    if not inputs.spec.run.find_batch_tokens:
+    if inputs.spec.run.batch_tokens != "auto":
         return inputs.spec.run.batch_tokens
     if not (out / HEADER_NAME).exists():
         return find()
@@ -101,7 +101,7 @@ def cache_header(inputs: TeacherInputs, parts: list[list[int]], batch_tokens: in
 
     `batch_tokens` is the number that was found, where the spec leaves it open.
     """
-    run = inputs.spec.run.with_batch_tokens(batch_tokens or inputs.spec.run.batch_tokens)
+    run = inputs.spec.run.with_batch_tokens(batch_tokens or inputs.spec.run.num_batch_tokens)
     spec = inputs.spec.model_copy(update={"run": run})
     layers = [*inputs.target_layers, inputs.num_model_layers]
     return CacheHeader(

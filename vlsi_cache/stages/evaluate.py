@@ -61,7 +61,7 @@ def evaluate(
         trust_remote_code=trust_remote_code,
         attn_implementation=spec.distill.attn_implementation,
         device=device or spec.run.device,
-        batch_tokens=spec.run.batch_tokens,
+        batch_tokens=spec.run.num_batch_tokens,
         limit=limit,
     )
     if run is not None:

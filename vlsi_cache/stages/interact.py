@@ -1,7 +1,7 @@
 """Stage interact: each verbalized student layer learns the teacher layer that Algorithm 1 matches it with.
 
 The adapter on the language model trains; verbalizers, head, embeddings and vision tower are frozen, with gradients
-flowing through verbalizers and head into the backbone. Training value: ghost bucket; matching value: unbiased.
+flowing through verbalizers and head into the backbone. Layers are matched by the unbiased forward KL.
 
 What happens to one micro-batch stands in `interaction.py`.
 """
@@ -67,15 +67,16 @@ def interact(state: StudentState, model: Any, verbalizers: Verbalizers | None, *
             rate = optimizer_step(optimizer, settings.schedule, step, num_steps)
 
             seconds = time.monotonic() - started
-            kl_last = numbers.values.get(backbone.num_layers, 0.0)
-            by_layer = {layer: numbers.values.get(layer, 0.0) for layer in layers}
+            # What was not trained in this step is not logged either: 0 would read as a perfect match.
+            kl_last = numbers.values.get(backbone.num_layers)
+            by_layer = {layer: numbers.values[layer] for layer in layers if layer in numbers.values}
             reduced = sum(by_layer.values()) / (len(layers) or 1 if settings.layer_reduction == "mean" else 1)
             log.write(
                 stage="interact",
                 step=step + 1,
                 num_steps=num_steps,
-                loss=settings.lambda_last * kl_last + layer_weight * reduced,
-                kl_last=kl_last,
+                loss=settings.lambda_last * (kl_last or 0.0) + layer_weight * reduced,
+                **({} if kl_last is None else {"kl_last": kl_last}),
                 layers={str(layer): value for layer, value in by_layer.items()},
                 **({"reliable": {str(k): v for k, v in numbers.kept.items()}} if settings.reliable_only else {}),
                 matched_layers=[unit for units in numbers.matched for unit in units or [[]]],

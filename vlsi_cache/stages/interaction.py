@@ -137,11 +137,7 @@ def interaction(
         for layer in layers:
             turn.labels(layer, each)
     else:
-        matcher = matcher_of(len(layers), rows, settings, rng)
-        if layers and settings.sampler == "joint":
-            matcher.draw_all([turn.divergences(layer, matcher.window(s)) for s, layer in enumerate(layers)])
-        for layer in layers:
-            turn.matched(layer, matcher, each)
+        turn.match_all(layers, rng, each)
     return turn.finish()
 
 
@@ -172,7 +168,7 @@ class _Turn:
         compiled: bool,
     ) -> None:
         self.hidden, self.backbone, self.verbalizers, self.rows = hidden, backbone, verbalizers, rows
-        self.settings, self.compiled, self.head = settings, compiled, head_of(backbone)
+        self.settings, self.compiled, self.head = settings, compiled, head_of(backbone).real(rows.layers.v_real)
         self.gradients: dict[int, Tensor] = {}
         self.layers: list[int] = []
         self.numbers: list[Tensor] = []
@@ -189,7 +185,8 @@ class _Turn:
         loss, tokens_T = self._compare(state_TD, self.settings.last, range(final, final + 1)).choose(0)
         if alpha:
             with autocast(leaf.device):
-                loss = (1 - alpha) * loss + alpha * linear_cross_entropy(state_TD, self.head, self.rows.gold_T)
+                labels = linear_cross_entropy(state_TD, self.head, self.rows.gold_T, compiled=self.compiled)
+            loss = (1 - alpha) * loss + alpha * labels
         self._add(layer, leaf, loss * weight, loss, tokens_T, torch.full_like(self.rows.unit_T, final))
 
     def labels(self, layer: int, weight: float) -> None:
@@ -217,6 +214,16 @@ class _Turn:
         target_T = window.start + index_nU[-1][self.rows.unit_T]
         self._add(layer, leaf, loss * weight, loss, tokens[-1], target_T, torch.stack(kept).mean())
         self.targets.append(window.start + index_nU)
+
+    def match_all(self, layers: list[int], rng: np.random.Generator, weight: float) -> None:
+        """Algorithm 1 over the student's target layers."""
+        if not layers:
+            return
+        matcher = matcher_of(len(layers), self.rows, self.settings, rng)
+        if self.settings.sampler == "joint":
+            matcher.draw_all([self.divergences(layer, matcher.window(s)) for s, layer in enumerate(layers)])
+        for layer in layers:
+            self.matched(layer, matcher, weight)
 
     def divergences(self, layer: int, window: range) -> Tensor:
         """What a layer would be matched by, [M, U], without a gradient."""
@@ -283,7 +290,7 @@ class StepNumbers:
     """The terms of one optimizer step on the host: means over the micro-batches, nats per response token.
 
     `kept` is the share of tokens whose teacher layer was reliable; `matched` holds, for each micro-batch, the teacher
-    targets of its units, [U, S].
+    layers of its units, [U, S] ([n * U, S] where n layers are matched).
     """
 
     values: dict[int, float]
@@ -299,6 +306,7 @@ def read_numbers(results: Sequence[Interaction], settings: InteractSpec, teacher
     values: dict[int, float] = {}
     kept: dict[int, float] = {}
     matched: list[list[list[int]]] = []
+    with_rows = sum(result.terms is not None for result in results)
     for result in results:
         if result.terms is None:
             matched.append([])
@@ -307,7 +315,7 @@ def read_numbers(results: Sequence[Interaction], settings: InteractSpec, teacher
         for layer, numbers in zip(result.terms.layers, numbers_N5, strict=True):
             _refuse_impossible(result, layer, numbers, settings, teacher_layers)
             values[layer] = values.get(layer, 0.0) + float(numbers[VALUE]) / len(results)
-            kept[layer] = kept.get(layer, 0.0) + float(numbers[KEPT]) / len(results)
+            kept[layer] = kept.get(layer, 0.0) + float(numbers[KEPT]) / with_rows
         matched.append([[teacher_layers[j] for j in unit] for unit in result.terms.matched_US.tolist()])
     return StepNumbers(values, kept, matched)
 

@@ -95,4 +95,4 @@ def sft(state: StudentState, model: Any, *, num_steps: int) -> dict[str, Any]:
             )
             if (step + 1) % distill.checkpoint_steps == 0 or step + 1 == num_steps:
                 checkpoints.save("sft", step + 1, model, optimizer)
-    return {"name": "sft", "steps": num_steps, "seconds": log.stage_seconds("sft")}
+    return {"name": "sft", "steps": num_steps, "seconds": log.stage_seconds("sft"), "cross_entropy": reason}

@@ -154,7 +154,7 @@ def open_student(cache: Cache, spec: CacheSpec, path: str) -> StudentInputs:
     config = load_config(path, trust_remote_code=distill.trust_remote_code)
     layers = _student_layers(distill, config, num_teacher=len(cache.layers) - 1)
     if distill.recipe != "sft":
-        _check_divergence(cache, distill.interact)
+        _check_interact(cache, distill.interact, distill.recipe)
     return StudentInputs(cache, spec, path, config, encoder, layers)
 
 
@@ -175,15 +175,21 @@ def _student_layers(distill: DistillSpec, config: Any, *, num_teacher: int) -> l
     return layers
 
 
-def _check_divergence(cache: Cache, interact: InteractSpec) -> None:
+def _check_interact(cache: Cache, interact: InteractSpec, recipe: str) -> None:
     header = cache.header
+    if recipe == "vlsi" and interact.bottom_k > len(header.layers) - 1:
+        raise SpecError(
+            f"`distill.interact.bottom_k` is {interact.bottom_k}, and {cache.path} has {len(header.layers) - 1} "
+            "intermediate layers"
+        )
     if interact.tau not in header.taus:
         raise SpecError(
             f"`distill.interact.tau` is {interact.tau}, and {cache.path} holds rows for {header.taus} alone: "
             "the tail at another temperature cannot be known from the top-k. Build a cache with "
             f"`rows.taus=[1.0,{interact.tau}]`"
         )
-    operations = {interact.intermediate, interact.last} - {"forward_kl", "ce", "none"}
+    used = {interact.last} if recipe == "last" else {interact.intermediate, interact.last}
+    operations = used - {"forward_kl", "ce", "none"}
     if header.row_kind == "sampled" and (operations or interact.tau != 1.0):
         raise SpecError(
             f"`distill.interact` asks for {' and '.join(sorted(operations)) or 'forward_kl'} at tau {interact.tau}, "

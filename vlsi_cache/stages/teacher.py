@@ -80,13 +80,20 @@ class Teacher:
         """The rows of many batches, in order; close it to leave early."""
         behind: Launched | None = None
         with closing(ahead(self.prepare, batches)) as ready:
-            for prepared in ready:
-                launched = self.launch(prepared)
+            while True:
+                failure: Exception | None = None
+                try:
+                    prepared = next(ready, None)
+                    launched = None if prepared is None else self.launch(prepared)
+                except Exception as error:  # of the next batch: the one before it is still good
+                    failure, launched = error, None
                 if behind is not None:
                     yield behind.work, self.collect(behind)
+                if failure is not None:
+                    raise failure
+                if launched is None:
+                    return
                 behind = launched
-        if behind is not None:
-            yield behind.work, self.collect(behind)
 
     def prepare(self, work: PartBatch) -> Prepared:
         """Encode the records and draw their uniforms."""
