@@ -13,13 +13,20 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "vlsi_cache"
 FLOORS = [
     {"errors"},
-    {"sections", "spec", "data", "models", "sparse"},
+    {"sections", "training_sections", "spec", "data", "models", "sparse"},
     {"store"},
     {"stages", "report"},
     {"demo"},
 ]
 # Rooms of the second floor know each other only through these: both are plain records that everything speaks.
-ALLOWED_SIDEWAYS = {("spec", "sections"), ("data", "spec"), ("models", "spec"), ("stages", "report")}
+ALLOWED_SIDEWAYS = {
+    ("spec", "sections"),
+    ("spec", "training_sections"),
+    ("sections", "training_sections"),
+    ("data", "spec"),
+    ("models", "spec"),
+    ("stages", "report"),
+}
 
 
 def floor_of(room: str) -> int:

@@ -14,25 +14,18 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from .errors import SpecError, list_problems
-from .sections import (
-    CacheSpec,
-    DataSpec,
+from .sections import CacheSpec, DataSpec, EvaluateSpec, RowsSpec, RunSpec, StoreSpec, TeacherSpec, TokensSpec
+from .training_sections import (
     DistillSpec,
     Dtype,
-    EvaluateSpec,
     InteractSpec,
     LoraSpec,
     Recipe,
-    RowsSpec,
-    RunSpec,
     Schedule,
     SftSpec,
-    StoreSpec,
     Strict,
     Structure,
     TargetLayers,
-    TeacherSpec,
-    TokensSpec,
     TrainVerbalizersSpec,
     VerbalizerSpec,
 )

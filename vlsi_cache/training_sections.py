@@ -1,0 +1,224 @@
+"""The sections of a spec about training: verbalizers, and how students are distilled."""
+
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Recipe = Literal["vlsi", "last", "sft"]
+Structure = Literal["mlp", "mlp-x2", "verb-ffn", "verb-ffn-x2", "ffn", "ffn-x2", "decoder", "decoder-x2"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+TargetLayers = Literal["auto"] | tuple[Annotated[int, Field(ge=1)], ...]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+Batched = TypeVar("Batched", "TrainVerbalizersSpec", "DistillSpec")
+
+
+class Strict(BaseModel):
+    """Base of all sections: unknown keys are refused, nothing changes after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Schedule(Strict):
+    """Length and learning rate of one training stage: `steps` or `epochs`; one epoch when neither is named."""
+
+    steps: Annotated[int, Field(ge=1)] | None = None
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    final_learning_rate: Annotated[float, Field(ge=0)] = 1e-6
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.03
+    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_length(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        if values.get("steps") is not None and values.get("epochs") is not None:
+            raise ValueError("name one of `steps` and `epochs`, not both")
+        named = values.get("steps") is not None or values.get("epochs") is not None
+        return values if named else {**values, "epochs": 1.0}
+
+    def num_steps(self, num_samples: int, batch_size: int) -> int:
+        """Optimizer steps over `num_samples`; an epoch is rounded up to whole batches."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None
+        return max(1, -int(-self.epochs * num_samples // batch_size))
+
+
+class VerbalizerSpec(Strict):
+    """Architecture of the verbalizers, for teacher and student alike (VLsI, Table 4f), and what they learn.
+
+    `loss: ce` is the cross-entropy with the response; `kl_to_final` the divergence from what the model itself says at
+    the response's positions, as the tuned lens learns it.
+    """
+
+    structure: Structure = "verb-ffn"
+    style: Literal["residual", "plain"] = "residual"
+    final_norm: bool = True
+    pre_norm: Literal["rms", "none"] = "rms"
+    loss: Literal["ce", "kl_to_final"] = "ce"
+
+
+def _check_batches(spec: Batched) -> Batched:
+    if spec.batch_size % spec.micro_batch_size:
+        raise ValueError(
+            f"`batch_size` {spec.batch_size} is not a multiple of `micro_batch_size` {spec.micro_batch_size}"
+        )
+    return spec
+
+
+class TrainVerbalizersSpec(Strict):
+    """Training of the teacher's verbalizers, each by the loss of its layer; everything else is frozen."""
+
+    schedule: Schedule = Schedule(epochs=1)
+    batch_size: Annotated[int, Field(ge=1)] = 256
+    micro_batch_size: Annotated[int, Field(ge=1)] = 4
+    checkpoint_steps: Annotated[int, Field(ge=1)] = 200
+    seed: Seed = 0
+
+    _whole_micro_batches = model_validator(mode="after")(_check_batches)
+
+
+class LoraSpec(Strict):
+    """Adapter on the linear layers of the language model; the vision tower is never adapted."""
+
+    rank: Annotated[int, Field(ge=1)] = 64
+    alpha: Annotated[float, Field(gt=0)] = 64.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+Operation = Literal["forward_kl", "reverse_kl", "jsd", "skewed_kl", "l2_topk", "ce", "none"]
+DIVERGENCES = frozenset({"forward_kl", "reverse_kl", "jsd", "skewed_kl", "l2_topk"})
+
+
+class InteractSpec(Strict):
+    """The interaction step (Algorithm 1 of the paper); `recipe: last` takes its last-layer term alone.
+
+    `intermediate` and `last` say what is trained at the matched layers and at the last one (Table 4d): a divergence
+    from the teacher, `ce` with the labels and no teacher, or nothing. `beta` is the teacher's share of the jsd's
+    mixture, `skew` that of the skewed KL's. `tau` softens both sides of a divergence; it must be one of the cache's
+    `rows.taus`. `alpha_ce` mixes the labels into the last layer: (1 - alpha_ce) * divergence + alpha_ce * ce.
+
+    `matching` and what follows it choose teacher layers (Table 4e), by the forward KL whatever is trained: one match
+    for a micro-batch or for each sample (`match_unit`). `reliable_only`: a teacher layer that says the response worse
+    than the student's own layer teaches it nothing. The intermediate terms have their full weight until
+    `layers_full_until`, a share of the stage's steps, and none from `layers_zero_from` on.
+    """
+
+    schedule: Schedule = Schedule(epochs=1)
+    lambda_last: Annotated[float, Field(ge=0)] = 1.0
+    intermediate: Operation = "forward_kl"
+    last: Operation = "forward_kl"
+    layer_reduction: Literal["sum", "mean"] = "sum"
+    beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    skew: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    tau: Annotated[float, Field(gt=0)] = 1.0
+    alpha_ce: Annotated[float, Field(ge=0, le=1)] = 0.0
+    matching: Literal["vlsi", "order", "range", "multinomial", "bottom_k", "uniform", "uniform_stretch", "random"] = (
+        "vlsi"
+    )
+    match_unit: Literal["batch", "sample"] = "batch"
+    sampler: Literal["greedy", "joint"] = "greedy"
+    scale: Annotated[float, Field(gt=0)] = 2.0
+    temperature: Literal["normalized", "printed", "fixed"] = "normalized"
+    fixed_temperature: Annotated[float, Field(gt=0)] = 1.0
+    bottom_k: Annotated[int, Field(ge=1)] = 1
+    reliable_only: bool = False
+    layers_full_until: Annotated[float, Field(ge=0, le=1)] = 1.0
+    layers_zero_from: Annotated[float, Field(ge=0, le=1)] = 1.0
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> "InteractSpec":
+        adaptive = {"scale": 2.0, "temperature": "normalized", "fixed_temperature": 1.0}
+        changed = [key for key, default in adaptive.items() if getattr(self, key) != default]
+        if self.matching != "vlsi" and changed:
+            raise ValueError(f"`{'`, `'.join(changed)}` belong to `matching: vlsi`, and it is `{self.matching}`")
+        if self.temperature != "fixed" and self.fixed_temperature != 1.0:
+            raise ValueError(f"`fixed_temperature` belongs to `temperature: fixed`, and it is `{self.temperature}`")
+        if self.matching != "bottom_k" and self.bottom_k != 1:
+            raise ValueError(f"`bottom_k` belongs to `matching: bottom_k`, and it is `{self.matching}`")
+        if self.sampler == "joint" and self.matching not in ("vlsi", "order"):
+            raise ValueError(f"`sampler: joint` keeps the order of layers, which `matching: {self.matching}` does not")
+        if self.reliable_only and self.tau != 1.0:
+            raise ValueError("`reliable_only` compares the likelihood of the response, which is known at `tau` 1 alone")
+        if self.layers_full_until > self.layers_zero_from:
+            raise ValueError("`layers_full_until` lies behind `layers_zero_from`")
+        self._nothing_belongs_to_another_operation()
+        if not self.trains_last and (self.intermediate == "none" or self.layers_zero_from < 1):
+            raise ValueError(
+                "the last layer is not trained (`last`, `lambda_last`), and the intermediate ones are not, or not to "
+                "the end (`intermediate`, `layers_zero_from`): there would be steps with nothing to train"
+            )
+        return self
+
+    def _nothing_belongs_to_another_operation(self) -> None:
+        used = {self.intermediate, self.last}
+        for key, names in {"beta": {"jsd"}, "skew": {"skewed_kl"}, "tau": DIVERGENCES}.items():
+            if getattr(self, key) != type(self).model_fields[key].default and not used & names:
+                raise ValueError(f"`{key}` belongs to {', '.join(sorted(names))}, and none is trained")
+        if self.alpha_ce and self.last not in DIVERGENCES:
+            raise ValueError(f"`alpha_ce` mixes the labels into a divergence, and `last` is `{self.last}`")
+        if self.intermediate in DIVERGENCES:
+            return
+        of_matching = ("matching", "match_unit", "sampler", "reliable_only", "scale", "temperature")
+        of_layers = ("layer_reduction", "layers_full_until", "layers_zero_from")
+        keys = of_matching if self.intermediate == "ce" else (*of_matching, *of_layers)
+        changed = [key for key in keys if getattr(self, key) != type(self).model_fields[key].default]
+        if changed:
+            raise ValueError(f"`{'`, `'.join(changed)}` do nothing with `intermediate: {self.intermediate}`")
+
+    @property
+    def trains_last(self) -> bool:
+        return bool(self.lambda_last) and self.last != "none"
+
+    def layer_weight(self, progress: float) -> float:
+        """The weight of the intermediate terms after this share of the stage's steps."""
+        if progress < self.layers_full_until or self.layers_full_until == 1.0:
+            return 1.0
+        if progress >= self.layers_zero_from:
+            return 0.0
+        return (self.layers_zero_from - progress) / (self.layers_zero_from - self.layers_full_until)
+
+
+class SftSpec(Strict):
+    """Supervised finetuning on the labels, after the interaction step."""
+
+    schedule: Schedule = Schedule(epochs=1)
+    mode: Literal["lora+embed_head", "full"] = "lora+embed_head"
+
+
+class DistillSpec(Strict):
+    """From a cache to a student. `recipe` decides which stages run; all recipes take the same number of steps:
+
+    vlsi: verbalize, interact over all target layers, sft. last: the steps of verbalize and interact go to last-layer
+    distillation, then sft. sft: all steps go to sft.
+    """
+
+    student: str | None = None
+    student_dtype: Dtype = "auto"
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+    recipe: Recipe = "vlsi"
+    layers: TargetLayers = "auto"
+    num_layers: Annotated[int, Field(ge=1)] = 7
+    batch_size: Annotated[int, Field(ge=1)] = 512
+    micro_batch_size: Annotated[int, Field(ge=1)] = 4
+    gradient_checkpointing: bool = False
+    verbalize: Schedule = Schedule(epochs=1)
+    interact: InteractSpec = InteractSpec()
+    sft: SftSpec = SftSpec()
+    lora: LoraSpec = LoraSpec()
+    checkpoint_steps: Annotated[int, Field(ge=1)] = 200
+    window_parts: Annotated[int, Field(ge=1)] = 4
+    seed: Seed = 0
+
+    _whole_micro_batches = model_validator(mode="after")(_check_batches)
+
+    @model_validator(mode="after")
+    def _last_is_something(self) -> "DistillSpec":
+        if self.recipe == "last" and not self.interact.trains_last:
+            raise ValueError("`recipe: last` trains the last layer alone, and `interact` leaves it out")
+        return self
