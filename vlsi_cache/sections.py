@@ -41,7 +41,7 @@ class DataSpec(Strict):
     path: str | None = None
     media_root: str | None = None
     generator: str | None = None
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
     limit: Annotated[int, Field(ge=1)] | None = None
     max_length: Annotated[int, Field(ge=8)] = 4096
     min_pixels: Annotated[int, Field(ge=1)] | None = None
