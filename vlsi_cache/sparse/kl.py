@@ -121,12 +121,12 @@ class LayerRows:
         Raises DataError for shapes that do not fit together, ids outside `v_real`, and a `tau` outside `taus`.
         """
         device = torch.device(device)
-        ids, tails = (_tensor(array).long() for array in (ids_LTK, tail_ids_LTm))
+        ids, tails = (_tensor(array).int() for array in (ids_LTK, tail_ids_LTm))
         logprobs, mass, entropy = (moved(_tensor(array), device) for array in (logprobs_LTK, tail_mass_LT, entropy_LT))
         _check_shapes(ids, logprobs, tails, mass, entropy)
         if tau != 1.0:
             logprobs, mass = _tempered(logprobs, lse_LTn, tau, taus)
-        ids_LTX = torch.cat([ids, tails], -1).int()
+        ids_LTX = torch.cat([ids, tails], -1)
         on_device_LTX = moved(ids_LTX, device)
         index = BlockIndex.of(ids_LTX, on_device_LTX, v_real=v_real, block=block or default_block(device))
         return cls(on_device_LTX, logprobs, mass, entropy, index, v_real, tau)
@@ -250,9 +250,9 @@ def _at(x_MTx: Tensor, index_T: Tensor) -> Tensor:
 
 
 def _tensor(array: Tensor | np.ndarray) -> Tensor:
-    """fp32 or fp64 of floats, int64 of whole numbers; a mapped array, which cannot be written to, is copied."""
+    """fp32 or fp64 of floats, int32 of whole numbers; a mapped array, which cannot be written to, is copied."""
     if isinstance(array, np.ndarray):
-        dtype = np.int64 if array.dtype.kind in "iu" else np.promote_types(array.dtype, np.float32)
+        dtype = np.int32 if array.dtype.kind in "iu" else np.promote_types(array.dtype, np.float32)
         return torch.from_numpy(np.require(array, dtype, "W"))
     return array.to(torch.promote_types(array.dtype, torch.float32)) if array.is_floating_point() else array
 

@@ -78,20 +78,20 @@ class BlockIndex:
         if low < 0 or high >= v_real:
             raise DataError(f"token ids go from {low} to {high}, outside the real vocabulary of {v_real} tokens")
         num_blocks = math.ceil(v_real / block)
-        layers_L11 = torch.arange(num_layers, device=ids_LTX.device)[:, None, None]
+        layers_L11 = torch.arange(num_layers, device=ids_LTX.device, dtype=torch.int32)[:, None, None]
         counts = torch.bincount(
             (ids_LTX // block * num_layers + layers_L11).flatten(), minlength=num_blocks * num_layers
         )
         ends = [0, *counts.cumsum(0).tolist()]
-        ids_N, device = on_device_LTX.flatten(), on_device_LTX.device
         # Few-valued small integers take the radix sort, over ten times faster than int64.
-        blocks_N = (ids_N // block).to(torch.int16 if num_blocks < 2**15 else torch.int32)
+        blocks_N = (on_device_LTX // block).flatten().to(torch.int16 if num_blocks < 2**15 else torch.int32)
         order_N = blocks_N.sort(stable=True).indices.int()
         last = (num_blocks - 1) * block
-        width_N = torch.where(ids_N >= last, v_real - last, block).int()
-        tokens_N = torch.arange(num_tokens, device=device, dtype=torch.int32).repeat_interleave(per_token)
-        slots_N = tokens_N.repeat(num_layers) * width_N + ids_N % block
-        return cls(block, (num_layers, num_tokens, per_token), order_N, slots_N[order_N], ends)
+        tokens_T1 = torch.arange(num_tokens, device=on_device_LTX.device, dtype=torch.int32)[:, None]
+        slots_LTX = (on_device_LTX % block).add_(tokens_T1 * block)
+        # The last block is narrower.
+        slots_LTX.sub_((on_device_LTX >= last) * (tokens_T1 * (last + block - v_real)))
+        return cls(block, (num_layers, num_tokens, per_token), order_N, slots_LTX.flatten()[order_N], ends)
 
     def window(self, rows: range) -> "IndexWindow":
         """The entries of consecutive rows."""
