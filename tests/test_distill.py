@@ -1,7 +1,9 @@
 """Students: what trains in each stage, resuming to the same metrics, the recipes' equal budgets, refusals, scores."""
 
+import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ import vlsi_cache as vc
 from vlsi_cache.errors import CacheIncompleteError, FingerprintMismatchError, ModelError, SpecError
 from vlsi_cache.stages import interact as interact_module
 from vlsi_cache.stages import sft as sft_module
-from vlsi_cache.stages.distill import stage_steps
+from vlsi_cache.stages.distill import distill_spec, stage_steps
 from vlsi_cache.stages.loop import learning_rate, read_metrics
 from vlsi_cache.store.reader import Cache
 
@@ -172,6 +174,13 @@ def test_activation_checkpointing_and_accumulation_change_nothing(
         first[size] = metrics(run)[0]["loss"]
     assert first[1] == pytest.approx(first[4], rel=0.2)
     assert first[2] == pytest.approx(first[4], rel=0.2)
+
+
+def test_kernels_are_chosen_for_this_machine_and_not_the_teacher_s(cache: Cache) -> None:
+    compiled = cache.header.spec | {"run": {**cache.header.spec["run"], "kernels": "compiled"}}
+    other: Any = SimpleNamespace(path=cache.path, header=dataclasses.replace(cache.header, spec=compiled))
+    assert distill_spec(other, student="x").run.kernels == "auto"
+    assert distill_spec(other, student="x", overrides=["run.kernels=eager"]).run.kernels == "eager"
 
 
 def test_the_student_must_share_the_tokenizer(cache: Cache, tmp_path: Path) -> None:

@@ -79,7 +79,11 @@ def distill_spec(
     """The spec stored in the cache with the changes for this run; what the cache has fixed cannot be changed."""
     stored = spec_from_dict(cache.header.spec, where=str(cache.path))
     # A cache may come from somebody else: running a model's own code is allowed by this call's overrides alone.
-    stored = change(stored, distill={**stored.distill.model_dump(), "trust_remote_code": False})
+    stored = change(
+        stored,
+        distill={**stored.distill.model_dump(), "trust_remote_code": False},
+        run={**stored.run.model_dump(), "kernels": "auto"},  # what suits the teacher's machine need not suit this one
+    )
     spec = apply_overrides(stored, overrides)
     fixed = [key for key in FIXED_BY_THE_CACHE if getattr(spec, key) != getattr(stored, key)]
     if fixed:
