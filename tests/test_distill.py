@@ -1,6 +1,5 @@
 """Students: what trains in each stage, resuming to the same metrics, the recipes' equal budgets, refusals, scores."""
 
-import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -178,7 +177,7 @@ def test_activation_checkpointing_and_accumulation_change_nothing(
 
 def test_kernels_are_chosen_for_this_machine_and_not_the_teacher_s(cache: Cache) -> None:
     compiled = cache.header.spec | {"run": {**cache.header.spec["run"], "kernels": "compiled"}}
-    other: Any = SimpleNamespace(path=cache.path, header=dataclasses.replace(cache.header, spec=compiled))
+    other: Any = SimpleNamespace(path=cache.path, header=cache.header.model_copy(update={"spec": compiled}))
     assert distill_spec(other, student="x").run.kernels == "auto"
     assert distill_spec(other, student="x", overrides=["run.kernels=eager"]).run.kernels == "eager"
 
