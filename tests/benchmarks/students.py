@@ -14,7 +14,7 @@ from typing import Any
 import peft
 import torch
 
-from vlsi_cache.models.adapter import add_lora, train_head_and_embeddings
+from vlsi_cache.models.adapter import add_lora, checkpoint_activations, train_head_and_embeddings
 from vlsi_cache.models.layers import Backbone
 from vlsi_cache.models.prune_depth import init_student
 from vlsi_cache.models.verbalizer import Verbalizers, build_verbalizers
@@ -142,7 +142,7 @@ def with_adapter(state: StudentState) -> Any:
     torch.manual_seed(distill.seed)
     model = add_lora(state.model, **distill.lora.model_dump())
     if distill.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(model)
     return model.train()
 
 

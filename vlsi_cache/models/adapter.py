@@ -33,6 +33,15 @@ def text_linears(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if id(module) in inside]
 
 
+def checkpoint_activations(model: Any) -> None:
+    """Keep one activation per layer and make the others again in the backward pass."""
+    options = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:  # what older transformers call it
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
 def merge_lora(model: Any) -> Any:
     """The plain model with the adapter folded into its weights; a model without adapter is returned as it is."""
     return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from vlsi_cache.errors import SpecError
-from vlsi_cache.models.adapter import add_lora, merge_lora
+from vlsi_cache.models.adapter import add_lora, checkpoint_activations, merge_lora
 from vlsi_cache.models.layers import Backbone
 from vlsi_cache.models.load import resolve_model, save_student, weights_digest
 from vlsi_cache.models.verbalizer import Verbalizers, load_verbalizers
@@ -117,7 +117,7 @@ def _run_stages(state: StudentState) -> list[dict[str, Any]]:
     uses_lora = "interact" in steps or distill.sft.mode == "lora+embed_head"
     model = add_lora(state.model, **distill.lora.model_dump()) if uses_lora else state.model
     if distill.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(model)
     model.train()
     if "interact" in steps:
         stages.append(interact(state, model, verbalizers, num_steps=steps["interact"]))
