@@ -185,7 +185,7 @@ def test_batch_tokens_may_be_left_open(tmp_path: Path) -> None:
     assert apply_overrides(spec, ["run.batch_tokens=64"]).run == said.run
     assert vc.load_spec(write(tmp_path)).run.batch_tokens == 8192
     for wrong in ("automatic", 0, 1.5):
-        with pytest.raises(SpecError, match=r"`run\.batch_tokens"):
+        with pytest.raises(SpecError, match=r"`run\.batch_tokens`"):
             vc.load_spec(write(tmp_path, run={"batch_tokens": wrong}))
     with pytest.raises(SpecError, match=r"`run\.kernels`.*'auto', 'eager' or 'compiled'"):
         vc.load_spec(write(tmp_path, run={"kernels": "triton"}))

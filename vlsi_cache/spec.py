@@ -183,7 +183,7 @@ def _is_other_branch(problem: dict[str, Any], problems: list[dict[str, Any]]) ->
 
 def _describe(problem: dict[str, Any]) -> str:
     loc = [str(part) for part in problem["loc"] if part not in ("tuple", "literal['auto']")]
-    key = ".".join(part for part in loc if not part.startswith(("tuple[", "literal[")))
+    key = ".".join(part for part in loc if not part.startswith(("tuple[", "literal[", "constrained-")))
     if problem["type"] == "extra_forbidden":
         return f"`{key}`: no such key{_did_you_mean(loc)}"
     if problem["type"] == "missing":
