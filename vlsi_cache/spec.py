@@ -109,8 +109,8 @@ def change(section: Section, **changes: Any) -> Section:
     try:
         return type(section).model_validate({**section.model_dump(), **changes})
     except ValidationError as error:
-        problems = [f"`{'.'.join(map(str, e['loc']))}`: {e['msg']}" for e in error.errors()]
-        raise SpecError(f"{type(section).__name__}:\n{list_problems(problems)}") from None
+        problems = [_describe(dict(problem)) for problem in error.errors()]
+        raise SpecError(f"{type(section).__name__}: {len(problems)} mistake(s)\n{list_problems(problems)}") from None
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
