@@ -1,4 +1,6 @@
-"""Layer matching: VLsI Algorithm 1, over a whole table of KL divergences or row by row as training needs it.
+"""Layer matching: VLsI Algorithm 1 over a whole table of KL divergences, as the paper has it.
+
+Training draws the same on the device (`drawing.py`), for which this is the reference.
 
 Shapes: S student target layers, L teacher target layers.
 """
