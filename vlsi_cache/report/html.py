@@ -148,7 +148,7 @@ def match_html(run: RunFiles) -> str:
     interact = ((run.record.get("spec") or {}).get("distill") or {}).get("interact") or {}
     mode, sampler = interact.get("matching", "vlsi"), interact.get("sampler", "greedy")
     null = null_distribution(len(rows), len(columns), mode=mode, sampler=sampler)
-    caption = f"Share of matches, in percent, of a student layer with a teacher layer (matching `{mode}`, {sampler})."
+    caption = f"Share of matches, in percent, of a student layer with a teacher layer (matching {mode}, {sampler})."
     if null is not None:
         caption += (
             " Right: what they would be if the divergences said nothing. Keeping the order alone pushes matches deep; "
