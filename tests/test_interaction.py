@@ -308,6 +308,22 @@ def test_an_impossible_divergence_names_sample_and_layers(case: Case, value: flo
         read_numbers(micro, SETTINGS, [2, 4, 6, 8, 9])
 
 
+def test_every_matched_layer_is_looked_at(case: Case) -> None:
+    split_in_two(case)
+    case.hidden = {k: x.detach() for k, x in case.hidden.items()}
+    healthy = run(case, {"matching": "bottom_k", "bottom_k": 4, "last": "none"})
+    # One token of one of the four teacher layers says what cannot be; it is among the matched ones, wherever it comes.
+    for damaged in range(4):
+        whole = case.rows.layers.tail_mass_LT.clone()
+        case.rows.layers.tail_mass_LT[damaged, 5] = torch.nan
+        terms = run(case, {"matching": "bottom_k", "bottom_k": 4, "last": "none"})
+        case.rows.layers.tail_mass_LT.copy_(whole)
+        result = Interaction(terms, ["a", "b"], [3, 4])
+        with pytest.raises(ModelError, match=f"sample `b`: .* from teacher layer {[2, 4, 6, 8][damaged]} is nan"):
+            read_numbers([result], SETTINGS, [2, 4, 6, 8, 9])
+    read_numbers([Interaction(healthy, ["a", "b"], [3, 4])], SETTINGS, [2, 4, 6, 8, 9])
+
+
 def test_numbers_are_means_over_the_micro_batches(case: Case) -> None:
     empty, full = Interaction(None, ["a"], [0]), Interaction(run(case), ["b"], [7])
     assert read_numbers([empty, empty], SETTINGS, []).values == {}

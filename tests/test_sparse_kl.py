@@ -11,27 +11,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tensor_sizes import LargestTensor
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from vlsi_cache.errors import DataError
 from vlsi_cache.sparse import kl, walk
 from vlsi_cache.sparse.kl import CandidateKL, LayerRows, candidate_kl, sparse_kl
 from vlsi_cache.sparse.logits import Head
-
-
-class LargestTensor(TorchDispatchMode):
-    """Remembers the element count of the largest storage any operation returned."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for value in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(value, Tensor):
-                self.largest = max(self.largest, value.untyped_storage().nbytes() // value.itemsize)
-        return result
 
 
 @dataclass

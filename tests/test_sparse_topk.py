@@ -6,28 +6,15 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from tensor_sizes import LargestTensor
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.distributions import Categorical
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from vlsi_cache.errors import ModelError, SpecError
 from vlsi_cache.sparse import kernels, topk
 from vlsi_cache.sparse.kernels import pick_kernels
 from vlsi_cache.sparse.topk import _top_slots, sample_uniforms, stack_layers, teacher_rows
-
-
-class LargestTensor(TorchDispatchMode):
-    """Remembers the element count of the largest tensor any operation returned."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for value in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(value, Tensor):
-                self.largest = max(self.largest, value.untyped_storage().nbytes() // value.itemsize)
-        return result
 
 
 def make_teacher(num_tokens: int, hidden_size: int, vocab: int, spread: float = 2.0) -> tuple[Tensor, Tensor, Tensor]:

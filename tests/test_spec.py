@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -11,7 +11,10 @@ from hypothesis import strategies as st
 
 import vlsi_cache as vc
 from vlsi_cache.errors import SpecError
-from vlsi_cache.spec import CacheSpec, Schedule, apply_overrides, change, spec_from_dict
+from vlsi_cache.sparse.divergences import Divergence, DivergenceName
+from vlsi_cache.sparse.drawing import Matching, MatchingMode
+from vlsi_cache.sparse.kernels import Kernels
+from vlsi_cache.spec import CacheSpec, InteractSpec, RunSpec, Schedule, apply_overrides, change, spec_from_dict
 
 MINIMAL = {
     "name": "minimal",
@@ -173,6 +176,17 @@ def test_the_weight_of_the_layers_fades(tmp_path: Path) -> None:
     assert [interact.layer_weight(x / 8) for x in range(9)] == [1, 1, 1, 0.75, 0.5, 0.25, 0, 0, 0]
     interact = vc.load_spec(write(tmp_path)).distill.interact
     assert interact.layer_weight(0.999) == interact.layer_weight(0.0) == 1
+
+
+def test_the_spec_s_choices_are_those_of_the_code() -> None:
+    # Spec and sparse rooms know nothing of each other, so the names stand in both.
+    fields = InteractSpec.model_fields
+    assert {*get_args(fields["last"].annotation)} == {*get_args(DivergenceName), "ce", "none"}
+    assert fields["matching"].annotation == MatchingMode
+    assert get_args(RunSpec.model_fields["kernels"].annotation) == get_args(Kernels)
+    for key in ("temperature", "sampler", "scale", "fixed_temperature", "bottom_k"):
+        assert fields[key].default == getattr(Matching(), key)
+    assert (fields["beta"].default, fields["skew"].default) == (Divergence().beta, Divergence().skew)
 
 
 def test_batch_tokens_may_be_left_open(tmp_path: Path) -> None:

@@ -165,7 +165,7 @@ class Walk:
         hidden_TD, head = self.hidden_TD, self.head
         self.block = min(picker.block, head.num_rows)
         # On a GPU the probabilities enter the second product in bf16; what this loses on the chosen ids
-        # is put back by `rounding`.
+        # is put back by `_rounding`.
         self.rounds = wants_mean and _rounds_probs(hidden_TD)
         probs_dtype = hidden_TD.dtype if self.rounds else compute_dtype(hidden_TD)
         online_softmax = fused(_online_softmax, compiled=compiled)

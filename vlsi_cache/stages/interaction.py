@@ -211,8 +211,8 @@ class _Turn:
             tokens.append(tokens_T)
             kept.append(loss.new_ones(()) if keep_T is None else keep_T.mean())
         loss = torch.stack(losses).mean()
-        target_T = window.start + index_nU[-1][self.rows.unit_T]
-        self._add(layer, leaf, loss * weight, loss, tokens[-1], target_T, torch.stack(kept).mean())
+        target_nT = window.start + index_nU[:, self.rows.unit_T]
+        self._add(layer, leaf, loss * weight, loss, torch.cat(tokens), target_nT.flatten(), torch.stack(kept).mean())
         self.targets.append(window.start + index_nU)
 
     def match_all(self, layers: list[int], rng: np.random.Generator, weight: float) -> None:
@@ -236,9 +236,8 @@ class _Turn:
         if self.gradients:
             roots = [_cut_at(self.hidden[layer]) for layer in self.gradients]
             torch.autograd.backward(roots, list(self.gradients.values()))
-        num_matched = self.targets[0].numel() if self.targets else 0
         matched = [target_nU.flatten() for target_nU in self.targets]
-        matched_US = torch.stack(matched, 1) if matched else self.rows.unit_T.new_empty(num_matched, 0)
+        matched_US = torch.stack(matched, 1) if matched else self.rows.unit_T.new_empty(0, 0)
         return Terms(self.layers, torch.stack(self.numbers), matched_US)
 
     def _state(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -278,10 +277,12 @@ class _Turn:
             weighted.backward()
             assert leaf.grad is not None
             self.gradients[layer] = leaf.grad
-        lowest, token = tokens_T.min(0)
+        lowest, place = tokens_T.min(0)
         share = torch.ones_like(lowest) if kept is None else kept
         self.layers.append(layer)
-        numbers = (loss.detach(), lowest, token, target_T.gather(0, token[None])[0], share)
+        # Where several layers are matched, all tokens stand there once for each.
+        token = place % len(self.rows.unit_T)
+        numbers = (loss.detach(), lowest, token, target_T.gather(0, place[None])[0], share)
         self.numbers.append(torch.stack([x.double() for x in numbers]))
 
 
