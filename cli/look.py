@@ -1,4 +1,4 @@
-"""Commands that only read: ls, inspect, sample, stats, verify, diff, report, specs."""
+"""Commands that only read: ls, inspect, sample, stats, trace, match, verify, diff, report, specs."""
 
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -44,7 +44,8 @@ def sample(
 ) -> Answer:
     """Show what every layer says, token by token.
 
-    The words come from the cache: no model and no tokenizer is needed. A cache that is still being built will do.
+    The words come from the cache, each after the response so far: no model and no tokenizer is needed. A cache that is
+    still being built will do. What a layer says when it is left to itself: vlsi-cache trace.
     """
     from .sampling import grid_text, sample_grid
 
@@ -71,6 +72,74 @@ def stats(
 
     file = write_stats_page(found, out)
     return Answer({**found.as_dict(), "page": file}, lambda: f"{stats_text(found)}\n\npage: {file}")
+
+
+def trace(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub id, package:NAME, or a distill run.")],
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="What the user says.")],
+    verbalizers: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Verbalizers of MODEL; none: the logit lens. Default: those of the run."),
+    ] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="A picture before the text; repeatable.")
+    ] = None,
+    layers: Annotated[
+        str | None, typer.Option(metavar="LIST", help="Layers to trace, e.g. 2-6,18,last; default: all.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens that a layer may say.")] = 32,
+    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE.html", help="Also write a page.")] = None,
+    gguf_file: Annotated[str | None, typer.Option(metavar="FILE", help="The .gguf file of MODEL to read.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: CUDA when there is one.")] = None,
+) -> Answer:
+    """Show what every layer would answer by itself.
+
+    Greedy text of each layer: its verbalizer chooses every token, and its own tokens are fed back. What the layers say
+    of a given response, word by word, needs no model: vlsi-cache sample.
+    """
+    import vlsi_cache as vc
+
+    from .change import parse_layers
+
+    found = vc.trace(
+        model,
+        prompt=prompt,
+        verbalizers=verbalizers,
+        images=image or [],
+        layers=None if layers is None else parse_layers(layers),
+        max_new_tokens=max_new_tokens,
+        gguf_file=gguf_file,
+        device=device,
+    )
+    if out is None:
+        return Answer(found.as_dict(), lambda: str(found))
+    from vlsi_cache.report.trace_page import write_trace_page
+
+    file = write_trace_page(found, out)
+    return Answer({**found.as_dict(), "page": file}, lambda: f"{found}\n\npage: {file}")
+
+
+def match(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a distill run of recipe vlsi.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE.html", help="Also write a page.")] = None,
+    png: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the heat maps as a PNG.")] = None,
+    share: Annotated[
+        float, typer.Option(metavar="X", help="Share of the steps that are its start, and its end.")
+    ] = 0.1,
+) -> Answer:
+    """Show which teacher layers the student was matched with.
+
+    At the start and at the end of the interaction, beside what uniform sampling gives: keeping the order of the layers
+    pushes matches deep by itself. A run that is still going shows what is there.
+    """
+    import vlsi_cache as vc
+    from vlsi_cache.report.matches import write_match_page, write_match_png
+
+    found = vc.match(run, share=share)
+    files = {"page": out and write_match_page(found, out), "png": png and write_match_png(found, png)}
+    written = {name: file for name, file in files.items() if file}
+    lines = "".join(f"\n{name}: {file}" for name, file in written.items())
+    return Answer({**found.as_dict(), **written}, lambda: f"{found}" + (f"\n{lines}" if lines else ""))
 
 
 def verify(
@@ -148,6 +217,8 @@ COMMANDS = (
     ("inspect", inspect, "inspect caches/demo"),
     ("sample", sample, "sample caches/demo 5f0c2a --top 3"),
     ("stats", stats, "stats caches/demo -o stats.html"),
+    ("trace", trace, "trace runs/a --prompt 'Which bar is the tallest?' --image chart.png"),
+    ("match", match, "match runs/a -o match.html"),
     ("verify", verify, "verify caches/demo --deep"),
     ("diff", diff, "diff caches/demo caches/small"),
     ("report", report, "report runs/a"),

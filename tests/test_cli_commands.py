@@ -18,7 +18,7 @@ from vlsi_cache import errors
 from vlsi_cache.spec import load_spec
 
 STAGES = ["plan", "train-verbalizers", "build-teacher", "distill", "evaluate", "init-student", "demo"]
-LOOK = ["ls", "inspect", "sample", "stats", "verify", "diff", "report", "specs"]
+LOOK = ["ls", "inspect", "sample", "stats", "trace", "match", "verify", "diff", "report", "specs"]
 COMMANDS = [*STAGES, *LOOK, "prune", "merge", "repair"]
 
 

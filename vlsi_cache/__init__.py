@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .errors import VlsiCacheError
     from .models.prune_depth import init_student
+    from .report.matches import match
     from .sparse.divergences import Divergence
     from .sparse.kl import sparse_kl
     from .spec import CacheSpec, DistillSpec, load_spec
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from .stages.distill import distill
     from .stages.evaluate import evaluate
     from .stages.plan import plan
+    from .stages.trace import trace
     from .stages.verbalize import train_verbalizers
     from .store.dataset import CacheDataset, PartWindowSampler
     from .store.diff import diff
@@ -34,12 +36,14 @@ _HOME = {
     "evaluate": "stages.evaluate",
     "init_student": "models.prune_depth",
     "load_spec": "spec",
+    "match": "report.matches",
     "merge": "store.merge",
     "open": "store.reader",
     "plan": "stages.plan",
     "prune": "store.prune",
     "repair": "store.repair",
     "sparse_kl": "sparse.kl",
+    "trace": "stages.trace",
     "train_verbalizers": "stages.verbalize",
 }
 
@@ -56,12 +60,14 @@ __all__ = [
     "evaluate",
     "init_student",
     "load_spec",
+    "match",
     "merge",
     "open",
     "plan",
     "prune",
     "repair",
     "sparse_kl",
+    "trace",
     "train_verbalizers",
 ]
 

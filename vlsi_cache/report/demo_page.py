@@ -9,6 +9,7 @@ import yaml
 from . import figures
 from .example import example_html
 from .page import details, facts_table, figure, html_table, page, paragraph, section, tiles
+from .run_parts import match_html, verbalizer_html
 from .stats import LayerSummary, RunFiles, curve, read_run
 from .text import RECIPE_NAMES, demo_rows, human_seconds, kinds_of
 
@@ -21,7 +22,7 @@ FIRST_LINES = (
 
 def demo_page(folder: Path, demo: Demo, example: Demo | None, summaries: list[LayerSummary], header: Any | None) -> str:
     """The whole page; `header` is that of the cache, None when the cache is gone."""
-    from .html import bytes_html, match_html, verbalizer_html
+    from .html import bytes_html
 
     runs = _first_runs(folder, demo)
     vlsi = runs.get("vlsi")

@@ -7,6 +7,7 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -51,6 +52,16 @@ STYLE: dict[Any, Any] = {
 
 Scores = Mapping[str, Mapping[str, Sequence[float]]]
 Curves = Mapping[str, Mapping[str, tuple[Sequence[int], Sequence[float]]]]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One quantity over the steps, by layer: the student's side, and the teacher's where it has one."""
+
+    title: str
+    unit: str
+    student: Mapping[int, Sequence[float]]
+    teacher: Mapping[int, Sequence[float]]
 
 
 @contextmanager
@@ -142,18 +153,56 @@ def layer_losses(losses: Mapping[str, Mapping[int, Sequence[float]]], *, unit: s
         return svg_of(figure, "layers", "Held-out loss of each student layer")
 
 
-def match_map(
-    shares_SM: np.ndarray, null_SM: np.ndarray | None, student_layers: Sequence[int], teacher_layers: Sequence[int]
-) -> str:
-    """Share of matches of each student layer with each teacher layer, beside what no information would give, if any."""
-    size = 1.5 + 0.26 * len(student_layers)
-    shown = [("matched in training", shares_SM), *([] if null_SM is None else [("no information", null_SM)])]
-    with styled_figure(4.3 * len(shown), max(2.3, size), len(shown), sharey=True) as (figure, panels):
-        for axes, (title, share) in zip(panels, shown, strict=True):
+def probe_curves(panels: Sequence[Panel], steps: Sequence[int], layers: Sequence[int]) -> str:
+    """Numbers of the probes over the steps, one line a layer; the teacher's side is dashed."""
+    from matplotlib.lines import Line2D
+
+    rows, colours = -(-len(panels) // 3), _shades(len(layers))
+    with styled_figure(9.6, 2.5 * rows + 0.4, 3, rows=rows) as (figure, axes_list):
+        for axes, panel in zip(axes_list, panels, strict=False):
+            for of_layer, style in ((panel.teacher, (0, (3, 2))), (panel.student, "-")):
+                for layer, values in of_layer.items():
+                    colour = colours[list(layers).index(layer)]
+                    axes.plot(steps, values, color=colour, lw=1.4, ls=style)
+            axes.set(title=panel.title, xlabel="step", ylabel=panel.unit)
+            axes.locator_params(axis="x", integer=True, nbins=5)
+            axes.grid(axis="y")
+        for axes in axes_list[len(panels) :]:
+            axes.set_axis_off()
+        names = [*map(str, layers[:-1]), "last"]
+        lines = [Line2D([], [], color=colour, lw=1.6, label=name) for colour, name in zip(colours, names, strict=True)]
+        lines.append(Line2D([], [], color=MUTED, lw=1.4, ls=(0, (3, 2)), label="teacher"))
+        figure.legend(handles=lines, loc="outside upper left", ncols=len(lines), handlelength=1.4)
+        return svg_of(figure, "probes", "Student layers beside their teacher layers over the interaction")
+
+
+Maps = Mapping[str, np.ndarray]
+
+
+def match_map(maps: Maps, student_layers: Sequence[int], teacher_layers: Sequence[int]) -> str:
+    """Shares of matches of each student layer with each teacher layer, one heat map beside the other."""
+    with _match_figure(maps, student_layers, teacher_layers) as figure:
+        return svg_of(figure, "matches", "Matched layers beside the distribution of uniform sampling")
+
+
+def match_png(maps: Maps, student_layers: Sequence[int], teacher_layers: Sequence[int]) -> bytes:
+    """The same as a PNG on white."""
+    buffer = io.BytesIO()
+    with _match_figure(maps, student_layers, teacher_layers) as figure:
+        figure.savefig(buffer, format="png", dpi=160, facecolor="white", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+@contextmanager
+def _match_figure(maps: Maps, student_layers: Sequence[int], teacher_layers: Sequence[int]) -> Any:
+    width = max(3.2, 0.9 + 0.27 * len(teacher_layers))
+    height = max(2.3, 1.5 + 0.26 * len(student_layers))
+    with styled_figure(width * len(maps), height, len(maps), sharey=True) as (figure, panels):
+        for axes, (title, share) in zip(panels, maps.items(), strict=True):
             _heat_map(axes, share, student_layers, teacher_layers)
             axes.set(title=title, xlabel="teacher layer")
         panels[0].set_ylabel("student layer")
-        return svg_of(figure, "matches", "Matched layers beside the distribution of uniform sampling")
+        yield figure
 
 
 def _heat_map(axes: "Axes", share_SM: np.ndarray, rows: Sequence[int], columns: Sequence[int]) -> None:
@@ -164,7 +213,8 @@ def _heat_map(axes: "Axes", share_SM: np.ndarray, rows: Sequence[int], columns: 
     for (s, m), share in np.ndenumerate(share_SM):
         if share >= 0.005 and len(columns) <= 12:
             axes.text(m + 0.5, s + 0.5, f"{100 * share:.0f}", ha="center", va="center", fontsize=8.5)
-    axes.set_xticks(np.arange(len(columns)) + 0.5, [str(layer) for layer in columns])
+    shown = some_ticks(len(columns), 14)
+    axes.set_xticks(np.array(shown) + 0.5, [str(columns[index]) for index in shown])
     axes.set_yticks(np.arange(len(rows)) + 0.5, [str(layer) for layer in rows])
     axes.tick_params(length=0)
     axes.set(xlim=(0, len(columns)), ylim=(len(rows), 0))

@@ -11,17 +11,15 @@ from . import figures
 from .demo_page import demo_page
 from .example import MAX_TOKENS, example_html, grid_of, load_example, save_example
 from .page import details, facts_table, figure, html_table, page, paragraph, section, tiles
+from .run_parts import findings_html, match_html, probe_html, verbalizer_html
 from .stats import (
     LayerSummary,
     RunFiles,
     curve,
-    layer_curves,
     layer_summaries,
-    match_shares,
     read_json,
     read_run,
     stages_of,
-    teacher_layers,
 )
 from .text import human_bytes, human_seconds, kinds_of, layer_name, percent
 
@@ -104,8 +102,11 @@ def run_page(run: RunFiles) -> str:
         lead,
         [
             section("Result on held-out rows", *evaluation_html(run.evaluation)),
+            section("What looks wrong", findings_html(run)),
             section("Training", *_training_html(run)),
-            section("Layers", verbalizer_html(run), match_html(run)),
+            section("Verbalizers", verbalizer_html(run)),
+            section("Matched layers", match_html(run)),
+            section("Student beside teacher", probe_html(run)),
             section("How it was run", *how_html(record)),
         ],
     )
@@ -125,36 +126,6 @@ def evaluation_html(evaluation: dict[str, Any] | None) -> list[str]:
         else []
     )
     return [tiles(shown), html_table(["kind", "samples", "exact match"], rows, strong="all") if rows else ""]
-
-
-def verbalizer_html(run: RunFiles) -> str:
-    """Loss of every verbalizer over the verbalize stage."""
-    steps, layers = layer_curves(run.metrics, "verbalize")
-    if not steps:
-        return ""
-    svg = figures.verbalizer_losses(steps, layers, unit="nats per token")
-    return figure(svg, "Cross-entropy of each verbalized layer on the response. Deeper layers should end lower.")
-
-
-def match_html(run: RunFiles) -> str:
-    """Where the student's layers were matched, beside what no information at all would give."""
-    from vlsi_cache.sparse.matching import null_distribution
-
-    columns = teacher_layers(run)
-    found = match_shares(run.metrics, columns)
-    if found is None:
-        return ""
-    shares, rows = found
-    interact = ((run.record.get("spec") or {}).get("distill") or {}).get("interact") or {}
-    mode, sampler = interact.get("matching", "vlsi"), interact.get("sampler", "greedy")
-    null = null_distribution(len(rows), len(columns), mode=mode, sampler=sampler)
-    caption = f"Share of matches, in percent, of a student layer with a teacher layer (matching {mode}, {sampler})."
-    if null is not None:
-        caption += (
-            " Right: what they would be if the divergences said nothing. Keeping the order alone pushes matches deep; "
-            "only what differs between the two sides says something about the layers."
-        )
-    return figure(figures.match_map(shares, null, rows, columns), caption)
 
 
 def bytes_html(per_layer_token: dict[str, float]) -> str:

@@ -17,6 +17,7 @@ h2 { font-size: 1.15rem; margin: 2.8rem 0 .5rem; padding-top: 1.1rem; border-top
 p { margin: .5rem 0; max-width: 46rem; }
 .lead, .note, figcaption { color: var(--muted); }
 .note, figcaption { font-size: .88rem; }
+.warning { border-left: 4px solid var(--warm); background: var(--soft); padding: .55rem .9rem; }
 .scroll { overflow-x: auto; margin: .9rem 0; }
 svg { display: block; height: auto; max-width: none; }
 figure { margin: 1.2rem 0; }
@@ -70,6 +71,10 @@ def section(title: str, *parts: str) -> str:
 
 def paragraph(text: str, *, note: bool = False) -> str:
     return f"<p{' class=note' if note else ''}>{escape(text)}</p>" if text else ""
+
+
+def warning(text: str) -> str:
+    return f'<p class="warning">{escape(text)}</p>' if text else ""
 
 
 def figure(svg: str, caption: str) -> str:

@@ -67,7 +67,8 @@ class Matching:
 
 
 class Matcher:
-    """One pass over the student's target layers, in their order; `matched` gets one [n, U] tensor a layer.
+    """One pass over the student's target layers, in their order; `matched` gets one [n, U] tensor a layer, and
+    `drawn_by` the log-weights [M, U] of each draw.
 
     The window of a student target is fixed beforehand, from the first teacher target it could ever take to the last;
     what the order forbids within it is masked.
@@ -91,6 +92,7 @@ class Matcher:
         self._uniforms_SU = torch.from_numpy(rng.random((num_student, num_units)))
         self._joint: list[Tensor] | None = None
         self.matched: list[Tensor] = []
+        self.drawn_by: list[Tensor] = []
 
     def window(self, student: int | None = None) -> range:
         """Teacher targets that a student target, by default the next one, may be matched with."""
@@ -151,6 +153,7 @@ class Matcher:
 
     def _draw(self, student: int, logits_MU: Tensor) -> Tensor:
         """One index [U] by inverse CDF."""
+        self.drawn_by.append(logits_MU)
         self._uniforms_SU = moved(self._uniforms_SU, logits_MU.device)
         uniforms_U = self._uniforms_SU[student]
         cdf_MU = (logits_MU - logits_MU.amax(0)).exp().cumsum(0)

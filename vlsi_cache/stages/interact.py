@@ -12,11 +12,13 @@ from typing import Any
 
 from vlsi_cache.models.layers import Backbone
 from vlsi_cache.models.verbalizer import Verbalizers
+from vlsi_cache.report.checkup import interact_findings
 from vlsi_cache.sparse.matching import match_rng
 
 from .feed import feeding
 from .interaction import Interaction, MicroRows, interaction, read_numbers
-from .loop import autocast, clip_gradients, make_optimizer, memory_gib, optimizer_step, seed_step
+from .loop import autocast, clip_gradients, make_optimizer, memory_gib, optimizer_step, read_metrics, seed_step, warn_of
+from .probe import is_due, probe
 from .student import StudentState
 
 
@@ -40,6 +42,7 @@ def interact(state: StudentState, model: Any, verbalizers: Verbalizers | None, *
             started, waited, tokens = time.monotonic(), feed.wait_s, 0
             results: list[Interaction] = []
             layer_weight = settings.layer_weight(step / num_steps)
+            probed = None
             seed_step(distill.seed, "interact", step)
             for micro_step in range(num_micro):
                 micro = feed.next()
@@ -50,17 +53,22 @@ def interact(state: StudentState, model: Any, verbalizers: Verbalizers | None, *
                     batch = micro.batch
                     with autocast(state.device):
                         hidden = capture(batch.inputs, rows_T=batch.rows_T, positions_T=batch.positions_T)
+                    rows = MicroRows.of(micro, micro.rows, state.cache.header, settings, state.device)
                     terms = interaction(
                         hidden,
                         backbone,
                         verbalizers,
-                        MicroRows.of(micro, micro.rows, state.cache.header, settings, state.device),
+                        rows,
                         settings=settings,
                         rng=match_rng(distill.seed, step * num_micro + micro_step, 0),
                         scale=1 / num_micro,
                         layer_weight=layer_weight,
                         compiled=state.compiled,
                     )
+                    if probed is None and is_due(step, num_steps):
+                        is_sampled = state.cache.header.row_kind == "sampled"
+                        probed = probe(hidden, backbone, verbalizers, rows, micro.rows, terms, is_sampled=is_sampled)
+                    del rows
                 results.append(Interaction(terms, micro.sample_ids, micro.batch.num_tokens))
             numbers = read_numbers(results, settings, state.teacher_layers)
             clip_gradients(optimizer, settings.schedule, "interact", step, num_steps)
@@ -80,6 +88,7 @@ def interact(state: StudentState, model: Any, verbalizers: Verbalizers | None, *
                 layers={str(layer): value for layer, value in by_layer.items()},
                 **({"reliable": {str(k): v for k, v in numbers.kept.items()}} if settings.reliable_only else {}),
                 matched_layers=[unit for units in numbers.matched for unit in units or [[]]],
+                **({} if probed is None else {"probe": probed}),
                 learning_rate=rate,
                 tokens_per_s=tokens / seconds,
                 data_wait_pct=100 * (feed.wait_s - waited) / seconds,
@@ -87,4 +96,5 @@ def interact(state: StudentState, model: Any, verbalizers: Verbalizers | None, *
             )
             if (step + 1) % distill.checkpoint_steps == 0 or step + 1 == num_steps:
                 checkpoints.save("interact", step + 1, model, optimizer)
+    warn_of(interact_findings(read_metrics(log.path)))
     return {"name": "interact", "steps": num_steps, "seconds": log.stage_seconds("interact")}

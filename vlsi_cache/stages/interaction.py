@@ -89,11 +89,13 @@ class Terms:
 
     the loss in nats per response token, the lowest value of a token (NaN if one is), that token, its teacher target
     (-1: none), the share of tokens that were not left out. `matched_US`: the teacher targets of all units.
+    `match_logits`: what they were drawn by, [M, U] for each student target; empty where nothing was drawn.
     """
 
     layers: list[int]
     numbers_N5: Tensor
     matched_US: Tensor
+    match_logits: list[Tensor]
 
 
 @dataclass(frozen=True)
@@ -173,6 +175,7 @@ class _Turn:
         self.layers: list[int] = []
         self.numbers: list[Tensor] = []
         self.targets: list[Tensor] = []
+        self.match_logits: list[Tensor] = []
 
     def last(self, weight: float) -> None:
         """The last layer, through the head alone."""
@@ -224,6 +227,7 @@ class _Turn:
             matcher.draw_all([self.divergences(layer, matcher.window(s)) for s, layer in enumerate(layers)])
         for layer in layers:
             self.matched(layer, matcher, weight)
+        self.match_logits = matcher.drawn_by
 
     def divergences(self, layer: int, window: range) -> Tensor:
         """What a layer would be matched by, [M, U], without a gradient."""
@@ -238,7 +242,7 @@ class _Turn:
             torch.autograd.backward(roots, list(self.gradients.values()))
         matched = [target_nU.flatten() for target_nU in self.targets]
         matched_US = torch.stack(matched, 1) if matched else self.rows.unit_T.new_empty(0, 0)
-        return Terms(self.layers, torch.stack(self.numbers), matched_US)
+        return Terms(self.layers, torch.stack(self.numbers), matched_US, self.match_logits)
 
     def _state(self, layer: int) -> tuple[Tensor, Tensor]:
         """Hidden states of a layer with a gradient of their own, and what enters the head."""

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from vlsi_cache.errors import CacheCorruptError, ModelError
 from vlsi_cache.models.layers import Backbone
+from vlsi_cache.report.checkup import Finding
 from vlsi_cache.sparse.kernels import pick_kernels
 from vlsi_cache.sparse.logits import Head
 from vlsi_cache.spec import RunSpec, Schedule
@@ -28,6 +29,12 @@ from vlsi_cache.spec import RunSpec, Schedule
 def say(message: str) -> None:
     """One line for a person, on standard error and above any progress bar."""
     tqdm.write(message, file=sys.stderr)
+
+
+def warn_of(found: Iterable[Finding]) -> None:
+    """Say what looks wrong."""
+    for one in found:
+        say(f"warning: {one.text}")
 
 
 def pick_device(device: str | None) -> torch.device:

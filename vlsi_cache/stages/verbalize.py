@@ -21,6 +21,7 @@ from vlsi_cache.data.records import RecordSet
 from vlsi_cache.errors import SpecError
 from vlsi_cache.models.layers import Backbone
 from vlsi_cache.models.verbalizer import Verbalizers, build_verbalizers
+from vlsi_cache.report.checkup import verbalizer_findings
 from vlsi_cache.sparse.whole import head_output, kl_to_output, linear_cross_entropy
 from vlsi_cache.spec import CacheSpec, Schedule, VerbalizerSpec
 
@@ -36,8 +37,10 @@ from .loop import (
     make_grouped_optimizer,
     memory_gib,
     optimizer_step,
+    read_metrics,
     say,
     seed_step,
+    warn_of,
 )
 from .runs import already_done, finish_run, open_run, python_call
 
@@ -168,7 +171,9 @@ def verbalize(
             )
             if (step + 1) % checkpoint_steps == 0 or step + 1 == num_steps:
                 checkpoints.save("verbalize", step + 1, verbalizers, optimizer)
-    return verbalizers, {"name": "verbalize", "steps": num_steps, "seconds": log.stage_seconds("verbalize")}
+    warn_of(verbalizer_findings(read_metrics(log.path), v_real=v_real))
+    entry = {"name": "verbalize", "steps": num_steps, "seconds": log.stage_seconds("verbalize"), "v_real": v_real}
+    return verbalizers, entry
 
 
 class LayerLoss(NamedTuple):

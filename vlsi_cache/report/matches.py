@@ -1,0 +1,243 @@
+"""Where the student's layers were matched, at the start and at the end of stage interact, beside uniform sampling.
+
+Order preservation alone pushes matches deep (VLsI, Figure 5 has no such baseline), so only what differs from the null
+says something about the layers.
+
+Shapes: S student layers, M teacher layers.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlsi_cache.errors import DataError, SpecError
+
+from . import figures
+from .checkup import is_finished
+from .page import figure, html_table, page, paragraph, section
+from .stats import RunFiles, match_shares, read_run, teacher_layers
+from .text import table
+
+DEFAULT_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class Matches:
+    """Shares of matches [S, M] in the first and the last steps that were matched, and what no information would give.
+
+    `num_matches`: draws at the end. `null_SM` is None for the uniform modes, in which nothing is drawn. `entropy_start` and `entropy_end`: nats of the
+    distributions that the layers were drawn from, by student layer, where the run has logged them.
+    """
+
+    run: str
+    mode: str
+    sampler: str
+    student_layers: list[int]
+    teacher_layers: list[int]
+    start_SM: np.ndarray
+    end_SM: np.ndarray
+    null_SM: np.ndarray | None
+    start_steps: tuple[int, int]
+    end_steps: tuple[int, int]
+    num_matches: int
+    num_steps: int
+    is_finished: bool
+    entropy_start: dict[int, float]
+    entropy_end: dict[int, float]
+
+    def means(self, share_SM: np.ndarray) -> np.ndarray:
+        """Mean matched teacher layer of every student layer."""
+        return share_SM @ np.asarray(self.teacher_layers, dtype=np.float64)
+
+    def distance(self, share_SM: np.ndarray) -> np.ndarray:
+        """Total variation distance from the null by student layer: 0 the same, 1 nothing in common; NaN without null."""
+        null_SM = np.nan if self.null_SM is None else self.null_SM
+        return 0.5 * np.abs(share_SM - null_SM).sum(1)
+
+    def chance(self) -> np.ndarray:
+        """The distance that so few draws from the null itself would have on average: its cells are nearly normal."""
+        null_SM = np.full_like(self.end_SM, np.nan) if self.null_SM is None else self.null_SM
+        return np.sqrt(null_SM * (1 - null_SM) / (2 * np.pi * self.num_matches)).sum(1)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        arrays = {"start": self.start_SM, "end": self.end_SM, "null": self.null_SM}
+        keys = ("run", "mode", "sampler", "student_layers", "teacher_layers", "num_matches", "num_steps", "is_finished")
+        return {
+            **{key: getattr(self, key) for key in keys},
+            "steps": {"start": list(self.start_steps), "end": list(self.end_steps)},
+            "shares": {name: None if x is None else x.tolist() for name, x in arrays.items()},
+            "mean_layer": {name: None if x is None else self.means(x).tolist() for name, x in arrays.items()},
+            "distance_from_null": None if self.null_SM is None else self._distances(),
+            "sampling_entropy": {"start": self.entropy_start, "end": self.entropy_end},
+        }
+
+    def _distances(self) -> dict[str, list[float]]:
+        found = {"start": self.distance(self.start_SM), "end": self.distance(self.end_SM), "chance": self.chance()}
+        return {name: distance_S.tolist() for name, distance_S in found.items()}
+
+    def __str__(self) -> str:
+        return "\n\n".join([self.heading, table(*self.rows()), "\n".join(self.notes())])
+
+    @property
+    def heading(self) -> str:
+        """Which steps are compared."""
+        steps = [f"{first} to {last}" for first, last in (self.start_steps, self.end_steps)]
+        return (
+            f"start: steps {steps[0]}, end: steps {steps[1]} of {self.num_steps} (matching {self.mode}, {self.sampler})"
+        )
+
+    def rows(self) -> tuple[list[str], list[list[str]]]:
+        """Head and rows of the table."""
+        columns = {"mean, start": self._means(self.start_SM), "mean, end": self._means(self.end_SM)}
+        if self.null_SM is not None:
+            columns["mean, null"] = self._means(self.null_SM)
+            for name, share_SM in (("start", self.start_SM), ("end", self.end_SM)):
+                columns[f"TV, {name}"] = [f"{x:.3f}" for x in self.distance(share_SM)]
+            columns["TV, chance"] = [f"{x:.3f}" for x in self.chance()]
+        if self.entropy_start and self.entropy_end:
+            for name, entropy in (("start", self.entropy_start), ("end", self.entropy_end)):
+                columns[f"entropy, {name}"] = [f"{entropy[s]:.2f}" if s in entropy else "" for s in self.student_layers]
+        cells = zip(map(str, self.student_layers), *columns.values(), strict=True)
+        return ["student layer", *columns], [list(row) for row in cells]
+
+    def notes(self) -> list[str]:
+        """What the columns mean, and what is missing."""
+        lines = ["mean: of the matched teacher layers"]
+        if self.null_SM is None:
+            lines.append(
+                f"matching {self.mode} draws nothing: every student layer has one teacher layer from the start"
+            )
+        else:
+            lines.append("null: what uniform sampling would give; keeping the order alone pushes matches deep")
+            lines.append(
+                "TV: total variation distance from the null, 0 the same, 1 nothing in common; chance: what "
+                f"{self.num_matches} matches, as at the end, would show of it on average if the null were true"
+            )
+        if self.entropy_start and self.entropy_end:
+            lines.append("entropy: nats of the distribution that the layer was drawn from, mean over the probed steps")
+        if not self.is_finished:
+            lines.append("the stage is not finished: the end is the end of what is there")
+        return lines
+
+    def _means(self, share_SM: np.ndarray) -> list[str]:
+        return [f"{x:.2f}" for x in self.means(share_SM)]
+
+
+def match(run: Path | str, *, share: float = DEFAULT_SHARE) -> Matches:
+    """The matched teacher layers of a run in the first and the last `share` of its steps, beside uniform sampling.
+
+    A stage that is still running gives what is there. Raises SpecError for a run that matches no layers and for a
+    `share` outside (0, 1], DataError when no step has been logged yet, CacheNotFoundError when `run` is no run.
+    """
+    if not 0 < share <= 1:
+        raise SpecError(f"`share` is {share}; it is the share of the steps at either end, above 0 and at most 1")
+    files = read_run(Path(run))
+    _check_matches(files)
+    found = matches_of(files, share=share)
+    if found is None:
+        raise DataError(
+            f"{run} has matched no layers yet: no step of stage interact is logged. Go on with: "
+            f"{files.record.get('command')}"
+        )
+    return found
+
+
+def matches_of(run: RunFiles, *, share: float = DEFAULT_SHARE) -> Matches | None:
+    """The same for a run that has been read; None when it has no matches."""
+    from vlsi_cache.sparse.matching import null_distribution
+
+    lines = [line for line in run.metrics if any(line.get("matched_layers") or [])]
+    columns = teacher_layers(run)
+    num = max(1, round(share * len(lines)))
+    start, end = match_shares(lines[:num], columns), match_shares(lines[-num:], columns)
+    if start is None or end is None:
+        return None
+    interact = ((run.record.get("spec") or {}).get("distill") or {}).get("interact") or {}
+    mode, sampler = interact.get("matching", "vlsi"), interact.get("sampler", "greedy")
+    return Matches(
+        run=str(run.path),
+        mode=mode,
+        sampler=sampler,
+        student_layers=start[1],
+        teacher_layers=columns,
+        start_SM=start[0],
+        end_SM=end[0],
+        null_SM=null_distribution(len(start[1]), len(columns), mode=mode, sampler=sampler),
+        start_steps=(lines[0]["step"], lines[num - 1]["step"]),
+        end_steps=(lines[-num]["step"], lines[-1]["step"]),
+        num_matches=sum(1 for line in lines[-num:] for unit in line["matched_layers"] if unit),
+        num_steps=lines[-1]["num_steps"],
+        is_finished=is_finished(run.metrics, "interact"),
+        entropy_start=_entropies(lines[:num]),
+        entropy_end=_entropies(lines[-num:]),
+    )
+
+
+def matches_html(found: Matches) -> str:
+    """Three heat maps and the table."""
+    caption = f"Share of matches, in percent, of a student layer with a teacher layer; {found.heading}."
+    if found.null_SM is not None:
+        caption += " Only what differs from the map on the right says something about the layers."
+    notes = paragraph(". ".join(f"{line[0].upper()}{line[1:]}" for line in found.notes()) + ".", note=True)
+    return figure(figures.match_map(*_maps(found)), caption) + html_table(*found.rows()) + notes
+
+
+def write_match_page(found: Matches, file: Path) -> Path:
+    """Write one self-contained HTML document in one step; returns the file."""
+    html = page(
+        f"Matched layers of run {Path(found.run).resolve().name}",
+        found.heading,
+        [section("Figure", matches_html(found))],
+    )
+    return _write(file, html.encode())
+
+
+def write_match_png(found: Matches, file: Path) -> Path:
+    """Write the heat maps as a PNG; returns the file."""
+    return _write(file, figures.match_png(*_maps(found)))
+
+
+def _maps(found: Matches) -> tuple[dict[str, np.ndarray], list[int], list[int]]:
+    maps = {"start of the interaction": found.start_SM, "end of the interaction": found.end_SM}
+    if found.null_SM is not None:
+        maps["no information (null)"] = found.null_SM
+    return maps, found.student_layers, found.teacher_layers
+
+
+def _write(file: Path, content: bytes) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.tmp")
+    temporary.write_bytes(content)
+    temporary.replace(file)
+    return file
+
+
+def _entropies(lines: Sequence[Mapping[str, Any]]) -> dict[int, float]:
+    """Mean sampling entropy by student layer, over the probed steps among these."""
+    found: dict[int, list[float]] = {}
+    for line in lines:
+        for layer, values in (line.get("probe") or {}).items():
+            if "match_entropy" in values:
+                found.setdefault(int(layer), []).append(values["match_entropy"])
+    return {layer: float(np.mean(values)) for layer, values in found.items()}
+
+
+def _check_matches(run: RunFiles) -> None:
+    record, distill = run.record, (run.record.get("spec") or {}).get("distill") or {}
+    if record["kind"] != "distill":
+        raise SpecError(f"{run.path} is a `{record['kind']}` run, which matches no layers; name a `distill` run")
+    if record.get("recipe") not in (None, "vlsi"):
+        raise SpecError(
+            f"{run.path} is a run of recipe `{record['recipe']}`, which matches no intermediate layers; name one of "
+            "recipe `vlsi`"
+        )
+    intermediate = (distill.get("interact") or {}).get("intermediate", "forward_kl")
+    if intermediate in ("ce", "none"):
+        raise SpecError(
+            f"{run.path} has `distill.interact.intermediate: {intermediate}`: its layers are not compared with the "
+            "teacher's, so none are matched"
+        )
