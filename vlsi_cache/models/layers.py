@@ -170,7 +170,7 @@ class Backbone:
         # The hooks are gone before any backward pass, so the recomputation of gradient checkpointing cannot fire them.
         handles = [self.layers[k - 1].register_forward_hook(hook_for(k), with_kwargs=True) for k in layers]
         try:
-            output = self._inner.base_model(**{**inputs, "use_cache": False})
+            output = self._inner.base_model(**{"use_cache": False, **inputs})
         finally:
             for handle in handles:
                 handle.remove()

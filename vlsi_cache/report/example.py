@@ -43,7 +43,7 @@ def example_of(
         "kind": row.kind,
         "question": "\n".join(texts),
         "answer": record.answer,
-        "png": [_png(media.open()) for media in record.images],
+        "png": [png_of(media.open()) for media in record.images],
         **grid_of(row, layers=layers, text=text, tokens=slice(MAX_TOKENS)),
     }
 
@@ -124,9 +124,7 @@ def load_example(folder: Path) -> dict[str, Any] | None:
 
 def example_html(example: dict[str, Any]) -> str:
     """Picture, question and answer, and under them the grid of layers and tokens."""
-    pictures = "".join(
-        f'<img src="data:image/png;base64,{escape(png)}" alt="picture of the sample">' for png in example["png"]
-    )
+    pictures = "".join(picture_html(png) for png in example["png"])
     facts = (("question", "question"), ("answer", "answer of the training row"), ("id", "sample id"))
     listed = "".join(f"<dt>{name}</dt><dd>{escape(str(example[key]))}</dd>" for key, name in facts if example.get(key))
     cut = example["num_tokens"] - len(example["tokens"])
@@ -137,6 +135,10 @@ def example_html(example: dict[str, Any]) -> str:
     return (
         f'<div class="example">{pictures}<dl>{listed}</dl></div>{grid_html(example)}{paragraph(note + more, note=True)}'
     )
+
+
+def picture_html(png: str) -> str:
+    return f'<img src="data:image/png;base64,{escape(png)}" alt="picture of the sample">'
 
 
 def grid_html(example: dict[str, Any]) -> str:
@@ -156,7 +158,8 @@ def _cell_html(cell: dict[str, Any]) -> str:
     return f'<td{mark} style="--p: {prob:.3f}" title="{escape(hint)}">{word}<small>{100 * prob:.0f} %</small></td>'
 
 
-def _png(image: "Image") -> str:
+def png_of(image: "Image") -> str:
+    """A picture as base64 PNG, made smaller where it is large."""
     if image.width > PICTURE_WIDTH:
         image = image.resize((PICTURE_WIDTH, max(1, round(image.height * PICTURE_WIDTH / image.width))))
     buffer = io.BytesIO()

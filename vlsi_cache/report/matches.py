@@ -17,7 +17,7 @@ from vlsi_cache.errors import DataError, SpecError
 
 from . import figures
 from .checkup import is_finished
-from .page import figure, html_table, page, paragraph, section
+from .page import figure, html_table, page, paragraph, section, write_file
 from .stats import RunFiles, match_shares, read_run, teacher_layers
 from .text import table
 
@@ -28,8 +28,8 @@ DEFAULT_SHARE = 0.1
 class Matches:
     """Shares of matches [S, M] in the first and the last steps that were matched, and what no information would give.
 
-    `num_matches`: draws at the end. `null_SM` is None for the uniform modes, in which nothing is drawn. `entropy_start` and `entropy_end`: nats of the
-    distributions that the layers were drawn from, by student layer, where the run has logged them.
+    `num_matches`: draws at the end. `null_SM` is None for the uniform modes, in which nothing is drawn. `entropy_start`
+    and `entropy_end`: nats of the distributions that layers were drawn from, by student layer, where they are logged.
     """
 
     run: str
@@ -53,7 +53,7 @@ class Matches:
         return share_SM @ np.asarray(self.teacher_layers, dtype=np.float64)
 
     def distance(self, share_SM: np.ndarray) -> np.ndarray:
-        """Total variation distance from the null by student layer: 0 the same, 1 nothing in common; NaN without null."""
+        """Total variation distance from the null by student layer, 0 to 1; NaN where there is no null."""
         null_SM = np.nan if self.null_SM is None else self.null_SM
         return 0.5 * np.abs(share_SM - null_SM).sum(1)
 
@@ -193,12 +193,12 @@ def write_match_page(found: Matches, file: Path) -> Path:
         found.heading,
         [section("Figure", matches_html(found))],
     )
-    return _write(file, html.encode())
+    return write_file(file, html.encode())
 
 
 def write_match_png(found: Matches, file: Path) -> Path:
     """Write the heat maps as a PNG; returns the file."""
-    return _write(file, figures.match_png(*_maps(found)))
+    return write_file(file, figures.match_png(*_maps(found)))
 
 
 def _maps(found: Matches) -> tuple[dict[str, np.ndarray], list[int], list[int]]:
@@ -206,14 +206,6 @@ def _maps(found: Matches) -> tuple[dict[str, np.ndarray], list[int], list[int]]:
     if found.null_SM is not None:
         maps["no information (null)"] = found.null_SM
     return maps, found.student_layers, found.teacher_layers
-
-
-def _write(file: Path, content: bytes) -> Path:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_bytes(content)
-    temporary.replace(file)
-    return file
 
 
 def _entropies(lines: Sequence[Mapping[str, Any]]) -> dict[int, float]:

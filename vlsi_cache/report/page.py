@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from html import escape
+from pathlib import Path
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #ffffff; --ink: #1f2328; --muted: #59636e; --line: #d8dee4;
@@ -45,6 +46,11 @@ dd { margin: 0 0 .7rem; }
 .grid th { border: 0; padding: .32rem .5rem; text-align: center; font-family: ui-monospace, monospace; }
 .grid th:first-child { text-align: right; font-family: inherit; font-weight: 400; }
 .grid .word { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; white-space: pre; }
+.said th { text-align: right; font-weight: 400; }
+.said th:last-child, .said td:last-child { text-align: left; white-space: pre-wrap; overflow-wrap: anywhere;
+  font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
+.said span { border-radius: 3px; padding: .08rem 0;
+  background: color-mix(in srgb, var(--accent) calc(var(--p) * 62%), var(--soft)); }
 pre { background: var(--soft); border: 1px solid var(--line); border-radius: 8px; padding: .8rem 1rem;
   overflow-x: auto; font: .82rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 code { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; font-size: .9em; }
@@ -61,6 +67,15 @@ def page(title: str, lead: str, sections: Iterable[str]) -> str:
         f'<h1>{escape(title)}</h1>\n<p class="lead">{escape(lead)}</p>\n' + "\n".join(sections) + "\n</main>\n"
         "</body>\n</html>\n"
     )
+
+
+def write_file(file: Path, content: bytes) -> Path:
+    """Write a file that is there whole or not at all; returns it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.tmp")
+    temporary.write_bytes(content)
+    temporary.replace(file)
+    return file
 
 
 def section(title: str, *parts: str) -> str:

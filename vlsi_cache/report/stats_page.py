@@ -4,17 +4,13 @@ from pathlib import Path
 
 from . import figures, heat_maps
 from .layer_stats import CacheStats, big_number, stats_notes, stats_rows
-from .page import figure, html_table, page, paragraph, section, tiles
+from .page import figure, html_table, page, paragraph, section, tiles, write_file
 from .stats import LayerSummary
 
 
 def write_stats_page(stats: CacheStats, file: Path) -> Path:
     """Write the page to `file` in one step; returns it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(stats_page(stats), encoding="utf-8")
-    temporary.replace(file)
-    return file
+    return write_file(file, stats_page(stats).encode())
 
 
 def stats_page(stats: CacheStats) -> str:
