@@ -92,17 +92,17 @@ class Matches:
 
     def rows(self) -> tuple[list[str], list[list[str]]]:
         """Head and rows of the table."""
-        columns = {"mean, start": self._means(self.start_SM), "mean, end": self._means(self.end_SM)}
+        columns = {"mean start": self._means(self.start_SM), "mean end": self._means(self.end_SM)}
         if self.null_SM is not None:
-            columns["mean, null"] = self._means(self.null_SM)
+            columns["mean null"] = self._means(self.null_SM)
             for name, share_SM in (("start", self.start_SM), ("end", self.end_SM)):
-                columns[f"TV, {name}"] = [f"{x:.3f}" for x in self.distance(share_SM)]
-            columns["TV, chance"] = [f"{x:.3f}" for x in self.chance()]
+                columns[f"TV {name}"] = [f"{x:.3f}" for x in self.distance(share_SM)]
+            columns["TV chance"] = [f"{x:.3f}" for x in self.chance()]
         if self.entropy_start and self.entropy_end:
             for name, entropy in (("start", self.entropy_start), ("end", self.entropy_end)):
-                columns[f"entropy, {name}"] = [f"{entropy[s]:.2f}" if s in entropy else "" for s in self.student_layers]
+                columns[f"entropy {name}"] = [f"{entropy[s]:.2f}" if s in entropy else "" for s in self.student_layers]
         cells = zip(map(str, self.student_layers), *columns.values(), strict=True)
-        return ["student layer", *columns], [list(row) for row in cells]
+        return ["layer", *columns], [list(row) for row in cells]
 
     def notes(self) -> list[str]:
         """What the columns mean, and what is missing."""

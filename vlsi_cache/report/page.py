@@ -47,7 +47,8 @@ dd { margin: 0 0 .7rem; }
 .grid th:first-child { text-align: right; font-family: inherit; font-weight: 400; }
 .grid .word { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; white-space: pre; }
 .said th { text-align: right; font-weight: 400; }
-.said th:last-child, .said td:last-child { text-align: left; white-space: pre-wrap; overflow-wrap: anywhere;
+.said th:last-child { text-align: left; }
+.said td:last-child { text-align: left; white-space: pre-wrap; overflow-wrap: anywhere;
   font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 .said span { border-radius: 3px; padding: .08rem 0;
   background: color-mix(in srgb, var(--accent) calc(var(--p) * 62%), var(--soft)); }

@@ -98,12 +98,13 @@ def _subject(model: Path | str, verbalizers: str | None) -> _Subject:
     folder = Path(model).expanduser()
     run = read_json(folder / "run.json") if (folder / "run.json").is_file() else None
     if run is None:
+        path = resolve_model(model)
         if verbalizers is None:
             raise SpecError(
                 f"--verbalizers DIR is needed for {model}: the folder that train-verbalizers has written, or "
                 f"`{LOGIT_LENS}` for the logit lens"
             )
-        return _Subject(resolve_model(model), verbalizers, of_run=False)
+        return _Subject(path, verbalizers, of_run=False)
     if run["kind"] != "distill":
         there = run["spec"].get("teacher") or {}
         gguf = f" --gguf-file {there['gguf_file']}" if there.get("gguf_file") else ""
@@ -183,7 +184,10 @@ def _load(subject: _Subject, backbone: Backbone, targets: list[int] | None, gguf
         digest = weights_digest(subject.path, gguf_file=gguf_file)
         return load_verbalizers(folder, backbone, targets, teacher_digest=digest)
     except ModelError as error:
-        raise ModelError(f"{error} (for a student that was distilled, name its run: it has verbalizers)") from None
+        run = Path(subject.path).parent
+        if not (run / "run.json").is_file():
+            raise
+        raise ModelError(f"{error}; or, for a student with its run, name the run: vlsi-cache trace {run}") from None
 
 
 @torch.inference_mode()
