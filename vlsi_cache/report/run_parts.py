@@ -67,7 +67,8 @@ def _progress(metrics: Sequence[Mapping[str, Any]]) -> dict[int, dict[float, flo
         return {}
     num_steps = next(int(line["num_steps"]) for line in metrics if line["stage"] == "verbalize")
     reached = [share for share in PROGRESS if round(share * num_steps) <= steps[-1]]
-    around = {share: np.abs(np.array(steps) - share * num_steps) <= max(0.5, WINDOW * num_steps) for share in reached}
+    centres = {share: max(1.0, share * num_steps) for share in reached}
+    around = {s: np.abs(np.array(steps) - centre) <= max(0.5, WINDOW * num_steps) for s, centre in centres.items()}
     return {
         layer: {share: float(np.mean(np.array(values)[near])) for share, near in around.items()}
         for layer, values in layers.items()
