@@ -79,6 +79,19 @@ def test_units_and_layers_that_fade_out(tmp_path: Path) -> None:
     assert "the stage is not finished" in str(found)
 
 
+def test_sampling_entropies_come_from_the_probes(tmp_path: Path) -> None:
+    run = write_matches(tmp_path / "run", [[[2, 6]]] * 30)
+    assert vc.match(run).entropy_start == {}
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for step, entropy in ((0, 1.2), (2, 1.0), (20, 0.5)):
+        lines[step]["probe"] = {"1": {"match_entropy": entropy}, "3": {"match_entropy": 0.0}, "20": {"kl": 1.0}}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = vc.match(run)
+    assert found.entropy_start == pytest.approx({1: 1.1, 3: 0.0})
+    assert found.entropy_end == {1: 0.5, 3: 0.0}  # the last probe: there is none in the last three steps
+    assert "entropy end" in str(found)
+
+
 def test_modes_that_draw_nothing_have_no_null(tmp_path: Path) -> None:
     run = write_matches(tmp_path / "run", [[[2, 14]]] * 4, matching="uniform_stretch")
     found = vc.match(run)
@@ -121,5 +134,7 @@ def test_page_picture_and_report_show_the_same(tmp_path: Path) -> None:
     report = checked(write_report(tmp_path / "run"), num_figures=3)
     figure = html[html.index("<figure>") : html.index("</section>")]
     assert figure in report
+    with pytest.raises(SpecError, match="is a folder"):
+        write_match_png(found, tmp_path / "new")
     for title in ("start of the interaction", "end of the interaction", "no information (null)"):
         assert title in figure

@@ -27,6 +27,7 @@ from vlsi_cache.sparse.rows import SparseRows
 from vlsi_cache.spec import InteractSpec, Schedule
 from vlsi_cache.stages import interact as interact_module
 from vlsi_cache.stages import probe as module
+from vlsi_cache.stages import verbalize as verbalize_module
 from vlsi_cache.stages.interaction import MicroRows, Terms, interaction
 from vlsi_cache.stages.loop import read_metrics
 from vlsi_cache.stages.probe import is_due, probe
@@ -177,8 +178,10 @@ def test_a_run_is_the_same_with_and_without_probes(
     cache = vc.build_teacher(vc.load_spec(write_spec(tmp_path, teacher_folder)), out=tmp_path / "cache")
     options = {"student": str(student_folder), "overrides": ["distill.lora.dropout=0.1"]}
     monkeypatch.setattr(interact_module, "interact_findings", lambda _: [Finding("low_kept_mass", "too low")])
+    monkeypatch.setattr(verbalize_module, "verbalizer_findings", lambda _, v_real: [Finding("raw", f"ln {v_real}")])
     with_probes = vc.distill(cache, out=tmp_path / "with", **options)
-    assert capfd.readouterr().err.count("warning: too low") == 1
+    said = capfd.readouterr().err
+    assert (said.count("warning: too low"), said.count(f"warning: ln {cache.header.v_real}")) == (1, 1)
     monkeypatch.setattr(interact_module, "is_due", lambda *_: False)
     without = vc.distill(cache, out=tmp_path / "without", **options)
     clock = {"elapsed_s", "tokens_per_s", "data_wait_pct", "memory_gib"}

@@ -88,15 +88,15 @@ def _weights(verbalizers: Path, layer: int) -> dict[str, torch.Tensor]:
     return {name.removeprefix("blocks.0."): tensor for name, tensor in found.items()}
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2_vl"])
+@pytest.mark.parametrize(("family", "num_images"), [("llama", 0), ("qwen2_vl", 2), ("qwen2_vl", 0)])
 def test_layers_say_what_a_loop_without_a_cache_says(
-    family: str, teacher_folder: Path, picture: Path, tmp_path: Path
+    family: str, num_images: int, teacher_folder: Path, picture: Path, tmp_path: Path
 ) -> None:
     folder, layers = (teacher_folder, [1, 3, 4]) if family == "llama" else (QWEN2_VL, [2, 5, 7])
-    images = [] if family == "llama" else [picture, picture]
-    verbalizers = save_verbalizers(folder, tmp_path / "v", layers, noise=0.3 if family == "llama" else 0.02)
+    images, trained = [picture] * num_images, tmp_path / "run"  # as train-verbalizers leaves it
+    verbalizers = save_verbalizers(folder, trained / "verbalizers", layers, noise=0.3 if family == "llama" else 0.02)
     found = vc.trace(
-        folder, prompt="say the red dog", verbalizers=verbalizers, images=images, max_new_tokens=NUM_NEW, device="cpu"
+        folder, prompt="say the red dog", verbalizers=trained, images=images, max_new_tokens=NUM_NEW, device="cpu"
     )
     assert [found.name(one.layer) for one in found.said] == [*map(str, layers), "last"]
     for one, layer in zip(found.said, [*layers, None], strict=True):

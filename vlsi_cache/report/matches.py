@@ -6,7 +6,6 @@ says something about the layers.
 Shapes: S student layers, M teacher layers.
 """
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import numpy as np
 from vlsi_cache.errors import DataError, SpecError
 
 from . import figures
-from .checkup import is_finished
+from .checkup import Metrics, is_finished
 from .page import figure, html_table, page, paragraph, section, write_file
 from .stats import RunFiles, match_shares, read_run, teacher_layers
 from .text import table
@@ -118,7 +117,9 @@ class Matches:
                 f"{self.num_matches} matches, as at the end, would show of it on average if the null were true"
             )
         if self.entropy_start and self.entropy_end:
-            lines.append("entropy: nats of the distribution that the layer was drawn from, mean over the probed steps")
+            lines.append(
+                "entropy: nats of the distribution that the layer was drawn from, mean over the probed steps there"
+            )
         if not self.is_finished:
             lines.append("the stage is not finished: the end is the end of what is there")
         return lines
@@ -172,8 +173,8 @@ def matches_of(run: RunFiles, *, share: float = DEFAULT_SHARE) -> Matches | None
         num_matches=sum(1 for line in lines[-num:] for unit in line["matched_layers"] if unit),
         num_steps=lines[-1]["num_steps"],
         is_finished=is_finished(run.metrics, "interact"),
-        entropy_start=_entropies(lines[:num]),
-        entropy_end=_entropies(lines[-num:]),
+        entropy_start=_entropies(lines[:num], lines),
+        entropy_end=_entropies(lines[-num:], lines),
     )
 
 
@@ -191,7 +192,7 @@ def write_match_page(found: Matches, file: Path) -> Path:
     html = page(
         f"Matched layers of run {Path(found.run).resolve().name}",
         found.heading,
-        [section("Figure", matches_html(found))],
+        [section("Start, end, and no information", matches_html(found))],
     )
     return write_file(file, html.encode())
 
@@ -208,11 +209,12 @@ def _maps(found: Matches) -> tuple[dict[str, np.ndarray], list[int], list[int]]:
     return maps, found.student_layers, found.teacher_layers
 
 
-def _entropies(lines: Sequence[Mapping[str, Any]]) -> dict[int, float]:
-    """Mean sampling entropy by student layer, over the probed steps among these."""
+def _entropies(chosen: Metrics, lines: Metrics) -> dict[int, float]:
+    """Mean sampling entropy by student layer, over the probed steps among the chosen ones, or else the last one."""
     found: dict[int, list[float]] = {}
-    for line in lines:
-        for layer, values in (line.get("probe") or {}).items():
+    probed = [line for line in lines if line.get("probe")]
+    for line in [line for line in chosen if line.get("probe")] or probed[-1:]:
+        for layer, values in line["probe"].items():
             if "match_entropy" in values:
                 found.setdefault(int(layer), []).append(values["match_entropy"])
     return {layer: float(np.mean(values)) for layer, values in found.items()}

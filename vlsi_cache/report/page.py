@@ -4,6 +4,8 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
+from vlsi_cache.errors import SpecError
+
 STYLE = """
 :root { color-scheme: light dark; --paper: #ffffff; --ink: #1f2328; --muted: #59636e; --line: #d8dee4;
   --soft: #f6f8fa; --accent: #3d7fd6; --warm: #dd8a2c; }
@@ -71,7 +73,9 @@ def page(title: str, lead: str, sections: Iterable[str]) -> str:
 
 
 def write_file(file: Path, content: bytes) -> Path:
-    """Write a file that is there whole or not at all; returns it."""
+    """Write a file that is there whole or not at all; returns it. Raises SpecError where there is a folder."""
+    if file.is_dir():
+        raise SpecError(f"{file} is a folder; name a file")
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.tmp")
     temporary.write_bytes(content)

@@ -70,7 +70,7 @@ def probe(
     head, index_T = head_of(backbone).real(rows.layers.v_real), _spaced(rows)
     final = torch.full_like(index_T, cached.num_layers - 1)
     found = {}
-    for number, layer in enumerate(verbalizers.layers if verbalizers and len(terms.matched_US) else []):
+    for number, layer in enumerate(verbalizers.layers if verbalizers is not None and len(terms.matched_US) else []):
         assert verbalizers is not None
         with autocast(index_T.device):
             state_TD = verbalizers.apply(layer, hidden[layer])
