@@ -177,6 +177,8 @@ def test_what_does_not_fit_is_refused(teacher_folder: Path, picture: Path, tmp_p
     for options, error, says in (
         ({"verbalizers": None}, SpecError, "--verbalizers DIR is needed"),
         ({"verbalizers": tmp_path}, ModelError, "no verbalizers in"),
+        ({"layers": []}, SpecError, "nothing to trace"),
+        ({"max_new_tokens": 0}, SpecError, "nothing to trace"),
         ({"layers": [1, 9]}, ModelError, "intermediate targets are 1 to 4"),
         ({"max_new_tokens": 500}, DataError, "the model has 256 positions"),
         ({"images": [picture]}, DataError, "text-only model"),

@@ -66,6 +66,10 @@ def trace(
     Raises ModelError (verbalizers of another model, or none for a layer), DataError (an image or prompt that does not
     fit), SpecError.
     """
+    if max_new_tokens < 1 or (layers is not None and not layers):
+        raise SpecError(
+            f"nothing to trace: `layers` is {layers}, `max_new_tokens` is {max_new_tokens}; name one at least"
+        )
     subject = _subject(model, None if verbalizers is None else str(verbalizers))
     encoder = load_encoder(
         subject.path, gguf_file=gguf_file, min_pixels=subject.min_pixels, max_pixels=subject.max_pixels
