@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .stages.build import build_teacher
     from .stages.distill import distill
     from .stages.evaluate import evaluate
+    from .stages.generate import generate
     from .stages.plan import plan
     from .stages.verbalize import train_verbalizers
     from .store.dataset import CacheDataset, PartWindowSampler
@@ -32,6 +33,7 @@ _HOME = {
     "diff": "store.diff",
     "distill": "stages.distill",
     "evaluate": "stages.evaluate",
+    "generate": "stages.generate",
     "init_student": "models.prune_depth",
     "load_spec": "spec",
     "merge": "store.merge",
@@ -54,6 +56,7 @@ __all__ = [
     "diff",
     "distill",
     "evaluate",
+    "generate",
     "init_student",
     "load_spec",
     "merge",
