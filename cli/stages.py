@@ -52,8 +52,9 @@ def generate(
     """
     import vlsi_cache as vc
 
+    resolved = vc.load_spec(spec, overrides=sets or [])
     result = vc.generate(
-        vc.load_spec(spec, overrides=sets or []),
+        resolved,
         out=out,
         model=model,
         temperature=temperature,
@@ -65,10 +66,10 @@ def generate(
         limit=limit,
         device=device,
     )
-    return Answer(result, lambda: _generated_text(result))
+    return Answer(result, lambda: _generated_text(result, resolved.data.generator))
 
 
-def _generated_text(result: dict[str, Any]) -> str:
+def _generated_text(result: dict[str, Any], generator: str | None) -> str:
     counts, left_out = result["counts"], result["left_out"]
     lines = [
         f"rows: {result['path']}",
@@ -78,7 +79,8 @@ def _generated_text(result: dict[str, Any]) -> str:
     ]
     lines += [f"  {one['id']}: {one['reason']}" for one in left_out[:10]]
     lines += [f"  ... and {len(left_out) - 10} more, listed by --json"] if len(left_out) > 10 else []
-    return "\n".join([*lines, f"use them with: --set data.path={result['path']}"])
+    instead = "--set data.generator=null --set data.options={} " if generator else ""
+    return "\n".join([*lines, f"use them with: {instead}--set data.path={result['path']}"])
 
 
 def train_verbalizers(

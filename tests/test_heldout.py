@@ -174,6 +174,8 @@ def test_rows_and_vocabulary_must_be_those_of_the_cache(
         (folder / "heldout.jsonl").write_text(kept)
     with pytest.raises(SpecError, match="or a --cache"):
         vc.evaluate(student_folder, spec=spec)
+    with pytest.raises(ModelError, match=f"no verbalizers in {tmp_path}"):
+        vc.evaluate(student_folder, spec=spec, cache=cache, verbalizers=tmp_path)
     with pytest.raises(SpecError, match="beams are for answers"):
         vc.evaluate(student_folder, spec=spec, cache=cache, num_beams=2)
 

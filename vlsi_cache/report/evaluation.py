@@ -78,7 +78,7 @@ def _teacher_lines(result: Mapping[str, Any]) -> list[str]:
             f"student's mass on the teacher's kept words: {percent(found['mass_on_top_k'])}"
         )
     if found.get("trained_on"):
-        lines.append("NOT HELD OUT: the run was trained on this cache, or on one made from the same rows")
+        lines.append("NOT HELD OUT: the run was trained on this cache, or on one that it was made from")
     return lines
 
 

@@ -23,6 +23,7 @@ from vlsi_cache.errors import SpecError
 from vlsi_cache.models.layers import Backbone
 from vlsi_cache.models.load import load_model, resolve_model
 from vlsi_cache.models.verbalizer import Verbalizers, load_verbalizers
+from vlsi_cache.models.verbalizer_files import read_record
 from vlsi_cache.sparse.whole import linear_cross_entropy
 from vlsi_cache.spec import CacheSpec, Dtype, EvaluateSpec, change, spec_from_dict
 from vlsi_cache.store import reader
@@ -100,12 +101,14 @@ def _with_beams(spec: CacheSpec, num_beams: int) -> CacheSpec:
 
 def _verbalizers_in(folder: Path) -> Path:
     """The folder itself, or the verbalizers of the run that it is."""
-    return folder / "verbalizers" if (folder / "verbalizers" / "verbalizers.json").is_file() else folder
+    found = folder / "verbalizers" if (folder / "verbalizers").is_dir() else folder
+    read_record(found, [])
+    return found
 
 
 def _origin_of(folder: Path, run: dict[str, Any] | None) -> dict[str, Any]:
     """Where borrowed verbalizers come from; `same_start`: whether they were trained on what the run started from."""
-    trained_with = read_json(folder / "verbalizers.json")["provenance"].get("teacher_digest")
+    trained_with = read_record(folder, [])["provenance"].get("teacher_digest")
     same = None if run is None else run.get("student_digest") == trained_with
     return {"path": str(folder.resolve()), "trained_with": trained_with, "same_start": same}
 
