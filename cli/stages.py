@@ -1,4 +1,4 @@
-"""Commands that run a stage: plan, train-verbalizers, build-teacher, distill, evaluate, init-student, demo."""
+"""Commands that run a stage, from plan and generate over build-teacher and distill to evaluate; and the demo."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,6 +27,60 @@ def plan(spec: SpecName, sets: Sets = None) -> Answer:
 
     priced = vc.plan(vc.load_spec(spec, overrides=sets or []))
     return Answer(priced.as_dict(), str(priced))
+
+
+def generate(
+    spec: SpecName,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE.parquet", help="Where the rows go.")],
+    model: Annotated[
+        str, typer.Option(metavar="teacher|RUN|ID", help="Who answers: the spec's teacher, a run's student, a model.")
+    ] = "teacher",
+    temperature: Annotated[float, typer.Option(min=0, metavar="T", help="0: the likeliest word; else drawn.")] = 0.0,
+    top_p: Annotated[float, typer.Option(metavar="P", help="Draw from the likeliest words with this mass.")] = 1.0,
+    num_samples: Annotated[int, typer.Option(min=1, metavar="N", help="Answers to each row, as ID#0, ID#1, ...")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Longer answers are left out.")] = 256,
+    batch_size: Annotated[int, typer.Option(min=1, metavar="B", help="Answers at a time.")] = 16,
+    seed: Annotated[int, typer.Option(min=0, metavar="S", help="Of what is drawn.")] = 0,
+    limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Only the first N rows.")] = None,
+    sets: Sets = None,
+    device: Device = None,
+) -> Answer:
+    """Let a model answer the rows of a spec.
+
+    Writes the rows with the last answer of each replaced by what the model says, ready to build a cache over:
+    --set data.path=FILE.parquet. Run again after a crash to go on. Answers that do not end are left out and listed.
+    """
+    import vlsi_cache as vc
+
+    resolved = vc.load_spec(spec, overrides=sets or [])
+    result = vc.generate(
+        resolved,
+        out=out,
+        model=model,
+        temperature=temperature,
+        top_p=top_p,
+        num_samples=num_samples,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        seed=seed,
+        limit=limit,
+        device=device,
+    )
+    return Answer(result, lambda: _generated_text(result, resolved.data.generator))
+
+
+def _generated_text(result: dict[str, Any], generator: str | None) -> str:
+    counts, left_out = result["counts"], result["left_out"]
+    lines = [
+        f"rows: {result['path']}",
+        f"written {counts['written']:,} of {counts['generated']:,} responses; {counts['retokenised']:,} of them are "
+        "read as other tokens than were generated",
+        f"left out: {counts['left_out']:,}",
+    ]
+    lines += [f"  {one['id']}: {one['reason']}" for one in left_out[:10]]
+    lines += [f"  ... and {len(left_out) - 10} more, listed by --json"] if len(left_out) > 10 else []
+    instead = "--set data.generator=null --set data.options={} " if generator else ""
+    return "\n".join([*lines, f"use them with: {instead}--set data.path={result['path']}"])
 
 
 def train_verbalizers(
@@ -112,6 +166,13 @@ def distill(
 def evaluate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run, or a model folder together with --spec.")],
     spec: Annotated[str | None, typer.Option(metavar="SPEC", help="Measure on the held-out rows of this spec.")] = None,
+    cache: Annotated[
+        Path | None, typer.Option(metavar="CACHE", help="Also measure the distance to the teacher of this cache.")
+    ] = None,
+    verbalizers: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Read the layers through these, or those of this run.")
+    ] = None,
+    beams: Annotated[int | None, typer.Option(min=1, metavar="N", help="Answer by beam search.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N rows.")] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Let the model run code of its own.")
@@ -120,13 +181,23 @@ def evaluate(
 ) -> Answer:
     """Measure a student on held-out rows.
 
-    Exact match of greedy answers per kind of question, perplexity, and the loss of each verbalized layer.
+    Exact match of the answers per kind of question, perplexity, and the loss of each verbalized layer; with --cache
+    (built over held-out rows) also the KL to the teacher, and how often both name the same word first.
     """
     import vlsi_cache as vc
-    from vlsi_cache.report.text import evaluation_table
+    from vlsi_cache.report.evaluation import evaluation_table
 
     resolved = vc.load_spec(spec) if spec else None
-    result = vc.evaluate(run, spec=resolved, device=device, limit=limit, trust_remote_code=trust_remote_code)
+    result = vc.evaluate(
+        run,
+        spec=resolved,
+        cache=cache,
+        verbalizers=verbalizers,
+        num_beams=beams,
+        device=device,
+        limit=limit,
+        trust_remote_code=trust_remote_code,
+    )
     return Answer(result, lambda: evaluation_table(result))
 
 
@@ -167,6 +238,7 @@ def _report_in(folder: Path | str) -> Path | None:
 
 COMMANDS = (
     ("plan", plan, "plan demo --set rows.top_k=32"),
+    ("generate", generate, "generate demo -o rows.parquet --temperature 1 --num-samples 2"),
     ("train-verbalizers", train_verbalizers, "train-verbalizers demo -o runs/verbalizers"),
     ("build-teacher", build_teacher, "build-teacher demo -o caches/demo"),
     ("distill", distill, "distill caches/demo --student models/small -o runs/a"),

@@ -17,7 +17,7 @@ import vlsi_cache as vc
 from vlsi_cache import errors
 from vlsi_cache.spec import load_spec
 
-STAGES = ["plan", "train-verbalizers", "build-teacher", "distill", "evaluate", "init-student", "demo"]
+STAGES = ["plan", "generate", "train-verbalizers", "build-teacher", "distill", "evaluate", "init-student", "demo"]
 LOOK = ["ls", "inspect", "sample", "stats", "trace", "match", "verify", "diff", "report", "specs"]
 COMMANDS = [*STAGES, *LOOK, "prune", "merge", "repair"]
 
@@ -160,9 +160,19 @@ def test_stages_pass_on_what_was_typed(run: Any, monkeypatch: pytest.MonkeyPatch
     assert calls["distill"][1]["recipe"] == "last"
     assert calls["distill"][1]["overrides"] == ["a=1", "b=2"]
     assert run("evaluate", "r", "--limit", "3")[0] == 0
-    assert calls["evaluate"][1] == {"spec": None, "device": None, "limit": 3, "trust_remote_code": False}
-    assert run("evaluate", "r", "--trust-remote-code")[0] == 0
-    assert calls["evaluate"][1]["trust_remote_code"] is True
+    unset = dict.fromkeys(("spec", "cache", "verbalizers", "num_beams", "device"))
+    assert calls["evaluate"][1] == {**unset, "limit": 3, "trust_remote_code": False}
+    assert run("evaluate", "r", "--trust-remote-code", "--cache", "c", "--verbalizers", "v", "--beams", 5)[0] == 0
+    given = {"cache": Path("c"), "verbalizers": Path("v"), "num_beams": 5}
+    assert calls["evaluate"][1] == {**unset, **given, "limit": None, "trust_remote_code": True}
+    words = ["--model", "m", "--temperature", "0.7", "--top-p", "0.9", "--num-samples", 2, "--max-new-tokens", 7]
+    words += ["--batch-size", 3, "--seed", 4, "--limit", 5, "--set", "data.max_length=99", "--device", "cpu"]
+    code, out, _ = run("generate", "demo", "-o", "r.parquet", *words)
+    assert (code, "left out: 1" in out, "row-3: the response is empty" in out) == (0, True, True)
+    assert calls["generate"][0].data.max_length == 99
+    numbers = {"temperature": 0.7, "top_p": 0.9, "num_samples": 2, "max_new_tokens": 7, "batch_size": 3}
+    numbers |= {"seed": 4, "limit": 5}
+    assert calls["generate"][1] == {"out": Path("r.parquet"), "model": "m", "device": "cpu", **numbers}
     assert run("init-student", "t", "--layers", "0-1,5", "-o", "s")[0] == 0
     assert calls["init_student"][1] == {"layers": "0-1,5", "out": Path("s"), "gguf_file": None}
     assert run("train-verbalizers", "demo", "-o", "v")[0] == 0
@@ -386,6 +396,9 @@ def record_calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, t
     cache = SimpleNamespace(path=tmp_path, num_samples=1, num_tokens=2, layers=[1, 2])
     evaluation = {"num_samples": 3, "exact_match": None, "perplexity": 1.2}
     answers = {"build_teacher": cache, "distill": tmp_path, "evaluate": evaluation}
+    counts = {"written": 1, "generated": 2, "left_out": 1, "retokenised": 0}
+    left_out = [{"id": "row-3", "reason": "the response is empty"}]
+    answers["generate"] = {"path": "r.parquet", "counts": counts, "left_out": left_out}
     answers |= {"init_student": tmp_path, "train_verbalizers": tmp_path}
     for name, answer in answers.items():
 

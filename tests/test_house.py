@@ -64,7 +64,7 @@ def test_imports_only_run_down(file: Path) -> None:
 
 
 def test_stage_two_never_imports_the_build() -> None:
-    for name in ("distill", "interact", "sft", "evaluate", "verbalize", "feed"):
+    for name in ("distill", "interact", "sft", "evaluate", "heldout", "verbalize", "feed"):
         assert not re.search(r"stages\.build|from \.build", (PACKAGE / "stages" / f"{name}.py").read_text())
 
 

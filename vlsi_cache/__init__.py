@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .stages.build import build_teacher
     from .stages.distill import distill
     from .stages.evaluate import evaluate
+    from .stages.generate import generate
     from .stages.plan import plan
     from .stages.trace import trace
     from .stages.verbalize import train_verbalizers
@@ -34,6 +35,7 @@ _HOME = {
     "diff": "store.diff",
     "distill": "stages.distill",
     "evaluate": "stages.evaluate",
+    "generate": "stages.generate",
     "init_student": "models.prune_depth",
     "load_spec": "spec",
     "match": "report.matches",
@@ -58,6 +60,7 @@ __all__ = [
     "diff",
     "distill",
     "evaluate",
+    "generate",
     "init_student",
     "load_spec",
     "match",

@@ -139,10 +139,11 @@ class StoreSpec(Strict):
 
 
 class EvaluateSpec(Strict):
-    """Held-out rows and what is measured on them."""
+    """Held-out rows and what is measured on them; `num_beams` above 1 searches answers with that many beams."""
 
     data: DataSpec
     generate: bool = True
+    num_beams: Annotated[int, Field(ge=1)] = 1
     max_new_tokens: Annotated[int, Field(ge=1)] = 64
     batch_size: Annotated[int, Field(ge=1)] = 16
 

@@ -29,10 +29,14 @@ class Media:
 
     def open(self) -> Image.Image:
         """Decode to an upright RGB image; raises DataError if the file is not the one that was read before."""
+        return decode_image(self.read())
+
+    def read(self) -> bytes:
+        """The file as it was read before; raises DataError if it is another one now."""
         data = self.data if self.data is not None else _read_file(self.path)
         if hashlib.sha256(data).hexdigest() != self.sha256:
             raise DataError(f"image `{self.path}` has changed since the rows were read; start again")
-        return decode_image(data)
+        return data
 
 
 def decode_image(data: bytes) -> Image.Image:

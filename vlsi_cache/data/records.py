@@ -8,7 +8,7 @@ A row: `messages` [{role, content}], where content is a string or parts {"type":
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -18,9 +18,9 @@ from vlsi_cache.errors import DataError, list_problems
 from vlsi_cache.spec import DataSpec
 
 from .media import Media, load_media
-from .sources import as_parts, raw_rows, write_rows
+from .sources import as_parts, raw_rows, responses_of, write_rows
 
-__all__ = ["Media", "Record", "RecordSet", "read_records", "write_rows"]
+__all__ = ["Media", "Record", "RecordSet", "read_records", "row_of", "with_answer", "write_rows"]
 
 ROLES = ("system", "user", "assistant")
 
@@ -48,10 +48,14 @@ class Record:
 
 @dataclass(frozen=True)
 class RecordSet(Sequence[Record]):
-    """Records in the order of their source, and the rows left out: {id, reason}."""
+    """Records in the order of their source, and the rows left out: {id, reason}.
+
+    `provenance` is what `vlsi-cache generate` says about the responses it wrote; None when it did not write them.
+    """
 
     records: tuple[Record, ...]
     skipped: list[dict[str, str]]
+    provenance: dict[str, Any] | None = None
 
     @overload
     def __getitem__(self, index: int) -> Record: ...
@@ -97,7 +101,19 @@ def read_records(data: DataSpec) -> RecordSet:
     if not reading.records:
         raise DataError(_all_problems(source, reading, num_rows) if num_rows else f"{source} holds no rows")
     skipped = [{"id": row_id, "reason": reason} for row_id, _, reason in reading.problems]
-    return RecordSet(tuple(reading.records), skipped)
+    return RecordSet(tuple(reading.records), skipped, responses_of(data))
+
+
+def with_answer(record: Record, answer: str) -> Record:
+    """The same row with another text of the last assistant turn."""
+    messages = [*record.prompt_messages, {"role": "assistant", "content": as_parts(answer)}]
+    return replace(record, messages=messages, digest=_digest(messages, record.images))
+
+
+def row_of(record: Record) -> dict[str, Any]:
+    """The row for `write_rows` that reads back as this record, wherever it lies: images come as bytes."""
+    images = [{"bytes": image.read(), "sha256": image.sha256} for image in record.images]
+    return {"id": record.id, "kind": record.kind, "messages": record.messages, "images": images}
 
 
 def _read_row(reading: _Reading, where: str, row: Any) -> None:

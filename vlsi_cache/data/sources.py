@@ -9,6 +9,7 @@ import inspect
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from importlib.metadata import entry_points
 from itertools import islice
 from pathlib import Path
@@ -22,6 +23,8 @@ from vlsi_cache.spec import DataSpec
 
 GENERATORS = "vlsi_cache.generators"
 COLUMNS = ("id", "kind", "system", "messages", "images", "videos")
+
+RESPONSES_KEY = b"vlsi_cache.responses"  # of the Parquet schema's metadata
 
 RawRow = tuple[str, Any]
 
@@ -91,6 +94,25 @@ def _parquet_rows(path: Path) -> Iterator[RawRow]:
         raise DataError(f"{path} cannot be read as Parquet: {error}") from None
 
 
+def responses_of(data: DataSpec) -> dict[str, Any] | None:
+    """What `vlsi-cache generate` wrote about the responses of a Parquet file; None for every other source."""
+    if data.path is None or Path(data.path).suffix.lower() != ".parquet":
+        return None
+    return read_responses(Path(data.path))
+
+
+def read_responses(path: Path) -> dict[str, Any] | None:
+    """The same of one Parquet file; raises DataError where it cannot be read."""
+    try:
+        text = (pq.read_schema(path).metadata or {}).get(RESPONSES_KEY)
+        found = None if text is None else json.loads(text)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as Parquet with the origin of its responses: {error}") from None
+    if not isinstance(found, dict | None):
+        raise DataError(f"{path}: the metadata `{RESPONSES_KEY.decode()}` is a {type(found).__name__}, not a mapping")
+    return found
+
+
 def _generated(name: str, options: dict[str, Any]) -> Iterator[RawRow]:
     make_rows = _find_generator(name)
     signature = inspect.signature(make_rows)
@@ -118,21 +140,25 @@ def _find_generator(name: str) -> Callable[..., Iterable[Any]]:
         raise DataError(f"generator `{name}` ({installed[name].value}) cannot be loaded: {error}") from error
 
 
-def write_rows(rows: Iterable[Mapping[str, Any]], path: str | Path) -> int:
+def write_rows(
+    rows: Iterable[Mapping[str, Any]], path: str | Path, *, responses: Mapping[str, Any] | None = None
+) -> int:
     """Write rows to a .jsonl file (image bytes as base64) or a .parquet file (binary); returns how many.
 
-    The file appears whole or not at all. Rows are not checked; Parquet keeps the known columns only.
+    The file appears whole or not at all. Rows are not checked; Parquet keeps the known columns only, and in its
+    metadata `responses`: where they come from.
     """
     path = Path(path)
-    writer = {".jsonl": _write_jsonl, ".parquet": _write_parquet}.get(path.suffix.lower())
+    writers = {".jsonl": _write_jsonl, ".parquet": partial(_write_parquet, responses=responses)}
+    writer = writers.get(path.suffix.lower())
     if writer is None:
         raise DataError(f"cannot write {path}: the name must end in .jsonl or .parquet")
-    partial = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
     try:
-        num_rows = writer(rows, partial)
-        os.replace(partial, path)
+        num_rows = writer(rows, temporary)
+        os.replace(temporary, path)
     finally:
-        partial.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     return num_rows
 
 
@@ -145,9 +171,10 @@ def _write_jsonl(rows: Iterable[Mapping[str, Any]], path: Path) -> int:
     return num_rows
 
 
-def _write_parquet(rows: Iterable[Mapping[str, Any]], path: Path) -> int:
+def _write_parquet(rows: Iterable[Mapping[str, Any]], path: Path, *, responses: Mapping[str, Any] | None) -> int:
     num_rows, source = 0, iter(rows)
-    with pq.ParquetWriter(path, _SCHEMA, compression="zstd") as writer:
+    about = None if responses is None else {RESPONSES_KEY: json.dumps(responses).encode()}
+    with pq.ParquetWriter(path, _SCHEMA.with_metadata(about), compression="zstd") as writer:
         while chunk := [_parquet_row(row) for row in islice(source, 1024)]:
             writer.write_table(pa.Table.from_pylist(chunk, schema=_SCHEMA))
             num_rows += len(chunk)

@@ -9,6 +9,8 @@ from vlsi_cache.errors import CacheNotFoundError
 
 from . import figures
 from .demo_page import demo_page
+from .describe import response_text
+from .evaluation import evaluation_html
 from .example import MAX_TOKENS, example_html, grid_of, load_example, save_example
 from .page import details, facts_table, figure, html_table, page, paragraph, section, tiles
 from .run_parts import findings_html, match_html, probe_html, verbalizer_html
@@ -21,7 +23,7 @@ from .stats import (
     read_run,
     stages_of,
 )
-from .text import human_bytes, human_seconds, kinds_of, layer_name, percent
+from .text import human_bytes, human_seconds, layer_name, percent
 
 if TYPE_CHECKING:
     from vlsi_cache.store.reader import Cache
@@ -65,6 +67,8 @@ def write_demo_report(folder: Path | str, *, example: dict[str, Any] | None = No
 
 def cache_page(cache: "Cache") -> str:
     """What a cache is, what its layers know, what it costs, and one sample of it."""
+    from vlsi_cache.store.surprise import surprise_warning
+
     header = cache.header
     state = "complete" if cache.is_complete else f"{len(cache.parts)} of {header.num_parts} parts"
     lead = f"{header.spec.get('description') or 'a vlsi-cache'}; {state}"
@@ -81,7 +85,7 @@ def cache_page(cache: "Cache") -> str:
         lead,
         [
             numbers,
-            section("What the layers know", *_layers_html(layer_summaries(cache))),
+            section("What the layers know", paragraph(surprise_warning(cache)), *_layers_html(layer_summaries(cache))),
             section("One sample", _sample_html(cache)),
             section("Bytes", bytes_html(cache.bytes_per_layer_token())),
             section("Rows left out", *_skipped_html(header.skipped)),
@@ -110,22 +114,6 @@ def run_page(run: RunFiles) -> str:
             section("How it was run", *how_html(record)),
         ],
     )
-
-
-def evaluation_html(evaluation: dict[str, Any] | None) -> list[str]:
-    """The numbers of `evaluation.json`; nothing when there are none."""
-    if not evaluation:
-        return []
-    match, counts = evaluation.get("exact_match"), evaluation.get("num_by_kind") or {}
-    shown = [(f"{evaluation['num_samples']:,}", "held-out samples")]
-    shown += [(percent(match["all"]), "exact match")] if match else []
-    shown += [(f"{evaluation['perplexity']:.3f}", "perplexity")] if evaluation.get("perplexity") else []
-    rows = (
-        [[k, str(counts.get(k, evaluation["num_samples"])), percent(match[k])] for k in kinds_of([match])]
-        if match
-        else []
-    )
-    return [tiles(shown), html_table(["kind", "samples", "exact match"], rows, strong="all") if rows else ""]
 
 
 def bytes_html(per_layer_token: dict[str, float]) -> str:
@@ -215,6 +203,7 @@ def _skipped_html(skipped: list[dict[str, Any]], *, limit: int = 20) -> list[str
 def _provenance_html(header: Any) -> list[str]:
     facts = [("made by", header.created_by), ("format version", str(header.format_version))]
     facts += [("parent", str(parent.get("path", parent))) for parent in header.parents]
+    facts += [("responses", response_text(origin)) for origin in header.responses]
     fingerprint = "\n".join(f"{key}: {value}" for key, value in header.fingerprint.items())
     return [
         facts_table(facts),

@@ -65,20 +65,6 @@ def kinds_of(scores: Sequence[Mapping[str, Any] | None]) -> list[str]:
     return sorted(found, key=lambda kind: (kind != "all", kind))
 
 
-def evaluation_table(result: Mapping[str, Any]) -> str:
-    """The content of `evaluation.json` for the terminal."""
-    lines = [f"held-out samples: {result['num_samples']}"]
-    lines += [f"{name}: {result[name]:.4g}" for name in ("perplexity", "nll") if result.get(name) is not None]
-    match, counts = result.get("exact_match"), result.get("num_by_kind") or {}
-    if match:
-        rows = [[k, str(counts.get(k, result["num_samples"])), f"{100 * match[k]:.1f}"] for k in kinds_of([match])]
-        lines += ["", table(["kind", "samples", "exact match, %"], rows)]
-    if result.get("layers"):
-        rows = [[layer, f"{nll:.3f}"] for layer, nll in result["layers"].items()]
-        lines += ["", table(["layer", "nats per token"], rows)]
-    return "\n".join(lines)
-
-
 def demo_table(demo: Mapping[str, Any]) -> str:
     """Exact match of every recipe on held-out questions, for the terminal: mean and spread over the seeds."""
     headers, rows = demo_rows(demo)

@@ -27,6 +27,7 @@ from vlsi_cache.store.layout import HEADER_NAME, TABLE_NAME, CacheHeader
 from vlsi_cache.store.ranks import RankTable, plain_ranks, ranks_by_count
 from vlsi_cache.store.reader import Cache
 from vlsi_cache.store.samples import PartSamples
+from vlsi_cache.store.surprise import surprise_warning
 from vlsi_cache.store.writer import CacheWriter
 
 from .batch_size import find_batch_tokens
@@ -82,7 +83,10 @@ def build_teacher(
         say(f"{out} is finished: all {len(parts)} parts are there; nothing to do")
     if missing or not (out / TABLE_NAME).is_file():
         writer.finish()
-    return reader.open(out)
+    cache = reader.open(out)
+    if warning := surprise_warning(cache):
+        say(f"warning: {warning}")
+    return cache
 
 
 def settled_batch_tokens(inputs: TeacherInputs, out: Path, find: Callable[[], int]) -> int:
@@ -121,7 +125,15 @@ def cache_header(inputs: TeacherInputs, parts: list[list[int]], batch_tokens: in
         num_samples=len(inputs.records),
         num_response_tokens=sum(len(ids) for ids in inputs.response_ids),
         skipped=inputs.skipped,
+        responses=responses_origin(inputs),
     )
+
+
+def responses_origin(inputs: TeacherInputs) -> list[dict[str, Any]]:
+    """What `generate` has written about the responses, without the list of those it left out."""
+    if inputs.provenance is None:
+        return []
+    return [{name: value for name, value in inputs.provenance.items() if name != "left_out"}]
 
 
 def fingerprint(inputs: TeacherInputs) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Stage evaluate: what a model knows about held-out rows: exact match of greedy answers, perplexity, loss per layer.
+"""Stage evaluate: what a model knows about held-out rows: exact match of its answers, perplexity, loss per layer.
 
 Legend: T response tokens, D hidden size, V vocabulary.
 """
@@ -6,6 +6,7 @@ Legend: T response tokens, D hidden size, V vocabulary.
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,48 +16,67 @@ import torch
 from tqdm import tqdm
 
 from vlsi_cache.data.batches import plan_batches
-from vlsi_cache.data.collate import collate, collate_prompts
+from vlsi_cache.data.collate import collate
 from vlsi_cache.data.records import Record, read_records
 from vlsi_cache.data.tokenize import Encoder, fit_rows, load_encoder
 from vlsi_cache.errors import SpecError
 from vlsi_cache.models.layers import Backbone
 from vlsi_cache.models.load import load_model, resolve_model
 from vlsi_cache.models.verbalizer import Verbalizers, load_verbalizers
+from vlsi_cache.models.verbalizer_files import read_record
 from vlsi_cache.sparse.whole import linear_cross_entropy
-from vlsi_cache.spec import CacheSpec, Dtype, EvaluateSpec, spec_from_dict
+from vlsi_cache.spec import CacheSpec, Dtype, EvaluateSpec, change, spec_from_dict
+from vlsi_cache.store import reader
+from vlsi_cache.store.reader import Cache
 
+from .heldout import against_cache
 from .loop import head_of, pick_device, read_json, say, write_atomically
+from .responses import Decoding, respond
 
 
 def evaluate(
     model: Path | str,
     *,
     spec: CacheSpec | None = None,
+    cache: Cache | Path | str | None = None,
+    verbalizers: Path | str | None = None,
+    num_beams: int | None = None,
     device: str | None = None,
     limit: int | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Measure a run's student (or any model folder) on the held-out rows of its spec.
+    """Measure a run's student (or any model folder) on the held-out rows of its spec, and against a teacher's cache.
 
-    Device, dtype and attention are those of the spec; `device` wins over it. A model's own code runs only with
+    Device, dtype and attention are those of the spec (with none, of the cache); `device` wins over it. `verbalizers`
+    read the layers in place of the run's own; `num_beams` answers by beam search. A model's own code runs only with
     `trust_remote_code`, whatever a spec or a run folder says: either may come from somebody else.
 
     Returns, and for a run also writes to RUN/evaluation.json: `exact_match` (all and per kind, or None when the spec
-    does not generate), `nll` in nats per response token, `perplexity`, `layers` (nll per verbalized student layer,
-    where the run has verbalizers; head and final norm are the trained student's own), `num_samples`, `num_by_kind`.
-    Raises SpecError when no spec names held-out rows.
+    does not generate), `nll` in nats per response token, `perplexity`, `layers` (nll per verbalized student layer;
+    head and final norm are the trained student's own), `verbalizers` (which ones, when not the run's own),
+    `num_samples`, `num_by_kind`; with a `cache` also `cache`: see `against_cache`, and `trained_on`, whether the run
+    has learned from these very rows. Raises SpecError when there is nothing to measure on.
     """
     folder = Path(model)
     run = read_json(folder / "run.json") if (folder / "run.json").is_file() else None
     if run is not None:
-        _check_has_student(folder, run)
+        check_has_student(folder, run)
+    opened = cache if isinstance(cache, Cache) or cache is None else reader.open(cache)
     spec = spec or (spec_from_dict(run["spec"], where=str(folder / "run.json")) if run else None)
-    if spec is None or spec.evaluate is None:
-        raise SpecError(f"no held-out rows for {model}: give --spec with an `evaluate:` section")
+    if spec is None and opened is not None:
+        spec = spec_from_dict(opened.header.spec, where=str(opened.path))
+    if spec is None or (spec.evaluate is None and opened is None):
+        raise SpecError(f"no held-out rows for {model}: give --spec with an `evaluate:` section, or a --cache")
+    if num_beams is not None:
+        spec = _with_beams(spec, num_beams)
+    own = folder / "verbalizers"
+    given = None if verbalizers is None else _verbalizers_in(Path(verbalizers))
     result = evaluate_model(
         str(folder / "student") if run else resolve_model(str(model)),
         spec.evaluate,
-        verbalizers=str(folder / "verbalizers") if (folder / "verbalizers").is_dir() else None,
+        cache=opened,
+        pixels=(spec.data.min_pixels, spec.data.max_pixels),
+        verbalizers=str(given or own) if given or own.is_dir() else None,
         dtype=spec.distill.student_dtype,
         trust_remote_code=trust_remote_code,
         attn_implementation=spec.distill.attn_implementation,
@@ -64,12 +84,47 @@ def evaluate(
         batch_tokens=spec.run.num_batch_tokens,
         limit=limit,
     )
+    if given is not None:
+        result["verbalizers"] = _origin_of(given, run)
+    if opened is not None:
+        result["cache"]["trained_on"] = None if run is None else run.get("cache_digest") in _digests(opened)
     if run is not None:
         write_atomically(folder / "evaluation.json", json.dumps(result, indent=1))
     return result
 
 
-def _check_has_student(folder: Path, run: dict[str, Any]) -> None:
+def _with_beams(spec: CacheSpec, num_beams: int) -> CacheSpec:
+    if spec.evaluate is None or not spec.evaluate.generate:
+        raise SpecError("beams are for answers, and the spec generates none: set `evaluate.generate: true`")
+    return change(spec, evaluate={**spec.evaluate.model_dump(), "num_beams": num_beams})
+
+
+def _verbalizers_in(folder: Path) -> Path:
+    """The folder itself, or the verbalizers of the run that it is."""
+    found = folder / "verbalizers" if (folder / "verbalizers").is_dir() else folder
+    read_record(found, [])
+    return found
+
+
+def _origin_of(folder: Path, run: dict[str, Any] | None) -> dict[str, Any]:
+    """Where borrowed verbalizers come from; `same_start`: whether they were trained on what the run started from."""
+    trained_with = read_record(folder, [])["provenance"].get("teacher_digest")
+    same = None if run is None else run.get("student_digest") == trained_with
+    return {"path": str(folder.resolve()), "trained_with": trained_with, "same_start": same}
+
+
+def _digests(cache: Cache) -> set[str]:
+    """Digests of a cache and of all those it was made from."""
+    found, waiting = {cache.header.digest}, list(cache.header.parents)
+    while waiting:
+        parent = waiting.pop()
+        found.add(str(parent.get("digest")))
+        waiting += parent.get("parents") or []
+    return found
+
+
+def check_has_student(folder: Path, run: dict[str, Any]) -> None:
+    """Raise SpecError unless the run folder holds a trained student."""
     if run["kind"] != "distill":
         raise SpecError(
             f"{folder} is a `{run['kind']}` run: it holds a teacher's verbalizers and no student. Name a `distill` "
@@ -81,8 +136,10 @@ def _check_has_student(folder: Path, run: dict[str, Any]) -> None:
 
 def evaluate_model(
     path: str,
-    settings: EvaluateSpec,
+    settings: EvaluateSpec | None,
     *,
+    cache: Cache | None = None,
+    pixels: tuple[int | None, int | None] = (None, None),
     verbalizers: str | None = None,
     gguf_file: str | None = None,
     dtype: Dtype = "auto",
@@ -92,19 +149,19 @@ def evaluate_model(
     batch_tokens: int = 8192,
     limit: int | None = None,
 ) -> dict[str, Any]:
-    """`evaluate` for a model folder; `limit` takes the first rows only, `batch_tokens` bounds a perplexity batch."""
-    data = settings.data
-    encoder = load_encoder(
-        path,
-        gguf_file=gguf_file,
-        min_pixels=data.min_pixels,
-        max_pixels=data.max_pixels,
-        trust_remote_code=trust_remote_code,
-    )
-    records = list(read_records(data))[:limit]
-    kept, skipped = fit_rows(records, encoder, data.max_length, bad_rows=data.bad_rows)
-    if skipped:
-        say(f"{len(skipped)} held-out rows are longer than {data.max_length} tokens and were left out")
+    """`evaluate` for a model folder; `limit` takes the first rows only, `batch_tokens` bounds a perplexity batch.
+
+    `pixels` (fewest, most) hold for the pictures of the cache; held-out rows have their own.
+    """
+
+    def encoder_for(fewest: int | None, most: int | None) -> Encoder:
+        return load_encoder(
+            path, gguf_file=gguf_file, min_pixels=fewest, max_pixels=most, trust_remote_code=trust_remote_code
+        )
+
+    held_out = None
+    if settings is not None:
+        held_out = _held_out_rows(settings, encoder_for(settings.data.min_pixels, settings.data.max_pixels), limit)
     where = pick_device(device)
     loaded = load_model(
         path,
@@ -116,15 +173,46 @@ def evaluate_model(
     )
     backbone = Backbone(loaded)
     spoken = None if verbalizers is None else load_saved_verbalizers(verbalizers, backbone).to(where)
-    used = [records[index] for index, _, _ in kept]
+    result = {} if held_out is None else _on_held_out(backbone, spoken, held_out, batch_tokens)
+    if cache is not None:
+        own = encoder_for(*pixels)
+        result["cache"] = against_cache(backbone, spoken, own, cache, batch_tokens=batch_tokens, limit=limit)
+    return result
+
+
+@dataclass(frozen=True)
+class _HeldOut:
+    """Held-out rows that fit, their lengths in tokens, and how many do not."""
+
+    settings: EvaluateSpec
+    encoder: Encoder
+    records: list[Record]
+    lengths: list[int]
+    num_skipped: int
+
+
+def _held_out_rows(settings: EvaluateSpec, encoder: Encoder, limit: int | None) -> _HeldOut:
+    data = settings.data
+    records = list(read_records(data))[:limit]
+    kept, skipped = fit_rows(records, encoder, data.max_length, bad_rows=data.bad_rows)
+    if skipped:
+        say(f"{len(skipped)} held-out rows are longer than {data.max_length} tokens and were left out")
     lengths = [num_prompt + len(ids) for _, num_prompt, ids in kept]
-    nll = mean_nll(backbone, spoken, used, plan_batches(lengths, batch_tokens), encoder)
+    return _HeldOut(settings, encoder, [records[index] for index, _, _ in kept], lengths, len(skipped))
+
+
+def _on_held_out(
+    backbone: Backbone, verbalizers: Verbalizers | None, rows: _HeldOut, batch_tokens: int
+) -> dict[str, Any]:
+    settings, encoder, records = rows.settings, rows.encoder, rows.records
+    nll = mean_nll(backbone, verbalizers, records, plan_batches(rows.lengths, batch_tokens), encoder)
     last = nll.pop(backbone.num_layers)
     return {
-        "num_samples": len(used),
-        "num_skipped": len(skipped),
-        "num_by_kind": dict(Counter(record.kind for record in used)),
-        "exact_match": exact_match(loaded, used, encoder, settings) if settings.generate else None,
+        "num_samples": len(records),
+        "num_skipped": rows.num_skipped,
+        "num_by_kind": dict(Counter(record.kind for record in records)),
+        "exact_match": exact_match(backbone.model, records, encoder, settings) if settings.generate else None,
+        "num_beams": settings.num_beams if settings.generate else None,
         "nll": last,
         "perplexity": float(np.exp(last)),
         "layers": {str(layer): value for layer, value in nll.items()},
@@ -164,7 +252,7 @@ def mean_nll(
 
 
 def exact_match(model: Any, records: list[Record], encoder: Encoder, settings: EvaluateSpec) -> dict[str, float]:
-    """Share of rows whose greedy answer is the reference, white space at the ends aside: `all`, and per kind."""
+    """Share of rows whose answer is the reference, white space at the ends aside: `all`, and per kind."""
     right: Counter[str] = Counter()
     for record, answer in answers(model, records, encoder, settings):
         right[record.kind] += answer.strip() == record.answer.strip()
@@ -173,24 +261,13 @@ def exact_match(model: Any, records: list[Record], encoder: Encoder, settings: E
     return {"all": sum(right.values()) / len(records), **per_kind}
 
 
-@torch.inference_mode()
 def answers(
     model: Any, records: list[Record], encoder: Encoder, settings: EvaluateSpec
 ) -> Iterator[tuple[Record, str]]:
-    """Greedy answers, in batches of similar length."""
+    """Answers without sampling, in batches of similar length."""
     order = sorted(range(len(records)), key=lambda i: encoder.measure(records[i])[0])
-    size = settings.batch_size
+    size, decoding = settings.batch_size, Decoding(settings.max_new_tokens, num_beams=settings.num_beams)
     for start in tqdm(range(0, len(order), size), desc="generate", disable=None):
         chosen = [records[i] for i in order[start : start + size]]
-        encoded = [encoder.encode(record, with_response=False) for record in chosen]
-        inputs = collate_prompts(encoded, pad_id=encoder.pad_id, device=model.device)
-        output = model.generate(
-            **inputs,
-            do_sample=False,
-            max_new_tokens=settings.max_new_tokens,
-            eos_token_id=encoder.eot_id,
-            pad_token_id=encoder.pad_id,
-        )
-        for record, ids in zip(chosen, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
-            stop = ids.index(encoder.eot_id) if encoder.eot_id in ids else len(ids)
-            yield record, encoder.decode(ids[:stop])
+        for record, response in zip(chosen, respond(model, encoder, chosen, decoding), strict=True):
+            yield record, encoder.decode(response.ids)

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -149,18 +149,25 @@ class Feed:
                 return
 
     def _encode(self, pairs: list[Pair]) -> MicroBatch:
-        encoded = [self._encoder.encode(record) for record, _ in pairs]
-        rows: list[Row] = []
-        for (record, row), one in zip(pairs, encoded, strict=True):
-            if row is not None:
-                check_response_ids(record, one.response_ids, row, self._encoder)
-                rows.append(row)
-        batch = collate(encoded, pad_id=self._encoder.pad_id)
-        if rows and rows[0].num_layers:
-            batch = _tokens_with_rows(batch, rows)
-        if self._device.type == "cuda":
-            batch = batch.pinned()  # from where a copy stands in line behind the work that is queued already
-        return MicroBatch(batch, SparseRows.concat(rows) if rows else None, [record.id for record, _ in pairs])
+        micro = encode_pairs(pairs, self._encoder)
+        if self._device.type != "cuda":
+            return micro
+        # From page-locked memory a copy stands in line behind the work that is queued already.
+        return replace(micro, batch=micro.batch.pinned())
+
+
+def encode_pairs(pairs: Sequence[Pair], encoder: Encoder) -> MicroBatch:
+    """Records and their rows as one batch on the CPU, at the tokens that have rows; the response ids are compared."""
+    encoded = [encoder.encode(record) for record, _ in pairs]
+    rows: list[Row] = []
+    for (record, row), one in zip(pairs, encoded, strict=True):
+        if row is not None:
+            check_response_ids(record, one.response_ids, row, encoder)
+            rows.append(row)
+    batch = collate(encoded, pad_id=encoder.pad_id)
+    if rows and rows[0].num_layers:
+        batch = _tokens_with_rows(batch, rows)
+    return MicroBatch(batch, SparseRows.concat(rows) if rows else None, [record.id for record, _ in pairs])
 
 
 def _tokens_with_rows(batch: Batch, rows: Sequence[Row]) -> Batch:

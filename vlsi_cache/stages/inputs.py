@@ -18,7 +18,8 @@ from vlsi_cache.spec import CacheSpec, TargetLayers
 @dataclass(frozen=True)
 class TeacherInputs:
     """`records[i]` has `num_prompt_N[i]` prompt tokens and the response ids `response_ids[i]` (uint32, with the
-    end-of-turn token). `target_layers` are intermediate layers; the final one comes on top."""
+    end-of-turn token). `target_layers` are intermediate layers; the final one comes on top.
+    `provenance` is what `generate` says of the responses, if they come from there."""
 
     spec: CacheSpec
     model_path: str
@@ -30,6 +31,7 @@ class TeacherInputs:
     skipped: list[dict[str, str]]
     num_model_layers: int
     target_layers: list[int]
+    provenance: dict[str, Any] | None = None
 
     def lengths(self, indices: list[int]) -> list[int]:
         """Tokens of some records, prompt and response."""
@@ -105,6 +107,7 @@ def open_teacher_inputs(spec: CacheSpec) -> TeacherInputs:
         skipped=[*records.skipped, *too_long],
         num_model_layers=num_layers,
         target_layers=layers,
+        provenance=records.provenance,
     )
 
 

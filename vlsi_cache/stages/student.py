@@ -46,8 +46,7 @@ class StudentInputs:
                 f"{self.cache.path} was merged from {len(sections)} sources of rows, each read from where it was: "
                 f"leave {', '.join(f'`data.{name}`' for name in SOURCE_KEYS)} as they are"
             )
-        sets = [read_records(DataSpec.model_validate(section)) for section in sections]  # a merged cache
-        return RecordSet(tuple(chain.from_iterable(sets)), [row for found in sets for row in found.skipped])
+        return cached_sources(self.cache)
 
     def check_lengths(self) -> None:
         """Raise DataError when cached samples are longer, in this student's tokens, than its positions reach.
@@ -141,6 +140,12 @@ class StudentState:
         return self.cache.layers if self.layers else self.cache.layers[-1:]
 
 
+def cached_sources(cache: Cache) -> RecordSet:
+    """The rows that a cache was built from, read again; those of all sources of a merged one."""
+    sets = [read_records(DataSpec.model_validate(section)) for section in data_sections(cache.header)]
+    return RecordSet(tuple(chain.from_iterable(sets)), [row for found in sets for row in found.skipped])
+
+
 def open_student(cache: Cache, spec: CacheSpec, path: str) -> StudentInputs:
     """Read the student's tokenizer and config and check them against the cache; raises ModelError, SpecError."""
     distill = spec.distill
@@ -150,7 +155,7 @@ def open_student(cache: Cache, spec: CacheSpec, path: str) -> StudentInputs:
         max_pixels=spec.data.max_pixels,
         trust_remote_code=distill.trust_remote_code,
     )
-    _check_tokenizer(cache, encoder, path)
+    check_tokenizer(cache, encoder, path)
     config = load_config(path, trust_remote_code=distill.trust_remote_code)
     layers = _student_layers(distill, config, num_teacher=len(cache.layers) - 1)
     if distill.recipe != "sft":
@@ -198,7 +203,8 @@ def _check_interact(cache: Cache, interact: InteractSpec, recipe: str) -> None:
         )
 
 
-def _check_tokenizer(cache: Cache, encoder: Encoder, path: str) -> None:
+def check_tokenizer(cache: Cache, encoder: Encoder, path: str) -> None:
+    """Raise ModelError unless the student has the vocabulary that the cached rows are over."""
     cached, own = str(cache.header.fingerprint["encoder.tokenizer"]), str(encoder.fingerprint()["tokenizer"])
     if cached != own or cache.header.v_real != encoder.v_real:
         raise ModelError(

@@ -70,6 +70,14 @@ def data_sections(header: CacheHeader) -> list[dict[str, Any]]:
     return [section for i, section in enumerate(sections) if section not in sections[:i]]
 
 
+def merged_responses(headers: Sequence[CacheHeader]) -> list[dict[str, Any]]:
+    """Where the responses of all these caches come from, each origin once; `{}` for those of unknown origin."""
+    if not any(header.responses for header in headers):
+        return []
+    found = [origin for header in headers for origin in header.responses or [{}]]
+    return [origin for i, origin in enumerate(found) if origin not in found[:i]]
+
+
 def resume_command(header: CacheHeader, root: Path) -> str:
     """The command that continues an unfinished cache."""
     paths = [str(parent.get("path", "CACHE")) for parent in header.parents]

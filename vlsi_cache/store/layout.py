@@ -13,7 +13,14 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 import xxhash
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from vlsi_cache.errors import CacheCorruptError, SpecError
 
@@ -90,6 +97,7 @@ class CacheHeader(StrictRecord):
     vocab_files: dict[str, FileRecord] = {}
     skipped: list[dict[str, Any]] = []
     parents: list[dict[str, Any]] = []
+    responses: list[dict[str, Any]] = []
 
     @model_validator(mode="after")
     def _counts_make_sense(self) -> "CacheHeader":
@@ -107,6 +115,12 @@ class CacheHeader(StrictRecord):
         if min(self.num_parts, self.num_samples, self.num_response_tokens) < 0:
             raise ValueError("counts cannot be negative")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_empty_responses(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """`responses` came after the first caches of this format: a header without any is what it always was."""
+        fields = dump(self)
+        return fields if self.responses else {name: value for name, value in fields.items() if name != "responses"}
 
     @property
     def widest(self) -> int:
