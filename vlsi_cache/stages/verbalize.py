@@ -191,9 +191,10 @@ def layer_losses(
     """The loss of each layer; `scale` times its gradient is left in the verbalizer."""
     head = head_of(backbone).real(v_real)
     with torch.no_grad(), autocast(backbone.device):
-        hidden = dict(verbalizers.capture(batch.inputs, batch.rows_T, batch.positions_T))
-        final_TD: Any = hidden.pop(backbone.num_layers)
-        own = head_output(final_TD, head, compiled=compiled) if loss == "kl_to_final" else None
+        wants_final = loss == "kl_to_final"
+        hidden = dict(verbalizers.capture(batch.inputs, batch.rows_T, batch.positions_T, with_final=wants_final))
+        final_TD: Any = hidden.pop(backbone.num_layers, None)
+        own = head_output(final_TD, head, compiled=compiled) if wants_final else None
     for layer in verbalizers.layers:
         with autocast(backbone.device):
             state_TD = verbalizers.apply(layer, hidden.pop(layer))
