@@ -200,9 +200,10 @@ def test_without_sft_the_student_is_what_interaction_made_of_it(
     with pytest.raises(SpecError, match="leaves it out"):
         vc.distill(cache, student=str(student_folder), out=tmp_path / "run", recipe="sft", overrides=none)
     assert "interact 5, sft 0 of 4 steps" in str(vc.plan(vc.load_spec(cache.path.parent / "spec.yaml", overrides=none)))
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr("vlsi_cache.stages.distill.merge_lora", interrupted)  # killed when all steps were done
-        vc.distill(cache, student=str(student_folder), out=tmp_path / "run", overrides=none)
+        with pytest.raises(KeyboardInterrupt):
+            vc.distill(cache, student=str(student_folder), out=tmp_path / "run", overrides=none)
     run = vc.distill(cache, student=str(student_folder), out=tmp_path / "run", overrides=none)
     assert metrics(run) == [line for line in metrics(vlsi_run) if line["stage"] != "sft"]
     assert [stage["name"] for stage in json.loads((run / "run.json").read_text())["stages"]] == [
