@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 from PIL import Image
@@ -181,7 +181,8 @@ def _load_processor(path: str, config: Any, options: dict[str, Any]) -> Any:
 
     try:
         if find_spec("torchvision") is None and type(config) in PROCESSOR_MAPPING:
-            return _for_pictures(PROCESSOR_MAPPING[type(config)]).from_pretrained(path, **options)
+            family = cast(type[Any], PROCESSOR_MAPPING[type(config)])
+            return _for_pictures(family).from_pretrained(path, **options)
         return AutoProcessor.from_pretrained(path, **options)
     except (OSError, ValueError, TypeError, ImportError) as error:
         hint = "; it needs torchvision, run: pip install torchvision" if "torchvision" in str(error).lower() else ""

@@ -144,7 +144,13 @@ def _run_stages(state: StudentState) -> list[dict[str, Any]]:
         stages.append(sft(state, model, num_steps=whole["sft"], stop=steps["sft"]))
     trained = merge_lora(model) if uses_lora else model
     # Head and embeddings may have been trained in fp32; configuration and all tensors agree again.
-    save_student(trained.to(state.dtype), state.student_path, state.run.path / "student")
+    save_student(
+        trained.to(state.dtype),
+        state.student_path,
+        state.run.path / "student",
+        end_of_turn=state.encoder.eot_id,
+        pad=state.encoder.pad_id,
+    )
     return stages
 
 
