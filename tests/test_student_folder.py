@@ -1,4 +1,4 @@
-"""The folder of a trained student, opened by transformers alone: it generates, ends its turn, and its weights are tied."""
+"""The folder of a trained student, opened by transformers alone: it generates, ends its turn, its weights are tied."""
 
 import json
 import shutil
