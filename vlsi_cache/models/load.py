@@ -204,12 +204,13 @@ def write_folder(
 def _end_turns(generation: Any, end_of_turn: int, pad: int) -> None:
     """Generation settings of the model's own file keep their other ends; a guess from its configuration does not."""
     own = generation.eos_token_id
-    ends = [] if own is None or generation._from_model_config else [own] if isinstance(own, int) else list(own)
+    ends = [own] if isinstance(own, int) else list(own or [])
+    if generation._from_model_config:
+        ends, generation._from_model_config = [], False  # or some versions would guess again when it is opened
     if end_of_turn not in ends:
         ends = [end_of_turn, *ends]
     generation.eos_token_id = ends if len(ends) > 1 else end_of_turn
     generation.pad_token_id = pad if generation.pad_token_id is None else generation.pad_token_id
-    generation._from_model_config = False
 
 
 def _package_folder(path: str) -> Path:
