@@ -88,14 +88,23 @@ def train_verbalizers(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Where the verbalizers go.")],
     sets: Sets = None,
     device: Device = None,
+    layers: Annotated[
+        str | None, typer.Option(metavar="A:B|2,6,10", help="Only these target layers; A and B are included.")
+    ] = None,
+    rank: Annotated[int, typer.Option(min=0, help="Number of this process, from 0.")] = 0,
+    world: Annotated[
+        int, typer.Option(min=1, help="How many processes share the layers: each takes every WORLDth.")
+    ] = 1,
 ) -> Answer:
     """Train the teacher's verbalizers.
 
-    Everything else stays frozen. Run again after a crash to go on.
+    Everything else stays frozen. Run again after a crash to go on. With --layers, or --rank and --world, several
+    processes or nodes fill one DIR with the same verbalizers that a single one would train.
     """
     import vlsi_cache as vc
 
-    run = vc.train_verbalizers(vc.load_spec(spec, overrides=sets or []), out=out, device=device)
+    resolved = vc.load_spec(spec, overrides=sets or [])
+    run = vc.train_verbalizers(resolved, out=out, device=device, layers=layers, rank=rank, world=world)
     folder = run / "verbalizers"
     text = f"verbalizers: {folder}\nuse them with: --set teacher.verbalizers={folder}"
     return Answer({"verbalizers": folder, "report": _report_in(out)}, text)

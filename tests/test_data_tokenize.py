@@ -400,12 +400,10 @@ def test_own_processor_has_no_pixel_budget(llava: Encoder) -> None:
 
 @pytest.mark.skipif(find_spec("torchvision") is not None, reason="torchvision is there")
 def test_own_processor_without_torchvision(llava: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    from transformers import AutoProcessor
-
     def fail(*_: Any, **__: Any) -> None:
-        raise ImportError("LlavaOnevisionVideoProcessor requires the Torchvision library")
+        raise ImportError("SomeImageProcessor requires the Torchvision library")
 
-    monkeypatch.setattr(AutoProcessor, "from_pretrained", fail)
+    monkeypatch.setattr(LlavaProcessor, "from_pretrained", fail)
     with pytest.raises(ModelError, match="it needs torchvision, run: pip install torchvision"):
         load_encoder(llava.name)
 

@@ -16,7 +16,7 @@ import vlsi_cache as vc
 from vlsi_cache.errors import CacheIncompleteError, FingerprintMismatchError, ModelError, SpecError
 from vlsi_cache.stages import interact as interact_module
 from vlsi_cache.stages import sft as sft_module
-from vlsi_cache.stages.distill import distill_spec, stage_steps
+from vlsi_cache.stages.distill import distill_spec, schedule_steps, stage_steps
 from vlsi_cache.stages.loop import learning_rate, read_metrics
 from vlsi_cache.store.reader import Cache
 
@@ -154,6 +154,69 @@ def test_recipes_have_the_same_budget(cache: Cache) -> None:
     steps = {r: stage_steps(spec.model_copy(update={"recipe": r}), 40) for r in ("vlsi", "last", "sft")}
     assert {r: sum(s.values()) for r, s in steps.items()} == {"vlsi": 13, "last": 13, "sft": 13}
     assert list(steps["last"]) == ["interact", "sft"]
+
+
+@pytest.mark.parametrize(("fraction", "left_out"), [(0.5, 2), (0.01, 3), (0.99, 0), (1.0, 0)])
+def test_a_fraction_of_sft_leaves_the_same_steps_out_of_every_recipe(
+    cache: Cache, fraction: float, left_out: int
+) -> None:
+    spec = vc.load_spec(cache.path.parent / "spec.yaml", overrides=[f"distill.sft.fraction={fraction}"]).distill
+    for recipe in ("vlsi", "last", "sft"):
+        of_recipe = spec.model_copy(update={"recipe": recipe})
+        assert sum(stage_steps(of_recipe, 40).values()) == 13 - left_out
+        assert sum(schedule_steps(of_recipe, 40).values()) == 13
+
+
+def test_half_of_sft_is_the_first_half_of_the_whole(
+    cache: Cache, vlsi_run: Path, student_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half = vc.distill(cache, student=str(student_folder), out=tmp_path / "half", overrides=["distill.sft.fraction=0.5"])
+    assert metrics(half) == metrics(vlsi_run)[:-2]
+    entry = json.loads((half / "run.json").read_text())["stages"][-1]
+    assert (entry["steps"], entry["schedule_steps"]) == (2, 4)
+    assert "sft 2 of 4 steps" in (half / "report.html").read_text()
+    step = sft_module.optimizer_step
+
+    def stop_after_step_2(optimizer: Any, schedule: Any, index: int, num_steps: int) -> float:
+        if index == 2:
+            raise KeyboardInterrupt
+        return step(optimizer, schedule, index, num_steps)
+
+    monkeypatch.setattr(sft_module, "optimizer_step", stop_after_step_2)
+    with pytest.raises(KeyboardInterrupt):
+        vc.distill(cache, student=str(student_folder), out=tmp_path / "stopped")
+    name = "checkpoints/sft-0000002/state.safetensors"
+    ours, stopped = load_file(half / name), load_file(tmp_path / "stopped" / name)
+    assert ours.keys() == stopped.keys()
+    assert all(torch.equal(ours[key], stopped[key]) for key in ours)
+    student = load_file(half / "student" / "model.safetensors")
+    assert torch.equal(student["lm_head.weight"], stopped["parameter/base_model.model.lm_head.weight"])
+
+
+def test_without_sft_the_student_is_what_interaction_made_of_it(
+    cache: Cache, vlsi_run: Path, student_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    none = ["distill.sft.fraction=0"]
+    with pytest.raises(SpecError, match="leaves it out"):
+        vc.distill(cache, student=str(student_folder), out=tmp_path / "run", recipe="sft", overrides=none)
+    assert "interact 5, sft 0 of 4 steps" in str(vc.plan(vc.load_spec(cache.path.parent / "spec.yaml", overrides=none)))
+    with monkeypatch.context() as patch:
+        patch.setattr("vlsi_cache.stages.distill.merge_lora", interrupted)  # killed when all steps were done
+        with pytest.raises(KeyboardInterrupt):
+            vc.distill(cache, student=str(student_folder), out=tmp_path / "run", overrides=none)
+    run = vc.distill(cache, student=str(student_folder), out=tmp_path / "run", overrides=none)
+    assert metrics(run) == [line for line in metrics(vlsi_run) if line["stage"] != "sft"]
+    assert [stage["name"] for stage in json.loads((run / "run.json").read_text())["stages"]] == [
+        "verbalize",
+        "interact",
+    ]
+    before, after = (load_file(folder / "model.safetensors") for folder in (student_folder, run / "student"))
+    changed = {name.split(".")[-2] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def interrupted(*_args: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def test_activation_checkpointing_and_accumulation_change_nothing(

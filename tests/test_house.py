@@ -100,15 +100,26 @@ def test_shipped_specs_are_valid_and_hold_the_papers_numbers() -> None:
     from vlsi_cache.models.layers import default_layers
     from vlsi_cache.spec import shipped_specs
 
-    assert set(shipped_specs()) == {"demo", "smollm2", "qwen2-vl-72b-to-2b", "qwen2-vl-72b-to-7b"}
+    qwen = ["qwen2-vl-72b-to-2b", "qwen2-vl-72b-to-7b"]
+    onevision = ["llava-onevision-72b-to-0.5b", "llava-onevision-72b-to-7b"]
+    assert set(shipped_specs()) == {"demo", "smollm2", *qwen, *onevision}
     for name in shipped_specs():
         spec = vc.load_spec(name)
         assert vc.CacheSpec.model_validate(yaml.safe_load(spec.model_dump_json())) == spec
-    for size in ("2b", "7b"):
-        paper = vc.load_spec(f"qwen2-vl-72b-to-{size}")
-        assert list(paper.teacher.layers) == default_layers(80, 20)
-        assert list(paper.distill.layers) == default_layers(28, 7)
-        assert (paper.distill.batch_size, paper.train_verbalizers.batch_size) == (512, 256)
+    for name in (*qwen, *onevision):
+        paper, is_qwen = vc.load_spec(name), name in qwen
+        assert list(paper.teacher.layers) == (default_layers(80, 20) if is_qwen else default_layers(80, 4))
+        num_layers = 24 if name.endswith("0.5b") else 28
+        num_targets = 7 if is_qwen else 3
+        theirs = default_layers(num_layers, num_targets, model_type="qwen2_vl" if is_qwen else "llava_onevision")
+        assert list(paper.distill.layers) == theirs
+        batches = (paper.distill.batch_size, paper.train_verbalizers.batch_size)
+        assert batches == ((512, 256) if is_qwen else (256, 128))
+        distill = paper.distill
+        schedules = [distill.verbalize, distill.interact.schedule, distill.sft.schedule]
+        for schedule in (paper.train_verbalizers.schedule, *schedules):
+            assert (schedule.epochs, schedule.learning_rate, schedule.final_learning_rate) == (1, 1e-4, 1e-6)
+        assert (distill.lora.rank, distill.lora.alpha) == (64, 64)
 
 
 def test_readme_code_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -140,6 +140,29 @@ def test_capture_is_output_hidden_states_at_the_response_positions(family: str) 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
+def test_layers_above_the_deepest_target_run_only_for_the_final_state(family: str) -> None:
+    model, inputs = tiny_model(family), tiny_inputs(family)
+    backbone, ran = Backbone(model), []
+    for index, layer in enumerate(backbone.layers):
+        layer.register_forward_pre_hook(lambda *_, number=index + 1: ran.append(number))
+    whole = backbone.capture(inputs, [1, 3], ROWS_T, POSITIONS_T)
+    assert ran == [1, 2, 3, 4, 5]
+    ran.clear()
+    short = backbone.capture(inputs, [3, 1], ROWS_T, POSITIONS_T, with_final=False)
+    assert ran == [1, 2, 3]
+    assert set(short) == {1, 3}
+    assert all(torch.equal(short[layer], whole[layer]) for layer in short)
+    sequences = backbone.capture_sequences(inputs, [2], ROWS_T, POSITIONS_T, with_final=False)
+    assert list(sequences) == [2]
+    with pytest.raises(TypeError):
+        backbone.capture({"input_ids": 3.0}, [1], ROWS_T, POSITIONS_T, with_final=False)
+    assert len(backbone.layers) == NUM_LAYERS
+    again = backbone.capture(inputs, [1, 3], ROWS_T, POSITIONS_T)
+    assert torch.equal(again[NUM_LAYERS], whole[NUM_LAYERS])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
 def test_capture_never_makes_logits(family: str) -> None:
     model, inputs = tiny_model(family), tiny_inputs(family)
     with SeenShapes() as full:

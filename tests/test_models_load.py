@@ -188,16 +188,16 @@ def test_saved_student_opens_and_has_its_encoder(tmp_path: Path) -> None:
     model = load_model(source)
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(2)
-    out = save_student(model, source, tmp_path / "run" / "student")
+    out = save_student(model, source, tmp_path / "run" / "student", end_of_turn=2, pad=0)
     assert all((out / name).read_text() == f"{{}} {name}" for name in ENCODER_FILES)
     assert not list(out.parent.glob(".*"))
     reopened = AutoModelForCausalLM.from_pretrained(out)
     assert torch.equal(reopened.lm_head.weight, model.get_output_embeddings().weight)
-    save_student(model, source, out)  # once more, as after a kill
+    save_student(model, source, out, end_of_turn=2, pad=0)  # once more, as after a kill
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").touch()
     with pytest.raises(ModelError, match="holds no model"):
-        save_student(model, source, tmp_path / "mine")
+        save_student(model, source, tmp_path / "mine", end_of_turn=2, pad=0)
 
 
 def test_student_with_an_adapter_is_not_saved(tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_student_with_an_adapter_is_not_saved(tmp_path: Path) -> None:
     source = write_model(tmp_path / "source")
     adapted = get_peft_model(load_model(source), LoraConfig(r=2, target_modules=["q_proj"]))
     with pytest.raises(ModelError, match="merge"):
-        save_student(adapted, source, tmp_path / "out")
+        save_student(adapted, source, tmp_path / "out", end_of_turn=2, pad=0)
 
 
 def test_parse_layers() -> None:

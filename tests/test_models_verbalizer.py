@@ -29,16 +29,17 @@ from vlsi_cache.models.verbalizer import (
 )
 
 STRUCTURES: tuple[Structure, ...] = get_args(Structure)
-# Table 4f of the paper in millions of parameters: 7 target layers of the 7B student.
+# Table 4f of the paper: 7 target layers of the 7B student. In millions of parameters to a tenth, and as printed there;
+# for the verb-FFN the text has 269M and the table 200M, which no reading of it gives.
 TABLE_4F = {
-    "mlp": 89.9,
-    "mlp-x2": 179.8,
-    "verb-ffn": 269.7,
-    "verb-ffn-x2": 539.5,
-    "ffn": 1425.8,
-    "ffn-x2": 2851.6,
-    "decoder": 1631.4,
-    "decoder-x2": 3262.8,
+    "mlp": (89.9, "90M"),
+    "mlp-x2": (179.8, "180M"),
+    "verb-ffn": (269.7, "269M"),
+    "verb-ffn-x2": (539.5, "539M"),
+    "ffn": (1425.8, "1.4B"),
+    "ffn-x2": (2851.6, "2.9B"),
+    "decoder": (1631.4, "1.6B"),
+    "decoder-x2": (3262.8, "3.3B"),
 }
 STUDENT_7B = {
     "hidden_size": 3584,
@@ -69,7 +70,10 @@ def test_every_structure_of_the_table_is_known() -> None:
 def test_parameter_totals_are_those_of_the_table(structure: Structure) -> None:
     """Without our own norm in front, which the table does not count; a decoder layer's own norms are counted."""
     total = 7 * sum(p.numel() for p in meta_verbalizer(structure, "none").parameters())
-    assert round(total / 1e6, 1) == TABLE_4F[structure]
+    millions, printed = TABLE_4F[structure]
+    assert round(total / 1e6, 1) == millions
+    # The paper rounds 89.9 up and cuts 269.7 and 539.5 off.
+    assert printed in {f"{total / 1e6:.0f}M", f"{total // 10**6}M", f"{total / 1e9:.1f}B"}
     assert total == 7 * num_parameters(structure, **STUDENT_7B)
 
 

@@ -184,17 +184,26 @@ class InteractSpec(Strict):
 
 
 class SftSpec(Strict):
-    """Supervised finetuning on the labels, after the interaction step."""
+    """Supervised finetuning on the labels, after the interaction step.
+
+    `fraction` stops it after this share of the schedule's steps (Table 4c); the learning rate stays that of the whole
+    schedule. 0: no finetuning, the student is what the interaction has made of it.
+    """
 
     schedule: Schedule = Schedule(epochs=1)
     mode: Literal["lora+embed_head", "full"] = "lora+embed_head"
+    fraction: Annotated[float, Field(ge=0, le=1)] = 1.0
+
+    def steps_left_out(self, num_steps: int) -> int:
+        """How many of the schedule's `num_steps` are not run; one is run at least, unless `fraction` is 0."""
+        return num_steps - (max(1, round(self.fraction * num_steps)) if self.fraction else 0)
 
 
 class DistillSpec(Strict):
     """From a cache to a student. `recipe` decides which stages run; all recipes take the same number of steps:
 
     vlsi: verbalize, interact over all target layers, sft. last: the steps of verbalize and interact go to last-layer
-    distillation, then sft. sft: all steps go to sft.
+    distillation, then sft. sft: all steps go to sft. What `sft.fraction` leaves out, it leaves out of every recipe.
     """
 
     student: str | None = None
@@ -218,7 +227,9 @@ class DistillSpec(Strict):
     _whole_micro_batches = model_validator(mode="after")(_check_batches)
 
     @model_validator(mode="after")
-    def _last_is_something(self) -> "DistillSpec":
+    def _something_trains(self) -> "DistillSpec":
         if self.recipe == "last" and not self.interact.trains_last:
             raise ValueError("`recipe: last` trains the last layer alone, and `interact` leaves it out")
+        if self.recipe == "sft" and not self.sft.fraction:
+            raise ValueError("`recipe: sft` is supervised finetuning alone, and `sft.fraction: 0` leaves it out")
         return self

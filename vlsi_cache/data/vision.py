@@ -8,7 +8,8 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from importlib.util import find_spec
+from typing import Any, Protocol, cast
 
 import numpy as np
 from PIL import Image
@@ -126,8 +127,10 @@ class ProcessorVision:
         return _digest(self.processor)
 
     def _run(self, text: str, images: list[Image.Image]) -> Prompt:
+        # As one sample's pictures: LLaVA-OneVision cuts the picture of a sample into crops only when it is alone.
+        nested = [images] if images else None
         try:
-            features = self.processor(text=[text], images=images or None, add_special_tokens=False, return_tensors="pt")
+            features = self.processor(text=[text], images=nested, add_special_tokens=False, return_tensors="pt")
         except ValueError as error:
             raise DataError(f"{type(self.processor).__name__} refuses it: {error}") from None
         arrays = {key: np.asarray(value) for key, value in features.items() if key != "attention_mask"}
@@ -145,7 +148,7 @@ def load_vision(
     if "image_grid_thw" not in image_processor.model_input_names:
         if min_pixels is not None or max_pixels is not None:
             raise ModelError(f"`min_pixels` and `max_pixels` are for the Qwen2-VL family, not for `{path}`")
-        return ProcessorVision(_load_processor(path, options))
+        return ProcessorVision(_load_processor(path, config, options))
     size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
     old = {key: image_processor.size[key] for key in size}
     image_processor.size = {key: old[key] if value is None else value for key, value in size.items()}
@@ -171,14 +174,25 @@ def _load_image_processor(path: str, options: dict[str, Any]) -> Any:
         raise ModelError(f"the image processor of `{path}` cannot be loaded: {_short(error)}") from error
 
 
-def _load_processor(path: str, options: dict[str, Any]) -> Any:
+def _load_processor(path: str, config: Any, options: dict[str, Any]) -> Any:
+    """The processor; without torchvision one for pictures alone, if its class is that of the model's family."""
     from transformers import AutoProcessor
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
     try:
+        if find_spec("torchvision") is None and type(config) in PROCESSOR_MAPPING:
+            family = cast(type[Any], PROCESSOR_MAPPING[type(config)])
+            return _for_pictures(family).from_pretrained(path, **options)
         return AutoProcessor.from_pretrained(path, **options)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, TypeError, ImportError) as error:
         hint = "; it needs torchvision, run: pip install torchvision" if "torchvision" in str(error).lower() else ""
         raise ModelError(f"the processor of `{path}` cannot be loaded: {_short(error)}{hint}") from error
+
+
+def _for_pictures(processor: type[Any]) -> type[Any]:
+    """The same class without its video processor, which transformers cannot even name where torchvision is missing."""
+    parts = [name for name in processor.get_attributes() if name != "video_processor"]
+    return type(processor.__name__, (processor,), {"get_attributes": classmethod(lambda _: parts)})
 
 
 def _digest(processor: Any) -> str:

@@ -115,23 +115,36 @@ class Backbone:
         return self.head_weight.shape[0]
 
     def capture(
-        self, inputs: dict[str, Any], layers: Sequence[int], rows_T: Tensor, positions_T: Tensor
+        self,
+        inputs: dict[str, Any],
+        layers: Sequence[int],
+        rows_T: Tensor,
+        positions_T: Tensor,
+        *,
+        with_final: bool = True,
     ) -> dict[int, Tensor]:
         """Run the model without its head; the hidden states [T, D] after each of `layers`, and of the final norm.
 
         `inputs` is what the model takes (input_ids, attention_mask, pixel_values, ...). Row t of the result is
         `hidden[rows_T[t], positions_T[t]]`, so that only response positions are kept. The final norm's output has the
-        key `num_layers`. Differentiable. Raises ModelError for layers out of range.
+        key `num_layers`; without it (`with_final`), decoder layers above the deepest of `layers` are not run.
+        Differentiable. Raises ModelError for layers out of range.
         """
 
         def keep(hidden_BSD: Tensor, _kwargs: dict[str, Any]) -> Tensor:
             return _gather(hidden_BSD, rows_T, positions_T).to(self.device)
 
-        captured, final_BSD = self._run(inputs, layers, keep)
-        return {**captured, self.num_layers: keep(final_BSD, {})}
+        captured, final_BSD = self._run(inputs, layers, keep, with_final=with_final)
+        return captured if final_BSD is None else {**captured, self.num_layers: keep(final_BSD, {})}
 
     def capture_sequences(
-        self, inputs: dict[str, Any], layers: Sequence[int], rows_T: Tensor, positions_T: Tensor
+        self,
+        inputs: dict[str, Any],
+        layers: Sequence[int],
+        rows_T: Tensor,
+        positions_T: Tensor,
+        *,
+        with_final: bool = True,
     ) -> dict[int, "LayerSequence | Tensor"]:
         """Like `capture`, for verbalizers that attend: a `LayerSequence` per layer; the final one stays [T, D]."""
 
@@ -142,7 +155,9 @@ class Backbone:
             )
             return LayerSequence(hidden_BSD.to(self.device), kept, rows_T, positions_T)
 
-        captured, final_BSD = self._run(inputs, layers, keep)
+        captured, final_BSD = self._run(inputs, layers, keep, with_final=with_final)
+        if final_BSD is None:
+            return {**captured}
         return {**captured, self.num_layers: _gather(final_BSD, rows_T, positions_T).to(self.device)}
 
     def check_layers(self, layers: Sequence[int]) -> None:
@@ -155,9 +170,17 @@ class Backbone:
             )
 
     def _run(
-        self, inputs: dict[str, Any], layers: Sequence[int], keep: Callable[[Tensor, dict[str, Any]], Kept]
-    ) -> tuple[dict[int, Kept], Tensor]:
-        """Forward without the head: `keep(output, kwargs)` of each target layer, and the final norm's output."""
+        self,
+        inputs: dict[str, Any],
+        layers: Sequence[int],
+        keep: Callable[[Tensor, dict[str, Any]], Kept],
+        *,
+        with_final: bool,
+    ) -> tuple[dict[int, Kept], Tensor | None]:
+        """Forward without the head: `keep(output, kwargs)` of each target layer, and the final norm's output if asked.
+
+        Otherwise the decoder has only the layers up to the deepest target while it runs.
+        """
         self.check_layers(layers)
         captured: dict[int, Kept] = {}
 
@@ -168,13 +191,17 @@ class Backbone:
             return hook
 
         # The hooks are gone before any backward pass, so the recomputation of gradient checkpointing cannot fire them.
-        handles = [self.layers[k - 1].register_forward_hook(hook_for(k), with_kwargs=True) for k in layers]
+        every = self.layers
+        handles = [every[k - 1].register_forward_hook(hook_for(k), with_kwargs=True) for k in layers]
         try:
+            if not with_final:
+                self.decoder.layers = every[: max(layers)]
             output = self._inner.base_model(**{"use_cache": False, **inputs})
         finally:
+            self.decoder.layers = every
             for handle in handles:
                 handle.remove()
-        return captured, output.last_hidden_state
+        return captured, output.last_hidden_state if with_final else None
 
 
 def default_layers(num_layers: int, num_targets: int, *, model_type: str | None = None) -> list[int]:

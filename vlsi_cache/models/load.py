@@ -152,15 +152,23 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def save_student(
-    model: nn.Module, encoder_source: str | Path, out: str | Path, *, gguf_file: str | None = None
+    model: nn.Module,
+    encoder_source: str | Path,
+    out: str | Path,
+    *,
+    end_of_turn: int,
+    pad: int,
+    gguf_file: str | None = None,
 ) -> Path:
     """Write a plain folder that `from_pretrained` opens: weights, configuration, tokenizer and processor files.
 
-    The encoder's files are copied from the model at `encoder_source`. `out` is replaced as a whole, and only if it
-    holds a model. Raises ModelError for a model that still has an adapter.
+    The encoder's files are copied from the model at `encoder_source`. What it generates ends with `end_of_turn`, as
+    what it was trained on does. `out` is replaced as a whole, and only if it holds a model. Raises ModelError for a
+    model that still has an adapter.
     """
     if hasattr(model, "peft_config"):
         raise ModelError("the student still has an adapter; merge it (`merge_lora`) before saving")
+    _end_turns(cast(Any, model).generation_config, end_of_turn, pad)
     return write_folder(cast(transformers.PreTrainedModel, model), encoder_source, Path(out), gguf_file=gguf_file)
 
 
@@ -191,6 +199,18 @@ def write_folder(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return out
+
+
+def _end_turns(generation: Any, end_of_turn: int, pad: int) -> None:
+    """Generation settings of the model's own file keep their other ends; a guess from its configuration does not."""
+    own = generation.eos_token_id
+    ends = [own] if isinstance(own, int) else list(own or [])
+    if generation._from_model_config:
+        ends, generation._from_model_config = [], False  # or some versions would guess again when it is opened
+    if end_of_turn not in ends:
+        ends = [end_of_turn, *ends]
+    generation.eos_token_id = ends if len(ends) > 1 else end_of_turn
+    generation.pad_token_id = pad if generation.pad_token_id is None else generation.pad_token_id
 
 
 def _package_folder(path: str) -> Path:

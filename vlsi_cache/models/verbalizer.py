@@ -158,11 +158,11 @@ class Verbalizers(nn.Module):
         return self.architecture.needs_sequence and bool(self.layers)
 
     def capture(
-        self, inputs: dict[str, Any], rows_T: Tensor, positions_T: Tensor
+        self, inputs: dict[str, Any], rows_T: Tensor, positions_T: Tensor, *, with_final: bool = True
     ) -> "dict[int, Tensor] | dict[int, Tensor | LayerSequence]":
-        """The backbone's hidden states in the form that `apply` takes."""
+        """The backbone's hidden states in the form that `apply` takes; the final one only if asked."""
         capture = self._backbone.capture_sequences if self.needs_sequence else self._backbone.capture
-        return capture(inputs, self.layers, rows_T, positions_T)
+        return capture(inputs, self.layers, rows_T, positions_T, with_final=with_final)
 
     def apply(self, layer: int, hidden: Tensor | LayerSequence) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """What enters the head for one layer, [T, D] in the dtype of `hidden`; differentiable in `hidden`."""

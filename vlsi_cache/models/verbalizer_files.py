@@ -30,7 +30,10 @@ def layer_file(folder: Path, layer: int) -> Path:
 def write(
     folder: Path, layers: dict[int, dict[str, Tensor]], architecture: dict[str, Any], provenance: dict[str, Any]
 ) -> Path:
-    """Write the layers, then the record that names them together with those already there."""
+    """Write the layers, then the record that names them together with those already there.
+
+    Of several processes that write into one folder, the caller must let in one at a time.
+    """
     there = _read_json(folder) if (folder / RECORD).is_file() else None
     record = {"format_version": FORMAT_VERSION, "architecture": architecture, "provenance": provenance}
     if there is not None and any(there.get(key) != value for key, value in record.items()):
@@ -62,8 +65,9 @@ def read_record(folder: Path, layers: Sequence[int]) -> dict[str, Any]:
     missing = [layer for layer in layers if layer not in record["layers"] or not layer_file(folder, layer).is_file()]
     if missing:
         raise ModelError(
-            f"verbalizers {folder}: none for layers {missing}, there are {record['layers']}; train the missing ones "
-            "with `vlsi-cache train-verbalizers`, or name target layers that are there"
+            f"verbalizers {folder}: none for layers {missing}, there are {record['layers']}; train the missing ones: "
+            f"vlsi-cache train-verbalizers SPEC -o {folder.parent} --layers {','.join(map(str, missing))}, or name "
+            "target layers that are there"
         )
     return record
 

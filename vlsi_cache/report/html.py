@@ -127,7 +127,7 @@ def bytes_html(per_layer_token: dict[str, float]) -> str:
 def how_html(record: dict[str, Any]) -> list[str]:
     """Command, device, versions and the resolved spec of a run."""
     stages = "; ".join(
-        f"{s['name']} {s['steps']} steps in {human_seconds(s['seconds'])}" for s in record.get("stages") or []
+        f"{s['name']} {_steps_run(s)} steps in {human_seconds(s['seconds'])}" for s in record.get("stages") or []
     )
     facts = [
         ("command", record.get("command") or ""),
@@ -138,6 +138,11 @@ def how_html(record: dict[str, Any]) -> list[str]:
         ("versions", ", ".join(f"{name} {version}" for name, version in (record.get("versions") or {}).items())),
     ]
     return [facts_table(facts), details("the resolved spec", _yaml(record.get("spec")))]
+
+
+def _steps_run(stage: dict[str, Any]) -> str:
+    whole = stage.get("schedule_steps", stage["steps"])
+    return f"{stage['steps']} of {whole}" if stage["steps"] < whole else f"{stage['steps']}"
 
 
 def _training_html(run: RunFiles) -> list[str]:

@@ -21,6 +21,7 @@ from vlsi_cache.store import reader
 from vlsi_cache.store.reader import Cache
 
 from .interact import interact
+from .loop import say
 from .runs import already_done, finish_run, open_run, python_call
 from .sft import sft
 from .student import StudentState, open_student
@@ -96,6 +97,14 @@ def distill_spec(
 
 def stage_steps(distill: DistillSpec, num_samples: int) -> dict[str, int]:
     """Optimizer steps of the stages that the recipe runs; the sum is the same for every recipe."""
+    steps = schedule_steps(distill, num_samples)
+    # Of the recipe `sft` as many are left out as of the others, not the same share.
+    steps["sft"] -= distill.sft.steps_left_out(distill.sft.schedule.num_steps(num_samples, distill.batch_size))
+    return {stage: count for stage, count in steps.items() if count}
+
+
+def schedule_steps(distill: DistillSpec, num_samples: int) -> dict[str, int]:
+    """Steps over which each stage's learning rate falls: those it runs, and those that `sft.fraction` leaves out."""
     verbalize_steps = distill.verbalize.num_steps(num_samples, distill.batch_size)
     interact_steps = distill.interact.schedule.num_steps(num_samples, distill.batch_size)
     sft_steps = distill.sft.schedule.num_steps(num_samples, distill.batch_size)
@@ -106,9 +115,19 @@ def stage_steps(distill: DistillSpec, num_samples: int) -> dict[str, int]:
     return {"sft": verbalize_steps + interact_steps + sft_steps}
 
 
+def shown_steps(steps: dict[str, int], whole: dict[str, int]) -> str:
+    """`verbalize 60, interact 160, sft 40 of 80`."""
+    runs = {stage: steps.get(stage, 0) for stage in whole}
+    return ", ".join(
+        f"{stage} {count}" if count == whole[stage] else f"{stage} {count} of {whole[stage]}"
+        for stage, count in runs.items()
+    )
+
+
 def _run_stages(state: StudentState) -> list[dict[str, Any]]:
     distill, stages = state.spec.distill, []
-    steps = stage_steps(distill, len(state.cache))
+    steps, whole = stage_steps(distill, len(state.cache)), schedule_steps(distill, len(state.cache))
+    say(f"{distill.recipe}: {shown_steps(steps, whole)} steps of {distill.batch_size} samples")
     verbalizers = None
     if "verbalize" in steps:
         verbalizers, entry = _verbalize(state, steps["verbalize"])
@@ -121,10 +140,17 @@ def _run_stages(state: StudentState) -> list[dict[str, Any]]:
     model.train()
     if "interact" in steps:
         stages.append(interact(state, model, verbalizers, num_steps=steps["interact"]))
-    stages.append(sft(state, model, num_steps=steps["sft"]))
+    if "sft" in steps:
+        stages.append(sft(state, model, num_steps=whole["sft"], stop=steps["sft"]))
     trained = merge_lora(model) if uses_lora else model
-    # Head and embeddings were trained in fp32; configuration and all tensors agree again.
-    save_student(trained.to(state.dtype), state.student_path, state.run.path / "student")
+    # Head and embeddings may have been trained in fp32; configuration and all tensors agree again.
+    save_student(
+        trained.to(state.dtype),
+        state.student_path,
+        state.run.path / "student",
+        end_of_turn=state.encoder.eot_id,
+        pad=state.encoder.pad_id,
+    )
     return stages
 
 

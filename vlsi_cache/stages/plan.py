@@ -10,6 +10,7 @@ from vlsi_cache.models.verbalizer import num_parameters
 from vlsi_cache.spec import CacheSpec
 
 from .build import part_tokens
+from .distill import schedule_steps, shown_steps, stage_steps
 from .inputs import TeacherInputs, open_teacher_inputs
 
 # Compressed bytes by profile, measured on SmolLM2-135M at k = 64 (49,152 tokens): of a kept entry (id and value), of a
@@ -43,6 +44,9 @@ class Plan:
     teacher_flops: float
     sustained_tflops: float
     hours: float
+    recipe: str
+    student_steps: dict[str, int]
+    student_schedule_steps: dict[str, int]
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -61,6 +65,7 @@ class Plan:
             f"  teacher    {weights} in verbalizers, {human_bytes(self.teacher_memory_bytes)} of memory for weights",
             f"  compute    {self.teacher_flops:.3g} FLOP, {self.hours:,.2g} GPU hours at "
             f"{self.sustained_tflops:.0f} TFLOP/s",
+            f"  student    {self.recipe}: {shown_steps(self.student_steps, self.student_schedule_steps)} steps",
         ]
         return "\n".join(lines)
 
@@ -95,6 +100,9 @@ def plan(spec: CacheSpec) -> Plan:
         teacher_flops=flops,
         sustained_tflops=SUSTAINED_TFLOPS,
         hours=flops / (SUSTAINED_TFLOPS * 1e12) / 3600,
+        recipe=spec.distill.recipe,
+        student_steps=stage_steps(spec.distill, len(inputs.records)),
+        student_schedule_steps=schedule_steps(spec.distill, len(inputs.records)),
     )
 
 

@@ -157,11 +157,25 @@ def _remove_leftovers(path: Path) -> None:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold a run folder; the kernel lets go of it when this process ends, however it ends."""
+def waiting_for(path: Path) -> Iterator[None]:
+    """Hold a folder that several processes share, as soon as no other one does."""
+    path.mkdir(parents=True, exist_ok=True)
+    with locked(path, wait=True) as is_alone:
+        if is_alone:
+            _remove_leftovers(path)
+        yield
+
+
+@contextmanager
+def locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Hold a run folder; the kernel lets go of it when this process ends, however it ends.
+
+    Gives False where the file system has no locks.
+    """
+    is_locked = True
     with (path / LOCK_NAME).open("a+", encoding="utf-8") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             raise RunBusyError(
@@ -169,8 +183,10 @@ def locked(path: Path) -> Iterator[None]:
                 "another folder with -o"
             ) from None
         except OSError as error:
-            say(f"{path} cannot be locked on this file system ({error.strerror}); do not start it a second time")
+            is_locked = False
+            advice = "run this again should layers be missing in the end" if wait else "do not start it a second time"
+            say(f"{path} cannot be locked on this file system ({error.strerror}); {advice}")
         file.truncate(0)
         file.write(f"process {os.getpid()} on host {socket.gethostname()}")
         file.flush()
-        yield
+        yield is_locked

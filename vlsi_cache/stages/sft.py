@@ -44,8 +44,11 @@ def pick_liger(device: torch.device, head: Head) -> tuple[bool, str]:
     return True, "Liger's fused linear one (CUDA found)"
 
 
-def sft(state: StudentState, model: Any, *, num_steps: int) -> dict[str, Any]:
-    """Run the stage from its newest checkpoint; returns its entry for `run.json`."""
+def sft(state: StudentState, model: Any, *, num_steps: int, stop: int) -> dict[str, Any]:
+    """Run the stage from its newest checkpoint up to step `stop` of a schedule of `num_steps`.
+
+    Returns its entry for `run.json`.
+    """
     distill, checkpoints, log = state.spec.distill, state.checkpoints, state.log
     schedule = distill.sft.schedule
     first, newest = checkpoints.step_of("sft"), checkpoints.latest()
@@ -61,10 +64,10 @@ def sft(state: StudentState, model: Any, *, num_steps: int) -> dict[str, Any]:
         checkpoints.load("sft", first, model, optimizer)
     with_liger, reason = pick_liger(state.device, head_of(backbone))
     say(f"sft: cross-entropy is {reason}")
-    log.start_stage("sft", step=first, num_steps=num_steps)
+    log.start_stage("sft", step=first, num_steps=stop)
     num_micro = distill.batch_size // distill.micro_batch_size
     with feeding(state.feed("sft", first * distill.batch_size)) as feed:
-        for step in range(first, num_steps):
+        for step in range(first, stop):
             started, waited, tokens = time.monotonic(), feed.wait_s, 0
             losses: list[torch.Tensor] = []
             seed_step(distill.seed, "sft", step)
@@ -93,6 +96,12 @@ def sft(state: StudentState, model: Any, *, num_steps: int) -> dict[str, Any]:
                 data_wait_pct=100 * (feed.wait_s - waited) / seconds,
                 memory_gib=memory_gib(state.device),
             )
-            if (step + 1) % distill.checkpoint_steps == 0 or step + 1 == num_steps:
+            if (step + 1) % distill.checkpoint_steps == 0 or step + 1 == stop:
                 checkpoints.save("sft", step + 1, model, optimizer)
-    return {"name": "sft", "steps": num_steps, "seconds": log.stage_seconds("sft"), "cross_entropy": reason}
+    return {
+        "name": "sft",
+        "steps": stop,
+        "schedule_steps": num_steps,
+        "seconds": log.stage_seconds("sft"),
+        "cross_entropy": reason,
+    }

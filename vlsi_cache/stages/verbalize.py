@@ -9,8 +9,8 @@ Legend: T response tokens, D hidden size.
 """
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,37 +42,85 @@ from .loop import (
     seed_step,
     warn_of,
 )
-from .runs import already_done, finish_run, open_run, python_call
+from .runs import Run, already_done, finish_run, open_run, python_call, waiting_for
+from .verbalizer_subsets import (
+    check_folder_of_all,
+    check_neighbours,
+    choose_layers,
+    shown,
+    subset_name,
+    trained_layers,
+)
+
+KIND = "train-verbalizers"
 
 
-def train_verbalizers(spec: CacheSpec, *, out: Path | str, device: str | None = None) -> Path:
+def train_verbalizers(
+    spec: CacheSpec,
+    *,
+    out: Path | str,
+    device: str | None = None,
+    layers: str | Sequence[int] | None = None,
+    rank: int = 0,
+    world: int = 1,
+) -> Path:
     """Train the teacher's verbalizers into the folder `out`; run again after a kill, it goes on.
 
-    Writes `verbalizers/layer_KKKK.safetensors`, `verbalizers.json`, `metrics.jsonl`, `run.json`, `report.html`.
+    Writes `verbalizers/layer_KKKK.safetensors`, `verbalizers.json`, `metrics.jsonl`, `run.json`, `report.html`. With
+    `layers` (`A:B`, `2,6,10` or numbers), or as `rank` of `world`, it trains these target layers alone, bit by bit as
+    they would be beside the others: several processes may work on one `out`, each in a run folder of its own in it.
+    Raises SpecError, FingerprintMismatchError, RunBusyError.
     """
     out = Path(out)
     inputs = open_teacher_inputs(spec)
     if not inputs.target_layers:
         raise SpecError("`teacher.layers` is empty: there is nothing to verbalize")
-    stored = f"vlsi_cache.CacheSpec(**json.loads(pathlib.Path({str(out / 'run.json')!r}).read_text())['spec'])"
-    with open_run(
-        out,
-        "train-verbalizers",
-        spec,
-        device=device,
-        call=python_call("train_verbalizers", stored, out=str(out), device=device),
-        teacher_digest=inputs.weights_digest,
-        data_digest=RecordSet(tuple(inputs.records), []).digest,
-        num_samples=len(inputs.records),
-        encoder=inputs.encoder.fingerprint(),
-    ) as run:
-        if not already_done(run):
-            finish_run(run, stages=[_train(inputs, out, device=device)])
+    chosen = choose_layers(inputs.target_layers, layers, rank=rank, world=world)
+    facts = {
+        "teacher_digest": inputs.weights_digest,
+        "data_digest": RecordSet(tuple(inputs.records), []).digest,
+        "num_samples": len(inputs.records),
+        "encoder": inputs.encoder.fingerprint(),
+    }
+    with _opened(inputs, out, chosen, device=device, facts=facts) as run:
+        wanted = chosen or inputs.target_layers
+        if not set(wanted) <= set(trained_layers(out)) or not already_done(run):
+            finish_run(run, stages=[_train(inputs, out, run.path, wanted, device=device)])
+    if chosen is not None:
+        say(f"layers {shown(chosen)} are trained; report: {run.path / 'report.html'}")
+    left = [layer for layer in inputs.target_layers if layer not in trained_layers(out)]
+    if left:
+        say(f"{out}: these layers are not there yet: --layers {shown(left)}")
     return out
 
 
-def _train(inputs: TeacherInputs, out: Path, *, device: str | None) -> dict[str, Any]:
-    """Train and save; returns the stage's entry for `run.json`."""
+@contextmanager
+def _opened(
+    inputs: TeacherInputs, out: Path, chosen: list[int] | None, *, device: str | None, facts: dict[str, Any]
+) -> Iterator[Run]:
+    """The run over all layers in `out`, or over the chosen ones in a folder of its own below."""
+    name = "" if chosen is None else subset_name(inputs.target_layers, chosen)
+    file = out / name / "run.json"
+    stored = f"vlsi_cache.CacheSpec(**json.loads(pathlib.Path({str(file)!r}).read_text())['spec'])"
+    call = python_call("train_verbalizers", stored, out=str(out), device=device, layers=chosen)
+    own = {} if chosen is None else {"layers": chosen}
+    with ExitStack() as stack:
+        if chosen is None:
+            check_folder_of_all(out)
+            run = open_run(out, KIND, inputs.spec, device=device, call=call, **facts)
+            yield stack.enter_context(run)
+            return
+        # Two that start at once must see each other.
+        check_neighbours(out, name, chosen, inputs.spec, facts)
+        with waiting_for(out):
+            check_neighbours(out, name, chosen, inputs.spec, facts)
+            run = open_run(out / name, KIND, inputs.spec, device=device, call=call, **facts, **own)
+            opened = stack.enter_context(run)
+        yield opened
+
+
+def _train(inputs: TeacherInputs, out: Path, folder: Path, layers: list[int], *, device: str | None) -> dict[str, Any]:
+    """Train in the run folder `folder`, save into `out`; returns the stage's entry for `run.json`."""
     spec, settings = inputs.spec, inputs.spec.train_verbalizers
     backbone = inputs.load_backbone(device or spec.run.device)
     say(f"teacher: {inputs.model_path} on {backbone.device}")
@@ -81,10 +129,10 @@ def _train(inputs: TeacherInputs, out: Path, *, device: str | None) -> dict[str,
         pairs = shuffled_records(inputs.records, seed=settings.seed, num_skip=num_skip)
         return Feed(pairs, inputs.encoder, micro_batch_size=settings.micro_batch_size, device=backbone.device)
 
-    with closing(MetricsLog(out)) as log:
+    with closing(MetricsLog(folder)) as log:
         verbalizers, stage = verbalize(
             backbone,
-            inputs.target_layers,
+            layers,
             make_feed,
             architecture=spec.verbalizer,
             schedule=settings.schedule,
@@ -92,15 +140,16 @@ def _train(inputs: TeacherInputs, out: Path, *, device: str | None) -> dict[str,
             batch_size=settings.batch_size,
             micro_batch_size=settings.micro_batch_size,
             v_real=inputs.encoder.v_real,
-            checkpoints=Checkpoints(out),
+            checkpoints=Checkpoints(folder),
             checkpoint_steps=settings.checkpoint_steps,
             log=log,
             seed=settings.seed,
             compiled=choose_kernels(spec.run, backbone.device),
         )
-    verbalizers.save(
-        out / "verbalizers", provenance={"teacher_digest": inputs.weights_digest, "model": spec.teacher.model}
-    )
+    provenance = {"teacher_digest": inputs.weights_digest, "model": spec.teacher.model}
+    # The run over all layers holds the folder already.
+    with waiting_for(out) if folder != out else nullcontext():
+        verbalizers.save(out / "verbalizers", provenance=provenance)
     return stage
 
 
@@ -196,9 +245,10 @@ def layer_losses(
     """The loss of each layer; `scale` times its gradient is left in the verbalizer."""
     head = head_of(backbone).real(v_real)
     with torch.no_grad(), autocast(backbone.device):
-        hidden = dict(verbalizers.capture(batch.inputs, batch.rows_T, batch.positions_T))
-        final_TD: Any = hidden.pop(backbone.num_layers)
-        own = head_output(final_TD, head, compiled=compiled) if loss == "kl_to_final" else None
+        wants_final = loss == "kl_to_final"
+        hidden = dict(verbalizers.capture(batch.inputs, batch.rows_T, batch.positions_T, with_final=wants_final))
+        final_TD: Any = hidden.pop(backbone.num_layers, None)
+        own = head_output(final_TD, head, compiled=compiled) if wants_final else None
     for layer in verbalizers.layers:
         with autocast(backbone.device):
             state_TD = verbalizers.apply(layer, hidden.pop(layer))

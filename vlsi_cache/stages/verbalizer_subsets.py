@@ -1,0 +1,138 @@
+"""Verbalizers of some of the teacher's target layers: several processes or nodes fill one folder.
+
+DIR/layers-2-34/    the run folder of a process: run.json, metrics, checkpoints, report
+DIR/verbalizers/    the files of all layers, and the record that names them
+DIR/.lock           held for the moments in which a process looks at the others, or adds its layers
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vlsi_cache.errors import FingerprintMismatchError, SpecError, list_problems
+from vlsi_cache.spec import CacheSpec
+
+from .loop import read_json
+from .runs import LOCK_NAME, differences
+
+PREFIX = "layers-"
+# What decides a verbalizer's weights, beside the digests of teacher and data; a node may see the data elsewhere.
+COMPARED = ("train_verbalizers", "verbalizer", "teacher")
+NOT_COMPARED = ("layers", "num_layers", "verbalizers")
+
+
+def choose_layers(targets: list[int], layers: str | Sequence[int] | None, *, rank: int, world: int) -> list[int] | None:
+    """The target layers of this process; None for all of them in one run. Raises SpecError.
+
+    `layers` is `A:B` (both included), `2,6,10`, or numbers; `rank` of `world` means every target whose index is `rank`
+    modulo `world`.
+    """
+    if layers is not None and world > 1:
+        raise SpecError("name the layers, or rank and world: not both")
+    if not 0 <= rank < world:
+        raise SpecError(f"rank {rank} of {world}: ranks go from 0 to {world - 1}")
+    if layers is not None:
+        return _named(targets, layers)
+    if world == 1:
+        return None
+    if rank >= len(targets):
+        raise SpecError(f"rank {rank} of {world} is left without a layer: there are {len(targets)} targets, {targets}")
+    return targets[rank::world]
+
+
+def subset_name(targets: list[int], chosen: list[int]) -> str:
+    """`layers-2-34` for neighbouring targets from 2 to 34, `layers-2,18,34` otherwise, `layers-2` for one."""
+    first = targets.index(chosen[0])
+    if len(chosen) > 1 and targets[first : first + len(chosen)] == chosen:
+        return f"{PREFIX}{chosen[0]}-{chosen[-1]}"
+    return PREFIX + shown(chosen)
+
+
+def shown(layers: Sequence[int]) -> str:
+    """As `--layers` takes them."""
+    return ",".join(map(str, layers))
+
+
+def trained_layers(out: Path) -> list[int]:
+    """Layers that the verbalizers of a training have by now."""
+    record = out / "verbalizers" / "verbalizers.json"
+    return read_json(record)["layers"] if record.is_file() else []
+
+
+def check_folder_of_all(out: Path) -> None:
+    """Raise SpecError when a run over all layers would start where subsets are."""
+    subsets = _subsets(out)
+    if subsets and not (out / "run.json").is_file():
+        raise SpecError(
+            f"{out} holds trainings of some layers ({', '.join(folder.name for folder in subsets)}); go on there with "
+            "--layers, or choose another folder with -o"
+        )
+
+
+def check_neighbours(out: Path, name: str, chosen: list[int], spec: CacheSpec, facts: dict[str, Any]) -> None:
+    """Raise SpecError when `out` is not for this, or another run there has one of these layers;
+    FingerprintMismatchError when another run there has other settings, other data or another teacher."""
+    if (out / "run.json").is_file():
+        whole = read_json(out / "run.json")
+        if whole["kind"] != "train-verbalizers" or whole["status"] != "done":
+            raise SpecError(
+                f"{out} holds a run of its own (`{whole['kind']}`, {whole['status']}); choose another folder"
+            )
+        _check_same(out, whole, spec, facts)
+        added = {layer for folder in _subsets(out) for layer in read_json(folder / "run.json").get("layers", [])}
+        _check_apart(out, [layer for layer in trained_layers(out) if layer not in added], chosen)
+    elif out.exists() and any(not _is_ours(entry.name) for entry in out.iterdir()):
+        raise SpecError(f"{out} exists and holds something else; choose another folder with -o")
+    for folder in _subsets(out):
+        if folder.name != name:
+            record = read_json(folder / "run.json")
+            _check_same(folder, record, spec, facts)
+            _check_apart(folder, record.get("layers", []), chosen)
+
+
+def _named(targets: list[int], layers: str | Sequence[int]) -> list[int]:
+    first, colon, last = layers.partition(":") if isinstance(layers, str) else ("", "", "")
+    try:
+        words = [first, last] if colon else layers.split(",") if isinstance(layers, str) else layers
+        named = [int(word) for word in words]
+    except ValueError:
+        raise SpecError(f"layers `{layers}`: write A:B or 2,6,10; the targets are {targets}") from None
+    unknown = [layer for layer in named if layer not in targets]
+    if unknown or not named:
+        raise SpecError(f"layers `{layers}`: {unknown or 'none'} is no target of the spec; the targets are {targets}")
+    chosen = [t for t in targets if (named[0] <= t <= named[1] if colon else t in named)]
+    if not chosen:
+        raise SpecError(f"layers `{layers}`: write the shallower one first; the targets are {targets}")
+    return chosen
+
+
+def _subsets(out: Path) -> list[Path]:
+    return sorted(file.parent for file in out.glob(f"{PREFIX}*/run.json"))
+
+
+def _is_ours(name: str) -> bool:
+    return name in (LOCK_NAME, "verbalizers") or name.startswith(PREFIX)
+
+
+def _check_apart(folder: Path, theirs: list[int], ours: list[int]) -> None:
+    both = [layer for layer in ours if layer in theirs]
+    if both:
+        raise SpecError(
+            f"layers {both} belong to {folder} already (it has {theirs}); name others, or delete that folder"
+        )
+
+
+def _check_same(folder: Path, record: dict[str, Any], spec: CacheSpec, facts: dict[str, Any]) -> None:
+    fresh = spec.model_dump(mode="json")
+    problems = [d for key in facts for d in differences(record.get(key), facts[key], key)]
+    for name in COMPARED:
+        old, new = (
+            {key: value for key, value in spec[name].items() if key not in NOT_COMPARED}
+            for spec in (record["spec"], fresh)
+        )
+        problems += differences(old, new, name)
+    if problems:
+        raise FingerprintMismatchError(
+            f"{folder} was trained with other settings, and one set of verbalizers has the same for all its layers; "
+            f"choose another folder with -o, or bring the settings back:\n{list_problems(problems)}"
+        )
