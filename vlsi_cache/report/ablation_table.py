@@ -118,7 +118,7 @@ def difference_cell(found: Difference | None, metric: Metric) -> str:
         return ""
     is_better = (found.mean > 0) == metric.higher_is_better
     count, word = (found.num_better, "better") if is_better else (found.num_worse, "worse")
-    told = "the same" if found.mean == 0 else f"{count}/{found.num_seeds} {word}"
+    told = f"{count}/{found.num_seeds} {word}" if found.num_better or found.num_worse else "the same"
     return f"{metric.scale * found.mean:+.{metric.digits}f} ({told})"
 
 
@@ -132,7 +132,7 @@ def table_rows(record: Record, axis: str) -> tuple[list[str], list[list[str]]]:
     metrics = shown_metrics(record)
     heads = ["variant"]
     for metric in metrics:
-        heads += [metric.title, f"- {record['default']}"]
+        heads += [metric.title, f"minus {record['default']}"]
     rows = [
         [label(row), *_score_cells(record, row["run"], metrics), *_cost_cells(record, row["run"])]
         for row in record["tables"][axis]

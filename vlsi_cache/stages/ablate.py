@@ -63,7 +63,8 @@ def ablate(
 
     The cache is `out/cache`, built when it is missing, or the one named. Seeds count from `distill.seed`. `variants`
     leaves out others than these and the default. A run that diverges is recorded as failed, and tried again the next
-    time. Other axes, variants and more seeds may be asked of the same folder: what is finished is taken.
+    time. Other axes, variants and more seeds may be asked of the same folder: what is finished is taken, and the
+    tables add up.
 
     Returns what `out/ablation.json` holds, or with `dry_run` what there is to do. Raises SpecError,
     FingerprintMismatchError (`out` or the cache is of other settings), RunBusyError, and what build and distill raise.
@@ -81,24 +82,27 @@ def ablate(
         return _preview(ablation, plan, record.get("runs", {}))
     ablation.out.mkdir(parents=True, exist_ok=True)
     with locked(ablation.out):
+        for leftover in ablation.out.glob(".ablation.*"):
+            leftover.unlink()
         record = {"runs": {}, **read_record(ablation.out, identity), **identity}  # now that no other process writes it
         _save(ablation, record)
         if found is None:
             found = build_teacher(ablation.spec, out=ablation.cache_path, device=device)
             plan = ablation.plan(found.header, found)
-        record |= _described(ablation, plan)
+        record |= _described(ablation, plan, record)
         _run_all(ablation, plan, found, record)
         return record
 
 
-def _described(ablation: Ablation, plan: AblationPlan) -> dict[str, Any]:
+def _described(ablation: Ablation, plan: AblationPlan, earlier: dict[str, Any]) -> dict[str, Any]:
+    """What the record says beside the scores; tables and seeds of earlier calls stay in it."""
     return {
         "device": ablation.device or ablation.spec.run.device,
         "versions": versions(),
         "budget": _budget(plan),
         "default": DEFAULT.name,
-        "seeds": ablation.seeds,
-        "tables": _tables(plan),
+        "seeds": sorted({*ablation.seeds, *earlier.get("seeds", [])}),
+        "tables": {**earlier.get("tables", {}), **_tables(plan)},
     }
 
 
@@ -208,7 +212,7 @@ def _preview(ablation: Ablation, plan: AblationPlan, runs: dict[str, Any]) -> di
 
 
 def _tables(plan: AblationPlan) -> dict[str, list[dict[str, Any]]]:
-    return {axis: [asdict(row) for row in rows] for axis, rows in plan.tables.items()}
+    return {axis: [{**asdict(row), "names": list(row.names)} for row in rows] for axis, rows in plan.tables.items()}
 
 
 def _budget(plan: AblationPlan) -> str:
