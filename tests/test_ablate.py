@@ -18,6 +18,7 @@ from vlsi_cache.stages.evaluate import evaluate_model
 from vlsi_cache.stages.loop import read_metrics
 from vlsi_cache.stages.variants import AXES
 from vlsi_cache.store.reader import Cache
+from vlsi_cache.store.sampler import PartWindowReader
 
 SHORT = ["distill.verbalize.steps=2", "distill.interact.schedule.steps=2", "distill.sft.schedule.steps=1"]
 CLOCK = {"seconds"}
@@ -219,14 +220,17 @@ def test_a_run_that_diverges_is_recorded_and_the_others_go_on(
     assert num_failed(start(tmp_path / "ablation", variants=["order", "sft"])) == 0
 
 
-def test_smaller_caches_are_cut_from_the_one_at_hand(start: Start, tmp_path: Path) -> None:
+def test_smaller_caches_are_cut_from_the_one_at_hand(start: Start, cache: Cache, tmp_path: Path) -> None:
     start(tmp_path / "ablation", axes=["k", "layers"], variants=["k-4", "every-second"])
     caches = {folder.name: vc.open(folder).header for folder in (tmp_path / "ablation" / "caches").iterdir()}
     assert {name: (header.layers, header.top_k) for name, header in caches.items()} == {
         "k-4": ([1, 2, 3, 4, 5], [4] * 5),
         "every-second": ([2, 4, 5], [8] * 3),
     }
+    order = [row.sample_id for row in PartWindowReader(cache, seed=3, epoch=1, window_parts=2)]
     for name in caches:
+        smaller = vc.open(tmp_path / "ablation" / "caches" / name)
+        assert [row.sample_id for row in PartWindowReader(smaller, seed=3, epoch=1, window_parts=2)] == order
         run = json.loads((tmp_path / "ablation" / "runs" / "seed-0" / name / "run.json").read_text())
         assert run["cache"] == str(tmp_path / "ablation" / "caches" / name)
 

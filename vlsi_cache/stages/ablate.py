@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 from vlsi_cache.errors import ModelError
 from vlsi_cache.report.ablation_table import ablation_csv
 from vlsi_cache.spec import CacheSpec
-from vlsi_cache.store.prune import prune
+from vlsi_cache.store.derive import check_target
+from vlsi_cache.store.prune import plan_prune, read_cuts, run_prune
 
 from .ablation_plan import AblationPlan, PlannedRun, overrides_between
 from .ablation_setup import (
@@ -157,11 +158,16 @@ def _verbalizers_of(default: Path) -> Path | None:
 
 
 def _cut(ablation: Ablation, run: PlannedRun, cache: "Cache") -> "Cache":
-    """The cache that this run reads; a smaller one is made when it is first needed."""
+    """The cache that this run reads; a smaller one is made when it is first needed.
+
+    It has the parts of the one it is cut from: so every run sees the samples in the same order.
+    """
     if run.cut is None:
         return cache
-    out, variant = ablation.out / "caches" / run.cut, run.variant
-    return prune(cache, out, layers=variant.layers, top_k=variant.top_k)
+    out = ablation.out / "caches" / run.cut
+    check_target(out, [cache])
+    cuts = read_cuts(cache, layers=run.variant.layers, top_k=run.variant.top_k)
+    return run_prune(plan_prune(cache, out, cuts, keep_parts=True))
 
 
 def _overrides(run: PlannedRun, cache: "Cache", seed: int, verbalizers: Path | None) -> list[str]:
