@@ -255,7 +255,7 @@ def test_the_cache_is_built_when_there_is_none(start: Start, cache: Cache, tmp_p
     assert record["cache"] == "cache"
 
 
-def test_hostile_requests(start: Start, spec: vc.CacheSpec, whole: Path, tmp_path: Path, teacher_folder: Path) -> None:
+def test_hostile_requests(start: Start, spec: vc.CacheSpec, cache: Cache, whole: Path, tmp_path: Path, teacher_folder: Path) -> None:
     from vlsi_cache.spec import apply_overrides
 
     out = tmp_path / "ablation"
@@ -272,6 +272,8 @@ def test_hostile_requests(start: Start, spec: vc.CacheSpec, whole: Path, tmp_pat
     ):
         with pytest.raises(SpecError, match=says):
             start(out, **options)
+    with pytest.raises(SpecError, match="lies in the source"):
+        start(cache.path / "ablation")
     with pytest.raises(FingerprintMismatchError, match=r"rows\.tail_samples`: 3 there, 2 now"):
         start(out, spec=apply_overrides(spec, ["rows.tail_samples=2"]))
     assert not out.exists()

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 from vlsi_cache.errors import ModelError
 from vlsi_cache.report.ablation_table import ablation_csv
 from vlsi_cache.spec import CacheSpec
-from vlsi_cache.store.derive import check_target
 from vlsi_cache.store.prune import plan_prune, read_cuts, run_prune
 
 from .ablation_plan import AblationPlan, PlannedRun, overrides_between
@@ -165,7 +164,6 @@ def _cut(ablation: Ablation, run: PlannedRun, cache: "Cache") -> "Cache":
     if run.cut is None:
         return cache
     out = ablation.out / "caches" / run.cut
-    check_target(out, [cache])
     cuts = read_cuts(cache, layers=run.variant.layers, top_k=run.variant.top_k)
     return run_prune(plan_prune(cache, out, cuts, keep_parts=True))
 

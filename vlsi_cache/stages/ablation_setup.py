@@ -11,6 +11,7 @@ from vlsi_cache.errors import FingerprintMismatchError, SpecError, list_problems
 from vlsi_cache.models.load import resolve_model, weights_digest
 from vlsi_cache.spec import CacheSpec, change, spec_from_dict
 from vlsi_cache.store import reader
+from vlsi_cache.store.derive import check_target
 from vlsi_cache.store.layout import CacheHeader
 
 from .ablation_plan import AblationPlan, check_axes, plan_runs
@@ -141,6 +142,7 @@ def finished_cache(ablation: Ablation) -> "Cache | None":
     if ablation.is_own_cache and not (ablation.cache_path / "cache.json").is_file():
         return None
     cache = reader.open(ablation.cache_path, allow_incomplete=ablation.is_own_cache)
+    check_target(ablation.out, [cache])
     stored = spec_from_dict(cache.header.spec, where=str(cache.path)).model_dump(mode="json")
     wanted = ablation.spec.model_dump(mode="json")
     other = [line for key in FIXED_BY_THE_CACHE for line in differences(stored[key], wanted[key], key)]
