@@ -255,7 +255,9 @@ def test_the_cache_is_built_when_there_is_none(start: Start, cache: Cache, tmp_p
     assert record["cache"] == "cache"
 
 
-def test_hostile_requests(start: Start, spec: vc.CacheSpec, cache: Cache, whole: Path, tmp_path: Path, teacher_folder: Path) -> None:
+def test_hostile_requests(
+    start: Start, spec: vc.CacheSpec, cache: Cache, whole: Path, tmp_path: Path, teacher_folder: Path
+) -> None:
     from vlsi_cache.spec import apply_overrides
 
     out = tmp_path / "ablation"

@@ -195,9 +195,6 @@ class DistillSpec(Strict):
 
     vlsi: verbalize, interact over all target layers, sft. last: the steps of verbalize and interact go to last-layer
     distillation, then sft. sft: all steps go to sft.
-
-    `verbalizers` is a folder of verbalizers that were trained for this very student: recipe `vlsi` takes them, and its
-    `verbalize` steps count as done.
     """
 
     student: str | None = None
@@ -207,6 +204,7 @@ class DistillSpec(Strict):
     recipe: Recipe = "vlsi"
     layers: TargetLayers = "auto"
     num_layers: Annotated[int, Field(ge=1)] = 7
+    # A folder of verbalizers trained for this very student: `vlsi` takes them, and counts its verbalize steps as done.
     verbalizers: str | None = None
     batch_size: Annotated[int, Field(ge=1)] = 512
     micro_batch_size: Annotated[int, Field(ge=1)] = 4
@@ -222,9 +220,13 @@ class DistillSpec(Strict):
     _whole_micro_batches = model_validator(mode="after")(_check_batches)
 
     @model_validator(mode="after")
-    def _recipe_has_what_it_needs(self) -> "DistillSpec":
-        if self.recipe == "last" and not self.interact.trains_last:
-            raise ValueError("`recipe: last` trains the last layer alone, and `interact` leaves it out")
+    def _verbalizers_are_taken(self) -> "DistillSpec":
         if self.verbalizers is not None and self.recipe != "vlsi":
             raise ValueError(f"`verbalizers` belong to `recipe: vlsi`, and it is `{self.recipe}`")
+        return self
+
+    @model_validator(mode="after")
+    def _last_is_something(self) -> "DistillSpec":
+        if self.recipe == "last" and not self.interact.trains_last:
+            raise ValueError("`recipe: last` trains the last layer alone, and `interact` leaves it out")
         return self

@@ -21,10 +21,10 @@ from vlsi_cache.store import reader
 from vlsi_cache.store.reader import Cache
 
 from .interact import interact
-from .reuse import check_verbalizers, take_verbalizers
 from .runs import already_done, finish_run, open_run, python_call
 from .sft import sft
 from .student import StudentState, open_student
+from .student_verbalizers import check_verbalizers, take_verbalizers
 from .verbalize import verbalize
 
 FIXED_BY_THE_CACHE = ("name", "teacher", "rows", "store", "train_verbalizers")

@@ -158,7 +158,7 @@ def _remove_leftovers(path: Path) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold a folder of runs; the kernel lets go of it when this process ends, however it ends."""
+    """Hold a run folder; the kernel lets go of it when this process ends, however it ends."""
     with (path / LOCK_NAME).open("a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
