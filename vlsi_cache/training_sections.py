@@ -217,13 +217,13 @@ class DistillSpec(Strict):
     window_parts: Annotated[int, Field(ge=1)] = 4
     seed: Seed = 0
 
-    _whole_micro_batches = model_validator(mode="after")(_check_batches)
-
     @model_validator(mode="after")
     def _verbalizers_are_taken(self) -> "DistillSpec":
         if self.verbalizers is not None and self.recipe != "vlsi":
             raise ValueError(f"`verbalizers` belong to `recipe: vlsi`, and it is `{self.recipe}`")
         return self
+
+    _whole_micro_batches = model_validator(mode="after")(_check_batches)
 
     @model_validator(mode="after")
     def _last_is_something(self) -> "DistillSpec":
