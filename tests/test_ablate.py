@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,9 @@ import vlsi_cache as vc
 from vlsi_cache.errors import FingerprintMismatchError, ModelError, SpecError
 from vlsi_cache.report import html
 from vlsi_cache.report.ablation_table import num_failed
+from vlsi_cache.spec import apply_overrides
 from vlsi_cache.stages import ablate as ablate_module
+from vlsi_cache.stages import variants as variants_module
 from vlsi_cache.stages.ablation_plan import AblationPlan, plan_runs
 from vlsi_cache.stages.evaluate import evaluate_model
 from vlsi_cache.stages.loop import read_metrics
@@ -115,6 +118,17 @@ def test_every_variant_of_every_table_is_valid(spec: vc.CacheSpec, cache: Cache,
         *("vlsi", "last", "sft", "mlp", "mlp-x2", "verb-ffn-x2", "ffn", "ffn-x2", "decoder", "decoder-x2"),
         *("plain", "kl_to_final"),
     }
+
+
+def test_variants_that_come_to_the_same_share_a_run(
+    spec: vc.CacheSpec, cache: Cache, student_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(variants_module, "suggest_layers", lambda _, keep: SimpleNamespace(layers=[2, 4, 5][-keep:]))
+    planned = plan(apply_overrides(spec, ["verbalizer.structure=ffn"]), cache, student_folder, "layers", "verbalizer")
+    names = [row.names for table in planned.tables.values() for row in table]
+    assert ("every-second", "suggested-half") in names
+    assert ("vlsi", "ffn") in names
+    assert {row.run for row in planned.tables["layers"] if row.names[0] == "every-second"} == {"every-second"}
 
 
 def test_what_is_not_possible_says_why(spec: vc.CacheSpec, cache: Cache, student_folder: Path) -> None:
@@ -236,8 +250,6 @@ def test_smaller_caches_are_cut_from_the_one_at_hand(start: Start, cache: Cache,
 
 
 def test_settings_of_the_spec_win_over_those_in_the_cache(start: Start, spec: vc.CacheSpec, tmp_path: Path) -> None:
-    from vlsi_cache.spec import apply_overrides
-
     other = apply_overrides(spec, ["distill.sft.schedule.epochs=0.1", "distill.seed=7", "evaluate.generate=false"])
     record = start(tmp_path / "ablation", spec=other, variants=[])
     run = json.loads((tmp_path / "ablation" / "runs" / "seed-7" / "vlsi" / "run.json").read_text())
@@ -258,8 +270,6 @@ def test_the_cache_is_built_when_there_is_none(start: Start, cache: Cache, tmp_p
 def test_hostile_requests(
     start: Start, spec: vc.CacheSpec, cache: Cache, whole: Path, tmp_path: Path, teacher_folder: Path
 ) -> None:
-    from vlsi_cache.spec import apply_overrides
-
     out = tmp_path / "ablation"
     for options, says in (
         ({"variants": ["ordre"]}, "did you mean `order`"),

@@ -22,6 +22,7 @@ TITLES = {
 }
 NOTES = {
     "operations": "x: nothing is trained there; l2: squared error of the log-probs of the kept entries.",
+    "sft": "What stops early takes the first steps of the same schedule.",
     "verbalizer": "The student's side alone: the teacher's rows are what the cache holds.",
 }
 CSV_HEAD = (

@@ -161,9 +161,9 @@ def _cut(ablation: Ablation, run: PlannedRun, cache: "Cache") -> "Cache":
 
     It has the parts of the one it is cut from: so every run sees the samples in the same order.
     """
-    if run.cut is None:
+    if not run.is_cut:
         return cache
-    out = ablation.out / "caches" / run.cut
+    out = ablation.out / "caches" / run.name
     cuts = read_cuts(cache, layers=run.variant.layers, top_k=run.variant.top_k)
     return run_prune(plan_prune(cache, out, cuts, keep_parts=True))
 
@@ -222,10 +222,8 @@ def _tables(plan: AblationPlan) -> dict[str, list[dict[str, Any]]]:
 def _budget(plan: AblationPlan) -> str:
     default = plan.runs[DEFAULT.name]
     parts = ", ".join(f"{stage} {count}" for stage, count in default.steps.items())
-    own = [run.name for run in plan.runs.values() if run.variant.own_steps]
-    aside = f"; {', '.join(own)}: as many as the table says" if own else ""
     size = default.spec.distill.batch_size
-    return f"{plan.num_steps} optimizer steps of {size} samples for every variant ({parts}){aside}"
+    return f"{plan.num_steps} optimizer steps of {size} samples for every variant ({parts})"
 
 
 def _save(ablation: Ablation, record: dict[str, Any]) -> None:

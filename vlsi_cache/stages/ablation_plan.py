@@ -5,8 +5,9 @@ Two rows whose settings come to the same share a run, within a table and between
 
 import difflib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,17 +29,18 @@ NOT_OF_VERBALIZERS = frozenset({"interact", "sft", "lora", "recipe", "seed"})
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One training, whatever the seed. `cut` names the smaller cache it reads, if any; `steps` are by stage."""
+    """One training, whatever the seed. `settings` are all of them as text; `is_cut`: it reads a smaller cache."""
 
     variant: Variant
     spec: CacheSpec
-    cut: str | None
+    settings: str
+    is_cut: bool
     steps: dict[str, int]
     takes_verbalizers: bool
 
     @property
     def name(self) -> str:
-        """Its folder below that of the seed."""
+        """Its folder below that of the seed, and that of its smaller cache."""
         return self.variant.name
 
 
@@ -82,19 +84,19 @@ def plan_runs(
     """
     check_axes(axes)
     config = load_config(student, trust_remote_code=spec.distill.trust_remote_code)
+    resolve = partial(_resolve, spec=spec, header=header, config=config, where=where)
     tables = {axis: [DEFAULT, *BASELINES, *AXES[axis](header, cache)] for axis in axes}
     wanted = _chosen(tables, names)
-    keys: dict[str, str] = {}  # settings -> name of the run that has them
-    runs: dict[str, PlannedRun] = {}
+    runs: dict[str, PlannedRun] = {}  # by all their settings
     rows: dict[str, list[Row]] = {}
     for axis, variants in tables.items():
-        found = [_row(variant, spec, header, config, where, keys, runs) for variant in variants]
+        found = [_row(variant, resolve, runs) for variant in variants]
         merged = _merge(row for row in found if row.names[0] in wanted)
         # The baselines are resolved first, so that they give a shared run its name, and are shown last.
         is_baseline = [any(one.name in row.names for one in BASELINES) for row in merged]
         rows[axis] = [row for _, row in sorted(zip(is_baseline, merged, strict=True), key=lambda pair: pair[0])]
     used = {row.run for table in rows.values() for row in table}
-    plan = AblationPlan({name: run for name, run in runs.items() if name in used}, rows)
+    plan = AblationPlan({run.name: run for run in runs.values() if run.name in used}, rows)
     _check_budget(plan)
     return plan
 
@@ -126,38 +128,31 @@ def _guess(name: str, known: Iterable[str]) -> str:
     return f"; did you mean `{close[0]}`?" if close else "."
 
 
-def _row(
-    variant: Variant,
-    spec: CacheSpec,
-    header: CacheHeader,
-    config: Any,
-    where: Path,
-    keys: dict[str, str],
-    runs: dict[str, PlannedRun],
-) -> Row:
+def _row(variant: Variant, resolve: Callable[[Variant], PlannedRun], runs: dict[str, PlannedRun]) -> Row:
     """The row of a variant; a run with settings that are new is added to `runs`."""
     try:
-        run = _resolve(variant, spec, header, config, where)
+        run = resolve(variant)
     except SpecError as error:
         if variant is DEFAULT:
             raise
         return Row((variant.name,), variant.what, None, " ".join(str(error).split()))
-    key = f"{run.cut} {run.spec.model_dump_json()}"
-    name = keys.setdefault(key, run.name)
-    runs.setdefault(name, run)
-    return Row((variant.name,), variant.what, name)
+    return Row((variant.name,), variant.what, runs.setdefault(run.settings, run).name)
 
 
-def _resolve(variant: Variant, spec: CacheSpec, header: CacheHeader, config: Any, where: Path) -> PlannedRun:
+def _resolve(variant: Variant, *, spec: CacheSpec, header: CacheHeader, config: Any, where: Path) -> PlannedRun:
     if variant.reason is not None:
         raise SpecError(variant.reason)
     resolved = apply_overrides(spec, [*variant.changes, f"distill.recipe={variant.recipe}"])
     kept, top_k = list(variant.layers or header.layers), variant.top_k or header.widest
-    is_cut = kept != header.layers or top_k < header.widest
     check_settings(header.model_copy(update={"layers": kept}), resolved.distill, config, where=where)
-    takes = variant is not DEFAULT and variant.recipe == "vlsi" and _same_verbalizers(resolved, spec)
-    steps = stage_steps(resolved.distill, header.num_samples)
-    return PlannedRun(variant, resolved, variant.name if is_cut else None, steps, takes)
+    return PlannedRun(
+        variant=variant,
+        spec=resolved,
+        settings=f"{kept} {top_k} {resolved.model_dump_json()}",
+        is_cut=kept != header.layers or top_k < header.widest,
+        steps=stage_steps(resolved.distill, header.num_samples),
+        takes_verbalizers=variant is not DEFAULT and variant.recipe == "vlsi" and _same_verbalizers(resolved, spec),
+    )
 
 
 def _same_verbalizers(one: CacheSpec, other: CacheSpec) -> bool:
