@@ -16,7 +16,7 @@ from vlsi_cache.report.ablation_table import num_failed
 from vlsi_cache.spec import apply_overrides
 from vlsi_cache.stages import ablate as ablate_module
 from vlsi_cache.stages import variants as variants_module
-from vlsi_cache.stages.ablation_plan import AblationPlan, plan_runs
+from vlsi_cache.stages.ablation_plan import AblationPlan, overrides_between, plan_runs
 from vlsi_cache.stages.evaluate import evaluate_model
 from vlsi_cache.stages.loop import read_metrics
 from vlsi_cache.stages.variants import AXES
@@ -256,6 +256,16 @@ def test_settings_of_the_spec_win_over_those_in_the_cache(start: Start, spec: vc
     assert run["spec"]["distill"]["sft"]["schedule"]["epochs"] == 0.1
     assert [stage["steps"] for stage in run["stages"]] == [2, 2, 1]
     assert record["runs"]["vlsi"]["7"]["exact_match"] is None
+
+
+def test_changes_between_two_specs_make_one_of_the_other(spec: vc.CacheSpec) -> None:
+    changes = ["distill.sft.schedule.epochs=0.5", "distill.interact.schedule.final_learning_rate=0.00001"]
+    changes += ["distill.student='models/\u00e9\U0001f600: #1'", "evaluate=null", "distill.layers=[2]", "data.limit=3"]
+    other = apply_overrides(spec, changes)
+    for one, wanted in ((spec, other), (other, spec)):
+        between = overrides_between(one, wanted, ("distill", "evaluate", "data"))
+        assert apply_overrides(one, between) == wanted
+    assert overrides_between(spec, spec, ("distill", "evaluate", "data")) == []
 
 
 def test_the_cache_is_built_when_there_is_none(start: Start, cache: Cache, tmp_path: Path) -> None:

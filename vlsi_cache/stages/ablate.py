@@ -175,7 +175,7 @@ def _overrides(run: PlannedRun, cache: "Cache", seed: int, verbalizers: Path | N
     # The cache may have recorded a number for `auto`; training does not read it.
     changes = [one for one in changes if not one.startswith("run.batch_tokens=")]
     if verbalizers is not None:
-        changes.append(f"distill.verbalizers={json.dumps(str(verbalizers.resolve()))}")
+        changes.append(f"distill.verbalizers={json.dumps(str(verbalizers.resolve()), ensure_ascii=False)}")
     return [*changes, f"distill.seed={seed}"]
 
 

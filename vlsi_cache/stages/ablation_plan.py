@@ -185,7 +185,9 @@ def _check_budget(plan: AblationPlan) -> None:
 def overrides_between(stored: CacheSpec, wanted: CacheSpec, sections: Iterable[str]) -> list[str]:
     """`key=value` changes that make these sections of `stored` those of `wanted`."""
     old, new = stored.model_dump(mode="json"), wanted.model_dump(mode="json")
-    return [f"{key}={json.dumps(value)}" for name in sections for key, value in _leaves(old[name], new[name], name)]
+    leaves = [leaf for name in sections for leaf in _leaves(old[name], new[name], name)]
+    # YAML would read an escaped pair of surrogates as two letters.
+    return [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in leaves]
 
 
 def _leaves(old: Any, new: Any, key: str) -> Iterable[tuple[str, Any]]:
