@@ -166,3 +166,19 @@ def test_the_note_about_settings_that_distill_reads_from_the_cache(spec_file: Pa
     ):
         assert part in note
     assert len(note.splitlines()) == 5
+
+
+def test_a_setting_that_an_earlier_release_did_not_have_is_no_difference(spec: CacheSpec, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with opened(run, spec):
+        pass
+    record = json.loads((run / "run.json").read_text())
+    del record["spec"]["distill"]["sft"]["fraction"], record["spec"]["evaluate"]["num_beams"]
+    (run / "run.json").write_text(json.dumps(record))
+    assert spec_changes_note(record["spec"], spec) == ""
+    with opened(run, spec):
+        pass
+    record["spec"]["distill"]["sft"]["fraction"] = 0.5
+    (run / "run.json").write_text(json.dumps(record))
+    with pytest.raises(FingerprintMismatchError, match=r"`spec.distill.sft.fraction`: 0.5 there, 1.0 now"):
+        opened(run, spec).__enter__()

@@ -213,6 +213,8 @@ class DistillSpec(Strict):
     recipe: Recipe = "vlsi"
     layers: TargetLayers = "auto"
     num_layers: Annotated[int, Field(ge=1)] = 7
+    # A folder of verbalizers trained for this very student: `vlsi` takes them, and counts its verbalize steps as done.
+    verbalizers: str | None = None
     batch_size: Annotated[int, Field(ge=1)] = 512
     micro_batch_size: Annotated[int, Field(ge=1)] = 4
     gradient_checkpointing: bool = False
@@ -223,6 +225,12 @@ class DistillSpec(Strict):
     checkpoint_steps: Annotated[int, Field(ge=1)] = 200
     window_parts: Annotated[int, Field(ge=1)] = 4
     seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _verbalizers_are_taken(self) -> "DistillSpec":
+        if self.verbalizers is not None and self.recipe != "vlsi":
+            raise ValueError(f"`verbalizers` belong to `recipe: vlsi`, and it is `{self.recipe}`")
+        return self
 
     _whole_micro_batches = model_validator(mode="after")(_check_batches)
 

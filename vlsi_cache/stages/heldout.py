@@ -64,7 +64,7 @@ def against_cache(
     teacher's kept words (both None for rows of draws); `layers`: the KL of each verbalized layer to every cached
     teacher layer. Raises ModelError (another tokenizer), FingerprintMismatchError (the data has changed), DataError.
     """
-    check_tokenizer(cache, encoder, encoder.name)
+    check_tokenizer(cache.header, encoder, encoder.name, where=cache.path)
     head, sums = head_of(backbone).real(cache.header.v_real), _Sums()
     for micro in tqdm(_batches(cache, encoder, verbalizers, batch_tokens, limit), desc="cache", disable=None):
         sums.num_samples += len(micro.sample_ids)

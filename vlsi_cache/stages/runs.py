@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vlsi_cache.errors import FingerprintMismatchError, RunBusyError, SpecError, list_problems
-from vlsi_cache.spec import CacheSpec
+from vlsi_cache.spec import CacheSpec, spec_from_dict
 
 from .loop import read_json, say, write_atomically
 
@@ -113,8 +113,8 @@ def differences(old: Any, new: Any, key: str = "") -> list[str]:
 
 def spec_changes_note(stored_spec: dict[str, Any], spec: CacheSpec) -> str:
     """What has changed since a cache was built among the settings that `distill` reads from it; empty if nothing."""
-    fresh = spec.model_dump(mode="json")
-    changed = [d for name in READ_BY_DISTILL for d in differences(stored_spec.get(name), fresh[name], name)]
+    stored, fresh = _whole(stored_spec, "the cache"), spec.model_dump(mode="json")
+    changed = [d for name in READ_BY_DISTILL for d in differences(stored[name], fresh[name], name)]
     if not changed:
         return ""
     return (
@@ -123,9 +123,15 @@ def spec_changes_note(stored_spec: dict[str, Any], spec: CacheSpec) -> str:
     )
 
 
+def _whole(stored: dict[str, Any], where: str) -> dict[str, Any]:
+    """A stored spec with the defaults of settings that an earlier release did not have."""
+    return spec_from_dict(stored, where=where).model_dump(mode="json")
+
+
 def _check_same(path: Path, existing: dict[str, Any], wanted: dict[str, Any], keys: tuple[str, ...]) -> None:
     problems = [d for key in keys for d in differences(existing.get(key), wanted.get(key), key)]
-    old, new = ({k: v for k, v in record["spec"].items() if k != "run"} for record in (existing, wanted))
+    specs = (_whole(record["spec"], str(path)) for record in (existing, wanted))
+    old, new = ({name: section for name, section in spec.items() if name != "run"} for spec in specs)
     problems += differences(old, new, "spec")
     if problems:
         raise FingerprintMismatchError(

@@ -197,8 +197,11 @@ def read_cuts(source: Cache, **options: Unpack[Options]) -> Cuts:
     )
 
 
-def plan_prune(source: Cache, out: Path, cuts: Cuts) -> Job:
-    """Count and price what stays, and lay it out in parts. SpecError when nothing would change, or nothing be left."""
+def plan_prune(source: Cache, out: Path, cuts: Cuts, *, keep_parts: bool = False) -> Job:
+    """Count and price what stays, and lay it out in parts. SpecError when nothing would change, or nothing be left.
+
+    With `keep_parts` parts stay as they are, however small: shuffled readers then give samples in the source's order.
+    """
     header, parts = source.header, source.parts
     chosen = _by_part(source, cuts.chosen_S)
     num_tokens, spent = _price(source, cuts, chosen)
@@ -206,6 +209,7 @@ def plan_prune(source: Cache, out: Path, cuts: Cuts) -> Job:
     source_bytes = sum(source.bytes_by_array().values())
     metadata = (source_bytes - sum(one.left + sum(one.saved.values()) for one in spent)) // len(parts)  # of one part
     groups = group_parts([one.left for one in spent], source_bytes // len(parts) - metadata)
+    groups = [[i] for i in range(len(parts))] if keep_parts else groups
     saved = {reason: sum(one.saved[reason] for one in spent) for reason in spent[0].saved}
     new = _pruned_header(source, cuts, num_parts=len(groups), num_tokens=num_tokens)
     plan = PrunePlan(

@@ -1,0 +1,102 @@
+"""Verbalizers that are given to a run: the same student as if it had trained them, and refusals."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import save_model, write_spec
+from safetensors.torch import load_file
+
+import vlsi_cache as vc
+from vlsi_cache.errors import FingerprintMismatchError, ModelError, SpecError
+from vlsi_cache.stages import interact as interact_module
+from vlsi_cache.stages.loop import read_metrics
+from vlsi_cache.store.reader import Cache
+
+SHORT = ["distill.verbalize.steps=3", "distill.interact.schedule.steps=3", "distill.sft.schedule.steps=2"]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path) -> Cache:
+    folder = tmp_path_factory.mktemp("reuse")
+    return vc.build_teacher(vc.load_spec(write_spec(folder, teacher_folder), overrides=SHORT), out=folder / "cache")
+
+
+@pytest.fixture(scope="module")
+def trained(cache: Cache, student_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return vc.distill(cache, student=str(student_folder), out=tmp_path_factory.mktemp("runs") / "trained")
+
+
+def given(run: Path, *more: str) -> list[str]:
+    return [f"distill.verbalizers={run / 'verbalizers'}", *more]
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    ours, theirs = (load_file(run / "student" / "model.safetensors") for run in (one, other))
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def metrics(run: Path) -> list[tuple[str, int, float]]:
+    return [(line["stage"], line["step"], line["loss"]) for line in read_metrics(run / "metrics.jsonl")]
+
+
+def test_given_verbalizers_make_the_student_of_the_run_that_trained_them(
+    cache: Cache, trained: Path, student_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = interact_module.optimizer_step
+
+    def stop_at_step_3(optimizer: Any, schedule: Any, index: int, num_steps: int) -> float:
+        if index == 2:
+            raise KeyboardInterrupt
+        return step(optimizer, schedule, index, num_steps)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(interact_module, "optimizer_step", stop_at_step_3)
+        with pytest.raises(KeyboardInterrupt):
+            vc.distill(cache, student=str(student_folder), out=tmp_path / "run", overrides=given(trained))
+    run = vc.distill(cache, student=str(student_folder), out=tmp_path / "run", overrides=given(trained))
+    assert same_weights(run, trained)
+    assert metrics(run) == [line for line in metrics(trained) if line[0] != "verbalize"]
+    stages = [json.loads((folder / "run.json").read_text())["stages"] for folder in (run, trained)]
+    assert [(s["name"], s["steps"]) for s in stages[0]] == [(s["name"], s["steps"]) for s in stages[1]]
+    assert stages[0][0]["seconds"] == 0
+    for file in (trained / "verbalizers").iterdir():
+        assert (run / "verbalizers" / file.name).read_bytes() == file.read_bytes(), file.name
+    fresh = vc.distill(cache, student=str(student_folder), out=tmp_path / "other", overrides=["distill.seed=1"])
+    assert not same_weights(fresh, trained)
+
+
+def test_a_folder_that_has_changed_is_refused(
+    cache: Cache, trained: Path, student_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(trained / "verbalizers", tmp_path / "a" / "verbalizers")
+    changes = given(tmp_path / "a")
+    with monkeypatch.context() as patch:
+        patch.setattr(interact_module, "optimizer_step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            vc.distill(cache, student=str(student_folder), out=tmp_path / "run", overrides=changes)
+    one, two = (tmp_path / "a" / "verbalizers" / f"layer_000{layer}.safetensors" for layer in (1, 2))
+    shutil.copy(two, one)
+    with pytest.raises(FingerprintMismatchError, match=r"`verbalizers_digest\.1`"):
+        vc.distill(cache, student=str(student_folder), out=tmp_path / "run", overrides=changes)
+
+
+def test_what_does_not_fit_is_refused_before_there_is_a_run(
+    cache: Cache, trained: Path, student_folder: Path, tmp_path: Path
+) -> None:
+    other = save_model(tmp_path / "other", num_layers=3, hidden=16, seed=9, padding=3)
+    for student, changes, says in (
+        (other, given(trained), "trained for a model whose weights are"),
+        (student_folder, given(trained, "verbalizer.structure=mlp"), "structure `verb-ffn`, not `mlp`"),
+        (student_folder, given(trained, "verbalizer.loss=kl_to_final"), "loss `ce`, not `kl_to_final`"),
+        (student_folder, given(tmp_path / "nowhere"), "no such folder"),
+        (student_folder, [f"distill.verbalizers={tmp_path}"], "no verbalizers in"),
+    ):
+        with pytest.raises(ModelError, match=says):
+            vc.distill(cache, student=str(student), out=tmp_path / "run", overrides=changes)
+    with pytest.raises(SpecError, match="`verbalizers` belong to `recipe: vlsi`"):
+        vc.distill(cache, student=str(student_folder), out=tmp_path / "run", recipe="sft", overrides=given(trained))
+    assert not (tmp_path / "run").exists()
