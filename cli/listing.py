@@ -9,18 +9,18 @@ from typing import Any
 
 from vlsi_cache.errors import CacheNotFoundError, VlsiCacheError
 
-MARKERS = {"cache.json": "cache", "run.json": "run", "demo.json": "demo"}
+MARKERS = {"cache.json": "cache", "run.json": "run", "demo.json": "demo", "ablation.json": "ablation"}
 
 
 def find_artifacts(folder: Path) -> list[dict[str, Any]]:
-    """Caches, runs and demos in and below a folder, in the order of their paths."""
+    """Caches, runs, ablations and demos in and below a folder, in the order of their paths."""
     if not folder.is_dir():
         raise CacheNotFoundError(f"no folder `{folder}`")
     return [_describe(path, marker) for path, marker in _walk(folder)]
 
 
 def _walk(folder: Path) -> Iterator[tuple[Path, str]]:
-    """Folders with a marker; what is inside a cache or a run is not looked at, what is inside a demo is."""
+    """Folders with a marker; what is inside a cache or a run is not looked at."""
     for current, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         marker = next((name for name in MARKERS if name in files), None)
@@ -31,7 +31,7 @@ def _walk(folder: Path) -> Iterator[tuple[Path, str]]:
 
 
 def _describe(path: Path, marker: str) -> dict[str, Any]:
-    describe = {"cache.json": _cache, "run.json": _run, "demo.json": _demo}[marker]
+    describe = {"cache.json": _cache, "run.json": _run, "demo.json": _demo, "ablation.json": _ablation}[marker]
     try:
         facts = describe(path)
     except (VlsiCacheError, OSError, ValueError, KeyError, TypeError) as error:
@@ -96,6 +96,16 @@ def _demo(path: Path) -> dict[str, Any]:
     return {"state": "done", "size_bytes": _folder_size(path), "name": name}
 
 
+def _ablation(path: Path) -> dict[str, Any]:
+    record = json.loads((path / "ablation.json").read_text(encoding="utf-8"))
+    tables, size = record.get("tables", {}), _folder_size(path)
+    runs = {row["run"] for rows in tables.values() for row in rows if row["run"] is not None}
+    entries = [record["runs"].get(run, {}).get(str(seed)) for run in runs for seed in record["seeds"]]
+    num_done = sum(entry is not None and entry["status"] == "done" for entry in entries)
+    state = "done" if tables and num_done == len(entries) else f"{num_done}/{len(entries)} runs"
+    return {"state": state, "size_bytes": size, "name": ", ".join(tables)}
+
+
 def _folder_size(path: Path, *, without: tuple[str, ...] = ()) -> int:
     """Bytes of all files below a folder; a cache inside it counts with what is known of its size."""
     total = 0
@@ -111,7 +121,7 @@ def _folder_size(path: Path, *, without: tuple[str, ...] = ()) -> int:
 
 
 def listing_table(found: list[dict[str, Any]]) -> str:
-    """One line per cache, run and demo."""
+    """One line per cache, run, ablation and demo."""
     from vlsi_cache.report.text import human_bytes, percent, table
 
     rows = [

@@ -121,7 +121,9 @@ def diff(
 
 
 def report(
-    path: Annotated[Path, typer.Argument(metavar="CACHE-or-RUN", help="Folder of a cache, a run or a demo.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="CACHE-or-RUN", help="Folder of a cache, a run, an ablation or a demo.")
+    ],
 ) -> Answer:
     """Write report.html: figures on one self-contained page."""
     from vlsi_cache.report.html import write_report

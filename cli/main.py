@@ -6,7 +6,7 @@ from typing import Any
 
 import typer
 
-from . import change, look, stages
+from . import ablations, change, look, stages
 from .output import INTERRUPTED, USAGE, Version
 
 # Libraries that talk on their own; a value the user has set stays.
@@ -36,6 +36,7 @@ def root(version: Version = False) -> None:
 
 
 stages.register(app)
+ablations.register(app)
 look.register(app)
 change.register(app)
 

@@ -17,7 +17,7 @@ import vlsi_cache as vc
 from vlsi_cache import errors
 from vlsi_cache.spec import load_spec
 
-STAGES = ["plan", "train-verbalizers", "build-teacher", "distill", "evaluate", "init-student", "demo"]
+STAGES = ["plan", "train-verbalizers", "build-teacher", "distill", "evaluate", "init-student", "demo", "ablate"]
 LOOK = ["ls", "inspect", "sample", "stats", "verify", "diff", "report", "specs"]
 COMMANDS = [*STAGES, *LOOK, "prune", "merge", "repair"]
 

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .sparse.divergences import Divergence
     from .sparse.kl import sparse_kl
     from .spec import CacheSpec, DistillSpec, load_spec
+    from .stages.ablate import ablate
     from .stages.build import build_teacher
     from .stages.distill import distill
     from .stages.evaluate import evaluate
@@ -28,6 +29,7 @@ _HOME = {
     "Divergence": "sparse.divergences",
     "PartWindowSampler": "store.dataset",
     "VlsiCacheError": "errors",
+    "ablate": "stages.ablate",
     "build_teacher": "stages.build",
     "diff": "store.diff",
     "distill": "stages.distill",
@@ -50,6 +52,7 @@ __all__ = [
     "Divergence",
     "PartWindowSampler",
     "VlsiCacheError",
+    "ablate",
     "build_teacher",
     "diff",
     "distill",

@@ -199,6 +199,9 @@ class DistillSpec(Strict):
 
     vlsi: verbalize, interact over all target layers, sft. last: the steps of verbalize and interact go to last-layer
     distillation, then sft. sft: all steps go to sft.
+
+    `verbalizers` is a folder of verbalizers that were trained for this very student: recipe `vlsi` takes them, and its
+    `verbalize` steps count as done.
     """
 
     student: str | None = None
@@ -208,6 +211,7 @@ class DistillSpec(Strict):
     recipe: Recipe = "vlsi"
     layers: TargetLayers = "auto"
     num_layers: Annotated[int, Field(ge=1)] = 7
+    verbalizers: str | None = None
     batch_size: Annotated[int, Field(ge=1)] = 512
     micro_batch_size: Annotated[int, Field(ge=1)] = 4
     gradient_checkpointing: bool = False
@@ -222,9 +226,11 @@ class DistillSpec(Strict):
     _whole_micro_batches = model_validator(mode="after")(_check_batches)
 
     @model_validator(mode="after")
-    def _last_is_something(self) -> "DistillSpec":
+    def _recipe_has_what_it_needs(self) -> "DistillSpec":
         if self.recipe == "last" and not self.interact.trains_last:
             raise ValueError("`recipe: last` trains the last layer alone, and `interact` leaves it out")
+        if self.verbalizers is not None and self.recipe != "vlsi":
+            raise ValueError(f"`verbalizers` belong to `recipe: vlsi`, and it is `{self.recipe}`")
         return self
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""`write_report`: one self-contained HTML file about a cache, a run or a demo. It needs no network to be read."""
+"""`write_report`: one self-contained HTML file about a cache, a run, an ablation or a demo. It needs no network."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,6 +8,7 @@ import yaml
 from vlsi_cache.errors import CacheNotFoundError
 
 from . import figures
+from .ablation_page import ablation_page
 from .demo_page import demo_page
 from .example import MAX_TOKENS, example_html, grid_of, load_example, save_example
 from .page import details, facts_table, figure, html_table, page, paragraph, section, tiles
@@ -32,13 +33,15 @@ REPORT_NAME = "report.html"
 
 
 def write_report(path: Path | str) -> Path:
-    """Write `report.html` into the folder of a cache, a run or a demo; returns the file.
+    """Write `report.html` into the folder of a cache, a run, an ablation or a demo; returns the file.
 
     Raises CacheNotFoundError when the folder is none of them, and what opening a cache raises.
     """
     folder = Path(path)
     if (folder / "demo.json").is_file():
         return write_demo_report(folder)
+    if (folder / "ablation.json").is_file():
+        return _write(folder, ablation_page(_ablation_record(folder)))
     if (folder / "run.json").is_file():
         return _write(folder, run_page(read_run(folder)))
     if (folder / "cache.json").is_file():
@@ -46,7 +49,7 @@ def write_report(path: Path | str) -> Path:
 
         return _write(folder, cache_page(open(folder, allow_incomplete=True)))
     raise CacheNotFoundError(
-        f"{folder} is neither a cache, nor a run, nor a demo; what is below it is listed by: vlsi-cache ls {folder}"
+        f"{folder} is neither a cache, nor a run, an ablation or a demo; what is below it: vlsi-cache ls {folder}"
     )
 
 
@@ -63,6 +66,15 @@ def write_demo_report(folder: Path | str, *, example: dict[str, Any] | None = No
     summaries = layer_summaries(cache) if cache else []
     header = cache.header if cache else None
     return _write(folder, demo_page(folder, demo, load_example(folder), summaries, header))
+
+
+def _ablation_record(folder: Path) -> dict[str, Any]:
+    record = read_json(folder / "ablation.json")
+    if record is None:
+        raise CacheNotFoundError(
+            f"{folder} has no readable ablation.json; run again: vlsi-cache ablate SPEC -o {folder}"
+        )
+    return record
 
 
 def cache_page(cache: "Cache") -> str:

@@ -21,6 +21,7 @@ from vlsi_cache.store import reader
 from vlsi_cache.store.reader import Cache
 
 from .interact import interact
+from .reuse import check_verbalizers, take_verbalizers
 from .runs import already_done, finish_run, open_run, python_call
 from .sft import sft
 from .student import StudentState, open_student
@@ -50,6 +51,8 @@ def distill(
     spec = distill_spec(opened, student=student, recipe=recipe, overrides=overrides)
     path = resolve_model(str(spec.distill.student))
     inputs = open_student(opened, spec, path)  # a student that does not fit leaves no run folder behind
+    student_digest = weights_digest(path)
+    given = check_verbalizers(spec.distill.verbalizers, inputs.layers, spec.verbalizer, student_digest=student_digest)
     if not (out / "run.json").is_file():
         inputs.check_lengths()
     options = {"student": student, "out": str(out), "recipe": recipe, "overrides": overrides, "device": device}
@@ -62,8 +65,9 @@ def distill(
         cache=str(opened.path.resolve()),
         cache_digest=opened.header.digest,
         student=path,
-        student_digest=weights_digest(path),
+        student_digest=student_digest,
         recipe=spec.distill.recipe,
+        **given,
     ) as run:
         if already_done(run):
             return out
@@ -132,13 +136,16 @@ def _run_stages(state: StudentState) -> list[dict[str, Any]]:
 
 
 def _verbalize(state: StudentState, num_steps: int) -> tuple[Verbalizers, dict[str, Any]]:
-    """Train the student's verbalizers, or read them back when an earlier attempt has finished them."""
+    """Train the student's verbalizers, or take those of the spec, or read back what an earlier attempt has finished."""
     distill, backbone = state.spec.distill, Backbone(state.model)
     folder = state.run.path / "verbalizers"
     if (folder / "verbalizers.json").is_file():
         loaded = load_verbalizers(str(folder), backbone, state.layers)
         seconds = state.log.stage_seconds("verbalize")
         return loaded, {"name": "verbalize", "steps": num_steps, "seconds": seconds}
+    if distill.verbalizers is not None:
+        taken = take_verbalizers(distill.verbalizers, folder, backbone, state.layers)
+        return taken, {"name": "verbalize", "steps": num_steps, "seconds": 0.0}
     verbalizers, entry = verbalize(
         backbone,
         state.layers,
@@ -155,7 +162,6 @@ def _verbalize(state: StudentState, num_steps: int) -> tuple[Verbalizers, dict[s
         seed=distill.seed,
         compiled=state.compiled,
     )
-    verbalizers.save(
-        folder, provenance={"teacher_digest": state.run.record["student_digest"], "model": state.student_path}
-    )
+    facts = {"teacher_digest": state.run.record["student_digest"], "model": state.student_path}
+    verbalizers.save(folder, provenance={**facts, "loss": state.spec.verbalizer.loss})
     return verbalizers.requires_grad_(False).eval(), entry  # as `load_verbalizers` gives them to a resumed run

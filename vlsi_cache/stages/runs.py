@@ -50,7 +50,7 @@ def open_run(path: Path, kind: str, spec: CacheSpec, *, device: str | None, call
     if not file.exists() and path.exists() and any(not _is_ours(entry.name) for entry in path.iterdir()):
         raise SpecError(f"{path} exists and is no run of ours; choose another folder with -o")
     path.mkdir(parents=True, exist_ok=True)
-    with _locked(path):
+    with locked(path):
         record = {
             "kind": kind,
             "status": "running",
@@ -157,8 +157,8 @@ def _remove_leftovers(path: Path) -> None:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a run folder; the kernel lets go of it when this process ends, however it ends."""
+def locked(path: Path) -> Iterator[None]:
+    """Hold a folder of runs; the kernel lets go of it when this process ends, however it ends."""
     with (path / LOCK_NAME).open("a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

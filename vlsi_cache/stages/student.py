@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from vlsi_cache.errors import DataError, ModelError, SpecError, list_problems
 from vlsi_cache.models.load import load_config, load_model
 from vlsi_cache.spec import CacheSpec, DataSpec, DistillSpec, InteractSpec
 from vlsi_cache.store.derive import data_sections
+from vlsi_cache.store.layout import CacheHeader
 from vlsi_cache.store.reader import Cache
 
 from .feed import Feed, cached_records, match_records
@@ -150,12 +152,18 @@ def open_student(cache: Cache, spec: CacheSpec, path: str) -> StudentInputs:
         max_pixels=spec.data.max_pixels,
         trust_remote_code=distill.trust_remote_code,
     )
-    _check_tokenizer(cache, encoder, path)
+    check_tokenizer(cache.header, encoder, path, where=cache.path)
     config = load_config(path, trust_remote_code=distill.trust_remote_code)
-    layers = _student_layers(distill, config, num_teacher=len(cache.layers) - 1)
-    if distill.recipe != "sft":
-        _check_interact(cache, distill.interact, distill.recipe)
+    layers = check_settings(cache.header, distill, config, where=cache.path)
     return StudentInputs(cache, spec, path, config, encoder, layers)
+
+
+def check_settings(header: CacheHeader, distill: DistillSpec, config: Any, *, where: Path) -> list[int]:
+    """The student's target layers; raises SpecError for what the cache at `where` cannot give."""
+    layers = _student_layers(distill, config, num_teacher=len(header.layers) - 1)
+    if distill.recipe != "sft":
+        _check_interact(header, distill.interact, distill.recipe, where)
+    return layers
 
 
 def _student_layers(distill: DistillSpec, config: Any, *, num_teacher: int) -> list[int]:
@@ -175,16 +183,15 @@ def _student_layers(distill: DistillSpec, config: Any, *, num_teacher: int) -> l
     return layers
 
 
-def _check_interact(cache: Cache, interact: InteractSpec, recipe: str) -> None:
-    header = cache.header
+def _check_interact(header: CacheHeader, interact: InteractSpec, recipe: str, where: Path) -> None:
     if recipe == "vlsi" and interact.bottom_k > len(header.layers) - 1:
         raise SpecError(
-            f"`distill.interact.bottom_k` is {interact.bottom_k}, and {cache.path} has {len(header.layers) - 1} "
+            f"`distill.interact.bottom_k` is {interact.bottom_k}, and {where} has {len(header.layers) - 1} "
             "intermediate layers"
         )
     if interact.tau not in header.taus:
         raise SpecError(
-            f"`distill.interact.tau` is {interact.tau}, and {cache.path} holds rows for {header.taus} alone: "
+            f"`distill.interact.tau` is {interact.tau}, and {where} holds rows for {header.taus} alone: "
             "the tail at another temperature cannot be known from the top-k. Build a cache with "
             f"`rows.taus=[1.0,{interact.tau}]`"
         )
@@ -193,17 +200,18 @@ def _check_interact(cache: Cache, interact: InteractSpec, recipe: str) -> None:
     if header.row_kind == "sampled" and (operations or interact.tau != 1.0):
         raise SpecError(
             f"`distill.interact` asks for {' and '.join(sorted(operations)) or 'forward_kl'} at tau {interact.tau}, "
-            f"and {cache.path} holds draws from the teacher, which estimate forward_kl at tau 1 without bias and "
+            f"and {where} holds draws from the teacher, which estimate forward_kl at tau 1 without bias and "
             "nothing else"
         )
 
 
-def _check_tokenizer(cache: Cache, encoder: Encoder, path: str) -> None:
-    cached, own = str(cache.header.fingerprint["encoder.tokenizer"]), str(encoder.fingerprint()["tokenizer"])
-    if cached != own or cache.header.v_real != encoder.v_real:
+def check_tokenizer(header: CacheHeader, encoder: Encoder, path: str, *, where: Path) -> None:
+    """Raise ModelError unless the student at `path` has the vocabulary of the cache at `where`."""
+    cached, own = str(header.fingerprint["encoder.tokenizer"]), str(encoder.fingerprint()["tokenizer"])
+    if cached != own or header.v_real != encoder.v_real:
         raise ModelError(
-            f"student {path} has another tokenizer than the teacher of {cache.path}: "
-            f"{encoder.v_real} tokens, map {own[:12]}, against {cache.header.v_real} tokens, map {cached[:12]}. "
+            f"student {path} has another tokenizer than the teacher of {where}: "
+            f"{encoder.v_real} tokens, map {own[:12]}, against {header.v_real} tokens, map {cached[:12]}. "
             "Rows are over token ids, so both must share one vocabulary; choose a student of the teacher's family"
         )
 

@@ -1,0 +1,224 @@
+"""Stage ablate: all variants of a table from one cache, with the same budget and the same seeds.
+
+DIR/cache                      the cache, unless another one is named
+DIR/caches/NAME                smaller caches cut from it
+DIR/runs/seed-S/NAME           one run for each variant and seed
+DIR/ablation.json              settings, tables and scores; written again after every run
+DIR/ablation.csv, report.html  the tables, when all has run
+
+The first run of a seed is the default; the others take its verbalizers, and the layers of all students are measured
+through them.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlsi_cache.errors import ModelError
+from vlsi_cache.report.ablation_table import ablation_csv
+from vlsi_cache.spec import CacheSpec
+from vlsi_cache.store.prune import prune
+
+from .ablation_plan import AblationPlan, PlannedRun, overrides_between
+from .ablation_setup import (
+    RECORD,
+    Ablation,
+    check_student,
+    finished_cache,
+    header_to_come,
+    identity_of,
+    open_ablation,
+    read_record,
+)
+from .build import build_teacher
+from .distill import distill, distill_spec
+from .evaluate import evaluate_model
+from .loop import read_json, say, write_atomically
+from .runs import locked, versions
+from .variants import DEFAULT
+
+if TYPE_CHECKING:
+    from vlsi_cache.store.reader import Cache
+
+TABLE = "ablation.csv"
+SECTIONS = ("data", "verbalizer", "distill", "evaluate", "run")  # of the spec, and not of the one in the cache
+SCORES = ("exact_match", "nll", "perplexity", "layers", "num_samples")
+
+
+def ablate(
+    spec: CacheSpec,
+    *,
+    axes: Sequence[str],
+    out: Path | str,
+    seeds: int = 1,
+    cache: Path | str | None = None,
+    student: str | None = None,
+    variants: Iterable[str] | None = None,
+    device: str | None = None,
+    dry_run: bool = False,
+) -> dict[str, Any]:
+    """Train and measure every variant of the tables `axes` with `seeds` seeds into the folder `out`, or go on with it.
+
+    The cache is `out/cache`, built when it is missing, or the one named. Seeds count from `distill.seed`. `variants`
+    leaves out others than these and the default. A run that diverges is recorded as failed, and tried again the next
+    time. Other axes, variants and more seeds may be asked of the same folder: what is finished is taken.
+
+    Returns what `out/ablation.json` holds, or with `dry_run` what there is to do. Raises SpecError,
+    FingerprintMismatchError (`out` or the cache is of other settings), RunBusyError, and what build and distill raise.
+    """
+    ablation = open_ablation(
+        spec, axes=axes, out=Path(out), seeds=seeds, cache=cache, student=student, variants=variants, device=device
+    )
+    identity = identity_of(ablation)
+    record = read_record(ablation.out, identity)
+    found = finished_cache(ablation)
+    header = found.header if found else header_to_come(ablation.spec)
+    check_student(ablation, header)
+    plan = ablation.plan(header, found)
+    if dry_run:
+        return _preview(ablation, plan, record.get("runs", {}))
+    ablation.out.mkdir(parents=True, exist_ok=True)
+    with locked(ablation.out):
+        record = {"runs": {}, **read_record(ablation.out, identity), **identity}  # now that no other process writes it
+        _save(ablation, record)
+        if found is None:
+            found = build_teacher(ablation.spec, out=ablation.cache_path, device=device)
+            plan = ablation.plan(found.header, found)
+        record |= _described(ablation, plan)
+        _run_all(ablation, plan, found, record)
+        return record
+
+
+def _described(ablation: Ablation, plan: AblationPlan) -> dict[str, Any]:
+    return {
+        "device": ablation.device or ablation.spec.run.device,
+        "versions": versions(),
+        "budget": _budget(plan),
+        "default": DEFAULT.name,
+        "seeds": ablation.seeds,
+        "tables": _tables(plan),
+    }
+
+
+def _run_all(ablation: Ablation, plan: AblationPlan, cache: "Cache", record: dict[str, Any]) -> None:
+    """Every run that is not done, seed by seed; then the tables."""
+    from vlsi_cache.report.html import write_report
+
+    say(f"budget: {record['budget']}")
+    jobs = [(seed, run) for seed in ablation.seeds for run in plan.runs.values()]
+    for number, (seed, run) in enumerate(jobs, start=1):
+        _save(ablation, record)
+        if _is_done(ablation, record["runs"], run.name, seed):
+            continue
+        say(f"run {number} of {len(jobs)}: seed {seed}, {run.name} ({run.variant.what})")
+        record["runs"].setdefault(run.name, {})[str(seed)] = _one_run(ablation, run, cache, seed)
+    _save(ablation, record)
+    write_atomically(ablation.out / TABLE, ablation_csv(record))
+    write_report(ablation.out)
+
+
+def _one_run(ablation: Ablation, run: PlannedRun, cache: "Cache", seed: int) -> dict[str, Any]:
+    """Train and measure one variant with one seed; a run that diverges is an entry with its message."""
+    folder, default = ablation.folder(run.name, seed), ablation.folder(DEFAULT.name, seed)
+    where = {"run": str(folder.relative_to(ablation.out))}
+    given = _verbalizers_of(default) if run.takes_verbalizers else None
+    if run.takes_verbalizers and given is None:
+        return {**where, "status": "failed", "message": f"{default} has left no verbalizers to start from"}
+    source = _cut(ablation, run, cache)
+    changes = _overrides(run, source, seed, given)
+    try:
+        distill(source, student=ablation.student, out=folder, overrides=changes, device=ablation.device)
+    except ModelError as error:
+        say(f"failed: {error}")
+        return {**where, "status": "failed", "message": str(error)}
+    stages = read_json(folder / "run.json")["stages"]
+    steps = sum(stage["steps"] for stage in stages)
+    assert steps == sum(run.steps.values()), f"{folder} took {steps} steps, {run.steps} were planned"
+    if run.takes_verbalizers:  # the time of training them belongs to every run that has them
+        stages += [one for one in read_json(default / "run.json")["stages"] if one["name"] == "verbalize"]
+    return {
+        **where,
+        "status": "done",
+        "steps": steps,
+        "seconds": sum(stage["seconds"] for stage in stages),
+        **_measure(ablation, folder, _verbalizers_of(default)),
+    }
+
+
+def _verbalizers_of(default: Path) -> Path | None:
+    folder = default / "verbalizers"
+    return folder if (folder / "verbalizers.json").is_file() else None
+
+
+def _cut(ablation: Ablation, run: PlannedRun, cache: "Cache") -> "Cache":
+    """The cache that this run reads; a smaller one is made when it is first needed."""
+    if run.cut is None:
+        return cache
+    out, variant = ablation.out / "caches" / run.cut, run.variant
+    return prune(cache, out, layers=variant.layers, top_k=variant.top_k)
+
+
+def _overrides(run: PlannedRun, cache: "Cache", seed: int, verbalizers: Path | None) -> list[str]:
+    """What turns the spec in the cache into that of the run."""
+    stored = distill_spec(cache, student=run.spec.distill.student)
+    changes = overrides_between(stored, run.spec, SECTIONS)
+    # The cache may have recorded a number for `auto`; training does not read it.
+    changes = [one for one in changes if not one.startswith("run.batch_tokens=")]
+    if verbalizers is not None:
+        changes.append(f"distill.verbalizers={json.dumps(str(verbalizers.resolve()))}")
+    return [*changes, f"distill.seed={seed}"]
+
+
+def _measure(ablation: Ablation, folder: Path, verbalizers: Path | None) -> dict[str, Any]:
+    """The scores of a trained student; its layers through the default's verbalizers, the same for all of a seed."""
+    spec = ablation.spec
+    assert spec.evaluate is not None
+    result = evaluate_model(
+        str(folder / "student"),
+        spec.evaluate,
+        verbalizers=None if verbalizers is None else str(verbalizers),
+        dtype=spec.distill.student_dtype,
+        trust_remote_code=spec.distill.trust_remote_code,
+        attn_implementation=spec.distill.attn_implementation,
+        device=ablation.device or spec.run.device,
+        batch_tokens=spec.run.num_batch_tokens,
+    )
+    write_atomically(folder / "evaluation.json", json.dumps(result, indent=1))
+    return {key: result[key] for key in SCORES}
+
+
+def _is_done(ablation: Ablation, runs: dict[str, Any], name: str, seed: int) -> bool:
+    entry = runs.get(name, {}).get(str(seed))
+    return entry is not None and entry["status"] == "done" and (ablation.folder(name, seed) / "run.json").is_file()
+
+
+def _preview(ablation: Ablation, plan: AblationPlan, runs: dict[str, Any]) -> dict[str, Any]:
+    """What there is to do."""
+    jobs = [(name, seed) for seed in ablation.seeds for name in plan.runs]
+    return {
+        "budget": _budget(plan),
+        "seeds": ablation.seeds,
+        "tables": _tables(plan),
+        "steps": {name: run.steps for name, run in plan.runs.items()},
+        "num_runs": len(jobs),
+        "num_remaining": sum(not _is_done(ablation, runs, name, seed) for name, seed in jobs),
+    }
+
+
+def _tables(plan: AblationPlan) -> dict[str, list[dict[str, Any]]]:
+    return {axis: [asdict(row) for row in rows] for axis, rows in plan.tables.items()}
+
+
+def _budget(plan: AblationPlan) -> str:
+    default = plan.runs[DEFAULT.name]
+    parts = ", ".join(f"{stage} {count}" for stage, count in default.steps.items())
+    own = [run.name for run in plan.runs.values() if run.variant.own_steps]
+    aside = f"; {', '.join(own)}: as many as the table says" if own else ""
+    size = default.spec.distill.batch_size
+    return f"{plan.num_steps} optimizer steps of {size} samples for every variant ({parts}){aside}"
+
+
+def _save(ablation: Ablation, record: dict[str, Any]) -> None:
+    write_atomically(ablation.out / RECORD, json.dumps(record, indent=1))

@@ -1,0 +1,202 @@
+"""What an ablation has to train: the tables that are asked for, and the runs behind their rows, each of them once.
+
+Two rows whose settings come to the same share a run, within a table and between tables.
+"""
+
+import difflib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlsi_cache.errors import SpecError
+from vlsi_cache.models.load import load_config
+from vlsi_cache.spec import CacheSpec, apply_overrides
+from vlsi_cache.store.layout import CacheHeader
+
+from .distill import stage_steps
+from .student import check_settings
+from .variants import AXES, BASELINES, DEFAULT, Variant
+
+if TYPE_CHECKING:
+    from vlsi_cache.store.reader import Cache
+
+# What of a spec does not decide how the student's verbalizers are trained.
+NOT_OF_VERBALIZERS = frozenset({"interact", "sft", "lora", "recipe", "seed"})
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One training, whatever the seed. `cut` names the smaller cache it reads, if any; `steps` are by stage."""
+
+    variant: Variant
+    spec: CacheSpec
+    cut: str | None
+    steps: dict[str, int]
+    takes_verbalizers: bool
+
+    @property
+    def name(self) -> str:
+        """Its folder below that of the seed."""
+        return self.variant.name
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a table: all names of the settings, and the run, or the reason why there is none."""
+
+    names: tuple[str, ...]
+    what: str
+    run: str | None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class AblationPlan:
+    """`runs` in the order of training, the default first: the others take its verbalizers."""
+
+    runs: dict[str, PlannedRun]
+    tables: dict[str, list[Row]]
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the default, which every variant takes."""
+        return sum(self.runs[DEFAULT.name].steps.values())
+
+
+def plan_runs(
+    spec: CacheSpec,
+    header: CacheHeader,
+    *,
+    axes: Sequence[str],
+    names: Iterable[str] | None,
+    student: str,
+    cache: "Cache | None",
+    where: Path,
+) -> AblationPlan:
+    """The runs of these tables, or of the variants in `names` alone; the default is always among them.
+
+    `cache` is None where the cache of `header` at `where` is not built yet. Raises SpecError for an unknown axis or
+    variant, when the default cannot be trained, and when a variant would take another number of steps.
+    """
+    check_axes(axes)
+    config = load_config(student, trust_remote_code=spec.distill.trust_remote_code)
+    tables = {axis: [DEFAULT, *BASELINES, *AXES[axis](header, cache)] for axis in axes}
+    wanted = _chosen(tables, names)
+    keys: dict[str, str] = {}  # settings -> name of the run that has them
+    runs: dict[str, PlannedRun] = {}
+    rows: dict[str, list[Row]] = {}
+    for axis, variants in tables.items():
+        found = [_row(variant, spec, header, config, where, keys, runs) for variant in variants]
+        merged = _merge(row for row in found if row.names[0] in wanted)
+        # The baselines are resolved first, so that they give a shared run its name, and are shown last.
+        is_baseline = [any(one.name in row.names for one in BASELINES) for row in merged]
+        rows[axis] = [row for _, row in sorted(zip(is_baseline, merged, strict=True), key=lambda pair: pair[0])]
+    used = {row.run for table in rows.values() for row in table}
+    plan = AblationPlan({name: run for name, run in runs.items() if name in used}, rows)
+    _check_budget(plan)
+    return plan
+
+
+def check_axes(axes: Sequence[str]) -> None:
+    """Raise SpecError unless every axis is known and named once."""
+    for axis in axes:
+        if axis not in AXES:
+            raise SpecError(f"no axis `{axis}`{_guess(axis, AXES)} Known: {', '.join(AXES)}")
+    if not axes or len(set(axes)) < len(axes):
+        raise SpecError(f"name each axis once, and at least one: {', '.join(AXES)}")
+
+
+def _chosen(tables: dict[str, list[Variant]], names: Iterable[str] | None) -> set[str]:
+    known = list(dict.fromkeys(variant.name for variants in tables.values() for variant in variants))
+    if names is None:
+        return set(known)
+    chosen = list(names)
+    for name in chosen:
+        if name not in known:
+            raise SpecError(
+                f"no variant `{name}` of {', '.join(tables)}{_guess(name, known)} Known: {', '.join(known)}"
+            )
+    return {DEFAULT.name, *chosen}
+
+
+def _guess(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean `{close[0]}`?" if close else "."
+
+
+def _row(
+    variant: Variant,
+    spec: CacheSpec,
+    header: CacheHeader,
+    config: Any,
+    where: Path,
+    keys: dict[str, str],
+    runs: dict[str, PlannedRun],
+) -> Row:
+    """The row of a variant; a run with settings that are new is added to `runs`."""
+    try:
+        run = _resolve(variant, spec, header, config, where)
+    except SpecError as error:
+        if variant is DEFAULT:
+            raise
+        return Row((variant.name,), variant.what, None, " ".join(str(error).split()))
+    key = f"{run.cut} {run.spec.model_dump_json()}"
+    name = keys.setdefault(key, run.name)
+    runs.setdefault(name, run)
+    return Row((variant.name,), variant.what, name)
+
+
+def _resolve(variant: Variant, spec: CacheSpec, header: CacheHeader, config: Any, where: Path) -> PlannedRun:
+    if variant.reason is not None:
+        raise SpecError(variant.reason)
+    resolved = apply_overrides(spec, [*variant.changes, f"distill.recipe={variant.recipe}"])
+    kept, top_k = list(variant.layers or header.layers), variant.top_k or header.widest
+    is_cut = kept != header.layers or top_k < header.widest
+    check_settings(header.model_copy(update={"layers": kept}), resolved.distill, config, where=where)
+    takes = variant is not DEFAULT and variant.recipe == "vlsi" and _same_verbalizers(resolved, spec)
+    steps = stage_steps(resolved.distill, header.num_samples)
+    return PlannedRun(variant, resolved, variant.name if is_cut else None, steps, takes)
+
+
+def _same_verbalizers(one: CacheSpec, other: CacheSpec) -> bool:
+    """Whether the student's verbalizers come out the same; they read no teacher rows."""
+    ours, theirs = (spec.distill.model_dump(exclude=set(NOT_OF_VERBALIZERS)) for spec in (one, other))
+    return one.verbalizer == other.verbalizer and ours == theirs
+
+
+def _merge(rows: Iterable[Row]) -> list[Row]:
+    """Rows of one run become one row with all their names."""
+    merged: dict[str, Row] = {}
+    for row in rows:
+        key = row.names[0] if row.run is None else f"run {row.run}"
+        first = merged.get(key)
+        merged[key] = row if first is None else Row((*first.names, *row.names), first.what, row.run)
+    return list(merged.values())
+
+
+def _check_budget(plan: AblationPlan) -> None:
+    """The same optimizer steps for all, those aside that are about their number."""
+    for run in plan.runs.values():
+        total = sum(run.steps.values())
+        if total != plan.num_steps and not run.variant.own_steps:
+            raise SpecError(
+                f"variant `{run.name}` would take {total} optimizer steps ({run.steps}) and `{DEFAULT.name}` "
+                f"{plan.num_steps}: they could not be compared"
+            )
+
+
+def overrides_between(stored: CacheSpec, wanted: CacheSpec, sections: Iterable[str]) -> list[str]:
+    """`key=value` changes that make these sections of `stored` those of `wanted`."""
+    old, new = stored.model_dump(mode="json"), wanted.model_dump(mode="json")
+    return [f"{key}={json.dumps(value)}" for name in sections for key, value in _leaves(old[name], new[name], name)]
+
+
+def _leaves(old: Any, new: Any, key: str) -> Iterable[tuple[str, Any]]:
+    """Every leaf of `new` that `old` has otherwise; the options of a generator are one leaf."""
+    if isinstance(old, dict) and isinstance(new, dict) and not key.endswith(".options"):
+        for name in new:
+            yield from _leaves(old.get(name), new[name], f"{key}.{name}")
+    elif old != new:
+        yield key, new
