@@ -223,7 +223,7 @@ def make_student(
         },
         "data": {"path": "rows.jsonl", "max_length": 64},
         "rows": {"top_k": 8, "tail_samples": 4},
-        "store": {"part_mib": 1},
+        "store": {"part_mib": 512},  # one part each: sparse and dense rows come in the same order
         "train_verbalizers": {
             "schedule": {"steps": 3 if tiny else 200, "learning_rate": 3e-3},
             "batch_size": 64,
