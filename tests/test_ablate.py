@@ -178,20 +178,20 @@ def test_a_stopped_ablation_goes_on_and_repeats_nothing(
     start: Start, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, calls = tmp_path / "ablation", []
-    distill, measure = ablate_module.distill, ablate_module.evaluate_model
+    distill, measure = ablate_module.distill, ablate_module.evaluate
 
     def count(*arguments: Any, **options: Any) -> Any:
         calls.append(("train", options["out"].relative_to(out).as_posix()))
         return distill(*arguments, **options)
 
-    def stop(path: str, *arguments: Any, **options: Any) -> Any:
-        calls.append(("measure", Path(path).parent.relative_to(out).as_posix()))
+    def stop(run: Path, **options: Any) -> Any:
+        calls.append(("measure", run.relative_to(out).as_posix()))
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return measure(path, *arguments, **options)
+        return measure(run, **options)
 
     monkeypatch.setattr(ablate_module, "distill", count)
-    monkeypatch.setattr(ablate_module, "evaluate_model", stop)
+    monkeypatch.setattr(ablate_module, "evaluate", stop)
     with pytest.raises(KeyboardInterrupt):
         start(out, seeds=2)
     assert len(calls) == 4

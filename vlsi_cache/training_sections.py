@@ -106,9 +106,13 @@ class InteractSpec(Strict):
     for a micro-batch or for each sample (`match_unit`). `reliable_only`: a teacher layer that says the response worse
     than the student's own layer teaches it nothing. The intermediate terms have their full weight until
     `layers_full_until`, a share of the stage's steps, and none from `layers_zero_from` on.
+
+    `mode: lora` trains an adapter; `layers` the weights of the decoder layers themselves, for a student that is far
+    from knowing the task, or has just been made. Head and embeddings are frozen in both.
     """
 
     schedule: Schedule = Schedule(epochs=1)
+    mode: Literal["lora", "layers"] = "lora"
     lambda_last: Annotated[float, Field(ge=0)] = 1.0
     intermediate: Operation = "forward_kl"
     last: Operation = "forward_kl"
@@ -240,4 +244,13 @@ class DistillSpec(Strict):
             raise ValueError("`recipe: last` trains the last layer alone, and `interact` leaves it out")
         if self.recipe == "sft" and not self.sft.fraction:
             raise ValueError("`recipe: sft` is supervised finetuning alone, and `sft.fraction: 0` leaves it out")
+        return self
+
+    @model_validator(mode="after")
+    def _weights_stay_trained(self) -> "DistillSpec":
+        if self.recipe != "sft" and self.interact.mode == "layers" and self.sft.mode != "full":
+            raise ValueError(
+                f"`interact.mode: layers` trains the weights themselves, and `sft.mode: {self.sft.mode}` an adapter on "
+                "them; say `sft.mode: full`"
+            )
         return self

@@ -47,6 +47,13 @@ def merge_lora(model: Any) -> Any:
     return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
 
 
+def train_decoder_layers(model: Any) -> None:
+    """Let the weights of the decoder layers train, in fp32; embeddings, final norm and head stay as they are."""
+    for parameter in Backbone(model).layers.parameters():
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
+
+
 def train_head_and_embeddings(model: Any) -> None:
     """Let head and word embeddings train beside the adapter, in fp32 (tied weights stay one parameter)."""
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model

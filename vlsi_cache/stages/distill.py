@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from vlsi_cache.errors import SpecError
-from vlsi_cache.models.adapter import add_lora, checkpoint_activations, merge_lora
+from vlsi_cache.models.adapter import add_lora, checkpoint_activations, merge_lora, train_decoder_layers
 from vlsi_cache.models.layers import Backbone
 from vlsi_cache.models.load import resolve_model, save_student, weights_digest
 from vlsi_cache.models.verbalizer import Verbalizers, load_verbalizers
@@ -137,12 +137,15 @@ def _run_stages(state: StudentState) -> list[dict[str, Any]]:
         verbalizers, entry = _verbalize(state, steps["verbalize"])
         stages.append(entry)
     torch.manual_seed(distill.seed)
-    uses_lora = "interact" in steps or distill.sft.mode == "lora+embed_head"
+    adapts = "interact" in steps and distill.interact.mode == "lora"
+    uses_lora = adapts or distill.sft.mode == "lora+embed_head"
     model = add_lora(state.model, **distill.lora.model_dump()) if uses_lora else state.model
     if distill.gradient_checkpointing:
         checkpoint_activations(model)
     model.train()
     if "interact" in steps:
+        if not adapts:
+            train_decoder_layers(model)
         stages.append(interact(state, model, verbalizers, num_steps=steps["interact"]))
     if "sft" in steps:
         stages.append(sft(state, model, num_steps=whole["sft"], stop=steps["sft"]))

@@ -1,0 +1,72 @@
+"""`interact.mode: layers`: the decoder layers' own weights train, nothing beside them, and a kill loses nothing."""
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import write_spec
+from safetensors.torch import load_file
+
+import vlsi_cache as vc
+from vlsi_cache.errors import SpecError
+from vlsi_cache.store.reader import Cache
+
+LAYERS = ["distill.interact.mode=layers", "distill.sft.mode=full"]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path) -> Cache:
+    folder = tmp_path_factory.mktemp("layers")
+    return vc.build_teacher(vc.load_spec(write_spec(folder, teacher_folder)), out=folder / "cache")
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, stage: str, num_steps: int) -> None:
+    """Interrupt the stage before its next update."""
+    module = importlib.import_module(f"vlsi_cache.stages.{stage}")
+    step = module.optimizer_step
+
+    def stopping(optimizer: Any, schedule: Any, index: int, total: int) -> float:
+        if index == num_steps:
+            raise KeyboardInterrupt
+        return step(optimizer, schedule, index, total)
+
+    monkeypatch.setattr(module, "optimizer_step", stopping)
+
+
+def test_the_decoder_layers_train_and_nothing_else(
+    cache: Cache, student_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        stop_after(patch, "interact", 4)  # two steps beyond a checkpoint
+        with pytest.raises(KeyboardInterrupt):
+            vc.distill(cache, student=str(student_folder), out=tmp_path / "run", overrides=LAYERS)
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("interact-*")
+    before = load_file(student_folder / "model.safetensors")
+    saved = load_file(checkpoint / "state.safetensors")
+    trained = {key.removeprefix("parameter/"): value for key, value in saved.items() if key.startswith("parameter/")}
+    assert set(trained) == {name for name in before if name.startswith("model.layers.")}
+    assert not [name for name, value in trained.items() if torch.equal(value, before[name])]
+
+
+@pytest.mark.parametrize("stage", ["interact", "sft"])
+def test_a_killed_run_ends_in_the_same_weights(
+    stage: str, cache: Cache, student_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = vc.distill(cache, student=str(student_folder), out=tmp_path / "whole", overrides=LAYERS)
+    with monkeypatch.context() as patch:
+        stop_after(patch, stage, 3)
+        with pytest.raises(KeyboardInterrupt):
+            vc.distill(cache, student=str(student_folder), out=tmp_path / "run", overrides=LAYERS)
+    run = vc.distill(cache, student=str(student_folder), out=tmp_path / "run", overrides=LAYERS)
+    ours, theirs = (load_file(one / "student" / "model.safetensors") for one in (run, whole))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_an_adapter_on_trained_layers_is_refused(cache: Cache, student_folder: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"student": str(student_folder), "out": tmp_path / "run"}
+    with pytest.raises(SpecError, match=r"say `sft.mode: full`"):
+        vc.distill(cache, **options, overrides=LAYERS[:1])
+    assert not (tmp_path / "run").exists()
