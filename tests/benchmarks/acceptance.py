@@ -37,9 +37,10 @@ from vlsi_cache.stages.variants import BASELINES, Variant
 from vlsi_cache.store.reader import Cache
 
 TEACHER = {"num_layers": 8, "hidden": 64}
-TEACHER_STEPS = {"easy": 600, "hard": 2000}
+TEACHER_STEPS = 600
 TARGETS = [1, 2, 3, 4, 5, 6, 7]
 
+FEWER = "last, without the steps of verbalizers"  # what these steps are worth to last-layer KD
 CACHES = {
     "cache": (),
     WIDE: ("rows.top_k=16",),
@@ -75,7 +76,6 @@ WARM = Regime(
     ("batch_size=32", "micro_batch_size=32", "verbalize.learning_rate=3e-3",
      "interact.schedule.learning_rate=3e-3", "sft.schedule.learning_rate=1e-4"),
 )  # fmt: skip
-HARD = replace(WARM, source="hard", num_rows=1500)
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,6 @@ CELLS = {
     "cold, 202 steps": Cell(COLD, (1, 200, 1), ("longer",)),
     "pretrained, 260 steps": Cell(WARM, (40, 160, 60), ("matching", "operations", "longer"), asserted=True),
     "pretrained, 65 steps": Cell(WARM, (10, 40, 15), ("longer",)),
-    "pretrained hard, 400 steps": Cell(HARD, (60, 240, 100), ("longer",)),
 }
 
 
@@ -107,12 +106,14 @@ def longer() -> list[Variant]:
         "per-sample": ("match_unit=sample",),
         "mean": ("layer_reduction=mean",),
         "mean, fade 0.3-0.7": ("layer_reduction=mean", "layers_full_until=0.3", "layers_zero_from=0.7"),
+        "mean, fade 0-0.3": ("layer_reduction=mean", "layers_full_until=0", "layers_zero_from=0.3"),
         "reliable, fade 0.3-0.7": ("reliable_only=true", "layers_full_until=0.3", "layers_zero_from=0.7"),
         "joint, per-sample, fade 0.3-0.7": (
             "sampler=joint", "match_unit=sample", "layers_full_until=0.3", "layers_zero_from=0.7",
         ),
     }  # fmt: skip
-    return [Variant(name, "", tuple(f"distill.interact.{one}" for one in keys)) for name, keys in settings.items()]
+    found = [Variant(name, "", tuple(f"distill.interact.{one}" for one in keys)) for name, keys in settings.items()]
+    return [*found, Variant(FEWER, "", ("distill.verbalize.steps=1",), recipe="last")]
 
 
 def variants_of(cell: Cell, teacher_cache: Cache) -> list[Variant]:
@@ -166,7 +167,7 @@ def run_seed(work: Path, name: str, cell: Cell, seed: int, tiny: bool) -> dict[s
     regime = cell.regime
     home = work / f"{'tiny ' if tiny else ''}{regime.source}-{seed}"
     source = markov.make_source(regime.source, seed=seed)
-    teacher_kl = make_teacher(home, source, regime.source, seed, tiny)
+    teacher_kl = make_teacher(home, source, seed, tiny)
     folder = home / f"{regime.num_layers} layers, {regime.pretraining} pretrained, {regime.num_rows} rows"
     student_kl = make_student(folder, home, source, regime, seed, tiny)
     caches = {
@@ -190,12 +191,12 @@ def run_seed(work: Path, name: str, cell: Cell, seed: int, tiny: bool) -> dict[s
     }
 
 
-def make_teacher(home: Path, source: markov.Source, kind: str, seed: int, tiny: bool) -> float:
+def make_teacher(home: Path, source: markov.Source, seed: int, tiny: bool) -> float:
     """Train the teacher unless it is there; returns its KL from the truth."""
 
     def train(folder: Path) -> float:
         model = new_model(folder, **TEACHER, seed=seed)
-        steps = 5 if tiny else TEACHER_STEPS[kind]
+        steps = 5 if tiny else TEACHER_STEPS
         pretrain(model, source, steps=steps, batch_size=128, learning_rate=3e-3, seed=2 * seed)
         model.save_pretrained(folder)
         return kl_to_truth(model, source)
