@@ -5,7 +5,7 @@
 Every seed has a source, a teacher with verbalizers, a cache and students of its own; all variants of a seed start from
 the same student, read the same written cache and take the same number of steps. The score is KL(truth || student) in
 nats per response word on held-out rows. What is finished in `--work` is taken from there, so that several processes can
-share the work by `--cells` and `--first-seed`. The exit code is 1 where something that must hold does not.
+share the work by `--first-seed`. The exit code is 1 where something that must hold does not.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import acceptance_report
 import markov
 import torch
 import yaml
-from acceptance_report import DENSE, LAST, PACKAGES, VLSI
+from acceptance_report import DENSE, LAST, PACKAGES, VLSI, WIDE
 from layer_kl import layer_kls
 from measuring import Report, setting
 from tiny_models import kl_to_truth, new_model, pretrain
@@ -37,10 +37,15 @@ from vlsi_cache.stages.variants import BASELINES, Variant
 from vlsi_cache.store.reader import Cache
 
 TEACHER = {"num_layers": 8, "hidden": 64}
-TEACHER_STEPS = {"easy": 600, "hard": 2000}
+TEACHER_STEPS = 600
 TARGETS = [1, 2, 3, 4, 5, 6, 7]
 
-DENSE_ROWS = ("rows.top_k=36", "rows.tail_samples=0", "store.profile=exact")  # all words and marks
+FEWER = "last, without the steps of verbalizers"  # what these steps are worth to last-layer KD
+CACHES = {
+    "cache": (),
+    WIDE: ("rows.top_k=16",),
+    DENSE: ("rows.top_k=36", "rows.tail_samples=0", "store.profile=exact"),  # all words and marks
+}
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,6 @@ WARM = Regime(
     ("batch_size=32", "micro_batch_size=32", "verbalize.learning_rate=3e-3",
      "interact.schedule.learning_rate=3e-3", "sft.schedule.learning_rate=1e-4"),
 )  # fmt: skip
-HARD = replace(WARM, source="hard", num_rows=1500)
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,6 @@ CELLS = {
     "cold, 202 steps": Cell(COLD, (1, 200, 1), ("longer",)),
     "pretrained, 260 steps": Cell(WARM, (40, 160, 60), ("matching", "operations", "longer"), asserted=True),
     "pretrained, 65 steps": Cell(WARM, (10, 40, 15), ("longer",)),
-    "pretrained hard, 400 steps": Cell(HARD, (60, 240, 100), ("longer",)),
 }
 
 
@@ -103,19 +106,22 @@ def longer() -> list[Variant]:
         "per-sample": ("match_unit=sample",),
         "mean": ("layer_reduction=mean",),
         "mean, fade 0.3-0.7": ("layer_reduction=mean", "layers_full_until=0.3", "layers_zero_from=0.7"),
+        "mean, fade 0-0.3": ("layer_reduction=mean", "layers_full_until=0", "layers_zero_from=0.3"),
         "reliable, fade 0.3-0.7": ("reliable_only=true", "layers_full_until=0.3", "layers_zero_from=0.7"),
         "joint, per-sample, fade 0.3-0.7": (
             "sampler=joint", "match_unit=sample", "layers_full_until=0.3", "layers_zero_from=0.7",
         ),
     }  # fmt: skip
-    return [Variant(name, "", tuple(f"distill.interact.{one}" for one in keys)) for name, keys in settings.items()]
+    found = [Variant(name, "", tuple(f"distill.interact.{one}" for one in keys)) for name, keys in settings.items()]
+    return [*found, Variant(FEWER, "", ("distill.verbalize.steps=1",), recipe="last")]
 
 
 def variants_of(cell: Cell, teacher_cache: Cache) -> list[Variant]:
     """VLsI first, whose verbalizers the others take; every variant once."""
     tables = {"matching": variants.matching, "operations": variants.operations}
     known = {one.name: one for one in variants.matching(teacher_cache.header, teacher_cache)}
-    found = [known[VLSI], *BASELINES, *([replace(known[VLSI], name=DENSE)] if cell.asserted else [])]
+    found = [known[VLSI], *BASELINES]
+    found += [replace(known[VLSI], name=name) for name in (WIDE, DENSE) if cell.asserted]
     for table in cell.tables:
         found += longer() if table == "longer" else tables[table](teacher_cache.header, teacher_cache)
     same = {"kld+kld": VLSI, "x+kld": LAST}  # under another table's name
@@ -159,18 +165,18 @@ def shrunk(cell: Cell) -> Cell:
 def run_seed(work: Path, name: str, cell: Cell, seed: int, tiny: bool) -> dict[str, Any]:
     """All variants of a cell with one seed: scores by variant, and what else is checked."""
     regime = cell.regime
-    home = work / f"{regime.source}-{seed}"
+    home = work / f"{'tiny ' if tiny else ''}{regime.source}-{seed}"
     source = markov.make_source(regime.source, seed=seed)
-    teacher_kl = make_teacher(home, source, regime.source, seed, tiny)
+    teacher_kl = make_teacher(home, source, seed, tiny)
     folder = home / f"{regime.num_layers} layers, {regime.pretraining} pretrained, {regime.num_rows} rows"
-    student_kl, spec = make_student(folder, home, source, regime, seed, tiny)
-    caches = {"cache": vc.build_teacher(spec, out=folder / "cache")}
-    if cell.asserted:
-        dense = vc.load_spec(folder / "spec.yaml", overrides=DENSE_ROWS)
-        caches["dense"] = vc.build_teacher(dense, out=folder / "dense")
+    student_kl = make_student(folder, home, source, regime, seed, tiny)
+    caches = {
+        kind: vc.build_teacher(vc.load_spec(folder / "spec.yaml", overrides=changes), out=folder / kind)
+        for kind, changes in (CACHES.items() if cell.asserted else [("cache", ())])
+    }
     runs = folder / name
     scores = {
-        variant.name: run_variant(runs, caches["dense" if variant.name == DENSE else "cache"], variant, cell, seed)
+        variant.name: run_variant(runs, caches.get(variant.name, caches["cache"]), variant, cell, seed)
         for variant in variants_of(cell, caches["cache"])
     }
     starts = {"start": folder / "student", "end": runs / VLSI / "student"} if cell.asserted else {}
@@ -185,12 +191,12 @@ def run_seed(work: Path, name: str, cell: Cell, seed: int, tiny: bool) -> dict[s
     }
 
 
-def make_teacher(home: Path, source: markov.Source, kind: str, seed: int, tiny: bool) -> float:
+def make_teacher(home: Path, source: markov.Source, seed: int, tiny: bool) -> float:
     """Train the teacher unless it is there; returns its KL from the truth."""
 
     def train(folder: Path) -> float:
         model = new_model(folder, **TEACHER, seed=seed)
-        steps = 5 if tiny else TEACHER_STEPS[kind]
+        steps = 5 if tiny else TEACHER_STEPS
         pretrain(model, source, steps=steps, batch_size=128, learning_rate=3e-3, seed=2 * seed)
         model.save_pretrained(folder)
         return kl_to_truth(model, source)
@@ -198,10 +204,8 @@ def make_teacher(home: Path, source: markov.Source, kind: str, seed: int, tiny: 
     return _once(home / "teacher", train)
 
 
-def make_student(
-    folder: Path, home: Path, source: markov.Source, regime: Regime, seed: int, tiny: bool
-) -> tuple[float, Any]:
-    """The starting student, its rows and the spec; the teacher's verbalizers unless they are there."""
+def make_student(folder: Path, home: Path, source: markov.Source, regime: Regime, seed: int, tiny: bool) -> float:
+    """The starting student, its rows and the spec; the teacher's verbalizers unless they are there. Returns its KL."""
 
     def train(out: Path) -> float:
         model = new_model(out, num_layers=regime.num_layers, hidden=48, seed=50 + seed)
@@ -234,10 +238,9 @@ def make_student(
         "run": {"device": "cpu"},
     }
     (folder / "spec.yaml").write_text(yaml.safe_dump(spec), encoding="utf-8")
-    resolved = vc.load_spec(folder / "spec.yaml")
-    if not (home / "verbalizers" / "verbalizers").exists():
-        vc.train_verbalizers(resolved, out=home / "verbalizers")
-    return student_kl, resolved
+    if not (home / "verbalizers" / "verbalizers" / "verbalizers.json").is_file():
+        vc.train_verbalizers(vc.load_spec(folder / "spec.yaml"), out=home / "verbalizers")
+    return student_kl
 
 
 def run_variant(runs: Path, teacher_cache: Cache, variant: Variant, cell: Cell, seed: int) -> dict[str, Any]:
@@ -271,7 +274,7 @@ def matched(run: Path) -> list[list[int]]:
 
 @cache
 def verbalizer_losses(run: Path) -> dict[str, dict[str, float]]:
-    """Loss of each of the teacher's layers, mean over ten steps around shares of the training."""
+    """Loss of each of the teacher's layers, mean over the ten steps before each share of the training."""
     lines = read_metrics(run / "metrics.jsonl")
     found = {}
     for share in (0.1, 0.3, 0.5, 0.7, 0.9, 1.0):
