@@ -91,9 +91,7 @@ def plan(spec: vc.CacheSpec, cache: Cache, student: Path, *axes: str, read_rows:
 def test_every_variant_of_every_table_is_valid(spec: vc.CacheSpec, cache: Cache, student_folder: Path) -> None:
     planned = plan(spec, cache, student_folder, *AXES)
     rows = [row for table in planned.tables.values() for row in table]
-    has_fraction = "fraction" in type(spec.distill.sft).model_fields
-    impossible = {"deepest-quarter", *(() if has_fraction else ("no-sft", "half-sft", "half-sft-full"))}
-    assert {row.names[0] for row in rows if row.reason is not None} == impossible
+    assert {row.names[0] for row in rows if row.reason is not None} == {"deepest-quarter"}
     assert {row.names for row in rows if len(row.names) > 1} == {
         ("vlsi", "adaptive"),
         ("vlsi", "kld+kld"),
@@ -109,7 +107,7 @@ def test_every_variant_of_every_table_is_valid(spec: vc.CacheSpec, cache: Cache,
     assert {name for name, run in planned.runs.items() if changed[name] == spec.distill.interact} == {
         *("vlsi", "last", "sft", "whole-sft-full", "k-1", "k-4", "every-second", "suggested-half"),
         *("mlp", "mlp-x2", "verb-ffn-x2", "ffn", "ffn-x2", "decoder", "decoder-x2", "plain", "kl_to_final"),
-        *(("no-sft", "half-sft", "half-sft-full") if has_fraction else ()),
+        *("no-sft", "half-sft", "half-sft-full"),
     }
     equal = {name: sum(run.steps.values()) for name, run in planned.runs.items() if not run.variant.own_steps}
     assert set(equal.values()) == {5}
