@@ -1,13 +1,16 @@
 """Ablations: every variant of every table, one budget, going on after a stop, the same ruler for all, refusals."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from conftest import write_spec
+from safetensors.torch import load_file, save_file
 
 import vlsi_cache as vc
 from vlsi_cache.errors import FingerprintMismatchError, ModelError, SpecError
@@ -230,6 +233,34 @@ def test_a_run_that_diverges_is_recorded_and_the_others_go_on(
     assert record["runs"]["order"]["0"]["message"] == "training has diverged"
     assert record["runs"]["sft"]["0"]["layers"].keys() == {"1", "2"}  # read through the default's verbalizers
     assert num_failed(start(tmp_path / "ablation", variants=["order", "sft"])) == 0
+
+
+def test_a_student_that_its_last_update_destroyed_has_failed(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    distill, out = ablate_module.distill, tmp_path / "ablation"
+
+    def destroy(*arguments: Any, **options: Any) -> Any:
+        run = distill(*arguments, **options)
+        if options["out"].name == "sft":
+            file = run / "student" / "model.safetensors"
+            tensors = load_file(file)
+            tensors["model.layers.2.mlp.down_proj.weight"].fill_(torch.nan)  # above the verbalized layers
+            save_file(tensors, file, metadata={"format": "pt"})
+        return run
+
+    def no_constant(word: str) -> Any:
+        raise AssertionError(f"{word} is no JSON")
+
+    monkeypatch.setattr(ablate_module, "distill", destroy)
+    for _ in range(2):
+        record = start(out, variants=["sft"])
+        assert num_failed(record) == 1
+        assert record["runs"]["sft"]["0"]["message"].startswith("`nll` is nan, `perplexity` is nan of the trained")
+        json.loads((out / "ablation.json").read_text(), parse_constant=no_constant)
+    monkeypatch.undo()
+    shutil.rmtree(out / "runs" / "seed-0" / "sft")
+    assert num_failed(start(out, variants=["sft"])) == 0
 
 
 def test_smaller_caches_are_cut_from_the_one_at_hand(start: Start, cache: Cache, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ through them.
 """
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -124,7 +125,7 @@ def _run_all(ablation: Ablation, plan: AblationPlan, cache: "Cache", record: dic
 
 
 def _one_run(ablation: Ablation, run: PlannedRun, cache: "Cache", seed: int) -> dict[str, Any]:
-    """Train and measure one variant with one seed; a run that diverges is an entry with its message."""
+    """Train and measure one variant with one seed; one that fails is an entry with its message."""
     folder, default = ablation.folder(run.name, seed), ablation.folder(DEFAULT.name, seed)
     where = {"run": str(folder.relative_to(ablation.out))}
     given = _verbalizers_of(default) if run.takes_verbalizers else None
@@ -135,8 +136,15 @@ def _one_run(ablation: Ablation, run: PlannedRun, cache: "Cache", seed: int) -> 
     try:
         distill(source, student=ablation.student, out=folder, overrides=changes, device=ablation.device)
     except ModelError as error:
-        say(f"failed: {error}")
-        return {**where, "status": "failed", "message": str(error)}
+        return _failed(where, str(error))
+    scores = _measure(ablation, folder, _verbalizers_of(default))
+    impossible = _not_finite(scores)
+    if impossible:
+        return _failed(
+            where,
+            f"{', '.join(impossible)} of the trained student: its last updates have destroyed it. The next call "
+            f"measures it again; to train it again delete {folder} first",
+        )
     stages = read_json(folder / "run.json")["stages"]
     steps = sum(stage["steps"] for stage in stages)
     assert steps == sum(run.steps.values()), f"{folder} took {steps} steps, {run.steps} were planned"
@@ -147,8 +155,21 @@ def _one_run(ablation: Ablation, run: PlannedRun, cache: "Cache", seed: int) -> 
         "status": "done",
         "steps": steps,
         "seconds": sum(stage["seconds"] for stage in stages),
-        **_measure(ablation, folder, _verbalizers_of(default)),
+        **scores,
     }
+
+
+def _failed(where: dict[str, str], message: str) -> dict[str, Any]:
+    """The entry of a run that has failed; the next call tries again."""
+    say(f"failed: {message}")
+    return {**where, "status": "failed", "message": message}
+
+
+def _not_finite(scores: dict[str, Any]) -> list[str]:
+    """Scores that are no numbers, as `nll` nan: training stops at such a gradient, but nothing follows the last one."""
+    layers = {f"the nll of layer {layer}": value for layer, value in scores["layers"].items()}
+    values = {"`nll`": scores["nll"], "`perplexity`": scores["perplexity"], **layers}
+    return [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
 
 
 def _verbalizers_of(default: Path) -> Path | None:
