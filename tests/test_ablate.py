@@ -235,6 +235,21 @@ def test_a_run_that_diverges_is_recorded_and_the_others_go_on(
     assert num_failed(start(tmp_path / "ablation", variants=["order", "sft"])) == 0
 
 
+def test_no_student_is_read_through_other_verbalizers_than_those_of_the_default(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverge(*_: Any, **__: Any) -> Any:
+        raise ModelError("training has diverged")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ablate_module, "distill", diverge)
+        record = start(tmp_path / "ablation", variants=["order", "sft"])
+    assert num_failed(record) == 3
+    for name in ("order", "sft"):
+        assert "seed-0/vlsi has left no verbalizers" in record["runs"][name]["0"]["message"]
+    assert num_failed(start(tmp_path / "ablation", variants=["order", "sft"])) == 0
+
+
 def test_a_student_that_its_last_update_destroyed_has_failed(
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -128,11 +128,11 @@ def _one_run(ablation: Ablation, run: PlannedRun, cache: "Cache", seed: int) -> 
     """Train and measure one variant with one seed; one that fails is an entry with its message."""
     folder, default = ablation.folder(run.name, seed), ablation.folder(DEFAULT.name, seed)
     where = {"run": str(folder.relative_to(ablation.out))}
-    given = _verbalizers_of(default) if run.takes_verbalizers else None
-    if run.takes_verbalizers and given is None:
-        return {**where, "status": "failed", "message": f"{default} has left no verbalizers to start from"}
+    ruler = _verbalizers_of(default)
+    if run.name != DEFAULT.name and ruler is None:
+        return _failed(where, f"{default} has left no verbalizers, through which the layers of all students are read")
     source = _cut(ablation, run, cache)
-    changes = _overrides(run, source, seed, given)
+    changes = _overrides(run, source, seed, ruler if run.takes_verbalizers else None)
     try:
         distill(source, student=ablation.student, out=folder, overrides=changes, device=ablation.device)
     except ModelError as error:
