@@ -160,6 +160,7 @@ def test_two_variants_with_two_seeds(whole: Path) -> None:
         assert {line["stage"] for line in read_metrics(order / "metrics.jsonl")} == {"interact", "sft"}
         assert [sum(stage["steps"] for stage in one["stages"]) for one in settings] == [5, 5]
         entries = [record["runs"][name][str(seed)] for name in ("vlsi", "order")]
+        assert (entries[1]["device"], entries[1]["versions"]) == ("cpu", settings[1]["versions"])
         assert entries[1]["seconds"] > settings[0]["stages"][0]["seconds"] > 0  # those of the verbalizers count too
         held_out = vc.load_spec(Path(record["spec"]["data"]["path"]).with_name("spec.yaml")).evaluate
         assert held_out is not None

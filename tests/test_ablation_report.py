@@ -101,6 +101,21 @@ def test_what_is_not_in_the_numbers_is_told(record: dict[str, Any]) -> None:
     assert "not possible: tau-2" in text
 
 
+def test_runs_that_were_not_made_alike_are_told(record: dict[str, Any]) -> None:
+    for entries in record["runs"].values():
+        for one in entries.values():
+            one |= {"device": "cpu", "versions": {"python": "3.12", "torch": "2.5"}}
+    del record["runs"]["sft"]["0"]["device"]  # an earlier release did not write it
+    before = remarks(record, "matching")
+    record["runs"]["order"]["1"] |= {"device": "NVIDIA H100", "versions": {"python": "3.12", "torch": "2.6"}}
+    assert len(before) == 1
+    assert remarks(record, "matching")[1:] == [
+        "not made alike: device cpu in 7 run(s), NVIDIA H100 in 1 (order, seed 1)",
+        "not made alike: torch 2.5 in 8 run(s), 2.6 in 1 (order, seed 1)",
+    ]
+    assert remarks(record, "loss") == ["not possible: tau-2: no rows, at tau 2"]
+
+
 def test_csv_has_a_line_for_each_variant_and_seed(record: dict[str, Any]) -> None:
     lines = list(csv.DictReader(ablation_csv(record).splitlines()))
     assert len(lines) == 3 * 3 + (3 + 1) + 3 * 2

@@ -175,6 +175,23 @@ def remarks(record: Record, axis: str) -> list[str]:
         ]
         left = [str(seed) for seed in record["seeds"] if str(seed) not in entries]
         lines += [f"not run yet: {label(row)}, seed {', '.join(left)}"] if left else []
+    return [*lines, *_not_made_alike(record, axis)]
+
+
+def _not_made_alike(record: Record, axis: str) -> list[str]:
+    """Device and versions that are not the same for all runs of a table: the numbers may differ for that reason."""
+    runs: dict[str, dict[str, list[str]]] = {}  # by what differs and its value
+    for row in record["tables"][axis]:
+        for seed, entry in record["runs"].get(row["run"], {}).items():
+            facts = {"device": entry.get("device"), **(entry.get("versions") or {})}
+            for name, value in facts.items():
+                if value is not None:  # runs of an earlier release do not say it
+                    runs.setdefault(name, {}).setdefault(value, []).append(f"{label(row)}, seed {seed}")
+    lines = []
+    for name, by_value in runs.items():
+        usual, *others = sorted(by_value, key=lambda value: len(by_value[value]), reverse=True)
+        told = "".join(f", {value} in {len(by_value[value])} ({'; '.join(by_value[value])})" for value in others)
+        lines += [f"not made alike: {name} {usual} in {len(by_value[usual])} run(s){told}"] if others else []
     return lines
 
 

@@ -17,6 +17,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from vlsi_cache.errors import ModelError
 from vlsi_cache.report.ablation_table import ablation_csv
 from vlsi_cache.spec import CacheSpec
@@ -36,7 +38,7 @@ from .ablation_setup import (
 from .build import build_teacher
 from .distill import distill, distill_spec
 from .evaluate import evaluate
-from .loop import read_json, say, write_atomically
+from .loop import pick_device, read_json, say, write_atomically
 from .runs import locked, versions
 from .variants import DEFAULT
 
@@ -145,7 +147,8 @@ def _one_run(ablation: Ablation, run: PlannedRun, cache: "Cache", seed: int) -> 
             f"{', '.join(impossible)} of the trained student: its last updates have destroyed it. The next call "
             f"measures it again; to train it again delete {folder} first",
         )
-    stages = read_json(folder / "run.json")["stages"]
+    trained = read_json(folder / "run.json")
+    stages = trained["stages"]
     steps = sum(stage["steps"] for stage in stages)
     assert steps == sum(run.steps.values()), f"{folder} took {steps} steps, {run.steps} were planned"
     if run.takes_verbalizers:  # the time of training them belongs to every run that has them
@@ -155,8 +158,16 @@ def _one_run(ablation: Ablation, run: PlannedRun, cache: "Cache", seed: int) -> 
         "status": "done",
         "steps": steps,
         "seconds": sum(stage["seconds"] for stage in stages),
+        "device": _hardware(ablation.device or ablation.spec.run.device),
+        "versions": trained["versions"],
         **scores,
     }
+
+
+def _hardware(device: str) -> str:
+    """What it ran on: `cpu`, or the name of the GPU."""
+    where = pick_device(device)
+    return torch.cuda.get_device_name(where) if where.type == "cuda" else where.type
 
 
 def _failed(where: dict[str, str], message: str) -> dict[str, Any]:
