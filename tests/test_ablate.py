@@ -313,6 +313,14 @@ def test_changes_between_two_specs_make_one_of_the_other(spec: vc.CacheSpec) -> 
     assert overrides_between(spec, spec, ("distill", "evaluate", "data")) == []
 
 
+def test_a_setting_that_an_earlier_release_did_not_have_is_no_difference(whole: Path, start: Start) -> None:
+    file = whole / "ablation.json"
+    record = json.loads(file.read_text())
+    del record["spec"]["distill"]["sft"]["fraction"]
+    file.write_text(json.dumps(record))
+    assert start(whole, seeds=2, dry_run=True)["num_remaining"] == 0
+
+
 def test_the_cache_is_built_when_there_is_none(start: Start, cache: Cache, tmp_path: Path) -> None:
     preview = start(tmp_path / "ablation", cache=None, dry_run=True)
     assert not (tmp_path / "ablation").exists()
@@ -348,6 +356,9 @@ def test_hostile_requests(
         start(whole, spec=apply_overrides(spec, ["distill.batch_size=8"]))
     with pytest.raises(FingerprintMismatchError, match="student_digest"):
         start(whole, student=str(teacher_folder))
+    (tmp_path / "file").touch()
+    with pytest.raises(SpecError, match=f"{tmp_path}/file is a file; name a folder"):
+        start(tmp_path / "file")
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.png").touch()
     with pytest.raises(SpecError, match=r"holds `cat\.png`"):

@@ -13,7 +13,7 @@ from vlsi_cache.errors import FingerprintMismatchError, SpecError, list_problems
 from vlsi_cache.spec import CacheSpec
 
 from .loop import read_json
-from .runs import LOCK_NAME, differences
+from .runs import LOCK_NAME, differences, whole_spec
 
 PREFIX = "layers-"
 # What decides a verbalizer's weights, beside the digests of teacher and data; a node may see the data elsewhere.
@@ -123,12 +123,11 @@ def _check_apart(folder: Path, theirs: list[int], ours: list[int]) -> None:
 
 
 def _check_same(folder: Path, record: dict[str, Any], spec: CacheSpec, facts: dict[str, Any]) -> None:
-    fresh = spec.model_dump(mode="json")
+    there, fresh = whole_spec(record["spec"], str(folder)), spec.model_dump(mode="json")
     problems = [d for key in facts for d in differences(record.get(key), facts[key], key)]
     for name in COMPARED:
         old, new = (
-            {key: value for key, value in spec[name].items() if key not in NOT_COMPARED}
-            for spec in (record["spec"], fresh)
+            {key: value for key, value in spec[name].items() if key not in NOT_COMPARED} for spec in (there, fresh)
         )
         problems += differences(old, new, name)
     if problems:
