@@ -279,6 +279,29 @@ def test_a_student_that_its_last_update_destroyed_has_failed(
     assert num_failed(start(out, variants=["sft"])) == 0
 
 
+def test_rows_of_one_table_add_up(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train_nothing(ablation: Any, run: Any, *_: Any) -> dict[str, Any]:
+        return {"status": "done", "run": ablation.folder(run.name, 0).name, "steps": 5, "nll": 1.0}
+
+    monkeypatch.setattr(ablate_module, "_one_run", train_nothing)
+    out = tmp_path / "ablation"
+    for variants in (["range", "sft", "adaptive"], ["printed", "last"], ["random"]):
+        record = start(out, variants=variants)
+    names = [["vlsi", "adaptive"], ["random"], ["range"], ["printed"], ["last"], ["sft"]]
+    assert [row["names"] for row in record["tables"]["matching"]] == names
+    assert [line.split(",")[1] for line in (out / "ablation.csv").read_text().splitlines()[1:]] == [
+        " = ".join(one) for one in names
+    ]
+    del record["runs"]["range"]  # a run that was asked for and never made is not kept
+    (out / "ablation.json").write_text(json.dumps(record))
+    start(out, axes=["layers"], variants=["deepest-quarter"])
+    record = start(out, variants=["order"])
+    names[2] = ["order"]
+    assert [row["names"] for row in record["tables"]["matching"]] == names
+    record = start(out, axes=["layers"], variants=["all-layers"])  # what was not possible stays told
+    assert [row["names"] for row in record["tables"]["layers"]] == [["vlsi", "all-layers"], ["deepest-quarter"]]
+
+
 def test_smaller_caches_are_cut_from_the_one_at_hand(start: Start, cache: Cache, tmp_path: Path) -> None:
     start(tmp_path / "ablation", axes=["k", "layers"], variants=["k-4", "every-second"])
     caches = {folder.name: vc.open(folder).header for folder in (tmp_path / "ablation" / "caches").iterdir()}

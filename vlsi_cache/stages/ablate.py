@@ -24,7 +24,7 @@ from vlsi_cache.report.ablation_table import ablation_csv
 from vlsi_cache.spec import CacheSpec
 from vlsi_cache.store.prune import plan_prune, read_cuts, run_prune
 
-from .ablation_plan import AblationPlan, PlannedRun, overrides_between
+from .ablation_plan import AblationPlan, PlannedRun, Row, add_up, overrides_between
 from .ablation_setup import (
     RECORD,
     Ablation,
@@ -98,14 +98,19 @@ def ablate(
 
 
 def _described(ablation: Ablation, plan: AblationPlan, earlier: dict[str, Any]) -> dict[str, Any]:
-    """What the record says beside the scores; tables and seeds of earlier calls stay in it."""
+    """What the record says beside the scores; tables, rows and seeds of earlier calls stay in it."""
+    before = {axis: [_row(row) for row in rows] for axis, rows in earlier.get("tables", {}).items()}
+    tables = {
+        axis: add_up(rows, before.get(axis, []), plan.names[axis], earlier["runs"])
+        for axis, rows in plan.tables.items()
+    }
     return {
         "device": ablation.device or ablation.spec.run.device,
         "versions": versions(),
         "budget": _budget(plan),
         "default": DEFAULT.name,
         "seeds": sorted({*ablation.seeds, *earlier.get("seeds", [])}),
-        "tables": {**earlier.get("tables", {}), **_tables(plan)},
+        "tables": {**earlier.get("tables", {}), **_as_json(tables)},
     }
 
 
@@ -231,15 +236,19 @@ def _preview(ablation: Ablation, plan: AblationPlan, runs: dict[str, Any]) -> di
     return {
         "budget": _budget(plan),
         "seeds": ablation.seeds,
-        "tables": _tables(plan),
+        "tables": _as_json(plan.tables),
         "steps": {name: run.steps for name, run in plan.runs.items()},
         "num_runs": len(jobs),
         "num_remaining": sum(not _is_done(ablation, runs, name, seed) for name, seed in jobs),
     }
 
 
-def _tables(plan: AblationPlan) -> dict[str, list[dict[str, Any]]]:
-    return {axis: [{**asdict(row), "names": list(row.names)} for row in rows] for axis, rows in plan.tables.items()}
+def _as_json(tables: dict[str, list[Row]]) -> dict[str, list[dict[str, Any]]]:
+    return {axis: [{**asdict(row), "names": list(row.names)} for row in rows] for axis, rows in tables.items()}
+
+
+def _row(stored: dict[str, Any]) -> Row:
+    return Row(**{**stored, "names": tuple(stored["names"])})
 
 
 def _budget(plan: AblationPlan) -> str:
