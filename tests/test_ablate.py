@@ -121,6 +121,12 @@ def test_every_variant_of_every_table_is_valid(spec: vc.CacheSpec, cache: Cache,
     }
 
 
+def test_the_budget_names_those_that_take_fewer_steps(start: Start, tmp_path: Path) -> None:
+    budget = start(tmp_path / "ablation", axes=["sft", "matching"], variants=None, dry_run=True)["budget"]
+    assert budget.startswith("5 optimizer steps of 4 samples for every variant")
+    assert budget.endswith(", but for no-sft 4")  # half of one step is one
+
+
 def test_variants_that_come_to_the_same_share_a_run(
     spec: vc.CacheSpec, cache: Cache, student_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

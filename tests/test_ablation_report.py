@@ -16,6 +16,7 @@ from vlsi_cache.report.ablation_table import (
     difference,
     difference_cell,
     num_failed,
+    own_steps,
     remarks,
     table_rows,
 )
@@ -99,6 +100,17 @@ def test_what_is_not_in_the_numbers_is_told(record: dict[str, Any]) -> None:
     text = ablation_text(record)
     assert text.count("vlsi") > 3
     assert "not possible: tau-2" in text
+
+
+def test_rows_with_fewer_steps_say_so(record: dict[str, Any], tmp_path: Path) -> None:
+    for one in record["runs"]["order"].values():
+        one["steps"] = 4
+    for row, count in zip(record["tables"]["matching"], (5, 4, 5), strict=True):
+        row["num_steps"] = count
+    assert own_steps(record["tables"], "vlsi") == {"order": 4}
+    assert [cells[-2] for cells in table_rows(record, "matching")[1]] == ["5", "4 of 5", "5"]
+    (tmp_path / "ablation.json").write_text(json.dumps(record))
+    assert "the same number of steps, but for order.</p>" in write_report(tmp_path).read_text()
 
 
 def test_runs_that_were_not_made_alike_are_told(record: dict[str, Any]) -> None:

@@ -152,12 +152,21 @@ def _score_cells(record: Record, run: str, metrics: Sequence[Metric]) -> list[st
 
 def _cost_cells(record: Record, run: str) -> list[str]:
     steps, seconds = (list(values_by_seed(record, run, key).values()) for key in ("steps", "seconds"))
-    return [f"{steps[0]:.0f}" if steps else "n/a", f"{statistics.fmean(seconds):.1f}" if seconds else "n/a"]
+    usual = list(values_by_seed(record, record["default"], "steps").values())
+    of = f" of {usual[0]:.0f}" if steps and usual and steps[0] != usual[0] else ""
+    return [f"{steps[0]:.0f}{of}" if steps else "n/a", f"{statistics.fmean(seconds):.1f}" if seconds else "n/a"]
 
 
 def label(row: Mapping[str, Any]) -> str:
     """All names of a row: `vlsi = kld+kld`."""
     return " = ".join(row["names"])
+
+
+def own_steps(tables: Mapping[str, Sequence[Mapping[str, Any]]], default: str) -> dict[str, int]:
+    """Steps of the rows that are about their number and take others than the default."""
+    rows = [row for table in tables.values() for row in table if row.get("num_steps")]
+    usual = next((row["num_steps"] for row in rows if row["run"] == default), None)
+    return {label(row): row["num_steps"] for row in rows if row["num_steps"] != usual}
 
 
 def remarks(record: Record, axis: str) -> list[str]:

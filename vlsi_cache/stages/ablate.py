@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vlsi_cache.errors import ModelError
-from vlsi_cache.report.ablation_table import ablation_csv
+from vlsi_cache.report.ablation_table import ablation_csv, own_steps
 from vlsi_cache.spec import CacheSpec
 from vlsi_cache.store.prune import plan_prune, read_cuts, run_prune
 
@@ -104,13 +104,14 @@ def _described(ablation: Ablation, plan: AblationPlan, earlier: dict[str, Any]) 
         axis: add_up(rows, before.get(axis, []), plan.names[axis], earlier["runs"])
         for axis, rows in plan.tables.items()
     }
+    tables = {**earlier.get("tables", {}), **_as_json(tables)}
     return {
         "device": ablation.device or ablation.spec.run.device,
         "versions": versions(),
-        "budget": _budget(plan),
+        "budget": _budget(plan, tables),
         "default": DEFAULT.name,
         "seeds": sorted({*ablation.seeds, *earlier.get("seeds", [])}),
-        "tables": {**earlier.get("tables", {}), **_as_json(tables)},
+        "tables": tables,
     }
 
 
@@ -232,11 +233,11 @@ def _is_done(ablation: Ablation, runs: dict[str, Any], name: str, seed: int) -> 
 
 def _preview(ablation: Ablation, plan: AblationPlan, runs: dict[str, Any]) -> dict[str, Any]:
     """What there is to do."""
-    jobs = [(name, seed) for seed in ablation.seeds for name in plan.runs]
+    jobs, tables = [(name, seed) for seed in ablation.seeds for name in plan.runs], _as_json(plan.tables)
     return {
-        "budget": _budget(plan),
+        "budget": _budget(plan, tables),
         "seeds": ablation.seeds,
-        "tables": _as_json(plan.tables),
+        "tables": tables,
         "steps": {name: run.steps for name, run in plan.runs.items()},
         "num_runs": len(jobs),
         "num_remaining": sum(not _is_done(ablation, runs, name, seed) for name, seed in jobs),
@@ -251,11 +252,13 @@ def _row(stored: dict[str, Any]) -> Row:
     return Row(**{**stored, "names": tuple(stored["names"])})
 
 
-def _budget(plan: AblationPlan) -> str:
+def _budget(plan: AblationPlan, tables: dict[str, list[dict[str, Any]]]) -> str:
     default = plan.runs[DEFAULT.name]
     parts = ", ".join(f"{stage} {count}" for stage, count in default.steps.items())
     size = default.spec.distill.batch_size
-    return f"{plan.num_steps} optimizer steps of {size} samples for every variant ({parts})"
+    other = ", ".join(f"{name} {count}" for name, count in own_steps(tables, DEFAULT.name).items())
+    told = f", but for {other}" if other else ""
+    return f"{plan.num_steps} optimizer steps of {size} samples for every variant ({parts}){told}"
 
 
 def _save(ablation: Ablation, record: dict[str, Any]) -> None:

@@ -46,12 +46,13 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a table: all names of the settings, and the run, or the reason why there is none."""
+    """A row of a table: all names of the settings, the run and its optimizer steps, or the reason why there is none."""
 
     names: tuple[str, ...]
     what: str
     run: str | None
     reason: str | None = None
+    num_steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class AblationPlan:
 
     @property
     def num_steps(self) -> int:
-        """Optimizer steps of the default, which every variant takes."""
+        """Optimizer steps of the default, which every variant takes that is not about their number."""
         return sum(self.runs[DEFAULT.name].steps.values())
 
 
@@ -138,7 +139,8 @@ def _row(variant: Variant, resolve: Callable[[Variant], PlannedRun], runs: dict[
         if variant is DEFAULT:
             raise
         return Row((variant.name,), variant.what, None, " ".join(str(error).split()))
-    return Row((variant.name,), variant.what, runs.setdefault(run.settings, run).name)
+    name = runs.setdefault(run.settings, run).name
+    return Row((variant.name,), variant.what, name, num_steps=sum(run.steps.values()))
 
 
 def _resolve(variant: Variant, *, spec: CacheSpec, header: CacheHeader, config: Any, where: Path) -> PlannedRun:
@@ -169,7 +171,7 @@ def _merge(rows: Iterable[Row]) -> list[Row]:
     for row in rows:
         key = row.names[0] if row.run is None else f"run {row.run}"
         first = merged.get(key)
-        merged[key] = row if first is None else Row((*first.names, *row.names), first.what, row.run)
+        merged[key] = row if first is None else replace(first, names=(*first.names, *row.names))
     return list(merged.values())
 
 
