@@ -27,7 +27,8 @@ DEFAULT_SHARE = 0.1
 class Matches:
     """Shares of matches [S, M] in the first and the last steps that were matched, and what no information would give.
 
-    `num_matches`: draws at the end. `null_SM` is None for the uniform modes, in which nothing is drawn. `entropy_start`
+    `num_matches`: draws at the end. `null_SM` is None for the uniform modes, in which nothing is drawn, and where not
+    all `teacher_layers` are known (`knows_teacher`): then they are those that were matched. `entropy_start`
     and `entropy_end`: nats of the distributions that layers were drawn from, by student layer, where they are logged.
     """
 
@@ -36,6 +37,7 @@ class Matches:
     sampler: str
     student_layers: list[int]
     teacher_layers: list[int]
+    knows_teacher: bool
     start_SM: np.ndarray
     end_SM: np.ndarray
     null_SM: np.ndarray | None
@@ -106,7 +108,12 @@ class Matches:
     def notes(self) -> list[str]:
         """What the columns mean, and what is missing."""
         lines = ["mean: of the matched teacher layers"]
-        if self.null_SM is None:
+        if not self.knows_teacher:
+            lines.append(
+                "no null: the run does not say which teacher layers it could match, and its cache is gone or another "
+                "one; the teacher layers here are those that were matched"
+            )
+        elif self.null_SM is None:
             lines.append(
                 f"matching {self.mode} draws nothing: every student layer has one teacher layer from the start"
             )
@@ -152,22 +159,26 @@ def matches_of(run: RunFiles, *, share: float = DEFAULT_SHARE) -> Matches | None
     from vlsi_cache.sparse.matching import null_distribution
 
     lines = [line for line in run.metrics if any(line.get("matched_layers") or [])]
-    columns = teacher_layers(run)
+    columns, knows_teacher = teacher_layers(run)
     num = max(1, round(share * len(lines)))
     start, end = match_shares(lines[:num], columns), match_shares(lines[-num:], columns)
     if start is None or end is None:
         return None
     interact = ((run.record.get("spec") or {}).get("distill") or {}).get("interact") or {}
     mode, sampler = interact.get("matching", "vlsi"), interact.get("sampler", "greedy")
+    null_SM = None
+    if knows_teacher:
+        null_SM = null_distribution(len(start[1]), len(columns), mode=mode, sampler=sampler)
     return Matches(
         run=str(run.path),
         mode=mode,
         sampler=sampler,
         student_layers=start[1],
         teacher_layers=columns,
+        knows_teacher=knows_teacher,
         start_SM=start[0],
         end_SM=end[0],
-        null_SM=null_distribution(len(start[1]), len(columns), mode=mode, sampler=sampler),
+        null_SM=null_SM,
         start_steps=(lines[0]["step"], lines[num - 1]["step"]),
         end_steps=(lines[-num]["step"], lines[-1]["step"]),
         num_matches=sum(1 for line in lines[-num:] for unit in line["matched_layers"] if unit),
