@@ -70,7 +70,9 @@ def test_chance_is_the_distance_of_so_many_uniform_matches(tmp_path: Path) -> No
             counts_SM[[0, 1], match_layers(np.zeros((2, 4)), rng=rng)] += 1
         distances.append(0.5 * np.abs(counts_SM / 12 - null_SM).sum(1))
     found = vc.match(write_matches(tmp_path / "run", [[[2, 6]] * 12] * 10))
-    np.testing.assert_allclose(found.chance(), np.mean(distances, axis=0), rtol=0.1)
+    chance_S = found.chance()
+    assert chance_S is not None
+    np.testing.assert_allclose(chance_S, np.mean(distances, axis=0), rtol=0.1)
 
 
 def test_units_and_layers_that_fade_out(tmp_path: Path) -> None:
@@ -92,6 +94,22 @@ def test_sampling_entropies_come_from_the_probes(tmp_path: Path) -> None:
     assert found.entropy_start == pytest.approx({1: 1.1, 3: 0.0})
     assert found.entropy_end == {1: 0.5, 3: 0.0}  # the last probe: there is none in the last three steps
     assert "entropy end" in str(found)
+    for step in (0, 2):
+        del lines[step]["probe"]
+    for step, entropy in ((5, 1.1), (29, 0.4)):
+        lines[step]["probe"] = {"1": {"match_entropy": entropy}}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert vc.match(run).entropy_start == {1: 1.1}  # the nearest to the first three steps, not the last one
+
+
+@pytest.mark.parametrize(
+    ("mode", "keeps_order", "has_chance"), [("order", True, True), ("range", False, True), ("bottom_k", False, False)]
+)
+def test_what_is_said_of_a_mode(tmp_path: Path, mode: str, keeps_order: bool, has_chance: bool) -> None:
+    found = vc.match(write_matches(tmp_path / "run", [[[2, 6], [6, 10]]] * 4, matching=mode))
+    assert ("pushes matches deep" in str(found)) == keeps_order
+    assert ("TV end" in str(found), "chance" in str(found)) == (True, has_chance)
+    assert ("chance" in found.as_dict()["distance_from_null"]) == has_chance
 
 
 def test_modes_that_draw_nothing_have_no_null(tmp_path: Path) -> None:
