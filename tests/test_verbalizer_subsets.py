@@ -4,6 +4,7 @@ Legend: T response tokens, V vocabulary.
 """
 
 import json
+import shutil
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -204,6 +205,12 @@ def test_a_whole_training_takes_in_layers_that_the_spec_names_later(
         vc.train_verbalizers(more, out=out, layers="2")
     vc.train_verbalizers(few, out=out)
     assert json.loads((out / "verbalizers" / "verbalizers.json").read_text())["layers"] == [1, 2, 3]
+    before = files_of(out)
+    shutil.rmtree(out / "layers-2")  # as the error says: then the layer is not the whole run's
+    with pytest.raises(SpecError, match=r"layers \[1\] belong to .*run already \(it has \[1, 3\]\)"):
+        vc.train_verbalizers(more, out=out, layers="1:2")
+    vc.train_verbalizers(more, out=out, layers="2")
+    assert files_of(out) == before
 
 
 @pytest.mark.parametrize("loss", ["ce", "kl_to_final"])

@@ -150,7 +150,7 @@ def _train(inputs: TeacherInputs, out: Path, folder: Path, layers: list[int], *,
     # The run over all layers holds the folder already.
     with waiting_for(out) if folder != out else nullcontext():
         verbalizers.save(out / "verbalizers", provenance=facts)
-    return stage
+    return {**stage, "layers": layers}
 
 
 def verbalize(
