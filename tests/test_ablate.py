@@ -1,13 +1,16 @@
 """Ablations: every variant of every table, one budget, going on after a stop, the same ruler for all, refusals."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from conftest import write_spec
+from safetensors.torch import load_file, save_file
 
 import vlsi_cache as vc
 from vlsi_cache.errors import FingerprintMismatchError, ModelError, SpecError
@@ -91,9 +94,7 @@ def plan(spec: vc.CacheSpec, cache: Cache, student: Path, *axes: str, read_rows:
 def test_every_variant_of_every_table_is_valid(spec: vc.CacheSpec, cache: Cache, student_folder: Path) -> None:
     planned = plan(spec, cache, student_folder, *AXES)
     rows = [row for table in planned.tables.values() for row in table]
-    has_fraction = "fraction" in type(spec.distill.sft).model_fields
-    impossible = {"deepest-quarter", *(() if has_fraction else ("no-sft", "half-sft", "half-sft-full"))}
-    assert {row.names[0] for row in rows if row.reason is not None} == impossible
+    assert {row.names[0] for row in rows if row.reason is not None} == {"deepest-quarter"}
     assert {row.names for row in rows if len(row.names) > 1} == {
         ("vlsi", "adaptive"),
         ("vlsi", "kld+kld"),
@@ -109,7 +110,7 @@ def test_every_variant_of_every_table_is_valid(spec: vc.CacheSpec, cache: Cache,
     assert {name for name, run in planned.runs.items() if changed[name] == spec.distill.interact} == {
         *("vlsi", "last", "sft", "whole-sft-full", "k-1", "k-4", "every-second", "suggested-half"),
         *("mlp", "mlp-x2", "verb-ffn-x2", "ffn", "ffn-x2", "decoder", "decoder-x2", "plain", "kl_to_final"),
-        *(("no-sft", "half-sft", "half-sft-full") if has_fraction else ()),
+        *("no-sft", "half-sft", "half-sft-full"),
     }
     equal = {name: sum(run.steps.values()) for name, run in planned.runs.items() if not run.variant.own_steps}
     assert set(equal.values()) == {5}
@@ -118,6 +119,12 @@ def test_every_variant_of_every_table_is_valid(spec: vc.CacheSpec, cache: Cache,
         *("vlsi", "last", "sft", "mlp", "mlp-x2", "verb-ffn-x2", "ffn", "ffn-x2", "decoder", "decoder-x2"),
         *("plain", "kl_to_final"),
     }
+
+
+def test_the_budget_names_those_that_take_fewer_steps(start: Start, tmp_path: Path) -> None:
+    budget = start(tmp_path / "ablation", axes=["sft", "matching"], variants=None, dry_run=True)["budget"]
+    assert budget.startswith("5 optimizer steps of 4 samples for every variant")
+    assert budget.endswith(", but for no-sft 4")  # half of one step is one
 
 
 def test_variants_that_come_to_the_same_share_a_run(
@@ -159,6 +166,7 @@ def test_two_variants_with_two_seeds(whole: Path) -> None:
         assert {line["stage"] for line in read_metrics(order / "metrics.jsonl")} == {"interact", "sft"}
         assert [sum(stage["steps"] for stage in one["stages"]) for one in settings] == [5, 5]
         entries = [record["runs"][name][str(seed)] for name in ("vlsi", "order")]
+        assert (entries[1]["device"], entries[1]["versions"]) == ("cpu", settings[1]["versions"])
         assert entries[1]["seconds"] > settings[0]["stages"][0]["seconds"] > 0  # those of the verbalizers count too
         held_out = vc.load_spec(Path(record["spec"]["data"]["path"]).with_name("spec.yaml")).evaluate
         assert held_out is not None
@@ -234,6 +242,72 @@ def test_a_run_that_diverges_is_recorded_and_the_others_go_on(
     assert num_failed(start(tmp_path / "ablation", variants=["order", "sft"])) == 0
 
 
+def test_no_student_is_read_through_other_verbalizers_than_those_of_the_default(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverge(*_: Any, **__: Any) -> Any:
+        raise ModelError("training has diverged")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ablate_module, "distill", diverge)
+        record = start(tmp_path / "ablation", variants=["order", "sft"])
+    assert num_failed(record) == 3
+    for name in ("order", "sft"):
+        assert "seed-0/vlsi has left no verbalizers" in record["runs"][name]["0"]["message"]
+    assert num_failed(start(tmp_path / "ablation", variants=["order", "sft"])) == 0
+
+
+def test_a_student_that_its_last_update_destroyed_has_failed(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    distill, out = ablate_module.distill, tmp_path / "ablation"
+
+    def destroy(*arguments: Any, **options: Any) -> Any:
+        run = distill(*arguments, **options)
+        if options["out"].name == "sft":
+            file = run / "student" / "model.safetensors"
+            tensors = load_file(file)
+            tensors["model.layers.2.mlp.down_proj.weight"].fill_(torch.nan)  # above the verbalized layers
+            save_file(tensors, file, metadata={"format": "pt"})
+        return run
+
+    def no_constant(word: str) -> Any:
+        raise AssertionError(f"{word} is no JSON")
+
+    monkeypatch.setattr(ablate_module, "distill", destroy)
+    for _ in range(2):
+        record = start(out, variants=["sft"])
+        assert num_failed(record) == 1
+        assert record["runs"]["sft"]["0"]["message"].startswith("`nll` is nan, `perplexity` is nan of the trained")
+        json.loads((out / "ablation.json").read_text(), parse_constant=no_constant)
+    monkeypatch.undo()
+    shutil.rmtree(out / "runs" / "seed-0" / "sft")
+    assert num_failed(start(out, variants=["sft"])) == 0
+
+
+def test_rows_of_one_table_add_up(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train_nothing(ablation: Any, run: Any, *_: Any) -> dict[str, Any]:
+        return {"status": "done", "run": ablation.folder(run.name, 0).name, "steps": 5, "nll": 1.0}
+
+    monkeypatch.setattr(ablate_module, "_one_run", train_nothing)
+    out = tmp_path / "ablation"
+    for variants in (["range", "sft", "adaptive"], ["printed", "last"], ["random"]):
+        record = start(out, variants=variants)
+    names = [["vlsi", "adaptive"], ["random"], ["range"], ["printed"], ["last"], ["sft"]]
+    assert [row["names"] for row in record["tables"]["matching"]] == names
+    assert [line.split(",")[1] for line in (out / "ablation.csv").read_text().splitlines()[1:]] == [
+        " = ".join(one) for one in names
+    ]
+    del record["runs"]["range"]  # a run that was asked for and never made is not kept
+    (out / "ablation.json").write_text(json.dumps(record))
+    start(out, axes=["layers"], variants=["deepest-quarter"])
+    record = start(out, variants=["order"])
+    names[2] = ["order"]
+    assert [row["names"] for row in record["tables"]["matching"]] == names
+    record = start(out, axes=["layers"], variants=["all-layers"])  # what was not possible stays told
+    assert [row["names"] for row in record["tables"]["layers"]] == [["vlsi", "all-layers"], ["deepest-quarter"]]
+
+
 def test_smaller_caches_are_cut_from_the_one_at_hand(start: Start, cache: Cache, tmp_path: Path) -> None:
     start(tmp_path / "ablation", axes=["k", "layers"], variants=["k-4", "every-second"])
     caches = {folder.name: vc.open(folder).header for folder in (tmp_path / "ablation" / "caches").iterdir()}
@@ -266,6 +340,14 @@ def test_changes_between_two_specs_make_one_of_the_other(spec: vc.CacheSpec) -> 
         between = overrides_between(one, wanted, ("distill", "evaluate", "data"))
         assert apply_overrides(one, between) == wanted
     assert overrides_between(spec, spec, ("distill", "evaluate", "data")) == []
+
+
+def test_a_setting_that_an_earlier_release_did_not_have_is_no_difference(whole: Path, start: Start) -> None:
+    file = whole / "ablation.json"
+    record = json.loads(file.read_text())
+    del record["spec"]["distill"]["sft"]["fraction"]
+    file.write_text(json.dumps(record))
+    assert start(whole, seeds=2, dry_run=True)["num_remaining"] == 0
 
 
 def test_the_cache_is_built_when_there_is_none(start: Start, cache: Cache, tmp_path: Path) -> None:
@@ -303,6 +385,9 @@ def test_hostile_requests(
         start(whole, spec=apply_overrides(spec, ["distill.batch_size=8"]))
     with pytest.raises(FingerprintMismatchError, match="student_digest"):
         start(whole, student=str(teacher_folder))
+    (tmp_path / "file").touch()
+    with pytest.raises(SpecError, match=f"{tmp_path}/file is a file; name a folder"):
+        start(tmp_path / "file")
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.png").touch()
     with pytest.raises(SpecError, match=r"holds `cat\.png`"):

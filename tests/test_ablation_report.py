@@ -16,6 +16,7 @@ from vlsi_cache.report.ablation_table import (
     difference,
     difference_cell,
     num_failed,
+    own_steps,
     remarks,
     table_rows,
 )
@@ -99,6 +100,32 @@ def test_what_is_not_in_the_numbers_is_told(record: dict[str, Any]) -> None:
     text = ablation_text(record)
     assert text.count("vlsi") > 3
     assert "not possible: tau-2" in text
+
+
+def test_rows_with_fewer_steps_say_so(record: dict[str, Any], tmp_path: Path) -> None:
+    for one in record["runs"]["order"].values():
+        one["steps"] = 4
+    for row, count in zip(record["tables"]["matching"], (5, 4, 5), strict=True):
+        row["num_steps"] = count
+    assert own_steps(record["tables"], "vlsi") == {"order": 4}
+    assert [cells[-2] for cells in table_rows(record, "matching")[1]] == ["5", "4 of 5", "5"]
+    (tmp_path / "ablation.json").write_text(json.dumps(record))
+    assert "the same number of steps, but for order.</p>" in write_report(tmp_path).read_text()
+
+
+def test_runs_that_were_not_made_alike_are_told(record: dict[str, Any]) -> None:
+    for entries in record["runs"].values():
+        for one in entries.values():
+            one |= {"device": "cpu", "versions": {"python": "3.12", "torch": "2.5"}}
+    del record["runs"]["sft"]["0"]["device"]  # an earlier release did not write it
+    before = remarks(record, "matching")
+    record["runs"]["order"]["1"] |= {"device": "NVIDIA H100", "versions": {"python": "3.12", "torch": "2.6"}}
+    assert len(before) == 1
+    assert remarks(record, "matching")[1:] == [
+        "not made alike: device cpu in 7 run(s), NVIDIA H100 in 1 (order, seed 1)",
+        "not made alike: torch 2.5 in 8 run(s), 2.6 in 1 (order, seed 1)",
+    ]
+    assert remarks(record, "loss") == ["not possible: tau-2: no rows, at tau 2"]
 
 
 def test_csv_has_a_line_for_each_variant_and_seed(record: dict[str, Any]) -> None:

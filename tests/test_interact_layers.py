@@ -13,7 +13,8 @@ import vlsi_cache as vc
 from vlsi_cache.errors import SpecError
 from vlsi_cache.store.reader import Cache
 
-LAYERS = ["distill.interact.mode=layers", "distill.sft.mode=full"]
+PLAIN = ["distill.lora.rank=64", "distill.lora.alpha=64"]  # the defaults, not those of the spec
+LAYERS = ["distill.interact.mode=layers", "distill.sft.mode=full", *PLAIN]
 
 
 @pytest.fixture(scope="module")
@@ -69,4 +70,22 @@ def test_an_adapter_on_trained_layers_is_refused(cache: Cache, student_folder: P
     options: dict[str, Any] = {"student": str(student_folder), "out": tmp_path / "run"}
     with pytest.raises(SpecError, match=r"say `sft.mode: full`"):
         vc.distill(cache, **options, overrides=LAYERS[:1])
+    with pytest.raises(SpecError, match=r"`lora.rank`, `lora.alpha` belong to an adapter, and `interact.mode: layers`"):
+        vc.distill(cache, **options, overrides=LAYERS[:2])
     assert not (tmp_path / "run").exists()
+    # Reads neither: one spec serves all recipes.
+    vc.distill(cache, **options, overrides=["distill.recipe=sft", *LAYERS[:2]])
+
+
+def test_without_finetuning_its_mode_does_not_matter(cache: Cache, student_folder: Path, tmp_path: Path) -> None:
+    runs = [
+        vc.distill(
+            cache, student=str(student_folder), out=tmp_path / name, overrides=[*changes, "distill.sft.fraction=0"]
+        )
+        for name, changes in (("full", LAYERS), ("adapter", [LAYERS[0], *PLAIN]))
+    ]
+    ours, theirs = (load_file(one / "student" / "model.safetensors") for one in runs)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    before = load_file(student_folder / "model.safetensors")
+    same = {name for name in ours if torch.equal(ours[name], before[name])}
+    assert same == {name for name in ours if not name.startswith("model.layers.")}

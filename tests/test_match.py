@@ -17,23 +17,25 @@ from vlsi_cache.errors import CacheNotFoundError, DataError, SpecError
 from vlsi_cache.report.html import write_report
 from vlsi_cache.report.matches import write_match_page, write_match_png
 from vlsi_cache.sparse.matching import match_layers, null_distribution
+from vlsi_cache.store.layout import CacheHeader, sealed_json
 
 TEACHER, STUDENT = [2, 6, 10, 14], [1, 3]
 
 
-def write_matches(folder: Path, matches: list[Any], *, num_steps: int | None = None, **changes: Any) -> Path:
+def write_matches(
+    folder: Path, matches: list[Any], *, num_steps: int | None = None, knows_teacher: bool = True, **changes: Any
+) -> Path:
     """A run whose step n has matched `matches[n]`; `changes` go into the record or into its interact settings."""
     folder.mkdir(parents=True)
-    cache = folder / "cache"
-    cache.mkdir()
-    (cache / "cache.json").write_text(json.dumps({"layers": [*TEACHER, 20]}))
     settings = {key: changes.pop(key) for key in ("matching", "sampler", "intermediate") if key in changes}
-    record = {"kind": "distill", "recipe": "vlsi", "cache": str(cache), "command": "vlsi-cache distill c -o r"}
+    record = {"kind": "distill", "recipe": "vlsi", "command": "vlsi-cache distill c -o r"}
     record |= {"status": "running", "spec": {"distill": {"interact": settings}}, **changes}
     (folder / "run.json").write_text(json.dumps(record))
     common = {"stage": "interact", "num_steps": num_steps or len(matches), "loss": 1.0}
     common |= {"layers": {str(layer): 0.5 for layer in STUDENT}}
     lines = [{**common, "step": step, "matched_layers": found} for step, found in enumerate(matches, 1)]
+    if lines and knows_teacher:
+        lines[0]["teacher_layers"] = TEACHER
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
@@ -68,7 +70,9 @@ def test_chance_is_the_distance_of_so_many_uniform_matches(tmp_path: Path) -> No
             counts_SM[[0, 1], match_layers(np.zeros((2, 4)), rng=rng)] += 1
         distances.append(0.5 * np.abs(counts_SM / 12 - null_SM).sum(1))
     found = vc.match(write_matches(tmp_path / "run", [[[2, 6]] * 12] * 10))
-    np.testing.assert_allclose(found.chance(), np.mean(distances, axis=0), rtol=0.1)
+    chance_S = found.chance()
+    assert chance_S is not None
+    np.testing.assert_allclose(chance_S, np.mean(distances, axis=0), rtol=0.1)
 
 
 def test_units_and_layers_that_fade_out(tmp_path: Path) -> None:
@@ -90,6 +94,22 @@ def test_sampling_entropies_come_from_the_probes(tmp_path: Path) -> None:
     assert found.entropy_start == pytest.approx({1: 1.1, 3: 0.0})
     assert found.entropy_end == {1: 0.5, 3: 0.0}  # the last probe: there is none in the last three steps
     assert "entropy end" in str(found)
+    for step in (0, 2):
+        del lines[step]["probe"]
+    for step, entropy in ((5, 1.1), (29, 0.4)):
+        lines[step]["probe"] = {"1": {"match_entropy": entropy}}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert vc.match(run).entropy_start == {1: 1.1}  # the nearest to the first three steps, not the last one
+
+
+@pytest.mark.parametrize(
+    ("mode", "keeps_order", "has_chance"), [("order", True, True), ("range", False, True), ("bottom_k", False, False)]
+)
+def test_what_is_said_of_a_mode(tmp_path: Path, mode: str, keeps_order: bool, has_chance: bool) -> None:
+    found = vc.match(write_matches(tmp_path / "run", [[[2, 6], [6, 10]]] * 4, matching=mode))
+    assert ("pushes matches deep" in str(found)) == keeps_order
+    assert ("TV end" in str(found), "chance" in str(found)) == (True, has_chance)
+    assert ("chance" in found.as_dict()["distance_from_null"]) == has_chance
 
 
 def test_modes_that_draw_nothing_have_no_null(tmp_path: Path) -> None:
@@ -98,6 +118,30 @@ def test_modes_that_draw_nothing_have_no_null(tmp_path: Path) -> None:
     assert (found.null_SM, found.as_dict()["distance_from_null"]) == (None, None)
     assert "draws nothing" in str(found)
     checked(write_match_page(found, tmp_path / "m.html"), num_figures=1)
+
+
+def test_without_the_teacher_layers_there_is_no_null(tmp_path: Path) -> None:
+    """A run of an earlier release, which only its cache can tell what could be matched."""
+    layers = [*TEACHER, 20]
+    counts = {"num_parts": 1, "num_samples": 1, "num_response_tokens": 1, "v_real": 50, "tail_samples": 0}
+    header = CacheHeader(fingerprint={}, layers=layers, num_model_layers=20, top_k=[4] * 5, **counts)
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    (cache / "cache.json").write_bytes(sealed_json(header.model_dump()))
+    options: dict[str, Any] = {"knows_teacher": False, "cache": str(cache)}
+    same = write_matches(tmp_path / "same", [[[2, 14]]] * 4, cache_digest=header.digest, **options)
+    found = vc.match(same)
+    assert found.teacher_layers == TEACHER
+    assert found.null_SM is not None
+    rebuilt = write_matches(tmp_path / "rebuilt", [[[2, 3], [3, 14]], [[]]], cache_digest="another", **options)
+    (cache / "cache.json").unlink()
+    for run, met in ((same, [2, 14]), (rebuilt, [2, 3, 14])):
+        found = vc.match(run)
+        assert (found.teacher_layers, found.null_SM, found.as_dict()["distance_from_null"]) == (met, None, None)
+        assert "no null: the run does not say" in str(found)
+        assert "draws nothing" not in str(found)
+        checked(write_match_page(found, tmp_path / "m.html"), num_figures=1)
+        (cache / "cache.json").write_bytes(sealed_json(header.model_dump()))  # now that of another run
 
 
 @pytest.mark.parametrize(

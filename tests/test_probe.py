@@ -21,7 +21,8 @@ from vlsi_cache.models.layers import Backbone
 from vlsi_cache.models.load import load_model
 from vlsi_cache.models.verbalizer import Verbalizers, build_verbalizers
 from vlsi_cache.report.checkup import Finding
-from vlsi_cache.sparse.kl import LayerRows
+from vlsi_cache.sparse.divergences import Bucketed
+from vlsi_cache.sparse.kl import FORWARD_KL, LayerRows
 from vlsi_cache.sparse.matching import match_rng
 from vlsi_cache.sparse.rows import SparseRows
 from vlsi_cache.spec import InteractSpec, Schedule
@@ -164,6 +165,19 @@ def test_rows_of_draws_give_no_shares_of_a_top_k(case: Case) -> None:
     }  # fmt: skip
 
 
+def test_without_tail_samples_the_divergence_is_never_negative() -> None:
+    """As the value that layers are matched by: rounding takes that of a student like its teacher below 0."""
+    torch.manual_seed(0)
+    logits_TV = torch.randn(200, V) * 3
+    logp_TV = logits_TV.log_softmax(-1)
+    logp_TK, ids_TK = logp_TV.topk(K)
+    tail_T = 1 - logp_TK.exp().sum(1)
+    assert float(FORWARD_KL(Bucketed.of(logp_TK, tail_T, logp_TK)).min()) < 0
+    none_T0 = ids_TK[:, :0]
+    teacher = module.TeacherTokens(ids_TK, logp_TK, none_T0, tail_T, torch.zeros(200), torch.zeros(200))
+    assert float(module._compare(logits_TV, teacher, ids_TK[:, 0], False)["kl"].min()) == 0
+
+
 def test_first_and_last_step_are_probed_and_about_twenty_in_all() -> None:
     for num_steps in (1, 2, 5, 19, 20, 21, 40, 160, 12345):
         due = [step for step in range(num_steps) if is_due(step, num_steps)]
@@ -191,6 +205,8 @@ def test_a_run_is_the_same_with_and_without_probes(
     ]
     probes = [line.pop("probe") for line in lines[0] if "probe" in line]
     assert len(probes) == 5
+    could_match = [line.pop("teacher_layers") for line in lines[0] if "teacher_layers" in line]
+    assert could_match == [[1, 2, 3, 4]] * 5  # for readers that no longer find the cache
     assert all(set(probed) == {"1", "2", "3"} for probed in probes)
     assert json.dumps(lines[0]) == json.dumps(lines[1])
     ours, others = (load_file(run / "student" / "model.safetensors") for run in (with_probes, without))

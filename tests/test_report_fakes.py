@@ -152,6 +152,7 @@ def metrics_lines(recipe: str, rng: np.random.Generator) -> list[dict[str, Any]]
                 line["layers"] = {"1": 2.6 + fall, "2": 2.1 + fall}
             if stage == "interact":
                 line |= {"kl_last": 0.4 + fall, "layers": {"1": 1.0, "2": 0.8} if recipe == "vlsi" else {}}
+                line |= {"teacher_layers": [1, 2, 3]} if recipe == "vlsi" and step == 1 else {}
                 pairs = [[1, 2], [1, 3], [2, 3]]
                 chosen = rng.choice(3, size=2, p=[0.6, 0.3, 0.1])
                 line["matched_layers"] = [pairs[n] if recipe == "vlsi" else [] for n in chosen]

@@ -84,6 +84,27 @@ def test_a_folder_that_has_changed_is_refused(
         vc.distill(cache, student=str(student_folder), out=tmp_path / "run", overrides=changes)
 
 
+def test_those_that_train_verbalizers_has_made_say_their_loss_too(
+    cache: Cache, student_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, changes = tmp_path / "teacher", ["verbalizer.loss=kl_to_final", "train_verbalizers.schedule.steps=1"]
+    folder.mkdir()
+    changes += ["teacher.layers=[1,2]", *SHORT]
+    spec = vc.load_spec(write_spec(folder, student_folder), overrides=changes)
+    made = vc.train_verbalizers(spec, out=tmp_path / "made", layers="1")
+    record = made / "verbalizers" / "verbalizers.json"
+    facts = json.loads(record.read_text())
+    assert facts["provenance"].pop("loss") == "kl_to_final"
+    record.write_text(json.dumps(facts))  # an earlier release did not write it; layers are added all the same
+    vc.train_verbalizers(spec, out=made, layers="2")
+    with pytest.raises(ModelError, match="loss `kl_to_final`, not `ce`"):
+        vc.distill(cache, student=str(student_folder), out=tmp_path / "run", overrides=given(made))
+    record.write_text(json.dumps({**facts, "layers": [1, 2]}))
+    capsys.readouterr()
+    vc.distill(cache, student=str(student_folder), out=tmp_path / "run", overrides=given(made))
+    assert capsys.readouterr().err.count("it is taken to be `verbalizer.loss: ce`") == 1
+
+
 def test_what_does_not_fit_is_refused_before_there_is_a_run(
     cache: Cache, trained: Path, student_folder: Path, tmp_path: Path
 ) -> None:

@@ -159,6 +159,20 @@ def test_a_run_brings_its_student_and_verbalizers(student_folder: Path, teacher_
         vc.trace(run / "student", prompt="say", verbalizers=run / "verbalizers", device="cpu")
     with pytest.raises(ModelError, match="made for hidden size 32"):
         vc.trace(student_folder, prompt="say", verbalizers=run / "verbalizers", device="cpu")
+    # A run without verbalizers takes those of a run that began with the same student, and no others.
+    labels = tmp_path / "labels"
+    shutil.copytree(teacher_folder, labels / "student")
+    began_with = {**record, "recipe": "sft", "student_digest": weights_digest(trained)}
+    (labels / "run.json").write_text(json.dumps(began_with))
+    for folder in (run, run / "verbalizers"):
+        taken = vc.trace(labels, prompt="say", verbalizers=folder, max_new_tokens=2, device="cpu")
+        assert taken.said == found.said
+    with pytest.raises(ModelError, match=rf"vlsi-cache trace {labels} --verbalizers {run}/verbalizers$"):
+        vc.trace(labels / "student", prompt="say", verbalizers=run, device="cpu")
+    (labels / "run.json").write_text(json.dumps({**began_with, "student_digest": "another"}))
+    with pytest.raises(ModelError, match="began with the same student") as refused:
+        vc.trace(labels, prompt="say", verbalizers=run, device="cpu")
+    assert "vlsi-cache trace" not in str(refused.value)
     (run / "student").rename(run / "elsewhere")
     with pytest.raises(SpecError, match="no trained student yet; go on with: vlsi-cache distill c -o run"):
         vc.trace(run, prompt="say", device="cpu")

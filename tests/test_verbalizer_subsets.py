@@ -4,6 +4,7 @@ Legend: T response tokens, V vocabulary.
 """
 
 import json
+import shutil
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -166,9 +167,14 @@ def test_who_may_work_in_one_folder(
         vc.train_verbalizers(spec, out=out, layers="2:4")
     with pytest.raises(SpecError, match="trainings of some layers"):
         vc.train_verbalizers(spec, out=out)
+    file = out / "layers-1-2" / "run.json"
+    earlier = json.loads(file.read_text())
+    del earlier["spec"]["verbalizer"]["loss"]  # as a release wrote it that did not have the setting
+    file.write_text(json.dumps(earlier))
     longer = vc.load_spec(spec_file, overrides=["train_verbalizers.schedule.steps=7"])
-    with pytest.raises(FingerprintMismatchError, match=r"steps`: 6 there, 7 now"):
+    with pytest.raises(FingerprintMismatchError, match=r"steps`: 6 there, 7 now") as refused:
         vc.train_verbalizers(longer, out=out, layers="3")
+    assert "loss" not in str(refused.value)
     write_jsonl(spec_file.parent / "rows.jsonl", make_rows(39))
     with pytest.raises(FingerprintMismatchError, match="`data_digest`"):
         vc.train_verbalizers(spec, out=out, layers="3")
@@ -199,6 +205,12 @@ def test_a_whole_training_takes_in_layers_that_the_spec_names_later(
         vc.train_verbalizers(more, out=out, layers="2")
     vc.train_verbalizers(few, out=out)
     assert json.loads((out / "verbalizers" / "verbalizers.json").read_text())["layers"] == [1, 2, 3]
+    before = files_of(out)
+    shutil.rmtree(out / "layers-2")  # as the error says: then the layer is not the whole run's
+    with pytest.raises(SpecError, match=r"layers \[1\] belong to .*run already \(it has \[1, 3\]\)"):
+        vc.train_verbalizers(more, out=out, layers="1:2")
+    vc.train_verbalizers(more, out=out, layers="2")
+    assert files_of(out) == before
 
 
 @pytest.mark.parametrize("loss", ["ce", "kl_to_final"])

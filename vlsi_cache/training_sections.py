@@ -208,6 +208,9 @@ class DistillSpec(Strict):
 
     vlsi: verbalize, interact over all target layers, sft. last: the steps of verbalize and interact go to last-layer
     distillation, then sft. sft: all steps go to sft. What `sft.fraction` leaves out, it leaves out of every recipe.
+
+    `recipe: sft` passes over `lora` as over `interact`, so that one spec serves all recipes; where the recipe's own
+    stages would use an adapter but for `interact.mode: layers`, a changed `lora` is refused.
     """
 
     student: str | None = None
@@ -248,9 +251,17 @@ class DistillSpec(Strict):
 
     @model_validator(mode="after")
     def _weights_stay_trained(self) -> "DistillSpec":
-        if self.recipe != "sft" and self.interact.mode == "layers" and self.sft.mode != "full":
+        if self.recipe == "sft" or self.interact.mode != "layers":
+            return self
+        if self.sft.fraction and self.sft.mode != "full":
             raise ValueError(
                 f"`interact.mode: layers` trains the weights themselves, and `sft.mode: {self.sft.mode}` an adapter on "
                 "them; say `sft.mode: full`"
+            )
+        changed = [key for key, default in LoraSpec() if getattr(self.lora, key) != default]
+        if changed:
+            raise ValueError(
+                f"`lora.{'`, `lora.'.join(changed)}` belong to an adapter, and `interact.mode: layers` trains none; "
+                "leave `lora` as it is"
             )
         return self

@@ -20,6 +20,7 @@ from vlsi_cache.errors import ModelError
 
 FORMAT_VERSION = 1
 RECORD = "verbalizers.json"
+ADDED_LATER = ("loss",)  # to the provenance
 HEADER_KEY = "verbalizer"  # one key: the order of several in a safetensors header is not fixed
 
 
@@ -35,6 +36,10 @@ def write(
     Of several processes that write into one folder, the caller must let in one at a time.
     """
     there = _read_json(folder) if (folder / RECORD).is_file() else None
+    if there is not None:
+        # Whether settings fit is for the caller to know: an earlier release did not write them here.
+        added = {key: provenance[key] for key in ADDED_LATER if key in provenance}
+        there["provenance"] = {**added, **there["provenance"]}
     record = {"format_version": FORMAT_VERSION, "architecture": architecture, "provenance": provenance}
     if there is not None and any(there.get(key) != value for key, value in record.items()):
         raise ModelError(f"{folder} holds verbalizers of another model or architecture; choose another folder")

@@ -5,7 +5,17 @@ from typing import Any
 import yaml
 
 from .ablation_figure import ablation_dots
-from .ablation_table import TITLES, Record, label, num_failed, remarks, shown_metrics, table_rows, values_by_seed
+from .ablation_table import (
+    TITLES,
+    Record,
+    label,
+    num_failed,
+    own_steps,
+    remarks,
+    shown_metrics,
+    table_rows,
+    values_by_seed,
+)
 from .page import details, facts_table, figure, html_table, page, paragraph, section, tiles
 
 LEAD = "Variants of one method, trained against the same cache with the same seeds and the same number of steps."
@@ -15,12 +25,14 @@ def ablation_page(record: dict[str, Any]) -> str:
     """The whole page, also of an ablation that is not finished."""
     if "tables" not in record:
         return page("Ablation", LEAD, [paragraph("Nothing has run yet.")])
+    other = own_steps(record["tables"], record["default"])
+    lead = f"{LEAD.removesuffix('.')}, but for {', '.join(other)}." if other else LEAD
     runs = {row["run"] for rows in record["tables"].values() for row in rows if row["run"] is not None}
     numbers = [(str(len(runs)), "variants"), (str(len(record["seeds"])), "seeds")]
     failed = num_failed(record)
     return page(
         "Ablation",
-        LEAD,
+        lead,
         [
             tiles([*numbers, *([(str(failed), "runs failed")] if failed else [])]),
             *(section(f"{axis}: {TITLES[axis]}", *_axis_html(record, axis)) for axis in record["tables"]),

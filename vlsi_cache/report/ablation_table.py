@@ -152,12 +152,21 @@ def _score_cells(record: Record, run: str, metrics: Sequence[Metric]) -> list[st
 
 def _cost_cells(record: Record, run: str) -> list[str]:
     steps, seconds = (list(values_by_seed(record, run, key).values()) for key in ("steps", "seconds"))
-    return [f"{steps[0]:.0f}" if steps else "n/a", f"{statistics.fmean(seconds):.1f}" if seconds else "n/a"]
+    usual = list(values_by_seed(record, record["default"], "steps").values())
+    of = f" of {usual[0]:.0f}" if steps and usual and steps[0] != usual[0] else ""
+    return [f"{steps[0]:.0f}{of}" if steps else "n/a", f"{statistics.fmean(seconds):.1f}" if seconds else "n/a"]
 
 
 def label(row: Mapping[str, Any]) -> str:
     """All names of a row: `vlsi = kld+kld`."""
     return " = ".join(row["names"])
+
+
+def own_steps(tables: Mapping[str, Sequence[Mapping[str, Any]]], default: str) -> dict[str, int]:
+    """Steps of the rows that are about their number and take others than the default."""
+    rows = [row for table in tables.values() for row in table if row.get("num_steps")]
+    usual = next((row["num_steps"] for row in rows if row["run"] == default), None)
+    return {label(row): row["num_steps"] for row in rows if row["num_steps"] != usual}
 
 
 def remarks(record: Record, axis: str) -> list[str]:
@@ -175,6 +184,23 @@ def remarks(record: Record, axis: str) -> list[str]:
         ]
         left = [str(seed) for seed in record["seeds"] if str(seed) not in entries]
         lines += [f"not run yet: {label(row)}, seed {', '.join(left)}"] if left else []
+    return [*lines, *_not_made_alike(record, axis)]
+
+
+def _not_made_alike(record: Record, axis: str) -> list[str]:
+    """Device and versions that are not the same for all runs of a table: the numbers may differ for that reason."""
+    runs: dict[str, dict[str, list[str]]] = {}  # by what differs and its value
+    for row in record["tables"][axis]:
+        for seed, entry in record["runs"].get(row["run"], {}).items():
+            facts = {"device": entry.get("device"), **(entry.get("versions") or {})}
+            for name, value in facts.items():
+                if value is not None:  # runs of an earlier release do not say it
+                    runs.setdefault(name, {}).setdefault(value, []).append(f"{label(row)}, seed {seed}")
+    lines = []
+    for name, by_value in runs.items():
+        usual, *others = sorted(by_value, key=lambda value: len(by_value[value]), reverse=True)
+        told = "".join(f", {value} in {len(by_value[value])} ({'; '.join(by_value[value])})" for value in others)
+        lines += [f"not made alike: {name} {usual} in {len(by_value[usual])} run(s){told}"] if others else []
     return lines
 
 

@@ -1,7 +1,7 @@
 """Where the student's layers were matched, at the start and at the end of stage interact, beside uniform sampling.
 
-Order preservation alone pushes matches deep (VLsI, Figure 5 has no such baseline), so only what differs from the null
-says something about the layers.
+In the modes that keep it, order preservation alone pushes matches deep (VLsI, Figure 5 has no such baseline), so only
+what differs from the null says something about the layers.
 
 Shapes: S student layers, M teacher layers.
 """
@@ -21,13 +21,15 @@ from .stats import RunFiles, match_shares, read_run, teacher_layers
 from .text import table
 
 DEFAULT_SHARE = 0.1
+IN_ORDER = ("vlsi", "order")  # modes of matching that keep the order of layers
 
 
 @dataclass(frozen=True)
 class Matches:
     """Shares of matches [S, M] in the first and the last steps that were matched, and what no information would give.
 
-    `num_matches`: draws at the end. `null_SM` is None for the uniform modes, in which nothing is drawn. `entropy_start`
+    `num_matches`: draws at the end. `null_SM` is None for the uniform modes, in which nothing is drawn, and where not
+    all `teacher_layers` are known (`knows_teacher`): then they are those that were matched. `entropy_start`
     and `entropy_end`: nats of the distributions that layers were drawn from, by student layer, where they are logged.
     """
 
@@ -36,6 +38,7 @@ class Matches:
     sampler: str
     student_layers: list[int]
     teacher_layers: list[int]
+    knows_teacher: bool
     start_SM: np.ndarray
     end_SM: np.ndarray
     null_SM: np.ndarray | None
@@ -56,9 +59,14 @@ class Matches:
         null_SM = np.nan if self.null_SM is None else self.null_SM
         return 0.5 * np.abs(share_SM - null_SM).sum(1)
 
-    def chance(self) -> np.ndarray:
-        """The distance that so few draws from the null itself would have on average: its cells are nearly normal."""
-        null_SM = np.full_like(self.end_SM, np.nan) if self.null_SM is None else self.null_SM
+    def chance(self) -> np.ndarray | None:
+        """The distance that so few draws from the null itself would have on average: its cells are nearly normal.
+
+        None where there is no null, and for `bottom_k`, whose matches of one unit are not independent.
+        """
+        if self.null_SM is None or self.mode == "bottom_k":
+            return None
+        null_SM = self.null_SM
         return np.sqrt(null_SM * (1 - null_SM) / (2 * np.pi * self.num_matches)).sum(1)
 
     def as_dict(self) -> dict[str, Any]:
@@ -76,7 +84,7 @@ class Matches:
 
     def _distances(self) -> dict[str, list[float]]:
         found = {"start": self.distance(self.start_SM), "end": self.distance(self.end_SM), "chance": self.chance()}
-        return {name: distance_S.tolist() for name, distance_S in found.items()}
+        return {name: distance_S.tolist() for name, distance_S in found.items() if distance_S is not None}
 
     def __str__(self) -> str:
         return "\n\n".join([self.heading, table(*self.rows()), "\n".join(self.notes())])
@@ -96,7 +104,9 @@ class Matches:
             columns["mean null"] = self._means(self.null_SM)
             for name, share_SM in (("start", self.start_SM), ("end", self.end_SM)):
                 columns[f"TV {name}"] = [f"{x:.3f}" for x in self.distance(share_SM)]
-            columns["TV chance"] = [f"{x:.3f}" for x in self.chance()]
+            chance_S = self.chance()
+            if chance_S is not None:
+                columns["TV chance"] = [f"{x:.3f}" for x in chance_S]
         if self.entropy_start and self.entropy_end:
             for name, entropy in (("start", self.entropy_start), ("end", self.entropy_end)):
                 columns[f"entropy {name}"] = [f"{entropy[s]:.2f}" if s in entropy else "" for s in self.student_layers]
@@ -106,19 +116,29 @@ class Matches:
     def notes(self) -> list[str]:
         """What the columns mean, and what is missing."""
         lines = ["mean: of the matched teacher layers"]
-        if self.null_SM is None:
+        if not self.knows_teacher:
+            lines.append(
+                "no null: the run does not say which teacher layers it could match, and its cache is gone or another "
+                "one; the teacher layers here are those that were matched"
+            )
+        elif self.null_SM is None:
             lines.append(
                 f"matching {self.mode} draws nothing: every student layer has one teacher layer from the start"
             )
         else:
-            lines.append("null: what uniform sampling would give; keeping the order alone pushes matches deep")
-            lines.append(
-                "TV: total variation distance from the null, 0 the same, 1 nothing in common; chance: what "
-                f"{self.num_matches} matches, as at the end, would show of it on average if the null were true"
+            deep = "; keeping the order alone pushes matches deep" if self.mode in IN_ORDER else ""
+            lines.append(f"null: what uniform sampling would give{deep}")
+            chance = (
+                ""
+                if self.chance() is None
+                else f"; chance: what {self.num_matches} matches, as at the end, would show of it on average if the "
+                "null were true"
             )
+            lines.append(f"TV: total variation distance from the null, 0 the same, 1 nothing in common{chance}")
         if self.entropy_start and self.entropy_end:
             lines.append(
-                "entropy: nats of the distribution that the layer was drawn from, mean over the probed steps there"
+                "entropy: nats of the distribution that the layer was drawn from, mean over the probed steps there, or "
+                "else of the nearest one"
             )
         if not self.is_finished:
             lines.append("the stage is not finished: the end is the end of what is there")
@@ -152,22 +172,26 @@ def matches_of(run: RunFiles, *, share: float = DEFAULT_SHARE) -> Matches | None
     from vlsi_cache.sparse.matching import null_distribution
 
     lines = [line for line in run.metrics if any(line.get("matched_layers") or [])]
-    columns = teacher_layers(run)
+    columns, knows_teacher = teacher_layers(run)
     num = max(1, round(share * len(lines)))
     start, end = match_shares(lines[:num], columns), match_shares(lines[-num:], columns)
     if start is None or end is None:
         return None
     interact = ((run.record.get("spec") or {}).get("distill") or {}).get("interact") or {}
     mode, sampler = interact.get("matching", "vlsi"), interact.get("sampler", "greedy")
+    null_SM = None
+    if knows_teacher:
+        null_SM = null_distribution(len(start[1]), len(columns), mode=mode, sampler=sampler)
     return Matches(
         run=str(run.path),
         mode=mode,
         sampler=sampler,
         student_layers=start[1],
         teacher_layers=columns,
+        knows_teacher=knows_teacher,
         start_SM=start[0],
         end_SM=end[0],
-        null_SM=null_distribution(len(start[1]), len(columns), mode=mode, sampler=sampler),
+        null_SM=null_SM,
         start_steps=(lines[0]["step"], lines[num - 1]["step"]),
         end_steps=(lines[-num]["step"], lines[-1]["step"]),
         num_matches=sum(1 for line in lines[-num:] for unit in line["matched_layers"] if unit),
@@ -210,10 +234,13 @@ def _maps(found: Matches) -> tuple[dict[str, np.ndarray], list[int], list[int]]:
 
 
 def _entropies(chosen: Metrics, lines: Metrics) -> dict[int, float]:
-    """Mean sampling entropy by student layer, over the probed steps among the chosen ones, or else the last one."""
+    """Mean sampling entropy by student layer, over the probed steps among the chosen ones, or else of the nearest."""
     found: dict[int, list[float]] = {}
-    probed = [line for line in lines if line.get("probe")]
-    for line in [line for line in chosen if line.get("probe")] or probed[-1:]:
+    first, last = chosen[0]["step"], chosen[-1]["step"]
+    nearest = sorted(
+        (line for line in lines if line.get("probe")), key=lambda line: max(first - line["step"], line["step"] - last)
+    )
+    for line in [line for line in chosen if line.get("probe")] or nearest[:1]:
         for layer, values in line["probe"].items():
             if "match_entropy" in values:
                 found.setdefault(int(layer), []).append(values["match_entropy"])

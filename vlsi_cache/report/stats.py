@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vlsi_cache.errors import CacheNotFoundError
+from vlsi_cache.errors import CacheNotFoundError, VlsiCacheError
 
 if TYPE_CHECKING:
     from vlsi_cache.sparse.rows import SparseRows
@@ -164,16 +164,30 @@ def _per_micro_batch(matched: list[Any]) -> list[list[int]]:
     return matched if isinstance(matched[0], list) else [matched]
 
 
-def teacher_layers(run: RunFiles) -> list[int]:
-    """The teacher's intermediate layers that a run could match: of its log, else of its cache, else those it met."""
+def teacher_layers(run: RunFiles) -> tuple[list[int], bool]:
+    """The teacher's intermediate layers that a run could match, of its log or else of its cache, and True.
+
+    Those that it has met, and False, for a run of an earlier release whose cache is gone or another one by now.
+    """
     for line in run.metrics:
         if line.get("teacher_layers"):
-            return [int(layer) for layer in line["teacher_layers"]]
-    header = read_json(Path(run.record.get("cache") or ".") / "cache.json")
-    if header:
-        return [int(layer) for layer in header["layers"][:-1]]
-    lines = [line["matched_layers"] for line in run.metrics if line.get("matched_layers")]
-    return sorted({layer for line in lines for match in _per_micro_batch(line) for layer in match})
+            return [int(layer) for layer in line["teacher_layers"]], True
+    of_cache = _layers_of_cache(run.record)
+    if of_cache is not None:
+        return of_cache[:-1], True
+    lines = [line["matched_layers"] for line in run.metrics if any(line.get("matched_layers") or [])]
+    return sorted({layer for line in lines for match in _per_micro_batch(line) for layer in match}), False
+
+
+def _layers_of_cache(record: Mapping[str, Any]) -> list[int] | None:
+    """The layers of the cache that a run was trained against, if it is still where it was."""
+    from vlsi_cache.store.files import load_header
+
+    try:
+        header = load_header(Path(record["cache"]))
+    except (KeyError, TypeError, OSError, VlsiCacheError):
+        return None
+    return header.layers if header.digest == record.get("cache_digest") else None
 
 
 def smooth(values: Sequence[float], window: int) -> np.ndarray:

@@ -11,17 +11,20 @@ through them.
 """
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from vlsi_cache.errors import ModelError
-from vlsi_cache.report.ablation_table import ablation_csv
+from vlsi_cache.report.ablation_table import ablation_csv, own_steps
 from vlsi_cache.spec import CacheSpec
 from vlsi_cache.store.prune import plan_prune, read_cuts, run_prune
 
-from .ablation_plan import AblationPlan, PlannedRun, overrides_between
+from .ablation_plan import AblationPlan, PlannedRun, Row, add_up, overrides_between
 from .ablation_setup import (
     RECORD,
     Ablation,
@@ -35,7 +38,7 @@ from .ablation_setup import (
 from .build import build_teacher
 from .distill import distill, distill_spec
 from .evaluate import evaluate
-from .loop import read_json, say, write_atomically
+from .loop import pick_device, read_json, say, write_atomically
 from .runs import locked, versions
 from .variants import DEFAULT
 
@@ -95,14 +98,20 @@ def ablate(
 
 
 def _described(ablation: Ablation, plan: AblationPlan, earlier: dict[str, Any]) -> dict[str, Any]:
-    """What the record says beside the scores; tables and seeds of earlier calls stay in it."""
+    """What the record says beside the scores; tables, rows and seeds of earlier calls stay in it."""
+    before = {axis: [_row(row) for row in rows] for axis, rows in earlier.get("tables", {}).items()}
+    tables = {
+        axis: add_up(rows, before.get(axis, []), plan.names[axis], earlier["runs"])
+        for axis, rows in plan.tables.items()
+    }
+    tables = {**earlier.get("tables", {}), **_as_json(tables)}
     return {
         "device": ablation.device or ablation.spec.run.device,
         "versions": versions(),
-        "budget": _budget(plan),
+        "budget": _budget(plan, tables),
         "default": DEFAULT.name,
         "seeds": sorted({*ablation.seeds, *earlier.get("seeds", [])}),
-        "tables": {**earlier.get("tables", {}), **_tables(plan)},
+        "tables": tables,
     }
 
 
@@ -124,20 +133,28 @@ def _run_all(ablation: Ablation, plan: AblationPlan, cache: "Cache", record: dic
 
 
 def _one_run(ablation: Ablation, run: PlannedRun, cache: "Cache", seed: int) -> dict[str, Any]:
-    """Train and measure one variant with one seed; a run that diverges is an entry with its message."""
+    """Train and measure one variant with one seed; one that fails is an entry with its message."""
     folder, default = ablation.folder(run.name, seed), ablation.folder(DEFAULT.name, seed)
     where = {"run": str(folder.relative_to(ablation.out))}
-    given = _verbalizers_of(default) if run.takes_verbalizers else None
-    if run.takes_verbalizers and given is None:
-        return {**where, "status": "failed", "message": f"{default} has left no verbalizers to start from"}
+    ruler = _verbalizers_of(default)
+    if run.name != DEFAULT.name and ruler is None:
+        return _failed(where, f"{default} has left no verbalizers, through which the layers of all students are read")
     source = _cut(ablation, run, cache)
-    changes = _overrides(run, source, seed, given)
+    changes = _overrides(run, source, seed, ruler if run.takes_verbalizers else None)
     try:
         distill(source, student=ablation.student, out=folder, overrides=changes, device=ablation.device)
     except ModelError as error:
-        say(f"failed: {error}")
-        return {**where, "status": "failed", "message": str(error)}
-    stages = read_json(folder / "run.json")["stages"]
+        return _failed(where, str(error))
+    scores = _measure(ablation, folder, _verbalizers_of(default))
+    impossible = _not_finite(scores)
+    if impossible:
+        return _failed(
+            where,
+            f"{', '.join(impossible)} of the trained student: its last updates have destroyed it. The next call "
+            f"measures it again; to train it again delete {folder} first",
+        )
+    trained = read_json(folder / "run.json")
+    stages = trained["stages"]
     steps = sum(stage["steps"] for stage in stages)
     assert steps == sum(run.steps.values()), f"{folder} took {steps} steps, {run.steps} were planned"
     if run.takes_verbalizers:  # the time of training them belongs to every run that has them
@@ -147,8 +164,29 @@ def _one_run(ablation: Ablation, run: PlannedRun, cache: "Cache", seed: int) -> 
         "status": "done",
         "steps": steps,
         "seconds": sum(stage["seconds"] for stage in stages),
-        **_measure(ablation, folder, _verbalizers_of(default)),
+        "device": _hardware(ablation.device or ablation.spec.run.device),
+        "versions": trained["versions"],
+        **scores,
     }
+
+
+def _hardware(device: str) -> str:
+    """What it ran on: `cpu`, or the name of the GPU."""
+    where = pick_device(device)
+    return torch.cuda.get_device_name(where) if where.type == "cuda" else where.type
+
+
+def _failed(where: dict[str, str], message: str) -> dict[str, Any]:
+    """The entry of a run that has failed; the next call tries again."""
+    say(f"failed: {message}")
+    return {**where, "status": "failed", "message": message}
+
+
+def _not_finite(scores: dict[str, Any]) -> list[str]:
+    """Scores that are no numbers, as `nll` nan: training stops at such a gradient, but nothing follows the last one."""
+    layers = {f"the nll of layer {layer}": value for layer, value in scores["layers"].items()}
+    values = {"`nll`": scores["nll"], "`perplexity`": scores["perplexity"], **layers}
+    return [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
 
 
 def _verbalizers_of(default: Path) -> Path | None:
@@ -195,26 +233,32 @@ def _is_done(ablation: Ablation, runs: dict[str, Any], name: str, seed: int) -> 
 
 def _preview(ablation: Ablation, plan: AblationPlan, runs: dict[str, Any]) -> dict[str, Any]:
     """What there is to do."""
-    jobs = [(name, seed) for seed in ablation.seeds for name in plan.runs]
+    jobs, tables = [(name, seed) for seed in ablation.seeds for name in plan.runs], _as_json(plan.tables)
     return {
-        "budget": _budget(plan),
+        "budget": _budget(plan, tables),
         "seeds": ablation.seeds,
-        "tables": _tables(plan),
+        "tables": tables,
         "steps": {name: run.steps for name, run in plan.runs.items()},
         "num_runs": len(jobs),
         "num_remaining": sum(not _is_done(ablation, runs, name, seed) for name, seed in jobs),
     }
 
 
-def _tables(plan: AblationPlan) -> dict[str, list[dict[str, Any]]]:
-    return {axis: [{**asdict(row), "names": list(row.names)} for row in rows] for axis, rows in plan.tables.items()}
+def _as_json(tables: dict[str, list[Row]]) -> dict[str, list[dict[str, Any]]]:
+    return {axis: [{**asdict(row), "names": list(row.names)} for row in rows] for axis, rows in tables.items()}
 
 
-def _budget(plan: AblationPlan) -> str:
+def _row(stored: dict[str, Any]) -> Row:
+    return Row(**{**stored, "names": tuple(stored["names"])})
+
+
+def _budget(plan: AblationPlan, tables: dict[str, list[dict[str, Any]]]) -> str:
     default = plan.runs[DEFAULT.name]
     parts = ", ".join(f"{stage} {count}" for stage, count in default.steps.items())
     size = default.spec.distill.batch_size
-    return f"{plan.num_steps} optimizer steps of {size} samples for every variant ({parts})"
+    other = ", ".join(f"{name} {count}" for name, count in own_steps(tables, DEFAULT.name).items())
+    told = f", but for {other}" if other else ""
+    return f"{plan.num_steps} optimizer steps of {size} samples for every variant ({parts}){told}"
 
 
 def _save(ablation: Ablation, record: dict[str, Any]) -> None:

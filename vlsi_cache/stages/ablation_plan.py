@@ -5,8 +5,8 @@ Two rows whose settings come to the same share a run, within a table and between
 
 import difflib
 import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,24 +46,29 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a table: all names of the settings, and the run, or the reason why there is none."""
+    """A row of a table: all names of the settings, the run and its optimizer steps, or the reason why there is none."""
 
     names: tuple[str, ...]
     what: str
     run: str | None
     reason: str | None = None
+    num_steps: int | None = None
 
 
 @dataclass(frozen=True)
 class AblationPlan:
-    """`runs` in the order of training, the default first: the others take its verbalizers."""
+    """`runs` in the order of training, the default first: the others take its verbalizers.
+
+    `names` are all variants of a table, also those that were not asked for.
+    """
 
     runs: dict[str, PlannedRun]
     tables: dict[str, list[Row]]
+    names: dict[str, list[str]]
 
     @property
     def num_steps(self) -> int:
-        """Optimizer steps of the default, which every variant takes."""
+        """Optimizer steps of the default, which every variant takes that is not about their number."""
         return sum(self.runs[DEFAULT.name].steps.values())
 
 
@@ -91,12 +96,10 @@ def plan_runs(
     rows: dict[str, list[Row]] = {}
     for axis, variants in tables.items():
         found = [_row(variant, resolve, runs) for variant in variants]
-        merged = _merge(row for row in found if row.names[0] in wanted)
-        # The baselines are resolved first, so that they give a shared run its name, and are shown last.
-        is_baseline = [any(one.name in row.names for one in BASELINES) for row in merged]
-        rows[axis] = [row for _, row in sorted(zip(is_baseline, merged, strict=True), key=lambda pair: pair[0])]
+        rows[axis] = _in_order((row for row in found if row.names[0] in wanted), [one.name for one in variants])
     used = {row.run for table in rows.values() for row in table}
-    plan = AblationPlan({run.name: run for run in runs.values() if run.name in used}, rows)
+    names_of = {axis: [variant.name for variant in variants] for axis, variants in tables.items()}
+    plan = AblationPlan({run.name: run for run in runs.values() if run.name in used}, rows, names_of)
     _check_budget(plan)
     return plan
 
@@ -136,7 +139,8 @@ def _row(variant: Variant, resolve: Callable[[Variant], PlannedRun], runs: dict[
         if variant is DEFAULT:
             raise
         return Row((variant.name,), variant.what, None, " ".join(str(error).split()))
-    return Row((variant.name,), variant.what, runs.setdefault(run.settings, run).name)
+    name = runs.setdefault(run.settings, run).name
+    return Row((variant.name,), variant.what, name, num_steps=sum(run.steps.values()))
 
 
 def _resolve(variant: Variant, *, spec: CacheSpec, header: CacheHeader, config: Any, where: Path) -> PlannedRun:
@@ -167,8 +171,27 @@ def _merge(rows: Iterable[Row]) -> list[Row]:
     for row in rows:
         key = row.names[0] if row.run is None else f"run {row.run}"
         first = merged.get(key)
-        merged[key] = row if first is None else Row((*first.names, *row.names), first.what, row.run)
+        merged[key] = row if first is None else replace(first, names=(*first.names, *row.names))
     return list(merged.values())
+
+
+def _in_order(rows: Iterable[Row], names: list[str]) -> list[Row]:
+    """As the variants are listed, rows of one run as one. The baselines are resolved first, so that they give a shared
+    run its name, and are shown last."""
+    place = {name: number for number, name in enumerate(names)}
+    merged = _merge(sorted(rows, key=lambda row: place.get(row.names[0], len(place))))
+    return sorted(merged, key=lambda row: any(one.name in row.names for one in BASELINES))
+
+
+def add_up(rows: list[Row], earlier: Iterable[Row], names: list[str], runs: Collection[str]) -> list[Row]:
+    """The rows of a table together with those of earlier calls that have one of the `runs`, or the reason for none.
+
+    `names` are all variants of the table, in its order.
+    """
+    taken = {name for row in rows for name in row.names}
+    there = [row for row in earlier if row.run is None or row.run in runs]
+    left = [replace(row, names=tuple(name for name in row.names if name not in taken)) for row in there]
+    return _in_order([*rows, *(row for row in left if row.names)], names)
 
 
 def _check_budget(plan: AblationPlan) -> None:

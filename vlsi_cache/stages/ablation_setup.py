@@ -19,7 +19,7 @@ from .build import cache_header, part_tokens
 from .distill import FIXED_BY_THE_CACHE
 from .inputs import open_teacher_inputs
 from .loop import read_json
-from .runs import LOCK_NAME, differences
+from .runs import LOCK_NAME, differences, whole_spec
 from .student import check_tokenizer
 
 if TYPE_CHECKING:
@@ -78,6 +78,8 @@ def open_ablation(
         raise SpecError("no student: give --student FOLDER-OR-ID, or `distill.student` in the spec")
     if spec.evaluate is None:
         raise SpecError("nothing to compare the variants on: the spec has no `evaluate:` section")
+    if out.exists() and not out.is_dir():
+        raise SpecError(f"{out} is a file; name a folder with -o")
     if seeds < 1:
         raise SpecError(f"`seeds` is {seeds}: at least one is needed")
     for key in ("recipe", "verbalizers"):
@@ -119,9 +121,10 @@ def read_record(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
             raise SpecError(f"{out} exists and is no ablation (it holds `{min(strangers)}`); choose another folder")
         return {}
     record = read_json(file)
+    specs = (whole_spec(one["spec"], str(file)) for one in (record, identity))
     old, new = (
-        {**one, "spec": {key: value for key, value in one["spec"].items() if key != "run"}}
-        for one in (record, identity)
+        {**one, "spec": {key: value for key, value in spec.items() if key != "run"}}
+        for one, spec in zip((record, identity), specs, strict=True)
     )
     problems = [line for key in IDENTITY for line in differences(old.get(key), new[key], key)]
     if problems:

@@ -138,7 +138,7 @@ def _run_stages(state: StudentState) -> list[dict[str, Any]]:
         stages.append(entry)
     torch.manual_seed(distill.seed)
     adapts = "interact" in steps and distill.interact.mode == "lora"
-    uses_lora = adapts or distill.sft.mode == "lora+embed_head"
+    uses_lora = adapts or ("sft" in steps and distill.sft.mode == "lora+embed_head")
     model = add_lora(state.model, **distill.lora.model_dump()) if uses_lora else state.model
     if distill.gradient_checkpointing:
         checkpoint_activations(model)

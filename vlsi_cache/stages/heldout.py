@@ -29,6 +29,7 @@ from vlsi_cache.store.reader import Cache
 
 from .feed import MicroBatch, Pair, encode_pairs, match_records
 from .loop import head_of
+from .probe import agreement
 from .student import cached_sources, check_tokenizer
 
 LOGIT_BYTES = 2**26  # logits that are alive at a time
@@ -142,9 +143,8 @@ def _agreement(hidden_TD: Tensor, head: Head, ids_TK: Tensor, logprobs_TK: Tenso
     ):
         logits_CV = hidden_CD.new_empty(len(hidden_CD), head.num_rows, dtype=compute_dtype(hidden_CD))
         head.logits_into(logits_CV, hidden_CD, 0)
-        agree += int((logits_CV.argmax(1) == ids_CK[:, 0]).sum())
-        logq_CK = logits_CV.gather(1, ids_CK) - logits_CV.logsumexp(1, keepdim=True)
-        mass += float(logq_CK.exp().masked_fill(logprobs_CK == -torch.inf, 0.0).double().sum())
+        agrees_C, mass_C = agreement(logits_CV, ids_CK, logprobs_CK)
+        agree, mass = agree + int(agrees_C.sum()), mass + float(mass_C.double().sum())
     return agree, mass
 
 

@@ -88,6 +88,8 @@ def interact(state: StudentState, model: Any, verbalizers: Verbalizers | None, *
                 layers={str(layer): value for layer, value in by_layer.items()},
                 **({"reliable": {str(k): v for k, v in numbers.kept.items()}} if settings.reliable_only else {}),
                 matched_layers=[unit for units in numbers.matched for unit in units or [[]]],
+                # What could be matched, for readers that no longer find the cache; once in a while is enough.
+                **({"teacher_layers": state.teacher_layers[:-1]} if layers and is_due(step, num_steps) else {}),
                 **({} if probed is None else {"probe": probed}),
                 learning_rate=rate,
                 tokens_per_s=tokens / seconds,

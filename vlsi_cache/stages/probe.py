@@ -128,12 +128,13 @@ def _compare(logits_TV: Tensor, teacher: TeacherTokens, gold_T: Tensor, is_sampl
     logq_TV = logits_TV.log_softmax(-1)
     is_kept_TK, p_TK = logp_TK.isfinite(), logp_TK.exp()
     logq_TK = logq_TV.gather(1, ids_TK)
-    # The value that layers are matched by, term for term; without tail samples the tail is one bucket.
+    # What layers are matched by at temperature 1 (`CandidateKL.matching_MT`); without tail samples the tail is one
+    # bucket, whose divergence is never negative.
     kl_T = -entropy_T - (p_TK * logq_TK).sum(1)
     if tail_ids_Tm.shape[1]:
         kl_T = kl_T - tail_mass_T * logq_TV.gather(1, tail_ids_Tm).mean(1)
     else:
-        kl_T = torch.where(tail_mass_T > 0, FORWARD_KL(Bucketed.of(logp_TK, tail_mass_T, logq_TK)), kl_T)
+        kl_T = torch.where(tail_mass_T > 0, FORWARD_KL(Bucketed.of(logp_TK, tail_mass_T, logq_TK)).clamp(min=0), kl_T)
     values = {
         "kl": kl_T,
         "student_entropy": torch.special.entr(logq_TV.exp()).sum(1),
@@ -145,9 +146,16 @@ def _compare(logits_TV: Tensor, teacher: TeacherTokens, gold_T: Tensor, is_sampl
         return values
     width_T1 = is_kept_TK.sum(1, keepdim=True)
     least_T1 = logq_TV.topk(ids_TK.shape[1]).values.gather(1, width_T1 - 1)  # what the student's own top-k begins at
+    agrees_T, mass_T = agreement(logits_TV, ids_TK, logp_TK)
     return values | {
         "kept_mass": 1 - tail_mass_T,
-        "student_mass": (logq_TK.exp() * is_kept_TK).sum(1),
+        "student_mass": mass_T,
         "overlap": ((logq_TK >= least_T1) & is_kept_TK).sum(1) / width_T1[:, 0],
-        "top1_agreement": (logq_TV.argmax(1) == ids_TK[:, 0]).to(logq_TV.dtype),
+        "top1_agreement": agrees_T.to(logq_TV.dtype),
     }
+
+
+def agreement(logits_TV: Tensor, ids_TK: Tensor, logp_TK: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each token, whether its likeliest word is the teacher's, and its mass on the teacher's kept words, [T]."""
+    logq_TK = logits_TV.gather(1, ids_TK) - logits_TV.logsumexp(1, keepdim=True)
+    return logits_TV.argmax(1) == ids_TK[:, 0], logq_TK.exp().masked_fill(logp_TK == -torch.inf, 0.0).sum(1)

@@ -113,7 +113,7 @@ def differences(old: Any, new: Any, key: str = "") -> list[str]:
 
 def spec_changes_note(stored_spec: dict[str, Any], spec: CacheSpec) -> str:
     """What has changed since a cache was built among the settings that `distill` reads from it; empty if nothing."""
-    stored, fresh = _whole(stored_spec, "the cache"), spec.model_dump(mode="json")
+    stored, fresh = whole_spec(stored_spec, "the cache"), spec.model_dump(mode="json")
     changed = [d for name in READ_BY_DISTILL for d in differences(stored[name], fresh[name], name)]
     if not changed:
         return ""
@@ -123,14 +123,14 @@ def spec_changes_note(stored_spec: dict[str, Any], spec: CacheSpec) -> str:
     )
 
 
-def _whole(stored: dict[str, Any], where: str) -> dict[str, Any]:
+def whole_spec(stored: dict[str, Any], where: str) -> dict[str, Any]:
     """A stored spec with the defaults of settings that an earlier release did not have."""
     return spec_from_dict(stored, where=where).model_dump(mode="json")
 
 
 def _check_same(path: Path, existing: dict[str, Any], wanted: dict[str, Any], keys: tuple[str, ...]) -> None:
     problems = [d for key in keys for d in differences(existing.get(key), wanted.get(key), key)]
-    specs = (_whole(record["spec"], str(path)) for record in (existing, wanted))
+    specs = (whole_spec(record["spec"], str(path)) for record in (existing, wanted))
     old, new = ({name: section for name, section in spec.items() if name != "run"} for spec in specs)
     problems += differences(old, new, "spec")
     if problems:

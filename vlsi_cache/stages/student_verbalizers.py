@@ -10,6 +10,8 @@ from vlsi_cache.models.verbalizer import Verbalizers, load_verbalizers, verbaliz
 from vlsi_cache.models.verbalizer_files import read_record
 from vlsi_cache.spec import VerbalizerSpec
 
+from .loop import say
+
 
 def check_verbalizers(
     folder: str | None, layers: list[int], architecture: VerbalizerSpec, *, student_digest: str
@@ -37,6 +39,11 @@ def check_verbalizers(
         raise ModelError(
             f"`distill.verbalizers` {path} are not what `verbalizer` of the spec says: {'; '.join(other)}; change one "
             "of the two"
+        )
+    if "loss" not in found:
+        say(
+            f"`distill.verbalizers` {path} are of an earlier release and do not say by which loss they were trained; "
+            f"it is taken to be `verbalizer.loss: {architecture.loss}`"
         )
     return {"verbalizers_digest": verbalizers_digest(path, layers)}
 

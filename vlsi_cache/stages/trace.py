@@ -26,6 +26,7 @@ from vlsi_cache.errors import DataError, ModelError, SpecError
 from vlsi_cache.models.layers import Backbone, LayerSequence
 from vlsi_cache.models.load import load_model, resolve_model, weights_digest
 from vlsi_cache.models.verbalizer import Verbalizers, load_verbalizers, logit_lens
+from vlsi_cache.models.verbalizer_files import RECORD
 from vlsi_cache.report.example import png_of
 from vlsi_cache.report.trace_page import Said, Token, Trace
 
@@ -37,11 +38,13 @@ States = Mapping[int, Tensor | LayerSequence]
 
 @dataclass(frozen=True)
 class _Subject:
-    """The model that is traced. The verbalizers of a run are those of its student before the head was trained."""
+    """The model that is traced. `same_start`: its verbalizers are of a run's student before backbone and head were
+    trained; `is_run`: a run was named, not a model."""
 
     path: str
     verbalizers: str
-    of_run: bool
+    same_start: bool
+    is_run: bool
     min_pixels: int | None = None
     max_pixels: int | None = None
 
@@ -60,8 +63,9 @@ def trace(
     """Let every verbalized layer of `model`, and the model itself, answer one user turn, greedily.
 
     `model` is a folder, a hub id, `package:NAME`, or the folder of a distill run: then its student and its verbalizers,
-    read through the trained student's head. `verbalizers` is their folder, or "none" for the logit lens. `layers` are
-    numbers and "last"; by default all there are. Probabilities are over the real vocabulary.
+    read through the trained student's head. `verbalizers` is their folder, or "none" for the logit lens; a run's
+    student also takes those of another run that began with the same student. `layers` are numbers and "last"; by
+    default all there are. Probabilities are over the real vocabulary.
 
     Raises ModelError (verbalizers of another model, or none for a layer), DataError (an image or prompt that does not
     fit), SpecError.
@@ -108,7 +112,7 @@ def _subject(model: Path | str, verbalizers: str | None) -> _Subject:
                 f"--verbalizers DIR is needed for {model}: the folder that train-verbalizers has written, or "
                 f"`{LOGIT_LENS}` for the logit lens"
             )
-        return _Subject(path, verbalizers, of_run=False)
+        return _Subject(path, verbalizers, same_start=False, is_run=False)
     if run["kind"] != "distill":
         there = run["spec"].get("teacher") or {}
         gguf = f" --gguf-file {there['gguf_file']}" if there.get("gguf_file") else ""
@@ -125,14 +129,29 @@ def _subject(model: Path | str, verbalizers: str | None) -> _Subject:
             "shows the logit lens"
         )
     is_own = verbalizers is None or Path(verbalizers).resolve() == own.resolve()
+    given = str(own) if verbalizers is None or is_own else verbalizers
     data = run["spec"].get("data") or {}
     return _Subject(
         str((folder / "student").resolve()),
-        str(own) if is_own else str(verbalizers),
-        of_run=is_own,
+        given,
+        same_start=is_own or _made_for(given) == run.get("student_digest", ""),
+        is_run=True,
         min_pixels=data.get("min_pixels"),  # pictures as the student was trained on
         max_pixels=data.get("max_pixels"),
     )
+
+
+def _folder_of(verbalizers: str) -> Path:
+    """The folder itself, or the verbalizers of the run that has trained them."""
+    folder = Path(verbalizers).expanduser()
+    inner = folder / "verbalizers"
+    return inner if not (folder / RECORD).is_file() and (inner / RECORD).is_file() else folder
+
+
+def _made_for(verbalizers: str) -> str | None:
+    """Digest of the weights that they were trained with; None where there are no verbalizers."""
+    file = _folder_of(verbalizers) / RECORD
+    return read_json(file)["provenance"].get("teacher_digest") if file.is_file() else None
 
 
 def _load_image(file: Path) -> Media:
@@ -176,22 +195,27 @@ def _speakers(
 
 
 def _load(subject: _Subject, backbone: Backbone, targets: list[int] | None, gguf_file: str | None) -> Verbalizers:
-    folder = Path(subject.verbalizers)
-    if not (folder / "verbalizers.json").is_file() and (folder / "verbalizers" / "verbalizers.json").is_file():
-        folder = folder / "verbalizers"  # the run that has trained them
+    folder = _folder_of(subject.verbalizers)
     if targets is None:
-        record = read_json(folder / "verbalizers.json") if (folder / "verbalizers.json").is_file() else {"layers": []}
+        record = read_json(folder / RECORD) if (folder / RECORD).is_file() else {"layers": []}
         targets = sorted(int(layer) for layer in record["layers"])
-    if subject.of_run:  # head and backbone have been trained since: these are what is looked at
+    if subject.same_start:  # head and backbone have been trained since: these are what is looked at
         return load_verbalizers(folder, backbone, targets, check_head=False)
     try:
         digest = weights_digest(subject.path, gguf_file=gguf_file)
         return load_verbalizers(folder, backbone, targets, teacher_digest=digest)
     except ModelError as error:
         run = Path(subject.path).parent
+        if subject.is_run:
+            raise ModelError(
+                f"{error}; a run's student takes those of another run that began with the same student"
+            ) from None
         if not (run / "run.json").is_file():
             raise
-        raise ModelError(f"{error}; or, for a student with its run, name the run: vlsi-cache trace {run}") from None
+        given = "" if folder.resolve() == (run / "verbalizers").resolve() else f" --verbalizers {folder}"
+        raise ModelError(
+            f"{error}; or, for a student with its run, name the run: vlsi-cache trace {run}{given}"
+        ) from None
 
 
 @torch.inference_mode()

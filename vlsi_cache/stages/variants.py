@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, get_args
 
 from vlsi_cache.errors import SpecError
 from vlsi_cache.report.redundancy import suggest_layers
-from vlsi_cache.spec import InteractSpec, Recipe, SftSpec, Structure
+from vlsi_cache.spec import InteractSpec, Recipe, Structure
 from vlsi_cache.store.layout import CacheHeader
 
 if TYPE_CHECKING:
@@ -163,11 +163,8 @@ def _operations(name: str, intermediate: str, last: str) -> Variant:
 
 
 def _sft(name: str, what: str, mode: str, fraction: float) -> Variant:
-    changes = (f"distill.sft.mode={mode}",)
-    if "fraction" in SftSpec.model_fields:
-        return Variant(name, what, (*changes, f"distill.sft.fraction={fraction}"), own_steps=True)
-    reason = "this release takes all steps of the stage (`distill.sft` has no `fraction`)" if fraction < 1 else None
-    return Variant(name, what, changes, reason=reason)
+    changes = (f"distill.sft.mode={mode}", f"distill.sft.fraction={fraction}")
+    return Variant(name, what, changes, own_steps=True)
 
 
 def _cut(name: str, targets: list[int], header: CacheHeader) -> Variant:

@@ -146,11 +146,11 @@ def _train(inputs: TeacherInputs, out: Path, folder: Path, layers: list[int], *,
             seed=settings.seed,
             compiled=choose_kernels(spec.run, backbone.device),
         )
-    provenance = {"teacher_digest": inputs.weights_digest, "model": spec.teacher.model}
+    facts = {"teacher_digest": inputs.weights_digest, "model": spec.teacher.model, "loss": spec.verbalizer.loss}
     # The run over all layers holds the folder already.
     with waiting_for(out) if folder != out else nullcontext():
-        verbalizers.save(out / "verbalizers", provenance=provenance)
-    return stage
+        verbalizers.save(out / "verbalizers", provenance=facts)
+    return {**stage, "layers": layers}
 
 
 def verbalize(

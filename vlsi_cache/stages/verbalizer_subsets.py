@@ -13,7 +13,7 @@ from vlsi_cache.errors import FingerprintMismatchError, SpecError, list_problems
 from vlsi_cache.spec import CacheSpec
 
 from .loop import read_json
-from .runs import LOCK_NAME, differences
+from .runs import LOCK_NAME, differences, whole_spec
 
 PREFIX = "layers-"
 # What decides a verbalizer's weights, beside the digests of teacher and data; a node may see the data elsewhere.
@@ -79,8 +79,7 @@ def check_neighbours(out: Path, name: str, chosen: list[int], spec: CacheSpec, f
                 f"{out} holds a run of its own (`{whole['kind']}`, {whole['status']}); choose another folder"
             )
         _check_same(out, whole, spec, facts)
-        added = {layer for folder in _subsets(out) for layer in read_json(folder / "run.json").get("layers", [])}
-        _check_apart(out, [layer for layer in trained_layers(out) if layer not in added], chosen)
+        _check_apart(out, _layers_of_whole(out, whole), chosen)
     elif out.exists() and any(not _is_ours(entry.name) for entry in out.iterdir()):
         raise SpecError(f"{out} exists and holds something else; choose another folder with -o")
     for folder in _subsets(out):
@@ -88,6 +87,15 @@ def check_neighbours(out: Path, name: str, chosen: list[int], spec: CacheSpec, f
             record = read_json(folder / "run.json")
             _check_same(folder, record, spec, facts)
             _check_apart(folder, record.get("layers", []), chosen)
+
+
+def _layers_of_whole(out: Path, record: dict[str, Any]) -> list[int]:
+    """What the run over all layers has trained; one of an earlier release says it by what no subset has."""
+    for stage in record["stages"]:
+        if "layers" in stage:
+            return stage["layers"]
+    added = {layer for folder in _subsets(out) for layer in read_json(folder / "run.json").get("layers", [])}
+    return [layer for layer in trained_layers(out) if layer not in added]
 
 
 def _named(targets: list[int], layers: str | Sequence[int]) -> list[int]:
@@ -123,12 +131,11 @@ def _check_apart(folder: Path, theirs: list[int], ours: list[int]) -> None:
 
 
 def _check_same(folder: Path, record: dict[str, Any], spec: CacheSpec, facts: dict[str, Any]) -> None:
-    fresh = spec.model_dump(mode="json")
+    there, fresh = whole_spec(record["spec"], str(folder)), spec.model_dump(mode="json")
     problems = [d for key in facts for d in differences(record.get(key), facts[key], key)]
     for name in COMPARED:
         old, new = (
-            {key: value for key, value in spec[name].items() if key not in NOT_COMPARED}
-            for spec in (record["spec"], fresh)
+            {key: value for key, value in spec[name].items() if key not in NOT_COMPARED} for spec in (there, fresh)
         )
         problems += differences(old, new, name)
     if problems:
