@@ -18,6 +18,9 @@ from vlsi_cache.errors import DataError, ModelError
 
 from .media import Media
 
+# How `ProcessorVision` gives rows to a processor; counts up when that changes the tokens or pixels of some row.
+# 2: the pictures of a row are one sample's (before: each by itself, and cut into crops as if it were alone).
+PROCESSOR_ENCODING = 2
 VOLATILE_KEYS = ("image_processor_type", "processor_class", "feature_extractor_type", "auto_map", "tokenizer")
 
 
@@ -124,7 +127,7 @@ class ProcessorVision:
         return self._run(text, [image.open() for image in images])
 
     def digest(self) -> str:
-        return _digest(self.processor)
+        return _digest(self.processor, encoding=PROCESSOR_ENCODING)
 
     def _run(self, text: str, images: list[Image.Image]) -> Prompt:
         # As one sample's pictures: LLaVA-OneVision cuts the picture of a sample into crops only when it is alone.
@@ -195,9 +198,9 @@ def _for_pictures(processor: type[Any]) -> type[Any]:
     return type(processor.__name__, (processor,), {"get_attributes": classmethod(lambda _: parts)})
 
 
-def _digest(processor: Any) -> str:
-    """sha256 of the settings that decide the pixels and the number of image tokens."""
-    settings = _without_volatile(json.loads(processor.to_json_string()))
+def _digest(processor: Any, **facts: Any) -> str:
+    """sha256 of the settings that decide the pixels and the number of image tokens; `facts` are what else does."""
+    settings = {**_without_volatile(json.loads(processor.to_json_string())), **facts}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
