@@ -8,7 +8,7 @@ import pytest
 from conftest import write_spec
 
 import vlsi_cache as vc
-from vlsi_cache.errors import SpecError
+from vlsi_cache.errors import DataError, SpecError
 from vlsi_cache.stages import evaluate as evaluate_module
 
 SHORT = ["distill.sft.schedule.steps=1", "distill.verbalize.steps=1", "distill.interact.schedule.steps=1"]
@@ -76,6 +76,18 @@ def test_the_settings_of_the_run_are_the_defaults(
     assert devices == ["cpu", "cuda:3"]
     assert (loaded["model"]["dtype"], loaded["model"]["attn_implementation"]) == ("bfloat16", "eager")
     assert loaded["batch_tokens"] == 130
+
+
+def test_rows_beyond_the_limit_are_not_read(run: Path) -> None:
+    file = run.parent / "heldout.jsonl"
+    kept = file.read_text()
+    try:
+        file.write_text(kept + '{"id": "bad"}\n')
+        assert vc.evaluate(run, limit=12)["num_samples"] == 12
+        with pytest.raises(DataError, match="1 of 13 rows cannot be used"):
+            vc.evaluate(run)
+    finally:
+        file.write_text(kept)
 
 
 def test_small_batches_measure_the_same(run: Path) -> None:

@@ -134,6 +134,19 @@ def test_prompts_that_are_too_long_are_listed(spec_file: Path, tmp_path: Path, m
     assert [record.id for record in records_of(tmp_path / "out.parquet")] == ["short"]  # its old answer does not count
 
 
+def test_rows_beyond_the_limit_are_not_read(spec_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"id": f"row-{i}", "messages": [turn("user", "cat"), turn("assistant", "dog")]} for i in range(3)]
+    write_jsonl(tmp_path / "rows.jsonl", [rows[0], {"id": "bad"}, rows[1], {"id": "worse"}, rows[2]])
+    say_instead(monkeypatch, {row["id"]: Response([70, 71], True) for row in rows})
+    first = generate(vc.load_spec(spec_file), out=tmp_path / "one.parquet", limit=1)
+    assert (first["counts"]["written"], first["left_out"]) == (1, [])
+    spec = vc.load_spec(spec_file, overrides=["data.bad_rows=list"])
+    listed = generate(spec, out=tmp_path / "three.parquet", limit=3)
+    assert (listed["counts"]["written"], [one["id"] for one in listed["left_out"]]) == (2, ["bad"])
+    spec = vc.load_spec(spec_file, overrides=["data.bad_rows=list", "data.limit=2"])
+    assert generate(spec, out=tmp_path / "two.parquet", limit=3)["counts"]["source_rows"] == 1
+
+
 def turn(role: str, text: str) -> dict[str, str]:
     return {"role": role, "content": text}
 

@@ -15,7 +15,7 @@ from typing import Any, overload
 from tqdm import tqdm
 
 from vlsi_cache.errors import DataError, list_problems
-from vlsi_cache.spec import DataSpec
+from vlsi_cache.spec import DataSpec, change
 
 from .media import Media, load_media
 from .sources import as_parts, raw_rows, responses_of, write_rows
@@ -85,11 +85,13 @@ class _Reading:
     known: dict[Path, Media] = field(default_factory=dict)
 
 
-def read_records(data: DataSpec) -> RecordSet:
-    """Read and check all rows; every image is decoded once.
+def read_records(data: DataSpec, *, limit: int | None = None) -> RecordSet:
+    """Read and check all rows, or the first `limit` and none beyond them; every image is decoded once.
 
     Raises DataError: no such source, no usable row, or (unless `bad_rows: list`) any bad row, all of them together.
     """
+    if limit is not None:
+        data = change(data, limit=limit if data.limit is None else min(limit, data.limit))
     source = data.path or f"generator {data.generator}"
     reading = _Reading(_media_root(data))
     num_rows = 0

@@ -193,7 +193,7 @@ class _HeldOut:
 
 def _held_out_rows(settings: EvaluateSpec, encoder: Encoder, limit: int | None) -> _HeldOut:
     data = settings.data
-    records = list(read_records(data))[:limit]
+    records = list(read_records(data, limit=limit))
     kept, skipped = fit_rows(records, encoder, data.max_length, bad_rows=data.bad_rows)
     if skipped:
         say(f"{len(skipped)} held-out rows are longer than {data.max_length} tokens and were left out")

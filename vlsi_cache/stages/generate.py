@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from vlsi_cache.data.records import Record, RecordSet, read_records, row_of, with_answer, write_rows
+from vlsi_cache.data.records import Record, read_records, row_of, with_answer, write_rows
 from vlsi_cache.data.sources import read_responses
 from vlsi_cache.data.tokenize import Encoder, fit_rows
 from vlsi_cache.errors import DataError, FingerprintMismatchError, SpecError, list_problems
@@ -115,8 +115,7 @@ def _plan(
 ) -> _Job:
     """Read everything but the weights: prompts of similar length come together, all samples of one side by side."""
     speaker = speaker_of(spec, model)
-    encoder, found = speaker.encoder(spec), read_records(spec.data)
-    source = RecordSet(found.records[:limit], found.skipped)
+    encoder, source = speaker.encoder(spec), read_records(spec.data, limit=limit)
     # Whether a row fits is decided by its prompt: the answer that it has goes.
     prompts = [with_answer(record, "?") for record in source]
     kept, too_long = fit_rows(prompts, encoder, spec.data.max_length, bad_rows=spec.data.bad_rows)
