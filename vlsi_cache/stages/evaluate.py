@@ -29,7 +29,7 @@ from vlsi_cache.spec import CacheSpec, Dtype, EvaluateSpec, change, spec_from_di
 from vlsi_cache.store import reader
 from vlsi_cache.store.reader import Cache
 
-from .heldout import against_cache
+from .heldout import against_cache, trained_on
 from .loop import head_of, pick_device, read_json, say, write_atomically
 from .responses import Decoding, respond
 
@@ -54,8 +54,8 @@ def evaluate(
     Returns, and for a run also writes to RUN/evaluation.json: `exact_match` (all and per kind, or None when the spec
     does not generate), `nll` in nats per response token, `perplexity`, `layers` (nll per verbalized student layer;
     head and final norm are the trained student's own), `verbalizers` (which ones, when not the run's own),
-    `num_samples`, `num_by_kind`; with a `cache` also `cache`: see `against_cache`, and `trained_on`, whether the run
-    has learned from these very rows. Raises SpecError when there is nothing to measure on.
+    `num_samples`, `num_by_kind`; with a `cache` also `cache`: see `against_cache` and `trained_on`. Raises SpecError
+    when there is nothing to measure on.
     """
     folder = Path(model)
     run = read_json(folder / "run.json") if (folder / "run.json").is_file() else None
@@ -87,7 +87,7 @@ def evaluate(
     if given is not None:
         result["verbalizers"] = _origin_of(given, run)
     if opened is not None:
-        result["cache"]["trained_on"] = None if run is None else run.get("cache_digest") in _digests(opened)
+        result["cache"] |= trained_on(opened, run, num_samples=result["cache"]["num_samples"])
     if run is not None:
         write_atomically(folder / "evaluation.json", json.dumps(result, indent=1))
     return result
@@ -111,16 +111,6 @@ def _origin_of(folder: Path, run: dict[str, Any] | None) -> dict[str, Any]:
     trained_with = read_record(folder, [])["provenance"].get("teacher_digest")
     same = None if run is None else run.get("student_digest") == trained_with
     return {"path": str(folder.resolve()), "trained_with": trained_with, "same_start": same}
-
-
-def _digests(cache: Cache) -> set[str]:
-    """Digests of a cache and of all those it was made from."""
-    found, waiting = {cache.header.digest}, list(cache.header.parents)
-    while waiting:
-        parent = waiting.pop()
-        found.add(str(parent.get("digest")))
-        waiting += parent.get("parents") or []
-    return found
 
 
 def check_has_student(folder: Path, run: dict[str, Any]) -> None:
