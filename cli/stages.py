@@ -182,7 +182,7 @@ def evaluate(
         Path | None, typer.Option(metavar="DIR", help="Read the layers through these, or those of this run.")
     ] = None,
     beams: Annotated[int | None, typer.Option(min=1, metavar="N", help="Answer by beam search.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N rows.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N rows; shown and not kept.")] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Let the model run code of its own.")
     ] = False,

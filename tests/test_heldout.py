@@ -83,7 +83,7 @@ def test_kl_agreement_and_mass_are_those_of_dense_torch(
     """k is the whole vocabulary, and the student is read by logit lens: nothing is estimated."""
     spec = vc.load_spec(folder / "spec.yaml", overrides=["evaluate=null", "run.batch_tokens=130"])
     result = vc.evaluate(student_folder, spec=spec, cache=cache, verbalizers=lens_folder)
-    assert result.keys() == {"cache", "verbalizers"}
+    assert result.keys() == {"cache", "verbalizers", "measured_with"}
     found = result["cache"]
 
     encoder, records = load_encoder(student_folder), read_records(vc.load_spec(folder / "spec.yaml").evaluate.data)  # type: ignore[union-attr]

@@ -33,6 +33,8 @@ from .heldout import against_cache, trained_on
 from .loop import head_of, pick_device, read_json, say, write_atomically
 from .responses import Decoding, respond
 
+RESULT = "evaluation.json"
+
 
 def evaluate(
     model: Path | str,
@@ -51,11 +53,11 @@ def evaluate(
     read the layers in place of the run's own; `num_beams` answers by beam search. A model's own code runs only with
     `trust_remote_code`, whatever a spec or a run folder says: either may come from somebody else.
 
-    Returns, and for a run also writes to RUN/evaluation.json: `exact_match` (all and per kind, or None when the spec
-    does not generate), `nll` in nats per response token, `perplexity`, `layers` (nll per verbalized student layer;
-    head and final norm are the trained student's own), `verbalizers` (which ones, when not the run's own),
-    `num_samples`, `num_by_kind`; with a `cache` also `cache`: see `against_cache` and `trained_on`. Raises SpecError
-    when there is nothing to measure on.
+    Returns, and for a run also writes to RUN/evaluation.json (with a `limit` it does not): `exact_match` (all and per
+    kind, or None when the spec does not generate), `nll` in nats per response token, `perplexity`, `layers` (nll per
+    verbalized student layer; head and final norm are the trained student's own), `verbalizers` (which ones, when not
+    the run's own), `num_samples`, `num_by_kind`; with a `cache` also `cache`: see `against_cache` and `trained_on`;
+    and `measured_with`, the options of this call. Raises SpecError when there is nothing to measure on.
     """
     folder = Path(model)
     run = read_json(folder / "run.json") if (folder / "run.json").is_file() else None
@@ -88,9 +90,34 @@ def evaluate(
         result["verbalizers"] = _origin_of(given, run)
     if opened is not None:
         result["cache"] |= trained_on(opened, run, num_samples=result["cache"]["num_samples"])
-    if run is not None:
-        write_atomically(folder / "evaluation.json", json.dumps(result, indent=1))
+    result["measured_with"] = {
+        **_own_settings(spec),
+        "limit": limit,
+        "verbalizers": None if given is None else str(given.resolve()),
+        "cache": None if opened is None else str(opened.path.resolve()),
+    }
+    if run is not None and limit is None:
+        write_atomically(folder / RESULT, json.dumps(result, indent=1))
+    elif run is not None:
+        say(f"measured with a limit: not kept in {folder / RESULT}")
     return result
+
+
+def _own_settings(spec: CacheSpec) -> dict[str, Any]:
+    """What of a spec decides the scores on the held-out rows, as JSON has it."""
+    settings = None if spec.evaluate is None else spec.evaluate.model_dump(mode="json")
+    distill = spec.distill
+    return {"evaluate": settings, "dtype": distill.student_dtype, "attn_implementation": distill.attn_implementation}
+
+
+def kept_result(folder: Path) -> dict[str, Any] | None:
+    """The content of RUN/evaluation.json; None if there is none or it was not measured as the run's own spec says."""
+    if not (folder / RESULT).is_file():
+        return None
+    result, run = read_json(folder / RESULT), read_json(folder / "run.json")
+    own = {**_own_settings(spec_from_dict(run["spec"], where=str(folder / "run.json"))), "verbalizers": None}
+    there = result.get("measured_with") or {}  # an earlier release did not say
+    return result if all(key in there and there[key] == value for key, value in own.items()) else None
 
 
 def _with_beams(spec: CacheSpec, num_beams: int) -> CacheSpec:
