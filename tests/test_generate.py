@@ -1,7 +1,6 @@
 """Generated responses: resuming, what is left out, what survives the file, and where a cache says they come from."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import write_jsonl, write_spec
 from test_store_cases import header_of, standard_case
+from vlsi_cache_cli.stages import _generated_text
 
 import vlsi_cache as vc
 from vlsi_cache.data.records import read_records, row_of, write_rows
@@ -166,7 +166,7 @@ def test_everything_before_the_last_answer_stays(
 
 
 def test_pictures_go_along(tmp_path: Path) -> None:
-    """Of the demo's rows with pictures, one names its file and the others hold their bytes; the output moves away."""
+    """Of the demo's rows with pictures, one names its file, which stays, and the others hold their bytes."""
     demo = DataSpec(generator="demo", options={"split": "train", "num_samples": 4})
     source = [row for _, row in raw_rows(demo)]
     (tmp_path / "from").mkdir()
@@ -175,11 +175,21 @@ def test_pictures_go_along(tmp_path: Path) -> None:
     write_rows(rows, tmp_path / "from" / "rows.parquet")
     changes = ["data.generator=null", "data.options={}", f"data.path={tmp_path / 'from' / 'rows.parquet'}"]
     spec = vc.load_spec("demo", overrides=changes)
-    generate(spec, out=tmp_path / "from" / "out.parquet", max_new_tokens=24)
     (tmp_path / "to").mkdir()
-    shutil.move(tmp_path / "from" / "out.parquet", tmp_path / "to" / "out.parquet")
-    old, new = read_records(spec.data), records_of(tmp_path / "to" / "out.parquet")
+    out = tmp_path / "to" / "out.parquet"
+    result = generate(spec, out=out, max_new_tokens=24)
+    images = pq.read_table(out)["images"].to_pylist()
+    assert [[image["path"] for image in row] for row in images] == [["first.png"], [None], [None], [None]]
+    assert [row[0]["bytes"] is None for row in images] == [True, False, False, False]
+    shown = _generated_text(result, spec.data).rpartition("use them with: ")[2]
+    assert shown == f"--set data.path={out} --set data.media_root={tmp_path / 'from'}"
+    beside = generate(spec, out=tmp_path / "from" / "out.parquet", max_new_tokens=24)
+    assert "media_root" not in _generated_text(beside, spec.data).rpartition("use them with: ")[2]
+    overrides = [one for one in shown.split() if one != "--set"]
+    old, new = read_records(spec.data), read_records(vc.load_spec("demo", overrides=[*changes, *overrides]).data)
     assert len(new) == 4
+    with pytest.raises(DataError, match=r"`first\.png` does not exist"):
+        records_of(out)
     for before, after in zip(old, new, strict=True):
         assert (after.id, after.kind, after.prompt_messages) == (before.id, before.kind, before.prompt_messages)
         assert [image.read() for image in after.images] == [image.read() for image in before.images]

@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from vlsi_cache.data.records import Record, read_records, row_of, with_answer, write_rows
+from vlsi_cache.data.records import Record, media_root, read_records, row_of, with_answer, write_rows
 from vlsi_cache.data.sources import read_responses
 from vlsi_cache.data.tokenize import Encoder, fit_rows
 from vlsi_cache.errors import DataError, FingerprintMismatchError, SpecError, list_problems
@@ -43,6 +43,7 @@ class _Job:
     decoding: Decoding
     num_samples: int
     max_length: int
+    media_root: Path | None
     facts: dict[str, Any]
 
     @property
@@ -71,11 +72,13 @@ def generate(
 
     `model` is `teacher`, a distill run's folder (its student), or a model's folder or hub id. Temperature 0 takes the
     likeliest token. With several `num_samples` the rows' ids become `ID#0`, `ID#1`, ... Responses that do not end
-    within `max_new_tokens`, are empty, or cannot be rows are left out and listed.
+    within `max_new_tokens`, are empty, or cannot be rows are left out and listed. Pictures that the rows name by path
+    stay where they are.
 
     Returns what the file's metadata says: `model`, `weights`, `settings`, `source_rows` (their digest), `counts`,
-    `left_out` ({id, reason}), `versions`; and `path`. Raises SpecError, DataError (nothing is left),
-    FingerprintMismatchError (`out` or its work folder is of something else), RunBusyError, ModelError.
+    `left_out` ({id, reason}), `versions`, with such pictures `media_root`; and `path`. Raises SpecError, DataError
+    (nothing is left), FingerprintMismatchError (`out` or its work folder is of something else), RunBusyError,
+    ModelError.
     """
     decoding = Decoding(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
     _check(Path(out), decoding, num_samples=num_samples, batch_size=batch_size)
@@ -141,6 +144,7 @@ def _plan(
         decoding=decoding,
         num_samples=num_samples,
         max_length=spec.data.max_length,
+        media_root=media_root(spec.data),
         facts={
             "model": speaker.path,
             "weights": speaker.digest(),
@@ -219,11 +223,18 @@ def _write(job: _Job, facts: dict[str, Any]) -> None:
     counts = {"source_rows": len(job.records), "generated": len(said), "written": len(rows)}
     counts |= {"left_out": len(left_out), "retokenised": num_changed}
     temporary = job.work / job.out.name
-    write_rows(map(row_of, rows), temporary, responses={**facts, "counts": counts, "left_out": left_out})
+    about = {**facts, **_pictures(job), "counts": counts, "left_out": left_out}
+    write_rows((row_of(row, media_root=job.media_root) for row in rows), temporary, responses=about)
     fsync_tree(job.work)
     if not publish_new_file(temporary, job.out):
         raise SpecError(f"{job.out} has come into being meanwhile; choose another name with -o")
     fsync_dir(job.out.parent)
+
+
+def _pictures(job: _Job) -> dict[str, str]:
+    """The folder that the rows' pictures lie below, where they name some by path."""
+    has_paths = any(image.path is not None for record in job.records for image in record.images)
+    return {"media_root": str(job.media_root)} if has_paths else {}
 
 
 def _said(job: _Job) -> Iterator[tuple[tuple[int, int], Response]]:
