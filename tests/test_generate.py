@@ -1,6 +1,9 @@
 """Generated responses: resuming, what is left out, what survives the file, and where a cache says they come from."""
 
 import json
+import tracemalloc
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +197,45 @@ def test_pictures_go_along(tmp_path: Path) -> None:
         assert (after.id, after.kind, after.prompt_messages) == (before.id, before.kind, before.prompt_messages)
         assert [image.read() for image in after.images] == [image.read() for image in before.images]
     assert [record.answer for record in new] == [record.answer for record in old]  # it was trained on these
+
+
+def test_responses_take_four_bytes_a_token_and_rows_are_made_while_they_are_written(
+    spec: CacheSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+    num_bytes: list[float] = []
+    with_answer, write, read = generate_module.with_answer, generate_module.write_rows, generate_module._read_said
+
+    def remembered(record: Any, answer: str) -> Any:
+        row = with_answer(record, answer)
+        made.append(weakref.ref(row))
+        return row
+
+    def watched(rows: Any, *args: Any, **options: Any) -> int:
+        def each() -> Iterator[Any]:
+            for row in rows:
+                alive.append(sum(ref() is not None for ref in made))
+                yield row
+
+        return write(each(), *args, **options)
+
+    def weighed(job: Any) -> Any:
+        tracemalloc.start()
+        said = read(job)
+        num_bytes.append(tracemalloc.get_traced_memory()[0] / len(said.ids_T))
+        tracemalloc.stop()
+        return said
+
+    for name, spy in (("with_answer", remembered), ("write_rows", watched), ("_read_said", weighed)):
+        monkeypatch.setattr(generate_module, name, spy)
+    encoder = load_encoder(spec.teacher.model)
+    ids = [i for i in encoder.tokenizer("the big cat sees one small dog " * 20)["input_ids"] if i > 256]
+    say_instead(monkeypatch, {f"row-{i}": Response(ids, True) for i in range(40)})
+    result = generate(spec, out=tmp_path / "rows.parquet")
+    assert result["counts"]["written"] == len(alive) == 40
+    assert max(alive) <= 2
+    assert num_bytes[0] < 8
 
 
 def test_something_else_is_refused(spec: CacheSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
