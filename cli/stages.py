@@ -1,11 +1,14 @@
 """Commands that run a stage, from plan and generate over build-teacher and distill to evaluate; and the demo."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from .output import STAGES, Answer, command, say
+
+if TYPE_CHECKING:
+    from vlsi_cache.spec import DataSpec
 
 SpecName = Annotated[str, typer.Argument(metavar="SPEC", help="Name of a shipped spec, or a .yaml file.")]
 Sets = Annotated[
@@ -66,10 +69,10 @@ def generate(
         limit=limit,
         device=device,
     )
-    return Answer(result, lambda: _generated_text(result, resolved.data.generator))
+    return Answer(result, lambda: _generated_text(result, resolved.data))
 
 
-def _generated_text(result: dict[str, Any], generator: str | None) -> str:
+def _generated_text(result: dict[str, Any], data: "DataSpec") -> str:
     counts, left_out = result["counts"], result["left_out"]
     lines = [
         f"rows: {result['path']}",
@@ -79,8 +82,12 @@ def _generated_text(result: dict[str, Any], generator: str | None) -> str:
     ]
     lines += [f"  {one['id']}: {one['reason']}" for one in left_out[:10]]
     lines += [f"  ... and {len(left_out) - 10} more, listed by --json"] if len(left_out) > 10 else []
-    instead = "--set data.generator=null --set data.options={} " if generator else ""
-    return "\n".join([*lines, f"use them with: {instead}--set data.path={result['path']}"])
+    sets = ["data.generator=null", "data.options={}"] if data.generator else []
+    sets.append(f"data.path={result['path']}")
+    root = result.get("media_root")  # of the pictures that the rows name; the spec's own stays in force
+    if root and data.media_root is None and Path(result["path"]).resolve().parent != Path(root):
+        sets.append(f"data.media_root={root}")
+    return "\n".join([*lines, f"use them with: {' '.join(f'--set {one}' for one in sets)}"])
 
 
 def train_verbalizers(
@@ -182,7 +189,7 @@ def evaluate(
         Path | None, typer.Option(metavar="DIR", help="Read the layers through these, or those of this run.")
     ] = None,
     beams: Annotated[int | None, typer.Option(min=1, metavar="N", help="Answer by beam search.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N rows.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N rows; shown and not kept.")] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Let the model run code of its own.")
     ] = False,

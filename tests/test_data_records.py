@@ -73,6 +73,15 @@ def test_digest_is_of_content_alone(tmp_path: Path) -> None:
     assert len({a, c, e, g}) == 4
 
 
+def test_the_bytes_of_one_picture_are_kept_once(tmp_path: Path) -> None:
+    """However they are written, and in however many rows: several responses to one picture take no more memory."""
+    forms = [{"bytes": PNG}, {"bytes": base64.b64encode(PNG).decode()}, {"bytes": picture(9, 6)}, {"bytes": PNG}]
+    write_rows([{**seen(one), "id": str(i)} for i, one in enumerate(forms)], tmp_path / "rows.parquet")
+    images = [record.images[0] for record in read_records(DataSpec(path=str(tmp_path / "rows.parquet")))]
+    assert [image.read() for image in images] == [PNG, PNG, picture(9, 6), PNG]
+    assert len({id(image.data) for image in images}) == 2
+
+
 def test_id_defaults_to_digest(tmp_path: Path) -> None:
     (record,) = read([{"messages": [ASK, TELL]}], tmp_path)
     assert record.id == record.digest[:16]

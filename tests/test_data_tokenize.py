@@ -15,6 +15,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.llava.processing_llava import LlavaProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from vlsi_cache.data import vision
 from vlsi_cache.data.records import Record, read_records, write_rows
 from vlsi_cache.data.tokenize import Encoder, fit_rows, load_encoder
 from vlsi_cache.errors import DataError, ModelError
@@ -390,6 +391,21 @@ def test_own_processor(llava: Encoder, tmp_path: Path, sizes: Any) -> None:
     assert sample.media.get("pixel_values", np.zeros((0,))).shape[0] == len(sizes)
     with pytest.raises(DataError, match="control token `<image>`"):
         llava.measure(record(tmp_path, ask="<image>"))
+
+
+def test_rows_that_were_encoded_in_another_way_do_not_mix(
+    llava: Encoder, qwen: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an earlier release called the same processor is another one, for it gave it several pictures otherwise."""
+    now = [encoder.fingerprint()["image_processor"] for encoder in (llava, qwen)]
+    monkeypatch.setattr(vision, "PROCESSOR_ENCODING", 1)
+    then = [encoder.fingerprint()["image_processor"] for encoder in (llava, qwen)]
+    assert then[0] != now[0] != vision._digest(processor_of(llava))
+    assert then[1] == now[1] == vision._digest(qwen.image_processor)
+
+
+def processor_of(encoder: Encoder) -> Any:
+    return encoder.vision.processor  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
 
 
 def test_own_processor_has_no_pixel_budget(llava: Encoder) -> None:

@@ -9,6 +9,7 @@ import vlsi_cache as vc
 from vlsi_cache.demo import run as demo
 from vlsi_cache.errors import CacheCorruptError
 from vlsi_cache.models.load import resolve_model
+from vlsi_cache.stages import evaluate as evaluate_module
 from vlsi_cache.stages.evaluate import evaluate_model
 
 SMALL = [
@@ -35,11 +36,14 @@ def test_the_whole_demo_and_a_second_run_that_only_shows_it(
     page = (tmp_path / "demo" / "report.html").read_text()
     assert "<svg" in page or "data:image/png" in page
     assert "http://" not in page.replace("http://www.w3.org", "")
+    shown = tmp_path / "demo" / summary["runs"]["vlsi"][0]["run"]
+    vc.evaluate(shown, num_beams=2)  # a look in passing is not what the demo shows
     files = {f: f.stat().st_mtime_ns for f in (tmp_path / "demo" / "runs").rglob("*.safetensors")}
     capsys.readouterr()
     again = demo.run_demo(out=tmp_path / "demo", seeds=1, overrides=SMALL)
     assert (again["runs"], again["build_s"]) == (summary["runs"], summary["build_s"])
     assert {f: f.stat().st_mtime_ns for f in (tmp_path / "demo" / "runs").rglob("*.safetensors")} == files
+    assert evaluate_module.kept_result(shown) is not None
     assert "nothing to do" in capsys.readouterr().err
 
 

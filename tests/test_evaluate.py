@@ -8,7 +8,7 @@ import pytest
 from conftest import write_spec
 
 import vlsi_cache as vc
-from vlsi_cache.errors import SpecError
+from vlsi_cache.errors import DataError, SpecError
 from vlsi_cache.stages import evaluate as evaluate_module
 
 SHORT = ["distill.sft.schedule.steps=1", "distill.verbalize.steps=1", "distill.interact.schedule.steps=1"]
@@ -78,6 +78,18 @@ def test_the_settings_of_the_run_are_the_defaults(
     assert loaded["batch_tokens"] == 130
 
 
+def test_rows_beyond_the_limit_are_not_read(run: Path) -> None:
+    file = run.parent / "heldout.jsonl"
+    kept = file.read_text()
+    try:
+        file.write_text(kept + '{"id": "bad"}\n')
+        assert vc.evaluate(run, limit=12)["num_samples"] == 12
+        with pytest.raises(DataError, match="1 of 13 rows cannot be used"):
+            vc.evaluate(run)
+    finally:
+        file.write_text(kept)
+
+
 def test_small_batches_measure_the_same(run: Path) -> None:
     from vlsi_cache.spec import spec_from_dict
 
@@ -88,6 +100,37 @@ def test_small_batches_measure_the_same(run: Path) -> None:
         stored["run"]["batch_tokens"] = batch_tokens
         results.append(vc.evaluate(run, spec=spec_from_dict(stored, where="here")))
     assert results[0]["nll"] == pytest.approx(results[1]["nll"], rel=1e-5)
+
+
+def test_the_result_of_a_run_is_what_its_own_spec_says(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from vlsi_cache.spec import change, spec_from_dict
+
+    own = vc.evaluate(run)
+    assert evaluate_module.kept_result(run) == own
+    kept = (run / "evaluation.json").read_text()
+    capsys.readouterr()
+    few = vc.evaluate(run, limit=3)
+    assert (few["num_samples"], few["measured_with"]["limit"]) == (3, 3)
+    assert (run / "evaluation.json").read_text() == kept
+    assert f"not kept in {run / 'evaluation.json'}" in capsys.readouterr().err
+
+    spec = spec_from_dict(json.loads((run / "run.json").read_text())["spec"], where="here")
+    assert spec.evaluate is not None
+    fewer_rows = change(
+        spec, evaluate={**spec.evaluate.model_dump(), "data": {**spec.evaluate.data.model_dump(), "limit": 5}}
+    )
+    in_float32 = change(spec, distill={**spec.distill.model_dump(), "student_dtype": "float32"})
+    for other in (fewer_rows, in_float32):
+        result = vc.evaluate(run, spec=other)
+        assert json.loads((run / "evaluation.json").read_text()) == result  # ablate's variants are kept so
+        assert evaluate_module.kept_result(run) is None
+    with_cache = vc.evaluate(run, cache=run.parent / "cache")
+    assert evaluate_module.kept_result(run) == with_cache  # adds numbers, changes none
+    record = json.loads((run / "evaluation.json").read_text())
+    assert record["measured_with"]["cache"] == str(run.parent / "cache")
+    for lacking in ({}, {"measured_with": {**record["measured_with"], "verbalizers": "elsewhere"}}):
+        (run / "evaluation.json").write_text(json.dumps({**own, "measured_with": None, **lacking}))
+        assert evaluate_module.kept_result(run) is None
 
 
 def test_a_folder_of_verbalizers_is_called_by_its_name(teacher_folder: Path, tmp_path: Path, run: Path) -> None:

@@ -1,7 +1,9 @@
 """Generated responses: resuming, what is left out, what survives the file, and where a cache says they come from."""
 
 import json
-import shutil
+import tracemalloc
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import write_jsonl, write_spec
 from test_store_cases import header_of, standard_case
+from vlsi_cache_cli.stages import _generated_text
 
 import vlsi_cache as vc
 from vlsi_cache.data.records import read_records, row_of, write_rows
@@ -134,6 +137,19 @@ def test_prompts_that_are_too_long_are_listed(spec_file: Path, tmp_path: Path, m
     assert [record.id for record in records_of(tmp_path / "out.parquet")] == ["short"]  # its old answer does not count
 
 
+def test_rows_beyond_the_limit_are_not_read(spec_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"id": f"row-{i}", "messages": [turn("user", "cat"), turn("assistant", "dog")]} for i in range(3)]
+    write_jsonl(tmp_path / "rows.jsonl", [rows[0], {"id": "bad"}, rows[1], {"id": "worse"}, rows[2]])
+    say_instead(monkeypatch, {row["id"]: Response([70, 71], True) for row in rows})
+    first = generate(vc.load_spec(spec_file), out=tmp_path / "one.parquet", limit=1)
+    assert (first["counts"]["written"], first["left_out"]) == (1, [])
+    spec = vc.load_spec(spec_file, overrides=["data.bad_rows=list"])
+    listed = generate(spec, out=tmp_path / "three.parquet", limit=3)
+    assert (listed["counts"]["written"], [one["id"] for one in listed["left_out"]]) == (2, ["bad"])
+    spec = vc.load_spec(spec_file, overrides=["data.bad_rows=list", "data.limit=2"])
+    assert generate(spec, out=tmp_path / "two.parquet", limit=3)["counts"]["source_rows"] == 1
+
+
 def turn(role: str, text: str) -> dict[str, str]:
     return {"role": role, "content": text}
 
@@ -153,7 +169,7 @@ def test_everything_before_the_last_answer_stays(
 
 
 def test_pictures_go_along(tmp_path: Path) -> None:
-    """Of the demo's rows with pictures, one names its file and the others hold their bytes; the output moves away."""
+    """Of the demo's rows with pictures, one names its file, which stays, and the others hold their bytes."""
     demo = DataSpec(generator="demo", options={"split": "train", "num_samples": 4})
     source = [row for _, row in raw_rows(demo)]
     (tmp_path / "from").mkdir()
@@ -162,15 +178,64 @@ def test_pictures_go_along(tmp_path: Path) -> None:
     write_rows(rows, tmp_path / "from" / "rows.parquet")
     changes = ["data.generator=null", "data.options={}", f"data.path={tmp_path / 'from' / 'rows.parquet'}"]
     spec = vc.load_spec("demo", overrides=changes)
-    generate(spec, out=tmp_path / "from" / "out.parquet", max_new_tokens=24)
     (tmp_path / "to").mkdir()
-    shutil.move(tmp_path / "from" / "out.parquet", tmp_path / "to" / "out.parquet")
-    old, new = read_records(spec.data), records_of(tmp_path / "to" / "out.parquet")
+    out = tmp_path / "to" / "out.parquet"
+    result = generate(spec, out=out, max_new_tokens=24)
+    images = pq.read_table(out)["images"].to_pylist()
+    assert [[image["path"] for image in row] for row in images] == [["first.png"], [None], [None], [None]]
+    assert [row[0]["bytes"] is None for row in images] == [True, False, False, False]
+    shown = _generated_text(result, spec.data).rpartition("use them with: ")[2]
+    assert shown == f"--set data.path={out} --set data.media_root={tmp_path / 'from'}"
+    beside = generate(spec, out=tmp_path / "from" / "out.parquet", max_new_tokens=24)
+    assert "media_root" not in _generated_text(beside, spec.data).rpartition("use them with: ")[2]
+    overrides = [one for one in shown.split() if one != "--set"]
+    old, new = read_records(spec.data), read_records(vc.load_spec("demo", overrides=[*changes, *overrides]).data)
     assert len(new) == 4
+    with pytest.raises(DataError, match=r"`first\.png` does not exist"):
+        records_of(out)
     for before, after in zip(old, new, strict=True):
         assert (after.id, after.kind, after.prompt_messages) == (before.id, before.kind, before.prompt_messages)
         assert [image.read() for image in after.images] == [image.read() for image in before.images]
     assert [record.answer for record in new] == [record.answer for record in old]  # it was trained on these
+
+
+def test_responses_take_four_bytes_a_token_and_rows_are_made_while_they_are_written(
+    spec: CacheSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+    num_bytes: list[float] = []
+    with_answer, write, read = generate_module.with_answer, generate_module.write_rows, generate_module._read_said
+
+    def remembered(record: Any, answer: str) -> Any:
+        row = with_answer(record, answer)
+        made.append(weakref.ref(row))
+        return row
+
+    def watched(rows: Any, *args: Any, **options: Any) -> int:
+        def each() -> Iterator[Any]:
+            for row in rows:
+                alive.append(sum(ref() is not None for ref in made))
+                yield row
+
+        return write(each(), *args, **options)
+
+    def weighed(job: Any) -> Any:
+        tracemalloc.start()
+        said = read(job)
+        num_bytes.append(tracemalloc.get_traced_memory()[0] / len(said.ids_T))
+        tracemalloc.stop()
+        return said
+
+    for name, spy in (("with_answer", remembered), ("write_rows", watched), ("_read_said", weighed)):
+        monkeypatch.setattr(generate_module, name, spy)
+    encoder = load_encoder(spec.teacher.model)
+    ids = [i for i in encoder.tokenizer("the big cat sees one small dog " * 20)["input_ids"] if i > 256]
+    say_instead(monkeypatch, {f"row-{i}": Response(ids, True) for i in range(40)})
+    result = generate(spec, out=tmp_path / "rows.parquet")
+    assert result["counts"]["written"] == len(alive) == 40
+    assert max(alive) <= 2
+    assert num_bytes[0] < 8
 
 
 def test_something_else_is_refused(spec: CacheSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,11 +355,19 @@ def test_the_warning_comes_for_foreign_responses_alone(
     assert "vlsi-cache generate SPEC" in describe_cache(tmp_path / "cache")["warning"]
 
     header = cache.header
-    for weights, warns in ((header.fingerprint["teacher.weights"], False), ("xxh3:other", True)):
-        cache.header = header.model_copy(update={"responses": [{"weights": weights}]})
-        assert bool(surprise.surprise_warning(cache)) is warns
-    cache.header = header.model_copy(update={"responses": [{"weights": header.fingerprint["teacher.weights"]}, {}]})
-    assert surprise.surprise_warning(cache)
+    own = header.fingerprint["teacher.weights"]
+    another, unknown = "were generated by another model", "are not known to be its own"
+    for weights, says in (
+        ([own], ""),
+        (["xxh3:other"], another),
+        (["commit:0123abc"], unknown),  # the teacher's digest is a folder's: this may be the same model
+        ([own, None], unknown),
+        (["commit:0123abc", "xxh3:other"], another),
+    ):
+        cache.header = header.model_copy(update={"responses": [{"weights": one} if one else {} for one in weights]})
+        warning = surprise.surprise_warning(cache)
+        assert says in warning
+        assert bool(warning) is bool(says)
 
 
 def test_the_demo_teacher_knows_its_rows(tmp_path: Path) -> None:

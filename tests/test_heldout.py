@@ -21,6 +21,7 @@ from vlsi_cache.models.load import load_model
 from vlsi_cache.models.verbalizer import logit_lens
 from vlsi_cache.report.evaluation import evaluation_html, evaluation_table
 from vlsi_cache.spec import spec_from_dict
+from vlsi_cache.stages.heldout import trained_on
 from vlsi_cache.stages.responses import Decoding, respond
 from vlsi_cache.store.reader import Cache
 
@@ -82,7 +83,7 @@ def test_kl_agreement_and_mass_are_those_of_dense_torch(
     """k is the whole vocabulary, and the student is read by logit lens: nothing is estimated."""
     spec = vc.load_spec(folder / "spec.yaml", overrides=["evaluate=null", "run.batch_tokens=130"])
     result = vc.evaluate(student_folder, spec=spec, cache=cache, verbalizers=lens_folder)
-    assert result.keys() == {"cache", "verbalizers"}
+    assert result.keys() == {"cache", "verbalizers", "measured_with"}
     found = result["cache"]
 
     encoder, records = load_encoder(student_folder), read_records(vc.load_spec(folder / "spec.yaml").evaluate.data)  # type: ignore[union-attr]
@@ -135,7 +136,7 @@ def test_a_run_says_what_it_was_measured_with(
     monkeypatch.chdir(folder)
     own = vc.evaluate(run, cache=cache)
     assert json.loads((run / "evaluation.json").read_text()) == own
-    assert own["cache"]["trained_on"] is False
+    assert (own["cache"]["trained_on"], own["cache"]["num_trained_on"]) == (False, 0)
     assert "verbalizers" not in own
     borrowed = vc.evaluate(run, verbalizers=run)  # the run's folder stands for the verbalizers in it
     assert borrowed["layers"] == own["layers"]
@@ -146,16 +147,48 @@ def test_a_run_says_what_it_was_measured_with(
     assert foreign["layers"] != own["layers"]
     assert "OTHER weights" in evaluation_table(foreign)
 
-    small = vc.prune(folder / "cache", out=folder / "small", top_k=4)
-    for path in (folder / "cache", small.path):
-        again = vc.evaluate(run, cache=path)
-        assert again["cache"]["trained_on"] is True
-        assert "NOT HELD OUT" in evaluation_table(again)
+    again = vc.evaluate(run, cache=folder / "cache")
+    assert (again["cache"]["trained_on"], again["cache"]["num_trained_on"]) == (True, 16)
+    assert "NOT HELD OUT: the run was trained on these rows" in evaluation_table(again)
     text, html = evaluation_table(own), "".join(evaluation_html(own))
     for shown in (f"{own['cache']['kl']:.4f}", f"{own['cache']['layers']['2'][-1]:.3f}", "same first word"):
         assert shown in text
         assert shown in html
     assert "NOT HELD OUT" not in text
+
+
+def test_rows_that_were_trained_on_are_known_by_their_content(
+    run: Path, folder: Path, cache: Cache, spec_path: Path, tmp_path: Path
+) -> None:
+    """Of a cache that is smaller than the run's, or larger, or another over some of its rows; and without the run's."""
+    record = json.loads((run / "run.json").read_text())
+    trained = vc.open(folder / "cache")
+    even = [f"row-{index}" for index in range(0, 16, 2)]
+    half = vc.prune(trained, out=tmp_path / "half", samples=even)
+    write_jsonl(tmp_path / "mixed.jsonl", [{**row, "id": f"other-{row['id']}"} for row in make_rows(20)[12:]])
+    changes = [f"data.path={tmp_path / 'mixed.jsonl'}", "store.profile=exact"]
+    mixed = vc.build_teacher(vc.load_spec(spec_path, overrides=changes), out=tmp_path / "mixed")
+    on_half = {**record, "cache": str(half.path), "cache_digest": half.header.digest}
+    for measured, of, expected in (
+        (half, record, 8),
+        (trained, on_half, 8),
+        (mixed, record, 4),
+        (mixed, on_half, 2),
+        (cache, on_half, 0),
+    ):
+        found = trained_on(measured, of, num_samples=len(measured))
+        assert found == {"trained_on": expected > 0, "num_trained_on": expected}
+    assert trained_on(trained, on_half, num_samples=3)["num_trained_on"] == len({*list(trained)[:3]} & {*even})
+    result = vc.evaluate(run, cache=mixed)
+    for shown in (evaluation_table(result), "".join(evaluation_html(result))):
+        assert "NOT HELD OUT: the run was trained on 4 of these rows" in shown
+
+    gone, another = {**record, "cache": str(tmp_path / "gone")}, {**record, "cache": str(mixed.path)}
+    for of in (gone, another, None):
+        assert trained_on(cache, of, num_samples=12) == {"trained_on": None, "num_trained_on": None}
+    result["cache"] |= trained_on(mixed, gone, num_samples=8)
+    for shown in (evaluation_table(result), "".join(evaluation_html(result))):
+        assert "NOT KNOWN TO BE HELD OUT" in shown
 
 
 def test_rows_and_vocabulary_must_be_those_of_the_cache(

@@ -18,6 +18,7 @@ from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGener
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
 import vlsi_cache as vc
+from vlsi_cache.data import vision
 from vlsi_cache.data.collate import collate, collate_prompts
 from vlsi_cache.data.records import read_records
 from vlsi_cache.data.tokenize import Encoder, load_encoder
@@ -129,6 +130,43 @@ def test_a_batch_is_what_the_processor_and_the_model_make_of_it(teacher: Path, t
     for layer in (1, 2):
         theirs = expected[layer][batch.rows_T, batch.positions_T]
         torch.testing.assert_close(captured[layer], theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_image_tokens_are_counted_without_preparing_pictures(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of every size as many as the processor writes, and past the first few sizes it is not run for one picture."""
+    encoder, rng = load_encoder(teacher), np.random.default_rng(1)
+    one: list[list[tuple[int, int]]] = [[(int(w), int(h))] for w, h in rng.integers(1, 60, (40, 2))]
+    two = [[(5, 50), (17, 8)], [(50, 5), (17, 8)], [(5, 50), (17, 8)]]
+    records = list(read_records(DataSpec(path=str(write_rows(tmp_path, [*one, *two])))))
+    expected = [encoder.encode(record).num_prompt for record in records]
+    assert len(set(expected)) > 5  # or this test says little
+    ran: list[int] = []
+    prepare = encoder.image_processor.preprocess
+
+    def preprocess(images: Any, *args: Any, **options: Any) -> Any:
+        ran.append(len(images[0]))
+        return prepare(images, *args, **options)
+
+    monkeypatch.setattr(
+        type(encoder.image_processor), "preprocess", lambda _, *args, **options: preprocess(*args, **options)
+    )
+    assert [encoder.measure(record)[0] for record in records] == expected
+    assert ran == [1] * vision.CHECKED_SIZES + [2] * 2  # the same sizes are known
+
+
+def test_a_wrong_count_of_the_processor_is_not_believed(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = load_encoder(teacher)
+    records = list(read_records(DataSpec(path=str(write_rows(tmp_path, [[(9, 9 + n)] for n in range(8)])))))
+    expected = [encoder.encode(record).num_prompt for record in records]
+    owner = type(processor_of(encoder))
+    for wrong in (lambda *_, **__: {"num_image_tokens": [3]}, lambda *_, **__: 1 // 0):
+        monkeypatch.setattr(owner, "_get_num_multimodal_tokens", wrong)
+        fresh = load_encoder(teacher)
+        assert [fresh.measure(record)[0] for record in records] == expected
 
 
 @torch.no_grad()

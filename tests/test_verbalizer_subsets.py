@@ -114,7 +114,10 @@ def test_a_build_takes_what_subsets_have_made_and_says_what_is_missing(spec_file
     vc.train_verbalizers(spec, out=out, layers="3:4")
     vc.train_verbalizers(spec, out=out, layers="1")
     trained = vc.load_spec(spec_file, overrides=[f"teacher.verbalizers={out / 'verbalizers'}", "data.limit=4"])
-    with pytest.raises(ModelError, match=rf"none for layers \[2\].*train-verbalizers SPEC -o {out} --layers 2"):
+    missing = (
+        rf"none for layers \[2\].*of a teacher with .*train-verbalizers SPEC -o {out} --layers 2, those of a student"
+    )
+    with pytest.raises(ModelError, match=missing):
         vc.build_teacher(trained, out=tmp_path / "cache")
     vc.train_verbalizers(spec, out=out, layers="2")
     assert vc.build_teacher(trained, out=tmp_path / "cache").is_complete

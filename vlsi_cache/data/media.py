@@ -54,16 +54,17 @@ def decode_image(data: bytes) -> Image.Image:
         raise DataError(f"cannot be decoded: {_reason(error)}") from None
 
 
-def load_media(image: Any, *, root: Path | None, known: dict[Path, Media]) -> Media:
+def load_media(image: Any, *, root: Path | None, known: dict[Path | str, Media]) -> Media:
     """Check one entry of a row's `images` (a path, or a mapping with `bytes` or `path`) and make its reference.
 
-    `known` remembers the files that have been decoded already. Raises DataError with the reason alone.
+    `known` remembers what has been decoded already, by its path or its sha256: the bytes of a picture that is in many
+    rows are kept once. Raises DataError with the reason alone.
     """
     entry = {"path": image} if isinstance(image, str) else image
     if not isinstance(entry, Mapping):
         raise DataError(f"is a {type(image).__name__}, must be a path or a mapping with `path` or `bytes`")
     if entry.get("bytes") is not None:
-        media = _media_of(_decode_bytes(entry["bytes"]), path=None)
+        media = _load_bytes(_decode_bytes(entry["bytes"]), known=known)
     elif isinstance(entry.get("path"), str) and entry["path"]:
         media = _load_file(entry["path"], root=root, known=known)
     else:
@@ -72,7 +73,14 @@ def load_media(image: Any, *, root: Path | None, known: dict[Path, Media]) -> Me
     return media
 
 
-def _load_file(path: str, *, root: Path | None, known: dict[Path, Media]) -> Media:
+def _load_bytes(data: bytes, *, known: dict[Path | str, Media]) -> Media:
+    sha256 = hashlib.sha256(data).hexdigest()
+    if sha256 not in known:
+        known[sha256] = _media_of(data, path=None)
+    return known[sha256]
+
+
+def _load_file(path: str, *, root: Path | None, known: dict[Path | str, Media]) -> Media:
     file = _inside(path, root)
     if file not in known:
         try:

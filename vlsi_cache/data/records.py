@@ -15,12 +15,12 @@ from typing import Any, overload
 from tqdm import tqdm
 
 from vlsi_cache.errors import DataError, list_problems
-from vlsi_cache.spec import DataSpec
+from vlsi_cache.spec import DataSpec, change
 
 from .media import Media, load_media
 from .sources import as_parts, raw_rows, responses_of, write_rows
 
-__all__ = ["Media", "Record", "RecordSet", "read_records", "row_of", "with_answer", "write_rows"]
+__all__ = ["Media", "Record", "RecordSet", "media_root", "read_records", "row_of", "with_answer", "write_rows"]
 
 ROLES = ("system", "user", "assistant")
 
@@ -82,16 +82,18 @@ class _Reading:
     records: list[Record] = field(default_factory=list)
     problems: list[tuple[str, str, str]] = field(default_factory=list)  # id, where, reason
     where_of: dict[str, str] = field(default_factory=dict)
-    known: dict[Path, Media] = field(default_factory=dict)
+    known: dict[Path | str, Media] = field(default_factory=dict)
 
 
-def read_records(data: DataSpec) -> RecordSet:
-    """Read and check all rows; every image is decoded once.
+def read_records(data: DataSpec, *, limit: int | None = None) -> RecordSet:
+    """Read and check all rows, or the first `limit` and none beyond them; every image is decoded once.
 
     Raises DataError: no such source, no usable row, or (unless `bad_rows: list`) any bad row, all of them together.
     """
+    if limit is not None:
+        data = change(data, limit=limit if data.limit is None else min(limit, data.limit))
     source = data.path or f"generator {data.generator}"
-    reading = _Reading(_media_root(data))
+    reading = _Reading(media_root(data))
     num_rows = 0
     for where, row in tqdm(raw_rows(data), desc="read rows", unit="row", delay=2, disable=None):
         num_rows += 1
@@ -110,10 +112,20 @@ def with_answer(record: Record, answer: str) -> Record:
     return replace(record, messages=messages, digest=_digest(messages, record.images))
 
 
-def row_of(record: Record) -> dict[str, Any]:
-    """The row for `write_rows` that reads back as this record, wherever it lies: images come as bytes."""
-    images = [{"bytes": image.read(), "sha256": image.sha256} for image in record.images]
+def row_of(record: Record, *, media_root: Path | None = None) -> dict[str, Any]:
+    """The row for `write_rows` that reads back as this record.
+
+    Images come as bytes, wherever the row will lie; with a `media_root`, those that were read from below it come as
+    paths relative to it.
+    """
+    images = [_entry_of(image, media_root) for image in record.images]
     return {"id": record.id, "kind": record.kind, "messages": record.messages, "images": images}
+
+
+def _entry_of(image: Media, root: Path | None) -> dict[str, Any]:
+    if image.path is None or root is None:
+        return {"bytes": image.read(), "sha256": image.sha256}
+    return {"path": image.path.relative_to(root).as_posix(), "sha256": image.sha256}
 
 
 def _read_row(reading: _Reading, where: str, row: Any) -> None:
@@ -134,7 +146,7 @@ def _all_problems(source: str, reading: _Reading, num_rows: int) -> str:
     return f"{source}: {len(lines)} of {num_rows} rows cannot be used; {advice}\n{list_problems(lines)}"
 
 
-def _media_root(data: DataSpec) -> Path | None:
+def media_root(data: DataSpec) -> Path | None:
     """The folder that image paths are relative to: `media_root`, else the folder of the file."""
     if data.media_root is not None:
         root = Path(data.media_root)
@@ -144,7 +156,7 @@ def _media_root(data: DataSpec) -> Path | None:
     return Path(data.path).resolve().parent if data.path is not None else None
 
 
-def _to_record(row: Any, *, root: Path | None, known: dict[Path, Media]) -> Record:
+def _to_record(row: Any, *, root: Path | None, known: dict[Path | str, Media]) -> Record:
     """The record of a row; raises DataError with the first thing that is wrong."""
     if isinstance(row, DataError):
         raise row
@@ -247,7 +259,7 @@ def text_of(message: dict[str, Any]) -> str:
 
 
 def _images(
-    row: Mapping[str, Any], num_parts: int, *, root: Path | None, known: dict[Path, Media]
+    row: Mapping[str, Any], num_parts: int, *, root: Path | None, known: dict[Path | str, Media]
 ) -> tuple[Media, ...]:
     entries = row.get("images")
     entries = [] if entries is None else entries
@@ -258,7 +270,7 @@ def _images(
     return tuple(_image(entry, number, root=root, known=known) for number, entry in enumerate(entries))
 
 
-def _image(entry: Any, number: int, *, root: Path | None, known: dict[Path, Media]) -> Media:
+def _image(entry: Any, number: int, *, root: Path | None, known: dict[Path | str, Media]) -> Media:
     try:
         return load_media(entry, root=root, known=known)
     except DataError as error:

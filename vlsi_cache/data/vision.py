@@ -18,6 +18,11 @@ from vlsi_cache.errors import DataError, ModelError
 
 from .media import Media
 
+# How `ProcessorVision` gives rows to a processor; counts up when that changes the tokens or pixels of some row.
+# 2: the pictures of a row are one sample's (before: each by itself, and cut into crops as if it were alone).
+PROCESSOR_ENCODING = 2
+KNOWN_SIZES = 65536  # whose image tokens are remembered, in a few MiB
+CHECKED_SIZES, NEVER = 4, -1  # sizes for which a processor's own count of image tokens is compared with what it does
 VOLATILE_KEYS = ("image_processor_type", "processor_class", "feature_extractor_type", "auto_map", "tokenizer")
 
 
@@ -115,16 +120,57 @@ class ProcessorVision:
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.image_processor = processor.image_processor
+        self.image_token_id = getattr(processor, "image_token_id", None)
+        self._known: dict[tuple[tuple[int, int], ...], int] = {}
+        self._checks_left = CHECKED_SIZES if hasattr(processor, "_get_num_multimodal_tokens") else NEVER
 
     def num_tokens(self, text: str, images: Sequence[Media]) -> int:
-        """Length of the expanded prompt, measured on empty images of the same size: reads no image file."""
-        return len(self._run(text, [Image.new("RGB", image.size) for image in images]).ids_P)
+        """Length of the expanded prompt, from the sizes of the images: reads no image file.
+
+        The processor prepares blank pictures only where the image tokens of these sizes are not known and it cannot
+        count them: that takes as long as real ones.
+        """
+        sizes = tuple(image.size for image in images)
+        ids = token_ids(self.tokenizer, text)
+        if not sizes or self.image_token_id is None or ids.count(self.image_token_id) != len(sizes):
+            return len(self._blank_ids(text, sizes))
+        if sizes not in self._known:
+            count = self._own_count(sizes) if self._checks_left == 0 else None
+            if count is None:
+                ids_P = self._blank_ids(text, sizes)
+                count = ids_P.count(self.image_token_id)
+                if _without(ids_P, self.image_token_id) != _without(ids, self.image_token_id):
+                    return len(ids_P)  # it writes other tokens around the image's: their number is the text's matter
+                self._check_own_count(sizes, count)
+            if len(self._known) == KNOWN_SIZES:
+                del self._known[next(iter(self._known))]
+            self._known[sizes] = count
+        return len(ids) - len(sizes) + self._known[sizes]
 
     def encode(self, text: str, images: Sequence[Media]) -> Prompt:
         return self._run(text, [image.open() for image in images])
 
     def digest(self) -> str:
-        return _digest(self.processor)
+        return _digest(self.processor, encoding=PROCESSOR_ENCODING)
+
+    def _blank_ids(self, text: str, sizes: Sequence[tuple[int, int]]) -> list[int]:
+        return self._run(text, [Image.new("RGB", size) for size in sizes]).ids_P.tolist()
+
+    def _own_count(self, sizes: Sequence[tuple[int, int]]) -> int | None:
+        """Image tokens of one picture as the processor counts them; None where it cannot, or for several pictures."""
+        if len(sizes) != 1:
+            return None
+        ((width, height),) = sizes
+        try:
+            found = self.processor._get_num_multimodal_tokens(image_sizes=[(height, width)])
+            return int(found["num_image_tokens"][0])
+        except Exception:  # foreign code, which few have run: `_run` says what is wrong with the row, if anything is
+            return None
+
+    def _check_own_count(self, sizes: Sequence[tuple[int, int]], count: int) -> None:
+        """The processor's own count is believed after it was right for some sizes, and never after it was wrong."""
+        if len(sizes) == 1 and self._checks_left > 0:
+            self._checks_left = self._checks_left - 1 if self._own_count(sizes) == count else NEVER
 
     def _run(self, text: str, images: list[Image.Image]) -> Prompt:
         # As one sample's pictures: LLaVA-OneVision cuts the picture of a sample into crops only when it is alone.
@@ -136,6 +182,10 @@ class ProcessorVision:
         arrays = {key: np.asarray(value) for key, value in features.items() if key != "attention_mask"}
         types = arrays.pop("mm_token_type_ids", None)
         return Prompt(arrays.pop("input_ids")[0], None if types is None else types[0], arrays)
+
+
+def _without(ids: Sequence[int], token_id: int) -> list[int]:
+    return [index for index in ids if index != token_id]
 
 
 def load_vision(
@@ -195,9 +245,9 @@ def _for_pictures(processor: type[Any]) -> type[Any]:
     return type(processor.__name__, (processor,), {"get_attributes": classmethod(lambda _: parts)})
 
 
-def _digest(processor: Any) -> str:
-    """sha256 of the settings that decide the pixels and the number of image tokens."""
-    settings = _without_volatile(json.loads(processor.to_json_string()))
+def _digest(processor: Any, **facts: Any) -> str:
+    """sha256 of the settings that decide the pixels and the number of image tokens; `facts` are what else does."""
+    settings = {**_without_volatile(json.loads(processor.to_json_string())), **facts}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 

@@ -18,7 +18,7 @@ from vlsi_cache.report.html import write_demo_report
 from vlsi_cache.spec import CacheSpec, load_spec
 from vlsi_cache.stages.build import build_teacher
 from vlsi_cache.stages.distill import distill, stage_steps
-from vlsi_cache.stages.evaluate import evaluate, evaluate_model
+from vlsi_cache.stages.evaluate import evaluate, evaluate_model, kept_result
 from vlsi_cache.stages.loop import read_json, say, write_atomically
 from vlsi_cache.stages.plan import plan
 from vlsi_cache.store.reader import Cache
@@ -86,7 +86,7 @@ def _one_run(cache: Cache, student: Path, out: Path, seed: int, recipe: str, dev
     folder = out / "runs" / f"seed-{seed}" / recipe
     changes = [f"distill.seed={seed}"]
     run = distill(cache, student=str(student), out=folder, recipe=recipe, overrides=changes, device=device)
-    scores = _once(run / "evaluation.json", lambda: evaluate(run, device=device))
+    scores = kept_result(run) or evaluate(run, device=device)
     seconds = sum(stage["seconds"] for stage in read_json(run / "run.json")["stages"])
     return {
         "seed": seed,
@@ -102,7 +102,8 @@ def _teacher_scores(spec: CacheSpec, out: Path, device: str | None) -> dict[str,
     settings, path = spec.evaluate, resolve_model(spec.teacher.model)
     file = out / "teacher-evaluation.json"
     options: dict[str, Any] = {"dtype": spec.teacher.dtype, "batch_tokens": spec.run.num_batch_tokens}
-    scores = _once(file, lambda: evaluate_model(path, settings, **options, device=device or spec.run.device))
+    device = device or spec.run.device
+    scores = read_json(file) if file.is_file() else evaluate_model(path, settings, **options, device=device)
     write_atomically(file, json.dumps(scores, indent=1))
     return scores
 
@@ -127,10 +128,6 @@ def _budget(spec: CacheSpec, num_samples: int) -> str:
 def _timed(work: Callable[[], Result]) -> tuple[Result, float]:
     started = time.monotonic()
     return work(), time.monotonic() - started
-
-
-def _once(file: Path, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    return read_json(file) if file.is_file() else work()
 
 
 def _build_time(out: Path, build_s: float | None) -> dict[str, float]:

@@ -70,9 +70,10 @@ def read_record(folder: Path, layers: Sequence[int]) -> dict[str, Any]:
     missing = [layer for layer in layers if layer not in record["layers"] or not layer_file(folder, layer).is_file()]
     if missing:
         raise ModelError(
-            f"verbalizers {folder}: none for layers {missing}, there are {record['layers']}; train the missing ones: "
-            f"vlsi-cache train-verbalizers SPEC -o {folder.parent} --layers {','.join(map(str, missing))}, or name "
-            "target layers that are there"
+            f"verbalizers {folder}: none for layers {missing}, there are {record['layers']}; name target layers "
+            "that are there, or train the missing ones: those of a teacher with vlsi-cache train-verbalizers SPEC -o "
+            f"{folder.parent} --layers {','.join(map(str, missing))}, those of a student in a new distill run that has "
+            "them in `distill.layers`"
         )
     return record
 

@@ -77,9 +77,17 @@ def _teacher_lines(result: Mapping[str, Any]) -> list[str]:
             f"same first word: {percent(found['top1_agreement'])} of tokens; "
             f"student's mass on the teacher's kept words: {percent(found['mass_on_top_k'])}"
         )
-    if found.get("trained_on"):
-        lines.append("NOT HELD OUT: the run was trained on this cache, or on one that it was made from")
-    return lines
+    return [*lines, *_held_out(found)]
+
+
+def _held_out(found: Mapping[str, Any]) -> list[str]:
+    """What is to be said about rows that are not, or not known to be, held out."""
+    trained = found.get("trained_on")
+    if trained is None:
+        return ["NOT KNOWN TO BE HELD OUT: the rows that the model was trained on cannot be looked up"]
+    num = found.get("num_trained_on")  # an earlier release did not count
+    part = "" if num in (None, found["num_samples"]) else f"{num:,} of "
+    return [f"NOT HELD OUT: the run was trained on {part}these rows"] if trained else []
 
 
 def _divergences(result: Mapping[str, Any]) -> list[Table]:

@@ -29,9 +29,11 @@ from vlsi_cache.spec import CacheSpec, Dtype, EvaluateSpec, change, spec_from_di
 from vlsi_cache.store import reader
 from vlsi_cache.store.reader import Cache
 
-from .heldout import against_cache
+from .heldout import against_cache, trained_on
 from .loop import head_of, pick_device, read_json, say, write_atomically
 from .responses import Decoding, respond
+
+RESULT = "evaluation.json"
 
 
 def evaluate(
@@ -51,11 +53,11 @@ def evaluate(
     read the layers in place of the run's own; `num_beams` answers by beam search. A model's own code runs only with
     `trust_remote_code`, whatever a spec or a run folder says: either may come from somebody else.
 
-    Returns, and for a run also writes to RUN/evaluation.json: `exact_match` (all and per kind, or None when the spec
-    does not generate), `nll` in nats per response token, `perplexity`, `layers` (nll per verbalized student layer;
-    head and final norm are the trained student's own), `verbalizers` (which ones, when not the run's own),
-    `num_samples`, `num_by_kind`; with a `cache` also `cache`: see `against_cache`, and `trained_on`, whether the run
-    has learned from these very rows. Raises SpecError when there is nothing to measure on.
+    Returns, and for a run also writes to RUN/evaluation.json (with a `limit` it does not): `exact_match` (all and per
+    kind, or None when the spec does not generate), `nll` in nats per response token, `perplexity`, `layers` (nll per
+    verbalized student layer; head and final norm are the trained student's own), `verbalizers` (which ones, when not
+    the run's own), `num_samples`, `num_by_kind`; with a `cache` also `cache`: see `against_cache` and `trained_on`;
+    and `measured_with`, the options of this call. Raises SpecError when there is nothing to measure on.
     """
     folder = Path(model)
     run = read_json(folder / "run.json") if (folder / "run.json").is_file() else None
@@ -87,10 +89,35 @@ def evaluate(
     if given is not None:
         result["verbalizers"] = _origin_of(given, run)
     if opened is not None:
-        result["cache"]["trained_on"] = None if run is None else run.get("cache_digest") in _digests(opened)
-    if run is not None:
-        write_atomically(folder / "evaluation.json", json.dumps(result, indent=1))
+        result["cache"] |= trained_on(opened, run, num_samples=result["cache"]["num_samples"])
+    result["measured_with"] = {
+        **_own_settings(spec),
+        "limit": limit,
+        "verbalizers": None if given is None else str(given.resolve()),
+        "cache": None if opened is None else str(opened.path.resolve()),
+    }
+    if run is not None and limit is None:
+        write_atomically(folder / RESULT, json.dumps(result, indent=1))
+    elif run is not None:
+        say(f"measured with a limit: not kept in {folder / RESULT}")
     return result
+
+
+def _own_settings(spec: CacheSpec) -> dict[str, Any]:
+    """What of a spec decides the scores on the held-out rows, as JSON has it."""
+    settings = None if spec.evaluate is None else spec.evaluate.model_dump(mode="json")
+    distill = spec.distill
+    return {"evaluate": settings, "dtype": distill.student_dtype, "attn_implementation": distill.attn_implementation}
+
+
+def kept_result(folder: Path) -> dict[str, Any] | None:
+    """The content of RUN/evaluation.json; None if there is none or it was not measured as the run's own spec says."""
+    if not (folder / RESULT).is_file():
+        return None
+    result, run = read_json(folder / RESULT), read_json(folder / "run.json")
+    own = {**_own_settings(spec_from_dict(run["spec"], where=str(folder / "run.json"))), "verbalizers": None}
+    there = result.get("measured_with") or {}  # an earlier release did not say
+    return result if all(key in there and there[key] == value for key, value in own.items()) else None
 
 
 def _with_beams(spec: CacheSpec, num_beams: int) -> CacheSpec:
@@ -111,16 +138,6 @@ def _origin_of(folder: Path, run: dict[str, Any] | None) -> dict[str, Any]:
     trained_with = read_record(folder, [])["provenance"].get("teacher_digest")
     same = None if run is None else run.get("student_digest") == trained_with
     return {"path": str(folder.resolve()), "trained_with": trained_with, "same_start": same}
-
-
-def _digests(cache: Cache) -> set[str]:
-    """Digests of a cache and of all those it was made from."""
-    found, waiting = {cache.header.digest}, list(cache.header.parents)
-    while waiting:
-        parent = waiting.pop()
-        found.add(str(parent.get("digest")))
-        waiting += parent.get("parents") or []
-    return found
 
 
 def check_has_student(folder: Path, run: dict[str, Any]) -> None:
@@ -193,7 +210,7 @@ class _HeldOut:
 
 def _held_out_rows(settings: EvaluateSpec, encoder: Encoder, limit: int | None) -> _HeldOut:
     data = settings.data
-    records = list(read_records(data))[:limit]
+    records = list(read_records(data, limit=limit))
     kept, skipped = fit_rows(records, encoder, data.max_length, bad_rows=data.bad_rows)
     if skipped:
         say(f"{len(skipped)} held-out rows are longer than {data.max_length} tokens and were left out")

@@ -4,18 +4,22 @@ With the teacher's own answers the teacher is never asked about what it would no
 is on-policy without a teacher beside the student. Batches are planned from the data alone, their draws are keyed by
 (seed, batch), and a finished batch is a file in `.NAME.work/` beside the output: a run that was killed goes on there
 and ends in the same rows.
+
+Legend: T tokens of all responses, R of one.
 """
 
 import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
-from vlsi_cache.data.records import Record, RecordSet, read_records, row_of, with_answer, write_rows
+from vlsi_cache.data.records import Record, media_root, read_records, row_of, with_answer, write_rows
 from vlsi_cache.data.sources import read_responses
 from vlsi_cache.data.tokenize import Encoder, fit_rows
 from vlsi_cache.errors import DataError, FingerprintMismatchError, SpecError, list_problems
@@ -43,6 +47,7 @@ class _Job:
     decoding: Decoding
     num_samples: int
     max_length: int
+    media_root: Path | None
     facts: dict[str, Any]
 
     @property
@@ -71,11 +76,13 @@ def generate(
 
     `model` is `teacher`, a distill run's folder (its student), or a model's folder or hub id. Temperature 0 takes the
     likeliest token. With several `num_samples` the rows' ids become `ID#0`, `ID#1`, ... Responses that do not end
-    within `max_new_tokens`, are empty, or cannot be rows are left out and listed.
+    within `max_new_tokens`, are empty, or cannot be rows are left out and listed. Pictures that the rows name by path
+    stay where they are.
 
     Returns what the file's metadata says: `model`, `weights`, `settings`, `source_rows` (their digest), `counts`,
-    `left_out` ({id, reason}), `versions`; and `path`. Raises SpecError, DataError (nothing is left),
-    FingerprintMismatchError (`out` or its work folder is of something else), RunBusyError, ModelError.
+    `left_out` ({id, reason}), `versions`, with such pictures `media_root`; and `path`. Raises SpecError, DataError
+    (nothing is left), FingerprintMismatchError (`out` or its work folder is of something else), RunBusyError,
+    ModelError.
     """
     decoding = Decoding(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
     _check(Path(out), decoding, num_samples=num_samples, batch_size=batch_size)
@@ -115,8 +122,7 @@ def _plan(
 ) -> _Job:
     """Read everything but the weights: prompts of similar length come together, all samples of one side by side."""
     speaker = speaker_of(spec, model)
-    encoder, found = speaker.encoder(spec), read_records(spec.data)
-    source = RecordSet(found.records[:limit], found.skipped)
+    encoder, source = speaker.encoder(spec), read_records(spec.data, limit=limit)
     # Whether a row fits is decided by its prompt: the answer that it has goes.
     prompts = [with_answer(record, "?") for record in source]
     kept, too_long = fit_rows(prompts, encoder, spec.data.max_length, bad_rows=spec.data.bad_rows)
@@ -142,6 +148,7 @@ def _plan(
         decoding=decoding,
         num_samples=num_samples,
         max_length=spec.data.max_length,
+        media_root=media_root(spec.data),
         facts={
             "model": speaker.path,
             "weights": speaker.digest(),
@@ -196,56 +203,93 @@ def _speak(job: _Job, *, seed: int, device: str) -> None:
         write_atomically(job.batch_file(number), json.dumps(lines))
 
 
+@dataclass(frozen=True)
+class _Said:
+    """All responses: their ids one after the other, uint32 [T], where each ends, and whether the model ended it."""
+
+    items: list[tuple[int, int]]
+    ids_T: np.ndarray
+    ends: np.ndarray
+    ended: list[bool]
+
+    def __iter__(self) -> Iterator[tuple[tuple[int, int], Response]]:
+        """In the order of the source."""
+        for i in sorted(range(len(self.items)), key=self.items.__getitem__):
+            ids_R = self.ids_T[self.ends[i - 1] if i else 0 : self.ends[i]]
+            yield self.items[i], Response(ids_R.tolist(), self.ended[i])
+
+
 def _write(job: _Job, facts: dict[str, Any]) -> None:
-    """Judge all responses and write those that can be rows, in the order of the source."""
-    said = dict(_said(job))
-    rows: list[Record] = []
+    """Judge all responses, then write those that can be rows, in the order of the source."""
+    said = _read_said(job)
+    is_row: list[bool] = []
     left_out = list(job.left_out)
     num_changed = 0
-    for index, number in sorted(said):
-        record = job.records[index]
-        named = replace(record, id=f"{record.id}#{number}") if job.num_samples > 1 else record
-        row, ids, reason = _judge(job, named, said[index, number])
-        if row is None:
-            left_out.append({"id": named.id, "reason": reason})
+    for item, response in said:
+        record = _named(job, item)
+        ids, reason = _judge(job, record, response)
+        is_row.append(not reason)
+        if reason:
+            left_out.append({"id": record.id, "reason": reason})
         else:
-            rows.append(row)
-            num_changed += ids != said[index, number].ids
-    if not rows:
+            num_changed += ids != response.ids
+    if not any(is_row):
         shutil.rmtree(job.work)  # nothing in it is of use to another attempt
         problems = [f"row `{one['id']}`: {one['reason']}" for one in left_out]
         raise DataError(
-            f"none of {len(said)} responses can be used, so nothing was written:\n{list_problems(problems)}"
+            f"none of {len(is_row)} responses can be used, so nothing was written:\n{list_problems(problems)}"
         )
-    counts = {"source_rows": len(job.records), "generated": len(said), "written": len(rows)}
+    counts = {"source_rows": len(job.records), "generated": len(is_row), "written": sum(is_row)}
     counts |= {"left_out": len(left_out), "retokenised": num_changed}
     temporary = job.work / job.out.name
-    write_rows(map(row_of, rows), temporary, responses={**facts, "counts": counts, "left_out": left_out})
+    about = {**facts, **_pictures(job), "counts": counts, "left_out": left_out}
+    good = (pair for pair, is_good in zip(said, is_row, strict=True) if is_good)
+    rows = (with_answer(_named(job, item), job.encoder.decode(response.ids)) for item, response in good)
+    write_rows((row_of(row, media_root=job.media_root) for row in rows), temporary, responses=about)
     fsync_tree(job.work)
     if not publish_new_file(temporary, job.out):
         raise SpecError(f"{job.out} has come into being meanwhile; choose another name with -o")
     fsync_dir(job.out.parent)
 
 
-def _said(job: _Job) -> Iterator[tuple[tuple[int, int], Response]]:
-    for number, items in enumerate(job.batches):
-        for item, line in zip(items, json.loads(job.batch_file(number).read_bytes()), strict=True):
-            yield item, Response(**line)
+def _pictures(job: _Job) -> dict[str, str]:
+    """The folder that the rows' pictures lie below, where they name some by path."""
+    has_paths = any(image.path is not None for record in job.records for image in record.images)
+    return {"media_root": str(job.media_root)} if has_paths else {}
 
 
-def _judge(job: _Job, record: Record, response: Response) -> tuple[Record | None, list[int], str]:
-    """The row with this response and the ids that it is read as; or why it cannot be one."""
+def _read_said(job: _Job) -> _Said:
+    """What the finished batches hold."""
+    ids: list[np.ndarray] = []
+    ends, ended = [np.zeros(1, dtype=np.int64)], []
+    for number in range(len(job.batches)):
+        lines = json.loads(job.batch_file(number).read_bytes())
+        ids.append(np.fromiter(chain.from_iterable(line["ids"] for line in lines), dtype=np.uint32))
+        ends.append(ends[-1][-1] + np.cumsum([len(line["ids"]) for line in lines]))
+        ended += [line["ended"] for line in lines]
+    items = list(chain.from_iterable(job.batches))
+    assert len(items) == len(ended)
+    return _Said(items, np.concatenate(ids), np.concatenate(ends[1:]), ended)
+
+
+def _named(job: _Job, item: tuple[int, int]) -> Record:
+    """The record of the source, under the name that this response to it has."""
+    record = job.records[item[0]]
+    return replace(record, id=f"{record.id}#{item[1]}") if job.num_samples > 1 else record
+
+
+def _judge(job: _Job, record: Record, response: Response) -> tuple[list[int], str]:
+    """The ids that this response is read as in a row; or why it cannot be in one."""
     if not response.ended:
-        return None, [], f"no end of turn within {job.decoding.max_new_tokens} tokens"
+        return [], f"no end of turn within {job.decoding.max_new_tokens} tokens"
     text = job.encoder.decode(response.ids)
     if not text.strip():
-        return None, [], "the response is empty"
-    row = with_answer(record, text)
+        return [], "the response is empty"
     try:
-        num_prompt, ids = job.encoder.measure(row)
+        num_prompt, ids = job.encoder.measure(with_answer(record, text))
     except DataError as error:
-        return None, [], str(error).removeprefix(f"row `{record.id}`: ")
+        return [], str(error).removeprefix(f"row `{record.id}`: ")
     num_tokens = num_prompt + len(ids)
     if num_tokens > job.max_length:
-        return None, [], f"{num_tokens} tokens, data.max_length is {job.max_length}"
-    return row, ids[:-1].tolist(), ""
+        return [], f"{num_tokens} tokens, data.max_length is {job.max_length}"
+    return ids[:-1].tolist(), ""

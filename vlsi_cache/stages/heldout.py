@@ -6,29 +6,31 @@ training; the rows of one part are in memory at a time, and logits of a few toke
 Legend: T response tokens, L cached teacher layers, K kept entries, V vocabulary, D hidden size.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from vlsi_cache.data.batches import plan_batches
 from vlsi_cache.data.tokenize import Encoder
-from vlsi_cache.errors import DataError
+from vlsi_cache.errors import DataError, VlsiCacheError
 from vlsi_cache.models.layers import Backbone
 from vlsi_cache.models.verbalizer import Verbalizers
 from vlsi_cache.sparse.kl import LayerRows, candidate_kl
 from vlsi_cache.sparse.logits import Head, compute_dtype
 from vlsi_cache.sparse.rows import SparseRows
+from vlsi_cache.store import reader
 from vlsi_cache.store.layout import CacheHeader
 from vlsi_cache.store.reader import Cache
 
 from .feed import MicroBatch, Pair, encode_pairs, match_records
-from .loop import head_of
+from .loop import head_of, say
 from .probe import agreement
 from .student import cached_sources, check_tokenizer
 
@@ -164,3 +166,34 @@ def _means(sums: _Sums, cache: Cache) -> dict[str, Any]:
         "teacher_layers": cache.layers,
         "layers": {str(layer): (kl_L / num_tokens).tolist() for layer, kl_L in sums.kl_L.items()},
     }
+
+
+def trained_on(cache: Cache, run: Mapping[str, Any] | None, *, num_samples: int) -> dict[str, Any]:
+    """Whether the first `num_samples` rows of a cache are in the one that a run was trained on, whatever their ids.
+
+    `num_trained_on`: how many are; `trained_on`: whether any is. Both are None when it is not known: `run` (run.json)
+    is None, or its cache cannot be opened, or is another one by now.
+    """
+    trained = None if run is None else _cache_of(run, cache)
+    if trained is None:
+        return {"trained_on": None, "num_trained_on": None}
+    theirs = pc.SetLookupOptions(value_set=trained.sample_table()["digest"])
+    is_in = pc.call_function("is_in", [cache.sample_table()["digest"][:num_samples]], theirs)
+    num = int(is_in.to_numpy().sum())
+    return {"trained_on": num > 0, "num_trained_on": num}
+
+
+def _cache_of(run: Mapping[str, Any], measured: Cache) -> Cache | None:
+    """The cache that a run was trained on, which may be the `measured` one; None, and why, where it is not there."""
+    digest, path = run.get("cache_digest"), str(run.get("cache"))
+    if measured.header.digest == digest:
+        return measured
+    try:
+        found = reader.open(path)
+    except VlsiCacheError as error:
+        say(f"not known whether the run was trained on these rows, its own cache cannot be opened: {error}")
+        return None
+    if found.header.digest != digest:
+        say(f"not known whether the run was trained on these rows: {path} is another cache now than it was then")
+        return None
+    return found
