@@ -63,4 +63,4 @@ def test_the_benchmark_runs(scripts: dict[str, Any], tmp_path: Path) -> None:
     assert text.count("\n## ") == 3
     assert "cold, 52 steps: matches that break the order, of all | 0 of 2 | yes" in text
     scored = {file.parent.name for file in (tmp_path / "work").rglob("score.json")}
-    assert scored == {"adaptive", "last", "sft", "dense rows"}
+    assert scored == {"adaptive", "last", "sft", "16 entries", "dense rows"}
