@@ -56,7 +56,7 @@ def must_hold(cell: str, seeds: Seeds) -> Iterator[Check]:
         pairs = [
             (_nearest(seed["layer_kls"][when]["cache"]), _nearest(seed["layer_kls"][when][DENSE])) for seed in seeds
         ]
-        what = f"{cell}: nearest teacher layer of each student layer at the {when}, cache | dense"
+        what = f"{cell}: nearest teacher layer of each student layer at the {when}, cache and dense"
         yield Check(what, "; ".join(f"{a} \\| {b}" for a, b in pairs), all(a == b for a, b in pairs))
     falls = [_largest_rise(seed["teacher_layers"]["100%"]) for seed in seeds]
     yield Check(
