@@ -1,8 +1,13 @@
 """Tiny models, rows and specs that the tests share; everything is made here, nothing is fetched."""
 
+import importlib
 import json
 import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -129,6 +134,20 @@ def write_spec(folder: Path, teacher: Path, *, num_rows: int = 40) -> Path:
     path = folder / "spec.yaml"
     path.write_text(yaml.safe_dump(spec))
     return path
+
+
+@contextmanager
+def benchmark_scripts(names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Modules of tests/benchmarks, imported as the scripts import each other; torch's threads are put back."""
+    import torch
+
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parent / "benchmarks"))
+        yield {name: importlib.import_module(name) for name in names}
+        for name in names:
+            sys.modules.pop(name, None)
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

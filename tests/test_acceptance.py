@@ -1,28 +1,20 @@
 """The acceptance benchmark: its source's closed form against Bayes' rule by hand, and all of it at a tiny size."""
 
-import importlib
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
+from conftest import benchmark_scripts
 
-FOLDER = Path(__file__).parent / "benchmarks"
 SCRIPTS = ("acceptance", "acceptance_report", "layer_kl", "markov", "measuring", "students", "tiny_models")
 
 
 @pytest.fixture(scope="module")
 def scripts() -> Iterator[dict[str, Any]]:
-    threads = torch.get_num_threads()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
-        yield {name: importlib.import_module(name) for name in SCRIPTS}
-        for name in SCRIPTS:
-            sys.modules.pop(name, None)
-    torch.set_num_threads(threads)
+    with benchmark_scripts(SCRIPTS) as found:
+        yield found
 
 
 @pytest.mark.parametrize("kind", ["easy", "hard"])

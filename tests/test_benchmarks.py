@@ -1,14 +1,13 @@
 """The benchmarks still run, at tiny sizes, and their baselines compute what is measured against them."""
 
-import importlib
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import benchmark_scripts
 
 FOLDER = Path(__file__).parent / "benchmarks"
 SCRIPTS = (
@@ -21,13 +20,8 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def scripts() -> Iterator[dict[str, Any]]:
     """The modules beside the scripts, imported as the scripts import each other."""
-    threads = torch.get_num_threads()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
-        yield {name: importlib.import_module(name) for name in SCRIPTS}
-        for name in SCRIPTS:
-            sys.modules.pop(name, None)
-    torch.set_num_threads(threads)
+    with benchmark_scripts(SCRIPTS) as found:
+        yield found
 
 
 def test_every_part_of_the_cpu_benchmark_runs(
