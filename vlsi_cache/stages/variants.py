@@ -110,6 +110,11 @@ def loss(header: CacheHeader, cache: "Cache | None") -> list[Variant]:
         _interact("layer-mean", "the mean over layers, not the sum", "layer_reduction=mean"),
         _interact("reliable", "no teacher layer that knows less than the student's", "reliable_only=true"),
         _interact("fade-out", "matched layers fade out", "layers_full_until=0.3", "layers_zero_from=0.7"),
+        _interact(
+            "mean-faded",
+            "the mean over layers, faded out early: for a pretrained student",
+            *("layer_reduction=mean", "layers_full_until=0", "layers_zero_from=0.3"),
+        ),
     ]
 
 
