@@ -95,7 +95,7 @@ def run_guarded(work: Callable[[], Answer], *, as_json: bool, quiet: bool, verbo
         with _messages(quiet=quiet, verbose=verbose):
             answer = work()
             text = "" if as_json else _text_of(answer)
-        show(json.dumps(answer.data, indent=1, ensure_ascii=False, default=_plain) if as_json else text)
+        show(_as_json(answer.data) if as_json else text)
         return answer.exit_code
     except (typer.Exit, typer.Abort):
         raise
@@ -171,6 +171,12 @@ def _show_warning(message: Warning | str, *_where: Any, **_more: Any) -> None:
 
 def _text_of(answer: Answer) -> str:
     return answer.text if isinstance(answer.text, str) else answer.text()
+
+
+def _as_json(data: Any) -> str:
+    """JSON as its standard has it: a number that is not finite is null."""
+    text = json.dumps(data, default=_plain)
+    return json.dumps(json.loads(text, parse_constant=lambda _: None), indent=1, ensure_ascii=False)
 
 
 def _plain(value: Any) -> Any:

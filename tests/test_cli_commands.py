@@ -3,6 +3,7 @@
 import datetime
 import errno
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -182,11 +183,11 @@ def test_stages_pass_on_what_was_typed(run: Any, monkeypatch: pytest.MonkeyPatch
 def test_what_stages_print_is_no_data(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def noisy(_spec: Any) -> Any:
         print("loading")
-        return SimpleNamespace(as_dict=lambda: {"hours": 1})
+        return SimpleNamespace(as_dict=lambda: {"hours": 1, "nll": math.nan, "layers": [math.inf]})
 
     monkeypatch.setitem(vars(vc), "plan", noisy)
     _, out, err = run("plan", "demo", "--json")
-    assert (json.loads(out), err) == ({"hours": 1}, "loading\n")
+    assert (json.loads(out), err) == ({"hours": 1, "nll": None, "layers": [None]}, "loading\n")
     assert run("plan", "demo", "--json", "-q")[2] == ""
 
 

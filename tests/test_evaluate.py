@@ -1,6 +1,7 @@
 """Evaluation: whose settings hold, what may run code, and which folders it is for."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,35 @@ def test_rows_beyond_the_limit_are_not_read(run: Path) -> None:
         file.write_text(kept)
 
 
+def test_rows_left_out_are_counted_and_told(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from vlsi_cache.report.evaluation import evaluation_html, evaluation_table
+    from vlsi_cache.spec import spec_from_dict
+
+    stored = json.loads((run / "run.json").read_text())["spec"]
+    lines = Path(stored["evaluate"]["data"]["path"]).read_text().splitlines()
+    long = json.loads(lines[1])
+    long["id"], long["messages"][-1]["content"] = "long", "blue " * 200
+    rows = run.parent / "some.jsonl"
+    rows.write_text("\n".join([*lines[:3], '{"id": "unreadable"}', json.dumps(long)]))
+    stored["evaluate"]["data"] |= {"path": str(rows), "bad_rows": "list"}
+    result = vc.evaluate(run, spec=spec_from_dict(stored, where="here"))
+    assert (result["num_samples"], result["num_skipped"]) == (3, 2)
+    told = capsys.readouterr().err
+    assert "2 held-out rows were left out\n  - row `unreadable`: " in told
+    assert re.search(r"row `long`: \d+ tokens, data.max_length is", told)
+    assert "held-out samples: 3 (2 left out)" in evaluation_table(result)
+    assert "held-out samples (2 left out)" in "".join(evaluation_html(result))
+
+
+def test_what_is_neither_a_run_nor_a_model_is_called_so(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"is neither a run nor a model: it holds no run.json"):
+        vc.evaluate(tmp_path)
+    with pytest.raises(SpecError, match=r"there is no folder .*nosuch; for a model of the hub give --spec"):
+        vc.evaluate(tmp_path / "nosuch")
+    with pytest.raises(SpecError, match=r"no held-out rows for .*student: give --spec"):
+        vc.evaluate(run / "student")
+
+
 def test_small_batches_measure_the_same(run: Path) -> None:
     from vlsi_cache.spec import spec_from_dict
 
@@ -122,8 +152,9 @@ def test_the_result_of_a_run_is_what_its_own_spec_says(run: Path, capsys: pytest
     in_float32 = change(spec, distill={**spec.distill.model_dump(), "student_dtype": "float32"})
     for other in (fewer_rows, in_float32):
         result = vc.evaluate(run, spec=other)
-        assert json.loads((run / "evaluation.json").read_text()) == result  # ablate's variants are kept so
-        assert evaluate_module.kept_result(run) is None
+        assert result["measured_with"] != own["measured_with"]
+        assert (run / "evaluation.json").read_text() == kept
+        assert "measured otherwise than the run's own spec says: not kept" in capsys.readouterr().err
     with_cache = vc.evaluate(run, cache=run.parent / "cache")
     assert evaluate_module.kept_result(run) == with_cache  # adds numbers, changes none
     record = json.loads((run / "evaluation.json").read_text())

@@ -11,7 +11,7 @@ Table = tuple[list[str], list[list[str]]]
 
 def evaluation_table(result: Mapping[str, Any]) -> str:
     """The content of `evaluation.json` for the terminal."""
-    lines = [f"held-out samples: {result['num_samples']}"] if "num_samples" in result else []
+    lines = [f"held-out samples: {result['num_samples']}{_left_out(result)}"] if "num_samples" in result else []
     lines += [f"{name}: {result[name]:.4g}" for name in ("perplexity", "nll") if result.get(name) is not None]
     match, counts = result.get("exact_match"), result.get("num_by_kind") or {}
     if match:
@@ -27,7 +27,8 @@ def evaluation_html(evaluation: dict[str, Any] | None) -> list[str]:
     if not evaluation:
         return []
     match, counts = evaluation.get("exact_match"), evaluation.get("num_by_kind") or {}
-    shown = [(f"{evaluation['num_samples']:,}", "held-out samples")] if "num_samples" in evaluation else []
+    samples = f"held-out samples{_left_out(evaluation)}"
+    shown = [(f"{evaluation['num_samples']:,}", samples)] if "num_samples" in evaluation else []
     shown += [(percent(match["all"]), "exact match")] if match else []
     shown += [(f"{evaluation['perplexity']:.3f}", "perplexity")] if evaluation.get("perplexity") else []
     shown += [(f"{evaluation['cache']['kl']:.3f}", "nats from the teacher")] if evaluation.get("cache") else []
@@ -44,6 +45,10 @@ def evaluation_html(evaluation: dict[str, Any] | None) -> list[str]:
         *(paragraph(line) for line in _teacher_lines(evaluation)),
         *(html_table(*one) for one in _divergences(evaluation)),
     ]
+
+
+def _left_out(result: Mapping[str, Any]) -> str:
+    return f" ({result['num_skipped']:,} left out)" if result.get("num_skipped") else ""
 
 
 def _notes(result: Mapping[str, Any]) -> list[str]:

@@ -19,7 +19,7 @@ from vlsi_cache.data.batches import plan_batches
 from vlsi_cache.data.collate import collate
 from vlsi_cache.data.records import Record, read_records
 from vlsi_cache.data.tokenize import Encoder, fit_rows, load_encoder
-from vlsi_cache.errors import SpecError
+from vlsi_cache.errors import ModelError, SpecError, list_problems
 from vlsi_cache.models.layers import Backbone
 from vlsi_cache.models.load import load_model, resolve_model
 from vlsi_cache.models.verbalizer import Verbalizers, load_verbalizers
@@ -53,11 +53,12 @@ def evaluate(
     read the layers in place of the run's own; `num_beams` answers by beam search. A model's own code runs only with
     `trust_remote_code`, whatever a spec or a run folder says: either may come from somebody else.
 
-    Returns, and for a run also writes to RUN/evaluation.json (with a `limit` it does not): `exact_match` (all and per
-    kind, or None when the spec does not generate), `nll` in nats per response token, `perplexity`, `layers` (nll per
-    verbalized student layer; head and final norm are the trained student's own), `verbalizers` (which ones, when not
-    the run's own), `num_samples`, `num_by_kind`; with a `cache` also `cache`: see `against_cache` and `trained_on`;
-    and `measured_with`, the options of this call. Raises SpecError when there is nothing to measure on.
+    Returns, and for a run also writes to RUN/evaluation.json unless this was measured with a `limit` or otherwise than
+    the run's own spec says: `exact_match` (all and per kind, or None when the spec does not generate), `nll` in nats
+    per response token, `perplexity`, `layers` (nll per verbalized student layer; head and final norm are the trained
+    student's own), `verbalizers` (which ones, when not the run's own), `num_samples`, `num_by_kind`, `num_skipped`
+    (rows left out); with a `cache` also `cache`: see `against_cache` and `trained_on`; and `measured_with`, the options
+    of this call. Raises SpecError when there is nothing to measure on, ModelError when a loss is not finite.
     """
     folder = Path(model)
     run = read_json(folder / "run.json") if (folder / "run.json").is_file() else None
@@ -68,7 +69,7 @@ def evaluate(
     if spec is None and opened is not None:
         spec = spec_from_dict(opened.header.spec, where=str(opened.path))
     if spec is None or (spec.evaluate is None and opened is None):
-        raise SpecError(f"no held-out rows for {model}: give --spec with an `evaluate:` section, or a --cache")
+        raise SpecError(_nothing_to_measure(folder))
     if num_beams is not None:
         spec = _with_beams(spec, num_beams)
     own = folder / "verbalizers"
@@ -96,11 +97,29 @@ def evaluate(
         "verbalizers": None if given is None else str(given.resolve()),
         "cache": None if opened is None else str(opened.path.resolve()),
     }
-    if run is not None and limit is None:
-        write_atomically(folder / RESULT, json.dumps(result, indent=1))
-    elif run is not None:
-        say(f"measured with a limit: not kept in {folder / RESULT}")
+    if run is not None:
+        _keep(folder, run, result)
     return result
+
+
+def _nothing_to_measure(folder: Path) -> str:
+    advice = "give --spec with an `evaluate:` section, or a --cache"
+    if (folder / "run.json").is_file() or (folder / "config.json").is_file():
+        return f"no held-out rows for {folder}: {advice}"
+    if folder.is_dir():
+        return f"{folder} is neither a run nor a model: it holds no run.json and no config.json"
+    return f"there is no folder {folder}; for a model of the hub {advice}"
+
+
+def _keep(folder: Path, run: dict[str, Any], result: dict[str, Any]) -> None:
+    """Write RUN/evaluation.json: all that shows a run shows what is in it as the run's own scores."""
+    used, own = result["measured_with"], _own_settings(spec_from_dict(run["spec"], where=str(folder / "run.json")))
+    if used["limit"] is not None:
+        say(f"measured with a limit: not kept in {folder / RESULT}")
+    elif own["evaluate"] is not None and any(used[key] != value for key, value in own.items()):
+        say(f"measured otherwise than the run's own spec says: not kept in {folder / RESULT}")
+    else:
+        write_atomically(folder / RESULT, json.dumps(result, indent=1))
 
 
 def _own_settings(spec: CacheSpec) -> dict[str, Any]:
@@ -199,7 +218,7 @@ def evaluate_model(
 
 @dataclass(frozen=True)
 class _HeldOut:
-    """Held-out rows that fit, their lengths in tokens, and how many do not."""
+    """Held-out rows that can be used, their lengths in tokens, and how many cannot."""
 
     settings: EvaluateSpec
     encoder: Encoder
@@ -210,10 +229,12 @@ class _HeldOut:
 
 def _held_out_rows(settings: EvaluateSpec, encoder: Encoder, limit: int | None) -> _HeldOut:
     data = settings.data
-    records = list(read_records(data, limit=limit))
-    kept, skipped = fit_rows(records, encoder, data.max_length, bad_rows=data.bad_rows)
+    records = read_records(data, limit=limit)
+    kept, do_not_fit = fit_rows(records, encoder, data.max_length, bad_rows=data.bad_rows)
+    skipped = [*records.skipped, *do_not_fit]
     if skipped:
-        say(f"{len(skipped)} held-out rows are longer than {data.max_length} tokens and were left out")
+        reasons = [f"row `{row['id']}`: {row['reason']}" for row in skipped]
+        say(f"{len(skipped)} held-out rows were left out\n{list_problems(reasons)}")
     lengths = [num_prompt + len(ids) for _, num_prompt, ids in kept]
     return _HeldOut(settings, encoder, [records[index] for index, _, _ in kept], lengths, len(skipped))
 
@@ -223,6 +244,12 @@ def _on_held_out(
 ) -> dict[str, Any]:
     settings, encoder, records = rows.settings, rows.encoder, rows.records
     nll = mean_nll(backbone, verbalizers, records, plan_batches(rows.lengths, batch_tokens), encoder)
+    impossible = [f"{value} at layer {layer}" for layer, value in nll.items() if not np.isfinite(np.exp(value))]
+    if impossible:
+        raise ModelError(
+            f"the model's loss on the held-out rows is {', '.join(impossible)}: its last updates have destroyed it. "
+            "Train it again in a new folder, with a lower `learning_rate` or a longer `warmup`"
+        )
     last = nll.pop(backbone.num_layers)
     return {
         "num_samples": len(records),
