@@ -13,7 +13,7 @@ from conftest import write_spec
 from safetensors.torch import load_file, save_file
 
 import vlsi_cache as vc
-from vlsi_cache.errors import FingerprintMismatchError, ModelError, SpecError
+from vlsi_cache.errors import DataError, FingerprintMismatchError, ModelError, SpecError
 from vlsi_cache.report import html
 from vlsi_cache.report.ablation_table import num_failed
 from vlsi_cache.spec import apply_overrides
@@ -278,11 +278,27 @@ def test_a_student_that_its_last_update_destroyed_has_failed(
     for _ in range(2):
         record = start(out, variants=["sft"])
         assert num_failed(record) == 1
-        assert record["runs"]["sft"]["0"]["message"].startswith("`nll` is nan, `perplexity` is nan of the trained")
+        assert record["runs"]["sft"]["0"]["message"].startswith("the model's loss on the held-out rows is nan at")
         json.loads((out / "ablation.json").read_text(), parse_constant=no_constant)
     monkeypatch.undo()
     shutil.rmtree(out / "runs" / "seed-0" / "sft")
     assert num_failed(start(out, variants=["sft"])) == 0
+
+
+def test_held_out_rows_are_read_before_anything_is_built(start: Start, spec: vc.CacheSpec, tmp_path: Path) -> None:
+    missing = apply_overrides(spec, [f"evaluate.data.path={tmp_path / 'nosuch.jsonl'}"])
+    with pytest.raises(DataError, match=r"nosuch\.jsonl"):
+        start(tmp_path / "ablation", spec=missing, cache=None)
+    assert not (tmp_path / "ablation").exists()
+
+
+def test_a_student_is_read_through_the_verbalizers_it_was_trained_with(start: Start, tmp_path: Path) -> None:
+    out = tmp_path / "ablation"
+    start(out, axes=["verbalizer"], variants=["ffn", "last"])
+    runs = out / "runs" / "seed-0"
+    for name, ruler in (("ffn", "ffn"), ("last", "vlsi")):
+        found = json.loads((runs / name / "evaluation.json").read_text())["verbalizers"]
+        assert found["path"] == str(runs / ruler / "verbalizers")
 
 
 def test_rows_of_one_table_add_up(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

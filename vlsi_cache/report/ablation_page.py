@@ -12,6 +12,7 @@ from .ablation_table import (
     num_failed,
     own_steps,
     remarks,
+    ruler_note,
     shown_metrics,
     table_rows,
     values_by_seed,
@@ -35,6 +36,7 @@ def ablation_page(record: dict[str, Any]) -> str:
         lead,
         [
             tiles([*numbers, *([(str(failed), "runs failed")] if failed else [])]),
+            *(paragraph(line, note=True) for line in ruler_note(record)),
             *(section(f"{axis}: {TITLES[axis]}", *_axis_html(record, axis)) for axis in record["tables"]),
             section("How it was run", *_how(record)),
         ],

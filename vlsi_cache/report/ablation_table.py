@@ -20,8 +20,13 @@ TITLES = {
     "k": "entries kept of each row",
     "layers": "teacher layers kept",
 }
+LAYERS_NOTE = (
+    "layer nll: through the verbalizers that a student was trained with, for last and sft through the default's. These "
+    "two have moved away from them: verbalizers of their own would read their layers better."
+)
 NOTES = {
-    "operations": "x: nothing is trained there; l2: squared error of the log-probs of the kept entries.",
+    "operations": "x: nothing is trained there; l2: variance of the difference of the log-probs over the kept entries. "
+    "x+kld has the verbalizers' steps in the interaction, too.",
     "sft": "What stops early takes the first steps of the same schedule.",
     "verbalizer": "The student's side alone: the teacher's rows are what the cache holds.",
 }
@@ -204,6 +209,11 @@ def _not_made_alike(record: Record, axis: str) -> list[str]:
     return lines
 
 
+def ruler_note(record: Record) -> list[str]:
+    """Through what the layers were read, if they were."""
+    return [LAYERS_NOTE] if any(one.key == "layer_nll" for one in shown_metrics(record)) else []
+
+
 def num_failed(record: Record) -> int:
     """Runs of the tables that have failed, each counted once."""
     used = {row["run"] for rows in record["tables"].values() for row in rows if row["run"] is not None}
@@ -213,7 +223,7 @@ def num_failed(record: Record) -> int:
 
 def ablation_text(record: Record) -> str:
     """All tables for the terminal."""
-    blocks = [f"{len(record['seeds'])} seed(s), {record['budget']}"]
+    blocks = ["\n".join([f"{len(record['seeds'])} seed(s), {record['budget']}", *ruler_note(record)])]
     for axis in record["tables"]:
         heads, rows = table_rows(record, axis)
         blocks.append("\n".join([f"{axis}: {TITLES[axis]}", table(heads, rows), *remarks(record, axis)]))

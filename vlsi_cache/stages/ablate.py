@@ -6,12 +6,11 @@ DIR/runs/seed-S/NAME           one run for each variant and seed
 DIR/ablation.json              settings, tables and scores; written again after every run
 DIR/ablation.csv, report.html  the tables, when all has run
 
-The first run of a seed is the default; the others take its verbalizers, and the layers of all students are measured
-through them.
+The first run of a seed is the default; the others take its verbalizers. The layers of a student are measured through
+the verbalizers that it was trained with, those of a student without any (`last`, `sft`) through the default's.
 """
 
 import json
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -28,6 +27,7 @@ from .ablation_plan import AblationPlan, PlannedRun, Row, add_up, overrides_betw
 from .ablation_setup import (
     RECORD,
     Ablation,
+    check_held_out,
     check_student,
     finished_cache,
     header_to_come,
@@ -80,6 +80,7 @@ def ablate(
     found = finished_cache(ablation)
     header = found.header if found else header_to_come(ablation.spec)
     check_student(ablation, header)
+    check_held_out(ablation)
     plan = ablation.plan(header, found)
     if dry_run:
         return _preview(ablation, plan, record.get("runs", {}))
@@ -143,16 +144,9 @@ def _one_run(ablation: Ablation, run: PlannedRun, cache: "Cache", seed: int) -> 
     changes = _overrides(run, source, seed, ruler if run.takes_verbalizers else None)
     try:
         distill(source, student=ablation.student, out=folder, overrides=changes, device=ablation.device)
+        scores = _measure(ablation, folder, _verbalizers_of(folder) or _verbalizers_of(default))
     except ModelError as error:
         return _failed(where, str(error))
-    scores = _measure(ablation, folder, _verbalizers_of(default))
-    impossible = _not_finite(scores)
-    if impossible:
-        return _failed(
-            where,
-            f"{', '.join(impossible)} of the trained student: its last updates have destroyed it. The next call "
-            f"measures it again; to train it again delete {folder} first",
-        )
     trained = read_json(folder / "run.json")
     stages = trained["stages"]
     steps = sum(stage["steps"] for stage in stages)
@@ -182,15 +176,8 @@ def _failed(where: dict[str, str], message: str) -> dict[str, Any]:
     return {**where, "status": "failed", "message": message}
 
 
-def _not_finite(scores: dict[str, Any]) -> list[str]:
-    """Scores that are no numbers, as `nll` nan: training stops at such a gradient, but nothing follows the last one."""
-    layers = {f"the nll of layer {layer}": value for layer, value in scores["layers"].items()}
-    values = {"`nll`": scores["nll"], "`perplexity`": scores["perplexity"], **layers}
-    return [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
-
-
-def _verbalizers_of(default: Path) -> Path | None:
-    folder = default / "verbalizers"
+def _verbalizers_of(run: Path) -> Path | None:
+    folder = run / "verbalizers"
     return folder if (folder / "verbalizers.json").is_file() else None
 
 
@@ -218,7 +205,7 @@ def _overrides(run: PlannedRun, cache: "Cache", seed: int, verbalizers: Path | N
 
 
 def _measure(ablation: Ablation, folder: Path, verbalizers: Path | None) -> dict[str, Any]:
-    """The scores of a trained student; its layers through the default's verbalizers, the same for all of a seed."""
+    """The scores of a trained student."""
     trusts = ablation.spec.distill.trust_remote_code
     result = evaluate(
         folder, spec=ablation.spec, verbalizers=verbalizers, device=ablation.device, trust_remote_code=trusts

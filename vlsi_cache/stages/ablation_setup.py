@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlsi_cache.data.batches import plan_parts
+from vlsi_cache.data.records import read_records
 from vlsi_cache.data.tokenize import load_encoder
 from vlsi_cache.errors import FingerprintMismatchError, SpecError, list_problems
 from vlsi_cache.models.load import resolve_model, weights_digest
@@ -174,3 +175,9 @@ def check_student(ablation: Ablation, header: CacheHeader) -> None:
         trust_remote_code=ablation.spec.distill.trust_remote_code,
     )
     check_tokenizer(header, encoder, ablation.student, where=ablation.cache_path)
+
+
+def check_held_out(ablation: Ablation) -> None:
+    """Raise DataError for held-out rows that cannot be read: after hours of training nothing could be measured."""
+    assert ablation.spec.evaluate is not None
+    read_records(ablation.spec.evaluate.data)
