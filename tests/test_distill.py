@@ -219,6 +219,16 @@ def interrupted(*_args: Any) -> None:
     raise KeyboardInterrupt
 
 
+def test_a_stage_that_destroys_its_weights_with_the_last_update_has_failed(
+    cache: Cache, student_folder: Path, tmp_path: Path
+) -> None:
+    # No gradient follows the last update, at which training would have stopped.
+    wild = [f"distill.sft.schedule.{name}" for name in ("steps=1", "learning_rate=1e30", "clip_norm=1e30")]
+    with pytest.raises(ModelError, match=r"stage sft has destroyed .* of its weights with its last updates"):
+        vc.distill(cache, student=str(student_folder), out=tmp_path / "run", overrides=wild)
+    assert not (tmp_path / "run" / "student").exists()
+
+
 def test_activation_checkpointing_and_accumulation_change_nothing(
     cache: Cache, vlsi_run: Path, student_folder: Path, tmp_path: Path
 ) -> None:

@@ -289,7 +289,9 @@ def test_a_head_that_trains_is_refused(case: Case) -> None:
         run(case)
 
 
-@pytest.mark.parametrize(("value", "shown"), [(float("nan"), "nan nats"), (None, r"-0\.3\d* nats")])
+@pytest.mark.parametrize(
+    ("value", "shown"), [(float("nan"), "not finite"), (float("inf"), "not finite"), (None, r"-0\.3\d* nats")]
+)
 def test_an_impossible_divergence_names_sample_and_layers(case: Case, value: float | None, shown: str) -> None:
     case.hidden = {k: x.detach() for k, x in case.hidden.items()}
     options: dict[str, Any] = {}
@@ -319,15 +321,26 @@ def test_every_matched_layer_is_looked_at(case: Case) -> None:
         terms = run(case, {"matching": "bottom_k", "bottom_k": 4, "last": "none"})
         case.rows.layers.tail_mass_LT.copy_(whole)
         result = Interaction(terms, ["a", "b"], [3, 4])
-        with pytest.raises(ModelError, match=f"sample `b`: .* from teacher layer {[2, 4, 6, 8][damaged]} is nan"):
+        with pytest.raises(ModelError, match=f"sample `b`: .* from teacher layer {[2, 4, 6, 8][damaged]} is not"):
             read_numbers([result], SETTINGS, [2, 4, 6, 8, 9])
     read_numbers([Interaction(healthy, ["a", "b"], [3, 4])], SETTINGS, [2, 4, 6, 8, 9])
 
 
-def test_numbers_are_means_over_the_micro_batches(case: Case) -> None:
+def test_labels_that_cannot_be_learned_name_the_micro_batch(case: Case) -> None:
+    case.hidden = {k: x.detach() for k, x in case.hidden.items()}
+    case.hidden[3][6] = torch.nan
+    result = Interaction(run(case, {"last": "ce"}), ["a", "b"], [3, 4])
+    with pytest.raises(
+        ModelError, match="samples `a` to `b`: the divergence of student layer 3 from the labels is not"
+    ):
+        read_numbers([result], SETTINGS, [2, 4, 6, 8, 9])
+
+
+def test_numbers_are_means_over_the_micro_batches_with_rows(case: Case) -> None:
     empty, full = Interaction(None, ["a"], [0]), Interaction(run(case), ["b"], [7])
     assert read_numbers([empty, empty], SETTINGS, []).values == {}
     numbers = read_numbers([empty, full], SETTINGS, [2, 4, 6, 8, 9])
     assert full.terms is not None
-    assert numbers.values[3] == pytest.approx(float(full.terms.numbers_N5[0, VALUE]) / 2)
+    assert numbers.values[3] == pytest.approx(float(full.terms.numbers_N5[0, VALUE]))
+    assert numbers.share == 0.5
     assert numbers.matched == [[], [[[2, 4, 6, 8][j] for j in full.terms.matched_US[0].tolist()]]]

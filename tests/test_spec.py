@@ -156,6 +156,12 @@ def test_specs_are_frozen() -> None:
         ({"alpha_ce": 0.5, "last": "ce"}, "`alpha_ce` mixes the labels into a divergence"),
         ({"intermediate": "ce", "match_unit": "sample"}, "`match_unit` do nothing with `intermediate: ce`"),
         ({"intermediate": "none", "layer_reduction": "mean"}, "`layer_reduction` do nothing"),
+        ({"temperature": "fixed", "scale": 9.0}, "`scale` belongs to the adaptive temperatures"),
+        ({"lambda_last": 0.0, "alpha_ce": 0.5}, "`alpha_ce` do nothing with `lambda_last: 0`"),
+        (
+            {"layers_full_until": 0.0, "layers_zero_from": 0.0, "match_unit": "sample"},
+            "`match_unit` do nothing with `layers_zero_from: 0`",
+        ),
     ],
 )
 def test_settings_of_the_interaction_that_would_do_nothing_are_refused(
@@ -163,6 +169,14 @@ def test_settings_of_the_interaction_that_would_do_nothing_are_refused(
 ) -> None:
     with pytest.raises(SpecError, match=re.escape(message)):
         vc.load_spec(write(tmp_path, distill={"interact": interact}))
+
+
+def test_settings_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="`layers` names 3 layers, `num_layers` is 2; drop one"):
+        vc.load_spec(write(tmp_path, distill={"layers": [1, 2, 3], "num_layers": 2}))
+    silent = {"data": {"path": "rows.jsonl"}, "generate": False, "num_beams": 5}
+    with pytest.raises(SpecError, match="`num_beams` searches answers, and `generate: false` asks for none"):
+        vc.load_spec(write(tmp_path, evaluate=silent))
 
 
 def test_the_last_recipe_needs_a_last_layer(tmp_path: Path) -> None:

@@ -147,6 +147,12 @@ class EvaluateSpec(Strict):
     max_new_tokens: Annotated[int, Field(ge=1)] = 64
     batch_size: Annotated[int, Field(ge=1)] = 16
 
+    @model_validator(mode="after")
+    def _beams_search_answers(self) -> "EvaluateSpec":
+        if not self.generate and self.num_beams > 1:
+            raise ValueError("`num_beams` searches answers, and `generate: false` asks for none")
+        return self
+
 
 class RunSpec(Strict):
     """Where the build runs; not part of the fingerprint (another batch size changes rows by rounding only).

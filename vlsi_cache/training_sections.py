@@ -1,5 +1,6 @@
 """The sections of a spec about training: verbalizers, and how students are distilled."""
 
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -91,6 +92,7 @@ class LoraSpec(Strict):
 
 
 Operation = Literal["forward_kl", "reverse_kl", "jsd", "skewed_kl", "l2_topk", "ce", "none"]
+OF_MATCHING = ("matching", "match_unit", "sampler", "reliable_only", "scale", "temperature")
 DIVERGENCES = frozenset({"forward_kl", "reverse_kl", "jsd", "skewed_kl", "l2_topk"})
 
 
@@ -140,6 +142,8 @@ class InteractSpec(Strict):
         changed = [key for key, default in adaptive.items() if getattr(self, key) != default]
         if self.matching != "vlsi" and changed:
             raise ValueError(f"`{'`, `'.join(changed)}` belong to `matching: vlsi`, and it is `{self.matching}`")
+        if self.temperature == "fixed" and self.scale != 2.0:
+            raise ValueError("`scale` belongs to the adaptive temperatures, and `temperature` is `fixed`")
         if self.temperature != "fixed" and self.fixed_temperature != 1.0:
             raise ValueError(f"`fixed_temperature` belongs to `temperature: fixed`, and it is `{self.temperature}`")
         if self.matching != "bottom_k" and self.bottom_k != 1:
@@ -150,6 +154,10 @@ class InteractSpec(Strict):
             raise ValueError("`reliable_only` compares the likelihood of the response, which is known at `tau` 1 alone")
         if self.layers_full_until > self.layers_zero_from:
             raise ValueError("`layers_full_until` lies behind `layers_zero_from`")
+        if not self.lambda_last:
+            self._nothing_changed(("last", "alpha_ce"), "with `lambda_last: 0`")
+        if not self.layers_zero_from:
+            self._nothing_changed((*OF_MATCHING, "intermediate", "layer_reduction"), "with `layers_zero_from: 0`")
         self._nothing_belongs_to_another_operation()
         if not self.trains_last and (self.intermediate == "none" or self.layers_zero_from < 1):
             raise ValueError(
@@ -167,12 +175,13 @@ class InteractSpec(Strict):
             raise ValueError(f"`alpha_ce` mixes the labels into a divergence, and `last` is `{self.last}`")
         if self.intermediate in DIVERGENCES:
             return
-        of_matching = ("matching", "match_unit", "sampler", "reliable_only", "scale", "temperature")
-        of_layers = ("layer_reduction", "layers_full_until", "layers_zero_from")
-        keys = of_matching if self.intermediate == "ce" else (*of_matching, *of_layers)
+        of_layers = () if self.intermediate == "ce" else ("layer_reduction", "layers_full_until", "layers_zero_from")
+        self._nothing_changed((*OF_MATCHING, *of_layers), f"with `intermediate: {self.intermediate}`")
+
+    def _nothing_changed(self, keys: Iterable[str], where: str) -> None:
         changed = [key for key in keys if getattr(self, key) != type(self).model_fields[key].default]
         if changed:
-            raise ValueError(f"`{'`, `'.join(changed)}` do nothing with `intermediate: {self.intermediate}`")
+            raise ValueError(f"`{'`, `'.join(changed)}` do nothing {where}")
 
     @property
     def trains_last(self) -> bool:
@@ -237,6 +246,18 @@ class DistillSpec(Strict):
     def _verbalizers_are_taken(self) -> "DistillSpec":
         if self.verbalizers is not None and self.recipe != "vlsi":
             raise ValueError(f"`verbalizers` belong to `recipe: vlsi`, and it is `{self.recipe}`")
+        return self
+
+    @model_validator(mode="after")
+    def _layers_are_named_once(self) -> "DistillSpec":
+        if self.layers != "auto" and self.num_layers not in (
+            type(self).model_fields["num_layers"].default,
+            len(self.layers),
+        ):
+            raise ValueError(
+                f"`layers` names {len(self.layers)} layers, `num_layers` is {self.num_layers}; drop one, or say "
+                "`layers: auto` for so many evenly spaced ones"
+            )
         return self
 
     _whole_micro_batches = model_validator(mode="after")(_check_batches)

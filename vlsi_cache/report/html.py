@@ -161,7 +161,10 @@ def _training_html(run: RunFiles) -> list[str]:
     curves = {stage: {"loss": curve(run.metrics, stage)} for stage in stages_of(run.metrics)}
     if not curves:
         return [paragraph("No step has been logged yet.")]
-    caption = "Each step faint, its running mean on top. The loss of verbalize and interact is the sum over layers."
+    caption = (
+        "Each step faint, its running mean on top. The loss is what is trained: in verbalize the sum over layers, "
+        "in interact the last layer's and, by their weight, the matched layers'."
+    )
     last = run.metrics[-1]
     speed = ", ".join(
         f"{label} {last[key]:,.{digits}f} {unit}"

@@ -21,7 +21,7 @@ from vlsi_cache.store import reader
 from vlsi_cache.store.reader import Cache
 
 from .interact import interact
-from .loop import say
+from .loop import refuse_destroyed, say
 from .runs import already_done, finish_run, open_run, python_call
 from .sft import sft
 from .student import StudentState, open_student
@@ -150,6 +150,7 @@ def _run_stages(state: StudentState) -> list[dict[str, Any]]:
     if "sft" in steps:
         stages.append(sft(state, model, num_steps=whole["sft"], stop=steps["sft"]))
     trained = merge_lora(model) if uses_lora else model
+    refuse_destroyed(trained.named_parameters(), stages[-1]["name"])
     # Head and embeddings may have been trained in fp32; configuration and all tensors agree again.
     save_student(
         trained.to(state.dtype),

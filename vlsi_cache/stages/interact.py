@@ -76,6 +76,7 @@ def interact(state: StudentState, model: Any, verbalizers: Verbalizers | None, *
 
             seconds = time.monotonic() - started
             # What was not trained in this step is not logged either: 0 would read as a perfect match.
+            # `kl_last` is the last layer's loss, whatever `last` and `alpha_ce` make of it.
             kl_last = numbers.values.get(backbone.num_layers)
             by_layer = {layer: numbers.values[layer] for layer in layers if layer in numbers.values}
             reduced = sum(by_layer.values()) / (len(layers) or 1 if settings.layer_reduction == "mean" else 1)
@@ -83,7 +84,7 @@ def interact(state: StudentState, model: Any, verbalizers: Verbalizers | None, *
                 stage="interact",
                 step=step + 1,
                 num_steps=num_steps,
-                loss=settings.lambda_last * (kl_last or 0.0) + layer_weight * reduced,
+                loss=numbers.share * (settings.lambda_last * (kl_last or 0.0) + layer_weight * reduced),
                 **({} if kl_last is None else {"kl_last": kl_last}),
                 layers={str(layer): value for layer, value in by_layer.items()},
                 **({"reliable": {str(k): v for k, v in numbers.kept.items()}} if settings.reliable_only else {}),

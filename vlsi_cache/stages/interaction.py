@@ -87,9 +87,10 @@ class MicroRows:
 class Terms:
     """What is left of a micro-batch's terms, on the device; columns of `numbers_N5` (float64):
 
-    the loss in nats per response token, the lowest value of a token (NaN if one is), that token, its teacher target
-    (-1: none), the share of tokens that were not left out. `matched_US`: the teacher targets of all units.
-    `match_logits`: what they were drawn by, [M, U] for each student target; empty where nothing was drawn.
+    the loss in nats per response token, the lowest value of a token (-inf if one is not finite), that token, its
+    teacher target (-1: the labels, whose loss is known for all tokens together), the share of tokens not left out.
+    `matched_US`: the teacher targets of all units. `match_logits`: what they were drawn by, [M, U] for each student
+    target; empty where nothing was drawn.
     """
 
     layers: list[int]
@@ -281,7 +282,7 @@ class _Turn:
             weighted.backward()
             assert leaf.grad is not None
             self.gradients[layer] = leaf.grad
-        lowest, place = tokens_T.min(0)
+        lowest, place = tokens_T.masked_fill(~tokens_T.isfinite(), -torch.inf).min(0)
         share = torch.ones_like(lowest) if kept is None else kept
         self.layers.append(layer)
         # Where several layers are matched, all tokens stand there once for each.
@@ -292,19 +293,21 @@ class _Turn:
 
 @dataclass(frozen=True)
 class StepNumbers:
-    """The terms of one optimizer step on the host: means over the micro-batches, nats per response token.
+    """The terms of one optimizer step on the host: means over the micro-batches with rows, nats per response token.
 
-    `kept` is the share of tokens whose teacher layer was reliable; `matched` holds, for each micro-batch, the teacher
-    layers of its units, [U, S] ([n * U, S] where n layers are matched).
+    `share` of all micro-batches have rows: what is trained is a mean over all. `kept` is the share of tokens whose
+    teacher layer was reliable; `matched` holds, for each micro-batch, the teacher layers of its units, [U, S]
+    ([n * U, S] where n layers are matched).
     """
 
     values: dict[int, float]
+    share: float
     kept: dict[int, float]
     matched: list[list[list[int]]]
 
 
 def read_numbers(results: Sequence[Interaction], settings: InteractSpec, teacher_layers: Sequence[int]) -> StepNumbers:
-    """The one place of a step that waits for the device. Micro-batches without rows count as 0 in the means.
+    """The one place of a step that waits for the device.
 
     Raises ModelError for a token whose divergence is negative or not finite, naming sample and layers.
     """
@@ -319,25 +322,33 @@ def read_numbers(results: Sequence[Interaction], settings: InteractSpec, teacher
         numbers_N5 = result.terms.numbers_N5.cpu().numpy()
         for layer, numbers in zip(result.terms.layers, numbers_N5, strict=True):
             _refuse_impossible(result, layer, numbers, settings, teacher_layers)
-            values[layer] = values.get(layer, 0.0) + float(numbers[VALUE]) / len(results)
+            values[layer] = values.get(layer, 0.0) + float(numbers[VALUE]) / with_rows
             kept[layer] = kept.get(layer, 0.0) + float(numbers[KEPT]) / with_rows
         matched.append([[teacher_layers[j] for j in unit] for unit in result.terms.matched_US.tolist()])
-    return StepNumbers(values, kept, matched)
+    return StepNumbers(values, with_rows / len(results), kept, matched)
 
 
 def _refuse_impossible(
     result: Interaction, layer: int, numbers: np.ndarray, settings: InteractSpec, teacher_layers: Sequence[int]
 ) -> None:
-    lowest, target = float(numbers[LOWEST]), int(numbers[MATCH])
-    if np.isfinite(numbers[VALUE]) and lowest >= LOWEST_NATS * settings.tau**2:
+    value, lowest, target = float(numbers[VALUE]), float(numbers[LOWEST]), int(numbers[MATCH])
+    is_finite = np.isfinite(value) and np.isfinite(lowest)
+    if is_finite and lowest >= LOWEST_NATS * settings.tau**2:
         return
-    sample = result.sample_of(int(numbers[LOWEST_TOKEN]))
     against = "the labels" if target < 0 else f"teacher layer {teacher_layers[target]}"
-    raise ModelError(
-        f"sample `{sample}`: the divergence of student layer {layer} from {against} is {lowest:.4g} nats at one of its "
-        "tokens. Not finite: training has diverged, start a new run with a lower `learning_rate` or a longer `warmup` "
-        "for stage interact. Negative: the cached rows are damaged, run vlsi-cache verify CACHE"
-    )
+    # The labels' loss is known for all tokens together.
+    if target < 0 or (np.isfinite(lowest) and not is_finite):
+        where = f"samples `{result.sample_ids[0]}` to `{result.sample_ids[-1]}`"
+    else:
+        where = f"sample `{result.sample_of(int(numbers[LOWEST_TOKEN]))}`"
+    if is_finite:
+        what = f"{lowest:.4g} nats at one token: the cached rows are damaged, run vlsi-cache verify CACHE"
+    else:
+        what = (
+            "not finite: training has diverged (start a new run with a lower `learning_rate` or a longer `warmup` for "
+            "stage interact), or the cached rows are damaged (run vlsi-cache verify CACHE)"
+        )
+    raise ModelError(f"{where}: the divergence of student layer {layer} from {against} is {what}")
 
 
 def _cut(hidden: Tensor | LayerSequence) -> tuple[Tensor | LayerSequence, Tensor]:

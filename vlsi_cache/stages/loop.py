@@ -102,6 +102,16 @@ def clip_gradients(optimizer: torch.optim.Optimizer, schedule: Schedule, stage: 
             )
 
 
+def refuse_destroyed(parameters: Iterable[tuple[str, torch.Tensor]], stage: str) -> None:
+    """Raise ModelError for trained weights that are not finite: no gradient follows a stage's last update."""
+    bad = [name for name, parameter in parameters if not torch.isfinite(parameter).all()]
+    if bad:
+        raise ModelError(
+            f"stage {stage} has destroyed {len(bad)} of its weights with its last updates (`{bad[0]}` is not finite). "
+            "Start a new run with a lower `learning_rate` or a longer `warmup` for this stage"
+        )
+
+
 def optimizer_step(optimizer: torch.optim.Optimizer, schedule: Schedule, step: int, num_steps: int) -> float:
     """Set the rate of this step, update, clear; returns the rate."""
     rate = learning_rate(schedule, step, num_steps)

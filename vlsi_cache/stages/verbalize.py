@@ -38,6 +38,7 @@ from .loop import (
     memory_gib,
     optimizer_step,
     read_metrics,
+    refuse_destroyed,
     say,
     seed_step,
     warn_of,
@@ -220,6 +221,7 @@ def verbalize(
             )
             if (step + 1) % checkpoint_steps == 0 or step + 1 == num_steps:
                 checkpoints.save("verbalize", step + 1, verbalizers, optimizer)
+    refuse_destroyed(verbalizers.named_parameters(), "verbalize")
     warn_of(verbalizer_findings(read_metrics(log.path), v_real=v_real))
     entry = {"name": "verbalize", "steps": num_steps, "seconds": log.stage_seconds("verbalize"), "v_real": v_real}
     return verbalizers, entry
