@@ -22,7 +22,7 @@ import acceptance_report
 import markov
 import torch
 import yaml
-from acceptance_report import DENSE, LAST, PACKAGES, VLSI, WIDE
+from acceptance_report import DENSE, FADED, LAST, PACKAGES, SFT, VLSI, WIDE
 from layer_kl import layer_kls
 from measuring import Report, setting
 from tiny_models import kl_to_truth, new_model, pretrain
@@ -38,8 +38,10 @@ from vlsi_cache.store.reader import Cache
 
 TEACHER = {"num_layers": 8, "hidden": 64}
 TEACHER_STEPS = 600
+ANEW_ROWS = 2000
 TARGETS = [1, 2, 3, 4, 5, 6, 7]
 
+READ_ANEW = (VLSI, LAST, SFT, FADED)  # whose layers are read through verbalizers of their own as well
 FEWER = "last, without the steps of verbalizers"  # what these steps are worth to last-layer KD
 CACHES = {
     "cache": (),
@@ -106,7 +108,7 @@ def longer() -> list[Variant]:
         "per-sample": ("match_unit=sample",),
         "mean": ("layer_reduction=mean",),
         "mean, fade 0.3-0.7": ("layer_reduction=mean", "layers_full_until=0.3", "layers_zero_from=0.7"),
-        "mean, fade 0-0.3": ("layer_reduction=mean", "layers_full_until=0", "layers_zero_from=0.3"),
+        FADED: ("layer_reduction=mean", "layers_full_until=0", "layers_zero_from=0.3"),
         "reliable, fade 0.3-0.7": ("reliable_only=true", "layers_full_until=0.3", "layers_zero_from=0.7"),
         "joint, per-sample, fade 0.3-0.7": (
             "sampler=joint", "match_unit=sample", "layers_full_until=0.3", "layers_zero_from=0.7",
@@ -244,7 +246,11 @@ def make_student(folder: Path, home: Path, source: markov.Source, regime: Regime
 
 
 def run_variant(runs: Path, teacher_cache: Cache, variant: Variant, cell: Cell, seed: int) -> dict[str, Any]:
-    """Train and measure one student; layers are read through the verbalizers of the VLsI run of this seed."""
+    """Train and measure one student.
+
+    Layers are read through the verbalizers of the VLsI run of this seed, which favours students that were trained
+    through them; some are read through verbalizers that were trained for the finished student, too.
+    """
     out, own = runs / variant.name, variant.name == VLSI
     if not (out / "score.json").is_file():
         verbalize, interact, sft = cell.steps
@@ -264,7 +270,28 @@ def run_variant(runs: Path, teacher_cache: Cache, variant: Variant, cell: Cell, 
         nll = evaluate_model(str(out / "student"), settings, verbalizers=str(runs / VLSI / "verbalizers"))
         score = {"kl": kl_to_truth(model.eval(), source), "layers": nll["layers"], "matched": matched(out)}
         write_atomically(out / "score.json", json.dumps(score))
-    return read_json(out / "score.json")
+    score = read_json(out / "score.json")
+    return score | {"anew": read_anew(out, cell.regime, seed)} if variant.name in READ_ANEW else score
+
+
+def read_anew(run: Path, regime: Regime, seed: int) -> dict[str, float]:
+    """Loss of the response at each target layer of a finished student, through verbalizers of its own."""
+    file, folder = run / "anew.json", run.parent.parent
+    if not file.is_file():
+        source = markov.make_source(regime.source, seed=seed)
+        rows = markov.chat_rows(*source.rows(ANEW_ROWS, seed=900 + seed), name="anew")
+        (folder / "anew.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        changes = {
+            "teacher.model": run / "student",
+            "teacher.layers": list(regime.targets),
+            "data.path": folder / "anew.jsonl",
+        }
+        spec = vc.load_spec(folder / "spec.yaml", overrides=[f"{key}={value}" for key, value in changes.items()])
+        vc.train_verbalizers(spec, out=run / "anew")
+        assert isinstance(spec.evaluate, EvaluateSpec)
+        scores = evaluate_model(str(run / "student"), spec.evaluate, verbalizers=str(run / "anew" / "verbalizers"))
+        write_atomically(file, json.dumps(scores["layers"]))
+    return read_json(file)
 
 
 def matched(run: Path) -> list[list[int]]:
