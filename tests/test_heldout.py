@@ -147,6 +147,13 @@ def test_a_run_says_what_it_was_measured_with(
     assert foreign["layers"] != own["layers"]
     assert "OTHER weights" in evaluation_table(foreign)
 
+    few = ["train_verbalizers.schedule.steps=2", "teacher.layers=[1, 2]", f"teacher.model={run / 'student'}"]
+    spec = vc.load_spec(folder / "spec.yaml", overrides=few)
+    fresh = vc.evaluate(run, verbalizers=vc.train_verbalizers(spec, out=folder / "ruler"))
+    assert "trained on this very student" in evaluation_table(fresh)
+    assert fresh["nll"] == own["nll"]
+    assert fresh["layers"].keys() == {"1", "2"}
+
     again = vc.evaluate(run, cache=folder / "cache")
     assert (again["cache"]["trained_on"], again["cache"]["num_trained_on"]) == (True, 16)
     assert "NOT HELD OUT: the run was trained on these rows" in evaluation_table(again)

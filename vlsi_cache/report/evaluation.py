@@ -56,10 +56,15 @@ def _notes(result: Mapping[str, Any]) -> list[str]:
     beams, borrowed = result.get("num_beams") or 1, result.get("verbalizers")
     notes = [f"answers by beam search with {beams} beams"] if beams > 1 else []
     if borrowed:
-        starts = {True: "trained on what this run started from", False: "trained on OTHER weights than it started from"}
-        known = starts.get(borrowed["same_start"])
-        notes.append(f"layers read through verbalizers of {borrowed['path']}{f', {known}' if known else ''}")
+        notes.append(f"layers read through verbalizers of {borrowed['path']}{_trained_on(borrowed)}")
     return notes
+
+
+def _trained_on(borrowed: Mapping[str, Any]) -> str:
+    if borrowed.get("same_student"):
+        return ", trained on this very student"
+    starts = {True: ", trained on what this run started from", False: ", trained on OTHER weights than it started from"}
+    return starts.get(borrowed["same_start"], "")
 
 
 def _layer_losses(result: Mapping[str, Any]) -> list[Table]:

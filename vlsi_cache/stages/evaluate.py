@@ -21,7 +21,7 @@ from vlsi_cache.data.records import Record, read_records
 from vlsi_cache.data.tokenize import Encoder, fit_rows, load_encoder
 from vlsi_cache.errors import ModelError, SpecError, list_problems
 from vlsi_cache.models.layers import Backbone
-from vlsi_cache.models.load import load_model, resolve_model
+from vlsi_cache.models.load import load_model, resolve_model, weights_digest
 from vlsi_cache.models.verbalizer import Verbalizers, load_verbalizers
 from vlsi_cache.models.verbalizer_files import read_record
 from vlsi_cache.sparse.whole import linear_cross_entropy
@@ -88,7 +88,7 @@ def evaluate(
         limit=limit,
     )
     if given is not None:
-        result["verbalizers"] = _origin_of(given, run)
+        result["verbalizers"] = _origin_of(given, folder, run)
     if opened is not None:
         result["cache"] |= trained_on(opened, run, num_samples=result["cache"]["num_samples"])
     result["measured_with"] = {
@@ -152,11 +152,14 @@ def _verbalizers_in(folder: Path) -> Path:
     return found
 
 
-def _origin_of(folder: Path, run: dict[str, Any] | None) -> dict[str, Any]:
-    """Where borrowed verbalizers come from; `same_start`: whether they were trained on what the run started from."""
-    trained_with = read_record(folder, [])["provenance"].get("teacher_digest")
-    same = None if run is None else run.get("student_digest") == trained_with
-    return {"path": str(folder.resolve()), "trained_with": trained_with, "same_start": same}
+def _origin_of(given: Path, folder: Path, run: dict[str, Any] | None) -> dict[str, Any]:
+    """Where borrowed verbalizers come from, and whether they were trained on what the run started from (`same_start`)
+    or on the student it has made (`same_student`)."""
+    trained_with = read_record(given, [])["provenance"].get("teacher_digest")
+    start = None if run is None else run.get("student_digest") == trained_with
+    student = None if run is None else not start and weights_digest(folder / "student") == trained_with
+    known = {"same_start": start, "same_student": student}
+    return {"path": str(given.resolve()), "trained_with": trained_with, **known}
 
 
 def check_has_student(folder: Path, run: dict[str, Any]) -> None:
