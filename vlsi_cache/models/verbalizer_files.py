@@ -6,7 +6,6 @@ FOLDER/verbalizers.json         architecture, layers, provenance (digests of the
 
 import hashlib
 import json
-import os
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from vlsi_cache.disk import replace_durably, writing
 from vlsi_cache.errors import ModelError
 
 FORMAT_VERSION = 1
@@ -47,12 +47,14 @@ def write(
     for layer, tensors in layers.items():
         temporary = _temporary(layer_file(folder, layer))
         on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(on_cpu, temporary, metadata={HEADER_KEY: _canonical(architecture)})
-        _commit(temporary, layer_file(folder, layer))
+        with writing(temporary, layer_file(folder, layer)):
+            save_file(on_cpu, temporary, metadata={HEADER_KEY: _canonical(architecture)})
+            replace_durably(temporary, layer_file(folder, layer))
     named = sorted({*layers, *(there["layers"] if there else [])})
     temporary = _temporary(folder / RECORD)
-    temporary.write_text(json.dumps({**record, "layers": named}, indent=1) + "\n", encoding="utf-8")
-    _commit(temporary, folder / RECORD)
+    with writing(temporary, folder / RECORD):
+        temporary.write_text(json.dumps({**record, "layers": named}, indent=1) + "\n", encoding="utf-8")
+        replace_durably(temporary, folder / RECORD)
     return folder
 
 
@@ -116,9 +118,3 @@ def _canonical(architecture: dict[str, Any]) -> str:
 
 def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-
-
-def _commit(temporary: Path, path: Path) -> None:
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)

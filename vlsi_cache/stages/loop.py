@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 import shutil
 import sys
 import time
@@ -18,8 +17,10 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
+from vlsi_cache.disk import replace_durably, writing
 from vlsi_cache.errors import CacheCorruptError, ModelError
 from vlsi_cache.models.layers import Backbone
+from vlsi_cache.models.load import check_device
 from vlsi_cache.report.checkup import Finding
 from vlsi_cache.sparse.kernels import pick_kernels
 from vlsi_cache.sparse.logits import Head
@@ -38,10 +39,14 @@ def warn_of(found: Iterable[Finding]) -> None:
 
 
 def pick_device(device: str | None) -> torch.device:
-    """`auto` and None mean CUDA when there is one, else the CPU; the choice is printed with its reason."""
+    """`auto` and None mean CUDA when there is one, else the CPU; the choice is printed with its reason.
+
+    Raises ModelError for a device that is not here.
+    """
     if device in (None, "auto"):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         say(f"device: {device} ({'CUDA found' if device == 'cuda' else 'no CUDA found'})")
+    check_device(str(device))
     return torch.device(str(device))
 
 
@@ -174,11 +179,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def write_atomically(path: Path, text: str) -> None:
     """Replace a small text file so that a reader sees the old or the new content, never half of it."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with writing(temporary, path):
+        temporary.write_text(text, encoding="utf-8")
+        replace_durably(temporary, path)
 
 
 class Checkpoints:
@@ -208,16 +211,15 @@ class Checkpoints:
 
     def save(self, stage: str, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
         old = [(file.parent, int(read_json(file)["number"])) for file in self.folder.glob("*/checkpoint.json")]
-        temporary = self.folder / f".tmp-{uuid.uuid4().hex}"
-        temporary.mkdir()
+        temporary, target = self.folder / f".tmp-{uuid.uuid4().hex}", self.folder / f"{stage}-{step:07d}"
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        save_file(_state(named, optimizer), temporary / "state.safetensors")
         number = 1 + max((number for _, number in old), default=0)
         record = {"stage": stage, "step": step, "number": number}
-        write_atomically(temporary / "checkpoint.json", json.dumps(record, indent=1))
-        target = self.folder / f"{stage}-{step:07d}"
-        shutil.rmtree(target, ignore_errors=True)
-        temporary.rename(target)
+        with writing(temporary, target):
+            temporary.mkdir()
+            save_file(_state(named, optimizer), temporary / "state.safetensors")
+            (temporary / "checkpoint.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+            replace_durably(temporary, target)
         for folder, _ in old:
             if folder != target:
                 shutil.rmtree(folder)

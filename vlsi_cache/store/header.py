@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from vlsi_cache import disk
 from vlsi_cache.errors import CacheCorruptError, FingerprintMismatchError, SpecError, list_problems
 
 from . import commit
@@ -94,7 +95,7 @@ def _publish_vocab(root: Path, header: CacheHeader, ranks: Ranks, token_texts: T
         commit.check_free_space(root, need_bytes)
         with commit.tmp_path(root, VOCAB_NAME) as tmp, commit.disk_full_is_an_error(root, need_bytes):
             write_vocab(tmp, table, text, offsets)
-            commit.fsync_tree(tmp)
+            disk.fsync_tree(tmp)
             commit.publish_dir(tmp, root / VOCAB_NAME)
     try:
         heads = num_layers, num_head_ranks(root)

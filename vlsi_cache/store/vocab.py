@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from vlsi_cache import disk
 from vlsi_cache.errors import CacheCorruptError
 
 from . import commit
@@ -98,7 +99,7 @@ def publish_files(root: Path, name: str, content: dict[str, bytes]) -> bool:
         for file, data in content.items():
             (tmp / file).parent.mkdir(parents=True, exist_ok=True)
             (tmp / file).write_bytes(data)
-        commit.fsync_tree(tmp)
+        disk.fsync_tree(tmp)
         return commit.publish_dir(tmp, root / name)
 
 
