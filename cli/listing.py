@@ -86,7 +86,8 @@ def _run(path: Path) -> dict[str, Any]:
     match = (run.evaluation or {}).get("exact_match") or {}
     what = " ".join(filter(None, [run.record["kind"], run.record.get("recipe")]))
     state, size = run.record["status"], _folder_size(path)
-    return {"state": state, "size_bytes": size, "name": what, "exact_match": match.get("all")}
+    problem = {"problem": run.record["message"]} if "message" in run.record else {}
+    return {"state": state, "size_bytes": size, "name": what, "exact_match": match.get("all"), **problem}
 
 
 def _demo(path: Path) -> dict[str, Any]:
@@ -121,7 +122,7 @@ def _folder_size(path: Path, *, without: tuple[str, ...] = ()) -> int:
 
 
 def listing_table(found: list[dict[str, Any]]) -> str:
-    """One line per cache, run, ablation and demo."""
+    """One line per cache, run, ablation and demo; below them what is wrong with some."""
     from vlsi_cache.report.text import human_bytes, percent, table
 
     rows = [
@@ -141,7 +142,8 @@ def listing_table(found: list[dict[str, Any]]) -> str:
         for one in found
     ]
     heads = ["path", "kind", "what", "state", "size", "samples", "layers", "k", "profile", "date", "exact match"]
-    return table(heads, rows)
+    problems = [f"{one['path']}: {one['problem']}" for one in found if "problem" in one]
+    return "\n".join([table(heads, rows), *([""] if problems else []), *problems])
 
 
 def _widths(top_k: list[int]) -> str:

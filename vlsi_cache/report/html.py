@@ -110,7 +110,7 @@ def run_page(run: RunFiles) -> str:
     """How a run went: result, loss curves, layers, matches, and the settings."""
     record = run.record
     names = {"train-verbalizers": "Verbalizers", "distill": "Distillation"}
-    state = "done" if record.get("status") == "done" else "not finished"
+    state = {"done": "done", "failed": "failed"}.get(record.get("status", ""), "not finished")
     spec = record.get("spec") or {}
     lead = f"{spec.get('name', '')}; {record.get('recipe') or record['kind']}; {state}".lstrip("; ")
     return page(

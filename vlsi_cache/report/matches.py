@@ -17,7 +17,7 @@ from vlsi_cache.errors import DataError, SpecError
 from . import figures
 from .checkup import Metrics, is_finished
 from .page import figure, html_table, page, paragraph, section, write_file
-from .stats import RunFiles, match_shares, read_run, teacher_layers
+from .stats import RunFiles, match_shares, next_step, read_run, teacher_layers
 from .text import table
 
 DEFAULT_SHARE = 0.1
@@ -160,9 +160,14 @@ def match(run: Path | str, *, share: float = DEFAULT_SHARE) -> Matches:
     _check_matches(files)
     found = matches_of(files, share=share)
     if found is None:
+        if is_finished(files.metrics, "interact"):
+            raise DataError(
+                f"{run} has matched no layers: their weight was 0 throughout the stage interact "
+                "(`distill.interact.layers_full_until` and `layers_zero_from` fade them out)"
+            )
         raise DataError(
-            f"{run} has matched no layers yet: no step of stage interact is logged. Go on with: "
-            f"{files.record.get('command')}"
+            f"{run} has matched no layers yet: no step of stage interact that compares them is logged; "
+            f"{next_step(files.record)}"
         )
     return found
 

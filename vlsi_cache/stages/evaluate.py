@@ -24,6 +24,7 @@ from vlsi_cache.models.layers import Backbone
 from vlsi_cache.models.load import load_model, resolve_model
 from vlsi_cache.models.verbalizer import Verbalizers, load_verbalizers
 from vlsi_cache.models.verbalizer_files import read_record
+from vlsi_cache.report.stats import next_step
 from vlsi_cache.sparse.whole import linear_cross_entropy
 from vlsi_cache.spec import CacheSpec, Dtype, EvaluateSpec, change, spec_from_dict
 from vlsi_cache.store import reader
@@ -148,7 +149,7 @@ def check_has_student(folder: Path, run: dict[str, Any]) -> None:
             "run, or a model's folder together with --spec"
         )
     if not (folder / "student").is_dir():
-        raise SpecError(f"{folder} has no trained student yet; go on with: {run['command']}")
+        raise SpecError(f"{folder} has no trained student yet; {next_step(run)}")
 
 
 def evaluate_model(

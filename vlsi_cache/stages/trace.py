@@ -28,6 +28,7 @@ from vlsi_cache.models.load import load_model, resolve_model, weights_digest
 from vlsi_cache.models.verbalizer import Verbalizers, load_verbalizers, logit_lens
 from vlsi_cache.models.verbalizer_files import RECORD
 from vlsi_cache.report.example import png_of
+from vlsi_cache.report.stats import next_step
 from vlsi_cache.report.trace_page import Said, Token, Trace
 
 from .loop import head_of, pick_device, read_json
@@ -121,7 +122,7 @@ def _subject(model: Path | str, verbalizers: str | None) -> _Subject:
             f"{there.get('model')}{gguf} --verbalizers {folder / 'verbalizers'}"
         )
     if not (folder / "student").is_dir():
-        raise SpecError(f"{model} has no trained student yet; go on with: {run['command']}")
+        raise SpecError(f"{model} has no trained student yet; {next_step(run)}")
     own = folder / "verbalizers"
     if verbalizers is None and not own.is_dir():
         raise SpecError(
