@@ -3,6 +3,7 @@
 import datetime
 import errno
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -422,3 +423,16 @@ def test_prune_suggests_layers_and_writes_nothing(run: Any, cache: Path, tmp_pat
     code, _, err = run("prune", cache, "--layers", "last")
     assert (code, "-o NEW" in err) == (2, True)
     assert [path.name for path in tmp_path.iterdir()] == ["caches"]
+
+
+@pytest.mark.parametrize("name", ["my run", "a: b", "1e5", "it's", "null", "[x"])
+def test_hints_can_be_pasted(name: str, tmp_path: Path, spec_file: Path) -> None:
+    from vlsi_cache_cli.stages import _generated_text
+
+    assert shlex.split(errors.command_line("repair", tmp_path / name)) == ["vlsi-cache", "repair", f"{tmp_path}/{name}"]
+    data = vc.load_spec(spec_file).data
+    result = {"path": name, "left_out": [], "media_root": f"/{name}"}
+    result["counts"] = dict.fromkeys(("written", "generated", "retokenised", "left_out"), 0)
+    words = shlex.split(_generated_text(result, data).split("use them with: ")[1])
+    read = vc.load_spec(spec_file, overrides=[word for word in words if word != "--set"]).data
+    assert (read.path, read.media_root) == (name, f"/{name}")

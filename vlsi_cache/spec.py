@@ -6,6 +6,7 @@ stored in the cache.
 
 import difflib
 import importlib.resources
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -102,6 +103,15 @@ def apply_overrides(spec: CacheSpec, overrides: Iterable[str]) -> CacheSpec:
     if problems:
         raise SpecError(f"{len(problems)} mistake(s) in --set:\n{list_problems(problems, limit=30)}")
     return CacheSpec.model_validate(values)
+
+
+def as_override(key: str, value: str) -> str:
+    """`key=value` that `apply_overrides` reads as just this text; in quotes where YAML would read something else."""
+    try:
+        is_read_as_it_is = yaml.safe_load(value) == value
+    except (yaml.YAMLError, ValueError):
+        is_read_as_it_is = False
+    return f"{key}={value if is_read_as_it_is else json.dumps(value, ensure_ascii=False)}"
 
 
 def change(section: Section, **changes: Any) -> Section:

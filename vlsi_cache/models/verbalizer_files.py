@@ -16,12 +16,22 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vlsi_cache.disk import replace_durably, writing
-from vlsi_cache.errors import ModelError
+from vlsi_cache.errors import ModelError, command_line
+
+from .load import resolve_model
 
 FORMAT_VERSION = 1
 RECORD = "verbalizers.json"
 ADDED_LATER = ("loss",)  # to the provenance
+FROM_WHERE = "a teacher's come from vlsi-cache train-verbalizers, a student's from a distill run of recipe `vlsi`"
 HEADER_KEY = "verbalizer"  # one key: the order of several in a safetensors header is not fixed
+
+
+def find_folder(path: str | Path) -> Path:
+    """The verbalizers that `path` names: a folder of them, the run that has trained them, or `package:NAME/...`."""
+    folder = Path(resolve_model(path))
+    inner = folder / "verbalizers"
+    return inner if inner.is_dir() and not (folder / RECORD).is_file() else folder
 
 
 def layer_file(folder: Path, layer: int) -> Path:
@@ -61,9 +71,7 @@ def write(
 def read_record(folder: Path, layers: Sequence[int]) -> dict[str, Any]:
     """`verbalizers.json`; raises ModelError when it is not there or does not name all of `layers`."""
     if not (folder / RECORD).is_file():
-        raise ModelError(
-            f"no verbalizers in {folder} (`{RECORD}` is missing); train them: vlsi-cache train-verbalizers"
-        )
+        raise ModelError(f"no verbalizers in {folder} (`{RECORD}` is missing); {FROM_WHERE}")
     record = _read_json(folder)
     if record.get("format_version") != FORMAT_VERSION:
         raise ModelError(
@@ -71,11 +79,13 @@ def read_record(folder: Path, layers: Sequence[int]) -> dict[str, Any]:
         )
     missing = [layer for layer in layers if layer not in record["layers"] or not layer_file(folder, layer).is_file()]
     if missing:
+        numbers = ",".join(map(str, missing))
+        again = command_line("train-verbalizers", "SPEC", "-o", folder.parent, "--layers", numbers)
+        of_teacher = "" if _is_of_student(folder) else f"those of a teacher with {again}, "
         raise ModelError(
             f"verbalizers {folder}: none for layers {missing}, there are {record['layers']}; name target layers "
-            "that are there, or train the missing ones: those of a teacher with vlsi-cache train-verbalizers SPEC -o "
-            f"{folder.parent} --layers {','.join(map(str, missing))}, those of a student in a new distill run that has "
-            "them in `distill.layers`"
+            f"that are there, or train the missing ones: {of_teacher}those of a "
+            "student in a new distill run that has them in `distill.layers`"
         )
     return record
 
@@ -103,6 +113,12 @@ def digests(folder: Path, layers: Sequence[int]) -> dict[str, str]:
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _is_of_student(folder: Path) -> bool:
+    """Whether a distill run has trained them."""
+    file = folder.parent / "run.json"
+    return file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("kind") == "distill"
 
 
 def _read_json(folder: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from vlsi_cache.errors import CacheNotFoundError
+from vlsi_cache.errors import CacheNotFoundError, command_line
 
 from . import figures
 from .ablation_page import ablation_page
@@ -49,7 +49,7 @@ def write_report(path: Path | str) -> Path:
 
         return _write(folder, cache_page(open(folder, allow_incomplete=True)))
     raise CacheNotFoundError(
-        f"{folder} is neither a cache, nor a run, an ablation or a demo; what is below it: vlsi-cache ls {folder}"
+        f"{folder} is neither a cache, nor a run, an ablation or a demo; what is below it: {command_line('ls', folder)}"
     )
 
 
@@ -58,7 +58,7 @@ def write_demo_report(folder: Path | str, *, example: dict[str, Any] | None = No
     folder = Path(folder)
     demo = read_json(folder / "demo.json")
     if demo is None:
-        raise CacheNotFoundError(f"{folder} has no readable demo.json; run: vlsi-cache demo -o {folder}")
+        raise CacheNotFoundError(f"{folder} has no readable demo.json; run: {command_line('demo', '-o', folder)}")
     cache = _open_if_there(folder / demo["cache"])
     if example is not None:
         layers = example["layers"] or (cache.layers if cache else list(range(1, len(example["grid"]) + 1)))
@@ -72,7 +72,7 @@ def _ablation_record(folder: Path) -> dict[str, Any]:
     record = read_json(folder / "ablation.json")
     if record is None:
         raise CacheNotFoundError(
-            f"{folder} has no readable ablation.json; run again: vlsi-cache ablate SPEC -o {folder}"
+            f"{folder} has no readable ablation.json; run again: {command_line('ablate', 'SPEC', '-o', folder)}"
         )
     return record
 

@@ -11,7 +11,7 @@ import numpy as np
 import xxhash
 
 from vlsi_cache import disk
-from vlsi_cache.errors import CacheCorruptError
+from vlsi_cache.errors import CacheCorruptError, command_line
 
 from . import commit
 from .arrays import read_vocab, read_vocab_text
@@ -46,7 +46,7 @@ def _check_vocab(root: Path, name: str, found: str, expected: str | None) -> Non
     if found != expected:
         raise CacheCorruptError(
             f"`{root / VOCAB_NAME / name}`: xxh3 of the table is {found}, cache.json says {expected}; "
-            f"run: vlsi-cache repair {root}"
+            f"run: {command_line('repair', root)}"
         )
 
 
