@@ -33,10 +33,11 @@ def _walk(folder: Path) -> Iterator[tuple[Path, str]]:
 def _describe(path: Path, marker: str) -> dict[str, Any]:
     describe = {"cache.json": _cache, "run.json": _run, "demo.json": _demo, "ablation.json": _ablation}[marker]
     try:
-        facts = describe(path)
-    except (VlsiCacheError, OSError, ValueError, KeyError, TypeError) as error:
-        facts = {"state": "unreadable", "problem": str(error), "size_bytes": None}
-    return {"path": str(path), "kind": MARKERS[marker], "date": _date(path / marker), **facts}
+        facts = {"date": _date(path / marker), **describe(path)}
+    except (VlsiCacheError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        problem = f"{marker} cannot be read ({type(error).__name__}: {error})"
+        facts = {"date": "", "state": "unreadable", "problem": problem, "size_bytes": None}
+    return {"path": str(path), "kind": MARKERS[marker], **facts}
 
 
 def _date(file: Path) -> str:

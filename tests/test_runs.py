@@ -18,6 +18,7 @@ from vlsi_cache.errors import DiskFullError, FingerprintMismatchError, ModelErro
 from vlsi_cache.report.html import run_page
 from vlsi_cache.report.stats import read_run
 from vlsi_cache.spec import CacheSpec
+from vlsi_cache.stages import loop
 from vlsi_cache.stages import runs as runs_module
 from vlsi_cache.stages.runs import already_done, finish_run, open_run, spec_changes_note
 
@@ -231,3 +232,35 @@ def test_a_setting_that_an_earlier_release_did_not_have_is_no_difference(spec: C
     (run / "run.json").write_text(json.dumps(record))
     with pytest.raises(FingerprintMismatchError, match=r"`spec.distill.sft.fraction`: 0.5 there, 1.0 now"):
         opened(run, spec).__enter__()
+
+
+def test_a_copy_of_what_a_run_was_made_of_goes_on_with_it(spec: CacheSpec, tmp_path: Path) -> None:
+    def opened_with(student: str, digest: str) -> Any:
+        own = spec.model_copy(update={"distill": spec.distill.model_copy(update={"student": student})})
+        facts = {"cache": student, "cache_digest": digest, "student": student, "student_digest": digest}
+        return open_run(tmp_path / "run", "distill", own, device=None, call="", **facts)
+
+    with opened_with("a", "1"):
+        pass
+    with opened_with("b", "1") as run:
+        assert (run.record["cache"], run.record["student"]) == ("b", "b")
+    with pytest.raises(FingerprintMismatchError, match="`cache_digest`: '1' there, '2' now"):
+        opened_with("b", "2").__enter__()
+
+
+def test_the_seconds_of_a_stage_are_those_of_all_attempts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now)
+    rest = {"stage": "sft", "loss": 1.0, "tokens_per_s": 1.0, "data_wait_pct": 0.0}
+    for first, times in ((0, (2.0, 5.0, 9.0)), (2, (6.0, 10.0))):  # the third step was lost: no checkpoint after it
+        now = 100.0
+        log = loop.MetricsLog(tmp_path)
+        log.start_stage("sft", step=first, num_steps=4)
+        for step, seconds in enumerate(times, first + 1):
+            now = 100.0 + seconds
+            log.write(step=step, **rest)
+        log.close()
+    assert log.stage_seconds("sft") == 15.0
+    earlier = [{"stage": "sft", "step": step, "elapsed_s": s} for step, s in ((1, 5.0), (2, 2.0), (3, 3.0))]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in earlier))
+    assert log.stage_seconds("sft") == 8.0  # of a release whose clock began again

@@ -1,11 +1,13 @@
 """`write_report`: one self-contained HTML file about a cache, a run, an ablation or a demo. It needs no network."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from vlsi_cache.errors import CacheNotFoundError, command_line
+from vlsi_cache.errors import CacheNotFoundError, VlsiCacheError, command_line
 
 from . import figures
 from .ablation_page import ablation_page
@@ -39,11 +41,14 @@ def write_report(path: Path | str) -> Path:
     """
     folder = Path(path)
     if (folder / "demo.json").is_file():
-        return write_demo_report(folder)
+        with _written_by("demo", folder / "demo.json"):
+            return write_demo_report(folder)
     if (folder / "ablation.json").is_file():
-        return _write(folder, ablation_page(_ablation_record(folder)))
+        with _written_by("ablate", folder / "ablation.json"):
+            return _write(folder, ablation_page(_ablation_record(folder)))
     if (folder / "run.json").is_file():
-        return _write(folder, run_page(read_run(folder)))
+        with _written_by("distill or train-verbalizers", folder / "run.json"):
+            return _write(folder, run_page(read_run(folder)))
     if (folder / "cache.json").is_file():
         from vlsi_cache.store.reader import open
 
@@ -51,6 +56,19 @@ def write_report(path: Path | str) -> Path:
     raise CacheNotFoundError(
         f"{folder} is neither a cache, nor a run, an ablation or a demo; what is below it: {command_line('ls', folder)}"
     )
+
+
+@contextmanager
+def _written_by(command: str, file: Path) -> Iterator[None]:
+    """Raise CacheNotFoundError where a file of this name holds something else."""
+    try:
+        yield
+    except VlsiCacheError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CacheNotFoundError(
+            f"{file} is not what {command} writes ({type(error).__name__}: {error}); name another folder"
+        ) from error
 
 
 def write_demo_report(folder: Path | str, *, example: dict[str, Any] | None = None) -> Path:
@@ -70,7 +88,7 @@ def write_demo_report(folder: Path | str, *, example: dict[str, Any] | None = No
 
 def _ablation_record(folder: Path) -> dict[str, Any]:
     record = read_json(folder / "ablation.json")
-    if record is None:
+    if not isinstance(record, dict):
         raise CacheNotFoundError(
             f"{folder} has no readable ablation.json; run again: {command_line('ablate', 'SPEC', '-o', folder)}"
         )

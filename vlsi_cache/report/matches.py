@@ -16,7 +16,7 @@ from vlsi_cache.errors import DataError, SpecError
 
 from . import figures
 from .checkup import Metrics, is_finished
-from .page import figure, html_table, page, paragraph, section, write_file
+from .page import figure, html_table, page, paragraph, section, write_file, write_page
 from .stats import RunFiles, match_shares, next_step, read_run, teacher_layers
 from .text import table
 
@@ -126,13 +126,13 @@ class Matches:
                 f"matching {self.mode} draws nothing: every student layer has one teacher layer from the start"
             )
         else:
+            counted = f"{self.num_matches} match{'es' if self.num_matches != 1 else ''}"
             deep = "; keeping the order alone pushes matches deep" if self.mode in IN_ORDER else ""
             lines.append(f"null: what uniform sampling would give{deep}")
             chance = (
                 ""
                 if self.chance() is None
-                else f"; chance: what {self.num_matches} matches, as at the end, would show of it on average if the "
-                "null were true"
+                else f"; chance: what {counted}, as at the end, would show of it on average if the null were true"
             )
             lines.append(f"TV: total variation distance from the null, 0 the same, 1 nothing in common{chance}")
         if self.entropy_start and self.entropy_end:
@@ -223,7 +223,7 @@ def write_match_page(found: Matches, file: Path) -> Path:
         found.heading,
         [section("Start, end, and no information", matches_html(found))],
     )
-    return write_file(file, html.encode())
+    return write_page(file, html)
 
 
 def write_match_png(found: Matches, file: Path) -> Path:

@@ -157,6 +157,7 @@ def _plan(
             "weights": speaker.digest(),
             "settings": settings,
             "encoder": encoder.fingerprint(),
+            "num_source_rows": len(source),
             "source_rows": source.digest,
             "versions": versions(),
         },
@@ -188,6 +189,9 @@ def _begin(job: _Job) -> dict[str, Any]:
 
 def _refuse_other(path: Path, there: dict[str, Any], wanted: dict[str, Any], advice: str) -> None:
     problems = [line for key in IDENTITY for line in differences(there.get(key), wanted[key], key)]
+    num_there = there.get("num_source_rows") or there.get("counts", {}).get("source_rows")  # of an earlier release
+    if num_there not in (None, wanted["num_source_rows"]):
+        problems.insert(0, f"{num_there} source rows there, {wanted['num_source_rows']} now (`--limit`, `data.limit`)")
     if problems:
         raise FingerprintMismatchError(f"{path} was made from something else; {advice}:\n{list_problems(problems)}")
 

@@ -142,6 +142,8 @@ class MetricsLog:
         kept = [line for line in read_metrics(self.path) if line["stage"] != stage or line["step"] <= step]
         write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = self.path.open("a", encoding="utf-8")
+        if self._bar is None:  # the clock goes on where an earlier attempt has stopped
+            self._started = time.monotonic() - (kept[-1]["elapsed_s"] if kept else 0.0)
         self._bar = tqdm(desc=stage, total=num_steps, initial=step, unit="step", disable=None)
 
     def write(self, **metrics: Any) -> None:
@@ -156,7 +158,7 @@ class MetricsLog:
         """Time from the first to the last line of a stage, summed over attempts."""
         total, previous = 0.0, 0.0
         for line in read_metrics(self.path):
-            # A new attempt starts its clock again.
+            # In the logs of earlier releases a new attempt starts its clock again.
             step_s = line["elapsed_s"] - previous if line["elapsed_s"] >= previous else line["elapsed_s"]
             total += step_s if line["stage"] == stage else 0.0
             previous = line["elapsed_s"]

@@ -52,6 +52,7 @@ class Run:
 def open_run(path: Path, kind: str, spec: CacheSpec, *, device: str | None, call: str, **facts: Any) -> Iterator[Run]:
     """Begin a run, or go on with the one at `path` if it is the same, and keep other processes off it meanwhile.
 
+    Of `facts` that have a digest beside them, `name` and `name_digest`, the digest alone decides: a copy is the same.
     `call` is the Python that goes on with it. `run.json` is of the newest call; an error that would come again makes
     it `failed`, with the message. Raises SpecError when the folder holds anything else, FingerprintMismatchError when
     it is another run, RunBusyError when another process works on it, ModelError when the device is not here.
@@ -75,7 +76,7 @@ def open_run(path: Path, kind: str, spec: CacheSpec, *, device: str | None, call
         }
         existing = read_json(file) if file.exists() else None
         if existing is not None:
-            _check_same(path, existing, record, ("kind", *facts))
+            _check_same(path, existing, record, ("kind", *(name for name in facts if f"{name}_digest" not in facts)))
         if existing is not None and existing["status"] == "done":
             record = existing
         else:
@@ -160,6 +161,9 @@ def _check_same(path: Path, existing: dict[str, Any], wanted: dict[str, Any], ke
     problems = [d for key in keys for d in differences(existing.get(key), wanted.get(key), key)]
     specs = (whole_spec(record["spec"], str(path)) for record in (existing, wanted))
     old, new = ({name: section for name, section in spec.items() if name != "run"} for spec in specs)
+    if "student_digest" in keys:
+        for spec in (old, new):
+            spec["distill"] = {**spec["distill"], "student": None}
     problems += differences(old, new, "spec")
     if problems:
         raise FingerprintMismatchError(
