@@ -33,10 +33,11 @@ def _walk(folder: Path) -> Iterator[tuple[Path, str]]:
 def _describe(path: Path, marker: str) -> dict[str, Any]:
     describe = {"cache.json": _cache, "run.json": _run, "demo.json": _demo, "ablation.json": _ablation}[marker]
     try:
-        facts = describe(path)
-    except (VlsiCacheError, OSError, ValueError, KeyError, TypeError) as error:
-        facts = {"state": "unreadable", "problem": str(error), "size_bytes": None}
-    return {"path": str(path), "kind": MARKERS[marker], "date": _date(path / marker), **facts}
+        facts = {"date": _date(path / marker), **describe(path)}
+    except (VlsiCacheError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        problem = f"{marker} cannot be read ({type(error).__name__}: {error})"
+        facts = {"date": "", "state": "unreadable", "problem": problem, "size_bytes": None}
+    return {"path": str(path), "kind": MARKERS[marker], **facts}
 
 
 def _date(file: Path) -> str:
@@ -86,7 +87,8 @@ def _run(path: Path) -> dict[str, Any]:
     match = (run.evaluation or {}).get("exact_match") or {}
     what = " ".join(filter(None, [run.record["kind"], run.record.get("recipe")]))
     state, size = run.record["status"], _folder_size(path)
-    return {"state": state, "size_bytes": size, "name": what, "exact_match": match.get("all")}
+    problem = {"problem": run.record["message"]} if "message" in run.record else {}
+    return {"state": state, "size_bytes": size, "name": what, "exact_match": match.get("all"), **problem}
 
 
 def _demo(path: Path) -> dict[str, Any]:
@@ -121,7 +123,7 @@ def _folder_size(path: Path, *, without: tuple[str, ...] = ()) -> int:
 
 
 def listing_table(found: list[dict[str, Any]]) -> str:
-    """One line per cache, run, ablation and demo."""
+    """One line per cache, run, ablation and demo; below them what is wrong with some."""
     from vlsi_cache.report.text import human_bytes, percent, table
 
     rows = [
@@ -141,7 +143,8 @@ def listing_table(found: list[dict[str, Any]]) -> str:
         for one in found
     ]
     heads = ["path", "kind", "what", "state", "size", "samples", "layers", "k", "profile", "date", "exact match"]
-    return table(heads, rows)
+    problems = [f"{one['path']}: {one['problem']}" for one in found if "problem" in one]
+    return "\n".join([table(heads, rows), *([""] if problems else []), *problems])
 
 
 def _widths(top_k: list[int]) -> str:

@@ -1,9 +1,12 @@
 """Commands that run a stage, from plan and generate over build-teacher and distill to evaluate; and the demo."""
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+
+from vlsi_cache.errors import command_line
 
 from .output import STAGES, Answer, command, say
 
@@ -73,6 +76,8 @@ def generate(
 
 
 def _generated_text(result: dict[str, Any], data: "DataSpec") -> str:
+    from vlsi_cache.spec import as_override
+
     counts, left_out = result["counts"], result["left_out"]
     lines = [
         f"rows: {result['path']}",
@@ -83,11 +88,16 @@ def _generated_text(result: dict[str, Any], data: "DataSpec") -> str:
     lines += [f"  {one['id']}: {one['reason']}" for one in left_out[:10]]
     lines += [f"  ... and {len(left_out) - 10} more, listed by --json"] if len(left_out) > 10 else []
     sets = ["data.generator=null", "data.options={}"] if data.generator else []
-    sets.append(f"data.path={result['path']}")
+    sets.append(as_override("data.path", str(result["path"])))
     root = result.get("media_root")  # of the pictures that the rows name; the spec's own stays in force
     if root and data.media_root is None and Path(result["path"]).resolve().parent != Path(root):
-        sets.append(f"data.media_root={root}")
-    return "\n".join([*lines, f"use them with: {' '.join(f'--set {one}' for one in sets)}"])
+        sets.append(as_override("data.media_root", str(root)))
+    return "\n".join([*lines, f"use them with: {_sets(*sets)}"])
+
+
+def _sets(*overrides: str) -> str:
+    """Options that can be pasted."""
+    return " ".join(f"--set {shlex.quote(one)}" for one in overrides)
 
 
 def train_verbalizers(
@@ -109,11 +119,12 @@ def train_verbalizers(
     processes or nodes fill one DIR with the same verbalizers that a single one would train.
     """
     import vlsi_cache as vc
+    from vlsi_cache.spec import as_override
 
     resolved = vc.load_spec(spec, overrides=sets or [])
     run = vc.train_verbalizers(resolved, out=out, device=device, layers=layers, rank=rank, world=world)
     folder = run / "verbalizers"
-    text = f"verbalizers: {folder}\nuse them with: --set teacher.verbalizers={folder}"
+    text = f"verbalizers: {folder}\nuse them with: {_sets(as_override('teacher.verbalizers', str(folder)))}"
     return Answer({"verbalizers": folder, "report": _report_in(out)}, text)
 
 
@@ -148,7 +159,7 @@ def build_teacher(
     cache = vc.build_teacher(resolved, out=out, device=device, rank=rank, world=world)
     facts = {"cache": cache.path, "num_samples": cache.num_samples, "num_tokens": cache.num_tokens}
     counts = f"{cache.num_samples} samples, {cache.num_tokens} response tokens, {len(cache.layers)} layers"
-    return Answer(facts, f"cache: {cache.path} ({counts})\nnext: vlsi-cache inspect {out}")
+    return Answer(facts, f"cache: {cache.path} ({counts})\nnext: {command_line('inspect', out)}")
 
 
 def distill(
@@ -175,7 +186,7 @@ def distill(
 
     run = vc.distill(cache, student=student, out=out, recipe=recipe, overrides=sets or [], device=device)
     facts = {"run": run, "student": Path(run) / "student", "report": _report_in(run)}
-    lines = [f"run: {run}", f"student: {Path(run) / 'student'}", f"next: vlsi-cache evaluate {out}"]
+    lines = [f"run: {run}", f"student: {Path(run) / 'student'}", f"next: {command_line('evaluate', out)}"]
     return Answer(facts, "\n".join(lines))
 
 

@@ -4,6 +4,7 @@ import datetime
 import errno
 import json
 import math
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -423,3 +424,48 @@ def test_prune_suggests_layers_and_writes_nothing(run: Any, cache: Path, tmp_pat
     code, _, err = run("prune", cache, "--layers", "last")
     assert (code, "-o NEW" in err) == (2, True)
     assert [path.name for path in tmp_path.iterdir()] == ["caches"]
+
+
+@pytest.mark.parametrize("name", ["my run", "a: b", "1e5", "it's", "null", "[x"])
+def test_hints_can_be_pasted(name: str, tmp_path: Path, spec_file: Path) -> None:
+    from vlsi_cache_cli.stages import _generated_text
+
+    assert shlex.split(errors.command_line("repair", tmp_path / name)) == ["vlsi-cache", "repair", f"{tmp_path}/{name}"]
+    data = vc.load_spec(spec_file).data
+    result = {"path": name, "left_out": [], "media_root": f"/{name}"}
+    result["counts"] = dict.fromkeys(("written", "generated", "retokenised", "left_out"), 0)
+    words = shlex.split(_generated_text(result, data).split("use them with: ")[1])
+    read = vc.load_spec(spec_file, overrides=[word for word in words if word != "--set"]).data
+    assert (read.path, read.media_root) == (name, f"/{name}")
+
+
+def test_one_odd_entry_does_not_end_a_listing(run: Any, tmp_path: Path) -> None:
+    write_run(tmp_path / "good")
+    odd = {"a": ("ablation.json", "[]"), "b": ("demo.json", "{}"), "c": ("run.json", "[]"), "d": ("ablation.json", "{")}
+    odd["e"] = ("ablation.json", '{"tables": {"x": 1}}')
+    for name, (file, text) in odd.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_text(text)
+        code, _, err = run("report", tmp_path / name)
+        assert (code, err.count("\n")) == (3, 1), err
+        assert f"{file} " in err or f"readable {file}" in err
+    (tmp_path / "link").mkdir()
+    (tmp_path / "link" / "run.json").symlink_to("nowhere")
+    code, out, _ = run("ls", tmp_path, "--json")
+    found = {Path(one["path"]).name: one["state"] for one in json.loads(out)}
+    assert code == 0
+    assert found.pop("good") == "done"
+    assert set(found) == {*odd, "link"}
+    assert set(found.values()) - {"0/0 runs"} == {"unreadable"}
+
+
+def test_a_page_is_written_under_the_name_of_a_page(run: Any, tmp_path: Path) -> None:
+    write_run(tmp_path / "run")
+    page, wrong = tmp_path / "m.html", tmp_path / "x.png"
+    assert run("match", tmp_path / "run", "-o", page, "--png", page)[0] == 2
+    for words in (("match", tmp_path / "run"), ("trace", tmp_path / "run", "--prompt", "a"), ("stats", tmp_path)):
+        code, _, err = run(*words, "-o", wrong)
+        assert code == 2
+        assert "must end in .html" in err
+    assert not page.exists()
+    assert not wrong.exists()

@@ -46,13 +46,13 @@ def test_a_crash_loses_no_committed_part(tmp_path: Path) -> None:
 import os, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_store_cases import header_of, standard_case
-from vlsi_cache.store import commit
+from vlsi_cache import disk
 from vlsi_cache.store.writer import CacheWriter
 case = standard_case()
 writer = CacheWriter.create_or_resume({str(tmp_path / "c")!r}, header_of(case), case.ranks)
 for index in (0, 1):
     writer.write_part(index, case.parts[index])
-commit.fsync_tree = lambda _: os._exit(9)
+disk.fsync_tree = lambda _: os._exit(9)
 writer.write_part(2, case.parts[2])
 """
     assert subprocess.run([sys.executable, "-c", code]).returncode == 9

@@ -161,13 +161,20 @@ def test_runs_without_matches_are_refused(tmp_path: Path, changes: dict[str, Any
 
 def test_a_run_that_has_not_begun_to_match_says_how_to_go_on(tmp_path: Path) -> None:
     run = write_matches(tmp_path / "run", [])
-    with pytest.raises(DataError, match="Go on with: vlsi-cache distill c -o r"):
+    with pytest.raises(DataError, match="go on with: vlsi-cache distill c -o r"):
         vc.match(run)
     with pytest.raises(CacheNotFoundError, match="is no run"):
         vc.match(tmp_path)
     for share in (0.0, 1.5, float("nan")):
         with pytest.raises(SpecError, match="above 0 and at most 1"):
             vc.match(run, share=share)
+
+
+def test_a_finished_run_whose_layers_had_no_weight_says_so(tmp_path: Path) -> None:
+    run = write_matches(tmp_path / "run", [[[]], [[]]], status="done")
+    with pytest.raises(DataError, match="their weight was 0 throughout the stage interact") as error:
+        vc.match(run)
+    assert "go on with" not in str(error.value)
 
 
 def test_page_picture_and_report_show_the_same(tmp_path: Path) -> None:

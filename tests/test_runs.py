@@ -14,8 +14,11 @@ import pytest
 from conftest import make_rows, write_jsonl
 
 import vlsi_cache as vc
-from vlsi_cache.errors import FingerprintMismatchError, RunBusyError, SpecError
+from vlsi_cache.errors import DiskFullError, FingerprintMismatchError, ModelError, RunBusyError, SpecError
+from vlsi_cache.report.html import run_page
+from vlsi_cache.report.stats import read_run
 from vlsi_cache.spec import CacheSpec
+from vlsi_cache.stages import loop
 from vlsi_cache.stages import runs as runs_module
 from vlsi_cache.stages.runs import already_done, finish_run, open_run, spec_changes_note
 
@@ -107,6 +110,53 @@ def test_a_report_that_a_kill_kept_away_is_written_by_the_next_call(spec: CacheS
     assert (tmp_path / "run" / "report.html").is_file()
 
 
+def test_a_run_that_has_failed_says_so_and_why_until_it_is_tried_again(spec: CacheSpec, tmp_path: Path) -> None:
+    from vlsi_cache_cli.listing import find_artifacts, listing_table
+
+    run, file = tmp_path / "run", tmp_path / "run" / "run.json"
+    with pytest.raises(ModelError), opened(run, spec):
+        raise ModelError("training has <diverged>")
+    record = json.loads(file.read_text())
+    assert (record["status"], record["message"]) == ("failed", "training has <diverged>")
+    assert "failed" in listing_table(find_artifacts(run))
+    assert f"{run}: training has <diverged>" in listing_table(find_artifacts(run))
+    assert "The run has failed: training has &lt;diverged&gt;." in run_page(read_run(run))
+    with pytest.raises(SpecError, match="no trained student yet; it has failed: training has <diverged>"):
+        vc.evaluate(run)
+    with pytest.raises(DiskFullError), opened(run, spec):  # the same command goes on
+        raise DiskFullError("full")
+    record = json.loads(file.read_text())
+    assert record["status"] == "running"
+    assert "message" not in record
+    with opened(run, spec) as opened_run:
+        finish_run(opened_run, stages=[])
+    with pytest.raises(ModelError), opened(run, spec):
+        raise ModelError("not of this run any more")
+    assert json.loads(file.read_text())["status"] == "done"
+
+
+def test_a_run_says_what_its_newest_call_was(spec: CacheSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def call(device: str | None, versions: dict[str, str]) -> dict[str, Any]:
+        monkeypatch.setattr(runs_module, "versions", lambda: versions)
+        with open_run(tmp_path / "run", "distill", spec, device=device, call=f"distill({device})"):
+            return json.loads((tmp_path / "run" / "run.json").read_text())
+
+    call(None, {"torch": "1"})
+    record = call("cpu", {"torch": "2"})
+    assert (record["device"], record["command"], record["versions"]) == ("cpu", "distill(cpu)", {"torch": "2"})
+
+
+@pytest.mark.parametrize("device", ["banana", "meta", "cuda:99"])
+def test_a_device_that_is_not_here_makes_no_folder(spec: CacheSpec, tmp_path: Path, device: str) -> None:
+    with pytest.raises(ModelError, match=f"device `{device}`: .*`auto`$"):
+        open_run(tmp_path / "run", "distill", spec, device=device, call="").__enter__()
+    with pytest.raises(ModelError, match=f"device `{device}`: .*`auto`$"):
+        vc.generate(spec, out=tmp_path / "rows.parquet", device=device)
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+    with pytest.raises(ModelError, match=f"device `{device}`: .*`auto`$"):
+        vc.evaluate(spec.teacher.model, spec=spec, device=device)
+
+
 def test_the_command_is_what_continues_the_run(
     spec_file: Path, spec: CacheSpec, student_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,3 +232,35 @@ def test_a_setting_that_an_earlier_release_did_not_have_is_no_difference(spec: C
     (run / "run.json").write_text(json.dumps(record))
     with pytest.raises(FingerprintMismatchError, match=r"`spec.distill.sft.fraction`: 0.5 there, 1.0 now"):
         opened(run, spec).__enter__()
+
+
+def test_a_copy_of_what_a_run_was_made_of_goes_on_with_it(spec: CacheSpec, tmp_path: Path) -> None:
+    def opened_with(student: str, digest: str) -> Any:
+        own = spec.model_copy(update={"distill": spec.distill.model_copy(update={"student": student})})
+        facts = {"cache": student, "cache_digest": digest, "student": student, "student_digest": digest}
+        return open_run(tmp_path / "run", "distill", own, device=None, call="", **facts)
+
+    with opened_with("a", "1"):
+        pass
+    with opened_with("b", "1") as run:
+        assert (run.record["cache"], run.record["student"]) == ("b", "b")
+    with pytest.raises(FingerprintMismatchError, match="`cache_digest`: '1' there, '2' now"):
+        opened_with("b", "2").__enter__()
+
+
+def test_the_seconds_of_a_stage_are_those_of_all_attempts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now)
+    rest = {"stage": "sft", "loss": 1.0, "tokens_per_s": 1.0, "data_wait_pct": 0.0}
+    for first, times in ((0, (2.0, 5.0, 9.0)), (2, (6.0, 10.0))):  # the third step was lost: no checkpoint after it
+        now = 100.0
+        log = loop.MetricsLog(tmp_path)
+        log.start_stage("sft", step=first, num_steps=4)
+        for step, seconds in enumerate(times, first + 1):
+            now = 100.0 + seconds
+            log.write(step=step, **rest)
+        log.close()
+    assert log.stage_seconds("sft") == 15.0
+    earlier = [{"stage": "sft", "step": step, "elapsed_s": s} for step, s in ((1, 5.0), (2, 2.0), (3, 3.0))]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in earlier))
+    assert log.stage_seconds("sft") == 8.0  # of a release whose clock began again

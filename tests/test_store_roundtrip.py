@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_store_cases import Case, build, copy_cache, file_bytes, header_of, make_case, standard_case
 
+from vlsi_cache import disk
 from vlsi_cache.errors import (
     CacheCorruptError,
     CacheIncompleteError,
@@ -279,7 +280,7 @@ def test_full_disk_stops_with_what_is_missing(tmp_path: Path, case: Case, monkey
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(commit, "fsync_tree", full)
+        patch.setattr(disk, "fsync_tree", full)
         with pytest.raises(DiskFullError, match="nothing committed is lost"):
             writer.write_part(0, case.parts[0])
     assert list((root / "tmp").iterdir()) == []

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import vlsi_cache as vc
 from vlsi_cache.errors import FingerprintMismatchError, ModelError, SpecError
+from vlsi_cache.models.verbalizer_files import find_folder, read_record
 from vlsi_cache.stages import interact as interact_module
 from vlsi_cache.stages.loop import read_metrics
 from vlsi_cache.store.reader import Cache
@@ -121,3 +122,32 @@ def test_what_does_not_fit_is_refused_before_there_is_a_run(
     with pytest.raises(SpecError, match="`verbalizers` belong to `recipe: vlsi`"):
         vc.distill(cache, student=str(student_folder), out=tmp_path / "run", recipe="sft", overrides=given(trained))
     assert not (tmp_path / "run").exists()
+
+
+def test_all_who_take_verbalizers_find_them_in_a_run_and_in_a_package(
+    cache: Cache, trained: Path, student_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "site" / "some_package"
+    shutil.copytree(trained / "verbalizers", package / "verbalizers")
+    (package / "__init__.py").touch()
+    monkeypatch.syspath_prepend(str(package.parent))
+    for path in (trained, trained / "verbalizers", "package:some_package", "package:some_package/verbalizers"):
+        wanted = trained if isinstance(path, Path) else package
+        assert find_folder(path) == (wanted / "verbalizers").resolve()
+    student, name = str(student_folder), "package:some_package"
+    run = vc.distill(cache, student=student, out=tmp_path / "run", overrides=[f"distill.verbalizers={trained}"])
+    assert same_weights(run, trained)
+    of_package = vc.evaluate(run, verbalizers=name, limit=2, device="cpu")
+    assert of_package["layers"] == vc.evaluate(run, verbalizers=trained, limit=2, device="cpu")["layers"]
+    assert vc.trace(student, prompt="say", verbalizers=name, max_new_tokens=1, device="cpu").said
+    changes = ["teacher.layers=[1,2]", f"teacher.verbalizers={trained}"]
+    built = vc.build_teacher(
+        vc.load_spec(write_spec(tmp_path, student_folder), overrides=changes), out=tmp_path / "cache"
+    )
+    assert built.layers == [1, 2, 3]
+
+
+def test_a_student_is_not_sent_to_the_training_of_a_teacher(trained: Path) -> None:
+    with pytest.raises(ModelError, match=r"none for layers \[7\], there are \[1, 2\]") as error:
+        read_record(trained / "verbalizers", [7])
+    assert "train-verbalizers" not in str(error.value)

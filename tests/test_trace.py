@@ -193,7 +193,7 @@ def test_what_does_not_fit_is_refused(teacher_folder: Path, picture: Path, tmp_p
         ({"verbalizers": tmp_path}, ModelError, "no verbalizers in"),
         ({"layers": []}, SpecError, "nothing to trace"),
         ({"max_new_tokens": 0}, SpecError, "nothing to trace"),
-        ({"layers": [1, 9]}, ModelError, "intermediate targets are 1 to 4"),
+        ({"layers": [0, 1, 9]}, SpecError, r"no layers \[0, 9\] to trace: .* has 5 layers, 1 to 5"),
         ({"max_new_tokens": 500}, DataError, "the model has 256 positions"),
         ({"images": [picture]}, DataError, "text-only model"),
         ({"images": [tmp_path / "text.png"]}, DataError, "text.png cannot be decoded"),

@@ -4,6 +4,7 @@ Messages say what is wrong, where, which values, and what to do next.
 """
 
 import errno
+import shlex
 
 __all__ = [
     "BatchTooLargeError",
@@ -19,6 +20,7 @@ __all__ = [
     "SampleNotFoundError",
     "SpecError",
     "VlsiCacheError",
+    "command_line",
     "list_problems",
 ]
 
@@ -100,6 +102,11 @@ class InterruptedRunError(VlsiCacheError, KeyboardInterrupt):
     """The user pressed Ctrl-C; the message is the command that goes on from here."""
 
     exit_code = 130
+
+
+def command_line(*words: object) -> str:
+    """A command of ours, ready to be pasted into a shell."""
+    return shlex.join(["vlsi-cache", *map(str, words)])
 
 
 def list_problems(problems: list[str], *, limit: int = 10) -> str:

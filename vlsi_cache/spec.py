@@ -6,6 +6,7 @@ stored in the cache.
 
 import difflib
 import importlib.resources
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -104,19 +105,29 @@ def apply_overrides(spec: CacheSpec, overrides: Iterable[str]) -> CacheSpec:
     return CacheSpec.model_validate(values)
 
 
+def as_override(key: str, value: str) -> str:
+    """`key=value` that `apply_overrides` reads as just this text; in quotes where YAML would read something else."""
+    try:
+        is_read_as_it_is = yaml.safe_load(value) == value
+    except (yaml.YAMLError, ValueError):
+        is_read_as_it_is = False
+    return f"{key}={value if is_read_as_it_is else json.dumps(value, ensure_ascii=False)}"
+
+
 def change(section: Section, **changes: Any) -> Section:
     """A copy of `section` with some fields changed, validated again; raises SpecError."""
     try:
         return type(section).model_validate({**section.model_dump(), **changes})
     except ValidationError as error:
-        problems = [_describe(dict(problem)) for problem in error.errors()]
-        raise SpecError(f"{type(section).__name__}: {len(problems)} mistake(s)\n{list_problems(problems)}") from None
+        name = "spec" if isinstance(section, CacheSpec) else type(section).__name__.removesuffix("Spec").lower()
+        problems = [_describe(dict(problem), whole=name) for problem in error.errors()]
+        raise SpecError(f"{len(problems)} mistake(s) in `{name}`:\n{list_problems(problems)}") from None
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
     if not file.is_file():
         close = difflib.get_close_matches(str(file), shipped_specs(), n=1)
-        guess = f"; did you mean `{close[0]}`?" if close else ""
+        guess = f"; did you mean `{close[0]}`?" if close else "."
         raise SpecError(f"no spec `{file}`{guess} Shipped specs: {', '.join(shipped_specs())}; or give a .yaml file")
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -181,7 +192,7 @@ def _is_other_branch(problem: dict[str, Any], problems: list[dict[str, Any]]) ->
     )
 
 
-def _describe(problem: dict[str, Any]) -> str:
+def _describe(problem: dict[str, Any], whole: str = "spec") -> str:
     loc = [str(part) for part in problem["loc"] if part not in ("tuple", "literal['auto']")]
     key = ".".join(part for part in loc if not part.startswith(("tuple[", "literal[", "constrained-")))
     if problem["type"] == "extra_forbidden":
@@ -190,7 +201,7 @@ def _describe(problem: dict[str, Any]) -> str:
         return f"`{key}`: is missing"
     shown = "" if isinstance(problem["input"], dict | BaseModel) else f", got `{problem['input']}`"
     message = problem["msg"].removeprefix("Value error, ")
-    return f"`{key or 'spec'}`: {message}{shown}"
+    return f"`{key or whole}`: {message}{shown}"
 
 
 def _did_you_mean(loc: list[str]) -> str:

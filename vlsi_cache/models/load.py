@@ -21,6 +21,7 @@ from huggingface_hub import snapshot_download
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
+from vlsi_cache.disk import replace_durably, writing
 from vlsi_cache.errors import ModelError
 
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
@@ -64,6 +65,25 @@ def resolve_model(path: str | Path) -> str:
     raise ModelError(
         f"model `{path}`: no such folder; give an existing folder, `package:NAME/sub/folder`, or a hub id `org/name`"
     )
+
+
+def check_device(device: str) -> None:
+    """Raise ModelError for a device that is not here; `auto` always is."""
+    if device == "auto":
+        return
+    try:
+        where = torch.device(device)
+    except RuntimeError:
+        where = None
+    if where is None or where.type not in ("cpu", "cuda"):
+        raise ModelError(f"device `{device}`: no such device; give `cpu`, `cuda`, `cuda:1` or `auto`")
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError(f"device `{device}`: torch finds no CUDA device; use `cpu` or `auto`")
+    if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
+        raise ModelError(
+            f"device `{device}`: torch finds {torch.cuda.device_count()} CUDA device(s), numbered from 0; use one of "
+            "these, `cpu` or `auto`"
+        )
 
 
 def load_config(
@@ -186,18 +206,14 @@ def write_folder(
         raise ModelError(f"{out} exists and holds no model; choose another folder")
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.tmp-", dir=out.parent))
-    try:
+    with writing(temporary, out):
         with _quiet():
             model.save_pretrained(temporary)
         _copy_encoder(encoder_source, temporary, revision, gguf_file)
         for name, text in (extra_files or {}).items():
             (temporary / name).write_text(text, encoding="utf-8")
         temporary.chmod(0o755)
-        if out.exists():
-            shutil.rmtree(out)
-        temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        replace_durably(temporary, out)
     return out
 
 
@@ -250,8 +266,7 @@ def _check_gguf(folder: Path, gguf_file: str | None) -> None:
 
 
 def _device_map(device: str) -> Any:
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ModelError(f"device `{device}`: torch finds no CUDA device; use `cpu` or `auto`")
+    check_device(device)
     if device == "auto":
         return "auto" if torch.cuda.is_available() else None
     return None if device == "cpu" else {"": device}

@@ -235,7 +235,7 @@ def load_verbalizers(
     if architecture.hidden_size != backbone.hidden_size:
         raise ModelError(
             f"verbalizers {folder}: made for hidden size {architecture.hidden_size}, this model has "
-            f"{backbone.hidden_size}; train new ones with `vlsi-cache train-verbalizers`"
+            f"{backbone.hidden_size}; {files.FROM_WHERE}"
         )
     _check_identity(folder, record["provenance"], "teacher_digest", teacher_digest, "weights")
     if check_head:
@@ -343,5 +343,5 @@ def _check_identity(folder: str | Path, provenance: dict[str, Any], key: str, wa
     if wanted is not None and found != wanted:
         raise ModelError(
             f"verbalizers {folder}: trained for a model whose {what} are `{found}`, this one's are `{wanted}`; name "
-            "the model they were trained for, or train new ones with `vlsi-cache train-verbalizers`"
+            f"the model they were trained for, or verbalizers of this one: {files.FROM_WHERE}"
         )

@@ -6,7 +6,6 @@ FOLDER/verbalizers.json         architecture, layers, provenance (digests of the
 
 import hashlib
 import json
-import os
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,12 +15,23 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vlsi_cache.errors import ModelError
+from vlsi_cache.disk import replace_durably, writing
+from vlsi_cache.errors import ModelError, command_line
+
+from .load import resolve_model
 
 FORMAT_VERSION = 1
 RECORD = "verbalizers.json"
 ADDED_LATER = ("loss",)  # to the provenance
+FROM_WHERE = "a teacher's come from vlsi-cache train-verbalizers, a student's from a distill run of recipe `vlsi`"
 HEADER_KEY = "verbalizer"  # one key: the order of several in a safetensors header is not fixed
+
+
+def find_folder(path: str | Path) -> Path:
+    """The verbalizers that `path` names: a folder of them, the run that has trained them, or `package:NAME/...`."""
+    folder = Path(resolve_model(path))
+    inner = folder / "verbalizers"
+    return inner if inner.is_dir() and not (folder / RECORD).is_file() else folder
 
 
 def layer_file(folder: Path, layer: int) -> Path:
@@ -47,21 +57,21 @@ def write(
     for layer, tensors in layers.items():
         temporary = _temporary(layer_file(folder, layer))
         on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(on_cpu, temporary, metadata={HEADER_KEY: _canonical(architecture)})
-        _commit(temporary, layer_file(folder, layer))
+        with writing(temporary, layer_file(folder, layer)):
+            save_file(on_cpu, temporary, metadata={HEADER_KEY: _canonical(architecture)})
+            replace_durably(temporary, layer_file(folder, layer))
     named = sorted({*layers, *(there["layers"] if there else [])})
     temporary = _temporary(folder / RECORD)
-    temporary.write_text(json.dumps({**record, "layers": named}, indent=1) + "\n", encoding="utf-8")
-    _commit(temporary, folder / RECORD)
+    with writing(temporary, folder / RECORD):
+        temporary.write_text(json.dumps({**record, "layers": named}, indent=1) + "\n", encoding="utf-8")
+        replace_durably(temporary, folder / RECORD)
     return folder
 
 
 def read_record(folder: Path, layers: Sequence[int]) -> dict[str, Any]:
     """`verbalizers.json`; raises ModelError when it is not there or does not name all of `layers`."""
     if not (folder / RECORD).is_file():
-        raise ModelError(
-            f"no verbalizers in {folder} (`{RECORD}` is missing); train them: vlsi-cache train-verbalizers"
-        )
+        raise ModelError(f"no verbalizers in {folder} (`{RECORD}` is missing); {FROM_WHERE}")
     record = _read_json(folder)
     if record.get("format_version") != FORMAT_VERSION:
         raise ModelError(
@@ -69,11 +79,13 @@ def read_record(folder: Path, layers: Sequence[int]) -> dict[str, Any]:
         )
     missing = [layer for layer in layers if layer not in record["layers"] or not layer_file(folder, layer).is_file()]
     if missing:
+        numbers = ",".join(map(str, missing))
+        again = command_line("train-verbalizers", "SPEC", "-o", folder.parent, "--layers", numbers)
+        of_teacher = "" if _is_of_student(folder) else f"those of a teacher with {again}, "
         raise ModelError(
             f"verbalizers {folder}: none for layers {missing}, there are {record['layers']}; name target layers "
-            "that are there, or train the missing ones: those of a teacher with vlsi-cache train-verbalizers SPEC -o "
-            f"{folder.parent} --layers {','.join(map(str, missing))}, those of a student in a new distill run that has "
-            "them in `distill.layers`"
+            f"that are there, or train the missing ones: {of_teacher}those of a "
+            "student in a new distill run that has them in `distill.layers`"
         )
     return record
 
@@ -103,6 +115,12 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def _is_of_student(folder: Path) -> bool:
+    """Whether a distill run has trained them."""
+    file = folder.parent / "run.json"
+    return file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("kind") == "distill"
+
+
 def _read_json(folder: Path) -> dict[str, Any]:
     try:
         return json.loads((folder / RECORD).read_text(encoding="utf-8"))
@@ -116,9 +134,3 @@ def _canonical(architecture: dict[str, Any]) -> str:
 
 def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-
-
-def _commit(temporary: Path, path: Path) -> None:
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)

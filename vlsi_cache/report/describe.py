@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vlsi_cache.errors import CacheCorruptError
+from vlsi_cache.errors import CacheCorruptError, command_line
 
 from .stats import spaced
 from .text import human_bytes, table
@@ -145,7 +145,7 @@ def _measure_part(root: Path, header: "CacheHeader", part: int) -> tuple[dict[st
             try:
                 found[name] = layer_bytes(file, specs[name], entries_L)
             except ValueError as error:
-                raise CacheCorruptError(f"`{file}`: {error}; run: vlsi-cache verify {root}") from error
+                raise CacheCorruptError(f"`{file}`: {error}; run: {command_line('verify', root)}") from error
     return found, record.num_tokens, record.num_entries
 
 

@@ -1,11 +1,13 @@
 """`write_report`: one self-contained HTML file about a cache, a run, an ablation or a demo. It needs no network."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from vlsi_cache.errors import CacheNotFoundError
+from vlsi_cache.errors import CacheNotFoundError, VlsiCacheError, command_line
 
 from . import figures
 from .ablation_page import ablation_page
@@ -39,18 +41,34 @@ def write_report(path: Path | str) -> Path:
     """
     folder = Path(path)
     if (folder / "demo.json").is_file():
-        return write_demo_report(folder)
+        with _written_by("demo", folder / "demo.json"):
+            return write_demo_report(folder)
     if (folder / "ablation.json").is_file():
-        return _write(folder, ablation_page(_ablation_record(folder)))
+        with _written_by("ablate", folder / "ablation.json"):
+            return _write(folder, ablation_page(_ablation_record(folder)))
     if (folder / "run.json").is_file():
-        return _write(folder, run_page(read_run(folder)))
+        with _written_by("distill or train-verbalizers", folder / "run.json"):
+            return _write(folder, run_page(read_run(folder)))
     if (folder / "cache.json").is_file():
         from vlsi_cache.store.reader import open
 
         return _write(folder, cache_page(open(folder, allow_incomplete=True)))
     raise CacheNotFoundError(
-        f"{folder} is neither a cache, nor a run, an ablation or a demo; what is below it: vlsi-cache ls {folder}"
+        f"{folder} is neither a cache, nor a run, an ablation or a demo; what is below it: {command_line('ls', folder)}"
     )
+
+
+@contextmanager
+def _written_by(command: str, file: Path) -> Iterator[None]:
+    """Raise CacheNotFoundError where a file of this name holds something else."""
+    try:
+        yield
+    except VlsiCacheError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CacheNotFoundError(
+            f"{file} is not what {command} writes ({type(error).__name__}: {error}); name another folder"
+        ) from error
 
 
 def write_demo_report(folder: Path | str, *, example: dict[str, Any] | None = None) -> Path:
@@ -58,7 +76,7 @@ def write_demo_report(folder: Path | str, *, example: dict[str, Any] | None = No
     folder = Path(folder)
     demo = read_json(folder / "demo.json")
     if demo is None:
-        raise CacheNotFoundError(f"{folder} has no readable demo.json; run: vlsi-cache demo -o {folder}")
+        raise CacheNotFoundError(f"{folder} has no readable demo.json; run: {command_line('demo', '-o', folder)}")
     cache = _open_if_there(folder / demo["cache"])
     if example is not None:
         layers = example["layers"] or (cache.layers if cache else list(range(1, len(example["grid"]) + 1)))
@@ -70,9 +88,9 @@ def write_demo_report(folder: Path | str, *, example: dict[str, Any] | None = No
 
 def _ablation_record(folder: Path) -> dict[str, Any]:
     record = read_json(folder / "ablation.json")
-    if record is None:
+    if not isinstance(record, dict):
         raise CacheNotFoundError(
-            f"{folder} has no readable ablation.json; run again: vlsi-cache ablate SPEC -o {folder}"
+            f"{folder} has no readable ablation.json; run again: {command_line('ablate', 'SPEC', '-o', folder)}"
         )
     return record
 
@@ -110,7 +128,7 @@ def run_page(run: RunFiles) -> str:
     """How a run went: result, loss curves, layers, matches, and the settings."""
     record = run.record
     names = {"train-verbalizers": "Verbalizers", "distill": "Distillation"}
-    state = "done" if record.get("status") == "done" else "not finished"
+    state = {"done": "done", "failed": "failed"}.get(record.get("status", ""), "not finished")
     spec = record.get("spec") or {}
     lead = f"{spec.get('name', '')}; {record.get('recipe') or record['kind']}; {state}".lstrip("; ")
     return page(

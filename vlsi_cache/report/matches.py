@@ -16,8 +16,8 @@ from vlsi_cache.errors import DataError, SpecError
 
 from . import figures
 from .checkup import Metrics, is_finished
-from .page import figure, html_table, page, paragraph, section, write_file
-from .stats import RunFiles, match_shares, read_run, teacher_layers
+from .page import figure, html_table, page, paragraph, section, write_file, write_page
+from .stats import RunFiles, match_shares, next_step, read_run, teacher_layers
 from .text import table
 
 DEFAULT_SHARE = 0.1
@@ -126,13 +126,13 @@ class Matches:
                 f"matching {self.mode} draws nothing: every student layer has one teacher layer from the start"
             )
         else:
+            counted = f"{self.num_matches} match{'es' if self.num_matches != 1 else ''}"
             deep = "; keeping the order alone pushes matches deep" if self.mode in IN_ORDER else ""
             lines.append(f"null: what uniform sampling would give{deep}")
             chance = (
                 ""
                 if self.chance() is None
-                else f"; chance: what {self.num_matches} matches, as at the end, would show of it on average if the "
-                "null were true"
+                else f"; chance: what {counted}, as at the end, would show of it on average if the null were true"
             )
             lines.append(f"TV: total variation distance from the null, 0 the same, 1 nothing in common{chance}")
         if self.entropy_start and self.entropy_end:
@@ -160,9 +160,14 @@ def match(run: Path | str, *, share: float = DEFAULT_SHARE) -> Matches:
     _check_matches(files)
     found = matches_of(files, share=share)
     if found is None:
+        if is_finished(files.metrics, "interact"):
+            raise DataError(
+                f"{run} has matched no layers: their weight was 0 throughout the stage interact "
+                "(`distill.interact.layers_full_until` and `layers_zero_from` fade them out)"
+            )
         raise DataError(
-            f"{run} has matched no layers yet: no step of stage interact is logged. Go on with: "
-            f"{files.record.get('command')}"
+            f"{run} has matched no layers yet: no step of stage interact that compares them is logged; "
+            f"{next_step(files.record)}"
         )
     return found
 
@@ -218,7 +223,7 @@ def write_match_page(found: Matches, file: Path) -> Path:
         found.heading,
         [section("Start, end, and no information", matches_html(found))],
     )
-    return write_file(file, html.encode())
+    return write_page(file, html)
 
 
 def write_match_png(found: Matches, file: Path) -> Path:

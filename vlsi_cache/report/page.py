@@ -72,6 +72,18 @@ def page(title: str, lead: str, sections: Iterable[str]) -> str:
     )
 
 
+def write_page(file: Path, html: str) -> Path:
+    """Write one self-contained HTML document; returns the file."""
+    check_page_name(file)
+    return write_file(file, html.encode())
+
+
+def check_page_name(file: Path | None) -> None:
+    """Raise SpecError for a name that is none of a page."""
+    if file is not None and file.suffix.lower() not in (".html", ".htm"):
+        raise SpecError(f"{file} is to be a page: its name must end in .html")
+
+
 def write_file(file: Path, content: bytes) -> Path:
     """Write a file that is there whole or not at all; returns it. Raises SpecError where there is a folder."""
     if file.is_dir():

@@ -26,8 +26,10 @@ PANELS = (  # title, unit, the student's number, the teacher's
 
 
 def findings_html(run: RunFiles) -> str:
-    """What looks wrong; nothing where nothing does."""
-    return "".join(warning(f"{one.text[0].upper()}{one.text[1:]}.") for one in findings_of(run))
+    """Why the run has failed, and what looks wrong; nothing where nothing does."""
+    failure = [f"the run has failed: {run.record['message']}"] if run.record.get("status") == "failed" else []
+    texts = [*failure, *(one.text for one in findings_of(run))]
+    return "".join(warning(f"{text[0].upper()}{text[1:]}.") for text in texts)
 
 
 def verbalizer_html(run: RunFiles) -> str:

@@ -102,6 +102,13 @@ def read_run(path: Path) -> RunFiles:
     return RunFiles(path, record, read_metrics(path / "metrics.jsonl"), read_json(path / "evaluation.json"))
 
 
+def next_step(record: Mapping[str, Any]) -> str:
+    """What to do about a run that is not finished; one that has failed would only fail again."""
+    if record.get("status") == "failed":
+        return f"it has failed: {record.get('message')}"
+    return f"go on with: {record.get('command')}"
+
+
 def read_json(path: Path) -> Any:
     """The content of a JSON file; None when it is not there or cannot be read."""
     try:

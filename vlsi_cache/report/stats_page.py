@@ -4,13 +4,13 @@ from pathlib import Path
 
 from . import figures, heat_maps
 from .layer_stats import CacheStats, big_number, stats_notes, stats_rows
-from .page import figure, html_table, page, paragraph, section, tiles, write_file
+from .page import figure, html_table, page, paragraph, section, tiles, write_page
 from .stats import LayerSummary
 
 
 def write_stats_page(stats: CacheStats, file: Path) -> Path:
     """Write the page to `file` in one step; returns it."""
-    return write_file(file, stats_page(stats).encode())
+    return write_page(file, stats_page(stats))
 
 
 def stats_page(stats: CacheStats) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .example import picture_html, visible
-from .page import page, paragraph, section, write_file
+from .page import page, paragraph, section, write_page
 from .text import table
 
 
@@ -63,7 +63,7 @@ class Trace:
     def note(self) -> str:
         """How to read it."""
         lens = self.verbalizers == "none"
-        how = "the model's own norm and head read it (logit lens)" if lens else "its verbalizer says"
+        how = "the model's own norm and head make of it (logit lens)" if lens else "its verbalizer says"
         return (
             f"each layer answers by itself: the token that {how} is fed back; the mean is over its tokens, the end of "
             "turn included; three dots: cut at --max-new-tokens"
@@ -77,7 +77,7 @@ def shown(said: Said) -> str:
 
 def write_trace_page(trace: Trace, file: Path) -> Path:
     """Write one self-contained HTML document in one step; returns the file."""
-    return write_file(file, trace_page(trace).encode())
+    return write_page(file, trace_page(trace))
 
 
 def trace_page(trace: Trace) -> str:

@@ -121,7 +121,9 @@ def read_record(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
         if strangers:
             raise SpecError(f"{out} exists and is no ablation (it holds `{min(strangers)}`); choose another folder")
         return {}
-    record = read_json(file)
+    record: Any = read_json(file)
+    if not isinstance(record, dict) or not isinstance(record.get("spec"), dict):
+        raise SpecError(f"{file} is not what `ablate` writes; choose another folder")
     specs = (whole_spec(one["spec"], str(file)) for one in (record, identity))
     old, new = (
         {**one, "spec": {key: value for key, value in spec.items() if key != "run"}}

@@ -23,7 +23,8 @@ from vlsi_cache.errors import ModelError, SpecError, list_problems
 from vlsi_cache.models.layers import Backbone
 from vlsi_cache.models.load import load_model, resolve_model, weights_digest
 from vlsi_cache.models.verbalizer import Verbalizers, load_verbalizers
-from vlsi_cache.models.verbalizer_files import read_record
+from vlsi_cache.models.verbalizer_files import find_folder, read_record
+from vlsi_cache.report.stats import next_step
 from vlsi_cache.sparse.whole import linear_cross_entropy
 from vlsi_cache.spec import CacheSpec, Dtype, EvaluateSpec, change, spec_from_dict
 from vlsi_cache.store import reader
@@ -73,7 +74,9 @@ def evaluate(
     if num_beams is not None:
         spec = _with_beams(spec, num_beams)
     own = folder / "verbalizers"
-    given = None if verbalizers is None else _verbalizers_in(Path(verbalizers))
+    given = None if verbalizers is None else find_folder(verbalizers)
+    if given is not None:
+        read_record(given, [])
     result = evaluate_model(
         str(folder / "student") if run else resolve_model(str(model)),
         spec.evaluate,
@@ -145,13 +148,6 @@ def _with_beams(spec: CacheSpec, num_beams: int) -> CacheSpec:
     return change(spec, evaluate={**spec.evaluate.model_dump(), "num_beams": num_beams})
 
 
-def _verbalizers_in(folder: Path) -> Path:
-    """The folder itself, or the verbalizers of the run that it is."""
-    found = folder / "verbalizers" if (folder / "verbalizers").is_dir() else folder
-    read_record(found, [])
-    return found
-
-
 def _origin_of(given: Path, folder: Path, run: dict[str, Any] | None) -> dict[str, Any]:
     """Where borrowed verbalizers come from, and whether they were trained on what the run started from (`same_start`)
     or on the student it has made (`same_student`)."""
@@ -170,7 +166,7 @@ def check_has_student(folder: Path, run: dict[str, Any]) -> None:
             "run, or a model's folder together with --spec"
         )
     if not (folder / "student").is_dir():
-        raise SpecError(f"{folder} has no trained student yet; go on with: {run['command']}")
+        raise SpecError(f"{folder} has no trained student yet; {next_step(run)}")
 
 
 def evaluate_model(

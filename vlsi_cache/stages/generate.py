@@ -22,9 +22,11 @@ from tqdm import tqdm
 from vlsi_cache.data.records import Record, media_root, read_records, row_of, with_answer, write_rows
 from vlsi_cache.data.sources import read_responses
 from vlsi_cache.data.tokenize import Encoder, fit_rows
+from vlsi_cache.disk import fsync_dir, fsync_tree
 from vlsi_cache.errors import DataError, FingerprintMismatchError, SpecError, list_problems
+from vlsi_cache.models.load import check_device
 from vlsi_cache.spec import CacheSpec
-from vlsi_cache.store.commit import fsync_dir, fsync_tree, publish_new_file
+from vlsi_cache.store.commit import publish_new_file
 
 from .loop import read_json, say, seed_step, write_atomically
 from .responses import Decoding, Response, respond
@@ -88,6 +90,7 @@ def generate(
     _check(Path(out), decoding, num_samples=num_samples, batch_size=batch_size)
     job = _plan(spec, Path(out), model, decoding, num_samples, batch_size=batch_size, seed=seed, limit=limit)
     if not _is_finished(job):
+        check_device(device or spec.run.device)
         job.work.mkdir(parents=True, exist_ok=True)
         with locked(job.work):
             if not _is_finished(job):  # by a process that was there before
@@ -154,6 +157,7 @@ def _plan(
             "weights": speaker.digest(),
             "settings": settings,
             "encoder": encoder.fingerprint(),
+            "num_source_rows": len(source),
             "source_rows": source.digest,
             "versions": versions(),
         },
@@ -185,6 +189,9 @@ def _begin(job: _Job) -> dict[str, Any]:
 
 def _refuse_other(path: Path, there: dict[str, Any], wanted: dict[str, Any], advice: str) -> None:
     problems = [line for key in IDENTITY for line in differences(there.get(key), wanted[key], key)]
+    num_there = there.get("num_source_rows") or there.get("counts", {}).get("source_rows")  # of an earlier release
+    if num_there not in (None, wanted["num_source_rows"]):
+        problems.insert(0, f"{num_there} source rows there, {wanted['num_source_rows']} now (`--limit`, `data.limit`)")
     if problems:
         raise FingerprintMismatchError(f"{path} was made from something else; {advice}:\n{list_problems(problems)}")
 

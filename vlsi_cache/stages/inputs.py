@@ -12,6 +12,7 @@ from vlsi_cache.errors import SpecError
 from vlsi_cache.models.layers import Backbone, default_layers
 from vlsi_cache.models.load import load_config, load_model, resolve_model, weights_digest
 from vlsi_cache.models.verbalizer import Verbalizers, load_verbalizers, logit_lens, verbalizers_digest
+from vlsi_cache.models.verbalizer_files import find_folder
 from vlsi_cache.spec import CacheSpec, TargetLayers
 
 
@@ -49,7 +50,7 @@ class TeacherInputs:
     @property
     def verbalizers_path(self) -> str | None:
         path = self.spec.teacher.verbalizers
-        return None if path is None else resolve_model(path)
+        return None if path is None else str(find_folder(path))
 
     def verbalizer_digests(self) -> dict[str, str]:
         """File digest per target layer; `logit lens` for each where the spec names no verbalizers."""

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 import shutil
 import sys
 import time
@@ -18,8 +17,10 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
+from vlsi_cache.disk import replace_durably, writing
 from vlsi_cache.errors import CacheCorruptError, ModelError
 from vlsi_cache.models.layers import Backbone
+from vlsi_cache.models.load import check_device
 from vlsi_cache.report.checkup import Finding
 from vlsi_cache.sparse.kernels import pick_kernels
 from vlsi_cache.sparse.logits import Head
@@ -38,10 +39,14 @@ def warn_of(found: Iterable[Finding]) -> None:
 
 
 def pick_device(device: str | None) -> torch.device:
-    """`auto` and None mean CUDA when there is one, else the CPU; the choice is printed with its reason."""
+    """`auto` and None mean CUDA when there is one, else the CPU; the choice is printed with its reason.
+
+    Raises ModelError for a device that is not here.
+    """
     if device in (None, "auto"):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         say(f"device: {device} ({'CUDA found' if device == 'cuda' else 'no CUDA found'})")
+    check_device(str(device))
     return torch.device(str(device))
 
 
@@ -147,6 +152,8 @@ class MetricsLog:
         kept = [line for line in read_metrics(self.path) if line["stage"] != stage or line["step"] <= step]
         write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = self.path.open("a", encoding="utf-8")
+        if self._bar is None:  # the clock goes on where an earlier attempt has stopped
+            self._started = time.monotonic() - (kept[-1]["elapsed_s"] if kept else 0.0)
         self._bar = tqdm(desc=stage, total=num_steps, initial=step, unit="step", disable=None)
 
     def write(self, **metrics: Any) -> None:
@@ -161,7 +168,7 @@ class MetricsLog:
         """Time from the first to the last line of a stage, summed over attempts."""
         total, previous = 0.0, 0.0
         for line in read_metrics(self.path):
-            # A new attempt starts its clock again.
+            # In the logs of earlier releases a new attempt starts its clock again.
             step_s = line["elapsed_s"] - previous if line["elapsed_s"] >= previous else line["elapsed_s"]
             total += step_s if line["stage"] == stage else 0.0
             previous = line["elapsed_s"]
@@ -184,11 +191,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def write_atomically(path: Path, text: str) -> None:
     """Replace a small text file so that a reader sees the old or the new content, never half of it."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with writing(temporary, path):
+        temporary.write_text(text, encoding="utf-8")
+        replace_durably(temporary, path)
 
 
 class Checkpoints:
@@ -218,16 +223,15 @@ class Checkpoints:
 
     def save(self, stage: str, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
         old = [(file.parent, int(read_json(file)["number"])) for file in self.folder.glob("*/checkpoint.json")]
-        temporary = self.folder / f".tmp-{uuid.uuid4().hex}"
-        temporary.mkdir()
+        temporary, target = self.folder / f".tmp-{uuid.uuid4().hex}", self.folder / f"{stage}-{step:07d}"
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        save_file(_state(named, optimizer), temporary / "state.safetensors")
         number = 1 + max((number for _, number in old), default=0)
         record = {"stage": stage, "step": step, "number": number}
-        write_atomically(temporary / "checkpoint.json", json.dumps(record, indent=1))
-        target = self.folder / f"{stage}-{step:07d}"
-        shutil.rmtree(target, ignore_errors=True)
-        temporary.rename(target)
+        with writing(temporary, target):
+            temporary.mkdir()
+            save_file(_state(named, optimizer), temporary / "state.safetensors")
+            (temporary / "checkpoint.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+            replace_durably(temporary, target)
         for folder, _ in old:
             if folder != target:
                 shutil.rmtree(folder)

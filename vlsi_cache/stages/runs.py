@@ -15,7 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlsi_cache.errors import FingerprintMismatchError, RunBusyError, SpecError, list_problems
+from vlsi_cache.errors import (
+    DiskFullError,
+    FingerprintMismatchError,
+    InterruptedRunError,
+    RunBusyError,
+    SpecError,
+    VlsiCacheError,
+    list_problems,
+)
+from vlsi_cache.models.load import check_device
 from vlsi_cache.spec import CacheSpec, spec_from_dict
 
 from .loop import read_json, say, write_atomically
@@ -43,10 +52,14 @@ class Run:
 def open_run(path: Path, kind: str, spec: CacheSpec, *, device: str | None, call: str, **facts: Any) -> Iterator[Run]:
     """Begin a run, or go on with the one at `path` if it is the same, and keep other processes off it meanwhile.
 
-    `call` is the Python that goes on with it. Raises SpecError when the folder holds anything else,
-    FingerprintMismatchError when it is another run, RunBusyError when another process works on it.
+    Of `facts` that have a digest beside them, `name` and `name_digest`, the digest alone decides: a copy is the same.
+    `call` is the Python that goes on with it. `run.json` is of the newest call; an error that would come again makes
+    it `failed`, with the message. Raises SpecError when the folder holds anything else, FingerprintMismatchError when
+    it is another run, RunBusyError when another process works on it, ModelError when the device is not here.
     """
     file = path / "run.json"
+    if not file.exists() or read_json(file)["status"] != "done":
+        check_device(device or spec.run.device)
     if not file.exists() and path.exists() and any(not _is_ours(entry.name) for entry in path.iterdir()):
         raise SpecError(f"{path} exists and is no run of ours; choose another folder with -o")
     path.mkdir(parents=True, exist_ok=True)
@@ -61,14 +74,30 @@ def open_run(path: Path, kind: str, spec: CacheSpec, *, device: str | None, call
             "command": _this_command() or call,
             "stages": [],
         }
-        if file.exists():
-            existing = read_json(file)
-            _check_same(path, existing, record, ("kind", *facts))
+        existing = read_json(file) if file.exists() else None
+        if existing is not None:
+            _check_same(path, existing, record, ("kind", *(name for name in facts if f"{name}_digest" not in facts)))
+        if existing is not None and existing["status"] == "done":
             record = existing
         else:
             write_atomically(file, json.dumps(record, indent=1))
         _remove_leftovers(path)
-        yield Run(path, record)
+        with _failure_kept(file):
+            yield Run(path, record)
+
+
+@contextmanager
+def _failure_kept(file: Path) -> Iterator[None]:
+    """Write into `run.json` why the run cannot go on as it is; a full disk and Ctrl-C are no such reasons."""
+    try:
+        yield
+    except (DiskFullError, InterruptedRunError):
+        raise
+    except VlsiCacheError as error:
+        record = read_json(file)
+        if record["status"] != "done":
+            write_atomically(file, json.dumps({**record, "status": "failed", "message": str(error)}, indent=1))
+        raise
 
 
 def already_done(run: Run) -> bool:
@@ -132,6 +161,9 @@ def _check_same(path: Path, existing: dict[str, Any], wanted: dict[str, Any], ke
     problems = [d for key in keys for d in differences(existing.get(key), wanted.get(key), key)]
     specs = (whole_spec(record["spec"], str(path)) for record in (existing, wanted))
     old, new = ({name: section for name, section in spec.items() if name != "run"} for spec in specs)
+    if "student_digest" in keys:
+        for spec in (old, new):
+            spec["distill"] = {**spec["distill"], "student": None}
     problems += differences(old, new, "spec")
     if problems:
         raise FingerprintMismatchError(

@@ -5,9 +5,8 @@ from typing import Any
 
 from vlsi_cache.errors import ModelError
 from vlsi_cache.models.layers import Backbone
-from vlsi_cache.models.load import resolve_model
 from vlsi_cache.models.verbalizer import Verbalizers, load_verbalizers, verbalizers_digest
-from vlsi_cache.models.verbalizer_files import read_record
+from vlsi_cache.models.verbalizer_files import find_folder, read_record
 from vlsi_cache.spec import VerbalizerSpec
 
 from .loop import say
@@ -22,8 +21,8 @@ def check_verbalizers(
     """
     if folder is None:
         return {}
-    path = resolve_model(folder)
-    record = read_record(Path(path), layers)
+    path = find_folder(folder)
+    record = read_record(path, layers)
     made_for = record["provenance"].get("teacher_digest")
     if made_for != student_digest:
         raise ModelError(
@@ -50,8 +49,8 @@ def check_verbalizers(
 
 def take_verbalizers(folder: str, into: Path, backbone: Backbone, layers: list[int]) -> Verbalizers:
     """Load them, and write them into the run folder `into` as a run does that has trained them."""
-    path = resolve_model(folder)
+    path = find_folder(folder)
     verbalizers = load_verbalizers(path, backbone, layers)
-    provenance = read_record(Path(path), layers)["provenance"]
+    provenance = read_record(path, layers)["provenance"]
     verbalizers.save(into, provenance={key: value for key, value in provenance.items() if key != "head_digest"})
     return verbalizers

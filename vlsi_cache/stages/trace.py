@@ -22,12 +22,13 @@ from vlsi_cache.data.collate import collate
 from vlsi_cache.data.media import Media, load_media
 from vlsi_cache.data.records import Record
 from vlsi_cache.data.tokenize import Encoded, Encoder, load_encoder
-from vlsi_cache.errors import DataError, ModelError, SpecError
+from vlsi_cache.errors import DataError, ModelError, SpecError, command_line
 from vlsi_cache.models.layers import Backbone, LayerSequence
 from vlsi_cache.models.load import load_model, resolve_model, weights_digest
 from vlsi_cache.models.verbalizer import Verbalizers, load_verbalizers, logit_lens
-from vlsi_cache.models.verbalizer_files import RECORD
+from vlsi_cache.models.verbalizer_files import RECORD, find_folder
 from vlsi_cache.report.example import png_of
+from vlsi_cache.report.stats import next_step
 from vlsi_cache.report.trace_page import Said, Token, Trace
 
 from .loop import head_of, pick_device, read_json
@@ -115,13 +116,11 @@ def _subject(model: Path | str, verbalizers: str | None) -> _Subject:
         return _Subject(path, verbalizers, same_start=False, is_run=False)
     if run["kind"] != "distill":
         there = run["spec"].get("teacher") or {}
-        gguf = f" --gguf-file {there['gguf_file']}" if there.get("gguf_file") else ""
-        raise SpecError(
-            f"{model} is a `{run['kind']}` run and holds no model; name its teacher: vlsi-cache trace "
-            f"{there.get('model')}{gguf} --verbalizers {folder / 'verbalizers'}"
-        )
+        gguf = ["--gguf-file", there["gguf_file"]] if there.get("gguf_file") else []
+        again = command_line("trace", there.get("model"), *gguf, "--verbalizers", folder / "verbalizers")
+        raise SpecError(f"{model} is a `{run['kind']}` run and holds no model; name its teacher: {again}")
     if not (folder / "student").is_dir():
-        raise SpecError(f"{model} has no trained student yet; go on with: {run['command']}")
+        raise SpecError(f"{model} has no trained student yet; {next_step(run)}")
     own = folder / "verbalizers"
     if verbalizers is None and not own.is_dir():
         raise SpecError(
@@ -131,26 +130,20 @@ def _subject(model: Path | str, verbalizers: str | None) -> _Subject:
     is_own = verbalizers is None or Path(verbalizers).resolve() == own.resolve()
     given = str(own) if verbalizers is None or is_own else verbalizers
     data = run["spec"].get("data") or {}
+    made_for = None if given == LOGIT_LENS else _made_for(given)
     return _Subject(
         str((folder / "student").resolve()),
         given,
-        same_start=is_own or _made_for(given) == run.get("student_digest", ""),
+        same_start=is_own or made_for == run.get("student_digest", ""),
         is_run=True,
         min_pixels=data.get("min_pixels"),  # pictures as the student was trained on
         max_pixels=data.get("max_pixels"),
     )
 
 
-def _folder_of(verbalizers: str) -> Path:
-    """The folder itself, or the verbalizers of the run that has trained them."""
-    folder = Path(verbalizers).expanduser()
-    inner = folder / "verbalizers"
-    return inner if not (folder / RECORD).is_file() and (inner / RECORD).is_file() else folder
-
-
 def _made_for(verbalizers: str) -> str | None:
     """Digest of the weights that they were trained with; None where there are no verbalizers."""
-    file = _folder_of(verbalizers) / RECORD
+    file = find_folder(verbalizers) / RECORD
     return read_json(file)["provenance"].get("teacher_digest") if file.is_file() else None
 
 
@@ -186,6 +179,9 @@ def _speakers(
     """The verbalizers of the layers to trace, and these layers in their order; the last one has no verbalizer."""
     last = backbone.num_layers
     numbers = None if layers is None else sorted({last if layer == "last" else int(layer) for layer in layers})
+    wrong = [layer for layer in numbers or [] if not 1 <= layer <= last]
+    if wrong:
+        raise SpecError(f"no layers {wrong} to trace: {subject.path} has {last} layers, 1 to {last} (`last`)")
     targets = None if numbers is None else [layer for layer in numbers if layer != last]
     if subject.verbalizers == LOGIT_LENS:
         spoken = logit_lens(backbone, list(range(1, last)) if targets is None else targets)
@@ -195,7 +191,7 @@ def _speakers(
 
 
 def _load(subject: _Subject, backbone: Backbone, targets: list[int] | None, gguf_file: str | None) -> Verbalizers:
-    folder = _folder_of(subject.verbalizers)
+    folder = find_folder(subject.verbalizers)
     if targets is None:
         record = read_json(folder / RECORD) if (folder / RECORD).is_file() else {"layers": []}
         targets = sorted(int(layer) for layer in record["layers"])
@@ -212,10 +208,9 @@ def _load(subject: _Subject, backbone: Backbone, targets: list[int] | None, gguf
             ) from None
         if not (run / "run.json").is_file():
             raise
-        given = "" if folder.resolve() == (run / "verbalizers").resolve() else f" --verbalizers {folder}"
-        raise ModelError(
-            f"{error}; or, for a student with its run, name the run: vlsi-cache trace {run}{given}"
-        ) from None
+        given = [] if folder.resolve() == (run / "verbalizers").resolve() else ["--verbalizers", folder]
+        again = command_line("trace", run, *given)
+        raise ModelError(f"{error}; or, for a student with its run, name the run: {again}") from None
 
 
 @torch.inference_mode()

@@ -88,7 +88,7 @@ def train_verbalizers(
         if not set(wanted) <= set(trained_layers(out)) or not already_done(run):
             finish_run(run, stages=[_train(inputs, out, run.path, wanted, device=device)])
     if chosen is not None:
-        say(f"layers {shown(chosen)} are trained; report: {run.path / 'report.html'}")
+        say(f"trained: {'layer' if len(chosen) == 1 else 'layers'} {shown(chosen)}; report: {run.path / 'report.html'}")
     left = [layer for layer in inputs.target_layers if layer not in trained_layers(out)]
     if left:
         say(f"{out}: these layers are not there yet: --layers {shown(left)}")

@@ -15,10 +15,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from vlsi_cache.disk import fsync_dir, is_disk_full
 from vlsi_cache.errors import DiskFullError
 
 RESERVE_BYTES = 1 << 20  # metadata, directories and the commit record of a part
-FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT)
 STALE_S = 86400.0  # an unfinished file of another host counts as abandoned after this
 
 _TMP_NAME = re.compile(r"^(?P<what>.+)\.(?P<host>[A-Za-z0-9_-]+)\.(?P<pid>\d+)\.(?P<uuid>[0-9a-f]{12})(\.[a-z]+)?$")
@@ -115,27 +115,6 @@ def write_durable(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def fsync_dir(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def fsync_tree(folder: Path) -> None:
-    """Flush every file and directory below and including `folder`."""
-    for parent, _, files in os.walk(folder, topdown=False):
-        for name in files:
-            _fsync_file(Path(parent) / name)
-        fsync_dir(Path(parent))
-
-
-def _fsync_file(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
 def publish_dir(tmp: Path, target: Path) -> bool:
     """Rename a finished folder to its place; False if somebody else was first."""
     try:
@@ -192,6 +171,6 @@ def disk_full_is_an_error(root: Path, need_bytes: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in FULL_ERRORS and not isinstance(error, DiskFullError):
+        if is_disk_full(error) and not isinstance(error, DiskFullError):
             raise disk_full(root, need_bytes + RESERVE_BYTES, shutil.disk_usage(root).free) from error
         raise

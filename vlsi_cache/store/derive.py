@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlsi_cache.errors import CacheIncompleteError, SpecError
+from vlsi_cache.errors import CacheIncompleteError, SpecError, command_line
 
 from . import commit
 from .layout import CacheHeader
@@ -82,12 +82,12 @@ def resume_command(header: CacheHeader, root: Path) -> str:
     """The command that continues an unfinished cache."""
     paths = [str(parent.get("path", "CACHE")) for parent in header.parents]
     if not paths:
-        return f"vlsi-cache build-teacher SPEC -o {root}"
+        return command_line("build-teacher", "SPEC", "-o", root)
     if header.parents[0].get("operation") == "merge":
-        return f"vlsi-cache merge {shlex.join(paths)} -o {root}"
+        return command_line("merge", *paths, "-o", root)
     cuts = header.parents[0].get("cuts", {})
     words = [f"--{name.replace('_', '-')} {_as_option(name, cuts[name])}" for name in OPTIONS if name in cuts]
-    return " ".join([f"vlsi-cache prune {shlex.join(paths)} -o {root}", *words])
+    return " ".join([command_line("prune", *paths, "-o", root), *words])
 
 
 def _as_option(name: str, value: Any) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import xxhash
 
-from vlsi_cache.errors import CacheCorruptError
+from vlsi_cache.errors import CacheCorruptError, command_line
 
 from .layout import (
     FORMAT_VERSION,
@@ -52,7 +52,7 @@ def load_part_record(root: Path, header: CacheHeader, index: int) -> PartRecord:
     try:
         content = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
-        raise CacheCorruptError(f"`{path}` is missing; run: vlsi-cache repair {root}") from None
+        raise CacheCorruptError(f"`{path}` is missing; run: {command_line('repair', root)}") from None
     try:
         record = as_record(PartRecord, unseal_json(content, path), path)
     except CacheCorruptError as error:
@@ -60,17 +60,18 @@ def load_part_record(root: Path, header: CacheHeader, index: int) -> PartRecord:
     if record.cache_digest != header.digest:
         raise CacheCorruptError(
             f"`{path}`: the part belongs to another cache (digest {record.cache_digest[:12]}, this cache is "
-            f"{header.digest[:12]}); run: vlsi-cache repair {root}"
+            f"{header.digest[:12]}); run: {command_line('repair', root)}"
         )
     if record.index != index:
         raise CacheCorruptError(
-            f"`{path}`: this is part {record.index} under the name of part {index}; run: vlsi-cache repair {root}"
+            f"`{path}`: this is part {record.index} under the name of part {index}; run: {command_line('repair', root)}"
         )
     # Names from a file are only ever compared with the names a part has, so none of them can lead elsewhere.
     wrong = part_file_names(part_specs(header, record)) ^ set(record.files)
     if wrong:
         raise CacheCorruptError(
-            f"`{path}`: files listed and files expected differ: {sorted(wrong)[:4]}; run: vlsi-cache repair {root}"
+            f"`{path}`: files listed and files expected differ: {sorted(wrong)[:4]}; "
+            f"run: {command_line('repair', root)}"
         )
     return record
 
@@ -84,7 +85,7 @@ def check_part_files(root: Path, index: int, record: PartRecord) -> None:
             if parent not in known and not _is_plain_dir(f"{folder}/{parent}"):
                 raise CacheCorruptError(
                     f"`{folder}/{parent}` is missing or a symbolic link; a cache holds plain files only; "
-                    f"run: vlsi-cache repair {root}"
+                    f"run: {command_line('repair', root)}"
                 )
             known.add(parent)
         check_size(root, f"{folder}/{name}", file.size)
@@ -115,11 +116,11 @@ def check_size(root: Path, path: str, expected: int) -> None:
     try:
         status = os.lstat(path)
     except FileNotFoundError:
-        raise CacheCorruptError(f"`{path}` is missing; run: vlsi-cache repair {root}") from None
+        raise CacheCorruptError(f"`{path}` is missing; run: {command_line('repair', root)}") from None
     if not stat.S_ISREG(status.st_mode) or status.st_size != expected:
         raise CacheCorruptError(
             f"`{path}`: {status.st_size} bytes, part.json says {expected}; "
-            f"run: vlsi-cache verify {root}, then vlsi-cache repair {root}"
+            f"run: {command_line('verify', root)}, then {command_line('repair', root)}"
         )
 
 
@@ -131,7 +132,7 @@ def refuse_elsewhere(root: Path, path: Path) -> None:
 
 def advised(error: CacheCorruptError, root: Path) -> CacheCorruptError:
     """The same error with what to do about it, unless it says so already."""
-    return error if "; run: " in str(error) else CacheCorruptError(f"{error}; run: vlsi-cache repair {root}")
+    return error if "; run: " in str(error) else CacheCorruptError(f"{error}; run: {command_line('repair', root)}")
 
 
 def hash_file(path: Path) -> FileRecord:

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from vlsi_cache.errors import CacheCorruptError, FingerprintMismatchError, SpecError, list_problems
+from vlsi_cache import disk
+from vlsi_cache.errors import CacheCorruptError, FingerprintMismatchError, SpecError, command_line, list_problems
 
 from . import commit
 from .arrays import read_vocab, read_vocab_text, write_vocab
@@ -48,7 +49,7 @@ def publish_header(
     _compare(root, stored, _as_stored(header))
     if stored.id_of_rank_xxh3 != table.digest:
         raise CacheCorruptError(
-            f"`{root / VOCAB_NAME}`: the table does not match cache.json; run: vlsi-cache repair {root}"
+            f"`{root / VOCAB_NAME}`: the table does not match cache.json; run: {command_line('repair', root)}"
         )
     complete_copies(root, stored)
     return stored, table
@@ -94,7 +95,7 @@ def _publish_vocab(root: Path, header: CacheHeader, ranks: Ranks, token_texts: T
         commit.check_free_space(root, need_bytes)
         with commit.tmp_path(root, VOCAB_NAME) as tmp, commit.disk_full_is_an_error(root, need_bytes):
             write_vocab(tmp, table, text, offsets)
-            commit.fsync_tree(tmp)
+            disk.fsync_tree(tmp)
             commit.publish_dir(tmp, root / VOCAB_NAME)
     try:
         heads = num_layers, num_head_ranks(root)
@@ -114,7 +115,7 @@ def _refuse_other_table(root: Path, table: RankTable) -> None:
 
 def _remedy(root: Path) -> str:
     if (root / HEADER_NAME).exists():
-        return f"run: vlsi-cache repair {root}"
+        return f"run: {command_line('repair', root)}"
     return "no part depends on it yet: delete this folder and run the same command again"
 
 

@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vlsi_cache.errors import CacheCorruptError, CacheIncompleteError, CacheNotFoundError, SampleNotFoundError
+from vlsi_cache.errors import (
+    CacheCorruptError,
+    CacheIncompleteError,
+    CacheNotFoundError,
+    SampleNotFoundError,
+    command_line,
+)
 
 from .chunks import Known
 from .files import load_header, load_part_record
@@ -119,7 +125,7 @@ class Cache:
         if row.sample_id != sample_id:
             raise CacheCorruptError(
                 f"`{part_dir(self.path, part_index)}` holds {row.sample_id!r}, samples.parquet says {sample_id!r}; "
-                f"run: vlsi-cache repair {self.path}"
+                f"run: {command_line('repair', self.path)}"
             )
         return row
 
@@ -231,7 +237,7 @@ def _refuse_extra_parts(root: Path, header: CacheHeader) -> None:
     if extra:
         raise CacheCorruptError(
             f"`{part_dir(root, extra[0])}` is not part of this cache of {header.num_parts} parts; "
-            f"run: vlsi-cache repair {root}"
+            f"run: {command_line('repair', root)}"
         )
 
 

@@ -4,6 +4,8 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from vlsi_cache import disk
+
 from . import commit, table
 from .files import load_header
 from .layout import CacheHeader, list_parts, part_name
@@ -98,5 +100,5 @@ def _quarantine(root: Path, name: str) -> None:
         number += 1
         target = root / "quarantine" / f"{Path(name).name}.{number}"
     os.rename(root / name, target)
-    commit.fsync_dir(root / "quarantine")
-    commit.fsync_dir((root / name).parent)
+    disk.fsync_dir(root / "quarantine")
+    disk.fsync_dir((root / name).parent)

@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vlsi_cache.errors import CacheCorruptError, VlsiCacheError
+from vlsi_cache.errors import CacheCorruptError, VlsiCacheError, command_line
 
 from .commit import list_tmp
 from .files import hash_file, load_header, load_part_record
@@ -69,7 +69,7 @@ def verify(path: str | os.PathLike[str], *, deep: bool = False) -> VerifyReport:
         what = "is missing: the start of this cache was interrupted, and nothing is lost"
         report.problems.append(Problem(HEADER_NAME, what, CONTINUE))
         return report
-    repair = f"run: vlsi-cache repair {root}"
+    repair = f"run: {command_line('repair', root)}"
     try:
         header = load_header(root)
     except (OSError, VlsiCacheError) as error:

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from vlsi_cache.errors import CacheCorruptError
+from vlsi_cache import disk
+from vlsi_cache.errors import CacheCorruptError, command_line
 
 from . import commit
 from .arrays import read_vocab, read_vocab_text
@@ -45,7 +46,7 @@ def _check_vocab(root: Path, name: str, found: str, expected: str | None) -> Non
     if found != expected:
         raise CacheCorruptError(
             f"`{root / VOCAB_NAME / name}`: xxh3 of the table is {found}, cache.json says {expected}; "
-            f"run: vlsi-cache repair {root}"
+            f"run: {command_line('repair', root)}"
         )
 
 
@@ -98,7 +99,7 @@ def publish_files(root: Path, name: str, content: dict[str, bytes]) -> bool:
         for file, data in content.items():
             (tmp / file).parent.mkdir(parents=True, exist_ok=True)
             (tmp / file).write_bytes(data)
-        commit.fsync_tree(tmp)
+        disk.fsync_tree(tmp)
         return commit.publish_dir(tmp, root / name)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from vlsi_cache import disk
 from vlsi_cache.errors import DataError
 
 from . import commit, table
@@ -109,7 +110,7 @@ class CacheWriter:
                 **_describe(samples, arrays),
             )
             commit.write_durable(tmp / RECORD_NAME, sealed_json(record.model_dump()))
-            commit.fsync_tree(tmp)
+            disk.fsync_tree(tmp)
             return commit.publish_dir(tmp, part_dir(root, index))
 
     def in_background(self) -> "PartQueue":

@@ -1,0 +1,78 @@
+"""What all that writes shares: flushing to the disk before anything relies on it, and one error for a full disk."""
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from vlsi_cache.errors import DiskFullError
+
+FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT)
+# Libraries that write outside of Python raise errors of their own, with the number in the text.
+_NUMBER_IN_TEXT = re.compile(r"\(os error (\d+)\)")
+
+
+def fsync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def fsync_dir(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def fsync_tree(folder: Path) -> None:
+    """Flush every file and directory below and including `folder`."""
+    for parent, _, files in os.walk(folder, topdown=False):
+        for name in files:
+            fsync_file(Path(parent) / name)
+        fsync_dir(Path(parent))
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether a disk or a quota was full, whichever library says so."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in FULL_ERRORS
+    found = _NUMBER_IN_TEXT.search(str(error))
+    return found is not None and int(found[1]) in FULL_ERRORS
+
+
+@contextmanager
+def writing(temporary: Path, target: Path) -> Iterator[None]:
+    """Write `temporary`, a file or folder that is to become `target`; what has been written of it goes if that fails.
+
+    Raises DiskFullError.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, DiskFullError) or not is_disk_full(error):
+            raise
+        free = shutil.disk_usage(target.parent).free
+        raise DiskFullError(
+            f"the disk is full: `{target}` could not be written, {free} bytes ({free / 2**20:.1f} MiB) are free; what "
+            "was finished before is kept: free some space and run the same command again, it continues"
+        ) from error
+
+
+def replace_durably(temporary: Path, target: Path) -> None:
+    """Give a finished file or folder its name, over an old one, once it is on the disk."""
+    if temporary.is_dir():
+        fsync_tree(temporary)
+        if target.exists():
+            shutil.rmtree(target)
+    else:
+        fsync_file(temporary)
+    temporary.replace(target)
+    fsync_dir(target.parent)
