@@ -63,8 +63,7 @@ def _axis_html(record: Record, axis: str) -> list[str]:
         html_table(heads, rows, strong=default),
         paragraph(
             f"{spread if several else ''}Differences from {record['default']} are means over the seeds both have, with "
-            "the number of seeds that go the same way. The layers of all students of a seed are read through the same "
-            f"verbalizers, those of {record['default']}.",
+            "the number of seeds that go the same way.",
             note=True,
         ),
         *(paragraph(line, note=True) for line in remarks(record, axis)),
