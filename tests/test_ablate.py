@@ -1,4 +1,4 @@
-"""Ablations: every variant of every table, one budget, going on after a stop, whose verbalizers read the layers, refusals."""
+"""Ablations: every variant of every table, one budget, going on after a stop, how layers are read, refusals."""
 
 import json
 import shutil
