@@ -192,14 +192,14 @@ def distill(
 
 def evaluate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run, or a model folder together with --spec.")],
-    spec: Annotated[str | None, typer.Option(metavar="SPEC", help="Measure on the held-out rows of this spec.")] = None,
+    spec: Annotated[str | None, typer.Option(metavar="SPEC", help="Held-out rows of this spec; not kept.")] = None,
     cache: Annotated[
         Path | None, typer.Option(metavar="CACHE", help="Also measure the distance to the teacher of this cache.")
     ] = None,
     verbalizers: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Read the layers through these, or those of this run.")
     ] = None,
-    beams: Annotated[int | None, typer.Option(min=1, metavar="N", help="Answer by beam search.")] = None,
+    beams: Annotated[int | None, typer.Option(min=1, metavar="N", help="Answer by beam search; not kept.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N rows; shown and not kept.")] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Let the model run code of its own.")
