@@ -16,12 +16,12 @@ import vlsi_cache as vc
 from vlsi_cache.errors import DataError, FingerprintMismatchError, ModelError, SpecError
 from vlsi_cache.report import html
 from vlsi_cache.report.ablation_table import num_failed
+from vlsi_cache.report.stats import read_metrics
 from vlsi_cache.spec import apply_overrides
 from vlsi_cache.stages import ablate as ablate_module
 from vlsi_cache.stages import variants as variants_module
 from vlsi_cache.stages.ablation_plan import AblationPlan, overrides_between, plan_runs
 from vlsi_cache.stages.evaluate import evaluate_model
-from vlsi_cache.stages.loop import read_metrics
 from vlsi_cache.stages.variants import AXES
 from vlsi_cache.store.reader import Cache
 from vlsi_cache.store.sampler import PartWindowReader

@@ -233,8 +233,8 @@ def test_verbalizers_of_another_teacher_are_refused(spec_file: Path, tmp_path: P
 def test_trained_verbalizers_beat_the_logit_lens_and_training_resumes(
     spec_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from vlsi_cache.report.stats import read_metrics
     from vlsi_cache.stages import verbalize
-    from vlsi_cache.stages.loop import read_metrics
 
     spec = vc.load_spec(spec_file, overrides=["train_verbalizers.schedule.steps=24"])
     whole = train_verbalizers(spec, out=tmp_path / "whole")

@@ -14,10 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import vlsi_cache as vc
 from vlsi_cache.errors import CacheIncompleteError, FingerprintMismatchError, ModelError, SpecError
+from vlsi_cache.report.stats import read_metrics
 from vlsi_cache.stages import interact as interact_module
 from vlsi_cache.stages import sft as sft_module
 from vlsi_cache.stages.distill import distill_spec, schedule_steps, stage_steps
-from vlsi_cache.stages.loop import learning_rate, read_metrics
+from vlsi_cache.stages.loop import learning_rate
 from vlsi_cache.store.reader import Cache
 
 

@@ -12,8 +12,8 @@ from vlsi_cache.data.collate import collate
 from vlsi_cache.data.records import read_records
 from vlsi_cache.data.tokenize import load_encoder
 from vlsi_cache.errors import SpecError
+from vlsi_cache.report.stats import read_metrics
 from vlsi_cache.stages.feed import Feed
-from vlsi_cache.stages.loop import read_metrics
 from vlsi_cache.store.reader import Cache
 
 KINDS = {

@@ -21,6 +21,7 @@ from vlsi_cache.models.layers import Backbone
 from vlsi_cache.models.load import load_model
 from vlsi_cache.models.verbalizer import Verbalizers, build_verbalizers
 from vlsi_cache.report.checkup import Finding
+from vlsi_cache.report.stats import read_metrics
 from vlsi_cache.sparse.divergences import Bucketed
 from vlsi_cache.sparse.kl import FORWARD_KL, LayerRows
 from vlsi_cache.sparse.matching import match_rng
@@ -30,7 +31,6 @@ from vlsi_cache.stages import interact as interact_module
 from vlsi_cache.stages import probe as module
 from vlsi_cache.stages import verbalize as verbalize_module
 from vlsi_cache.stages.interaction import MicroRows, Terms, interaction
-from vlsi_cache.stages.loop import read_metrics
 from vlsi_cache.stages.probe import is_due, probe
 
 NUM_TOKENS, V, NUM_TEACHER, K, NUM_TAIL = 9, 60, 4, 6, 3

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 import vlsi_cache as vc
 from vlsi_cache.errors import FingerprintMismatchError, ModelError, SpecError
 from vlsi_cache.models.verbalizer_files import find_folder, read_record
+from vlsi_cache.report.stats import read_metrics
 from vlsi_cache.stages import interact as interact_module
-from vlsi_cache.stages.loop import read_metrics
 from vlsi_cache.store.reader import Cache
 
 SHORT = ["distill.verbalize.steps=3", "distill.interact.schedule.steps=3", "distill.sft.schedule.steps=2"]

@@ -18,8 +18,9 @@ import vlsi_cache as vc
 from vlsi_cache.errors import DataError, ModelError, SpecError
 from vlsi_cache.models.adapter import add_lora, train_everything
 from vlsi_cache.models.load import load_model
+from vlsi_cache.report.stats import read_metrics
 from vlsi_cache.spec import Schedule
-from vlsi_cache.stages.loop import clip_gradients, make_optimizer, read_metrics, seed_step
+from vlsi_cache.stages.loop import clip_gradients, make_optimizer, seed_step
 from vlsi_cache.store.reader import Cache
 
 

@@ -38,11 +38,11 @@ from students import (
 
 from vlsi_cache.data.batches import plan_batches, plan_parts
 from vlsi_cache.data.collate import Batch, collate
+from vlsi_cache.report.stats import read_metrics
 from vlsi_cache.spec import CacheSpec, load_spec
 from vlsi_cache.stages import build
 from vlsi_cache.stages.distill import distill
 from vlsi_cache.stages.inputs import TeacherInputs, open_teacher_inputs
-from vlsi_cache.stages.loop import read_metrics
 from vlsi_cache.stages.student import StudentState
 from vlsi_cache.stages.teacher import Teacher, load_teacher
 from vlsi_cache.store import reader

@@ -1,13 +1,11 @@
 """`write_report`: one self-contained HTML file about a cache, a run, an ablation or a demo. It needs no network."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from vlsi_cache.errors import CacheNotFoundError, VlsiCacheError, command_line
+from vlsi_cache.errors import CacheNotFoundError, command_line
 
 from . import figures
 from .ablation_page import ablation_page
@@ -22,7 +20,7 @@ from .stats import (
     RunFiles,
     curve,
     layer_summaries,
-    read_json,
+    read_record,
     read_run,
     stages_of,
 )
@@ -41,14 +39,12 @@ def write_report(path: Path | str) -> Path:
     """
     folder = Path(path)
     if (folder / "demo.json").is_file():
-        with _written_by("demo", folder / "demo.json"):
-            return write_demo_report(folder)
+        return write_demo_report(folder)
     if (folder / "ablation.json").is_file():
-        with _written_by("ablate", folder / "ablation.json"):
-            return _write(folder, ablation_page(_ablation_record(folder)))
+        again = f"run again: {command_line('ablate', 'SPEC', '-o', folder)}"
+        return _write(folder, ablation_page(read_record(folder / "ablation.json", ("runs",), advice=again)))
     if (folder / "run.json").is_file():
-        with _written_by("distill or train-verbalizers", folder / "run.json"):
-            return _write(folder, run_page(read_run(folder)))
+        return _write(folder, run_page(read_run(folder)))
     if (folder / "cache.json").is_file():
         from vlsi_cache.store.reader import open
 
@@ -58,25 +54,11 @@ def write_report(path: Path | str) -> Path:
     )
 
 
-@contextmanager
-def _written_by(command: str, file: Path) -> Iterator[None]:
-    """Raise CacheNotFoundError where a file of this name holds something else."""
-    try:
-        yield
-    except VlsiCacheError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CacheNotFoundError(
-            f"{file} is not what {command} writes ({type(error).__name__}: {error}); name another folder"
-        ) from error
-
-
 def write_demo_report(folder: Path | str, *, example: dict[str, Any] | None = None) -> Path:
     """Write the report of a demo; `example` (see example_of) is kept beside it, so that it can be written again."""
     folder = Path(folder)
-    demo = read_json(folder / "demo.json")
-    if demo is None:
-        raise CacheNotFoundError(f"{folder} has no readable demo.json; run: {command_line('demo', '-o', folder)}")
+    again = f"run: {command_line('demo', '-o', folder)}"
+    demo = read_record(folder / "demo.json", ("cache", "recipes", "runs", "seeds"), advice=again)
     cache = _open_if_there(folder / demo["cache"])
     if example is not None:
         layers = example["layers"] or (cache.layers if cache else list(range(1, len(example["grid"]) + 1)))
@@ -84,15 +66,6 @@ def write_demo_report(folder: Path | str, *, example: dict[str, Any] | None = No
     summaries = layer_summaries(cache) if cache else []
     header = cache.header if cache else None
     return _write(folder, demo_page(folder, demo, load_example(folder), summaries, header))
-
-
-def _ablation_record(folder: Path) -> dict[str, Any]:
-    record = read_json(folder / "ablation.json")
-    if not isinstance(record, dict):
-        raise CacheNotFoundError(
-            f"{folder} has no readable ablation.json; run again: {command_line('ablate', 'SPEC', '-o', folder)}"
-        )
-    return record
 
 
 def cache_page(cache: "Cache") -> str:

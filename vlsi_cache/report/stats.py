@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -96,9 +96,7 @@ def _row_sums(row: "Row") -> np.ndarray:
 
 def read_run(path: Path) -> RunFiles:
     """Read a run folder; a metrics line that a kill cut short is left out."""
-    record = read_json(path / "run.json")
-    if record is None:
-        raise CacheNotFoundError(f"{path} is no run: it has no readable run.json; runs are listed by: vlsi-cache ls")
+    record = read_record(path / "run.json", ("kind", "status"), advice="runs are listed by: vlsi-cache ls")
     return RunFiles(path, record, read_metrics(path / "metrics.jsonl"), read_json(path / "evaluation.json"))
 
 
@@ -107,6 +105,16 @@ def next_step(record: Mapping[str, Any]) -> str:
     if record.get("status") == "failed":
         return f"it has failed: {record.get('message')}"
     return f"go on with: {record.get('command')}"
+
+
+def read_record(file: Path, keys: Iterable[str], *, advice: str) -> dict[str, Any]:
+    """What one of our commands has written, told from other files of that name by its `keys`."""
+    record = read_json(file)
+    if not isinstance(record, dict) or not set(keys) <= record.keys():
+        raise CacheNotFoundError(
+            f"{file.parent} has no readable {file.name}: it is missing, damaged or of something else; {advice}"
+        )
+    return cast("dict[str, Any]", record)
 
 
 def read_json(path: Path) -> Any:
@@ -118,7 +126,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a metrics file."""
+    """All whole lines of a metrics file; a last line that a kill cut short is left out."""
     if not path.is_file():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1] if line]

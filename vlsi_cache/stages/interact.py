@@ -13,11 +13,12 @@ from typing import Any
 from vlsi_cache.models.layers import Backbone
 from vlsi_cache.models.verbalizer import Verbalizers
 from vlsi_cache.report.checkup import interact_findings
+from vlsi_cache.report.stats import read_metrics
 from vlsi_cache.sparse.matching import match_rng
 
 from .feed import feeding
 from .interaction import Interaction, MicroRows, interaction, read_numbers
-from .loop import autocast, clip_gradients, make_optimizer, memory_gib, optimizer_step, read_metrics, seed_step, warn_of
+from .loop import autocast, clip_gradients, make_optimizer, memory_gib, optimizer_step, seed_step, warn_of
 from .probe import is_due, probe
 from .student import StudentState
 

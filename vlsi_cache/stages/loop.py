@@ -22,6 +22,7 @@ from vlsi_cache.errors import CacheCorruptError, ModelError
 from vlsi_cache.models.layers import Backbone
 from vlsi_cache.models.load import check_device
 from vlsi_cache.report.checkup import Finding
+from vlsi_cache.report.stats import read_metrics
 from vlsi_cache.sparse.kernels import pick_kernels
 from vlsi_cache.sparse.logits import Head
 from vlsi_cache.spec import RunSpec, Schedule
@@ -178,14 +179,6 @@ class MetricsLog:
         self._file.close()
         if self._bar is not None:
             self._bar.close()
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a metrics file; a last line that a kill cut short is left out."""
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -22,6 +22,7 @@ from vlsi_cache.errors import SpecError
 from vlsi_cache.models.layers import Backbone
 from vlsi_cache.models.verbalizer import Verbalizers, build_verbalizers
 from vlsi_cache.report.checkup import verbalizer_findings
+from vlsi_cache.report.stats import read_metrics
 from vlsi_cache.sparse.whole import head_output, kl_to_output, linear_cross_entropy
 from vlsi_cache.spec import CacheSpec, Schedule, VerbalizerSpec
 
@@ -37,7 +38,6 @@ from .loop import (
     make_grouped_optimizer,
     memory_gib,
     optimizer_step,
-    read_metrics,
     refuse_destroyed,
     say,
     seed_step,
