@@ -1,6 +1,7 @@
 """Evaluation: whose settings hold, what may run code, and which folders it is for."""
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 from conftest import write_spec
 
 import vlsi_cache as vc
-from vlsi_cache.errors import DataError, SpecError
+from vlsi_cache.errors import DataError, ModelError, SpecError
 from vlsi_cache.stages import evaluate as evaluate_module
 
 SHORT = ["distill.sft.schedule.steps=1", "distill.verbalize.steps=1", "distill.interact.schedule.steps=1"]
@@ -109,6 +110,18 @@ def test_rows_left_out_are_counted_and_told(run: Path, capsys: pytest.CaptureFix
     assert re.search(r"row `long`: \d+ tokens, data.max_length is", told)
     assert "held-out samples: 3 (2 left out)" in evaluation_table(result)
     assert "held-out samples (2 left out)" in "".join(evaluation_html(result))
+
+
+def test_only_the_model_itself_is_destroyed_by_a_loss_without_a_perplexity(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for layer, last, fails in ((800.0, 2.0, False), (2.0, 800.0, True), (math.nan, 2.0, True)):
+        monkeypatch.setattr(evaluate_module, "mean_nll", lambda *_, found=(layer, last): {1: found[0], 3: found[1]})
+        if fails:
+            with pytest.raises(ModelError, match="its last updates have destroyed it"):
+                vc.evaluate(run)
+        else:
+            assert vc.evaluate(run)["layers"] == {"1": 800.0}
 
 
 def test_what_is_neither_a_run_nor_a_model_is_called_so(run: Path, tmp_path: Path) -> None:

@@ -139,7 +139,9 @@ def _one_run(ablation: Ablation, run: PlannedRun, cache: "Cache", seed: int) -> 
     where = {"run": str(folder.relative_to(ablation.out))}
     ruler = _verbalizers_of(default)
     if run.name != DEFAULT.name and ruler is None:
-        return _failed(where, f"{default} has left no verbalizers, through which the layers of all students are read")
+        return _failed(
+            where, f"{default} has left no verbalizers, which the other runs of its seed take or are read by"
+        )
     source = _cut(ablation, run, cache)
     changes = _overrides(run, source, seed, ruler if run.takes_verbalizers else None)
     try:

@@ -243,7 +243,10 @@ def _on_held_out(
 ) -> dict[str, Any]:
     settings, encoder, records = rows.settings, rows.encoder, rows.records
     nll = mean_nll(backbone, verbalizers, records, plan_batches(rows.lengths, batch_tokens), encoder)
-    impossible = [f"{value} at layer {layer}" for layer, value in nll.items() if not np.isfinite(np.exp(value))]
+    # A layer may be read through verbalizers of another model; the model's own loss has a perplexity.
+    with np.errstate(over="ignore"):
+        scores = {**nll, backbone.num_layers: np.exp(nll[backbone.num_layers])}
+    impossible = [f"{nll[layer]} at layer {layer}" for layer, score in scores.items() if not np.isfinite(score)]
     if impossible:
         raise ModelError(
             f"the model's loss on the held-out rows is {', '.join(impossible)}: its last updates have destroyed it. "
