@@ -163,7 +163,7 @@ def test_a_run_that_has_not_begun_to_match_says_how_to_go_on(tmp_path: Path) -> 
     run = write_matches(tmp_path / "run", [])
     with pytest.raises(DataError, match="go on with: vlsi-cache distill c -o r"):
         vc.match(run)
-    with pytest.raises(CacheNotFoundError, match="is no run"):
+    with pytest.raises(CacheNotFoundError, match="has no readable run"):
         vc.match(tmp_path)
     for share in (0.0, 1.5, float("nan")):
         with pytest.raises(SpecError, match="above 0 and at most 1"):
