@@ -14,6 +14,7 @@ import pytest
 from conftest import make_rows, write_jsonl
 
 import vlsi_cache as vc
+from vlsi_cache.disk import replacing
 from vlsi_cache.errors import DiskFullError, FingerprintMismatchError, ModelError, RunBusyError, SpecError
 from vlsi_cache.report.html import run_page
 from vlsi_cache.report.stats import read_run
@@ -60,31 +61,38 @@ def test_a_killed_process_lets_go_of_its_run(spec_file: Path, spec: CacheSpec, t
 
 
 def test_what_a_kill_leaves_is_removed_and_nothing_else(spec: CacheSpec, tmp_path: Path) -> None:
+    killed: list[Any] = []
+
+    def half_of(target: Path) -> Path:
+        killed.append(replacing(target))
+        return killed[-1].__enter__()
+
     run = tmp_path / "run"
     run.mkdir()
-    (run / ".run.json.0123").write_text("half")  # killed before there was a run.json
+    half_of(run / "run.json").write_text("half")  # killed before there was a run.json
     (run / ".lock").write_text("")
     with opened(run, spec):
         pass
     assert {file.name for file in run.iterdir()} == {".lock", "run.json"}
-    for name in (".student.tmp-0123", "checkpoints", "verbalizers"):
-        (run / name).mkdir()
-    (run / ".student.tmp-0123" / "model.safetensors").write_text("half")
-    (run / "verbalizers" / ".layer_0001.safetensors.0123").write_text("half")
+    student = half_of(run / "student")
+    for folder in (student, run / "checkpoints", run / "verbalizers"):
+        folder.mkdir()
+    (student / "model.safetensors").write_text("half")
+    half_of(run / "verbalizers" / "layer_0001.safetensors").write_text("half")
     (run / "verbalizers" / "layer_0002.safetensors").write_text("whole")
-    (run / ".metrics.jsonl.0123").write_text("half")
+    half_of(run / "metrics.jsonl").write_text("half")
     (run / "notes.txt").write_text("mine")
     with opened(run, spec):
         pass
     left = {str(file.relative_to(run)) for file in run.rglob("*") if file.is_file()}
     assert left == {".lock", "run.json", "notes.txt", "verbalizers/layer_0002.safetensors"}
-    assert not (run / ".student.tmp-0123").exists()
+    assert not student.exists()
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / ".run.json.0123").write_text("half")
+    (tmp_path / "mine" / ".run.json.tmp-0123").write_text("half")
     (tmp_path / "mine" / "thesis.tex").write_text("mine")
     with pytest.raises(SpecError, match="no run of ours"):
         opened(tmp_path / "mine", spec).__enter__()
-    assert {file.name for file in (tmp_path / "mine").iterdir()} == {".run.json.0123", "thesis.tex"}
+    assert {file.name for file in (tmp_path / "mine").iterdir()} == {".run.json.tmp-0123", "thesis.tex"}
 
 
 def test_a_file_system_without_locks_is_said(

@@ -125,15 +125,14 @@ def test_a_build_takes_what_subsets_have_made_and_says_what_is_missing(spec_file
 
 def test_two_that_add_their_layers_at_once_are_both_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each reads the record before either has written it, unless one waits for the other."""
-    both, read = threading.Barrier(2), verbalizer_files.replace_durably
+    both, write = threading.Barrier(2), verbalizer_files.write_atomically
 
-    def slow_commit(temporary: Path, path: Path) -> None:
-        if path.name == verbalizer_files.RECORD:
-            with suppress(threading.BrokenBarrierError):
-                both.wait(timeout=1)
-        read(temporary, path)
+    def slow_write(path: Path, content: str) -> None:
+        with suppress(threading.BrokenBarrierError):
+            both.wait(timeout=1)
+        write(path, content)
 
-    monkeypatch.setattr(verbalizer_files, "replace_durably", slow_commit)
+    monkeypatch.setattr(verbalizer_files, "write_atomically", slow_write)
 
     def add(layer: int) -> None:
         with waiting_for(tmp_path):

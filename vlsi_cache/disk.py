@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,13 +46,15 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 @contextmanager
-def writing(temporary: Path, target: Path) -> Iterator[None]:
-    """Write `temporary`, a file or folder that is to become `target`; what has been written of it goes if that fails.
+def replacing(target: Path) -> Iterator[Path]:
+    """A name beside `target` for a new file or folder, which takes the place of an old one once it is on the disk.
 
-    Raises DiskFullError.
+    What has been written goes if that fails; a kill leaves it as `.NAME.tmp-*`. Raises DiskFullError.
     """
+    temporary = target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex}")
     try:
-        yield
+        yield temporary
+        _replace_durably(temporary, target)
     except BaseException as error:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
@@ -66,8 +69,13 @@ def writing(temporary: Path, target: Path) -> Iterator[None]:
         ) from error
 
 
-def replace_durably(temporary: Path, target: Path) -> None:
-    """Give a finished file or folder its name, over an old one, once it is on the disk."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace a small file so that a reader sees the old or the new content, never half of it."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def _replace_durably(temporary: Path, target: Path) -> None:
     if temporary.is_dir():
         fsync_tree(temporary)
         if target.exists():

@@ -7,7 +7,6 @@ import base64
 import codecs
 import inspect
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from importlib.metadata import entry_points
@@ -18,6 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vlsi_cache.disk import replacing
 from vlsi_cache.errors import DataError
 from vlsi_cache.spec import DataSpec
 
@@ -153,13 +153,8 @@ def write_rows(
     writer = writers.get(path.suffix.lower())
     if writer is None:
         raise DataError(f"cannot write {path}: the name must end in .jsonl or .parquet")
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    try:
-        num_rows = writer(rows, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return num_rows
+    with replacing(path) as temporary:
+        return writer(rows, temporary)
 
 
 def _write_jsonl(rows: Iterable[Mapping[str, Any]], path: Path) -> int:

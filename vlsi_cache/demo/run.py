@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vlsi_cache.data.records import read_records
+from vlsi_cache.disk import write_atomically
 from vlsi_cache.errors import CacheCorruptError
 from vlsi_cache.models.load import resolve_model
 from vlsi_cache.models.prune_depth import init_student
@@ -19,7 +20,7 @@ from vlsi_cache.spec import CacheSpec, load_spec
 from vlsi_cache.stages.build import build_teacher
 from vlsi_cache.stages.distill import distill, stage_steps
 from vlsi_cache.stages.evaluate import evaluate, evaluate_model, kept_result
-from vlsi_cache.stages.loop import read_json, say, write_atomically
+from vlsi_cache.stages.loop import read_json, say
 from vlsi_cache.stages.plan import plan
 from vlsi_cache.store.reader import Cache
 

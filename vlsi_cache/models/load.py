@@ -8,7 +8,6 @@ import io
 import json
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
@@ -21,7 +20,7 @@ from huggingface_hub import snapshot_download
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from vlsi_cache.disk import replace_durably, writing
+from vlsi_cache.disk import replacing
 from vlsi_cache.errors import ModelError
 
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
@@ -205,15 +204,13 @@ def write_folder(
     if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / "config.json").is_file())):
         raise ModelError(f"{out} exists and holds no model; choose another folder")
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.tmp-", dir=out.parent))
-    with writing(temporary, out):
+    with replacing(out) as temporary:
+        temporary.mkdir()
         with _quiet():
             model.save_pretrained(temporary)
         _copy_encoder(encoder_source, temporary, revision, gguf_file)
         for name, text in (extra_files or {}).items():
             (temporary / name).write_text(text, encoding="utf-8")
-        temporary.chmod(0o755)
-        replace_durably(temporary, out)
     return out
 
 

@@ -6,7 +6,6 @@ FOLDER/verbalizers.json         architecture, layers, provenance (digests of the
 
 import hashlib
 import json
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vlsi_cache.disk import replace_durably, writing
+from vlsi_cache.disk import replacing, write_atomically
 from vlsi_cache.errors import ModelError, command_line
 
 from .load import resolve_model
@@ -55,16 +54,11 @@ def write(
         raise ModelError(f"{folder} holds verbalizers of another model or architecture; choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     for layer, tensors in layers.items():
-        temporary = _temporary(layer_file(folder, layer))
         on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        with writing(temporary, layer_file(folder, layer)):
+        with replacing(layer_file(folder, layer)) as temporary:
             save_file(on_cpu, temporary, metadata={HEADER_KEY: _canonical(architecture)})
-            replace_durably(temporary, layer_file(folder, layer))
     named = sorted({*layers, *(there["layers"] if there else [])})
-    temporary = _temporary(folder / RECORD)
-    with writing(temporary, folder / RECORD):
-        temporary.write_text(json.dumps({**record, "layers": named}, indent=1) + "\n", encoding="utf-8")
-        replace_durably(temporary, folder / RECORD)
+    write_atomically(folder / RECORD, json.dumps({**record, "layers": named}, indent=1) + "\n")
     return folder
 
 
@@ -130,7 +124,3 @@ def _read_json(folder: Path) -> dict[str, Any]:
 
 def _canonical(architecture: dict[str, Any]) -> str:
     return json.dumps(architecture, sort_keys=True)
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex}")

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vlsi_cache.disk import write_atomically
+
 from .page import paragraph
 from .stats import gold_ids, gold_ranks, read_json
 from .text import layer_name
@@ -114,7 +116,7 @@ def _visible(char: str) -> str:
 def save_example(folder: Path, example: dict[str, Any]) -> Path:
     """Keep an example beside the report that shows it."""
     file = folder / EXAMPLE_NAME
-    file.write_text(json.dumps(example, ensure_ascii=False, indent=1), encoding="utf-8")
+    write_atomically(file, json.dumps(example, ensure_ascii=False, indent=1))
     return file
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vlsi_cache.disk import write_atomically
 from vlsi_cache.errors import ModelError
 from vlsi_cache.report.ablation_table import ablation_csv, own_steps
 from vlsi_cache.spec import CacheSpec
@@ -38,7 +39,7 @@ from .ablation_setup import (
 from .build import build_teacher
 from .distill import distill, distill_spec
 from .evaluate import evaluate
-from .loop import pick_device, read_json, say, write_atomically
+from .loop import pick_device, read_json, say
 from .runs import locked, versions
 from .variants import DEFAULT
 

@@ -19,6 +19,7 @@ from vlsi_cache.data.batches import plan_batches
 from vlsi_cache.data.collate import collate
 from vlsi_cache.data.records import Record, read_records
 from vlsi_cache.data.tokenize import Encoder, fit_rows, load_encoder
+from vlsi_cache.disk import write_atomically
 from vlsi_cache.errors import ModelError, SpecError, list_problems
 from vlsi_cache.models.layers import Backbone
 from vlsi_cache.models.load import load_model, resolve_model, weights_digest
@@ -31,7 +32,7 @@ from vlsi_cache.store import reader
 from vlsi_cache.store.reader import Cache
 
 from .heldout import against_cache, trained_on
-from .loop import head_of, pick_device, read_json, say, write_atomically
+from .loop import head_of, pick_device, read_json, say
 from .responses import Decoding, respond
 
 RESULT = "evaluation.json"

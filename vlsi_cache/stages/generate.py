@@ -22,13 +22,13 @@ from tqdm import tqdm
 from vlsi_cache.data.records import Record, media_root, read_records, row_of, with_answer, write_rows
 from vlsi_cache.data.sources import read_responses
 from vlsi_cache.data.tokenize import Encoder, fit_rows
-from vlsi_cache.disk import fsync_dir, fsync_tree
+from vlsi_cache.disk import write_atomically
 from vlsi_cache.errors import DataError, FingerprintMismatchError, SpecError, list_problems
 from vlsi_cache.models.load import check_device
 from vlsi_cache.spec import CacheSpec
 from vlsi_cache.store.commit import publish_new_file
 
-from .loop import read_json, say, seed_step, write_atomically
+from .loop import read_json, say, seed_step
 from .responses import Decoding, Response, respond
 from .runs import differences, locked, versions
 from .speaker import Speaker, speaker_of
@@ -253,10 +253,8 @@ def _write(job: _Job, facts: dict[str, Any]) -> None:
     good = (pair for pair, is_good in zip(said, is_row, strict=True) if is_good)
     rows = (with_answer(_named(job, item), job.encoder.decode(response.ids)) for item, response in good)
     write_rows((row_of(row, media_root=job.media_root) for row in rows), temporary, responses=about)
-    fsync_tree(job.work)
     if not publish_new_file(temporary, job.out):
         raise SpecError(f"{job.out} has come into being meanwhile; choose another name with -o")
-    fsync_dir(job.out.parent)
 
 
 def _pictures(job: _Job) -> dict[str, str]:

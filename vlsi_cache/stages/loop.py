@@ -6,7 +6,6 @@ import math
 import shutil
 import sys
 import time
-import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
-from vlsi_cache.disk import replace_durably, writing
+from vlsi_cache.disk import replacing, write_atomically
 from vlsi_cache.errors import CacheCorruptError, ModelError
 from vlsi_cache.models.layers import Backbone
 from vlsi_cache.models.load import check_device
@@ -181,14 +180,6 @@ class MetricsLog:
             self._bar.close()
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a small text file so that a reader sees the old or the new content, never half of it."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    with writing(temporary, path):
-        temporary.write_text(text, encoding="utf-8")
-        replace_durably(temporary, path)
-
-
 class Checkpoints:
     """`RUN/checkpoints/STAGE-STEP/`: what trains, the optimizer's moments and the step; only the newest is kept.
 
@@ -198,7 +189,7 @@ class Checkpoints:
     def __init__(self, run: Path) -> None:
         self.folder = run / "checkpoints"
         self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.glob(".tmp-*"):
+        for leftover in self.folder.glob(".*.tmp-*"):
             shutil.rmtree(leftover)
 
     def latest(self) -> tuple[str, int] | None:
@@ -216,15 +207,14 @@ class Checkpoints:
 
     def save(self, stage: str, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
         old = [(file.parent, int(read_json(file)["number"])) for file in self.folder.glob("*/checkpoint.json")]
-        temporary, target = self.folder / f".tmp-{uuid.uuid4().hex}", self.folder / f"{stage}-{step:07d}"
+        target = self.folder / f"{stage}-{step:07d}"
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         number = 1 + max((number for _, number in old), default=0)
         record = {"stage": stage, "step": step, "number": number}
-        with writing(temporary, target):
+        with replacing(target) as temporary:
             temporary.mkdir()
             save_file(_state(named, optimizer), temporary / "state.safetensors")
             (temporary / "checkpoint.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
-            replace_durably(temporary, target)
         for folder, _ in old:
             if folder != target:
                 shutil.rmtree(folder)

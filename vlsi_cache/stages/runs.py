@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlsi_cache.disk import write_atomically
 from vlsi_cache.errors import (
     DiskFullError,
     FingerprintMismatchError,
@@ -27,12 +28,12 @@ from vlsi_cache.errors import (
 from vlsi_cache.models.load import check_device
 from vlsi_cache.spec import CacheSpec, spec_from_dict
 
-from .loop import read_json, say, write_atomically
+from .loop import read_json, say
 
 PACKAGES = ("vlsi-cache", "torch", "transformers", "peft", "zarr", "numpy")
 LOCK_NAME = ".lock"
-# What a kill can leave behind of files and folders that are written under another name first.
-LEFTOVERS = (".run.json.*", ".metrics.jsonl.*", ".report.html.tmp", ".student.tmp-*", "verbalizers/.*")
+# What a kill can leave behind of files and folders that get their name at the end.
+LEFTOVERS = (".*.tmp-*", "verbalizers/.*")
 READ_BY_DISTILL = ("verbalizer", "distill", "evaluate")  # sections that do not decide what is in a cache
 
 
