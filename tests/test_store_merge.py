@@ -19,7 +19,7 @@ from vlsi_cache.errors import (
 )
 from vlsi_cache.sparse.truncate import draw_rows
 from vlsi_cache.store import commit, reader
-from vlsi_cache.store.derive import data_sections
+from vlsi_cache.store.lineage import data_sections
 from vlsi_cache.store.merge import merge
 from vlsi_cache.store.prune import prune
 from vlsi_cache.store.sampler import PartWindowReader

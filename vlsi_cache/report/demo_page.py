@@ -4,11 +4,10 @@ import math
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from . import figures
+from .cache_page import bytes_html
 from .example import example_html
-from .page import details, facts_table, figure, html_table, page, paragraph, section, tiles
+from .page import facts_table, figure, html_table, page, paragraph, section, spec_details, tiles
 from .run_parts import match_html, verbalizer_html
 from .stats import LayerSummary, RunFiles, curve, read_run
 from .text import RECIPE_NAMES, demo_rows, human_seconds, kinds_of
@@ -22,8 +21,6 @@ FIRST_LINES = (
 
 def demo_page(folder: Path, demo: Demo, example: Demo | None, summaries: list[LayerSummary], header: Any | None) -> str:
     """The whole page; `header` is that of the cache, None when the cache is gone."""
-    from .html import bytes_html
-
     runs = _first_runs(folder, demo)
     vlsi = runs.get("vlsi")
     bytes_per = demo.get("bytes_per_layer_token")
@@ -136,11 +133,10 @@ def _how(demo: Demo, run: RunFiles | None, header: Any | None) -> list[str]:
     record = run.record if run else {}
     versions = ", ".join(f"{name} {version}" for name, version in (record.get("versions") or {}).items())
     device = str(record.get("device") or "")
-    facts = [("budget", demo.get("budget") or ""), ("seeds", ", ".join(map(str, demo["seeds"])))]
-    facts += [("device", device), ("versions", versions), ("cache made by", header.created_by if header else "")]
+    facts = [("seeds", ", ".join(map(str, demo["seeds"]))), ("device", device), ("versions", versions)]
+    facts += [("cache made by", header.created_by if header else "")]
     spec = record.get("spec") or (header.spec if header else None)
-    text = yaml.safe_dump(spec, sort_keys=False, allow_unicode=True) if spec else ""
-    return [paragraph(str(demo.get("budget") or "")), facts_table(facts[1:]), details("the resolved spec", text)]
+    return [paragraph(str(demo.get("budget") or "")), facts_table(facts), spec_details(spec)]
 
 
 def _first_runs(folder: Path, demo: Demo) -> dict[str, RunFiles]:

@@ -3,28 +3,18 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from vlsi_cache.errors import CacheNotFoundError, command_line
 
 from . import figures
 from .ablation_page import ablation_page
+from .cache_page import cache_page
 from .demo_page import demo_page
-from .describe import response_text
 from .evaluation import evaluation_html
-from .example import MAX_TOKENS, example_html, grid_of, load_example, save_example
-from .page import details, facts_table, figure, html_table, page, paragraph, section, tiles
+from .example import load_example, save_example
+from .page import facts_table, figure, page, paragraph, section, spec_details, write_page
 from .run_parts import findings_html, match_html, probe_html, verbalizer_html
-from .stats import (
-    LayerSummary,
-    RunFiles,
-    curve,
-    layer_summaries,
-    read_record,
-    read_run,
-    stages_of,
-)
-from .text import human_bytes, human_seconds, layer_name, percent
+from .stats import RunFiles, curve, layer_summaries, read_record, read_run, stages_of
+from .text import human_seconds
 
 if TYPE_CHECKING:
     from vlsi_cache.store.reader import Cache
@@ -37,18 +27,18 @@ def write_report(path: Path | str) -> Path:
 
     Raises CacheNotFoundError when the folder is none of them, and what opening a cache raises.
     """
-    folder = Path(path)
+    folder, file = Path(path), Path(path) / REPORT_NAME
     if (folder / "demo.json").is_file():
         return write_demo_report(folder)
     if (folder / "ablation.json").is_file():
         again = f"run again: {command_line('ablate', 'SPEC', '-o', folder)}"
-        return _write(folder, ablation_page(read_record(folder / "ablation.json", ("runs",), advice=again)))
+        return write_page(file, ablation_page(read_record(folder / "ablation.json", ("runs",), advice=again)))
     if (folder / "run.json").is_file():
-        return _write(folder, run_page(read_run(folder)))
+        return write_page(file, run_page(read_run(folder)))
     if (folder / "cache.json").is_file():
         from vlsi_cache.store.reader import open
 
-        return _write(folder, cache_page(open(folder, allow_incomplete=True)))
+        return write_page(file, cache_page(open(folder, allow_incomplete=True)))
     raise CacheNotFoundError(
         f"{folder} is neither a cache, nor a run, an ablation or a demo; what is below it: {command_line('ls', folder)}"
     )
@@ -65,36 +55,7 @@ def write_demo_report(folder: Path | str, *, example: dict[str, Any] | None = No
         save_example(folder, {**example, "layers": layers})
     summaries = layer_summaries(cache) if cache else []
     header = cache.header if cache else None
-    return _write(folder, demo_page(folder, demo, load_example(folder), summaries, header))
-
-
-def cache_page(cache: "Cache") -> str:
-    """What a cache is, what its layers know, what it costs, and one sample of it."""
-    from vlsi_cache.store.surprise import surprise_warning
-
-    header = cache.header
-    state = "complete" if cache.is_complete else f"{len(cache.parts)} of {header.num_parts} parts"
-    lead = f"{header.spec.get('description') or 'a vlsi-cache'}; {state}"
-    numbers = tiles(
-        [
-            (f"{cache.num_samples:,}", "samples"),
-            (f"{cache.num_tokens:,}", "response tokens"),
-            (str(len(cache.layers)), "layers"),
-            (human_bytes(sum(cache.bytes_by_array().values())), "on disk"),
-        ]
-    )
-    return page(
-        f"Cache {header.spec.get('name') or cache.path.name}",
-        lead,
-        [
-            numbers,
-            section("What the layers know", paragraph(surprise_warning(cache)), *_layers_html(layer_summaries(cache))),
-            section("One sample", _sample_html(cache)),
-            section("Bytes", bytes_html(cache.bytes_per_layer_token())),
-            section("Rows left out", *_skipped_html(header.skipped)),
-            section("How it was made", *_provenance_html(header)),
-        ],
-    )
+    return write_page(folder / REPORT_NAME, demo_page(folder, demo, load_example(folder), summaries, header))
 
 
 def run_page(run: RunFiles) -> str:
@@ -119,14 +80,6 @@ def run_page(run: RunFiles) -> str:
     )
 
 
-def bytes_html(per_layer_token: dict[str, float]) -> str:
-    """Where the bytes of a cache go."""
-    total = per_layer_token.get("total", sum(per_layer_token.values()))
-    arrays = {name: value for name, value in per_layer_token.items() if name != "total"}
-    caption = f"Bytes on disk per layer and response token; {total:.1f} in all. In a small cache metadata weighs more."
-    return figure(figures.bytes_bars(arrays), caption)
-
-
 def how_html(record: dict[str, Any]) -> list[str]:
     """Command, device, versions and the resolved spec of a run."""
     stages = "; ".join(
@@ -140,7 +93,7 @@ def how_html(record: dict[str, Any]) -> list[str]:
         ("stages", stages),
         ("versions", ", ".join(f"{name} {version}" for name, version in (record.get("versions") or {}).items())),
     ]
-    return [facts_table(facts), details("the resolved spec", _yaml(record.get("spec")))]
+    return [facts_table(facts), spec_details(record.get("spec"))]
 
 
 def _steps_run(stage: dict[str, Any]) -> str:
@@ -172,72 +125,9 @@ def _training_html(run: RunFiles) -> list[str]:
     ]
 
 
-def _layers_html(summaries: list[LayerSummary]) -> list[str]:
-    layers = [one.layer for one in summaries]
-    rows = [
-        [
-            layer_name(one.layer, layers),
-            f"{one.gold_nll:.3f}",
-            f"{one.entropy:.3f}",
-            percent(one.top1_agreement),
-            percent(one.gold_in_top_k),
-            percent(one.kept_mass),
-        ]
-        for one in summaries
-    ]
-    heads = ["layer", "loss, nats", "entropy, nats", "top word as last", "response word kept", "kept mass"]
-    return [
-        figure(
-            figures.layer_figure(summaries), "Means over response tokens; the loss is that of the response's words."
-        ),
-        html_table(heads, rows),
-    ]
-
-
-def _sample_html(cache: "Cache") -> str:
-    sample_id = next(iter(cache), None)
-    if sample_id is None:
-        return ""
-    grid = grid_of(cache[sample_id], layers=cache.layers, text=cache.token_text, tokens=slice(MAX_TOKENS))
-    note = "" if cache.header.text_xxh3 else "The cache carries no token texts: words are token ids."
-    return example_html({**grid, "png": [], "id": sample_id, "question": "", "answer": ""}) + paragraph(note, note=True)
-
-
-def _skipped_html(skipped: list[dict[str, Any]], *, limit: int = 20) -> list[str]:
-    if not skipped:
-        return [paragraph("None.")]
-    rows = [[str(one["id"]), str(one["reason"])] for one in skipped[:limit]]
-    more = len(skipped) - len(rows)
-    return [html_table(["row", "reason"], rows), paragraph(f"and {more} more, listed in cache.json" if more else "")]
-
-
-def _provenance_html(header: Any) -> list[str]:
-    facts = [("made by", header.created_by), ("format version", str(header.format_version))]
-    facts += [("parent", str(parent.get("path", parent))) for parent in header.parents]
-    facts += [("responses", response_text(origin)) for origin in header.responses]
-    fingerprint = "\n".join(f"{key}: {value}" for key, value in header.fingerprint.items())
-    return [
-        facts_table(facts),
-        details("the fingerprint", fingerprint),
-        details("the resolved spec", _yaml(header.spec)),
-    ]
-
-
 def _open_if_there(path: Path) -> "Cache | None":
     if not (path / "cache.json").is_file():
         return None
     from vlsi_cache.store.reader import open
 
     return open(path, allow_incomplete=True)
-
-
-def _yaml(value: Any) -> str:
-    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True) if value else ""
-
-
-def _write(folder: Path, html: str) -> Path:
-    """Replace the report in one step."""
-    file, temporary = folder / REPORT_NAME, folder / f".{REPORT_NAME}.tmp"
-    temporary.write_text(html, encoding="utf-8")
-    temporary.replace(file)
-    return file

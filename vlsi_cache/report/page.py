@@ -3,7 +3,11 @@
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
+import yaml
+
+from vlsi_cache.disk import write_atomically
 from vlsi_cache.errors import SpecError
 
 STYLE = """
@@ -89,9 +93,7 @@ def write_file(file: Path, content: bytes) -> Path:
     if file.is_dir():
         raise SpecError(f"{file} is a folder; name a file")
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_bytes(content)
-    temporary.replace(file)
+    write_atomically(file, content)
     return file
 
 
@@ -138,6 +140,11 @@ def tiles(items: Iterable[tuple[str, str]]) -> str:
 def details(summary: str, text: str) -> str:
     """Long text that is opened on a click."""
     return f"<details><summary>{escape(summary)}</summary><pre>{escape(text)}</pre></details>" if text else ""
+
+
+def spec_details(spec: Any) -> str:
+    """A resolved spec as YAML, opened on a click."""
+    return details("the resolved spec", yaml.safe_dump(spec, sort_keys=False, allow_unicode=True) if spec else "")
 
 
 def _row(cells: Sequence[str], *, strong: bool) -> str:

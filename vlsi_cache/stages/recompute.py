@@ -24,9 +24,9 @@ from vlsi_cache.errors import DataError, FingerprintMismatchError, list_problems
 from vlsi_cache.sparse.rows import SparseRows
 from vlsi_cache.sparse.truncate import truncate
 from vlsi_cache.spec import DataSpec, change, spec_from_dict
-from vlsi_cache.store.derive import data_sections
 from vlsi_cache.store.header import differences
 from vlsi_cache.store.layout import CacheHeader, response_digest
+from vlsi_cache.store.lineage import data_sections
 from vlsi_cache.store.part import Row
 from vlsi_cache.store.reader import Cache
 

@@ -14,8 +14,8 @@ from vlsi_cache.data.tokenize import Encoder, load_encoder
 from vlsi_cache.errors import DataError, ModelError, SpecError, list_problems
 from vlsi_cache.models.load import load_config, load_model
 from vlsi_cache.spec import CacheSpec, DataSpec, DistillSpec, InteractSpec
-from vlsi_cache.store.derive import data_sections
 from vlsi_cache.store.layout import CacheHeader
+from vlsi_cache.store.lineage import data_sections
 from vlsi_cache.store.reader import Cache
 
 from .feed import Feed, cached_records, match_records

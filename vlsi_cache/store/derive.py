@@ -1,19 +1,15 @@
-"""What every cache made out of caches needs: where it may go, room for it, and where it came from."""
+"""What every cache made out of caches needs: where it may go, room for it, and its token texts."""
 
 import os
-import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-from vlsi_cache.errors import CacheIncompleteError, SpecError, command_line
+from vlsi_cache.errors import CacheIncompleteError, SpecError
 
 from . import commit
-from .layout import CacheHeader
 from .reader import Cache, open
 
 CachePath = Cache | str | os.PathLike[str]
-OPTIONS = ("layers", "top_k", "samples", "min_kept_mass", "where", "tokens", "profile")
 
 
 def open_source(cache: CachePath) -> Cache:
@@ -47,50 +43,3 @@ def token_texts(source: Cache) -> Callable[[], list[str]] | None:
     if source.header.text_xxh3 is None:
         return None
     return lambda: [source.token_text(token) or "" for token in range(source.header.v_real)]
-
-
-def lineage(source: Cache, operation: str, **facts: Any) -> dict[str, Any]:
-    """What the header of a cache says about one of those it is made from."""
-    header = source.header
-    return {
-        "path": str(source.path.resolve()),
-        "digest": header.digest,
-        "operation": operation,
-        **facts,
-        "data": data_sections(header),
-        "parents": header.parents,
-    }
-
-
-def data_sections(header: CacheHeader) -> list[dict[str, Any]]:
-    """The `data` sections of all specs whose rows the cache holds: one, or several after a merge."""
-    sections = [section for parent in header.parents for section in parent.get("data", [])]
-    if not sections:
-        sections = [header.spec["data"]] if "data" in header.spec else []
-    return [section for i, section in enumerate(sections) if section not in sections[:i]]
-
-
-def merged_responses(headers: Sequence[CacheHeader]) -> list[dict[str, Any]]:
-    """Where the responses of all these caches come from, each origin once; `{}` for those of unknown origin."""
-    if not any(header.responses for header in headers):
-        return []
-    found = [origin for header in headers for origin in header.responses or [{}]]
-    return [origin for i, origin in enumerate(found) if origin not in found[:i]]
-
-
-def resume_command(header: CacheHeader, root: Path) -> str:
-    """The command that continues an unfinished cache."""
-    paths = [str(parent.get("path", "CACHE")) for parent in header.parents]
-    if not paths:
-        return command_line("build-teacher", "SPEC", "-o", root)
-    if header.parents[0].get("operation") == "merge":
-        return command_line("merge", *paths, "-o", root)
-    cuts = header.parents[0].get("cuts", {})
-    words = [f"--{name.replace('_', '-')} {_as_option(name, cuts[name])}" for name in OPTIONS if name in cuts]
-    return " ".join([command_line("prune", *paths, "-o", root), *words])
-
-
-def _as_option(name: str, value: Any) -> str:
-    if name == "samples":
-        return shlex.quote(str(value.get("file") or "FILE"))
-    return shlex.quote(",".join(map(str, value)) if isinstance(value, list) else str(value))

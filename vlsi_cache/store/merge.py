@@ -16,10 +16,11 @@ from vlsi_cache.errors import DataError, FingerprintMismatchError, SpecError, li
 
 from .arrays import Arrays
 from .cut import in_memory, stored_samples
-from .derive import CachePath, check_room, check_target, lineage, merged_responses, open_source, token_texts
+from .derive import CachePath, check_room, check_target, open_source, token_texts
 from .encoding import by_layer
 from .header import differences
 from .layout import IDENTITY_FIELDS, CacheHeader, list_parts, part_dir
+from .lineage import lineage, merged_responses
 from .part import Part
 from .reader import Cache, open
 from .schema import layered_names, value_array
@@ -153,7 +154,14 @@ def _merged_header(sources: list[Cache]) -> CacheHeader:
         "skipped": [row for header in headers for row in header.skipped],
         "responses": merged_responses(headers),
         "parents": [
-            lineage(source, "merge", num_samples=source.num_samples, num_parts=len(source.parts), first_part=start)
+            lineage(
+                source.path,
+                source.header,
+                "merge",
+                num_samples=source.num_samples,
+                num_parts=len(source.parts),
+                first_part=start,
+            )
             for source, start in zip(sources, accumulate((len(s.parts) for s in sources), initial=0), strict=False)
         ],
     }

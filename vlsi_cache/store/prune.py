@@ -26,8 +26,9 @@ from .choose import (
     read_sample_ids,
 )
 from .cut import cut_part, join
-from .derive import CachePath, check_room, check_target, lineage, open_source, token_texts
+from .derive import CachePath, check_room, check_target, open_source, token_texts
 from .layout import CacheHeader, list_parts, part_dir
+from .lineage import lineage
 from .part import Part
 from .prices import Shares, Spent, entry_share, group_parts, spend
 from .ranks import RankTable, plain_ranks
@@ -333,7 +334,8 @@ def _pruned_header(source: Cache, cuts: Cuts, *, num_parts: int, num_tokens: int
     )
     num_samples = int(cuts.chosen_S.sum())
     parent = lineage(
-        source,
+        source.path,
+        header,
         "prune",
         cuts=named,
         num_samples=[source.num_samples, num_samples],

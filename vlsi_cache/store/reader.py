@@ -31,6 +31,7 @@ from .layout import (
     list_parts,
     part_dir,
 )
+from .lineage import resume_command
 from .part import Part, Row, load_part
 from .ranks import RankTable
 from .vocab import is_interrupted_start, load_texts, load_vocab
@@ -242,8 +243,6 @@ def _refuse_extra_parts(root: Path, header: CacheHeader) -> None:
 
 
 def _incomplete(root: Path, header: CacheHeader, done: int) -> str:
-    from .derive import resume_command
-
     done_of = f"{done} of {header.num_parts} parts are there"
     return f"`{root}` is not finished: {done_of}; to continue run: {resume_command(header, root)}"
 
