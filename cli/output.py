@@ -4,7 +4,6 @@ A command is a plain function that returns an Answer. Data goes to stdout, progr
 """
 
 import contextlib
-import errno
 import functools
 import inspect
 import json
@@ -21,7 +20,8 @@ from typing import Annotated, Any
 
 import typer
 
-from vlsi_cache.errors import VlsiCacheError
+from vlsi_cache.disk import is_disk_full
+from vlsi_cache.errors import DiskFullError, VlsiCacheError
 
 OK, PROBLEMS, USAGE, UNREADABLE, INTERRUPTED = 0, 1, 2, 3, 130
 STAGES, LOOK, CHANGE, EVERYWHERE = "STAGES", "LOOK", "CHANGE", "On every command"
@@ -132,8 +132,10 @@ def explain(error: BaseException) -> tuple[str, int]:
     """The message for a person, and the exit code."""
     if isinstance(error, KeyboardInterrupt):
         return f"\ninterrupted; this goes on from here:\n  {str(error) or this_command()}", INTERRUPTED
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"error: the disk is full: {error}\nfree some space, then run again:\n  {this_command()}", UNREADABLE
+    if is_disk_full(error):
+        ours = isinstance(error, DiskFullError)  # says all but the command
+        what = str(error) if ours else f"the disk is full: {error}; free some space and run the same command again"
+        return f"error: {what}:\n  {this_command()}", UNREADABLE
     if isinstance(error, VlsiCacheError):
         return f"error: {error}", error.exit_code
     if isinstance(error, OSError):

@@ -16,7 +16,7 @@ from test_report_fakes import LAYERS, WORDS, write_cache, write_demo, write_run
 from vlsi_cache_cli.main import main
 
 import vlsi_cache as vc
-from vlsi_cache import errors
+from vlsi_cache import disk, errors
 from vlsi_cache.spec import load_spec
 
 STAGES = ["plan", "generate", "train-verbalizers", "build-teacher", "distill", "evaluate"]
@@ -102,6 +102,8 @@ ERRORS = [
     (errors.SampleNotFoundError("bad"), 3),
     (errors.DiskFullError("bad"), 3),
     (OSError(errno.ENOSPC, "No space left on device", "x"), 3),
+    (OSError(errno.EDQUOT, "Disk quota exceeded", "x"), 3),
+    (RuntimeError("I/O error: No space left on device (os error 28)"), 3),
     (PermissionError(errno.EACCES, "Permission denied", "x"), 3),
     (RuntimeError("bad"), 2),
 ]
@@ -114,8 +116,9 @@ def test_exit_codes(run: Any, monkeypatch: pytest.MonkeyPatch, error: Exception,
     assert (code, out) == (expected, "")
     assert err.startswith("error: ")
     assert "Traceback" not in err
-    if getattr(error, "errno", None) == errno.ENOSPC:
-        assert "the disk is full" in err
+    if disk.is_disk_full(error):
+        assert err.count("disk is full") == (not isinstance(error, errors.DiskFullError))
+        assert err.endswith(":\n  vlsi-cache plan demo\n")
 
 
 def test_debug_shows_the_traceback(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
