@@ -113,7 +113,9 @@ def loss(header: CacheHeader, cache: "Cache | None") -> list[Variant]:
         _interact(
             "mean-faded",
             "the mean over layers, faded out early: for a pretrained student",
-            *("layer_reduction=mean", "layers_full_until=0", "layers_zero_from=0.3"),
+            "layer_reduction=mean",
+            "layers_full_until=0",
+            "layers_zero_from=0.3",
         ),
     ]
 
