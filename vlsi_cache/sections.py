@@ -47,6 +47,8 @@ class DataSpec(Strict):
     min_pixels: Annotated[int, Field(ge=1)] | None = None
     max_pixels: Annotated[int, Field(ge=1)] | None = None
     bad_rows: Literal["refuse", "list"] = "refuse"
+    template: dict[str, Any] = Field(default_factory=dict)
+    prompt: Literal["generation", "template"] = "generation"
 
     @model_validator(mode="after")
     def _one_source(self) -> "DataSpec":

@@ -27,13 +27,20 @@ ROLES = ("system", "user", "assistant")
 
 @dataclass(frozen=True)
 class Record:
-    """One checked row; content is always a list of parts, and `system` has become the first message."""
+    """One checked row; content is always a list of parts, and `system` has become the first message.
+
+    The last message is the assistant turn that is learned. Messages may also hold `reasoning_content`, `tool_calls`,
+    `name` and `tool_call_id`, as the chat template is given them; `tools` and `template_args` (the row's
+    `chat_template_kwargs`) are what else it is given.
+    """
 
     id: str
     messages: list[dict[str, Any]]
     images: tuple[Media, ...]
     digest: str
     kind: str = ""
+    tools: list[dict[str, Any]] | None = None
+    template_args: dict[str, Any] = field(default_factory=dict)
 
     @property
     def prompt_messages(self) -> list[dict[str, Any]]:
