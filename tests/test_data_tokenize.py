@@ -293,17 +293,18 @@ def test_end_of_turn_falls_back_to_end_of_text() -> None:
 
 def test_no_end_at_all() -> None:
     template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-    with pytest.raises(ModelError, match="ends a turn with no special token and names no eos_token"):
+    with pytest.raises(ModelError, match="ends a turn with no added token and names no eos_token"):
         Encoder(tiny_tokenizer(template, eos_token=None), None, (), name="x")
 
 
 def test_prompt_does_not_know_the_day(tmp_path: Path) -> None:
     day = "{% set day = strftime_now('%d %b %Y') if strftime_now is defined else 'x' %}"
-    encoder = llama(day + LLAMA_TEMPLATE.replace("assistant", "{{ day }} {{ strftime_now('%Y-%m-%d') }}"))
+    begin = "{{ bos_token }}"
+    encoder = llama(day + LLAMA_TEMPLATE.replace(begin, begin + "{{ day }} {{ strftime_now('%Y-%m-%d') }}"))
     text = encoder.tokenizer.decode(encoder.encode(record(tmp_path)).input_ids)
     assert text == (
-        "<|begin_of_text|><|start_header_id|>user\nWhat?<|eot_id|><|start_header_id|>26 Jul 2024 2024-07-26\n"
-        "A cat.<|eot_id|>"
+        "<|begin_of_text|>26 Jul 2024 2024-07-26<|start_header_id|>user\nWhat?<|eot_id|>"
+        "<|start_header_id|>assistant\nA cat.<|eot_id|>"
     )
 
 

@@ -3,6 +3,7 @@
 A spec says WHAT; flags of the command line say where and how.
 """
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -36,7 +37,12 @@ class TeacherSpec(Strict):
 
 
 class DataSpec(Strict):
-    """Chat rows: a Parquet or JSONL file (`path`), or an installed generator of rows (`generator`, `options`)."""
+    """Chat rows: a Parquet or JSONL file (`path`), or an installed generator of rows (`generator`, `options`).
+
+    `template`: arguments for the chat template (`{enable_thinking: false}`). `prompt`: where the prompt of a trained
+    answer ends: `generation`, as the template ends it at inference; `template`, where the answer begins in the whole
+    conversation ("train as the template writes history").
+    """
 
     path: str | None = None
     media_root: str | None = None
@@ -57,6 +63,11 @@ class DataSpec(Strict):
         if self.options and self.generator is None:
             raise ValueError("`options` belong to a `generator`, and none is named")
         return self
+
+    def encoding(self) -> dict[str, Any]:
+        """What `load_encoder` is told of how rows become tokens and pixels."""
+        pixels = {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
+        return {**pixels, "template_args": self.template, "prompt": self.prompt}
 
 
 class TokensSpec(Strict):
@@ -192,6 +203,19 @@ class CacheSpec(Strict):
     distill: DistillSpec = DistillSpec()
     evaluate: EvaluateSpec | None = None
     run: RunSpec = RunSpec()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _held_out_rows_are_rendered_alike(cls, values: Any) -> Any:
+        """Held-out rows take `data.template` and `data.prompt` where `evaluate.data` names none of its own."""
+        if not isinstance(values, Mapping):
+            return values
+        data, evaluate = values.get("data"), values.get("evaluate")
+        held_out = evaluate.get("data") if isinstance(evaluate, Mapping) else None
+        if not isinstance(data, Mapping) or not isinstance(evaluate, Mapping) or not isinstance(held_out, Mapping):
+            return values
+        alike = {key: data[key] for key in ("template", "prompt") if key in data}
+        return {**values, "evaluate": {**evaluate, "data": {**alike, **held_out}}}
 
     def fingerprint_fields(self) -> dict[str, Any]:
         """The settings that decide the bytes of a cache, by their dotted key."""

@@ -1,15 +1,16 @@
-"""Prompt and response as token ids, apart: the response ids are the contract between teacher and student.
+"""Prompt and response as token ids: the response ids are the contract between teacher and student.
 
-The prompt is the chat template's text of all messages but the last, ending where the assistant begins; the response is
-the last message's text and the end-of-turn token. Image tokens stand in the prompt only, so teacher and student may
-differ in them (VLsI, Section 3; the ids of the response may not differ).
+The texts are what the chat template writes (`chat.py`); both are read together, so that a token of the response is what
+it is in its place. Image tokens stand in the prompt only, so teacher and student may differ in them (VLsI, Section 3;
+the ids of the response may not differ).
 Shapes: P prompt tokens, R response tokens, S = P + R.
 """
 
 import hashlib
 import json
-import re
-from collections.abc import Iterable, Sequence
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,17 +21,14 @@ from tqdm import tqdm
 
 from vlsi_cache.errors import DataError, ModelError, list_problems
 
-from .records import Record, text_of
+from .chat import Chat, PromptMode, Turn, open_chat
+from .records import Record
 from .vision import Vision, load_vision, pixel_path, token_ids
 
-# Some chat templates print today's date, and a prompt must not depend on the day it was made: theirs is this day.
-_DAY = {"%Y": "2024", "%y": "24", "%m": "07", "%-m": "7", "%B": "July", "%b": "Jul", "%d": "26", "%-d": "26"}
-_DAY |= {"%A": "Friday", "%a": "Fri", "%H": "12", "%M": "00", "%S": "00", "%F": "2024-07-26"}
-_FIXED_DAY = "".join(f" | replace('{code}', '{text}')" for code, text in _DAY.items())
-_FIXED_DAY = "{%- macro strftime_now(format) -%}{{ format" + _FIXED_DAY + " }}{%- endmacro -%}\n"
-_ASKED, _ANSWERED = "vlsi-probe-question", "vlsi-probe-answer"
-_ROLE_NAMES = ("eos_token", "bos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
+# How rows become tokens; counts up when that changes for some row. 1: the answer was read apart from its prompt.
+CONTRACT = 2
 _PLACEHOLDER_KEYS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+_STRADDLES = "a token stands half in their prompt and half in their response: the response is read as it goes on"
 
 
 @dataclass(frozen=True)
@@ -47,15 +45,45 @@ class Encoded:
 class Encoder:
     """Tokenizer, chat template and image processor of one model; made by `load_encoder`."""
 
-    def __init__(self, tokenizer: Any, vision: Vision | None, placeholder_ids: Iterable[int], *, name: str) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        vision: Vision | None,
+        placeholder_ids: Iterable[int],
+        *,
+        name: str,
+        template_args: Mapping[str, Any] | None = None,
+        prompt: PromptMode = "generation",
+    ) -> None:
         self.tokenizer = tokenizer
         self.vision = vision
         self.name = name
-        self.chat_template = _chat_template(tokenizer, vision, name)
         self.id_of = dict(tokenizer.get_vocab())
-        self._as_parts, tail = self._probe()
-        self.eot_id = self._end_of_turn(tail)
-        self.control_ids = self._find_control({self.eot_id, *placeholder_ids})
+        self.chat: Chat = open_chat(
+            tokenizer,
+            _chat_templates(tokenizer, vision, name),
+            name=name,
+            args=template_args or {},
+            mode=prompt,
+            placeholder_ids=placeholder_ids,
+            sees_pictures=vision is not None,
+        )
+        self.notes: Counter[str] = Counter()  # of the rows measured so far
+
+    @property
+    def chat_template(self) -> str:
+        return self.chat.template
+
+    @property
+    def eot_id(self) -> int:
+        """The token that ends a response."""
+        return self.chat.eot_id
+
+    @property
+    def control_ids(self) -> dict[str, int]:
+        """Tokens that steer the chat and must not stand in a text: those that the template writes around texts, those
+        with a role, and media placeholders. Other added tokens (the boxes of Qwen2-VL, `<think>`) are content."""
+        return dict(self.chat.control)
 
     @property
     def image_processor(self) -> Any:
@@ -79,12 +107,16 @@ class Encoder:
         """
         return max(self.id_of.values()) + 1
 
-    def fingerprint(self) -> dict[str, str | int | None]:
+    def fingerprint(self) -> dict[str, Any]:
         """What decides token ids and pixels. Teacher and student must agree in `tokenizer`, not in the rest."""
-        vision = self.vision
+        vision, templates = self.vision, self.chat.templates
         return {
+            "contract": CONTRACT,
             "tokenizer": _sha256(sorted((index, token) for token, index in self.id_of.items())),
             "chat_template": _sha256(self.chat_template),
+            **({"tool_template": _sha256(templates[True])} if templates[True] != templates[False] else {}),
+            "template_args": dict(self.chat.args),
+            "prompt": self.chat.mode,
             "image_processor": None if vision is None else vision.digest(),
             "pixel_path": self.pixel_path,
             "min_pixels": None if vision is None else vision.min_pixels,
@@ -97,22 +129,29 @@ class Encoder:
         Raises DataError if the row cannot be encoded for this model.
         """
         try:
-            text, response_ids = self._prompt_text(record), self._response_ids(record)
+            turn = self._turn(record)
+            prompt_ids, response_ids, notes = self._ids(turn)
+            self.notes.update([*turn.notes, *notes])
             if self.vision is None:
-                return len(token_ids(self.tokenizer, text)), response_ids
-            return self.vision.num_tokens(text, record.images), response_ids
+                return len(prompt_ids), response_ids
+            return self.vision.num_tokens(turn.prompt, record.images), response_ids
         except DataError as error:
             raise DataError(f"row `{record.id}`: {error}") from None
 
     def encode(self, record: Record, *, with_response: bool = True) -> Encoded:
-        """Ids and pixels of one sample; raises DataError if the row cannot be encoded for this model."""
+        """Ids and pixels of one sample, or of its prompt as the model sees it at inference; raises DataError."""
         try:
-            text = self._prompt_text(record)
-            response_ids = self._response_ids(record) if with_response else np.zeros(0, dtype=np.int64)
-            if self.vision is None:
-                ids_P, types_P, media = np.asarray(token_ids(self.tokenizer, text), dtype=np.int64), None, {}
+            self._check_images(record)
+            if with_response:
+                turn = self._turn(record)
+                prompt_ids, response_ids, _ = self._ids(turn)
             else:
-                prompt = self.vision.encode(text, record.images)
+                turn = Turn(self._begun(self.chat.prompt(record)), "")
+                prompt_ids, response_ids = token_ids(self.tokenizer, turn.prompt), np.zeros(0, dtype=np.int64)
+            if self.vision is None:
+                ids_P, types_P, media = np.asarray(prompt_ids, dtype=np.int64), None, {}
+            else:
+                prompt = self.vision.encode(turn.prompt, record.images)
                 ids_P, types_P, media = prompt.ids_P, prompt.token_types_P, prompt.media
         except DataError as error:
             raise DataError(f"row `{record.id}`: {error}") from None
@@ -129,35 +168,65 @@ class Encoder:
         """Text of every token by itself; part of a character shows as the replacement character."""
         return [self.tokenizer.decode([int(index)], clean_up_tokenization_spaces=False) for index in ids]
 
-    def _prompt_text(self, record: Record) -> str:
-        """The chat template's text, with a beginning-of-sequence token if the tokenizer wants one: never two."""
+    def answer(self, ids: Iterable[int]) -> str:
+        """The content of a generated response: `decode` without what the template itself writes around an answer."""
+        return self.chat.answer_of(self.decode(ids))
+
+    def _turn(self, record: Record) -> Turn:
+        self._check_images(record)
+        turn = self.chat.turn(record)
+        return Turn(self._begun(turn.prompt), turn.response, turn.notes)
+
+    def _check_images(self, record: Record) -> None:
         if record.images and self.vision is None:
             raise DataError(f"has {len(record.images)} images, and `{self.name}` is a text-only model")
-        for message in record.prompt_messages:
-            self._refuse_control(text_of(message), f"the {message['role']} text")
-        text = self._render(record.prompt_messages, add_generation_prompt=True)
+
+    def _begun(self, text: str) -> str:
+        """With a beginning-of-sequence token if the tokenizer wants one: never two."""
         return text if text.startswith(self._bos) else self._bos + text
 
-    def _response_ids(self, record: Record) -> np.ndarray:
-        self._refuse_control(record.answer, "the response")
-        ids = token_ids(self.tokenizer, record.answer)
-        if any(index in self._control_set for index in ids):
-            bad = next(index for index in ids if index in self._control_set)
-            raise DataError(f"the response is read as the control token `{self.tokenizer.convert_ids_to_tokens(bad)}`")
-        return np.asarray([*ids, self.eot_id], dtype=np.int64)
+    def _ids(self, turn: Turn) -> tuple[list[int], np.ndarray, list[str]]:
+        """Ids of the prompt, its placeholders not expanded; ids of the response, int64 [R]; and notes."""
+        prompt_ids = token_ids(self.tokenizer, turn.prompt)
+        ids, notes = token_ids(self.tokenizer, turn.prompt + turn.response), []
+        if ids[: len(prompt_ids)] == prompt_ids:
+            ids = ids[len(prompt_ids) :]
+        else:
+            ids, notes = self._continuation(turn.response), [_STRADDLES]
+        if not self.chat.writes_eot:
+            ids = [*ids, self.eot_id]
+        self._refuse_control_ids(ids, turn.response)
+        return prompt_ids, np.asarray(ids, dtype=np.int64), notes
 
-    def _refuse_control(self, text: str, what: str) -> None:
-        found = self._control_pattern.search(text)
-        if found:
-            raise DataError(f"{what} holds the control token `{found.group()}`, which would not be read as text")
+    def _continuation(self, text: str) -> list[int]:
+        """Ids of a text that goes on from another one: without the space that some tokenizers put before a text."""
+        alone = token_ids(self.tokenizer, text)
+        if not self._adds_space:
+            return alone
+        for anchor in ("\n", ".", "a", self.chat.eot):
+            before, ids = token_ids(self.tokenizer, anchor), token_ids(self.tokenizer, anchor + text)
+            if ids[: len(before)] == before:
+                return ids[len(before) :]
+        return alone
+
+    @cached_property
+    def _adds_space(self) -> bool:
+        """Whether the tokenizer puts a space before a text, as SentencePiece does."""
+        first = self.tokenizer.convert_ids_to_tokens(token_ids(self.tokenizer, "a")[:1])
+        return bool(first) and str(first[0]).startswith(("\u2581", "\u0120", " "))
+
+    def _refuse_control_ids(self, ids: Sequence[int], text: str) -> None:
+        """Control tokens that the response is read as though its text, and the template, do not write them."""
+        unknown = self.tokenizer.unk_token_id
+        found = [index for index in ids[:-1] if index in self._control_set]
+        written = len(self.chat.control_pattern.findall(text)) - self.chat.writes_eot
+        if found and (unknown in found or len(found) > written):
+            bad = unknown if unknown in found else found[0]
+            raise DataError(f"the response is read as the control token `{self.tokenizer.convert_ids_to_tokens(bad)}`")
 
     @cached_property
     def _control_set(self) -> frozenset[int]:
-        return frozenset(self.control_ids.values())
-
-    @cached_property
-    def _control_pattern(self) -> re.Pattern[str]:
-        return re.compile("|".join(re.escape(token) for token in sorted(self.control_ids, key=len, reverse=True)))
+        return frozenset(self.chat.control.values())
 
     @cached_property
     def _bos(self) -> str:
@@ -166,53 +235,6 @@ class Encoder:
         bos = self.tokenizer.bos_token
         begins = full[:1] == [self.tokenizer.bos_token_id] and plain[:1] != full[:1]
         return bos if begins and bos is not None else ""
-
-    def _find_control(self, placeholder_ids: set[int]) -> dict[str, int]:
-        """Tokens that steer the chat: those the template writes, those with a role, and media placeholders.
-
-        Other special tokens (the boxes of Qwen2-VL) are ordinary content of a response.
-        """
-        special = {str(token): i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-        control = {token: index for token, index in special.items() if token in self.chat_template}
-        names = (getattr(self.tokenizer, name, None) for name in (*_ROLE_NAMES, "image_token", "video_token"))
-        control |= {name: self.id_of[name] for name in names if name is not None and name in self.id_of}
-        return control | {str(self.tokenizer.convert_ids_to_tokens(index)): index for index in placeholder_ids}
-
-    def _end_of_turn(self, tail: str) -> int:
-        """The first special token after the assistant's text in the chat template; else the end of sequence."""
-        special = {index for index, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-        special |= {self.tokenizer.eos_token_id}
-        found = [index for index in token_ids(self.tokenizer, tail) if index in special]
-        eot_id = found[0] if found else self.tokenizer.eos_token_id
-        if eot_id is None:
-            raise ModelError(f"`{self.name}` ends a turn with no special token and names no eos_token")
-        return int(eot_id)
-
-    def _probe(self) -> tuple[bool, str]:
-        """Whether the template wants lists of parts even for plain text, and what it writes after an answer."""
-        reason = "it leaves them out"
-        for self._as_parts in (False, True):
-            try:
-                text = self._render([_turn("user", _ASKED), _turn("assistant", _ANSWERED)], add_generation_prompt=False)
-            except DataError as error:
-                reason = str(error)
-                continue
-            if _ASKED in text and _ANSWERED in text:
-                return self._as_parts, text.split(_ANSWERED)[-1]
-        raise ModelError(f"the chat template of `{self.name}` does not write a question and an answer: {reason}")
-
-    def _render(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool) -> str:
-        import jinja2
-
-        try:
-            return self.tokenizer.apply_chat_template(
-                [message if self._as_parts else _plain(message) for message in messages],
-                chat_template=_FIXED_DAY * ("strftime_now" in self.chat_template) + self.chat_template,
-                add_generation_prompt=add_generation_prompt,
-                tokenize=False,
-            )
-        except (jinja2.TemplateError, TypeError) as error:
-            raise DataError(f"the chat template of `{self.name}` refuses the messages: {error}") from None
 
 
 def load_encoder(
@@ -223,8 +245,14 @@ def load_encoder(
     min_pixels: int | None = None,
     max_pixels: int | None = None,
     trust_remote_code: bool = False,
+    template_args: Mapping[str, Any] | None = None,
+    prompt: PromptMode = "generation",
 ) -> Encoder:
-    """The encoder of a model folder, or of a hub id if one is named; raises ModelError if a piece is missing."""
+    """The encoder of a model folder, or of a hub id if one is named.
+
+    `template_args` and `prompt` are `data.template` and `data.prompt` of a spec. Raises ModelError if a piece is
+    missing, SpecError for an argument that the chat template does not read.
+    """
     from transformers import AutoConfig, AutoTokenizer
 
     path = str(model)
@@ -236,7 +264,8 @@ def load_encoder(
         raise ModelError(f"the tokenizer of `{path}` cannot be loaded: {error}") from error
     vision = load_vision(path, config, tokenizer, min_pixels=min_pixels, max_pixels=max_pixels, **options)
     found = (getattr(config, key, None) for key in _PLACEHOLDER_KEYS if vision is not None)
-    return Encoder(tokenizer, vision, {index for index in found if index is not None}, name=path)
+    placeholders = {index for index in found if index is not None}
+    return Encoder(tokenizer, vision, placeholders, name=path, template_args=template_args, prompt=prompt)
 
 
 def fit_rows(
@@ -244,12 +273,16 @@ def fit_rows(
     encoder: Encoder,
     max_length: int,
     *,
+    max_positions: int | None = None,
     bad_rows: Literal["refuse", "list"] = "refuse",
 ) -> tuple[list[tuple[int, int, np.ndarray]], list[dict[str, str]]]:
     """Measure all rows: the (index, number of prompt tokens, response ids) that fit, and the {id, reason} that do not.
 
-    No row is ever cut. Raises DataError if none fits, or (unless `bad_rows` is "list") if one cannot be encoded.
+    A row fits in `max_length` tokens and in the model's `max_positions` (None: it has no end). No row is ever cut. What
+    the chat template does with rows that a user may not expect is said once, with counts. Raises DataError if none
+    fits, or (unless `bad_rows` is "list") if one cannot be encoded.
     """
+    encoder.notes.clear()
     kept: list[tuple[int, int, np.ndarray]] = []
     skipped: list[dict[str, str]] = []
     problems: list[str] = []
@@ -261,12 +294,24 @@ def fit_rows(
             skipped.append({"id": record.id, "reason": str(error).removeprefix(f"row `{record.id}`: ")})
             continue
         num_tokens = num_prompt + len(response_ids)
-        if num_tokens <= max_length:
-            kept.append((index, num_prompt, response_ids))
+        if reason := too_long(num_tokens, max_length, max_positions):
+            skipped.append({"id": record.id, "reason": reason})
         else:
-            skipped.append({"id": record.id, "reason": f"{num_tokens} tokens, data.max_length is {max_length}"})
+            kept.append((index, num_prompt, response_ids))
+    counts = [f"{count} of {len(records)} rows: {note}" for note, count in encoder.notes.most_common()]
+    for line in [*encoder.chat.remarks, *counts]:
+        tqdm.write(line, file=sys.stderr)
     _check_fit(len(kept), skipped, problems, encoder.name, bad_rows)
     return kept, skipped
+
+
+def too_long(num_tokens: int, max_length: int, max_positions: int | None) -> str:
+    """Why a row of so many tokens does not fit; "" if it does."""
+    if num_tokens > max_length:
+        return f"{num_tokens} tokens, data.max_length is {max_length}"
+    if max_positions is not None and num_tokens > max_positions:
+        return f"{num_tokens} tokens, the model has {max_positions} positions (`max_position_embeddings`)"
+    return ""
 
 
 def _check_fit(
@@ -280,24 +325,15 @@ def _check_fit(
         raise DataError(f"no row is left for `{name}` out of {len(skipped)}\n{list_problems(lines)}")
 
 
-def _turn(role: str, text: str) -> dict[str, Any]:
-    return {"role": role, "content": [{"type": "text", "text": text}]}
-
-
-def _plain(message: dict[str, Any]) -> dict[str, Any]:
-    """A message without images as a plain string, which every template can read."""
-    has_image = any(part["type"] == "image" for part in message["content"])
-    return message if has_image else {"role": message["role"], "content": text_of(message)}
-
-
-def _chat_template(tokenizer: Any, vision: Vision | None, name: str) -> str:
+def _chat_templates(tokenizer: Any, vision: Vision | None, name: str) -> dict[bool, str]:
+    """The template for rows without tools, and the one with: some tokenizers have one for each."""
     try:
-        return tokenizer.get_chat_template()
+        return {has_tools: tokenizer.get_chat_template(tools=[] if has_tools else None) for has_tools in (False, True)}
     except ValueError:
         template = getattr(getattr(vision, "processor", None), "chat_template", None)
     if not isinstance(template, str):
         raise ModelError(f"`{name}` has no chat template; put a chat_template.jinja beside its tokenizer.json")
-    return template
+    return {False: template, True: template}
 
 
 def _sha256(value: Any) -> str:

@@ -96,6 +96,21 @@ def load_config(
         return transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code, **extra)
 
 
+def max_positions(config: Any) -> int | None:
+    """Tokens that a model's positions reach, stretched as its configuration says; None if they have no end."""
+    text = config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit < 1:
+        return None
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    # Models with several kinds of layers have one entry for each.
+    kinds = [one for one in rope.values() if isinstance(one, dict)] or [rope]
+    stretched = [
+        int((one.get("original_max_position_embeddings") or limit) * (one.get("factor") or 1)) for one in kinds
+    ]
+    return max(limit, *stretched)
+
+
 def load_model(
     path: str | Path,
     *,

@@ -169,12 +169,10 @@ def header_to_come(spec: CacheSpec) -> CacheHeader:
 
 def check_student(ablation: Ablation, header: CacheHeader) -> None:
     """Raise ModelError for a student of another vocabulary: no variant could be trained."""
-    data = ablation.spec.data
     encoder = load_encoder(
         ablation.student,
-        min_pixels=data.min_pixels,
-        max_pixels=data.max_pixels,
         trust_remote_code=ablation.spec.distill.trust_remote_code,
+        **ablation.spec.data.encoding(),
     )
     check_tokenizer(header, encoder, ablation.student, where=ablation.cache_path)
 

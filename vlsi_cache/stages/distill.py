@@ -55,6 +55,7 @@ def distill(
     student_digest = weights_digest(path)
     given = check_verbalizers(spec.distill.verbalizers, inputs.layers, spec.verbalizer, student_digest=student_digest)
     if not (out / "run.json").is_file():
+        inputs.check_turns()
         inputs.check_lengths()
     options = {"student": student, "out": str(out), "recipe": recipe, "overrides": overrides, "device": device}
     with open_run(

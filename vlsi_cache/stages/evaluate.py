@@ -5,7 +5,7 @@ Legend: T response tokens, D hidden size, V vocabulary.
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from vlsi_cache.data.tokenize import Encoder, fit_rows, load_encoder
 from vlsi_cache.disk import write_atomically
 from vlsi_cache.errors import ModelError, SpecError, list_problems
 from vlsi_cache.models.layers import Backbone
-from vlsi_cache.models.load import load_model, resolve_model, weights_digest
+from vlsi_cache.models.load import load_config, load_model, max_positions, resolve_model, weights_digest
 from vlsi_cache.models.verbalizer import Verbalizers, load_verbalizers
 from vlsi_cache.models.verbalizer_files import find_folder, read_record
 from vlsi_cache.report.stats import next_step
@@ -82,7 +82,7 @@ def evaluate(
         str(folder / "student") if run else resolve_model(str(model)),
         spec.evaluate,
         cache=opened,
-        pixels=(spec.data.min_pixels, spec.data.max_pixels),
+        encoding=spec.data.encoding(),
         verbalizers=str(given or own) if given or own.is_dir() else None,
         dtype=spec.distill.student_dtype,
         trust_remote_code=trust_remote_code,
@@ -175,7 +175,7 @@ def evaluate_model(
     settings: EvaluateSpec | None,
     *,
     cache: Cache | None = None,
-    pixels: tuple[int | None, int | None] = (None, None),
+    encoding: Mapping[str, Any] | None = None,
     verbalizers: str | None = None,
     gguf_file: str | None = None,
     dtype: Dtype = "auto",
@@ -187,17 +187,16 @@ def evaluate_model(
 ) -> dict[str, Any]:
     """`evaluate` for a model folder; `limit` takes the first rows only, `batch_tokens` bounds a perplexity batch.
 
-    `pixels` (fewest, most) hold for the pictures of the cache; held-out rows have their own.
+    `encoding` (see `DataSpec.encoding`) holds for the rows of the cache; held-out rows have their own.
     """
 
-    def encoder_for(fewest: int | None, most: int | None) -> Encoder:
-        return load_encoder(
-            path, gguf_file=gguf_file, min_pixels=fewest, max_pixels=most, trust_remote_code=trust_remote_code
-        )
+    def encoder_for(encoding: Mapping[str, Any]) -> Encoder:
+        return load_encoder(path, gguf_file=gguf_file, trust_remote_code=trust_remote_code, **encoding)
 
     held_out = None
     if settings is not None:
-        held_out = _held_out_rows(settings, encoder_for(settings.data.min_pixels, settings.data.max_pixels), limit)
+        config = load_config(path, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
+        held_out = _held_out_rows(settings, encoder_for(settings.data.encoding()), limit, max_positions(config))
     where = pick_device(device)
     loaded = load_model(
         path,
@@ -211,7 +210,7 @@ def evaluate_model(
     spoken = None if verbalizers is None else load_saved_verbalizers(verbalizers, backbone).to(where)
     result = {} if held_out is None else _on_held_out(backbone, spoken, held_out, batch_tokens)
     if cache is not None:
-        own = encoder_for(*pixels)
+        own = encoder_for(encoding or {})
         result["cache"] = against_cache(backbone, spoken, own, cache, batch_tokens=batch_tokens, limit=limit)
     return result
 
@@ -227,10 +226,10 @@ class _HeldOut:
     num_skipped: int
 
 
-def _held_out_rows(settings: EvaluateSpec, encoder: Encoder, limit: int | None) -> _HeldOut:
+def _held_out_rows(settings: EvaluateSpec, encoder: Encoder, limit: int | None, max_positions: int | None) -> _HeldOut:
     data = settings.data
     records = read_records(data, limit=limit)
-    kept, do_not_fit = fit_rows(records, encoder, data.max_length, bad_rows=data.bad_rows)
+    kept, do_not_fit = fit_rows(records, encoder, data.max_length, max_positions=max_positions, bad_rows=data.bad_rows)
     skipped = [*records.skipped, *do_not_fit]
     if skipped:
         reasons = [f"row `{row['id']}`: {row['reason']}" for row in skipped]
@@ -317,4 +316,4 @@ def answers(
     for start in tqdm(range(0, len(order), size), desc="generate", disable=None):
         chosen = [records[i] for i in order[start : start + size]]
         for record, response in zip(chosen, respond(model, encoder, chosen, decoding), strict=True):
-            yield record, encoder.decode(response.ids)
+            yield record, encoder.answer(response.ids)

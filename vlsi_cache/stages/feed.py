@@ -15,7 +15,7 @@ import torch
 
 from vlsi_cache.data.collate import Batch, collate
 from vlsi_cache.data.records import Record, RecordSet
-from vlsi_cache.data.tokenize import Encoder
+from vlsi_cache.data.tokenize import CONTRACT, Encoder
 from vlsi_cache.errors import FingerprintMismatchError
 from vlsi_cache.sparse.rows import SparseRows
 from vlsi_cache.store.part import Row
@@ -82,7 +82,18 @@ def _changed(cache: Cache, sample_id: str, digest: str, record: Record | None) -
     )
 
 
-def check_response_ids(record: Record, response_ids: Iterable[int], row: Row, encoder: Encoder) -> None:
+def _old_contract(contract: int) -> str:
+    if contract >= CONTRACT:
+        return ""
+    return (
+        ". An earlier release has built this cache: it read answers apart from what the chat template writes around "
+        "them. Build it again"
+    )
+
+
+def check_response_ids(
+    record: Record, response_ids: Iterable[int], row: Row, encoder: Encoder, *, contract: int = CONTRACT
+) -> None:
     """The contract between teacher and student: the same response tokens, one by one."""
     cached = [int(token) for token in row.response_ids_R]
     fresh = [int(token) for token in response_ids]
@@ -91,9 +102,16 @@ def check_response_ids(record: Record, response_ids: Iterable[int], row: Row, en
     pairs = zip(cached, fresh, strict=False)
     position = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(cached), len(fresh)))
     teacher, student = (_token_at(ids, position, encoder) for ids in (cached, fresh))
+    if cached[:-1] == fresh[:-1]:
+        raise FingerprintMismatchError(
+            f"the chat template of student `{encoder.name}` ends a turn with {student}, the teacher's with {teacher} "
+            f"(sample `{record.id}`); give the student the teacher's chat template: copy its chat_template.jinja and "
+            "name the same `eos_token` in tokenizer_config.json"
+        )
     raise FingerprintMismatchError(
         f"sample `{record.id}`: response token {position} is {teacher} in the cache and {student} for this student; "
-        "the student must use the teacher's tokenizer, and the data must be what the cache was built from"
+        "the student must use the teacher's tokenizer and write answers as its template does, and the data must be "
+        f"what the cache was built from{_old_contract(contract)}"
     )
 
 

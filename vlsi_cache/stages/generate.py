@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from vlsi_cache.data.records import Record, media_root, read_records, row_of, with_answer, write_rows
 from vlsi_cache.data.sources import read_responses
-from vlsi_cache.data.tokenize import Encoder, fit_rows
+from vlsi_cache.data.tokenize import Encoder, fit_rows, too_long
 from vlsi_cache.disk import write_atomically
 from vlsi_cache.errors import DataError, FingerprintMismatchError, SpecError, list_problems
 from vlsi_cache.models.load import check_device
@@ -48,7 +48,7 @@ class _Job:
     batches: list[list[tuple[int, int]]]
     decoding: Decoding
     num_samples: int
-    max_length: int
+    limits: dict[str, int | None]
     media_root: Path | None
     facts: dict[str, Any]
 
@@ -128,7 +128,8 @@ def _plan(
     encoder, source = speaker.encoder(spec), read_records(spec.data, limit=limit)
     # Whether a row fits is decided by its prompt: the answer that it has goes.
     prompts = [with_answer(record, "?") for record in source]
-    kept, too_long = fit_rows(prompts, encoder, spec.data.max_length, bad_rows=spec.data.bad_rows)
+    limits = {"max_length": spec.data.max_length, "max_positions": speaker.max_positions()}
+    kept, do_not_fit = fit_rows(prompts, encoder, **limits, bad_rows=spec.data.bad_rows)
     order = sorted(kept, key=lambda row: (row[1], row[0]))
     items = [(index, number) for index, _, _ in order for number in range(num_samples)]
     settings = {
@@ -146,11 +147,11 @@ def _plan(
         speaker=speaker,
         encoder=encoder,
         records=list(source),
-        left_out=[*source.skipped, *too_long],
+        left_out=[*source.skipped, *do_not_fit],
         batches=[items[start : start + batch_size] for start in range(0, len(items), batch_size)],
         decoding=decoding,
         num_samples=num_samples,
-        max_length=spec.data.max_length,
+        limits=limits,
         media_root=media_root(spec.data),
         facts={
             "model": speaker.path,
@@ -251,7 +252,7 @@ def _write(job: _Job, facts: dict[str, Any]) -> None:
     temporary = job.work / job.out.name
     about = {**facts, **_pictures(job), "counts": counts, "left_out": left_out}
     good = (pair for pair, is_good in zip(said, is_row, strict=True) if is_good)
-    rows = (with_answer(_named(job, item), job.encoder.decode(response.ids)) for item, response in good)
+    rows = (with_answer(_named(job, item), job.encoder.answer(response.ids)) for item, response in good)
     write_rows((row_of(row, media_root=job.media_root) for row in rows), temporary, responses=about)
     if not publish_new_file(temporary, job.out):
         raise SpecError(f"{job.out} has come into being meanwhile; choose another name with -o")
@@ -287,14 +288,12 @@ def _judge(job: _Job, record: Record, response: Response) -> tuple[list[int], st
     """The ids that this response is read as in a row; or why it cannot be in one."""
     if not response.ended:
         return [], f"no end of turn within {job.decoding.max_new_tokens} tokens"
-    text = job.encoder.decode(response.ids)
+    text = job.encoder.answer(response.ids)
     if not text.strip():
         return [], "the response is empty"
     try:
         num_prompt, ids = job.encoder.measure(with_answer(record, text))
     except DataError as error:
         return [], str(error).removeprefix(f"row `{record.id}`: ")
-    num_tokens = num_prompt + len(ids)
-    if num_tokens > job.max_length:
-        return [], f"{num_tokens} tokens, data.max_length is {job.max_length}"
-    return ids[:-1].tolist(), ""
+    reason = too_long(num_prompt + len(ids), **job.limits)
+    return ([], reason) if reason else (ids[:-1].tolist(), "")

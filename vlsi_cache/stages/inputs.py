@@ -10,7 +10,7 @@ from vlsi_cache.data.records import Record, read_records
 from vlsi_cache.data.tokenize import Encoder, fit_rows, load_encoder
 from vlsi_cache.errors import SpecError
 from vlsi_cache.models.layers import Backbone, default_layers
-from vlsi_cache.models.load import load_config, load_model, resolve_model, weights_digest
+from vlsi_cache.models.load import load_config, load_model, max_positions, resolve_model, weights_digest
 from vlsi_cache.models.verbalizer import Verbalizers, load_verbalizers, logit_lens, verbalizers_digest
 from vlsi_cache.models.verbalizer_files import find_folder
 from vlsi_cache.spec import CacheSpec, TargetLayers
@@ -91,12 +91,12 @@ def open_teacher_inputs(spec: CacheSpec) -> TeacherInputs:
         path,
         revision=teacher.revision,
         gguf_file=teacher.gguf_file,
-        min_pixels=spec.data.min_pixels,
-        max_pixels=spec.data.max_pixels,
         trust_remote_code=teacher.trust_remote_code,
+        **spec.data.encoding(),
     )
     records = read_records(spec.data)
-    kept, too_long = fit_rows(records, encoder, spec.data.max_length, bad_rows=spec.data.bad_rows)
+    limits = {"max_length": spec.data.max_length, "max_positions": max_positions(config)}
+    kept, too_long = fit_rows(records, encoder, **limits, bad_rows=spec.data.bad_rows)
     return TeacherInputs(
         spec=spec,
         model_path=path,

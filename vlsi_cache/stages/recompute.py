@@ -140,6 +140,9 @@ def _refuse_another_teacher(cache: Cache, inputs: TeacherInputs) -> None:
         {name: value for name, value in fields.items() if not name.startswith(("data.", "prune."))}
         for fields in (cache.header.fingerprint, fingerprint(inputs))
     )
+    # What an earlier release did not write; whether its rows are the same is seen by comparing them.
+    stored = {"encoder.template_args": {}, "encoder.prompt": "generation", **stored}
+    stored["encoder.contract"] = found["encoder.contract"]
     lines = differences(stored, found)
     if lines:
         raise FingerprintMismatchError(

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from vlsi_cache.data.tokenize import Encoder, load_encoder
-from vlsi_cache.models.load import load_model, resolve_model, weights_digest
+from vlsi_cache.models.load import load_config, load_model, max_positions, resolve_model, weights_digest
 from vlsi_cache.spec import CacheSpec, Dtype, spec_from_dict
 
 from .evaluate import check_has_student
@@ -31,10 +31,13 @@ class Speaker:
             self.path,
             revision=self.revision,
             gguf_file=self.gguf_file,
-            min_pixels=spec.data.min_pixels,
-            max_pixels=spec.data.max_pixels,
             trust_remote_code=self.trust_remote_code,
+            **spec.data.encoding(),
         )
+
+    def max_positions(self) -> int | None:
+        options = {"revision": self.revision, "gguf_file": self.gguf_file}
+        return max_positions(load_config(self.path, **options, trust_remote_code=self.trust_remote_code))
 
     def load(self, device: str) -> Any:
         where = device if device == "auto" else str(pick_device(device))  # auto spreads over all GPUs

@@ -12,18 +12,19 @@ from tqdm import tqdm
 from vlsi_cache.data.records import RecordSet, read_records
 from vlsi_cache.data.tokenize import Encoder, load_encoder
 from vlsi_cache.errors import DataError, ModelError, SpecError, list_problems
-from vlsi_cache.models.load import load_config, load_model
+from vlsi_cache.models.load import load_config, load_model, max_positions
 from vlsi_cache.spec import CacheSpec, DataSpec, DistillSpec, InteractSpec
 from vlsi_cache.store.layout import CacheHeader
 from vlsi_cache.store.lineage import data_sections
 from vlsi_cache.store.reader import Cache
 
-from .feed import Feed, cached_records, match_records
+from .feed import Feed, cached_records, check_response_ids, match_records
 from .inputs import target_layers
 from .loop import Checkpoints, MetricsLog, choose_kernels, pick_device, say
 from .runs import Run
 
 SOURCE_KEYS = ("path", "media_root", "generator", "options", "limit")
+CHECKED_RESPONSES = 32  # before a student's weights are loaded
 STAGE_SEEDS = {"verbalize": 1, "interact": 2, "sft": 3}  # each stage sees the data in an order of its own
 
 
@@ -50,12 +51,25 @@ class StudentInputs:
             )
         return cached_sources(self.cache)
 
+    def check_turns(self) -> None:
+        """Raise FingerprintMismatchError when the first cached responses are not this student's: before any training.
+
+        Every other one is compared when it is read.
+        """
+        by_id, contract = (
+            match_records(self.cache, self.records),
+            self.cache.header.fingerprint.get("encoder.contract", 1),
+        )
+        for row in self.cache.read_part(self.cache.parts[0], [])[:CHECKED_RESPONSES]:
+            record = by_id[row.sample_id]
+            check_response_ids(record, self.encoder.measure(record)[1], row, self.encoder, contract=contract)
+
     def check_lengths(self) -> None:
         """Raise DataError when cached samples are longer, in this student's tokens, than its positions reach.
 
         Lengths differ from the teacher's: a picture can be more tokens, and a chat template can add some.
         """
-        limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        limit = max_positions(self.config)
         if limit is None:
             return
         by_id, too_long = match_records(self.cache, self.records), []
@@ -153,9 +167,8 @@ def open_student(cache: Cache, spec: CacheSpec, path: str) -> StudentInputs:
     distill = spec.distill
     encoder = load_encoder(
         path,
-        min_pixels=spec.data.min_pixels,
-        max_pixels=spec.data.max_pixels,
         trust_remote_code=distill.trust_remote_code,
+        **spec.data.encoding(),
     )
     check_tokenizer(cache.header, encoder, path, where=cache.path)
     config = load_config(path, trust_remote_code=distill.trust_remote_code)

@@ -30,6 +30,7 @@ from vlsi_cache.models.verbalizer_files import RECORD, find_folder
 from vlsi_cache.report.example import png_of
 from vlsi_cache.report.stats import next_step
 from vlsi_cache.report.trace_page import Said, Token, Trace
+from vlsi_cache.spec import spec_from_dict
 
 from .loop import head_of, pick_device, read_json
 
@@ -46,8 +47,7 @@ class _Subject:
     verbalizers: str
     same_start: bool
     is_run: bool
-    min_pixels: int | None = None
-    max_pixels: int | None = None
+    encoding: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def trace(
@@ -76,9 +76,7 @@ def trace(
             f"nothing to trace: `layers` is {layers}, `max_new_tokens` is {max_new_tokens}; name one at least"
         )
     subject = _subject(model, None if verbalizers is None else str(verbalizers))
-    encoder = load_encoder(
-        subject.path, gguf_file=gguf_file, min_pixels=subject.min_pixels, max_pixels=subject.max_pixels
-    )
+    encoder = load_encoder(subject.path, gguf_file=gguf_file, **subject.encoding)
     media = tuple(_load_image(Path(image)) for image in images)
     encoded = encoder.encode(_record(prompt, media), with_response=False)
     where = pick_device(device)
@@ -129,15 +127,14 @@ def _subject(model: Path | str, verbalizers: str | None) -> _Subject:
         )
     is_own = verbalizers is None or Path(verbalizers).resolve() == own.resolve()
     given = str(own) if verbalizers is None or is_own else verbalizers
-    data = run["spec"].get("data") or {}
+    spec = spec_from_dict(run["spec"], where=str(folder / "run.json"))
     made_for = None if given == LOGIT_LENS else _made_for(given)
     return _Subject(
         str((folder / "student").resolve()),
         given,
         same_start=is_own or made_for == run.get("student_digest", ""),
         is_run=True,
-        min_pixels=data.get("min_pixels"),  # pictures as the student was trained on
-        max_pixels=data.get("max_pixels"),
+        encoding=spec.data.encoding(),  # prompts and pictures as the student was trained on
     )
 
 
