@@ -117,7 +117,7 @@ def test_a_batch_is_what_the_processor_and_the_model_make_of_it(teacher: Path, t
     assert batch.inputs["batch_num_images"].tolist() == [1, 1, 2, 1, 1]
     assert batch.inputs["pixel_values"].shape == (6, 5, 3, SIDE, SIDE)
 
-    texts = [encoder._prompt_text(record) + record.answer + "<|im_end|>" for record in records]
+    texts = [(turn := encoder.chat.turn(record)).prompt + turn.response for record in records]
     images = [[image.open() for image in record.images] for record in records]
     whole = processor_of(encoder)(text=texts, images=images, padding=True, padding_side="right", return_tensors="pt")
     mask = whole["attention_mask"].bool()

@@ -144,7 +144,7 @@ def test_verbalizers_that_attend_run_whole_sequences(picture: Path, tmp_path: Pa
 def test_a_run_brings_its_student_and_verbalizers(student_folder: Path, teacher_folder: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(teacher_folder, run / "student")
-    spec = {"data": {"min_pixels": None, "max_pixels": None}}
+    spec = {"name": "t", "teacher": {"model": str(teacher_folder), "layers": [1]}, "data": {"path": "rows.jsonl"}}
     record = {"kind": "distill", "recipe": "vlsi", "spec": spec, "command": "vlsi-cache distill c -o run"}
     (run / "run.json").write_text(json.dumps(record))
     with pytest.raises(SpecError, match="--verbalizers none"):

@@ -24,7 +24,7 @@ from vlsi_cache.data.records import Record
 from vlsi_cache.data.tokenize import Encoded, Encoder, load_encoder
 from vlsi_cache.errors import DataError, ModelError, SpecError, command_line
 from vlsi_cache.models.layers import Backbone, LayerSequence
-from vlsi_cache.models.load import load_model, resolve_model, weights_digest
+from vlsi_cache.models.load import load_model, max_positions, resolve_model, weights_digest
 from vlsi_cache.models.verbalizer import Verbalizers, load_verbalizers, logit_lens
 from vlsi_cache.models.verbalizer_files import RECORD, find_folder
 from vlsi_cache.report.example import png_of
@@ -127,14 +127,14 @@ def _subject(model: Path | str, verbalizers: str | None) -> _Subject:
         )
     is_own = verbalizers is None or Path(verbalizers).resolve() == own.resolve()
     given = str(own) if verbalizers is None or is_own else verbalizers
-    spec = spec_from_dict(run["spec"], where=str(folder / "run.json"))
+    data = spec_from_dict(run["spec"], where=str(folder / "run.json")).data
     made_for = None if given == LOGIT_LENS else _made_for(given)
     return _Subject(
         str((folder / "student").resolve()),
         given,
         same_start=is_own or made_for == run.get("student_digest", ""),
         is_run=True,
-        encoding=spec.data.encoding(),  # prompts and pictures as the student was trained on
+        encoding=data.encoding(),  # prompts and pictures as the student was trained on
     )
 
 
@@ -161,7 +161,7 @@ def _record(prompt: str, media: tuple[Media, ...]) -> Record:
 
 
 def _check_length(encoded: Encoded, max_new_tokens: int, backbone: Backbone) -> None:
-    limit = getattr(backbone.text_config, "max_position_embeddings", None)
+    limit = max_positions(backbone.config)
     wanted = encoded.num_prompt + max_new_tokens
     if limit is not None and wanted > limit:
         raise DataError(
