@@ -97,7 +97,7 @@ def one_letter(folder: Path) -> None:
 
 def chat_template(folder: Path) -> None:
     file = folder / "teacher" / "chat_template.jinja"
-    file.write_text(file.read_text().replace("assistant\n", "assistant\n\n"))
+    file.write_text("start\n" + file.read_text())
 
 
 def head_weight(folder: Path) -> None:

@@ -219,8 +219,13 @@ def test_answer_outside_an_open_block_is_refused(cores: dict[str, str]) -> None:
     assert said.startswith("row `r`: the chat template of `m` writes this answer otherwise than it asks for it")
     assert "do?<|Assistant|><think>\\n`" in said
     assert "<|Assistant|>paris</s>" in said
-    assert "`data.template: {enable_thinking: false}`" in said
-    assert "`data.prompt: template`" in said
+    assert said.endswith("there; train as the template writes history: `data.prompt: template`")
+    switch = "{% if enable_thinking is not defined or enable_thinking %}<think>\n{% endif %}"
+    able = Encoder(_tokenizer(cores["byte-level"], R1.replace("<think>\n", switch)), None, (), name="m")
+    with pytest.raises(
+        DataError, match=r"`data.template: \{enable_thinking: false\}` \(it reads enable_thinking\), or"
+    ):
+        able.measure(_row("paris"))
 
 
 def test_prompt_as_the_template_writes_history(cores: dict[str, str]) -> None:

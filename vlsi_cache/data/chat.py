@@ -180,13 +180,12 @@ class Chat:
 
     def _does_not_go_on(self, prompt: str, whole: str) -> str:
         known = sorted(_known_args(self.templates))
-        first = "enable_thinking: false" if "enable_thinking" in known or not known else f"{known[0]}: ..."
-        reads = f"it reads {', '.join(f'`{name}`' for name in known)}" if known else "it reads none"
+        example = "{enable_thinking: false}" if "enable_thinking" in known else f"{{{known[0]}: ...}}" if known else ""
+        argument = f"give the template an argument, `data.template: {example}` (it reads {', '.join(known)}), or "
         return (
             f"the chat template of `{self.name}` writes this answer otherwise than it asks for it: the prompt ends "
-            f"`{_tail(prompt)}`, the whole conversation has `{_around(whole, _common_length(prompt, whole))}` there. "
-            f"Either give the template an argument, `data.template: {{{first}}}` ({reads}), or train as the template "
-            "writes history: `data.prompt: template`"
+            f"`{_tail(prompt)}`, the whole conversation has `{_around(whole, _common_length(prompt, whole))}` there; "
+            f"{argument if known else ''}train as the template writes history: `data.prompt: template`"
         )
 
     def _unread(self, record: Record) -> Iterable[str]:

@@ -11,7 +11,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -68,7 +68,7 @@ class Encoder:
             placeholder_ids=placeholder_ids,
             sees_pictures=vision is not None,
         )
-        self.notes: Counter[str] = Counter()  # of the rows measured so far
+        self.notes: Counter[str] = Counter()  # what `fit_rows` says of the rows read since it began
 
     @property
     def chat_template(self) -> str:
@@ -123,15 +123,13 @@ class Encoder:
             "max_pixels": None if vision is None else vision.max_pixels,
         }
 
-    def measure(self, record: Record) -> tuple[int, np.ndarray]:
+    def measure(self, record: Record, *, with_response: bool = True) -> tuple[int, np.ndarray]:
         """Number of prompt tokens and response ids int64 [R], as `encode` gives them, without reading pixels.
 
         Raises DataError if the row cannot be encoded for this model.
         """
         try:
-            turn = self._turn(record)
-            prompt_ids, response_ids, notes = self._ids(turn)
-            self.notes.update([*turn.notes, *notes])
+            turn, prompt_ids, response_ids = self._read(record, with_response)
             if self.vision is None:
                 return len(prompt_ids), response_ids
             return self.vision.num_tokens(turn.prompt, record.images), response_ids
@@ -141,13 +139,7 @@ class Encoder:
     def encode(self, record: Record, *, with_response: bool = True) -> Encoded:
         """Ids and pixels of one sample, or of its prompt as the model sees it at inference; raises DataError."""
         try:
-            self._check_images(record)
-            if with_response:
-                turn = self._turn(record)
-                prompt_ids, response_ids, _ = self._ids(turn)
-            else:
-                turn = Turn(self._begun(self.chat.prompt(record)), "")
-                prompt_ids, response_ids = token_ids(self.tokenizer, turn.prompt), np.zeros(0, dtype=np.int64)
+            turn, prompt_ids, response_ids = self._read(record, with_response)
             if self.vision is None:
                 ids_P, types_P, media = np.asarray(prompt_ids, dtype=np.int64), None, {}
             else:
@@ -172,31 +164,32 @@ class Encoder:
         """The content of a generated response: `decode` without what the template itself writes around an answer."""
         return self.chat.answer_of(self.decode(ids))
 
-    def _turn(self, record: Record) -> Turn:
-        self._check_images(record)
-        turn = self.chat.turn(record)
-        return Turn(self._begun(turn.prompt), turn.response, turn.notes)
-
-    def _check_images(self, record: Record) -> None:
+    def _read(self, record: Record, with_response: bool) -> tuple[Turn, list[int], np.ndarray]:
+        """The texts of a row, the ids of its prompt with placeholders not expanded, and those of its response [R]."""
         if record.images and self.vision is None:
             raise DataError(f"has {len(record.images)} images, and `{self.name}` is a text-only model")
+        turn = self.chat.turn(record) if with_response else Turn(self.chat.prompt(record), "")
+        turn = replace(turn, prompt=self._begun(turn.prompt))
+        prompt_ids = token_ids(self.tokenizer, turn.prompt)
+        response_ids = self._response_ids(turn, prompt_ids) if with_response else []
+        self.notes.update(turn.notes)
+        return turn, prompt_ids, np.asarray(response_ids, dtype=np.int64)
 
     def _begun(self, text: str) -> str:
         """With a beginning-of-sequence token if the tokenizer wants one: never two."""
         return text if text.startswith(self._bos) else self._bos + text
 
-    def _ids(self, turn: Turn) -> tuple[list[int], np.ndarray, list[str]]:
-        """Ids of the prompt, its placeholders not expanded; ids of the response, int64 [R]; and notes."""
-        prompt_ids = token_ids(self.tokenizer, turn.prompt)
-        ids, notes = token_ids(self.tokenizer, turn.prompt + turn.response), []
+    def _response_ids(self, turn: Turn, prompt_ids: list[int]) -> list[int]:
+        ids = token_ids(self.tokenizer, turn.prompt + turn.response)
         if ids[: len(prompt_ids)] == prompt_ids:
             ids = ids[len(prompt_ids) :]
         else:
-            ids, notes = self._continuation(turn.response), [_STRADDLES]
+            ids = self._continuation(turn.response)
+            self.notes[_STRADDLES] += 1
         if not self.chat.writes_eot:
             ids = [*ids, self.eot_id]
         self._refuse_control_ids(ids, turn.response)
-        return prompt_ids, np.asarray(ids, dtype=np.int64), notes
+        return ids
 
     def _continuation(self, text: str) -> list[int]:
         """Ids of a text that goes on from another one: without the space that some tokenizers put before a text."""
@@ -275,12 +268,13 @@ def fit_rows(
     *,
     max_positions: int | None = None,
     bad_rows: Literal["refuse", "list"] = "refuse",
+    with_response: bool = True,
 ) -> tuple[list[tuple[int, int, np.ndarray]], list[dict[str, str]]]:
     """Measure all rows: the (index, number of prompt tokens, response ids) that fit, and the {id, reason} that do not.
 
-    A row fits in `max_length` tokens and in the model's `max_positions` (None: it has no end). No row is ever cut. What
-    the chat template does with rows that a user may not expect is said once, with counts. Raises DataError if none
-    fits, or (unless `bad_rows` is "list") if one cannot be encoded.
+    A row, or its prompt alone, fits in `max_length` tokens and in the model's `max_positions` (None: no end). No row is
+    ever cut. What the chat template does with rows that a user may not expect is said once, with counts. Raises
+    DataError if none fits, or (unless `bad_rows` is "list") if one cannot be encoded.
     """
     encoder.notes.clear()
     kept: list[tuple[int, int, np.ndarray]] = []
@@ -288,7 +282,7 @@ def fit_rows(
     problems: list[str] = []
     for index, record in enumerate(tqdm(records, desc="measure rows", unit="row", delay=2, disable=None)):
         try:
-            num_prompt, response_ids = encoder.measure(record)
+            num_prompt, response_ids = encoder.measure(record, with_response=with_response)
         except DataError as error:
             problems.append(str(error))
             skipped.append({"id": record.id, "reason": str(error).removeprefix(f"row `{record.id}`: ")})

@@ -126,10 +126,9 @@ def _plan(
     """Read everything but the weights: prompts of similar length come together, all samples of one side by side."""
     speaker = speaker_of(spec, model)
     encoder, source = speaker.encoder(spec), read_records(spec.data, limit=limit)
-    # Whether a row fits is decided by its prompt: the answer that it has goes.
-    prompts = [with_answer(record, "?") for record in source]
     limits = {"max_length": spec.data.max_length, "max_positions": speaker.max_positions()}
-    kept, do_not_fit = fit_rows(prompts, encoder, **limits, bad_rows=spec.data.bad_rows)
+    # Whether a row fits is decided by its prompt: the answer that it has goes.
+    kept, do_not_fit = fit_rows(source, encoder, **limits, bad_rows=spec.data.bad_rows, with_response=False)
     order = sorted(kept, key=lambda row: (row[1], row[0]))
     items = [(index, number) for index, _, _ in order for number in range(num_samples)]
     settings = {
