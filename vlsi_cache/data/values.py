@@ -9,6 +9,7 @@ from typing import Any
 from vlsi_cache.errors import DataError
 
 _MAX_SHOWN = 120  # characters of one value in a message
+_MAX_BITS = 256  # of a whole number
 _MAX_DEPTH = 64  # of nested lists and mappings that a chat template may be given
 
 
@@ -36,6 +37,11 @@ def listed(names: Any) -> str:
     names = [f"`{shown(name)}`" for name in names]
     more = [f"{len(names) - 20} more"] if len(names) > 20 else []
     return ", ".join([*names[:20], *more])
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a key with this value says nothing."""
+    return value is None or (isinstance(value, str | list | tuple | dict) and not value)
 
 
 def text_value(value: Any, what: str) -> str:
@@ -85,6 +91,8 @@ def _plain(value: Any, what: str, depth: int) -> Any:
         return [_plain(one, what, depth + 1) for one in value]
     if isinstance(value, float) and not math.isfinite(value):
         raise DataError(f"{what} holds {value}, which is no JSON")
+    if isinstance(value, int) and value.bit_length() > _MAX_BITS:
+        raise DataError(f"{what} holds a whole number of more than {_MAX_BITS} bits")
     if value is None or isinstance(value, bool | int | float):
         return value
     raise DataError(f"{what} holds a {type(value).__name__}, which is no JSON")
