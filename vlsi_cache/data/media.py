@@ -2,12 +2,14 @@
 
 import base64
 import binascii
+import errno
 import hashlib
 import io
 import os
 import stat
 import tempfile
 import warnings
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -103,11 +105,12 @@ class Shelf:
         if self._room >= 0:
             return None
         if self._file is None:
-            self._file = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the pictures
+            self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - it lives as long as the pictures
+            weakref.finalize(self, self._file.close)
         try:
             start = self._file.seek(0, os.SEEK_END)
-            self._file.write(data)
-            self._file.flush()
+            if self._file.write(data) < len(data):  # what a full disk does to a file without a buffer
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             if not is_disk_full(error):
                 raise

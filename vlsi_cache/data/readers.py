@@ -26,6 +26,8 @@ BATCH_ROWS = 256
 # A row of a larger row group is not read again: the group would have to be unpacked from its start for each.
 _MAX_GROUP_BYTES = 128 << 20
 _READ_BYTES = 1 << 20
+# What the libraries raise for files that are damaged or cannot be read.
+READ_ERRORS = (pa.ArrowException, OSError, EOFError, zlib.error, UnicodeDecodeError)
 _SPOKEN = {".parquet": "Parquet", ".arrow": "Arrow", ".jsonl.gz": "gzip", ".jsonl.zst": "Zstandard", ".json": "JSON"}
 
 
@@ -47,7 +49,7 @@ def file_rows(path: Path, kind: str, name: str, unread: set[str]) -> Iterator[Ra
             yield from _json_rows(path, name)
         else:
             yield from _jsonl_rows(path, kind, name)
-    except (pa.ArrowException, OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+    except READ_ERRORS as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise DataError(f"{path} cannot be read as {_SPOKEN.get(kind, kind)}: {shown(reason)}") from None
 

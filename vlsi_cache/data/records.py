@@ -27,7 +27,7 @@ from .forms import COLUMNS, UNSUPPORTED, turns_of
 from .media import Media, Shelf, bytes_of, load_media
 from .messages import Message, as_parts, check_messages, image_parts, learned_turn, text_of
 from .pictures import place_pictures
-from .readers import RawRow
+from .readers import READ_ERRORS, RawRow
 from .sources import media_root, raw_rows, responses_of
 from .values import given_json, is_empty, listed, printable, shown, text_value
 from .writing import write_rows
@@ -245,7 +245,7 @@ def _read_again(row_again: Callable[[], Any], where: str, number: int) -> bytes:
     """The bytes of picture `number` of the row at `where`, out of the file that it was read from."""
     try:
         return bytes_of(_content(row_again(), set())[1][number])
-    except (OSError, DataError, LookupError, AttributeError, TypeError) as error:
+    except (*READ_ERRORS, DataError, LookupError, AttributeError, TypeError) as error:  # it is another file now
         raise DataError(f"image {number} of {where} cannot be read again: {shown(str(error))}; start again") from None
 
 
