@@ -36,7 +36,8 @@ class TeacherSpec(Strict):
 
 
 class DataSpec(Strict):
-    """Chat rows: a Parquet or JSONL file (`path`), or an installed generator of rows (`generator`, `options`)."""
+    """Chat rows: Parquet or JSONL files (`path`: a file, a folder of shards, a glob, or a folder of
+    `datasets.save_to_disk`), or an installed generator of rows (`generator`, `options`)."""
 
     path: str | None = None
     media_root: str | None = None
@@ -53,7 +54,7 @@ class DataSpec(Strict):
     @model_validator(mode="after")
     def _one_source(self) -> "DataSpec":
         if (self.path is None) == (self.generator is None):
-            raise ValueError("name exactly one source: `path` (a .jsonl or .parquet file) or `generator`")
+            raise ValueError("name exactly one source: `path` (.jsonl or .parquet files) or `generator`")
         if self.options and self.generator is None:
             raise ValueError("`options` belong to a `generator`, and none is named")
         return self
