@@ -15,6 +15,7 @@ from PIL import Image
 
 from vlsi_cache.data import sources
 from vlsi_cache.data.records import RecordSet, read_records, write_rows
+from vlsi_cache.data.writing import as_base64
 from vlsi_cache.errors import DataError
 from vlsi_cache.spec import DataSpec
 
@@ -79,7 +80,8 @@ def test_the_bytes_of_one_picture_are_kept_once(tmp_path: Path) -> None:
     write_rows([{**seen(one), "id": str(i)} for i, one in enumerate(forms)], tmp_path / "rows.parquet")
     images = [record.images[0] for record in read_records(DataSpec(path=str(tmp_path / "rows.parquet")))]
     assert [image.read() for image in images] == [PNG, PNG, picture(9, 6), PNG]
-    assert len({id(image.data) for image in images}) == 2
+    assert {image.data for image in images} == {None}  # they are read again from the file
+    assert len({id(image) for image in images}) == 2
 
 
 def test_id_defaults_to_digest(tmp_path: Path) -> None:
@@ -151,7 +153,7 @@ BAD_ROWS = {
     "empty messages": ({"messages": []}, "`messages` is missing or empty"),
     "not a mapping": ([1], "is a list, must be a mapping"),
     "turn not a mapping": ({"messages": ["hi"]}, "message 0 is a str"),
-    "unknown role": ({"messages": [{"role": "tool", "content": "x"}, TELL]}, "message 0 has the unknown role `tool`"),
+    "unknown role": ({"messages": [{"role": "robot", "content": "x"}, TELL]}, "message 0 has the unknown role `robot`"),
     "no content": ({"messages": [{"role": "user"}, TELL]}, "message 0 has content of type NoneType"),
     "no assistant": ({"messages": [ASK]}, "has no assistant message, so no response"),
     "assistant not last": ({"messages": [ASK, TELL, ASK]}, "the last message is of role `user`"),
@@ -190,12 +192,12 @@ BAD_ROWS = {
     "image of no kind": (seen(3), "image 0 is a int, must be a path"),
     "image without source": (seen({"sha256": "x"}), "image 0 has neither `path` nor `bytes`"),
     "missing image": (seen("cat.png"), "image 0 `cat.png` does not exist in"),
-    "web address": (seen("https://example.org/cat.png"), "does not exist in"),
-    "folder as image": (seen("."), "image 0 `.` does not exist in"),
+    "web address": (seen("https://example.org/cat.png"), "is a web address, and nothing is downloaded"),
+    "folder as image": (seen("."), "image 0 `.` is a folder, not a file"),
     "impossible path": (seen("a\0b"), "is no usable path"),
     "too long a path": (seen("a" * 5000), "is no usable path"),
     "no base64": (seen({"bytes": "@@@"}), "image 0 `bytes` is not base64 text"),
-    "no image file": (seen({"bytes": b"hello"}), "image 0 cannot be decoded: cannot identify image file"),
+    "no image file": (seen({"bytes": b"hello"}), "image 0 cannot be decoded: it is no picture that is known here; PNG"),
     "truncated png": (seen({"bytes": picture(64, 64)[:-30]}), "image 0 cannot be decoded"),
     "truncated jpeg": (seen({"bytes": picture(64, 64, form="JPEG")[:-200]}), "image 0 cannot be decoded"),
     "deep pixels": (seen({"bytes": picture(mode="I;16")}), "image 0 has pixels of mode `I;16`"),
@@ -211,7 +213,7 @@ def test_bad_row(name: str, tmp_path: Path) -> None:
     folder = tmp_path / "rows"
     folder.mkdir()
     (tmp_path / "cat.png").write_bytes(PNG)
-    (folder / "rows.jsonl").write_text(json.dumps(GOOD) + "\n" + json.dumps(row, default=sources._as_base64) + "\n")
+    (folder / "rows.jsonl").write_text(json.dumps(GOOD) + "\n" + json.dumps(row, default=as_base64) + "\n")
     data = DataSpec(path=str(folder / "rows.jsonl"))
     with pytest.raises(DataError) as caught:
         read_records(data)
@@ -325,7 +327,8 @@ def test_missing_file(tmp_path: Path) -> None:
 
 
 def test_unknown_kind_of_file(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"must be a \.jsonl or \.parquet file"):
+    (tmp_path / "a.csv").touch()
+    with pytest.raises(DataError, match=r"a\.csv, a `\.csv` file; read are \.parquet, \.jsonl"):
         read_records(DataSpec(path=str(tmp_path / "a.csv")))
 
 
@@ -342,7 +345,7 @@ def test_broken_parquet(tmp_path: Path) -> None:
 
 def test_parquet_without_messages(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match="has no column `messages`, only text"):
+    with pytest.raises(DataError, match="has no column `messages`, only `text`; write `messages`"):
         read_records(DataSpec(path=str(tmp_path / "a.parquet")))
 
 

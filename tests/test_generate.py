@@ -171,7 +171,7 @@ def test_everything_before_the_last_answer_stays(
 def test_pictures_go_along(tmp_path: Path) -> None:
     """Of the demo's rows with pictures, one names its file, which stays, and the others hold their bytes."""
     demo = DataSpec(generator="demo", options={"split": "train", "num_samples": 4})
-    source = [row for _, row in raw_rows(demo)]
+    source = [raw.row for raw in raw_rows(demo)]
     (tmp_path / "from").mkdir()
     (tmp_path / "from" / "first.png").write_bytes(source[0]["images"][0]["bytes"])
     rows = [{**source[0], "images": ["first.png"]}, *source[1:]]

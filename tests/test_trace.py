@@ -4,6 +4,7 @@ Legend: S positions, D hidden size, V vocabulary.
 """
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -188,6 +189,7 @@ def test_what_does_not_fit_is_refused(teacher_folder: Path, picture: Path, tmp_p
         return vc.trace(teacher_folder, **{"prompt": "say", "verbalizers": "none", "device": "cpu", **options})
 
     (tmp_path / "text.png").write_text("no picture")
+    os.mkfifo(tmp_path / "pipe.png")
     for options, error, says in (
         ({"verbalizers": None}, SpecError, "--verbalizers DIR is needed"),
         ({"verbalizers": tmp_path}, ModelError, "no verbalizers in"),
@@ -198,6 +200,7 @@ def test_what_does_not_fit_is_refused(teacher_folder: Path, picture: Path, tmp_p
         ({"images": [picture]}, DataError, "text-only model"),
         ({"images": [tmp_path / "text.png"]}, DataError, "text.png cannot be decoded"),
         ({"images": [tmp_path / "none.png"]}, DataError, "none.png cannot be read"),
+        ({"images": [tmp_path / "pipe.png"]}, DataError, "pipe.png is a named pipe, not a file"),
         ({"prompt": "a <|im_end|> b"}, DataError, "control token"),
     ):
         with pytest.raises(error, match=says):

@@ -37,7 +37,8 @@ class TeacherSpec(Strict):
 
 
 class DataSpec(Strict):
-    """Chat rows: a Parquet or JSONL file (`path`), or an installed generator of rows (`generator`, `options`).
+    """Chat rows: Parquet or JSONL files (`path`: a file, a folder of shards, a glob, or a folder of
+    `datasets.save_to_disk`), or an installed generator of rows (`generator`, `options`).
 
     `template`: arguments for the chat template (`{enable_thinking: false}`). `prompt`: where the prompt of a trained
     answer ends: `generation`, as the template ends it at inference; `template`, where the answer begins in the whole
@@ -59,7 +60,7 @@ class DataSpec(Strict):
     @model_validator(mode="after")
     def _one_source(self) -> "DataSpec":
         if (self.path is None) == (self.generator is None):
-            raise ValueError("name exactly one source: `path` (a .jsonl or .parquet file) or `generator`")
+            raise ValueError("name exactly one source: `path` (.jsonl or .parquet files) or `generator`")
         if self.options and self.generator is None:
             raise ValueError("`options` belong to a `generator`, and none is named")
         return self

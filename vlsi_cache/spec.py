@@ -5,6 +5,7 @@ stored in the cache.
 """
 
 import difflib
+import glob
 import importlib.resources
 import json
 from collections.abc import Iterable, Iterator
@@ -154,7 +155,7 @@ def _apply_override(values: dict[str, Any], override: str) -> Iterator[str]:
     except (yaml.YAMLError, ValueError) as error:  # ValueError: what looks like a date and is none
         yield f"`--set {override}`: the value is not YAML: {' '.join(str(error).split())}"
         return
-    if last in PATH_KEYS and isinstance(value, str) and Path(value).exists():
+    if last in PATH_KEYS and isinstance(value, str) and (Path(value).exists() or glob.has_magic(value)):
         value = str(Path(value).resolve())
     values[last] = value
     other = {"steps": "epochs", "epochs": "steps"}.get(last)

@@ -2,27 +2,49 @@
 
 A row: `messages` [{role, content}], where content is a string or parts {"type": "text", "text": ...} and
 {"type": "image"}; `images`, one per image part and in their order: a path, or {path | bytes, sha256}; optional `id`,
-`system`, `kind`. The last message is the assistant's: its text is the response. Other columns are ignored.
+`system`, `kind`, and what a chat template is given: `tools`, `chat_template_kwargs`, and in messages
+`reasoning_content`, `tool_calls`, `name`, `tool_call_id`. The assistant's last message is the response, but for those
+of `weight: 0` or `train: false`. What other tools write is read too, see `forms`, `messages` and `pictures`; how rows
+were read, and the names of columns that are not, are told once.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
 from tqdm import tqdm
 
 from vlsi_cache.errors import DataError, list_problems
+from vlsi_cache.log import say
 from vlsi_cache.spec import DataSpec, change
 
-from .media import Media, load_media
-from .sources import as_parts, raw_rows, responses_of, write_rows
+from .forms import COLUMNS, UNSUPPORTED, turns_of
+from .media import Media, Shelf, bytes_of, load_media
+from .messages import Message, as_parts, check_messages, image_parts, learned_turn, text_of
+from .pictures import place_pictures
+from .readers import READ_ERRORS, RawRow
+from .sources import media_root, raw_rows, responses_of
+from .values import given_json, is_empty, listed, printable, shown, text_value
+from .writing import write_rows
 
-__all__ = ["Media", "Record", "RecordSet", "media_root", "read_records", "row_of", "with_answer", "write_rows"]
+__all__ = [
+    "Media",
+    "Record",
+    "RecordSet",
+    "media_root",
+    "read_records",
+    "row_of",
+    "text_of",
+    "with_answer",
+    "write_rows",
+]
 
-ROLES = ("system", "user", "assistant")
+_MAX_ID_BITS = 256  # of an id that is a number
 
 
 @dataclass(frozen=True)
@@ -88,8 +110,11 @@ class _Reading:
     root: Path | None
     records: list[Record] = field(default_factory=list)
     problems: list[tuple[str, str, str]] = field(default_factory=list)  # id, where, reason
-    where_of: dict[str, str] = field(default_factory=dict)
+    first_of: dict[str, tuple[str, bool]] = field(default_factory=dict)  # of an id: where, and whether it was given
     known: dict[Path | str, Media] = field(default_factory=dict)
+    shelf: Shelf = field(default_factory=Shelf)
+    notes: Counter[str] = field(default_factory=Counter)  # how rows were read, and how many
+    unread: set[str] = field(default_factory=set)  # names of columns
 
 
 def read_records(data: DataSpec, *, limit: int | None = None) -> RecordSet:
@@ -102,9 +127,10 @@ def read_records(data: DataSpec, *, limit: int | None = None) -> RecordSet:
     source = data.path or f"generator {data.generator}"
     reading = _Reading(media_root(data))
     num_rows = 0
-    for where, row in tqdm(raw_rows(data), desc="read rows", unit="row", delay=2, disable=None):
+    for raw in tqdm(raw_rows(data, reading.unread), desc="read rows", unit="row", delay=2, disable=None):
         num_rows += 1
-        _read_row(reading, where, row)
+        _read_row(reading, raw)
+    _tell(source, reading)
     if reading.problems and data.bad_rows == "refuse":
         raise DataError(_all_problems(source, reading, num_rows))
     if not reading.records:
@@ -114,9 +140,11 @@ def read_records(data: DataSpec, *, limit: int | None = None) -> RecordSet:
 
 
 def with_answer(record: Record, answer: str) -> Record:
-    """The same row with another text of the last assistant turn."""
+    """The same row with another text of the last assistant turn, which then is all of it: no reasoning and no call."""
     messages = [*record.prompt_messages, {"role": "assistant", "content": as_parts(answer)}]
-    return replace(record, messages=messages, digest=_digest(messages, record.images))
+    return replace(
+        record, messages=messages, digest=_digest(messages, record.images, record.tools, record.template_args)
+    )
 
 
 def row_of(record: Record, *, media_root: Path | None = None) -> dict[str, Any]:
@@ -126,7 +154,9 @@ def row_of(record: Record, *, media_root: Path | None = None) -> dict[str, Any]:
     paths relative to it.
     """
     images = [_entry_of(image, media_root) for image in record.images]
-    return {"id": record.id, "kind": record.kind, "messages": record.messages, "images": images}
+    row = {"id": record.id, "kind": record.kind, "messages": record.messages, "images": images}
+    row |= {"tools": record.tools} if record.tools else {}
+    return row | ({"chat_template_kwargs": record.template_args} if record.template_args else {})
 
 
 def _entry_of(image: Media, root: Path | None) -> dict[str, Any]:
@@ -135,46 +165,88 @@ def _entry_of(image: Media, root: Path | None) -> dict[str, Any]:
     return {"path": image.path.relative_to(root).as_posix(), "sha256": image.sha256}
 
 
-def _read_row(reading: _Reading, where: str, row: Any) -> None:
+def _read_row(reading: _Reading, raw: RawRow) -> None:
+    row, notes = raw.row, set[str]()
     try:
-        record = _to_record(row, root=reading.root, known=reading.known)
-        first = reading.where_of.setdefault(record.id, where)
-        if first != where:
-            raise DataError(f"id `{record.id}` was used before, at {first}")
+        record = _to_record(raw, reading, notes)
+        _check_id(reading, raw.where, record, is_given=row.get("id") is not None)
         reading.records.append(record)
     except DataError as error:
         row_id = row.get("id") if isinstance(row, Mapping) else None
-        reading.problems.append((str(row_id or where), where, str(error)))
+        name = row_id if isinstance(row_id, str) and row_id else raw.where if row_id is None else shown(row_id)
+        reading.problems.append((name, raw.where, printable(str(error))))
+    reading.notes.update(notes)
+    if isinstance(row, Mapping):
+        reading.unread |= {str(key) for key in row if key not in COLUMNS and key not in UNSUPPORTED}
+
+
+def _check_id(reading: _Reading, where: str, record: Record, *, is_given: bool) -> None:
+    first, was_given = reading.first_of.setdefault(record.id, (where, is_given))
+    if first == where:
+        return
+    if is_given or was_given:
+        raise DataError(f"id `{shown(record.id)}` was used before, at {first}")
+    raise DataError(f"is the same row as {first} and has no `id`; drop one of them, or give each an `id`")
+
+
+def _tell(source: str, reading: _Reading) -> None:
+    """Say once how the rows were read, where that is not plain."""
+    for note, count in sorted(reading.notes.items()):
+        say(f"{printable(source)}: {note} ({count} {'row' if count == 1 else 'rows'})")
+    if reading.unread:
+        say(f"{printable(source)}: not read: {listed(sorted(reading.unread))}")
 
 
 def _all_problems(source: str, reading: _Reading, num_rows: int) -> str:
-    lines = [f"{where}: {reason}" for _, where, reason in reading.problems]
+    lines = [f"{printable(where)}: {reason}" for _, where, reason in reading.problems]
     advice = "mend them, or leave them out with data.bad_rows: list" if reading.records else "no row is left"
     return f"{source}: {len(lines)} of {num_rows} rows cannot be used; {advice}\n{list_problems(lines)}"
 
 
-def media_root(data: DataSpec) -> Path | None:
-    """The folder that image paths are relative to: `media_root`, else the folder of the file."""
-    if data.media_root is not None:
-        root = Path(data.media_root)
-        if not root.is_dir():
-            raise DataError(f"`data.media_root` is {root}: no such folder")
-        return root.resolve()
-    return Path(data.path).resolve().parent if data.path is not None else None
-
-
-def _to_record(row: Any, *, root: Path | None, known: dict[Path | str, Media]) -> Record:
+def _to_record(raw: RawRow, reading: _Reading, notes: set[str]) -> Record:
     """The record of a row; raises DataError with the first thing that is wrong."""
+    row = raw.row
     if isinstance(row, DataError):
         raise row
     if not isinstance(row, Mapping):
         raise DataError(f"is a {type(row).__name__}, must be a mapping with `messages`")
-    if row.get("videos"):
-        raise DataError("has `videos`, which are not supported yet")
-    messages = _messages(row)
-    images = _images(row, _num_image_parts(messages), root=root, known=known)
-    digest = _digest(messages, images)
-    return Record(_row_id(row, digest), messages, images, digest, _kind(row))
+    messages, pictures = _content(row, notes)
+    images = tuple(_image(raw, entry, number, reading) for number, entry in enumerate(pictures))
+    tools, template_args = _tools(row), _template_args(row)
+    digest = _digest(messages, images, tools, template_args)
+    return Record(_row_id(row, digest), messages, images, digest, _kind(row), tools, template_args)
+
+
+def _content(row: Mapping[str, Any], notes: set[str]) -> tuple[list[Message], list[Any]]:
+    """The messages up to the turn that is learned, and the pictures in them, one for each image part."""
+    for key in UNSUPPORTED:
+        if not is_empty(row.get(key)):
+            raise DataError(f"has `{key}`, which {'are' if key.endswith('s') else 'is'} not supported yet")
+    messages, may_learn = check_messages(turns_of(row, notes.add), notes.add)
+    if row.get("system") is not None:
+        if messages[0]["role"] == "system":
+            raise DataError("has both `system` and a system message")
+        messages.insert(0, {"role": "system", "content": as_parts(text_value(row["system"], "`system`"))})
+        may_learn.insert(0, False)
+    pictures = place_pictures(messages, row, notes.add)
+    messages = messages[: learned_turn(messages, may_learn, notes.add) + 1]
+    return messages, pictures[: sum(1 for _ in image_parts(messages))]
+
+
+def _image(raw: RawRow, entry: Any, number: int, reading: _Reading) -> Media:
+    again = None if raw.again is None else partial(_read_again, raw.again, raw.where, number)
+    try:
+        return load_media(entry, root=reading.root, known=reading.known, again=again, shelf=reading.shelf)
+    except DataError as error:
+        raise DataError(f"image {number} {error}") from None
+
+
+def _read_again(row_again: Callable[[], Any], where: str, number: int) -> bytes:
+    """The bytes of picture `number` of the row at `where`, out of the file that it was read from."""
+    try:
+        return bytes_of(_content(row_again(), set())[1][number])
+    except (*READ_ERRORS, DataError, LookupError, AttributeError, TypeError) as error:  # it is another file now
+        raise DataError(f"image {number} of {where} cannot be read again: {shown(str(error))}; start again") from None
 
 
 def _row_id(row: Mapping[str, Any], digest: str) -> str:
@@ -182,110 +254,47 @@ def _row_id(row: Mapping[str, Any], digest: str) -> str:
     if row_id is None:
         return digest[:16]
     if isinstance(row_id, bool) or not isinstance(row_id, str | int) or row_id == "":
-        raise DataError(f"`id` is {row_id!r}, must be a text or a whole number")
-    return _text(str(row_id), "`id`")
+        raise DataError(f"`id` is {shown(row_id) or repr(row_id)}, must be a text or a whole number")
+    if isinstance(row_id, int) and row_id.bit_length() > _MAX_ID_BITS:
+        raise DataError(f"`id` is a whole number of more than {_MAX_ID_BITS} bits; write it as text")
+    return text_value(str(row_id), "`id`")
 
 
 def _kind(row: Mapping[str, Any]) -> str:
     kind = row.get("kind")
-    return "" if kind is None else _text(kind, "`kind`")
+    return "" if kind is None else text_value(kind, "`kind`")
 
 
-def _messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    turns = row.get("messages")
-    if not isinstance(turns, list | tuple) or not turns:
-        raise DataError("`messages` is missing or empty")
-    messages = [_message(turn, number) for number, turn in enumerate(turns)]
-    if row.get("system") is not None:
-        if messages[0]["role"] == "system":
-            raise DataError("has both `system` and a system message")
-        messages.insert(0, {"role": "system", "content": as_parts(_text(row["system"], "`system`"))})
-    _check_response(messages)
-    return messages
+def _tools(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """What the template is told that the assistant can call."""
+    tools = None if is_empty(row.get("tools")) else given_json(row["tools"], "`tools`")
+    if is_empty(tools):
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise DataError("`tools` must be a list of mappings, one for each tool")
+    return tools
 
 
-def _check_response(messages: list[dict[str, Any]]) -> None:
-    roles = [message["role"] for message in messages]
-    if "assistant" not in roles:
-        raise DataError("has no assistant message, so no response")
-    if roles[-1] != "assistant":
-        raise DataError(f"the last message is of role `{roles[-1]}`, must be the assistant's")
-    if len(roles) == 1:
-        raise DataError("has no message before the response")
-    if _num_image_parts(messages[-1:]):
-        raise DataError("the response holds an image")
-    if not text_of(messages[-1]).strip():
-        raise DataError("the response is empty")
+def _template_args(row: Mapping[str, Any]) -> dict[str, Any]:
+    key = "chat_template_kwargs"
+    arguments = None if is_empty(row.get(key)) else given_json(row[key], f"`{key}`")
+    if is_empty(arguments):
+        return {}
+    if not isinstance(arguments, dict):
+        raise DataError(f"`{key}` is a {type(arguments).__name__}, must be a mapping of names and values")
+    return arguments
 
 
-def _message(turn: Any, number: int) -> dict[str, Any]:
-    where = f"message {number}"
-    if not isinstance(turn, Mapping):
-        raise DataError(f"{where} is a {type(turn).__name__}, must be a mapping with `role` and `content`")
-    if turn.get("role") not in ROLES:
-        raise DataError(f"{where} has the unknown role `{turn.get('role')}` (known: {', '.join(ROLES)})")
-    parts = as_parts(turn.get("content"))
-    if not isinstance(parts, list | tuple):
-        raise DataError(f"{where} has content of type {type(parts).__name__}, must be a text or a list of parts")
-    return {"role": turn["role"], "content": [_part(part, where) for part in parts]}
-
-
-def _part(part: Any, where: str) -> dict[str, str]:
-    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-    if kind == "text":
-        return {"type": "text", "text": _text(part.get("text"), f"a text part of {where}")}
-    if kind == "image":
-        return {"type": "image"}
-    if kind == "video":
-        raise DataError(f"{where} holds a video; videos are not supported yet")
-    raise DataError(f"{where} has a part of the unknown type `{kind}` (known: text, image)")
-
-
-def _text(value: Any, what: str) -> str:
-    if not isinstance(value, str):
-        raise DataError(f"{what} is a {type(value).__name__}, must be a text")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(f"{what} holds half a surrogate pair at character {error.start}, which is no text") from None
-    return value
-
-
-def _num_image_parts(messages: list[dict[str, Any]]) -> int:
-    return sum(part["type"] == "image" for part in _parts(messages))
-
-
-def _parts(messages: list[dict[str, Any]]) -> Iterator[dict[str, str]]:
-    for message in messages:
-        yield from message["content"]
-
-
-def text_of(message: dict[str, Any]) -> str:
-    """The text parts of one message, joined."""
-    return "".join(part["text"] for part in message["content"] if part["type"] == "text")
-
-
-def _images(
-    row: Mapping[str, Any], num_parts: int, *, root: Path | None, known: dict[Path | str, Media]
-) -> tuple[Media, ...]:
-    entries = row.get("images")
-    entries = [] if entries is None else entries
-    if not isinstance(entries, list | tuple):
-        raise DataError(f"`images` is a {type(entries).__name__}, must be a list")
-    if len(entries) != num_parts:
-        raise DataError(f'has {num_parts} parts {{"type": "image"}} for {len(entries)} `images`; one part for each')
-    return tuple(_image(entry, number, root=root, known=known) for number, entry in enumerate(entries))
-
-
-def _image(entry: Any, number: int, *, root: Path | None, known: dict[Path | str, Media]) -> Media:
-    try:
-        return load_media(entry, root=root, known=known)
-    except DataError as error:
-        raise DataError(f"image {number} {error}") from None
-
-
-def _digest(messages: list[dict[str, Any]], images: Sequence[Media]) -> str:
+def _digest(
+    messages: list[Message],
+    images: Sequence[Media],
+    tools: list[dict[str, Any]] | None,
+    template_args: dict[str, Any],
+) -> str:
     """Content digest: the same for every way to write the same row, whatever its id and kind."""
-    content = {"messages": messages, "images": [image.sha256 for image in images]}
+    content: dict[str, Any] = {"messages": messages, "images": [image.sha256 for image in images]}
+    # Rows without these keep the digest that they had before there were any.
+    content |= {"tools": tools} if tools else {}
+    content |= {"template_args": template_args} if template_args else {}
     text = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(text.encode("utf-8")).hexdigest()

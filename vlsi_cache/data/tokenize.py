@@ -8,7 +8,6 @@ Shapes: P prompt tokens, R response tokens, S = P + R.
 
 import hashlib
 import json
-import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,9 +19,11 @@ import numpy as np
 from tqdm import tqdm
 
 from vlsi_cache.errors import DataError, ModelError, list_problems
+from vlsi_cache.log import say
 
 from .chat import Chat, PromptMode, Turn, open_chat
 from .records import Record
+from .values import shown
 from .vision import Vision, load_vision, pixel_path, token_ids
 
 # How rows become tokens; counts up when that changes for some row. 1: the answer was read apart from its prompt.
@@ -134,7 +135,7 @@ class Encoder:
                 return len(prompt_ids), response_ids
             return self.vision.num_tokens(turn.prompt, record.images), response_ids
         except DataError as error:
-            raise DataError(f"row `{record.id}`: {error}") from None
+            raise DataError(f"row `{shown(record.id)}`: {error}") from None
 
     def encode(self, record: Record, *, with_response: bool = True) -> Encoded:
         """Ids and pixels of one sample, or of its prompt as the model sees it at inference; raises DataError."""
@@ -146,7 +147,7 @@ class Encoder:
                 prompt = self.vision.encode(turn.prompt, record.images)
                 ids_P, types_P, media = prompt.ids_P, prompt.token_types_P, prompt.media
         except DataError as error:
-            raise DataError(f"row `{record.id}`: {error}") from None
+            raise DataError(f"row `{shown(record.id)}`: {error}") from None
         types_S = None if types_P is None else np.concatenate([types_P, np.zeros_like(response_ids)])
         return Encoded(np.concatenate([ids_P, response_ids]), len(ids_P), response_ids, types_S, media)
 
@@ -285,7 +286,7 @@ def fit_rows(
             num_prompt, response_ids = encoder.measure(record, with_response=with_response)
         except DataError as error:
             problems.append(str(error))
-            skipped.append({"id": record.id, "reason": str(error).removeprefix(f"row `{record.id}`: ")})
+            skipped.append({"id": record.id, "reason": str(error).removeprefix(f"row `{shown(record.id)}`: ")})
             continue
         num_tokens = num_prompt + len(response_ids)
         if reason := too_long(num_tokens, max_length, max_positions):
@@ -294,7 +295,7 @@ def fit_rows(
             kept.append((index, num_prompt, response_ids))
     counts = [f"{count} of {len(records)} rows: {note}" for note, count in encoder.notes.most_common()]
     for line in [*encoder.chat.remarks, *counts]:
-        tqdm.write(line, file=sys.stderr)
+        say(line)
     _check_fit(len(kept), skipped, problems, encoder.name, bad_rows)
     return kept, skipped
 

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from vlsi_cache.data.records import Record, media_root, read_records, row_of, with_answer, write_rows
 from vlsi_cache.data.sources import read_responses
 from vlsi_cache.data.tokenize import Encoder, fit_rows, too_long
+from vlsi_cache.data.values import shown
 from vlsi_cache.disk import write_atomically
 from vlsi_cache.errors import DataError, FingerprintMismatchError, SpecError, list_problems
 from vlsi_cache.models.load import check_device
@@ -293,6 +294,6 @@ def _judge(job: _Job, record: Record, response: Response) -> tuple[list[int], st
     try:
         num_prompt, ids = job.encoder.measure(with_answer(record, text))
     except DataError as error:
-        return [], str(error).removeprefix(f"row `{record.id}`: ")
+        return [], str(error).removeprefix(f"row `{shown(record.id)}`: ")
     reason = too_long(num_prompt + len(ids), **job.limits)
     return ([], reason) if reason else (ids[:-1].tolist(), "")

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from vlsi_cache.disk import replacing, write_atomically
 from vlsi_cache.errors import CacheCorruptError, ModelError
+from vlsi_cache.log import say
 from vlsi_cache.models.layers import Backbone
 from vlsi_cache.models.load import check_device
 from vlsi_cache.report.checkup import Finding
@@ -25,11 +26,6 @@ from vlsi_cache.report.stats import read_metrics
 from vlsi_cache.sparse.kernels import pick_kernels
 from vlsi_cache.sparse.logits import Head
 from vlsi_cache.spec import RunSpec, Schedule
-
-
-def say(message: str) -> None:
-    """One line for a person, on standard error and above any progress bar."""
-    tqdm.write(message, file=sys.stderr)
 
 
 def warn_of(found: Iterable[Finding]) -> None:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 from vlsi_cache.data.collate import collate
-from vlsi_cache.data.media import Media, load_media
+from vlsi_cache.data.media import Media, load_media, read_file
 from vlsi_cache.data.records import Record
 from vlsi_cache.data.tokenize import Encoded, Encoder, load_encoder
 from vlsi_cache.errors import DataError, ModelError, SpecError, command_line
@@ -146,9 +146,7 @@ def _made_for(verbalizers: str) -> str | None:
 
 def _load_image(file: Path) -> Media:
     try:
-        return load_media({"bytes": file.read_bytes()}, root=None, known={})
-    except OSError as error:
-        raise DataError(f"image {file} cannot be read: {error.strerror or error}") from None
+        return load_media({"bytes": read_file(file)}, root=None, known={})
     except DataError as error:
         raise DataError(f"image {file} {error}") from None
 

@@ -1,0 +1,186 @@
+"""The messages of a row, checked: roles, contents, what else a chat template is given, and which turn is learned."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from vlsi_cache.errors import DataError
+
+from .forms import Note
+from .values import given_json, is_empty, listed, shown, text_value
+
+Message = dict[str, Any]
+
+ROLES = ("system", "user", "assistant", "tool")
+# Names that others give to `reasoning_content`: vLLM and OpenRouter, and the chat template of gpt-oss.
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+_TEXT_KEYS = ("name", "tool_call_id")
+_KEYS = ("role", "content", *_REASONING, "tool_calls", *_TEXT_KEYS, "weight", "train")
+# Where a picture of its own can stand in a part.
+_PICTURE_KEYS = ("image", "image_url", "url", "path", "bytes", "base64")
+
+
+def check_messages(turns: list[Any], note: Note) -> tuple[list[Message], list[bool]]:
+    """The messages, and for each whether it may be learned; content is always a list of parts.
+
+    An image part may hold its own `picture`, see `place_pictures`. Raises DataError with the first thing that is wrong.
+    """
+    checked = [_message(turn, f"message {number}", note) for number, turn in enumerate(turns)]
+    return [message for message, _ in checked], [may_learn for _, may_learn in checked]
+
+
+def learned_turn(messages: list[Message], may_learn: list[bool], note: Note) -> int:
+    """Index of the turn that is learned: the assistant's last one, but for those that are not to be learned."""
+    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    learned = [index for index in answers if may_learn[index]]
+    if not answers:
+        raise DataError("has no assistant message, so no response")
+    if not learned:
+        raise DataError("none of its assistant messages may be learned: they have `weight: 0` or `train: false`")
+    if learned[-1] != answers[-1]:
+        note("rows end before turns of `weight: 0` or `train: false`, which are not learned")
+    elif answers[-1] != len(messages) - 1:
+        raise DataError(f"the last message is of role `{messages[-1]['role']}`, must be the assistant's")
+    if learned[-1] == 0:
+        raise DataError("has no message before the response")
+    response = messages[learned[-1]]
+    if any(part["type"] == "image" for part in response["content"]):
+        raise DataError("the response holds an image")
+    if not text_of(response).strip() and "tool_calls" not in response:
+        raise DataError("the response is empty")
+    return learned[-1]
+
+
+def as_parts(content: Any) -> Any:
+    """Content as a list of parts: a plain string is one text part."""
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def text_of(message: Message) -> str:
+    """The text parts of one message, joined."""
+    return "".join(part["text"] for part in message["content"] if part["type"] == "text")
+
+
+def image_parts(messages: list[Message]) -> Iterator[dict[str, Any]]:
+    for message in messages:
+        yield from (part for part in message["content"] if part["type"] == "image")
+
+
+def _message(turn: Any, where: str, note: Note) -> tuple[Message, bool]:
+    if not isinstance(turn, Mapping):
+        raise DataError(f"{where} is a {type(turn).__name__}, must be a mapping with `role` and `content`")
+    turn = {key: value for key, value in turn.items() if value is not None}
+    role = turn.get("role")
+    if role == "developer":
+        # OpenAI's newer name for it. Templates that know it write both alike, and others leave it out in silence.
+        note("role `developer` is read as `system`")
+        role = "system"
+    if role not in ROLES:
+        raise DataError(f"{where} has the unknown role `{shown(role)}` (known: {', '.join(ROLES)}, developer)")
+    unknown = [key for key, value in turn.items() if key not in _KEYS and not is_empty(value)]
+    if unknown:
+        raise DataError(f"{where} has {listed(unknown)}, not read here (read are: {', '.join(_KEYS)})")
+    calls = _tool_calls(turn.get("tool_calls"), role, where)
+    message = {"role": role, "content": _content(turn.get("content"), where, is_call=bool(calls))}
+    message |= _reasoning(turn, role, where, note)
+    message |= {"tool_calls": calls} if calls else {}
+    message |= {key: text_value(turn[key], f"`{key}` of {where}") for key in _TEXT_KEYS if key in turn}
+    return message, _may_learn(turn, role, where)
+
+
+def _content(content: Any, where: str, *, is_call: bool) -> list[dict[str, Any]]:
+    if is_call and (content is None or content == ""):
+        return []
+    parts = as_parts(content)
+    if not isinstance(parts, list | tuple):
+        raise DataError(f"{where} has content of type {type(parts).__name__}, must be a text or a list of parts")
+    return [_part(part, where) for part in parts]
+
+
+def _tool_calls(calls: Any, role: str, where: str) -> list[dict[str, Any]]:
+    calls = given_json(calls, f"`tool_calls` of {where}") or []
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise DataError(f"`tool_calls` of {where} must be a list of mappings")
+    if calls and role != "assistant":
+        raise DataError(f"{where} has `tool_calls` and is of role `{role}`; only the assistant calls tools")
+    return calls
+
+
+def _reasoning(turn: Mapping[str, Any], role: str, where: str, note: Note) -> dict[str, str]:
+    given = {key: text_value(turn[key], f"`{key}` of {where}") for key in _REASONING if key in turn}
+    if role != "assistant":
+        given = {key: text for key, text in given.items() if text}
+    if not given:
+        return {}
+    if role != "assistant":
+        raise DataError(f"{where} has {listed(given)} and is of role `{role}`; only the assistant reasons")
+    if len(set(given.values())) > 1:
+        raise DataError(f"{where} has {listed(given)} with different texts; keep `reasoning_content`")
+    if "reasoning_content" not in given:
+        note(f"{listed(given)} of a message is read as `reasoning_content`")
+    return {"reasoning_content": next(iter(given.values()))}
+
+
+def _may_learn(turn: Mapping[str, Any], role: str, where: str) -> bool:
+    """What `weight` (OpenAI) and `train` (axolotl) say of a message."""
+    weight, train = turn.get("weight"), turn.get("train")
+    if weight is not None and (not isinstance(weight, int | float) or weight not in (0, 1)):
+        raise DataError(f"{where} has `weight` `{shown(weight)}`, must be 0 or 1")
+    if train is not None and not isinstance(train, bool):
+        raise DataError(f"{where} has `train` `{shown(train)}`, must be true or false")
+    if weight is not None and train is not None and bool(weight) != train:
+        raise DataError(f"{where} has `weight: {shown(weight)}` and `train: {str(train).lower()}`; keep one of them")
+    if role != "assistant" and (weight or train):
+        raise DataError(f"{where} is of role `{role}` and to be learned; only messages of the assistant are")
+    return weight != 0 and train is not False
+
+
+def _part(part: Any, where: str) -> dict[str, Any]:
+    if not isinstance(part, Mapping):
+        raise DataError(
+            f"{where} has a part of the unknown type `{type(part).__name__}` (known: text, image, image_url)"
+        )
+    part = {key: value for key, value in part.items() if value is not None}
+    kind = part.get("type")
+    if kind == "text":
+        _refuse_keys(part, ("type", "text"), where)
+        return {"type": "text", "text": text_value(part.get("text"), f"a text part of {where}")}
+    if kind in ("image", "image_url"):
+        return _image_part(part, where)
+    if kind == "video":
+        raise DataError(f"{where} holds a video; videos are not supported yet")
+    raise DataError(f"{where} has a part of the unknown type `{shown(kind)}` (known: text, image, image_url)")
+
+
+def _image_part(part: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """An image part: with its own `picture`, or one of the row's, in order (`index` may say which)."""
+    _refuse_keys(part, ("type", "text", "index", "sha256", *_PICTURE_KEYS), where)
+    if part.get("text"):
+        raise DataError(f"{where} has a part of type `{part['type']}` with a `text`; make it a part of its own")
+    own = {key: part[key] for key in _PICTURE_KEYS if not is_empty(part.get(key))}
+    if not own and part["type"] == "image_url":
+        raise DataError(f"{where} has a part of type `image_url` without an `image_url`")
+    if not own:
+        return {"type": "image", **({"index": part["index"]} if "index" in part else {})}
+    if len(own) > 1 and set(own) != {"bytes", "path"}:
+        raise DataError(f"{where} has a part with {listed(own)}; keep one of them")
+    return {"type": "image", "picture": _picture(own, part, where)}
+
+
+def _picture(own: dict[str, Any], part: Mapping[str, Any], where: str) -> Any:
+    if "bytes" in own or "base64" in own:
+        picture: Any = {"bytes": own.get("bytes", own.get("base64"))}
+    else:
+        picture = next(iter(own.values()))
+    if "image_url" in own and isinstance(picture, Mapping):
+        _refuse_keys(picture, ("url", "detail"), f"`image_url` of {where}")
+        picture = picture.get("url")
+    if "sha256" in part:
+        entry = picture if isinstance(picture, Mapping) else {"path" if isinstance(picture, str) else "bytes": picture}
+        picture = {**entry, "sha256": part["sha256"]}
+    return picture
+
+
+def _refuse_keys(part: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
+    unknown = [key for key, value in part.items() if key not in known and not is_empty(value)]
+    if unknown:
+        raise DataError(f"{where} has a part with {listed(unknown)}, not read here (read are: {', '.join(known)})")
