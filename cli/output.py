@@ -115,11 +115,6 @@ def show(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def say(message: str) -> None:
-    """One line for the person at the terminal."""
-    print(message, file=sys.stderr)
-
-
 def require_cache(path: Path) -> None:
     """Raise what opening would raise when this is no cache at all; a damaged one passes."""
     if not (path / "cache.json").is_file():

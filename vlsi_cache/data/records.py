@@ -12,9 +12,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, overload
 
-from tqdm import tqdm
-
 from vlsi_cache.errors import DataError, list_problems
+from vlsi_cache.progress import progress
 from vlsi_cache.spec import DataSpec, change
 
 from .media import Media, load_media
@@ -102,7 +101,7 @@ def read_records(data: DataSpec, *, limit: int | None = None) -> RecordSet:
     source = data.path or f"generator {data.generator}"
     reading = _Reading(media_root(data))
     num_rows = 0
-    for where, row in tqdm(raw_rows(data), desc="read rows", unit="row", delay=2, disable=None):
+    for where, row in progress(raw_rows(data), "read rows", unit="row", delay=2):
         num_rows += 1
         _read_row(reading, where, row)
     if reading.problems and data.bad_rows == "refuse":

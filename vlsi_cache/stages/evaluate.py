@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from vlsi_cache.data.batches import plan_batches
 from vlsi_cache.data.collate import collate
@@ -25,6 +24,7 @@ from vlsi_cache.models.layers import Backbone
 from vlsi_cache.models.load import load_model, resolve_model, weights_digest
 from vlsi_cache.models.verbalizer import Verbalizers, load_verbalizers
 from vlsi_cache.models.verbalizer_files import find_folder, read_record
+from vlsi_cache.progress import progress, say
 from vlsi_cache.report.stats import next_step
 from vlsi_cache.sparse.whole import linear_cross_entropy
 from vlsi_cache.spec import CacheSpec, Dtype, EvaluateSpec, change, spec_from_dict
@@ -32,7 +32,7 @@ from vlsi_cache.store import reader
 from vlsi_cache.store.reader import Cache
 
 from .heldout import against_cache, trained_on
-from .loop import head_of, pick_device, read_json, say
+from .loop import head_of, pick_device, read_json
 from .responses import Decoding, respond
 
 RESULT = "evaluation.json"
@@ -285,7 +285,7 @@ def mean_nll(
     layers = verbalizers.layers if verbalizers is not None else []
     sums: dict[int, float] = defaultdict(float)
     num_tokens, head = 0, head_of(backbone).real(encoder.v_real)
-    for indices in tqdm(batches, desc="perplexity", disable=None):
+    for indices in progress(batches, "perplexity", unit="batch"):
         batch = collate([encoder.encode(records[i]) for i in indices], pad_id=encoder.pad_id).to(backbone.device)
         capture = verbalizers.capture if verbalizers is not None else partial(backbone.capture, layers=[])
         hidden: dict[int, Any] = dict(capture(batch.inputs, rows_T=batch.rows_T, positions_T=batch.positions_T))
@@ -314,7 +314,7 @@ def answers(
     """Answers without sampling, in batches of similar length."""
     order = sorted(range(len(records)), key=lambda i: encoder.measure(records[i])[0])
     size, decoding = settings.batch_size, Decoding(settings.max_new_tokens, num_beams=settings.num_beams)
-    for start in tqdm(range(0, len(order), size), desc="generate", disable=None):
+    for start in progress(range(0, len(order), size), "generate", unit="batch"):
         chosen = [records[i] for i in order[start : start + size]]
         for record, response in zip(chosen, respond(model, encoder, chosen, decoding), strict=True):
             yield record, encoder.decode(response.ids)

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from vlsi_cache.data.records import Record, media_root, read_records, row_of, with_answer, write_rows
 from vlsi_cache.data.sources import read_responses
@@ -25,10 +24,11 @@ from vlsi_cache.data.tokenize import Encoder, fit_rows
 from vlsi_cache.disk import write_atomically
 from vlsi_cache.errors import DataError, FingerprintMismatchError, SpecError, list_problems
 from vlsi_cache.models.load import check_device
+from vlsi_cache.progress import progress, say
 from vlsi_cache.spec import CacheSpec
 from vlsi_cache.store.commit import publish_new_file
 
-from .loop import read_json, say, seed_step
+from .loop import read_json, seed_step
 from .responses import Decoding, Response, respond
 from .runs import differences, locked, versions
 from .speaker import Speaker, speaker_of
@@ -202,7 +202,7 @@ def _speak(job: _Job, *, seed: int, device: str) -> None:
     if not missing:
         return
     loaded, done = job.speaker.load(device), len(job.batches) - len(missing)
-    for number in tqdm(missing, desc="generate", unit="batch", initial=done, total=len(job.batches), disable=None):
+    for number in progress(missing, "generate", unit="batch", done=done):
         seed_step(seed, "generate", number)
         records = [job.records[index] for index, _ in job.batches[number]]
         responses = respond(loaded, job.encoder, records, job.decoding)

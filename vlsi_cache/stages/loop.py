@@ -14,22 +14,17 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
-from tqdm import tqdm
 
 from vlsi_cache.disk import replacing, write_atomically
 from vlsi_cache.errors import CacheCorruptError, ModelError
 from vlsi_cache.models.layers import Backbone
 from vlsi_cache.models.load import check_device
+from vlsi_cache.progress import Bar, say
 from vlsi_cache.report.checkup import Finding
 from vlsi_cache.report.stats import read_metrics
 from vlsi_cache.sparse.kernels import pick_kernels
 from vlsi_cache.sparse.logits import Head
 from vlsi_cache.spec import RunSpec, Schedule
-
-
-def say(message: str) -> None:
-    """One line for a person, on standard error and above any progress bar."""
-    tqdm.write(message, file=sys.stderr)
 
 
 def warn_of(found: Iterable[Finding]) -> None:
@@ -143,7 +138,7 @@ class MetricsLog:
     def __init__(self, folder: Path) -> None:
         self.path = folder / "metrics.jsonl"
         self._file = self.path.open("a", encoding="utf-8")
-        self._bar: Any = None
+        self._bar: Bar | None = None
         self._started = time.monotonic()
 
     def start_stage(self, stage: str, *, step: int, num_steps: int) -> None:
@@ -154,14 +149,14 @@ class MetricsLog:
         self._file = self.path.open("a", encoding="utf-8")
         if self._bar is None:  # the clock goes on where an earlier attempt has stopped
             self._started = time.monotonic() - (kept[-1]["elapsed_s"] if kept else 0.0)
-        self._bar = tqdm(desc=stage, total=num_steps, initial=step, unit="step", disable=None)
+        self._bar = Bar(stage, unit="step", total=num_steps, done=step)
 
     def write(self, **metrics: Any) -> None:
         metrics["elapsed_s"] = round(time.monotonic() - self._started, 3)
         self._file.write(json.dumps(metrics) + "\n")
         self._file.flush()
-        shown = {"loss": f"{metrics['loss']:.3f}", "tok/s": int(metrics["tokens_per_s"])}
-        self._bar.set_postfix({**shown, "data": f"{metrics['data_wait_pct']:.0f}%"}, refresh=False)
+        speed, waited = int(metrics["tokens_per_s"]), metrics["data_wait_pct"]
+        self._bar.note(f"loss={metrics['loss']:.3f}, tok/s={speed}, data={waited:.0f}%")
         self._bar.update()
 
     def stage_seconds(self, stage: str) -> float:

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import DynamicCache
 
 from vlsi_cache.data.collate import collate
@@ -27,6 +26,7 @@ from vlsi_cache.models.layers import Backbone, LayerSequence
 from vlsi_cache.models.load import load_model, resolve_model, weights_digest
 from vlsi_cache.models.verbalizer import Verbalizers, load_verbalizers, logit_lens
 from vlsi_cache.models.verbalizer_files import RECORD, find_folder
+from vlsi_cache.progress import progress
 from vlsi_cache.report.example import png_of
 from vlsi_cache.report.stats import next_step
 from vlsi_cache.report.trace_page import Said, Token, Trace
@@ -228,7 +228,7 @@ def _speak(
     probs_LN = torch.empty(len(layers), 0, device=device)
     has_ended_L = torch.zeros(len(layers), dtype=torch.bool, device=device)
     run = (_whole_sequences if verbalizers.needs_sequence else _with_kv_cache)(backbone, verbalizers, encoded)
-    for _ in tqdm(range(max_new_tokens), desc="trace", unit="token", disable=None):
+    for _ in progress(range(max_new_tokens), "trace", unit="token"):
         states = run(ids_LN)
         rows = [_entering_head(verbalizers, layer, states[layer], row) for row, layer in enumerate(layers)]
         state_LD = torch.cat(rows)

@@ -13,6 +13,7 @@ from typing import Any, Literal, overload
 import numpy as np
 
 from vlsi_cache.errors import DataError, FingerprintMismatchError, SpecError, list_problems
+from vlsi_cache.progress import progress
 
 from .arrays import Arrays
 from .cut import in_memory, stored_samples
@@ -77,7 +78,7 @@ def _run(sources: list[Cache], plan: MergePlan) -> Cache:
         plan.out, _merged_header(sources), first.ranks, token_texts=token_texts(first)
     )
     maps = {source.path: _rank_map(source, writer) for source in sources}
-    for number in writer.missing_parts():
+    for number in progress(writer.missing_parts(), "merge", unit="part", delay=2):
         if part_dir(plan.out, number).exists():  # another process was faster
             continue
         source, index = homes[number]

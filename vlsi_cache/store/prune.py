@@ -12,6 +12,7 @@ from typing import Any, Literal, TypedDict, Unpack, get_args, overload
 import numpy as np
 
 from vlsi_cache.errors import SpecError
+from vlsi_cache.progress import progress
 
 from .choose import (
     PartTokens,
@@ -157,7 +158,7 @@ def run_prune(job: Job) -> Cache:
     check_room(out, sum(size for index, size in enumerate(job.group_bytes) if index not in done))
     writer = CacheWriter.create_or_resume(out, job.header, job.ranks, token_texts=token_texts(source))
     generation = len(earlier_cuts(source.header, "top_k"))
-    for index in writer.missing_parts():
+    for index in progress(writer.missing_parts(), "prune", unit="part", delay=2):
         if part_dir(out, index).exists():  # another process was faster
             continue
         pieces = []
