@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import shlex
-import shutil
 import socket
 import sys
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlsi_cache.disk import write_atomically
+from vlsi_cache.disk import put_all_back, remove, write_atomically
 from vlsi_cache.errors import (
     DiskFullError,
     FingerprintMismatchError,
@@ -188,11 +187,9 @@ def _is_ours(name: str) -> bool:
 
 
 def _remove_leftovers(path: Path) -> None:
+    put_all_back(path)
     for leftover in [found for pattern in LEFTOVERS for found in path.glob(pattern)]:
-        if leftover.is_dir():
-            shutil.rmtree(leftover)
-        else:
-            leftover.unlink()
+        remove(leftover)
 
 
 @contextmanager
