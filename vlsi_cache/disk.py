@@ -11,12 +11,16 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import xxhash
 
 from vlsi_cache.errors import DiskFullError
 
+READ_BYTES = 1 << 22
 FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT)
 ASIDE = ".old-"  # in the name of a folder that another one is taking the place of
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux, as in renameat2(2)
@@ -43,6 +47,28 @@ def fsync_tree(folder: Path) -> None:
         for name in files:
             fsync_file(Path(parent) / name)
         fsync_dir(Path(parent))
+
+
+def checksum(path: Path) -> dict[str, int | str]:
+    """`size` and `xxh3` (64 bits, in hex) of what is in a file."""
+    digest, size = xxhash.xxh3_64(), 0
+    with path.open("rb") as file:
+        while block := file.read(READ_BYTES):
+            digest.update(block)
+            size += len(block)
+    return {"size": size, "xxh3": digest.hexdigest()}
+
+
+def difference_from(recorded: Mapping[str, Any], path: Path) -> str:
+    """What a file is, and what its record says it was when it was written; empty when that is the same."""
+    try:
+        size = path.stat().st_size
+        found = checksum(path) if size == recorded["size"] else {"size": size}
+    except OSError as error:
+        return f"cannot be read ({error.strerror or error})"
+    key = "size" if size != recorded["size"] else "xxh3"
+    unit = " bytes" if key == "size" else ""
+    return "" if found[key] == recorded[key] else f"{key} is {found[key]}{unit}, and was {recorded[key]}{unit}"
 
 
 def is_disk_full(error: BaseException) -> bool:

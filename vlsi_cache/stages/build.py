@@ -23,6 +23,7 @@ from vlsi_cache.sparse.select import select_at_random, select_by_entropy
 from vlsi_cache.spec import CacheSpec
 from vlsi_cache.store import reader
 from vlsi_cache.store.files import load_header
+from vlsi_cache.store.header import check_root
 from vlsi_cache.store.layout import HEADER_NAME, TABLE_NAME, CacheHeader
 from vlsi_cache.store.ranks import RankTable, plain_ranks, ranks_by_count
 from vlsi_cache.store.reader import Cache
@@ -54,6 +55,7 @@ def build_teacher(
     DataError, ModelError.
     """
     out = Path(out)
+    check_root(out)
     inputs = open_teacher_inputs(spec)
     parts = plan_parts(
         [len(ids) for ids in inputs.response_ids], seed=spec.rows.seed, tokens_per_part=part_tokens(inputs)

@@ -25,13 +25,14 @@ from vlsi_cache.errors import DataError, ModelError, SpecError, command_line
 from vlsi_cache.models.layers import Backbone, LayerSequence
 from vlsi_cache.models.load import load_model, resolve_model, weights_digest
 from vlsi_cache.models.verbalizer import Verbalizers, load_verbalizers, logit_lens
-from vlsi_cache.models.verbalizer_files import RECORD, find_folder
+from vlsi_cache.models.verbalizer_files import RECORD, find_folder, read_record
 from vlsi_cache.progress import progress
 from vlsi_cache.report.example import png_of
 from vlsi_cache.report.stats import next_step
 from vlsi_cache.report.trace_page import Said, Token, Trace
+from vlsi_cache.run_files import read_run
 
-from .loop import head_of, pick_device, read_json
+from .loop import head_of, pick_device
 
 LOGIT_LENS = "none"
 States = Mapping[int, Tensor | LayerSequence]
@@ -105,7 +106,7 @@ def trace(
 
 def _subject(model: Path | str, verbalizers: str | None) -> _Subject:
     folder = Path(model).expanduser()
-    run = read_json(folder / "run.json") if (folder / "run.json").is_file() else None
+    run = read_run(folder) if (folder / "run.json").exists() else None
     if run is None:
         path = resolve_model(model)
         if verbalizers is None:
@@ -144,7 +145,7 @@ def _subject(model: Path | str, verbalizers: str | None) -> _Subject:
 def _made_for(verbalizers: str) -> str | None:
     """Digest of the weights that they were trained with; None where there are no verbalizers."""
     file = find_folder(verbalizers) / RECORD
-    return read_json(file)["provenance"].get("teacher_digest") if file.is_file() else None
+    return read_record(file.parent, [])["provenance"].get("teacher_digest") if file.is_file() else None
 
 
 def _load_image(file: Path) -> Media:
@@ -193,7 +194,7 @@ def _speakers(
 def _load(subject: _Subject, backbone: Backbone, targets: list[int] | None, gguf_file: str | None) -> Verbalizers:
     folder = find_folder(subject.verbalizers)
     if targets is None:
-        record = read_json(folder / RECORD) if (folder / RECORD).is_file() else {"layers": []}
+        record = read_record(folder, []) if (folder / RECORD).is_file() else {"layers": []}
         targets = sorted(int(layer) for layer in record["layers"])
     if subject.same_start:  # head and backbone have been trained since: these are what is looked at
         return load_verbalizers(folder, backbone, targets, check_head=False)
@@ -206,7 +207,7 @@ def _load(subject: _Subject, backbone: Backbone, targets: list[int] | None, gguf
             raise ModelError(
                 f"{error}; a run's student takes those of another run that began with the same student"
             ) from None
-        if not (run / "run.json").is_file():
+        if not (run / "run.json").exists():
             raise
         given = [] if folder.resolve() == (run / "verbalizers").resolve() else ["--verbalizers", folder]
         again = command_line("trace", run, *given)

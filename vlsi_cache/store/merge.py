@@ -19,7 +19,7 @@ from .arrays import Arrays
 from .cut import in_memory, stored_samples
 from .derive import CachePath, check_room, check_target, open_source, token_texts
 from .encoding import by_layer
-from .header import differences
+from .header import check_root, differences
 from .layout import IDENTITY_FIELDS, CacheHeader, list_parts, part_dir
 from .lineage import lineage, merged_responses
 from .part import Part
@@ -57,6 +57,7 @@ def merge(caches: Sequence[CachePath], out: str | os.PathLike[str], *, dry_run: 
     Rows are stored as they are, their ids under the frequency ranks of the first cache. With `dry_run` only the plan is
     made. Raises FingerprintMismatchError with every field that differs, DataError for samples in two of the caches.
     """
+    check_root(Path(out))
     sources = [open_source(cache) for cache in caches]
     if len(sources) < 2:
         raise SpecError(f"merge needs at least two caches, got {len(sources)}")

@@ -28,6 +28,7 @@ from .choose import (
 )
 from .cut import cut_part, join
 from .derive import CachePath, check_room, check_target, open_source, token_texts
+from .header import check_root
 from .layout import CacheHeader, list_parts, part_dir
 from .lineage import lineage
 from .part import Part
@@ -135,6 +136,7 @@ def prune(
     (another profile aside); the mass of dropped entries joins `tail_mass`, and tail samples are redrawn so that they
     are again independent draws from everything outside the new top-k. With `dry_run` only the plan is made.
     """
+    check_root(Path(out))
     source = open_source(cache)
     check_target(Path(out), [source])
     cuts = read_cuts(
