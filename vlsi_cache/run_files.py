@@ -175,19 +175,18 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def read_evaluation(folder: Path) -> dict[str, Any] | None:
-    """`evaluation.json` of a run folder; None when it was not evaluated."""
+    """`evaluation.json` of a run folder; None when it was not evaluated. Earlier releases wrote no checksum."""
     file = folder / EVALUATION
     if not file.exists():
         return None
-    return _read(file, _Evaluation, f"delete it and run: {command_line('evaluate', folder)}")
+    todo = f"delete it and run: {command_line('evaluate', folder)}"
+    return _unsealed(_read(file, _Evaluation, todo), file, todo)
 
 
 def read_checkpoint(file: Path) -> dict[str, Any]:
     """`checkpoint.json`, which has a checksum of itself; one of an earlier release has none."""
     record = _read(file, _Checkpoint, "")
-    if "files" in record and record.get(SEAL) != (found := seal(record)):
-        raise CacheCorruptError(f"{file}: xxh3 of the content is {found}, the file says {record.get(SEAL)}")
-    return record
+    return _unsealed(record, file, "", required="files" in record)
 
 
 def read_verbalizers(file: Path, todo: str) -> dict[str, Any]:
@@ -209,9 +208,7 @@ def read_batch(file: Path, num: int) -> list[dict[str, Any]]:
     """
     todo = "delete it and run the same command again, which repeats this batch"
     record: Any = _read(file, list[_Response] | _Responses, todo)
-    if isinstance(record, dict) and record.get(SEAL) != (found := seal(record)):
-        raise _damaged(str(file), f"xxh3 of the content is {found}, the file says {record.get(SEAL)}", todo)
-    responses = record["responses"] if isinstance(record, dict) else record
+    responses = _unsealed(record, file, todo, required=True)["responses"] if isinstance(record, dict) else record
     if len(responses) != num:
         raise _damaged(str(file), f"holds {len(responses)} responses, its batch has {num} prompts", todo)
     return responses
@@ -219,7 +216,7 @@ def read_batch(file: Path, num: int) -> list[dict[str, Any]]:
 
 def sealed(record: dict[str, Any]) -> str:
     """JSON text of a record with its checksum in it."""
-    return json.dumps({**record, SEAL: seal(record)})
+    return json.dumps({**record, SEAL: _sum_of(record)}, indent=1)
 
 
 def read_object(file: Path, todo: str) -> dict[str, Any]:
@@ -236,10 +233,16 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
     return [_parse(line, f"{file}, line {number}", _Step, todo) for number, line in enumerate(lines, start=1) if line]
 
 
-def seal(record: dict[str, Any]) -> str:
-    """xxh3-64 of everything in a record but its own checksum."""
+def _sum_of(record: dict[str, Any]) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(record, sort_keys=True).encode())
+
+
+def _unsealed(record: dict[str, Any], file: Path, todo: str, *, required: bool = False) -> dict[str, Any]:
+    """A record without its checksum, which must be right, if there has to be one or there is one."""
     rest = {key: value for key, value in record.items() if key != SEAL}
-    return xxhash.xxh3_64_hexdigest(json.dumps(rest, sort_keys=True).encode())
+    if (required or SEAL in record) and record.get(SEAL) != (found := _sum_of(rest)):
+        raise _damaged(str(file), f"xxh3 of the content is {found}, the file says {record.get(SEAL)}", todo)
+    return rest
 
 
 def _read(file: Path, schema: Any, todo: str) -> dict[str, Any]:

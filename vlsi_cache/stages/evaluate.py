@@ -3,7 +3,6 @@
 Legend: T response tokens, D hidden size, V vocabulary.
 """
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from vlsi_cache.outputs import check_file
 from vlsi_cache.progress import progress, say
 from vlsi_cache.report.stats import next_step
 from vlsi_cache.run_files import EVALUATION as RESULT
-from vlsi_cache.run_files import read_evaluation, read_run
+from vlsi_cache.run_files import read_evaluation, read_run, sealed
 from vlsi_cache.sparse.whole import linear_cross_entropy
 from vlsi_cache.spec import CacheSpec, Dtype, EvaluateSpec, change, spec_from_dict
 from vlsi_cache.store import reader
@@ -125,7 +124,7 @@ def _keep(folder: Path, run: dict[str, Any], result: dict[str, Any]) -> None:
     elif own["evaluate"] is not None and any(used[key] != value for key, value in own.items()):
         say(f"measured otherwise than the run's own spec says: not kept in {folder / RESULT}")
     else:
-        write_atomically(folder / RESULT, json.dumps(result, indent=1))
+        write_atomically(folder / RESULT, sealed(result))
 
 
 def _own_settings(spec: CacheSpec) -> dict[str, Any]:

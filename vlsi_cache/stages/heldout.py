@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vlsi_cache.data.batches import plan_batches
 from vlsi_cache.data.tokenize import Encoder
-from vlsi_cache.errors import DataError, VlsiCacheError
+from vlsi_cache.errors import DataError, ModelError, VlsiCacheError
 from vlsi_cache.models.layers import Backbone
 from vlsi_cache.models.verbalizer import Verbalizers
 from vlsi_cache.progress import progress, say
@@ -152,6 +152,11 @@ def _agreement(hidden_TD: Tensor, head: Head, ids_TK: Tensor, logprobs_TK: Tenso
 
 def _means(sums: _Sums, cache: Cache) -> dict[str, Any]:
     num_tokens, is_top = sums.num_tokens, cache.header.row_kind == "top-k"
+    if not np.isfinite([sums.kl, sums.mass, *(kl for kl_L in sums.kl_L.values() for kl in kl_L)]).all():
+        raise ModelError(
+            f"the model's divergence from the teacher of {cache.path} is not finite: its last updates have destroyed "
+            "it. Train it again in a new folder, with a lower `learning_rate` or a longer `warmup`"
+        )
     teacher = (cache.header.spec.get("teacher") or {}).get("model", "")
     return {
         "cache": str(cache.path.resolve()),
