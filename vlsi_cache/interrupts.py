@@ -24,7 +24,7 @@ class Signals:
         self.came = False
 
     def end_here(self) -> None:
-        """Raise InterruptedRunError if so: the step is finished and saved."""
+        """Raise InterruptedRunError if so: call it where a step is finished and saved."""
         if self.came:
             raise InterruptedRunError
 

@@ -101,6 +101,6 @@ def interact(state: StudentState, model: Any, verbalizers: Verbalizers | None, *
             )
             if (step + 1) % distill.checkpoint_steps == 0 or step + 1 == num_steps or signals.came:
                 checkpoints.save("interact", step + 1, model, optimizer)
-            signals.end_here()
+                signals.end_here()
     warn_of(interact_findings(read_metrics(log.path)))
     return {"name": "interact", "steps": num_steps, "seconds": log.stage_seconds("interact")}

@@ -107,7 +107,7 @@ def _failure_kept(file: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        raise InterruptedRunError(_end(file, status="interrupted")["command"]) from None
+        raise InterruptedRunError(_end(file, status="interrupted").get("command") or "") from None
     except DiskFullError:
         raise
     except VlsiCacheError as error:

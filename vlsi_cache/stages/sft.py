@@ -99,7 +99,7 @@ def sft(state: StudentState, model: Any, *, num_steps: int, stop: int) -> dict[s
             )
             if (step + 1) % distill.checkpoint_steps == 0 or step + 1 == stop or signals.came:
                 checkpoints.save("sft", step + 1, model, optimizer)
-            signals.end_here()
+                signals.end_here()
     return {
         "name": "sft",
         "steps": stop,

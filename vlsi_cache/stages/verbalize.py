@@ -228,7 +228,7 @@ def verbalize(
             )
             if (step + 1) % checkpoint_steps == 0 or step + 1 == num_steps or signals.came:
                 checkpoints.save("verbalize", step + 1, verbalizers, optimizer)
-            signals.end_here()
+                signals.end_here()
     refuse_destroyed(verbalizers.named_parameters(), "verbalize")
     warn_of(verbalizer_findings(read_metrics(log.path), v_real=v_real))
     entry = {"name": "verbalize", "steps": num_steps, "seconds": log.stage_seconds("verbalize"), "v_real": v_real}
