@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vlsi_cache.errors import SpecError
+from vlsi_cache.progress import say
 
-from .output import CHANGE, Answer, command, require_cache, say
+from .output import CHANGE, Answer, command, require_cache
 
 if TYPE_CHECKING:
     from vlsi_cache.store.prune import PrunePlan

@@ -3,12 +3,14 @@
 import datetime
 import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from vlsi_cache.errors import CacheNotFoundError, VlsiCacheError
 
+NUM_LOOKS, LOOK_AGAIN_S = 3, 0.05
 MARKERS = {"cache.json": "cache", "run.json": "run", "demo.json": "demo", "ablation.json": "ablation"}
 
 
@@ -16,28 +18,37 @@ def find_artifacts(folder: Path) -> list[dict[str, Any]]:
     """Caches, runs, ablations and demos in and below a folder, in the order of their paths."""
     if not folder.is_dir():
         raise CacheNotFoundError(f"no folder `{folder}`")
-    return [_describe(path, marker) for path, marker in _walk(folder)]
+    found = (_describe(path, marker) for path, marker in _walk(folder))
+    return [one for one in found if one is not None]
 
 
 def _walk(folder: Path) -> Iterator[tuple[Path, str]]:
     """Folders with a marker; what is inside a cache or a run is not looked at."""
     for current, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        marker = next((name for name in MARKERS if name in files), None)
+        marker = next((name for name in MARKERS if name in files or name in folders), None)
         if marker:
             yield Path(current), marker
         if marker in ("cache.json", "run.json"):
             folders.clear()
 
 
-def _describe(path: Path, marker: str) -> dict[str, Any]:
+def _describe(path: Path, marker: str) -> dict[str, Any] | None:
+    """One line's facts; None for what has been deleted meanwhile."""
     describe = {"cache.json": _cache, "run.json": _run, "demo.json": _demo, "ablation.json": _ablation}[marker]
-    try:
-        facts = {"date": _date(path / marker), **describe(path)}
-    except (VlsiCacheError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        problem = f"{marker} cannot be read ({type(error).__name__}: {error})"
-        facts = {"date": "", "state": "unreadable", "problem": problem, "size_bytes": None}
-    return {"path": str(path), "kind": MARKERS[marker], **facts}
+    for attempt in range(NUM_LOOKS):
+        if attempt:  # whoever works there may have been in the middle of something
+            time.sleep(LOOK_AGAIN_S)
+        try:
+            return {"path": str(path), "kind": MARKERS[marker], "date": _date(path / marker), **describe(path)}
+        except VlsiCacheError as error:
+            problem = str(error)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            problem = f"{marker} cannot be read ({type(error).__name__}: {error})"
+        if not os.path.lexists(path / marker):
+            return None
+    unknown = {"date": "", "state": "unreadable", "problem": problem, "size_bytes": None}
+    return {"path": str(path), "kind": MARKERS[marker], **unknown}
 
 
 def _date(file: Path) -> str:
@@ -81,25 +92,27 @@ def _cache_size(path: Path, num_parts: int) -> int | None:
 
 
 def _run(path: Path) -> dict[str, Any]:
-    from vlsi_cache.report.stats import read_run
+    from vlsi_cache.run_files import read_evaluation, read_run
 
-    run = read_run(path)
-    match = (run.evaluation or {}).get("exact_match") or {}
-    what = " ".join(filter(None, [run.record["kind"], run.record.get("recipe")]))
-    state, size = run.record["status"], _folder_size(path)
-    problem = {"problem": run.record["message"]} if "message" in run.record else {}
+    record, evaluation = read_run(path), read_evaluation(path)
+    match = (evaluation or {}).get("exact_match") or {}
+    what = " ".join(filter(None, [record["kind"], record.get("recipe")]))
+    state, size = record["status"], _folder_size(path)
+    problem = {"problem": record["message"]} if "message" in record else {}
     return {"state": state, "size_bytes": size, "name": what, "exact_match": match.get("all"), **problem}
 
 
 def _demo(path: Path) -> dict[str, Any]:
-    from vlsi_cache.report.stats import read_json
+    from vlsi_cache.run_files import read_object
 
-    name = f"{len(read_json(path / 'demo.json')['seeds'])} seed(s)"
+    name = f"{len(read_object(path / 'demo.json', 'run the demo again')['seeds'])} seed(s)"
     return {"state": "done", "size_bytes": _folder_size(path), "name": name}
 
 
 def _ablation(path: Path) -> dict[str, Any]:
-    record = json.loads((path / "ablation.json").read_text(encoding="utf-8"))
+    from vlsi_cache.run_files import read_ablation
+
+    record = read_ablation(path / "ablation.json")
     tables, size = record.get("tables", {}), _folder_size(path)
     runs = {row["run"] for rows in tables.values() for row in rows if row["run"] is not None}
     entries = [record["runs"].get(run, {}).get(str(seed)) for run in runs for seed in record["seeds"]]
@@ -114,12 +127,20 @@ def _folder_size(path: Path, *, without: tuple[str, ...] = ()) -> int:
     for current, folders, files in os.walk(path):
         if "cache.json" in files and current != str(path):
             folders.clear()
-            total += _describe(Path(current), "cache.json")["size_bytes"] or 0
+            total += (_describe(Path(current), "cache.json") or {}).get("size_bytes") or 0
             continue
         if current == str(path):
             folders[:] = [name for name in folders if name not in without]
-        total += sum(os.lstat(os.path.join(current, name)).st_size for name in files)
+        total += sum(_size(os.path.join(current, name)) for name in files)
     return total
+
+
+def _size(file: str) -> int:
+    """0 for one that is gone: beside a live run checkpoints go and files are replaced all the time."""
+    try:
+        return os.lstat(file).st_size
+    except OSError:
+        return 0
 
 
 def listing_table(found: list[dict[str, Any]]) -> str:

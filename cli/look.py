@@ -63,10 +63,10 @@ def stats(
     Means over response tokens, per layer, and how far the layers are from each other.
     """
     from vlsi_cache.report.layer_stats import cache_stats, stats_text
-    from vlsi_cache.report.page import check_page_name
+    from vlsi_cache.report.page import check_page
     from vlsi_cache.store.reader import open
 
-    check_page_name(out)
+    check_page(out)
     found = cache_stats(open(cache, allow_incomplete=True), parts=parts)
     if out is None:
         return Answer(found.as_dict(), lambda: stats_text(found))
@@ -100,11 +100,11 @@ def trace(
     of a given response, word by word, needs no model: vlsi-cache sample.
     """
     import vlsi_cache as vc
-    from vlsi_cache.report.page import check_page_name
+    from vlsi_cache.report.page import check_page
 
     from .change import parse_layers
 
-    check_page_name(out)
+    check_page(out)
     found = vc.trace(
         model,
         prompt=prompt,
@@ -137,13 +137,11 @@ def match(
     pushes matches deep by itself. A run that is still going shows what is there.
     """
     import vlsi_cache as vc
-    from vlsi_cache.errors import SpecError
     from vlsi_cache.report.matches import write_match_page, write_match_png
-    from vlsi_cache.report.page import check_page_name
+    from vlsi_cache.report.page import check_page, check_picture
 
-    check_page_name(out)
-    if png is not None and png.suffix.lower() != ".png":
-        raise SpecError(f"{png} is to be a picture: its name must end in .png")
+    check_page(out)
+    check_picture(png)
     found = vc.match(run, share=share)
     files = {"page": out and write_match_page(found, out), "png": png and write_match_png(found, png)}
     written = {name: file for name, file in files.items() if file}

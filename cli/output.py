@@ -22,6 +22,7 @@ import typer
 
 from vlsi_cache.disk import is_disk_full
 from vlsi_cache.errors import DiskFullError, VlsiCacheError
+from vlsi_cache.interrupts import terminating_as_interrupt
 
 OK, PROBLEMS, USAGE, UNREADABLE, INTERRUPTED = 0, 1, 2, 3, 130
 STAGES, LOOK, CHANGE, EVERYWHERE = "STAGES", "LOOK", "CHANGE", "On every command"
@@ -92,7 +93,7 @@ def run_guarded(work: Callable[[], Answer], *, as_json: bool, quiet: bool, verbo
     """Run a command, print its answer, and turn everything that can happen into one message and an exit code."""
     stderr = sys.stderr
     try:
-        with _messages(quiet=quiet, verbose=verbose):
+        with _messages(quiet=quiet, verbose=verbose), terminating_as_interrupt():
             answer = work()
             text = "" if as_json else _text_of(answer)
         show(_as_json(answer.data) if as_json else text)
@@ -113,11 +114,6 @@ def show(text: str) -> None:
         print(text, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def say(message: str) -> None:
-    """One line for the person at the terminal."""
-    print(message, file=sys.stderr)
 
 
 def require_cache(path: Path) -> None:

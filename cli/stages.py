@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from vlsi_cache.errors import command_line
+from vlsi_cache.progress import say
 
-from .output import STAGES, Answer, command, say
+from .output import STAGES, Answer, command
 
 if TYPE_CHECKING:
     from vlsi_cache.spec import DataSpec

@@ -159,7 +159,7 @@ def test_the_page_and_the_listing(record: dict[str, Any], tmp_path: Path, run: A
     assert "Nothing has run yet" in write_report(tmp_path).read_text()
     file.write_text("{")
     code, _, err = run("report", tmp_path)
-    assert (code, "no readable ablation.json" in err) == (3, True)
+    assert (code, "ablation.json: is not JSON" in err) == (3, True)
 
 
 def test_the_command(record: dict[str, Any], tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:

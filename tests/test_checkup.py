@@ -32,6 +32,7 @@ def interact_lines(
             "step": step,
             "num_steps": num,
             "loss": 1.0,
+            "elapsed_s": 1.0,
             "kl_last": at.pop("last"),
             "layers": at,
         }
@@ -47,7 +48,7 @@ def verbalize_lines(*ends: float, num: int = 40, last: int | None = None) -> lis
     """Layers 1, 2, ... fall evenly from 3 nats above their ends."""
     return [
         {
-            "stage": "verbalize", "step": step, "num_steps": num, "loss": 1.0,
+            "stage": "verbalize", "step": step, "num_steps": num, "loss": 1.0, "elapsed_s": 1.0,
             "layers": {str(i): end + 3 * (1 - step / num) for i, end in enumerate(ends, 1)},
         }
         for step in range(1, (last or num) + 1)

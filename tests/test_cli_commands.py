@@ -451,7 +451,7 @@ def test_one_odd_entry_does_not_end_a_listing(run: Any, tmp_path: Path) -> None:
         (tmp_path / name / file).write_text(text)
         code, _, err = run("report", tmp_path / name)
         assert (code, err.count("\n")) == (3, 1), err
-        assert f"{file} " in err or f"readable {file}" in err
+        assert file in err
     (tmp_path / "link").mkdir()
     (tmp_path / "link" / "run.json").symlink_to("nowhere")
     code, out, _ = run("ls", tmp_path, "--json")

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import vlsi_cache as vc
+from vlsi_cache import disk
 from vlsi_cache.errors import DiskFullError
 from vlsi_cache.models import verbalizer_files
 from vlsi_cache.stages import loop
@@ -47,18 +48,28 @@ def test_nothing_gets_its_name_or_replaces_another_before_it_is_on_the_disk(
 ) -> None:
     flushed: set[str] = set()
     renames: list[Path] = []
-    fsync, replace, rmtree = os.fsync, Path.replace, shutil.rmtree
+    fsync, replace, exchange, rmtree = os.fsync, Path.replace, disk._exchange, shutil.rmtree
 
     def noted_fsync(handle: int) -> None:
         flushed.add(os.readlink(f"/proc/self/fd/{handle}"))
         fsync(handle)
 
-    def noted_replace(self: Path, target: Path) -> Path:
-        inside = [self, *self.rglob("*")]
+    def note(new: Path, target: Path) -> None:
+        inside = [new, *new.rglob("*")]
         assert {str(path) for path in inside} <= flushed
         flushed.discard(str(target.parent))
         renames.append(target)
+
+    def noted_replace(self: Path, target: Path) -> Path:
+        note(self, target)
         return replace(self, target)
+
+    def noted_exchange(new: Path, target: Path) -> bool:
+        note(new, target)
+        if exchange(new, target):
+            return True
+        renames.pop()
+        return False
 
     def noted_rmtree(path: Path, *args: Any, **kwargs: Any) -> None:
         if path.name.startswith("sft-"):  # an older checkpoint: the new one must have its name by now
@@ -67,6 +78,7 @@ def test_nothing_gets_its_name_or_replaces_another_before_it_is_on_the_disk(
 
     monkeypatch.setattr(os, "fsync", noted_fsync)
     monkeypatch.setattr(Path, "replace", noted_replace)
+    monkeypatch.setattr(disk, "_exchange", noted_exchange)
     monkeypatch.setattr(shutil, "rmtree", noted_rmtree)
     for step in (1, 2):
         write(tmp_path, step)

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import vlsi_cache as vc
 from vlsi_cache.errors import CacheIncompleteError, FingerprintMismatchError, ModelError, SpecError
 from vlsi_cache.report.stats import read_metrics
+from vlsi_cache.run_files import read_evaluation
 from vlsi_cache.stages import interact as interact_module
 from vlsi_cache.stages import sft as sft_module
 from vlsi_cache.stages.distill import distill_spec, schedule_steps, stage_steps
@@ -321,7 +322,7 @@ def test_evaluate_against_hand_written_oracles(vlsi_run: Path) -> None:
     assert result["exact_match"]["all"] == right / 12
     assert result["num_by_kind"] == {"even": 6, "odd": 6}
     assert set(result["layers"]) == {"1", "2"}
-    assert json.loads((vlsi_run / "evaluation.json").read_text()) == result
+    assert read_evaluation(vlsi_run) == result
 
 
 def test_schedule_warms_up_and_falls_to_the_final_rate() -> None:

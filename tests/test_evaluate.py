@@ -11,6 +11,7 @@ from conftest import write_spec
 
 import vlsi_cache as vc
 from vlsi_cache.errors import DataError, ModelError, SpecError
+from vlsi_cache.run_files import read_evaluation
 from vlsi_cache.stages import evaluate as evaluate_module
 
 SHORT = ["distill.sft.schedule.steps=1", "distill.verbalize.steps=1", "distill.interact.schedule.steps=1"]
@@ -170,7 +171,8 @@ def test_the_result_of_a_run_is_what_its_own_spec_says(run: Path, capsys: pytest
         assert "measured otherwise than the run's own spec says: not kept" in capsys.readouterr().err
     with_cache = vc.evaluate(run, cache=run.parent / "cache")
     assert evaluate_module.kept_result(run) == with_cache  # adds numbers, changes none
-    record = json.loads((run / "evaluation.json").read_text())
+    record = read_evaluation(run)
+    assert record is not None
     assert record["measured_with"]["cache"] == str(run.parent / "cache")
     for lacking in ({}, {"measured_with": {**record["measured_with"], "verbalizers": "elsewhere"}}):
         (run / "evaluation.json").write_text(json.dumps({**own, "measured_with": None, **lacking}))

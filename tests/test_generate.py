@@ -277,7 +277,7 @@ def test_something_else_is_refused(spec: CacheSpec, tmp_path: Path, monkeypatch:
 def test_options_that_make_no_sense(spec: CacheSpec, tmp_path: Path, options: dict[str, Any], says: str) -> None:
     if "model" in options:
         (tmp_path / "run").mkdir()
-        (tmp_path / "run" / "run.json").write_text(json.dumps({"kind": options["model"]}))
+        (tmp_path / "run" / "run.json").write_text(json.dumps({"kind": options["model"], "status": "done", "spec": {}}))
         options = {"model": str(tmp_path / "run")}
     with pytest.raises(SpecError, match=says):
         generate(spec, **{"out": tmp_path / "rows.parquet", **options})

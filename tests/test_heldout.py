@@ -20,6 +20,7 @@ from vlsi_cache.models.layers import Backbone
 from vlsi_cache.models.load import load_model
 from vlsi_cache.models.verbalizer import logit_lens
 from vlsi_cache.report.evaluation import evaluation_html, evaluation_table
+from vlsi_cache.run_files import read_evaluation
 from vlsi_cache.spec import spec_from_dict
 from vlsi_cache.stages.heldout import trained_on
 from vlsi_cache.stages.responses import Decoding, respond
@@ -135,7 +136,7 @@ def test_a_run_says_what_it_was_measured_with(
 ) -> None:
     monkeypatch.chdir(folder)
     own = vc.evaluate(run, cache=cache)
-    assert json.loads((run / "evaluation.json").read_text()) == own
+    assert read_evaluation(run) == own
     assert (own["cache"]["trained_on"], own["cache"]["num_trained_on"]) == (False, 0)
     assert "verbalizers" not in own
     borrowed = vc.evaluate(run, verbalizers=run)  # the run's folder stands for the verbalizers in it

@@ -13,7 +13,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "vlsi_cache"
 FLOORS = [
     {"errors"},
-    {"disk", "log"},
+    {"disk", "progress", "run_files"},
+    {"interrupts", "outputs"},
     {"sections", "training_sections", "spec", "data", "models", "sparse"},
     {"store"},
     {"stages", "report"},

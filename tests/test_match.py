@@ -31,7 +31,7 @@ def write_matches(
     record = {"kind": "distill", "recipe": "vlsi", "command": "vlsi-cache distill c -o r"}
     record |= {"status": "running", "spec": {"distill": {"interact": settings}}, **changes}
     (folder / "run.json").write_text(json.dumps(record))
-    common = {"stage": "interact", "num_steps": num_steps or len(matches), "loss": 1.0}
+    common = {"stage": "interact", "num_steps": num_steps or len(matches), "loss": 1.0, "elapsed_s": 1.0}
     common |= {"layers": {str(layer): 0.5 for layer in STUDENT}}
     lines = [{**common, "step": step, "matched_layers": found} for step, found in enumerate(matches, 1)]
     if lines and knows_teacher:

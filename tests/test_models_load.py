@@ -196,7 +196,7 @@ def test_saved_student_opens_and_has_its_encoder(tmp_path: Path) -> None:
     save_student(model, source, out, end_of_turn=2, pad=0)  # once more, as after a kill
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").touch()
-    with pytest.raises(ModelError, match="holds no model"):
+    with pytest.raises(ModelError, match=r"was not written here: it has no vlsi_cache\.json"):
         save_student(model, source, tmp_path / "mine", end_of_turn=2, pad=0)
 
 

@@ -259,7 +259,7 @@ def test_a_copy_of_what_a_run_was_made_of_goes_on_with_it(spec: CacheSpec, tmp_p
 def test_the_seconds_of_a_stage_are_those_of_all_attempts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr(loop.time, "monotonic", lambda: now)
-    rest = {"stage": "sft", "loss": 1.0, "tokens_per_s": 1.0, "data_wait_pct": 0.0}
+    rest = {"stage": "sft", "num_steps": 4, "loss": 1.0, "tokens_per_s": 1.0, "data_wait_pct": 0.0}
     for first, times in ((0, (2.0, 5.0, 9.0)), (2, (6.0, 10.0))):  # the third step was lost: no checkpoint after it
         now = 100.0
         log = loop.MetricsLog(tmp_path)
@@ -269,6 +269,9 @@ def test_the_seconds_of_a_stage_are_those_of_all_attempts(tmp_path: Path, monkey
             log.write(step=step, **rest)
         log.close()
     assert log.stage_seconds("sft") == 15.0
-    earlier = [{"stage": "sft", "step": step, "elapsed_s": s} for step, s in ((1, 5.0), (2, 2.0), (3, 3.0))]
+    earlier = [
+        {"stage": "sft", "step": step, "num_steps": 3, "loss": 1.0, "elapsed_s": s}
+        for step, s in ((1, 5.0), (2, 2.0), (3, 3.0))
+    ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in earlier))
     assert log.stage_seconds("sft") == 8.0  # of a release whose clock began again

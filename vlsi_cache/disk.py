@@ -1,17 +1,29 @@
-"""What all that writes shares: flushing to the disk before anything relies on it, and one error for a full disk."""
+"""What all that writes shares: flushing to the disk before anything relies on it, and one error for a full disk.
 
+A folder takes the place of another in one step where the kernel can exchange two names. Elsewhere the old one is first
+renamed to `.NAME.old-*`: after a kill between the two renames `put_back` gives it its name again.
+"""
+
+import ctypes
 import errno
+import glob
 import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import xxhash
 
 from vlsi_cache.errors import DiskFullError
 
+READ_BYTES = 1 << 22
 FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT)
+ASIDE = ".old-"  # in the name of a folder that another one is taking the place of
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux, as in renameat2(2)
 # Libraries that write outside of Python raise errors of their own, with the number in the text.
 _NUMBER_IN_TEXT = re.compile(r"\(os error (\d+)\)")
 
@@ -37,6 +49,28 @@ def fsync_tree(folder: Path) -> None:
         fsync_dir(Path(parent))
 
 
+def checksum(path: Path) -> dict[str, int | str]:
+    """`size` and `xxh3` (64 bits, in hex) of what is in a file."""
+    digest, size = xxhash.xxh3_64(), 0
+    with path.open("rb") as file:
+        while block := file.read(READ_BYTES):
+            digest.update(block)
+            size += len(block)
+    return {"size": size, "xxh3": digest.hexdigest()}
+
+
+def difference_from(recorded: Mapping[str, Any], path: Path) -> str:
+    """What a file is, and what its record says it was when it was written; empty when that is the same."""
+    try:
+        size = path.stat().st_size
+        found = checksum(path) if size == recorded["size"] else {"size": size}
+    except OSError as error:
+        return f"cannot be read ({error.strerror or error})"
+    key = "size" if size != recorded["size"] else "xxh3"
+    unit = " bytes" if key == "size" else ""
+    return "" if found[key] == recorded[key] else f"{key} is {found[key]}{unit}, and was {recorded[key]}{unit}"
+
+
 def is_disk_full(error: BaseException) -> bool:
     """Whether a disk or a quota was full, whichever library says so."""
     if isinstance(error, OSError) and error.errno is not None:
@@ -49,17 +83,16 @@ def is_disk_full(error: BaseException) -> bool:
 def replacing(target: Path) -> Iterator[Path]:
     """A name beside `target` for a new file or folder, which takes the place of an old one once it is on the disk.
 
-    What has been written goes if that fails; a kill leaves it as `.NAME.tmp-*`. Raises DiskFullError.
+    At every moment the name is that of the old or of the new one (see `put_back`). What has been written goes if that
+    fails; a kill leaves it as `.NAME.tmp-*`. Raises DiskFullError.
     """
     temporary = target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex}")
+    put_back(target)
     try:
         yield temporary
         _replace_durably(temporary, target)
     except BaseException as error:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
+        remove(temporary)
         if isinstance(error, DiskFullError) or not is_disk_full(error):
             raise
         free = shutil.disk_usage(target.parent).free
@@ -75,12 +108,55 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
-def _replace_durably(temporary: Path, target: Path) -> None:
-    if temporary.is_dir():
-        fsync_tree(temporary)
-        if target.exists():
-            shutil.rmtree(target)
+def put_back(target: Path) -> None:
+    """Give an old folder its name again that a kill has left set aside, before the new one took its place."""
+    for aside in sorted(target.parent.glob(f".{glob.escape(target.name)}{ASIDE}{'[0-9a-f]' * 32}")):
+        if os.path.lexists(target):
+            remove(aside)
+        else:
+            aside.rename(target)
+            fsync_dir(target.parent)
+
+
+def put_all_back(folder: Path) -> None:
+    """The same for everything that lies directly in `folder`."""
+    for name in {entry.name[1:].rpartition(ASIDE)[0] for entry in folder.glob(f".?*{ASIDE}*")}:
+        put_back(folder / name)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder or a link, as far as that is possible; what is not there is fine."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
     else:
+        path.unlink(missing_ok=True)
+
+
+def _replace_durably(temporary: Path, target: Path) -> None:
+    if not temporary.is_dir():
         fsync_file(temporary)
-    temporary.replace(target)
+        temporary.replace(target)
+        fsync_dir(target.parent)
+        return
+    fsync_tree(temporary)
+    if not os.path.lexists(target):
+        temporary.replace(target)
+        fsync_dir(target.parent)
+        return
+    old = temporary  # what has this name after an exchange
+    if not _exchange(temporary, target):
+        old = target.with_name(f".{target.name}{ASIDE}{uuid.uuid4().hex}")
+        target.rename(old)
+        fsync_dir(target.parent)
+        temporary.replace(target)
     fsync_dir(target.parent)
+    remove(old)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two names change places in one step; False where kernel, file system or C library cannot."""
+    try:
+        call = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    return call(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0

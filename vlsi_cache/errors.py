@@ -60,7 +60,7 @@ class CacheIncompleteError(VlsiCacheError, RuntimeError):
 
 
 class CacheCorruptError(VlsiCacheError, OSError):
-    """A file of the cache is not what its commit record says."""
+    """A file of a cache or of a run is not what was written."""
 
     exit_code = 3
 
@@ -99,7 +99,7 @@ class DiskFullError(VlsiCacheError, OSError):
 
 
 class InterruptedRunError(VlsiCacheError, KeyboardInterrupt):
-    """The user pressed Ctrl-C; the message is the command that goes on from here."""
+    """Ctrl-C or SIGTERM came; the message is the command that goes on from here."""
 
     exit_code = 130
 

@@ -31,13 +31,14 @@ from transformers import AutoModelForCausalLM
 import vlsi_cache as vc
 from vlsi_cache.disk import write_atomically
 from vlsi_cache.report.stats import read_metrics
+from vlsi_cache.run_files import read_object
 from vlsi_cache.spec import EvaluateSpec
 from vlsi_cache.stages import variants
 from vlsi_cache.stages.evaluate import evaluate_model
-from vlsi_cache.stages.loop import read_json
 from vlsi_cache.stages.variants import BASELINES, Variant
 from vlsi_cache.store.reader import Cache
 
+AGAIN = "delete it and run again"
 TEACHER = {"num_layers": 8, "hidden": 64}
 TEACHER_STEPS = 600
 ANEW_ROWS = 2000
@@ -272,7 +273,7 @@ def run_variant(runs: Path, teacher_cache: Cache, variant: Variant, cell: Cell, 
         nll = evaluate_model(str(out / "student"), settings, verbalizers=str(runs / VLSI / "verbalizers"))
         score = {"kl": kl_to_truth(model.eval(), source), "layers": nll["layers"], "matched": matched(out)}
         write_atomically(out / "score.json", json.dumps(score))
-    score = read_json(out / "score.json")
+    score = read_object(out / "score.json", AGAIN)
     return score | {"anew": read_anew(out, cell.regime, seed)} if variant.name in READ_ANEW else score
 
 
@@ -293,7 +294,7 @@ def read_anew(run: Path, regime: Regime, seed: int) -> dict[str, float]:
         assert isinstance(spec.evaluate, EvaluateSpec)
         scores = evaluate_model(str(run / "student"), spec.evaluate, verbalizers=str(run / "anew" / "verbalizers"))
         write_atomically(file, json.dumps(scores["layers"]))
-    return read_json(file)
+    return read_object(file, AGAIN)
 
 
 def matched(run: Path) -> list[list[int]]:
@@ -321,7 +322,7 @@ def _once(folder: Path, make: Callable[[Path], float]) -> float:
     if not file.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(file, json.dumps({"kl": make(folder)}))
-    return float(read_json(file)["kl"])
+    return float(read_object(file, AGAIN)["kl"])
 
 
 if __name__ == "__main__":

@@ -15,11 +15,12 @@ from students import feed
 
 from vlsi_cache.models.layers import Backbone
 from vlsi_cache.models.verbalizer import load_verbalizers
+from vlsi_cache.run_files import read_run
 from vlsi_cache.sparse.kl import candidate_kl
 from vlsi_cache.spec import spec_from_dict
 from vlsi_cache.stages.feed import feeding
 from vlsi_cache.stages.interaction import MicroRows
-from vlsi_cache.stages.loop import head_of, read_json
+from vlsi_cache.stages.loop import head_of
 from vlsi_cache.stages.runs import Run
 from vlsi_cache.stages.student import open_student
 from vlsi_cache.store.reader import Cache
@@ -30,7 +31,7 @@ NUM_BATCHES = 16
 @torch.no_grad()
 def layer_kls(caches: Mapping[str, Cache], student: Path, run: Path) -> dict[str, list[list[float]]]:
     """[S, L] in nats per response token for each cache, of `student` through the verbalizers of `run`."""
-    spec = spec_from_dict(read_json(run / "run.json")["spec"], where=str(run))
+    spec = spec_from_dict(read_run(run)["spec"], where=str(run))
     found: dict[str, list[list[float]]] = {}
     for name, teacher_cache in caches.items():
         with tempfile.TemporaryDirectory() as scratch:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlsi_cache.errors import DataError
-from vlsi_cache.log import say
+from vlsi_cache.progress import say
 
 from .media import kind_of_file
 from .values import listed, printable

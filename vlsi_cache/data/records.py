@@ -17,10 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
-from tqdm import tqdm
-
 from vlsi_cache.errors import DataError, list_problems
-from vlsi_cache.log import say
+from vlsi_cache.progress import progress, say
 from vlsi_cache.spec import DataSpec, change
 
 from .forms import COLUMNS, UNSUPPORTED, turns_of
@@ -127,7 +125,7 @@ def read_records(data: DataSpec, *, limit: int | None = None) -> RecordSet:
     source = data.path or f"generator {data.generator}"
     reading = _Reading(media_root(data))
     num_rows = 0
-    for raw in tqdm(raw_rows(data, reading.unread), desc="read rows", unit="row", delay=2, disable=None):
+    for raw in progress(raw_rows(data, reading.unread), "read rows", unit="row", delay=2):
         num_rows += 1
         _read_row(reading, raw)
     _tell(source, reading)

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from tqdm import tqdm
 
 from vlsi_cache.errors import DataError, ModelError, list_problems
-from vlsi_cache.log import say
+from vlsi_cache.progress import progress, say
 
 from .chat import Chat, PromptMode, Turn, open_chat
 from .records import Record
@@ -281,7 +280,7 @@ def fit_rows(
     kept: list[tuple[int, int, np.ndarray]] = []
     skipped: list[dict[str, str]] = []
     problems: list[str] = []
-    for index, record in enumerate(tqdm(records, desc="measure rows", unit="row", delay=2, disable=None)):
+    for index, record in enumerate(progress(records, "measure rows", unit="row", delay=2)):
         try:
             num_prompt, response_ids = encoder.measure(record, with_response=with_response)
         except DataError as error:

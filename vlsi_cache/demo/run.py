@@ -15,12 +15,13 @@ from vlsi_cache.disk import write_atomically
 from vlsi_cache.errors import CacheCorruptError
 from vlsi_cache.models.load import resolve_model
 from vlsi_cache.models.prune_depth import init_student
+from vlsi_cache.progress import say
 from vlsi_cache.report.html import write_demo_report
+from vlsi_cache.run_files import read_object, read_run
 from vlsi_cache.spec import CacheSpec, load_spec
 from vlsi_cache.stages.build import build_teacher
 from vlsi_cache.stages.distill import distill, stage_steps
 from vlsi_cache.stages.evaluate import evaluate, evaluate_model, kept_result
-from vlsi_cache.stages.loop import read_json, say
 from vlsi_cache.stages.plan import plan
 from vlsi_cache.store.reader import Cache
 
@@ -33,6 +34,7 @@ WARM_START = (
     "distill.verbalize.steps=1",
     "distill.interact.schedule.steps=1",
 )
+AGAIN = "delete it and run the demo again"
 Result = TypeVar("Result")
 
 
@@ -88,7 +90,7 @@ def _one_run(cache: Cache, student: Path, out: Path, seed: int, recipe: str, dev
     changes = [f"distill.seed={seed}"]
     run = distill(cache, student=str(student), out=folder, recipe=recipe, overrides=changes, device=device)
     scores = kept_result(run) or evaluate(run, device=device)
-    seconds = sum(stage["seconds"] for stage in read_json(run / "run.json")["stages"])
+    seconds = sum(stage["seconds"] for stage in read_run(run)["stages"])
     return {
         "seed": seed,
         "run": str(run.relative_to(out)),
@@ -104,7 +106,7 @@ def _teacher_scores(spec: CacheSpec, out: Path, device: str | None) -> dict[str,
     file = out / "teacher-evaluation.json"
     options: dict[str, Any] = {"dtype": spec.teacher.dtype, "batch_tokens": spec.run.num_batch_tokens}
     device = device or spec.run.device
-    scores = read_json(file) if file.is_file() else evaluate_model(path, settings, **options, device=device)
+    scores = read_object(file, AGAIN) if file.is_file() else evaluate_model(path, settings, **options, device=device)
     write_atomically(file, json.dumps(scores, indent=1))
     return scores
 
@@ -135,5 +137,5 @@ def _build_time(out: Path, build_s: float | None) -> dict[str, float]:
     """`build_s`, now or from an earlier demo, if one attempt built all of the cache; otherwise nothing is known."""
     file = out / "demo.json"
     if build_s is None and file.is_file():
-        build_s = read_json(file).get("build_s")
+        build_s = read_object(file, AGAIN).get("build_s")
     return {} if build_s is None else {"build_s": build_s}

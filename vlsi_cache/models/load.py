@@ -8,7 +8,7 @@ import io
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -20,8 +20,10 @@ from huggingface_hub import snapshot_download
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from vlsi_cache.disk import replacing
+from vlsi_cache.disk import put_back, replacing
 from vlsi_cache.errors import ModelError
+from vlsi_cache.outputs import check_folder
+from vlsi_cache.run_files import read_object
 
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 
@@ -41,6 +43,7 @@ ENCODER_FILES = (
     "*processor_config.json",
 )
 READ_BYTES = 2**24
+STUDENT_RECORD = "vlsi_cache.json"  # in the folder of a trained student: what it comes from
 
 _digests: dict[tuple[str, int, int], str] = {}
 
@@ -193,17 +196,25 @@ def save_student(
     end_of_turn: int,
     pad: int,
     gguf_file: str | None = None,
+    facts: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a plain folder that `from_pretrained` opens: weights, configuration, tokenizer and processor files.
 
     The encoder's files are copied from the model at `encoder_source`. What it generates ends with `end_of_turn`, as
-    what it was trained on does. `out` is replaced as a whole, and only if it holds a model. Raises ModelError for a
-    model that still has an adapter.
+    what it was trained on does. `facts` go into STUDENT_RECORD. `out` is replaced as a whole, and only if it was
+    written here. Raises ModelError for a model that still has an adapter.
     """
     if hasattr(model, "peft_config"):
         raise ModelError("the student still has an adapter; merge it (`merge_lora`) before saving")
     _end_turns(cast(Any, model).generation_config, end_of_turn, pad)
-    return write_folder(cast(transformers.PreTrainedModel, model), encoder_source, Path(out), gguf_file=gguf_file)
+    return write_folder(
+        cast(transformers.PreTrainedModel, model),
+        encoder_source,
+        Path(out),
+        record=STUDENT_RECORD,
+        facts=facts or {},
+        gguf_file=gguf_file,
+    )
 
 
 def write_folder(
@@ -211,22 +222,44 @@ def write_folder(
     encoder_source: str | Path,
     out: Path,
     *,
+    record: str,
+    facts: Mapping[str, Any],
     revision: str | None = None,
     gguf_file: str | None = None,
-    extra_files: dict[str, str] | None = None,
 ) -> Path:
-    """Write model, encoder files and `extra_files` (name -> text) beside `out`, then put them in its place at once."""
-    if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / "config.json").is_file())):
-        raise ModelError(f"{out} exists and holds no model; choose another folder")
+    """Write model, encoder files and the JSON file `record` beside `out`, then put them in its place at once.
+
+    `record` holds `facts` and the digest of the weights: by it `check_ours` knows the folder again.
+    """
+    check_ours(out, record)
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as temporary:
         temporary.mkdir()
         with _quiet():
             model.save_pretrained(temporary)
         _copy_encoder(encoder_source, temporary, revision, gguf_file)
-        for name, text in (extra_files or {}).items():
-            (temporary / name).write_text(text, encoding="utf-8")
+        whole = {**facts, "weights": weights_digest(temporary)}
+        (temporary / record).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
     return out
+
+
+def check_ours(out: Path, record: str) -> None:
+    """Raise ModelError unless `out` is new, empty, or as we wrote it, together with a file `record`."""
+    put_back(out)
+    check_folder(out)
+    if not out.exists() or not any(out.iterdir()):
+        return
+    if not (out / record).exists():
+        raise ModelError(
+            f"{out} exists and was not written here: it has no {record}; move it away, or name another folder"
+        )
+    written = read_object(out / record, "move the folder away, or name another one")
+    found = weights_digest(out)
+    if written.get("weights", found) != found:  # an earlier release did not say
+        raise ModelError(
+            f"{out} holds other weights than were written there ({found}, {record} says {written['weights']}); move it "
+            "away, or name another folder"
+        )
 
 
 def _end_turns(generation: Any, end_of_turn: int, pad: int) -> None:

@@ -1,6 +1,5 @@
 """A shallower student: keep some decoder layers of a model and write the rest of it unchanged."""
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,9 +9,10 @@ import transformers
 from torch import nn
 
 from vlsi_cache.errors import ModelError
+from vlsi_cache.outputs import check_apart
 
 from .layers import Backbone
-from .load import Dtype, load_model, weights_digest, write_folder
+from .load import Dtype, check_ours, load_model, resolve_model, weights_digest, write_folder
 
 RECORD = "init_student.json"
 
@@ -44,12 +44,16 @@ def init_student(
 ) -> Path:
     """Write `teacher` with only the decoder layers `layers` (0-based, rising, or `0-5,24-29`) as a folder at `out`.
 
-    The folder opens with `from_pretrained` and generates; `init_student.json` in it says where it comes from. Raises
-    ModelError.
+    The folder opens with `from_pretrained` and generates; `init_student.json` in it says where it comes from. A folder
+    that is there is replaced only if it was made here. Raises ModelError, SpecError.
     """
     layers = parse_layers(layers) if isinstance(layers, str) else list(layers)
     _check_rising(layers)
-    path = str(teacher)
+    path, out = str(teacher), Path(out)
+    source = Path(resolve_model(path))
+    if source.is_absolute():  # else a hub id
+        check_apart(out, source)
+    check_ours(out, RECORD)
     model = load_model(path, revision=revision, gguf_file=gguf_file, dtype=dtype, trust_remote_code=trust_remote_code)
     num_source_layers = Backbone(model).num_layers
     keep_layers(model, layers)
@@ -61,8 +65,7 @@ def init_student(
         "num_source_layers": num_source_layers,
         "kept_layers": layers,
     }
-    extra = {RECORD: json.dumps(record, indent=1) + "\n"}
-    return write_folder(model, path, Path(out), revision=revision, gguf_file=gguf_file, extra_files=extra)
+    return write_folder(model, path, out, record=RECORD, facts=record, revision=revision, gguf_file=gguf_file)
 
 
 def keep_layers(model: transformers.PreTrainedModel, layers: Sequence[int]) -> None:

@@ -1,7 +1,8 @@
 """Verbalizers on disk: one safetensors file per layer, and `verbalizers.json`, written last, that says what they are.
 
 FOLDER/layer_0002.safetensors   weights, and the architecture in the header: the file's hash covers both
-FOLDER/verbalizers.json         architecture, layers, provenance (digests of the teacher's weights and head)
+FOLDER/verbalizers.json         architecture, layers, provenance (digests of the teacher's weights and head), and the
+                                checksum of each file; earlier releases wrote none
 """
 
 import hashlib
@@ -14,8 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vlsi_cache.disk import replacing, write_atomically
-from vlsi_cache.errors import ModelError, command_line
+from vlsi_cache.disk import checksum, difference_from, replacing, write_atomically
+from vlsi_cache.errors import CacheCorruptError, ModelError, command_line
+from vlsi_cache.run_files import RUN, read_run, read_verbalizers
 
 from .load import resolve_model
 
@@ -44,7 +46,7 @@ def write(
 
     Of several processes that write into one folder, the caller must let in one at a time.
     """
-    there = _read_json(folder) if (folder / RECORD).is_file() else None
+    there = _read_record(folder) if (folder / RECORD).exists() else None
     if there is not None:
         # Whether settings fit is for the caller to know: an earlier release did not write them here.
         added = {key: provenance[key] for key in ADDED_LATER if key in provenance}
@@ -53,23 +55,28 @@ def write(
     if there is not None and any(there.get(key) != value for key, value in record.items()):
         raise ModelError(f"{folder} holds verbalizers of another model or architecture; choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
+    sums: dict[str, Any] = {} if there is None else dict(there.get("files", {}))
     for layer, tensors in layers.items():
         on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         with replacing(layer_file(folder, layer)) as temporary:
             save_file(on_cpu, temporary, metadata={HEADER_KEY: _canonical(architecture)})
+            sums[layer_file(folder, layer).name] = checksum(temporary)
     named = sorted({*layers, *(there["layers"] if there else [])})
-    write_atomically(folder / RECORD, json.dumps({**record, "layers": named}, indent=1) + "\n")
+    write_atomically(
+        folder / RECORD, json.dumps({**record, "layers": named, "files": dict(sorted(sums.items()))}, indent=1) + "\n"
+    )
     return folder
 
 
 def read_record(folder: Path, layers: Sequence[int]) -> dict[str, Any]:
-    """`verbalizers.json`; raises ModelError when it is not there or does not name all of `layers`."""
-    if not (folder / RECORD).is_file():
+    """`verbalizers.json`; raises ModelError when it is not there or does not name all of `layers`, CacheCorruptError
+    when it is damaged."""
+    if not (folder / RECORD).exists():
         raise ModelError(f"no verbalizers in {folder} (`{RECORD}` is missing); {FROM_WHERE}")
-    record = _read_json(folder)
-    if record.get("format_version") != FORMAT_VERSION:
+    record = _read_record(folder)
+    if record["format_version"] != FORMAT_VERSION:
         raise ModelError(
-            f"{folder / RECORD}: format version {record.get('format_version')}, this release reads {FORMAT_VERSION}"
+            f"{folder / RECORD}: format version {record['format_version']}, this release reads {FORMAT_VERSION}"
         )
     missing = [layer for layer in layers if layer not in record["layers"] or not layer_file(folder, layer).is_file()]
     if missing:
@@ -85,8 +92,10 @@ def read_record(folder: Path, layers: Sequence[int]) -> dict[str, Any]:
 
 
 def load_layer(folder: Path, layer: int, module: nn.Module, architecture: dict[str, Any]) -> None:
-    """Put the tensors of one file into `module`, which may be on the meta device; raises ModelError."""
+    """Put the tensors of one file into `module`, which may be on the meta device; raises ModelError, CacheCorruptError
+    for a file that is not what was written."""
     file = layer_file(folder, layer)
+    check_layers(folder, [layer])
     try:
         with safe_open(file, framework="pt") as tensors:
             if (tensors.metadata() or {}).get(HEADER_KEY) != _canonical(architecture):
@@ -98,9 +107,30 @@ def load_layer(folder: Path, layer: int, module: nn.Module, architecture: dict[s
         raise ModelError(f"{file}: cannot be read as a verbalizer of this model: {reason}") from None
 
 
+def check_layers(folder: Path, layers: Sequence[int]) -> None:
+    """Raise CacheCorruptError for the first file that is not what was written, as far as the record has its sum."""
+    sums = _read_record(folder).get("files", {})
+    for file in (layer_file(folder, layer) for layer in layers):
+        if file.name in sums and (problem := difference_from(sums[file.name], file)):
+            raise CacheCorruptError(f"{file} is damaged: its {problem}; {_train_again(folder)}")
+
+
+def whole_layers(folder: Path) -> list[int]:
+    """Layers that the record names and whose files are what was written."""
+    found = []
+    for layer in _read_record(folder)["layers"] if (folder / RECORD).exists() else []:
+        try:
+            check_layers(folder, [layer])
+        except CacheCorruptError:
+            continue
+        found += [layer] if layer_file(folder, layer).is_file() else []
+    return found
+
+
 def digests(folder: Path, layers: Sequence[int]) -> dict[str, str]:
     """sha256 of each layer's file."""
     read_record(folder, layers)
+    check_layers(folder, layers)
     return {str(layer): _sha256(layer_file(folder, layer)) for layer in layers}
 
 
@@ -111,15 +141,20 @@ def _sha256(file: Path) -> str:
 
 def _is_of_student(folder: Path) -> bool:
     """Whether a distill run has trained them."""
-    file = folder.parent / "run.json"
-    return file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("kind") == "distill"
+    return (folder.parent / RUN).is_file() and read_run(folder.parent)["kind"] == "distill"
 
 
-def _read_json(folder: Path) -> dict[str, Any]:
-    try:
-        return json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{folder / RECORD} is not JSON: {error}") from None
+def _read_record(folder: Path) -> dict[str, Any]:
+    return read_verbalizers(folder / RECORD, f"restore it from a copy, or {_train_again(folder)}")
+
+
+def _train_again(folder: Path) -> str:
+    """What makes damaged verbalizers anew."""
+    run = folder.parent
+    if (run / RUN).is_file() and _is_of_student(folder):
+        return f"delete {folder} and {run / 'checkpoints'} and train again in {run}, or in another folder"
+    again = command_line("train-verbalizers", "SPEC", "-o", run)
+    return f"run again what has trained it, which takes what it needs from its checkpoint: {again}"
 
 
 def _canonical(architecture: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlsi_cache.errors import CacheNotFoundError, command_line
+from vlsi_cache.run_files import read_ablation
 
 from . import figures
 from .ablation_page import ablation_page
@@ -28,12 +29,11 @@ def write_report(path: Path | str) -> Path:
     Raises CacheNotFoundError when the folder is none of them, and what opening a cache raises.
     """
     folder, file = Path(path), Path(path) / REPORT_NAME
-    if (folder / "demo.json").is_file():
+    if (folder / "demo.json").exists():
         return write_demo_report(folder)
-    if (folder / "ablation.json").is_file():
-        again = f"run again: {command_line('ablate', 'SPEC', '-o', folder)}"
-        return write_page(file, ablation_page(read_record(folder / "ablation.json", ("runs",), advice=again)))
-    if (folder / "run.json").is_file():
+    if (folder / "ablation.json").exists():
+        return write_page(file, ablation_page(read_ablation(folder / "ablation.json")))
+    if (folder / "run.json").exists():
         return write_page(file, run_page(read_run(folder)))
     if (folder / "cache.json").is_file():
         from vlsi_cache.store.reader import open
@@ -62,7 +62,7 @@ def run_page(run: RunFiles) -> str:
     """How a run went: result, loss curves, layers, matches, and the settings."""
     record = run.record
     names = {"train-verbalizers": "Verbalizers", "distill": "Distillation"}
-    state = {"done": "done", "failed": "failed"}.get(record.get("status", ""), "not finished")
+    state = {name: name for name in ("done", "failed", "interrupted")}.get(record.get("status", ""), "not finished")
     spec = record.get("spec") or {}
     lead = f"{spec.get('name', '')}; {record.get('recipe') or record['kind']}; {state}".lstrip("; ")
     return page(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vlsi_cache.errors import CacheIncompleteError
+from vlsi_cache.progress import progress
 from vlsi_cache.sparse.compare import kl_sums
 from vlsi_cache.sparse.rows import SparseRows
 
@@ -98,7 +99,7 @@ def cache_stats(cache: "Cache", *, parts: int = MAX_SUMMARY_PARTS) -> CacheStats
     chosen = spaced(cache.parts, parts)
     edges_P = position_edges(cache)
     sums: Sums = {}
-    for part in chosen:
+    for part in progress(chosen, "stats", unit="part", delay=2):
         if rows := cache.read_part(part):
             found = _part_sums(cache, rows, edges_P, kl_tokens_of_part(len(chosen)))
             sums = {name: array + sums.get(name, 0) for name, array in found.items()}
@@ -111,7 +112,7 @@ def kl_matrix(cache: "Cache", *, parts: int = MAX_SUMMARY_PARTS) -> tuple[np.nda
     """([L, L] mean KL(i || j) over evenly spaced tokens of evenly spaced parts, number of tokens compared)."""
     chosen = spaced(cache.parts, parts)
     sums: Sums = {}
-    for part in chosen:
+    for part in progress(chosen, "stats", unit="part", delay=2):
         if rows := cache.read_part(part):
             found = _kl_sums(SparseRows.concat(rows), kl_tokens_of_part(len(chosen)))
             sums = {name: array + sums.get(name, 0) for name, array in found.items()}

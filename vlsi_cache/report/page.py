@@ -9,7 +9,11 @@ import yaml
 
 from vlsi_cache.disk import write_atomically
 from vlsi_cache.errors import SpecError
+from vlsi_cache.outputs import check_file
 
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+HEAD_BYTES = 4096
+OPENING = b":root { color-scheme: light dark; --paper: #ffffff;"  # of the style of every page that we have written
 STYLE = """
 :root { color-scheme: light dark; --paper: #ffffff; --ink: #1f2328; --muted: #59636e; --line: #d8dee4;
   --soft: #f6f8fa; --accent: #3d7fd6; --warm: #dd8a2c; }
@@ -86,6 +90,27 @@ def check_page_name(file: Path | None) -> None:
     """Raise SpecError for a name that is none of a page."""
     if file is not None and file.suffix.lower() not in (".html", ".htm"):
         raise SpecError(f"{file} is to be a page: its name must end in .html")
+
+
+def check_page(file: Path | None) -> None:
+    """The same, and for a place where no page can go: SpecError also for a page that is none of ours."""
+    check_page_name(file)
+    if file is None:
+        return
+    check_file(file)
+    if file.exists() and OPENING not in file.read_bytes()[:HEAD_BYTES]:
+        raise SpecError(f"{file} exists and is no page of vlsi-cache; choose another name with -o, or move it away")
+
+
+def check_picture(file: Path | None) -> None:
+    """Raise SpecError for a name that is none of a PNG file, or a place where none can go."""
+    if file is None:
+        return
+    if file.suffix.lower() != ".png":
+        raise SpecError(f"{file} is to be a picture: its name must end in .png")
+    check_file(file)
+    if file.exists() and not file.read_bytes().startswith(PNG_SIGNATURE):
+        raise SpecError(f"{file} exists and is no PNG file; choose another name, or move it away")
 
 
 def write_file(file: Path, content: bytes) -> Path:

@@ -4,6 +4,7 @@ Shape suffixes: L layers, T response tokens with a row, K kept entries, S studen
 """
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from vlsi_cache import run_files
 from vlsi_cache.errors import CacheNotFoundError, VlsiCacheError
+from vlsi_cache.run_files import read_metrics
 
 if TYPE_CHECKING:
     from vlsi_cache.sparse.rows import SparseRows
@@ -95,9 +98,14 @@ def _row_sums(row: "Row") -> np.ndarray:
 
 
 def read_run(path: Path) -> RunFiles:
-    """Read a run folder; a metrics line that a kill cut short is left out."""
-    record = read_record(path / "run.json", ("kind", "status"), advice="runs are listed by: vlsi-cache ls")
-    return RunFiles(path, record, read_metrics(path / "metrics.jsonl"), read_json(path / "evaluation.json"))
+    """Read a run folder; a metrics line that a kill cut short is left out. Raises CacheCorruptError, and
+    CacheNotFoundError for another folder."""
+    if not (path / run_files.RUN).exists():
+        raise CacheNotFoundError(
+            f"{path} has no readable {run_files.RUN}: it is no run; runs are listed by: vlsi-cache ls"
+        )
+    record, metrics = run_files.read_run(path), read_metrics(path / run_files.METRICS)
+    return RunFiles(path, record, metrics, run_files.read_evaluation(path))
 
 
 def next_step(record: Mapping[str, Any]) -> str:
@@ -125,13 +133,6 @@ def read_json(path: Path) -> Any:
         return None
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a metrics file; a last line that a kill cut short is left out."""
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1] if line]
-
-
 def stages_of(metrics: Iterable[Mapping[str, Any]]) -> list[str]:
     """Stages in the order in which they ran."""
     return list(dict.fromkeys(str(line["stage"]) for line in metrics))
@@ -148,8 +149,12 @@ def layer_curves(metrics: Iterable[Mapping[str, Any]], stage: str) -> tuple[list
     lines = [line for line in metrics if line["stage"] == stage and line.get("layers")]
     layers = sorted(int(layer) for layer in lines[0]["layers"]) if lines else []
     return [int(line["step"]) for line in lines], {
-        layer: [float(line["layers"][str(layer)]) for line in lines] for layer in layers
+        layer: [_or_nan(line["layers"].get(str(layer))) for line in lines] for layer in layers
     }
+
+
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else float(value)
 
 
 def final_loss(values: Sequence[float]) -> float:

@@ -21,6 +21,7 @@ import torch
 from vlsi_cache.disk import write_atomically
 from vlsi_cache.errors import ModelError
 from vlsi_cache.report.ablation_table import ablation_csv, own_steps
+from vlsi_cache.run_files import read_run
 from vlsi_cache.spec import CacheSpec
 from vlsi_cache.store.prune import plan_prune, read_cuts, run_prune
 
@@ -39,7 +40,7 @@ from .ablation_setup import (
 from .build import build_teacher
 from .distill import distill, distill_spec
 from .evaluate import evaluate
-from .loop import pick_device, read_json, say
+from .loop import pick_device, say
 from .runs import locked, versions
 from .variants import DEFAULT
 
@@ -150,12 +151,12 @@ def _one_run(ablation: Ablation, run: PlannedRun, cache: "Cache", seed: int) -> 
         scores = _measure(ablation, folder, _verbalizers_of(folder) or _verbalizers_of(default))
     except ModelError as error:
         return _failed(where, str(error))
-    trained = read_json(folder / "run.json")
+    trained = read_run(folder)
     stages = trained["stages"]
     steps = sum(stage["steps"] for stage in stages)
     assert steps == sum(run.steps.values()), f"{folder} took {steps} steps, {run.steps} were planned"
     if run.takes_verbalizers:  # the time of training them belongs to every run that has them
-        stages += [one for one in read_json(default / "run.json")["stages"] if one["name"] == "verbalize"]
+        stages += [one for one in read_run(default)["stages"] if one["name"] == "verbalize"]
     return {
         **where,
         "status": "done",

@@ -10,6 +10,8 @@ from vlsi_cache.data.records import read_records
 from vlsi_cache.data.tokenize import load_encoder
 from vlsi_cache.errors import FingerprintMismatchError, SpecError, list_problems
 from vlsi_cache.models.load import resolve_model, weights_digest
+from vlsi_cache.outputs import check_folder
+from vlsi_cache.run_files import read_ablation
 from vlsi_cache.spec import CacheSpec, change, spec_from_dict
 from vlsi_cache.store import reader
 from vlsi_cache.store.derive import check_target
@@ -19,7 +21,6 @@ from .ablation_plan import AblationPlan, check_axes, plan_runs
 from .build import cache_header, part_tokens
 from .distill import FIXED_BY_THE_CACHE
 from .inputs import open_teacher_inputs
-from .loop import read_json
 from .runs import LOCK_NAME, differences, whole_spec
 from .student import check_tokenizer
 
@@ -79,8 +80,7 @@ def open_ablation(
         raise SpecError("no student: give --student FOLDER-OR-ID, or `distill.student` in the spec")
     if spec.evaluate is None:
         raise SpecError("nothing to compare the variants on: the spec has no `evaluate:` section")
-    if out.exists() and not out.is_dir():
-        raise SpecError(f"{out} is a file; name a folder with -o")
+    _check_out(out)
     if seeds < 1:
         raise SpecError(f"`seeds` is {seeds}: at least one is needed")
     for key in ("recipe", "verbalizers"):
@@ -116,14 +116,9 @@ def identity_of(ablation: Ablation) -> dict[str, Any]:
 def read_record(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
     """What an earlier attempt has left, if any; FingerprintMismatchError when it was another ablation."""
     file = out / RECORD
-    if not file.is_file():
-        strangers = [entry.name for entry in out.iterdir() if not _is_ours(entry.name)] if out.is_dir() else []
-        if strangers:
-            raise SpecError(f"{out} exists and is no ablation (it holds `{min(strangers)}`); choose another folder")
+    if not file.exists():
         return {}
-    record: Any = read_json(file)
-    if not isinstance(record, dict) or not isinstance(record.get("spec"), dict):
-        raise SpecError(f"{file} is not what `ablate` writes; choose another folder")
+    record = read_ablation(file)
     specs = (whole_spec(one["spec"], str(file)) for one in (record, identity))
     old, new = (
         {**one, "spec": {key: value for key, value in spec.items() if key != "run"}}
@@ -136,6 +131,15 @@ def read_record(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
             + list_problems(problems)
         )
     return record
+
+
+def _check_out(out: Path) -> None:
+    """Raise SpecError unless `out` is an ablation, or a folder that can become one."""
+    check_folder(out)
+    if out.is_dir() and not (out / RECORD).exists():
+        strangers = [entry.name for entry in out.iterdir() if not _is_ours(entry.name)]
+        if strangers:
+            raise SpecError(f"{out} exists and is no ablation (it holds `{min(strangers)}`); choose another folder")
 
 
 def _is_ours(name: str) -> bool:

@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from vlsi_cache.data.batches import plan_batches, plan_parts
+from vlsi_cache.progress import Bar, say
 from vlsi_cache.sparse.rows import SparseRows
 from vlsi_cache.sparse.select import select_at_random, select_by_entropy
 from vlsi_cache.spec import CacheSpec
 from vlsi_cache.store import reader
 from vlsi_cache.store.files import load_header
+from vlsi_cache.store.header import check_root
 from vlsi_cache.store.layout import HEADER_NAME, TABLE_NAME, CacheHeader
 from vlsi_cache.store.ranks import RankTable, plain_ranks, ranks_by_count
 from vlsi_cache.store.reader import Cache
@@ -32,7 +33,6 @@ from vlsi_cache.store.writer import CacheWriter
 
 from .batch_size import find_batch_tokens
 from .inputs import TeacherInputs, open_teacher_inputs
-from .loop import say
 from .runs import spec_changes_note, versions
 from .teacher import PartBatch, Teacher, load_teacher
 
@@ -55,6 +55,7 @@ def build_teacher(
     DataError, ModelError.
     """
     out = Path(out)
+    check_root(out)
     inputs = open_teacher_inputs(spec)
     parts = plan_parts(
         [len(ids) for ids in inputs.response_ids], seed=spec.rows.seed, tokens_per_part=part_tokens(inputs)
@@ -198,7 +199,7 @@ def _build_parts(
     left = sum(len(inputs.response_ids[i]) for part in missing for i in parts[part])
     found: dict[int, SparseRows] = {}  # of the part at work, by record
     with (
-        tqdm(desc="build", total=total, initial=total - left, unit="tok", unit_scale=True, disable=None) as bar,
+        Bar("build", unit="tok", total=total, done=total - left, scaled=True) as bar,
         writer.in_background() as queue,
         closing(teacher.stream(islice(_batches(inputs, parts, missing, batch_tokens), len(made), None))) as stream,
     ):
@@ -207,7 +208,7 @@ def _build_parts(
             bar.update(sum(one.num_tokens for one in rows))
             queue.check()  # a write that failed stops the build here and now, with its cause
             if len(found) == len(parts[part]):
-                bar.set_postfix_str("waits for the disk" if queue.is_full else "")
+                bar.note("waits for the disk" if queue.is_full else "")
                 queue.put(part, part_samples(inputs, parts[part], found))
                 found = {}
 

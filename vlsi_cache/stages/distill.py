@@ -14,7 +14,7 @@ import torch
 from vlsi_cache.errors import SpecError
 from vlsi_cache.models.adapter import add_lora, checkpoint_activations, merge_lora, train_decoder_layers
 from vlsi_cache.models.layers import Backbone
-from vlsi_cache.models.load import resolve_model, save_student, weights_digest
+from vlsi_cache.models.load import STUDENT_RECORD, check_ours, resolve_model, save_student, weights_digest
 from vlsi_cache.models.verbalizer import Verbalizers, load_verbalizers
 from vlsi_cache.spec import CacheSpec, DistillSpec, apply_overrides, change, spec_from_dict
 from vlsi_cache.store import reader
@@ -22,7 +22,7 @@ from vlsi_cache.store.reader import Cache
 
 from .interact import interact
 from .loop import refuse_destroyed, say
-from .runs import already_done, finish_run, open_run, python_call
+from .runs import already_done, check_run_folder, finish_run, open_run, python_call
 from .sft import sft
 from .student import StudentState, open_student
 from .student_verbalizers import check_verbalizers, take_verbalizers
@@ -48,6 +48,7 @@ def distill(
     too long for the student), RunBusyError (another process works on `out`).
     """
     out, overrides = Path(out), list(overrides)
+    check_run_folder(out, "distill")
     opened = cache if isinstance(cache, Cache) else reader.open(cache)
     spec = distill_spec(opened, student=student, recipe=recipe, overrides=overrides)
     path = resolve_model(str(spec.distill.student))
@@ -73,6 +74,7 @@ def distill(
     ) as run:
         if already_done(run):
             return out
+        check_ours(out / "student", STUDENT_RECORD)
         state = inputs.load(run, device=device)
         with closing(state.log):
             finish_run(run, stages=_run_stages(state))
@@ -159,6 +161,7 @@ def _run_stages(state: StudentState) -> list[dict[str, Any]]:
         state.run.path / "student",
         end_of_turn=state.encoder.eot_id,
         pad=state.encoder.pad_id,
+        facts={key: state.run.record[key] for key in ("recipe", "cache_digest", "student_digest")},
     )
     return stages
 
@@ -167,7 +170,7 @@ def _verbalize(state: StudentState, num_steps: int) -> tuple[Verbalizers, dict[s
     """Train the student's verbalizers, or take those of the spec, or read back what an earlier attempt has finished."""
     distill, backbone = state.spec.distill, Backbone(state.model)
     folder = state.run.path / "verbalizers"
-    if (folder / "verbalizers.json").is_file():
+    if (folder / "verbalizers.json").exists():
         loaded = load_verbalizers(str(folder), backbone, state.layers)
         seconds = state.log.stage_seconds("verbalize")
         return loaded, {"name": "verbalize", "steps": num_steps, "seconds": seconds}

@@ -3,7 +3,6 @@
 Legend: T response tokens, D hidden size, V vocabulary.
 """
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from vlsi_cache.data.batches import plan_batches
 from vlsi_cache.data.collate import collate
@@ -25,17 +23,19 @@ from vlsi_cache.models.layers import Backbone
 from vlsi_cache.models.load import load_config, load_model, max_positions, resolve_model, weights_digest
 from vlsi_cache.models.verbalizer import Verbalizers, load_verbalizers
 from vlsi_cache.models.verbalizer_files import find_folder, read_record
+from vlsi_cache.outputs import check_file
+from vlsi_cache.progress import progress, say
 from vlsi_cache.report.stats import next_step
+from vlsi_cache.run_files import EVALUATION as RESULT
+from vlsi_cache.run_files import read_evaluation, read_run, sealed
 from vlsi_cache.sparse.whole import linear_cross_entropy
 from vlsi_cache.spec import CacheSpec, Dtype, EvaluateSpec, change, spec_from_dict
 from vlsi_cache.store import reader
 from vlsi_cache.store.reader import Cache
 
 from .heldout import against_cache, trained_on
-from .loop import head_of, pick_device, read_json, say
+from .loop import head_of, pick_device
 from .responses import Decoding, respond
-
-RESULT = "evaluation.json"
 
 
 def evaluate(
@@ -63,9 +63,10 @@ def evaluate(
     of this call. Raises SpecError when there is nothing to measure on, ModelError when a loss is not finite.
     """
     folder = Path(model)
-    run = read_json(folder / "run.json") if (folder / "run.json").is_file() else None
+    run = read_run(folder) if (folder / "run.json").exists() else None
     if run is not None:
         check_has_student(folder, run)
+        check_file(folder / RESULT)
     opened = cache if isinstance(cache, Cache) or cache is None else reader.open(cache)
     spec = spec or (spec_from_dict(run["spec"], where=str(folder / "run.json")) if run else None)
     if spec is None and opened is not None:
@@ -108,7 +109,7 @@ def evaluate(
 
 def _nothing_to_measure(folder: Path) -> str:
     advice = "give --spec with an `evaluate:` section, or a --cache"
-    if (folder / "run.json").is_file() or (folder / "config.json").is_file():
+    if (folder / "run.json").exists() or (folder / "config.json").is_file():
         return f"no held-out rows for {folder}: {advice}"
     if folder.is_dir():
         return f"{folder} is neither a run nor a model: it holds no run.json and no config.json"
@@ -123,7 +124,7 @@ def _keep(folder: Path, run: dict[str, Any], result: dict[str, Any]) -> None:
     elif own["evaluate"] is not None and any(used[key] != value for key, value in own.items()):
         say(f"measured otherwise than the run's own spec says: not kept in {folder / RESULT}")
     else:
-        write_atomically(folder / RESULT, json.dumps(result, indent=1))
+        write_atomically(folder / RESULT, sealed(result))
 
 
 def _own_settings(spec: CacheSpec) -> dict[str, Any]:
@@ -135,9 +136,9 @@ def _own_settings(spec: CacheSpec) -> dict[str, Any]:
 
 def kept_result(folder: Path) -> dict[str, Any] | None:
     """The content of RUN/evaluation.json; None if there is none or it was not measured as the run's own spec says."""
-    if not (folder / RESULT).is_file():
+    result, run = read_evaluation(folder), read_run(folder)
+    if result is None:
         return None
-    result, run = read_json(folder / RESULT), read_json(folder / "run.json")
     own = {**_own_settings(spec_from_dict(run["spec"], where=str(folder / "run.json"))), "verbalizers": None}
     there = result.get("measured_with") or {}  # an earlier release did not say
     return result if all(key in there and there[key] == value for key, value in own.items()) else None
@@ -267,7 +268,7 @@ def _on_held_out(
 
 def load_saved_verbalizers(folder: str, backbone: Backbone) -> Verbalizers:
     """All verbalizers that a folder holds."""
-    layers = [int(name) for name in read_json(Path(folder) / "verbalizers.json")["layers"]]
+    layers = [int(name) for name in read_record(Path(folder), [])["layers"]]
     # The head may have been trained since: what a layer says is read through the head of the model that is measured.
     return load_verbalizers(folder, backbone, sorted(layers), check_head=False)
 
@@ -284,7 +285,7 @@ def mean_nll(
     layers = verbalizers.layers if verbalizers is not None else []
     sums: dict[int, float] = defaultdict(float)
     num_tokens, head = 0, head_of(backbone).real(encoder.v_real)
-    for indices in tqdm(batches, desc="perplexity", disable=None):
+    for indices in progress(batches, "perplexity", unit="batch"):
         batch = collate([encoder.encode(records[i]) for i in indices], pad_id=encoder.pad_id).to(backbone.device)
         capture = verbalizers.capture if verbalizers is not None else partial(backbone.capture, layers=[])
         hidden: dict[int, Any] = dict(capture(batch.inputs, rows_T=batch.rows_T, positions_T=batch.positions_T))
@@ -313,7 +314,7 @@ def answers(
     """Answers without sampling, in batches of similar length."""
     order = sorted(range(len(records)), key=lambda i: encoder.measure(records[i])[0])
     size, decoding = settings.batch_size, Decoding(settings.max_new_tokens, num_beams=settings.num_beams)
-    for start in tqdm(range(0, len(order), size), desc="generate", disable=None):
+    for start in progress(range(0, len(order), size), "generate", unit="batch"):
         chosen = [records[i] for i in order[start : start + size]]
         for record, response in zip(chosen, respond(model, encoder, chosen, decoding), strict=True):
             yield record, encoder.answer(response.ids)

@@ -9,6 +9,7 @@ Legend: T tokens of all responses, R of one.
 """
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -17,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from vlsi_cache.data.records import Record, media_root, read_records, row_of, with_answer, write_rows
 from vlsi_cache.data.sources import read_responses
@@ -26,15 +26,20 @@ from vlsi_cache.data.values import shown
 from vlsi_cache.disk import write_atomically
 from vlsi_cache.errors import DataError, FingerprintMismatchError, SpecError, list_problems
 from vlsi_cache.models.load import check_device
+from vlsi_cache.outputs import check_file, check_folder
+from vlsi_cache.progress import progress, say
+from vlsi_cache.run_files import read_batch, read_object, sealed
 from vlsi_cache.spec import CacheSpec
 from vlsi_cache.store.commit import publish_new_file
 
-from .loop import read_json, say, seed_step
+from .loop import seed_step
 from .responses import Decoding, Response, respond
-from .runs import differences, locked, versions
+from .runs import LOCK_NAME, differences, locked, versions
 from .speaker import Speaker, speaker_of
 
 IDENTITY = ("weights", "settings", "encoder", "source_rows")  # what must be equal to go on with a work folder
+# What may lie in a work folder: its lock, the plan, the batches, the rows, and what a kill leaves of these.
+WORK_NAMES = re.compile(rf"{re.escape(LOCK_NAME)}|\.?(plan\.json|batch-\d+\.json|.+\.parquet)(\.tmp-[0-9a-f]+)?")
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ class _Job:
 
     @property
     def work(self) -> Path:
-        return self.out.with_name(f".{self.out.name}.work")
+        return _work_of(self.out)
 
     def batch_file(self, number: int) -> Path:
         return self.work / f"batch-{number:06d}.json"
@@ -105,6 +110,16 @@ def generate(
 def _check(out: Path, decoding: Decoding, *, num_samples: int, batch_size: int) -> None:
     if out.suffix != ".parquet":
         raise SpecError(f"cannot write {out}: the name must end in .parquet")
+    check_file(out)
+    if out.exists():
+        _read_ours(out)
+    work = _work_of(out)
+    check_folder(work)
+    strangers = (
+        [entry.name for entry in work.iterdir() if not WORK_NAMES.fullmatch(entry.name)] if work.exists() else []
+    )
+    if strangers:
+        raise SpecError(f"{work}, where unfinished work goes, holds something else (`{min(strangers)}`); move it away")
     if num_samples < 1 or batch_size < 1:
         raise SpecError(f"`num_samples` is {num_samples} and `batch_size` {batch_size}: both must be at least 1")
     if num_samples > 1 and not decoding.temperature:
@@ -169,12 +184,25 @@ def _is_finished(job: _Job) -> bool:
     """Whether the output is there; raises when what is there is something else."""
     if not job.out.exists():
         return False
-    there = read_responses(job.out) if job.out.is_file() else None
-    if there is None:
-        raise SpecError(f"{job.out} exists and was not written by `generate`; choose another name with -o")
+    there = _read_ours(job.out)
     _refuse_other(job.out, there, job.facts, "choose another name with -o, or bring them back")
     say(f"{job.out} is finished; nothing to do")
     return True
+
+
+def _read_ours(out: Path) -> dict[str, Any]:
+    """What an output that is there says of itself; raises SpecError when it was not written by `generate`."""
+    try:
+        there = read_responses(out)
+    except DataError:
+        there = None
+    if there is None:
+        raise SpecError(f"{out} exists and was not written by `generate`; choose another name with -o")
+    return there
+
+
+def _work_of(out: Path) -> Path:
+    return out.with_name(f".{out.name}.work")
 
 
 def _begin(job: _Job) -> dict[str, Any]:
@@ -182,7 +210,7 @@ def _begin(job: _Job) -> dict[str, Any]:
     file = job.work / "plan.json"
     if not file.is_file():
         write_atomically(file, json.dumps(job.facts, indent=1))
-    facts = read_json(file)
+    facts = read_object(file, f"delete {job.work} to begin anew")
     advice = f"bring them back, choose another name with -o, or delete {job.work} to begin anew"
     _refuse_other(job.work, facts, job.facts, advice)
     return facts
@@ -203,12 +231,12 @@ def _speak(job: _Job, *, seed: int, device: str) -> None:
     if not missing:
         return
     loaded, done = job.speaker.load(device), len(job.batches) - len(missing)
-    for number in tqdm(missing, desc="generate", unit="batch", initial=done, total=len(job.batches), disable=None):
+    for number in progress(missing, "generate", unit="batch", done=done):
         seed_step(seed, "generate", number)
         records = [job.records[index] for index, _ in job.batches[number]]
         responses = respond(loaded, job.encoder, records, job.decoding)
         lines = [{"ids": one.ids, "ended": one.ended} for one in responses]
-        write_atomically(job.batch_file(number), json.dumps(lines))
+        write_atomically(job.batch_file(number), sealed({"responses": lines}))
 
 
 @dataclass(frozen=True)
@@ -268,8 +296,8 @@ def _read_said(job: _Job) -> _Said:
     """What the finished batches hold."""
     ids: list[np.ndarray] = []
     ends, ended = [np.zeros(1, dtype=np.int64)], []
-    for number in range(len(job.batches)):
-        lines = json.loads(job.batch_file(number).read_bytes())
+    for number, batch in enumerate(job.batches):
+        lines = read_batch(job.batch_file(number), len(batch))
         ids.append(np.fromiter(chain.from_iterable(line["ids"] for line in lines), dtype=np.uint32))
         ends.append(ends[-1][-1] + np.cumsum([len(line["ids"]) for line in lines]))
         ended += [line["ended"] for line in lines]

@@ -15,13 +15,13 @@ import numpy as np
 import pyarrow.compute as pc
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from vlsi_cache.data.batches import plan_batches
 from vlsi_cache.data.tokenize import Encoder
-from vlsi_cache.errors import DataError, VlsiCacheError
+from vlsi_cache.errors import DataError, ModelError, VlsiCacheError
 from vlsi_cache.models.layers import Backbone
 from vlsi_cache.models.verbalizer import Verbalizers
+from vlsi_cache.progress import progress, say
 from vlsi_cache.sparse.kl import LayerRows, candidate_kl
 from vlsi_cache.sparse.logits import Head, compute_dtype
 from vlsi_cache.sparse.rows import SparseRows
@@ -30,7 +30,7 @@ from vlsi_cache.store.layout import CacheHeader
 from vlsi_cache.store.reader import Cache
 
 from .feed import MicroBatch, Pair, encode_pairs, match_records
-from .loop import head_of, say
+from .loop import head_of
 from .probe import agreement
 from .student import cached_sources, check_tokenizer
 
@@ -69,7 +69,7 @@ def against_cache(
     """
     check_tokenizer(cache.header, encoder, encoder.name, where=cache.path)
     head, sums = head_of(backbone).real(cache.header.v_real), _Sums()
-    for micro in tqdm(_batches(cache, encoder, verbalizers, batch_tokens, limit), desc="cache", disable=None):
+    for micro in progress(_batches(cache, encoder, verbalizers, batch_tokens, limit), "cache", unit="batch"):
         sums.num_samples += len(micro.sample_ids)
         if micro.rows is not None and micro.rows.num_tokens:  # token selection may leave a sample without rows
             _add(sums, micro, micro.rows, backbone, verbalizers, head, cache.header)
@@ -152,6 +152,11 @@ def _agreement(hidden_TD: Tensor, head: Head, ids_TK: Tensor, logprobs_TK: Tenso
 
 def _means(sums: _Sums, cache: Cache) -> dict[str, Any]:
     num_tokens, is_top = sums.num_tokens, cache.header.row_kind == "top-k"
+    if not np.isfinite([sums.kl, sums.mass, *(kl for kl_L in sums.kl_L.values() for kl in kl_L)]).all():
+        raise ModelError(
+            f"the model's divergence from the teacher of {cache.path} is not finite: its last updates have destroyed "
+            "it. Train it again in a new folder, with a lower `learning_rate` or a longer `warmup`"
+        )
     teacher = (cache.header.spec.get("teacher") or {}).get("model", "")
     return {
         "cache": str(cache.path.resolve()),

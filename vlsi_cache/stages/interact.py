@@ -10,6 +10,7 @@ import time
 from functools import partial
 from typing import Any
 
+from vlsi_cache.interrupts import stopping_between_steps
 from vlsi_cache.models.layers import Backbone
 from vlsi_cache.models.verbalizer import Verbalizers
 from vlsi_cache.report.checkup import interact_findings
@@ -38,7 +39,7 @@ def interact(state: StudentState, model: Any, verbalizers: Verbalizers | None, *
     log.start_stage("interact", step=first, num_steps=num_steps)
     num_micro = distill.batch_size // distill.micro_batch_size
     capture = verbalizers.capture if verbalizers is not None else partial(backbone.capture, layers=[])
-    with feeding(state.feed("interact", first * distill.batch_size)) as feed:
+    with feeding(state.feed("interact", first * distill.batch_size)) as feed, stopping_between_steps() as signals:
         for step in range(first, num_steps):
             started, waited, tokens = time.monotonic(), feed.wait_s, 0
             results: list[Interaction] = []
@@ -98,7 +99,8 @@ def interact(state: StudentState, model: Any, verbalizers: Verbalizers | None, *
                 data_wait_pct=100 * (feed.wait_s - waited) / seconds,
                 memory_gib=memory_gib(state.device),
             )
-            if (step + 1) % distill.checkpoint_steps == 0 or step + 1 == num_steps:
+            if (step + 1) % distill.checkpoint_steps == 0 or step + 1 == num_steps or signals.came:
                 checkpoints.save("interact", step + 1, model, optimizer)
+                signals.end_here()
     warn_of(interact_findings(read_metrics(log.path)))
     return {"name": "interact", "steps": num_steps, "seconds": log.stage_seconds("interact")}

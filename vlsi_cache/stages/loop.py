@@ -3,26 +3,26 @@
 import hashlib
 import json
 import math
+import re
 import shutil
 import sys
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from tqdm import tqdm
 
-from vlsi_cache.disk import replacing, write_atomically
-from vlsi_cache.errors import CacheCorruptError, ModelError
-from vlsi_cache.log import say
+from vlsi_cache.disk import checksum, difference_from, put_all_back, remove, replacing, write_atomically
+from vlsi_cache.errors import CacheCorruptError, ModelError, list_problems
 from vlsi_cache.models.layers import Backbone
 from vlsi_cache.models.load import check_device
+from vlsi_cache.progress import Bar, say
 from vlsi_cache.report.checkup import Finding
-from vlsi_cache.report.stats import read_metrics
+from vlsi_cache.run_files import CHECKPOINT, read_checkpoint, read_metrics, sealed
 from vlsi_cache.sparse.kernels import pick_kernels
 from vlsi_cache.sparse.logits import Head
 from vlsi_cache.spec import RunSpec, Schedule
@@ -133,31 +133,43 @@ def memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
+STAGES = ("verbalize", "interact", "sft")  # in the order in which a run comes to them
+NAME = re.compile(rf"({'|'.join(STAGES)})-(\d{{7,}})")
+TENSORS = "state.safetensors"
+
+
 class MetricsLog:
     """`metrics.jsonl` of a run and the progress bar that shows its newest line; units are in the keys."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "metrics.jsonl"
-        self._file = self.path.open("a", encoding="utf-8")
-        self._bar: Any = None
+        self._file: TextIO | None = None
+        self._bar: Bar | None = None
         self._started = time.monotonic()
 
     def start_stage(self, stage: str, *, step: int, num_steps: int) -> None:
         """Begin (or go on with) a stage at `step`; lines that a lost attempt wrote beyond it are dropped."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         kept = [line for line in read_metrics(self.path) if line["stage"] != stage or line["step"] <= step]
         write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = self.path.open("a", encoding="utf-8")
+        if step and not any((line["stage"], line["step"]) == (stage, step) for line in kept):
+            say(f"warning: {self.path} has no line of {stage} step {step}, where training goes on: curves have a gap")
         if self._bar is None:  # the clock goes on where an earlier attempt has stopped
             self._started = time.monotonic() - (kept[-1]["elapsed_s"] if kept else 0.0)
-        self._bar = tqdm(desc=stage, total=num_steps, initial=step, unit="step", disable=None)
+        else:
+            self._bar.close()
+        self._bar = Bar(stage, unit="step", total=num_steps, done=step)
 
     def write(self, **metrics: Any) -> None:
+        assert self._file is not None
+        assert self._bar is not None
         metrics["elapsed_s"] = round(time.monotonic() - self._started, 3)
-        self._file.write(json.dumps(metrics) + "\n")
+        self._file.write(json.dumps(_with_null(metrics)) + "\n")
         self._file.flush()
-        shown = {"loss": f"{metrics['loss']:.3f}", "tok/s": int(metrics["tokens_per_s"])}
-        self._bar.set_postfix({**shown, "data": f"{metrics['data_wait_pct']:.0f}%"}, refresh=False)
+        speed, waited = int(metrics["tokens_per_s"]), metrics["data_wait_pct"]
+        self._bar.note(f"loss={metrics['loss']:.3f}, tok/s={speed}, data={waited:.0f}%")
         self._bar.update()
 
     def stage_seconds(self, stage: str) -> float:
@@ -171,30 +183,51 @@ class MetricsLog:
         return total
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._bar is not None:
             self._bar.close()
 
 
 class Checkpoints:
-    """`RUN/checkpoints/STAGE-STEP/`: what trains, the optimizer's moments and the step; only the newest is kept.
+    """`RUN/checkpoints/STAGE-STEP/`: what trains, the optimizer's moments and the step; the two newest are kept.
 
-    Tensors are safetensors files, the rest is JSON: nothing is ever unpickled.
+    Tensors are a safetensors file, the rest is JSON: nothing is ever unpickled. `checkpoint.json` has the checksum of
+    the tensors, and its own. Where the newest one is damaged, training goes on from the one before.
     """
 
     def __init__(self, run: Path) -> None:
         self.folder = run / "checkpoints"
         self.folder.mkdir(parents=True, exist_ok=True)
+        put_all_back(self.folder)
         for leftover in self.folder.glob(".*.tmp-*"):
-            shutil.rmtree(leftover)
+            remove(leftover)
+        self._whole: list[tuple[str, int]] = []  # checkpoints that have been looked at or written
 
     def latest(self) -> tuple[str, int] | None:
-        """(stage, step) of the newest checkpoint."""
-        found = [read_json(file) for file in self.folder.glob("*/checkpoint.json")]
-        if not found:
-            return None
-        newest = max(found, key=lambda record: record["number"])
-        return str(newest["stage"]), int(newest["step"])
+        """(stage, step) of the newest checkpoint that is whole; a damaged one is told once.
+
+        Raises CacheCorruptError when there are some, and all are damaged.
+        """
+        if self._whole:
+            return self._whole[-1]
+        problems: list[str] = []
+        for stage, step in reversed(self._there()):
+            try:
+                self._check(stage, step)
+            except CacheCorruptError as error:
+                problems.append(str(error))
+                continue
+            for problem in problems:
+                say(f"warning: {problem}; training goes on from the checkpoint before it, {stage} step {step}")
+            return stage, step
+        if problems:
+            raise CacheCorruptError(
+                f"every checkpoint is damaged: restore one from a copy, or delete {self.folder} (and what the run has "
+                f"trained: `verbalizers`, `student`) and run the same command again, it trains from the start:\n"
+                f"{list_problems(problems)}"
+            )
+        return None
 
     def step_of(self, stage: str) -> int:
         """Steps of `stage` that the newest checkpoint holds; 0 when it is of another stage."""
@@ -202,22 +235,22 @@ class Checkpoints:
         return newest[1] if newest and newest[0] == stage else 0
 
     def save(self, stage: str, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-        old = [(file.parent, int(read_json(file)["number"])) for file in self.folder.glob("*/checkpoint.json")]
-        target = self.folder / f"{stage}-{step:07d}"
+        before, target = self.latest(), self._place(stage, step)
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        number = 1 + max((number for _, number in old), default=0)
-        record = {"stage": stage, "step": step, "number": number}
         with replacing(target) as temporary:
             temporary.mkdir()
-            save_file(_state(named, optimizer), temporary / "state.safetensors")
-            (temporary / "checkpoint.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
-        for folder, _ in old:
-            if folder != target:
-                shutil.rmtree(folder)
+            save_file(_state(named, optimizer), temporary / TENSORS)
+            record = {"stage": stage, "step": step, "files": {TENSORS: checksum(temporary / TENSORS)}}
+            (temporary / CHECKPOINT).write_text(sealed(record), encoding="utf-8")
+        self._whole = [one for one in (before, (stage, step)) if one is not None]
+        for other in self._there():
+            if other not in self._whole:
+                shutil.rmtree(self._place(*other))
 
     def load(self, stage: str, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-        """Put the tensors back by name; raises CacheCorruptError when they do not fit the model."""
-        file = self.folder / f"{stage}-{step:07d}" / "state.safetensors"
+        """Put the tensors back by name; raises CacheCorruptError when they are damaged or do not fit the model."""
+        self._check(stage, step)
+        file = self._place(stage, step) / TENSORS
         named = dict(model.named_parameters())
         with safe_open(file, framework="pt") as tensors, torch.no_grad():
             for key in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
@@ -229,9 +262,38 @@ class Checkpoints:
                 elif optimizer is not None:
                     _restore_moment(optimizer, named[name], kind, tensors.get_tensor(key))
 
+    def _place(self, stage: str, step: int) -> Path:
+        return self.folder / f"{stage}-{step:07d}"
 
-def read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
+    def _there(self) -> list[tuple[str, int]]:
+        """All checkpoints, whole or not, in the order in which a run comes to them."""
+        names = [found for entry in self.folder.iterdir() if (found := NAME.fullmatch(entry.name))]
+        return sorted(((one[1], int(one[2])) for one in names), key=lambda one: (STAGES.index(one[0]), one[1]))
+
+    def _check(self, stage: str, step: int) -> None:
+        """Raise CacheCorruptError unless a checkpoint is what was written; one of an earlier release has no sums."""
+        if (stage, step) in self._whole:
+            return
+        folder = self._place(stage, step)
+        record = read_checkpoint(folder / CHECKPOINT)
+        if (record["stage"], record["step"]) != (stage, step):
+            raise CacheCorruptError(f"{folder / CHECKPOINT}: is of {record['stage']} step {record['step']}")
+        if problem := difference_from(record["files"][TENSORS], folder / TENSORS) if "files" in record else "":
+            raise CacheCorruptError(f"{folder / TENSORS}: {problem}")
+        try:
+            safe_open(folder / TENSORS, framework="pt").__enter__()
+        except (OSError, SafetensorError) as error:
+            raise CacheCorruptError(f"{folder / TENSORS}: cannot be read ({' '.join(str(error).split())})") from None
+        self._whole.append((stage, step))
+
+
+def _with_null(value: Any) -> Any:
+    """The same with null for numbers that are not finite: JSON has none, and readers of the log would refuse them."""
+    if isinstance(value, dict):
+        return {key: _with_null(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_with_null(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _state(named: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer | None) -> dict[str, torch.Tensor]:

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from vlsi_cache.errors import DataError, FingerprintMismatchError, list_problems
+from vlsi_cache.progress import progress
 from vlsi_cache.sparse.rows import SparseRows
 from vlsi_cache.sparse.truncate import truncate
 from vlsi_cache.spec import DataSpec, change, spec_from_dict
@@ -122,7 +123,7 @@ def recompute(
     teachers = [load_teacher(sources[0], device=device)]
     teachers += [replace(teachers[0], inputs=inputs) for inputs in sources[1:]]
     where = {record.id: (i, index) for i, found in enumerate(sources) for index, record in enumerate(found.records)}
-    for name in names:
+    for name in progress(names, "recompute", unit="sample", delay=2):
         row, (source, index) = cache[name], where.get(name, (0, None))
         what = _changed(row, sources[source], index)
         if what:

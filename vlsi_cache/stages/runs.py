@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import shlex
-import shutil
 import socket
 import sys
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlsi_cache.disk import write_atomically
+from vlsi_cache.disk import put_all_back, remove, write_atomically
 from vlsi_cache.errors import (
     DiskFullError,
     FingerprintMismatchError,
@@ -26,9 +25,10 @@ from vlsi_cache.errors import (
     list_problems,
 )
 from vlsi_cache.models.load import check_device
+from vlsi_cache.outputs import check_folder
+from vlsi_cache.progress import say
+from vlsi_cache.run_files import RUN, read_run
 from vlsi_cache.spec import CacheSpec, spec_from_dict
-
-from .loop import read_json, say
 
 PACKAGES = ("vlsi-cache", "torch", "transformers", "peft", "zarr", "numpy")
 LOCK_NAME = ".lock"
@@ -55,14 +55,14 @@ def open_run(path: Path, kind: str, spec: CacheSpec, *, device: str | None, call
 
     Of `facts` that have a digest beside them, `name` and `name_digest`, the digest alone decides: a copy is the same.
     `call` is the Python that goes on with it. `run.json` is of the newest call; an error that would come again makes
-    it `failed`, with the message. Raises SpecError when the folder holds anything else, FingerprintMismatchError when
-    it is another run, RunBusyError when another process works on it, ModelError when the device is not here.
+    it `failed`, with the message, Ctrl-C and SIGTERM make it `interrupted`. Raises SpecError when the folder holds
+    anything else, FingerprintMismatchError when it is another run, RunBusyError when another process works on it,
+    CacheCorruptError when `run.json` is damaged, ModelError when the device is not here.
     """
-    file = path / "run.json"
-    if not file.exists() or read_json(file)["status"] != "done":
+    file = path / RUN
+    check_run_folder(path, kind)
+    if not file.exists() or read_run(path)["status"] != "done":
         check_device(device or spec.run.device)
-    if not file.exists() and path.exists() and any(not _is_ours(entry.name) for entry in path.iterdir()):
-        raise SpecError(f"{path} exists and is no run of ours; choose another folder with -o")
     path.mkdir(parents=True, exist_ok=True)
     with locked(path):
         record = {
@@ -75,7 +75,7 @@ def open_run(path: Path, kind: str, spec: CacheSpec, *, device: str | None, call
             "command": _this_command() or call,
             "stages": [],
         }
-        existing = read_json(file) if file.exists() else None
+        existing = read_run(path) if file.exists() else None
         if existing is not None:
             _check_same(path, existing, record, ("kind", *(name for name in facts if f"{name}_digest" not in facts)))
         if existing is not None and existing["status"] == "done":
@@ -87,18 +87,41 @@ def open_run(path: Path, kind: str, spec: CacheSpec, *, device: str | None, call
             yield Run(path, record)
 
 
+def check_run_folder(path: Path, kind: str) -> None:
+    """Raise SpecError unless `path` is a run of this kind, or can become one."""
+    check_folder(path)
+    if (path / RUN).exists():
+        there = read_run(path)["kind"]
+        if there != kind:
+            raise SpecError(f"{path} is a `{there}` run, and this is `{kind}`; choose another folder with -o")
+    elif path.is_dir() and any(not _is_ours(entry.name) for entry in path.iterdir()):
+        raise SpecError(f"{path} exists and is no run of ours; choose another folder with -o")
+
+
 @contextmanager
 def _failure_kept(file: Path) -> Iterator[None]:
-    """Write into `run.json` why the run cannot go on as it is; a full disk and Ctrl-C are no such reasons."""
+    """Write into `run.json` why the run has ended before it was done; a full disk is told by the error alone.
+
+    What interrupts it comes out as InterruptedRunError with the command that goes on.
+    """
     try:
         yield
-    except (DiskFullError, InterruptedRunError):
+    except KeyboardInterrupt:
+        raise InterruptedRunError(_end(file, status="interrupted").get("command") or "") from None
+    except DiskFullError:
         raise
     except VlsiCacheError as error:
-        record = read_json(file)
-        if record["status"] != "done":
-            write_atomically(file, json.dumps({**record, "status": "failed", "message": str(error)}, indent=1))
+        _end(file, status="failed", message=str(error))
         raise
+
+
+def _end(file: Path, **facts: str) -> dict[str, Any]:
+    """Write how the run has ended, unless it is done; returns what `run.json` says then."""
+    record = read_run(file.parent)
+    if record["status"] != "done":
+        record |= facts
+        write_atomically(file, json.dumps(record, indent=1))
+    return record
 
 
 def already_done(run: Run) -> bool:
@@ -188,11 +211,9 @@ def _is_ours(name: str) -> bool:
 
 
 def _remove_leftovers(path: Path) -> None:
+    put_all_back(path)
     for leftover in [found for pattern in LEFTOVERS for found in path.glob(pattern)]:
-        if leftover.is_dir():
-            shutil.rmtree(leftover)
-        else:
-            leftover.unlink()
+        remove(leftover)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from vlsi_cache.interrupts import stopping_between_steps
 from vlsi_cache.models.adapter import train_everything, train_head_and_embeddings
 from vlsi_cache.models.layers import Backbone
 from vlsi_cache.sparse.logits import Head
@@ -66,7 +67,7 @@ def sft(state: StudentState, model: Any, *, num_steps: int, stop: int) -> dict[s
     say(f"sft: cross-entropy is {reason}")
     log.start_stage("sft", step=first, num_steps=stop)
     num_micro = distill.batch_size // distill.micro_batch_size
-    with feeding(state.feed("sft", first * distill.batch_size)) as feed:
+    with feeding(state.feed("sft", first * distill.batch_size)) as feed, stopping_between_steps() as signals:
         for step in range(first, stop):
             started, waited, tokens = time.monotonic(), feed.wait_s, 0
             losses: list[torch.Tensor] = []
@@ -96,8 +97,9 @@ def sft(state: StudentState, model: Any, *, num_steps: int, stop: int) -> dict[s
                 data_wait_pct=100 * (feed.wait_s - waited) / seconds,
                 memory_gib=memory_gib(state.device),
             )
-            if (step + 1) % distill.checkpoint_steps == 0 or step + 1 == stop:
+            if (step + 1) % distill.checkpoint_steps == 0 or step + 1 == stop or signals.came:
                 checkpoints.save("sft", step + 1, model, optimizer)
+                signals.end_here()
     return {
         "name": "sft",
         "steps": stop,

@@ -6,10 +6,11 @@ from typing import Any
 
 from vlsi_cache.data.tokenize import Encoder, load_encoder
 from vlsi_cache.models.load import load_config, load_model, max_positions, resolve_model, weights_digest
+from vlsi_cache.run_files import read_run
 from vlsi_cache.spec import CacheSpec, Dtype, spec_from_dict
 
 from .evaluate import check_has_student
-from .loop import pick_device, read_json, say
+from .loop import pick_device, say
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,8 @@ def speaker_of(spec: CacheSpec, model: str) -> Speaker:
             teacher.trust_remote_code,
         )
     folder, distill = Path(model), spec.distill
-    if (folder / "run.json").is_file():
-        run = read_json(folder / "run.json")
+    if (folder / "run.json").exists():
+        run = read_run(folder)
         check_has_student(folder, run)
         distill = spec_from_dict(run["spec"], where=str(folder / "run.json")).distill
         folder = folder / "student"

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from vlsi_cache.data.records import RecordSet, read_records
 from vlsi_cache.data.tokenize import Encoder, load_encoder
 from vlsi_cache.errors import DataError, ModelError, SpecError, list_problems
 from vlsi_cache.models.load import load_config, load_model, max_positions
+from vlsi_cache.progress import progress, say
 from vlsi_cache.spec import CacheSpec, DataSpec, DistillSpec, InteractSpec
 from vlsi_cache.store.layout import CacheHeader
 from vlsi_cache.store.lineage import data_sections
@@ -20,7 +20,7 @@ from vlsi_cache.store.reader import Cache
 
 from .feed import Feed, cached_records, check_response_ids, match_records
 from .inputs import target_layers
-from .loop import Checkpoints, MetricsLog, choose_kernels, pick_device, say
+from .loop import Checkpoints, MetricsLog, choose_kernels, pick_device
 from .runs import Run
 
 SOURCE_KEYS = ("path", "media_root", "generator", "options", "limit")
@@ -74,7 +74,7 @@ class StudentInputs:
             return
         by_id, too_long = match_records(self.cache, self.records), []
         sample_ids = self.cache.sample_table()["id"].to_pylist()
-        for sample_id in tqdm(sample_ids, desc="measure rows", unit="row", delay=2, disable=None):
+        for sample_id in progress(sample_ids, "measure rows", unit="row", delay=2):
             num_prompt, response_ids = self.encoder.measure(by_id[sample_id])
             if num_prompt + len(response_ids) > limit:
                 too_long.append(f"sample `{sample_id}`: {num_prompt + len(response_ids)} tokens")

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import DynamicCache
 
 from vlsi_cache.data.collate import collate
@@ -26,13 +25,15 @@ from vlsi_cache.errors import DataError, ModelError, SpecError, command_line
 from vlsi_cache.models.layers import Backbone, LayerSequence
 from vlsi_cache.models.load import load_model, max_positions, resolve_model, weights_digest
 from vlsi_cache.models.verbalizer import Verbalizers, load_verbalizers, logit_lens
-from vlsi_cache.models.verbalizer_files import RECORD, find_folder
+from vlsi_cache.models.verbalizer_files import RECORD, find_folder, read_record
+from vlsi_cache.progress import progress
 from vlsi_cache.report.example import png_of
 from vlsi_cache.report.stats import next_step
 from vlsi_cache.report.trace_page import Said, Token, Trace
+from vlsi_cache.run_files import read_run
 from vlsi_cache.spec import spec_from_dict
 
-from .loop import head_of, pick_device, read_json
+from .loop import head_of, pick_device
 
 LOGIT_LENS = "none"
 States = Mapping[int, Tensor | LayerSequence]
@@ -103,7 +104,7 @@ def trace(
 
 def _subject(model: Path | str, verbalizers: str | None) -> _Subject:
     folder = Path(model).expanduser()
-    run = read_json(folder / "run.json") if (folder / "run.json").is_file() else None
+    run = read_run(folder) if (folder / "run.json").exists() else None
     if run is None:
         path = resolve_model(model)
         if verbalizers is None:
@@ -141,7 +142,7 @@ def _subject(model: Path | str, verbalizers: str | None) -> _Subject:
 def _made_for(verbalizers: str) -> str | None:
     """Digest of the weights that they were trained with; None where there are no verbalizers."""
     file = find_folder(verbalizers) / RECORD
-    return read_json(file)["provenance"].get("teacher_digest") if file.is_file() else None
+    return read_record(file.parent, [])["provenance"].get("teacher_digest") if file.is_file() else None
 
 
 def _load_image(file: Path) -> Media:
@@ -188,7 +189,7 @@ def _speakers(
 def _load(subject: _Subject, backbone: Backbone, targets: list[int] | None, gguf_file: str | None) -> Verbalizers:
     folder = find_folder(subject.verbalizers)
     if targets is None:
-        record = read_json(folder / RECORD) if (folder / RECORD).is_file() else {"layers": []}
+        record = read_record(folder, []) if (folder / RECORD).is_file() else {"layers": []}
         targets = sorted(int(layer) for layer in record["layers"])
     if subject.same_start:  # head and backbone have been trained since: these are what is looked at
         return load_verbalizers(folder, backbone, targets, check_head=False)
@@ -201,7 +202,7 @@ def _load(subject: _Subject, backbone: Backbone, targets: list[int] | None, gguf
             raise ModelError(
                 f"{error}; a run's student takes those of another run that began with the same student"
             ) from None
-        if not (run / "run.json").is_file():
+        if not (run / "run.json").exists():
             raise
         given = [] if folder.resolve() == (run / "verbalizers").resolve() else ["--verbalizers", folder]
         again = command_line("trace", run, *given)
@@ -223,7 +224,7 @@ def _speak(
     probs_LN = torch.empty(len(layers), 0, device=device)
     has_ended_L = torch.zeros(len(layers), dtype=torch.bool, device=device)
     run = (_whole_sequences if verbalizers.needs_sequence else _with_kv_cache)(backbone, verbalizers, encoded)
-    for _ in tqdm(range(max_new_tokens), desc="trace", unit="token", disable=None):
+    for _ in progress(range(max_new_tokens), "trace", unit="token"):
         states = run(ids_LN)
         rows = [_entering_head(verbalizers, layer, states[layer], row) for row, layer in enumerate(layers)]
         state_LD = torch.cat(rows)

@@ -19,6 +19,7 @@ import torch
 from vlsi_cache.data.collate import Batch
 from vlsi_cache.data.records import RecordSet
 from vlsi_cache.errors import SpecError
+from vlsi_cache.interrupts import stopping_between_steps
 from vlsi_cache.models.layers import Backbone
 from vlsi_cache.models.verbalizer import Verbalizers, build_verbalizers
 from vlsi_cache.report.checkup import verbalizer_findings
@@ -43,10 +44,11 @@ from .loop import (
     seed_step,
     warn_of,
 )
-from .runs import Run, already_done, finish_run, open_run, python_call, waiting_for
+from .runs import Run, already_done, check_run_folder, finish_run, open_run, python_call, waiting_for
 from .verbalizer_subsets import (
     check_folder_of_all,
     check_neighbours,
+    check_shared_folder,
     choose_layers,
     shown,
     subset_name,
@@ -73,6 +75,10 @@ def train_verbalizers(
     Raises SpecError, FingerprintMismatchError, RunBusyError.
     """
     out = Path(out)
+    if layers is None and world == 1:
+        check_run_folder(out, KIND)
+    else:
+        check_shared_folder(out)
     inputs = open_teacher_inputs(spec)
     if not inputs.target_layers:
         raise SpecError("`teacher.layers` is empty: there is nothing to verbalize")
@@ -89,7 +95,8 @@ def train_verbalizers(
             finish_run(run, stages=[_train(inputs, out, run.path, wanted, device=device)])
     if chosen is not None:
         say(f"trained: {'layer' if len(chosen) == 1 else 'layers'} {shown(chosen)}; report: {run.path / 'report.html'}")
-    left = [layer for layer in inputs.target_layers if layer not in trained_layers(out)]
+    trained = trained_layers(out)
+    left = [layer for layer in inputs.target_layers if layer not in trained]
     if left:
         say(f"{out}: these layers are not there yet: --layers {shown(left)}")
     return out
@@ -184,7 +191,7 @@ def verbalize(
         checkpoints.load("verbalize", first, verbalizers, optimizer)
     log.start_stage("verbalize", step=first, num_steps=num_steps)
     num_micro = batch_size // micro_batch_size
-    with feeding(make_feed(first * batch_size)) as feed:
+    with feeding(make_feed(first * batch_size)) as feed, stopping_between_steps() as signals:
         for step in range(first, num_steps):
             started, waited, tokens = time.monotonic(), feed.wait_s, 0
             losses: list[LayerLoss] = []
@@ -219,8 +226,9 @@ def verbalize(
                 data_wait_pct=100 * (feed.wait_s - waited) / seconds,
                 memory_gib=memory_gib(backbone.device),
             )
-            if (step + 1) % checkpoint_steps == 0 or step + 1 == num_steps:
+            if (step + 1) % checkpoint_steps == 0 or step + 1 == num_steps or signals.came:
                 checkpoints.save("verbalize", step + 1, verbalizers, optimizer)
+                signals.end_here()
     refuse_destroyed(verbalizers.named_parameters(), "verbalize")
     warn_of(verbalizer_findings(read_metrics(log.path), v_real=v_real))
     entry = {"name": "verbalize", "steps": num_steps, "seconds": log.stage_seconds("verbalize"), "v_real": v_real}

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from vlsi_cache.errors import FingerprintMismatchError, SpecError, list_problems
+from vlsi_cache.models.verbalizer_files import whole_layers
+from vlsi_cache.outputs import check_folder
+from vlsi_cache.run_files import read_run
 from vlsi_cache.spec import CacheSpec
 
-from .loop import read_json
 from .runs import LOCK_NAME, differences, whole_spec
 
 PREFIX = "layers-"
@@ -54,47 +56,54 @@ def shown(layers: Sequence[int]) -> str:
 
 
 def trained_layers(out: Path) -> list[int]:
-    """Layers that the verbalizers of a training have by now."""
-    record = out / "verbalizers" / "verbalizers.json"
-    return read_json(record)["layers"] if record.is_file() else []
+    """Layers that the verbalizers of a training have by now, in files that are what was written."""
+    return whole_layers(out / "verbalizers")
 
 
 def check_folder_of_all(out: Path) -> None:
     """Raise SpecError when a run over all layers would start where subsets are."""
     subsets = _subsets(out)
-    if subsets and not (out / "run.json").is_file():
+    if subsets and not (out / "run.json").exists():
         raise SpecError(
             f"{out} holds trainings of some layers ({', '.join(folder.name for folder in subsets)}); go on there with "
             "--layers, or choose another folder with -o"
         )
 
 
-def check_neighbours(out: Path, name: str, chosen: list[int], spec: CacheSpec, facts: dict[str, Any]) -> None:
-    """Raise SpecError when `out` is not for this, or another run there has one of these layers;
-    FingerprintMismatchError when another run there has other settings, other data or another teacher."""
-    if (out / "run.json").is_file():
-        whole = read_json(out / "run.json")
+def check_shared_folder(out: Path) -> None:
+    """Raise SpecError for a folder that holds something else than trainings of verbalizers."""
+    check_folder(out)
+    if (out / "run.json").exists():
+        whole = read_run(out)
         if whole["kind"] != "train-verbalizers" or whole["status"] != "done":
             raise SpecError(
                 f"{out} holds a run of its own (`{whole['kind']}`, {whole['status']}); choose another folder"
             )
+    elif out.is_dir() and any(not _is_ours(entry.name) for entry in out.iterdir()):
+        raise SpecError(f"{out} exists and holds something else; choose another folder with -o")
+
+
+def check_neighbours(out: Path, name: str, chosen: list[int], spec: CacheSpec, facts: dict[str, Any]) -> None:
+    """Raise SpecError when `out` is not for this, or another run there has one of these layers;
+    FingerprintMismatchError when another run there has other settings, other data or another teacher."""
+    check_shared_folder(out)
+    if (out / "run.json").exists():
+        whole = read_run(out)
         _check_same(out, whole, spec, facts)
         _check_apart(out, _layers_of_whole(out, whole), chosen)
-    elif out.exists() and any(not _is_ours(entry.name) for entry in out.iterdir()):
-        raise SpecError(f"{out} exists and holds something else; choose another folder with -o")
     for folder in _subsets(out):
         if folder.name != name:
-            record = read_json(folder / "run.json")
+            record = read_run(folder)
             _check_same(folder, record, spec, facts)
             _check_apart(folder, record.get("layers", []), chosen)
 
 
 def _layers_of_whole(out: Path, record: dict[str, Any]) -> list[int]:
     """What the run over all layers has trained; one of an earlier release says it by what no subset has."""
-    for stage in record["stages"]:
+    for stage in record.get("stages", []):
         if "layers" in stage:
             return stage["layers"]
-    added = {layer for folder in _subsets(out) for layer in read_json(folder / "run.json").get("layers", [])}
+    added = {layer for folder in _subsets(out) for layer in read_run(folder).get("layers", [])}
     return [layer for layer in trained_layers(out) if layer not in added]
 
 

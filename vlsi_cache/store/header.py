@@ -15,6 +15,7 @@ import xxhash
 
 from vlsi_cache import disk
 from vlsi_cache.errors import CacheCorruptError, FingerprintMismatchError, SpecError, command_line, list_problems
+from vlsi_cache.outputs import check_folder
 
 from . import commit
 from .arrays import read_vocab, read_vocab_text, write_vocab
@@ -73,6 +74,13 @@ def _as_stored(header: CacheHeader) -> CacheHeader:
         return CacheHeader.model_validate(json.loads(json.dumps(header.model_dump(), allow_nan=False)))
     except (TypeError, ValueError) as error:
         raise SpecError(f"the header of the cache cannot be written as JSON: {error}") from error
+
+
+def check_root(root: Path) -> None:
+    """Raise SpecError unless `root` is a cache, or a folder that can become one."""
+    check_folder(root)
+    if root.is_dir() and not (root / HEADER_NAME).exists():
+        _refuse_foreign_directory(root)
 
 
 def _refuse_foreign_directory(root: Path) -> None:

@@ -13,12 +13,13 @@ from typing import Any, Literal, overload
 import numpy as np
 
 from vlsi_cache.errors import DataError, FingerprintMismatchError, SpecError, list_problems
+from vlsi_cache.progress import progress
 
 from .arrays import Arrays
 from .cut import in_memory, stored_samples
 from .derive import CachePath, check_room, check_target, open_source, token_texts
 from .encoding import by_layer
-from .header import differences
+from .header import check_root, differences
 from .layout import IDENTITY_FIELDS, CacheHeader, list_parts, part_dir
 from .lineage import lineage, merged_responses
 from .part import Part
@@ -56,6 +57,7 @@ def merge(caches: Sequence[CachePath], out: str | os.PathLike[str], *, dry_run: 
     Rows are stored as they are, their ids under the frequency ranks of the first cache. With `dry_run` only the plan is
     made. Raises FingerprintMismatchError with every field that differs, DataError for samples in two of the caches.
     """
+    check_root(Path(out))
     sources = [open_source(cache) for cache in caches]
     if len(sources) < 2:
         raise SpecError(f"merge needs at least two caches, got {len(sources)}")
@@ -77,7 +79,7 @@ def _run(sources: list[Cache], plan: MergePlan) -> Cache:
         plan.out, _merged_header(sources), first.ranks, token_texts=token_texts(first)
     )
     maps = {source.path: _rank_map(source, writer) for source in sources}
-    for number in writer.missing_parts():
+    for number in progress(writer.missing_parts(), "merge", unit="part", delay=2):
         if part_dir(plan.out, number).exists():  # another process was faster
             continue
         source, index = homes[number]

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypedDict, Unpack, get_args, overload
 import numpy as np
 
 from vlsi_cache.errors import SpecError
+from vlsi_cache.progress import progress
 
 from .choose import (
     PartTokens,
@@ -27,6 +28,7 @@ from .choose import (
 )
 from .cut import cut_part, join
 from .derive import CachePath, check_room, check_target, open_source, token_texts
+from .header import check_root
 from .layout import CacheHeader, list_parts, part_dir
 from .lineage import lineage
 from .part import Part
@@ -134,6 +136,7 @@ def prune(
     (another profile aside); the mass of dropped entries joins `tail_mass`, and tail samples are redrawn so that they
     are again independent draws from everything outside the new top-k. With `dry_run` only the plan is made.
     """
+    check_root(Path(out))
     source = open_source(cache)
     check_target(Path(out), [source])
     cuts = read_cuts(
@@ -157,7 +160,7 @@ def run_prune(job: Job) -> Cache:
     check_room(out, sum(size for index, size in enumerate(job.group_bytes) if index not in done))
     writer = CacheWriter.create_or_resume(out, job.header, job.ranks, token_texts=token_texts(source))
     generation = len(earlier_cuts(source.header, "top_k"))
-    for index in writer.missing_parts():
+    for index in progress(writer.missing_parts(), "prune", unit="part", delay=2):
         if part_dir(out, index).exists():  # another process was faster
             continue
         pieces = []

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vlsi_cache.errors import CacheCorruptError, VlsiCacheError, command_line
+from vlsi_cache.progress import progress
 
 from .commit import list_tmp
 from .files import hash_file, load_header, load_part_record
@@ -76,7 +77,7 @@ def verify(path: str | os.PathLike[str], *, deep: bool = False) -> VerifyReport:
         report.problems.append(Problem(HEADER_NAME, _text(error), "restore this file from a copy of the cache"))
         return report
     _check_vocab(root, header, report, repair)
-    for index in range(header.num_parts):
+    for index in progress(range(header.num_parts), "verify", unit="part", delay=2):
         _check_part(root, header, index, report, repair)
     _check_foreign(root, header, report, repair)
     if not report.bad_parts and report.num_parts == header.num_parts:
