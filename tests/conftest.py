@@ -91,6 +91,32 @@ def save_model(folder: Path, *, num_layers: int, hidden: int, seed: int, extra: 
     return folder
 
 
+# Where figures are looked at. Elsewhere a page gets what the first figure of its kind looked like: drawing one takes
+# longer than training a tiny student.
+DRAW_ALL = ("test_ablation_report", "test_checkup", "test_match", "test_report_pages", "test_report_stats")
+_drawn: dict[str, str] = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _each_kind_of_figure_is_drawn_once(request: pytest.FixtureRequest) -> Iterator[None]:
+    if request.module.__name__ in DRAW_ALL:
+        yield
+        return
+    from vlsi_cache.report import ablation_figure, figures, heat_maps
+
+    draw = figures.svg_of
+
+    def draw_once(figure: Any, name: str, label: str) -> str:
+        if name not in _drawn:
+            _drawn[name] = draw(figure, name, label)
+        return _drawn[name]
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (ablation_figure, figures, heat_maps):
+            patch.setattr(module, "svg_of", draw_once)
+        yield
+
+
 @pytest.fixture(scope="session")
 def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("teacher"), num_layers=5, hidden=32, seed=1)
