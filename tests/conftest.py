@@ -1,5 +1,6 @@
 """Tiny models, rows and specs that the tests share; everything is made here, nothing is fetched."""
 
+import gc
 import importlib
 import json
 import os
@@ -15,7 +16,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import yaml
 
+gc.disable()  # until everything is imported
+
 WORDS = ["red", "green", "blue", "one", "two", "three", "cat", "dog", "sees", "has", "the", "a", "big", "small", "and"]
+
+
+def pytest_collection_finish() -> None:
+    """What torch and transformers are made of lives until the end: the collector need not go through it again."""
+    gc.freeze()
+    gc.enable()
 
 
 def make_rows(num_rows: int, *, start: int = 0) -> list[dict[str, object]]:
