@@ -5,7 +5,7 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -100,8 +100,8 @@ def save_model(folder: Path, *, num_layers: int, hidden: int, seed: int, extra: 
     return folder
 
 
-# Where figures are looked at. Elsewhere a page gets what the first figure of its kind looked like: drawing one takes
-# longer than training a tiny student.
+# Where figures are looked at. Elsewhere a page gets the first figure of its kind again: drawing one takes longer than
+# training a tiny student.
 DRAW_ALL = ("test_ablation_report", "test_checkup", "test_match", "test_report_pages", "test_report_stats")
 _drawn: dict[str, str] = {}
 
@@ -113,17 +113,23 @@ def _each_kind_of_figure_is_drawn_once(request: pytest.FixtureRequest) -> Iterat
         return
     from vlsi_cache.report import ablation_figure, figures, heat_maps
 
-    draw = figures.svg_of
-
-    def draw_once(figure: Any, name: str, label: str) -> str:
-        if name not in _drawn:
-            _drawn[name] = draw(figure, name, label)
-        return _drawn[name]
-
     with pytest.MonkeyPatch.context() as patch:
         for module in (ablation_figure, figures, heat_maps):
-            patch.setattr(module, "svg_of", draw_once)
+            for name, function in list(vars(module).items()):
+                own = getattr(function, "__module__", "") == module.__name__
+                if own and name != "svg_of" and getattr(function, "__annotations__", {}).get("return") is str:
+                    patch.setattr(module, name, _drawn_once(function))
+        assert figures.loss_curves.__name__ == "drawn"
         yield
+
+
+def _drawn_once(draw: Callable[..., str]) -> Callable[..., str]:
+    def drawn(*args: Any, **options: Any) -> str:
+        if draw.__name__ not in _drawn:
+            _drawn[draw.__name__] = draw(*args, **options)
+        return _drawn[draw.__name__]
+
+    return drawn
 
 
 @pytest.fixture(scope="session")
