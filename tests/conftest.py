@@ -21,6 +21,19 @@ gc.disable()  # until everything is imported
 WORDS = ["red", "green", "blue", "one", "two", "three", "cat", "dog", "sees", "has", "the", "a", "big", "small", "and"]
 
 
+# The files that take longest, first: the last ones are then short, and no process waits long for the other.
+LONGEST = (
+    "test_distill", "test_ablate", "test_demo_run", "test_training", "test_benchmarks", "test_recompute",
+    "test_student_verbalizers", "test_verbalizer_subsets", "test_acceptance", "test_heldout", "test_interact_layers",
+    "test_generate", "test_demo_data", "test_build", "test_build_batches", "test_report_pages", "test_runs",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(LONGEST)))
+
+
 def pytest_collection_finish() -> None:
     """What torch and transformers are made of lives until the end: the collector need not go through it again."""
     gc.freeze()
