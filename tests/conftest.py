@@ -1,10 +1,11 @@
 """Tiny models, rows and specs that the tests share; everything is made here, nothing is fetched."""
 
+import gc
 import importlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,28 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import yaml
 
+gc.disable()  # until everything is imported
+
 WORDS = ["red", "green", "blue", "one", "two", "three", "cat", "dog", "sees", "has", "the", "a", "big", "small", "and"]
+
+
+# The files that take longest, first: the last ones are then short, and no process waits long for the other.
+LONGEST = (
+    "test_distill", "test_ablate", "test_demo_run", "test_training", "test_benchmarks", "test_recompute",
+    "test_student_verbalizers", "test_verbalizer_subsets", "test_acceptance", "test_heldout", "test_interact_layers",
+    "test_generate", "test_demo_data", "test_build", "test_build_batches", "test_report_pages", "test_runs",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(LONGEST)))
+
+
+def pytest_collection_finish() -> None:
+    """What torch and transformers are made of lives until the end: the collector need not go through it again."""
+    gc.freeze()
+    gc.enable()
 
 
 def make_rows(num_rows: int, *, start: int = 0) -> list[dict[str, object]]:
@@ -89,6 +111,46 @@ def save_model(folder: Path, *, num_layers: int, hidden: int, seed: int, extra: 
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_waits_for_the_disk() -> Iterator[None]:
+    """No test cuts the power: what was flushed and what was not look alike. Children of their own still flush."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", os.fstat)  # a handle that is none is still an error
+        yield
+
+
+# Where figures are looked at. Elsewhere a page gets the first figure of its kind again: drawing one takes longer than
+# training a tiny student.
+DRAW_ALL = ("test_ablation_report", "test_checkup", "test_match", "test_report_pages", "test_report_stats")
+_drawn: dict[str, str] = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _each_kind_of_figure_is_drawn_once(request: pytest.FixtureRequest) -> Iterator[None]:
+    if request.module.__name__ in DRAW_ALL:
+        yield
+        return
+    from vlsi_cache.report import ablation_figure, figures, heat_maps
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (ablation_figure, figures, heat_maps):
+            for name, function in list(vars(module).items()):
+                own = getattr(function, "__module__", "") == module.__name__
+                if own and name != "svg_of" and getattr(function, "__annotations__", {}).get("return") is str:
+                    patch.setattr(module, name, _drawn_once(function))
+        assert figures.loss_curves.__name__ == "drawn"
+        yield
+
+
+def _drawn_once(draw: Callable[..., str]) -> Callable[..., str]:
+    def drawn(*args: Any, **options: Any) -> str:
+        if draw.__name__ not in _drawn:
+            _drawn[draw.__name__] = draw(*args, **options)
+        return _drawn[draw.__name__]
+
+    return drawn
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ import vlsi_cache as vc
 from vlsi_cache.data.batches import plan_parts
 from vlsi_cache.errors import CacheCorruptError, DataError, FingerprintMismatchError
 from vlsi_cache.sparse.topk import sample_uniforms, teacher_rows
-from vlsi_cache.stages.build import build_teacher
+from vlsi_cache.stages.build import build_teacher, cache_header, fingerprint
 from vlsi_cache.stages.inputs import open_teacher_inputs
 from vlsi_cache.stages.teacher import load_teacher
 from vlsi_cache.store import reader
@@ -94,32 +94,32 @@ def test_ids_above_two_to_the_seventeenth_do_not_wrap(tmp_path: Path, profile: s
     assert row.response_ids_R.tolist() == [151_645]
 
 
+def seen_facts(spec_file: Path) -> str:
+    """Digests and draws that must not depend on Python's `hash`."""
+    inputs, case = open_teacher_inputs(vc.load_spec(spec_file)), standard_case()
+    facts = [
+        fingerprint(inputs), [r.digest for r in inputs.records], cache_header(inputs, [[0]]).digest,
+        header_of(case).digest, case.ranks.digest, sample_uniforms(0, "a", 2, 2, 2).tolist(),
+    ]  # fmt: skip
+    return json.dumps(facts)
+
+
 def test_nothing_depends_on_the_hash_seed_of_the_process(tmp_path: Path, teacher_folder: Path) -> None:
-    """Digests, draws, parts and order of reading, from processes with other seeds of Python's `hash`."""
+    """Digests, draws, parts and order of reading, in this process and in one with another seed of Python's `hash`."""
     spec_file = write_spec(tmp_path, teacher_folder, num_rows=6)
-    code = f"""
-import json, sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-import vlsi_cache as vc
-from test_store_cases import header_of, standard_case
-from vlsi_cache.sparse.topk import sample_uniforms
-from vlsi_cache.stages.build import cache_header, fingerprint
-from vlsi_cache.stages.inputs import open_teacher_inputs
-inputs = open_teacher_inputs(vc.load_spec({str(spec_file)!r}))
-case = standard_case()
-print(json.dumps([
-    fingerprint(inputs), [r.digest for r in inputs.records], cache_header(inputs, [[0]]).digest,
-    header_of(case).digest, case.ranks.digest, sample_uniforms(0, "a", 2, 2, 2).tolist(),
-]))
-"""
-    said = {
-        subprocess.run(
-            [sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, check=True
-        ).stdout
-        for seed in ("0", "1")
-    }
-    assert len(said) == 1
-    assert len(json.loads(said.pop())) == 6
+    code = (
+        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1])\n"
+        "from test_field_defects import seen_facts; print(hash('a'), seen_facts(Path(sys.argv[2])))"
+    )
+    command = [sys.executable, "-c", code, str(Path(__file__).parent), str(spec_file)]
+    seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
+    environment = {**os.environ, "PYTHONHASHSEED": seed}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    seeded, _, said = done.stdout.partition(" ")
+    assert int(seeded) != hash("a")
+    assert said.strip() == seen_facts(spec_file)
+    assert len(json.loads(said)) == 6
 
 
 @pytest.mark.parametrize("what", ["file", "empty folder", "half a part"])

@@ -1,7 +1,6 @@
 """The teacher asked again: agrees with every kind of cache it wrote, sees what no checksum can."""
 
 import json
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import make_rows, save_model, write_jsonl, write_spec
+from vlsi_cache_cli.main import main
 
 import vlsi_cache as vc
 from vlsi_cache.errors import DataError, FingerprintMismatchError
@@ -160,19 +160,27 @@ def test_a_spec_in_a_cache_cannot_switch_on_remote_code(
     assert seen == [False, True]
 
 
-def test_command_line(exact: Path, tmp_path: Path) -> None:
+def test_command_line(
+    exact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*words: object) -> tuple[int, str]:
+        command = ["vlsi-cache", "verify", "--recompute", "5", "--device", "cpu", *map(str, words)]
+        monkeypatch.setattr(sys, "argv", command)
+        code = main()
+        return code, capsys.readouterr().out
+
     rewritten(exact, tmp_path / "wrong", swap_ids)
-    command = [sys.executable, "-m", "vlsi_cache_cli.main", "verify", "--recompute", "5", "--device", "cpu"]
-    good = subprocess.run([*command, "--json", str(exact)], capture_output=True, text=True)
-    assert good.returncode == 0, good.stderr
-    said = json.loads(good.stdout)["recompute"]
+    capsys.readouterr()
+    code, out = run("--json", exact)
+    assert code == 0
+    said = json.loads(out)["recompute"]
     assert (said["ok"], said["num_samples"], said["changed"]) == (True, 5, {})
     assert [one["layer"] for one in said["layers"] if one["ok"] and one["top1_agreement"] == 1.0] == [1, 2, 3, 4, 5]
-    bad = subprocess.run([*command, str(tmp_path / "wrong")], capture_output=True, text=True)
-    assert bad.returncode == 1, bad.stderr
-    assert "layer 3" in bad.stdout
-    assert "WRONG" in bad.stdout
+    code, out = run(tmp_path / "wrong")
+    assert code == 1
+    assert "layer 3" in out
+    assert "WRONG" in out
     (tmp_path / "wrong" / "parts" / "000000.zarr" / "ids" / "zarr.json").unlink()
-    broken = subprocess.run([*command, str(tmp_path / "wrong")], capture_output=True, text=True)
-    assert broken.returncode == 1
-    assert "nothing was recomputed: mend these files first" in broken.stdout
+    code, out = run(tmp_path / "wrong")
+    assert code == 1
+    assert "nothing was recomputed: mend these files first" in out

@@ -20,6 +20,7 @@ from vlsi_cache.store.verify import verify
 # Whoever goes on then brings a rank table of its own: the one that was there first must decide every byte.
 KILL_AT_EVERY_STEP = """
     import os, sys, traceback
+    import pyarrow.dataset, zarr.codecs, zarr.storage  # or every child would import them
     from dataclasses import replace
     from pathlib import Path
     sys.path.insert(0, {tests!r})
@@ -146,6 +147,7 @@ def test_killed_between_the_rank_table_and_the_header(tmp_path: Path, monkeypatc
 # of that, it is compared with an undisturbed one and the next is begun.
 KILL_AT_RANDOM = """
     import os, random, signal, sys, time, traceback
+    import pyarrow.dataset, zarr.codecs, zarr.storage  # or every child would import them
     from pathlib import Path
     sys.path.insert(0, {tests!r})
     from test_store_cases import build, file_bytes
@@ -253,7 +255,7 @@ def test_writers_that_race_for_every_part_agree(tmp_path: Path) -> None:
 KILL_WHILE_CHANGING = """
     import os, random, signal, time
     from pathlib import Path
-    import zarr.codecs, zarr.storage  # a child that is still importing has nothing to lose
+    import pyarrow.dataset, zarr.codecs, zarr.storage  # a child that is still importing has nothing to lose
     from vlsi_cache.store import reader, table
     from vlsi_cache.store.merge import merge
     from vlsi_cache.store.prune import prune

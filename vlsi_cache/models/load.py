@@ -152,6 +152,7 @@ def load_model(
     with _quiet(), no_bar, _model_errors(path, "it cannot be loaded"):
         model, report = cast(tuple[Any, dict[str, Any]], auto.from_pretrained(str(folder), **options))
     _check_report(path, report)
+    _own_memory(model)
     return _freeze(_without_gguf(model) if gguf_file else model)
 
 
@@ -334,6 +335,21 @@ def _without_gguf(model: Any) -> Any:
                 delattr(holder, name)
     model.is_quantized = False
     return model
+
+
+def _own_memory(model: torch.nn.Module) -> None:
+    """Copy the weights that lie at odd addresses: those that are still the mapped pages of their file.
+
+    BLAS adds up in another order from an odd address on, so that weights read from a file would give other last bits
+    than the same weights that have just been trained, and a resumed run others than one that was never stopped.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = own_memory(tensor.data)
+
+
+def own_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` at an address as torch gives them (multiples of 64 bytes); itself where it lies at one, or on a GPU."""
+    return tensor.clone() if tensor.device.type == "cpu" and tensor.data_ptr() % 64 else tensor
 
 
 def _freeze(model: Any) -> transformers.PreTrainedModel:

@@ -19,7 +19,7 @@ from vlsi_cache.disk import checksum, difference_from, replacing, write_atomical
 from vlsi_cache.errors import CacheCorruptError, ModelError, command_line
 from vlsi_cache.run_files import RUN, read_run, read_verbalizers
 
-from .load import resolve_model
+from .load import own_memory, resolve_model
 
 FORMAT_VERSION = 1
 RECORD = "verbalizers.json"
@@ -100,7 +100,7 @@ def load_layer(folder: Path, layer: int, module: nn.Module, architecture: dict[s
         with safe_open(file, framework="pt") as tensors:
             if (tensors.metadata() or {}).get(HEADER_KEY) != _canonical(architecture):
                 raise ModelError(f"{file}: its architecture is not the one {RECORD} says; train the verbalizers again")
-            state = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 - no mapping
+            state = {name: own_memory(tensors.get_tensor(name)) for name in tensors.keys()}  # noqa: SIM118 - no mapping
         module.load_state_dict(state, assign=True)
     except (SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())

@@ -19,7 +19,7 @@ from torch import nn
 from vlsi_cache.disk import checksum, difference_from, put_all_back, remove, replacing, write_atomically
 from vlsi_cache.errors import CacheCorruptError, ModelError, list_problems
 from vlsi_cache.models.layers import Backbone
-from vlsi_cache.models.load import check_device
+from vlsi_cache.models.load import check_device, own_memory
 from vlsi_cache.progress import Bar, say
 from vlsi_cache.report.checkup import Finding
 from vlsi_cache.run_files import CHECKPOINT, read_checkpoint, read_metrics, sealed
@@ -307,4 +307,4 @@ def _state(named: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer | No
 
 def _restore_moment(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, kind: str, value: torch.Tensor) -> None:
     # The step count of AdamW lives on the CPU, the moments beside their parameter.
-    optimizer.state[parameter][kind] = value if kind == "step" else value.to(parameter.device)
+    optimizer.state[parameter][kind] = own_memory(value if kind == "step" else value.to(parameter.device))
