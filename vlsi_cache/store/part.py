@@ -24,7 +24,7 @@ from .schema import SAMPLE_ARRAYS, SCALAR_ARRAYS, ArraySpec, layered_names, part
 
 @dataclass(frozen=True)
 class Row(SparseRows):
-    """One sample: its sparse rows, and what ties them to the training record."""
+    """One sample: its sparse rows, and what ties them to the training record. `v_real` and `taus` are the cache's."""
 
     sample_id: str
     kind: str
@@ -92,6 +92,8 @@ class Part:
             digest=record.digests[index],
             response_ids_R=response_ids_R,
             positions_T=arrays["positions"][tokens],
+            v_real=self.header.v_real,
+            taus=tuple(self.header.taus),
         )
 
     @cached_property
