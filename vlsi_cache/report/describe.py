@@ -182,7 +182,8 @@ def _head_lines(facts: dict[str, Any]) -> list[str]:
         f"cache       {facts['path']} ({state}: {facts['parts_done']} of {facts['num_parts']} parts)",
         f"spec        {spec.get('name', '')}: {spec.get('description', '')}",
         f"teacher     {(spec.get('teacher') or {}).get('model', '')}, {facts['num_model_layers']} layers",
-        f"made by     {facts['created_by']}, format {facts['format_version']}, rows-to-tokens contract {facts['contract']}",
+        f"made by     {facts['created_by']}, format {facts['format_version']}, "
+        f"rows-to-tokens contract {facts['contract']}",
         f"samples     {facts['num_samples']:,}; first: {', '.join(facts['first_ids'])}",
         f"tokens      {rows:,} rows a layer for {all_tokens:,} response tokens ({share:.1f} %)",
         f"layers      {', '.join(map(str, facts['layers'][:-1]))} and last ({facts['layers'][-1]})",
