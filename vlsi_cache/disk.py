@@ -1,4 +1,4 @@
-"""What all that writes shares: flushing to the disk before anything relies on it, and one error for a full disk."""
+"""What all that writes shares: local paths, flushing before anything relies on it, and one error for a full disk."""
 
 import errno
 import os
@@ -9,11 +9,33 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from vlsi_cache.errors import DiskFullError
+from vlsi_cache.errors import DiskFullError, SpecError
 
 FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT)
 # Libraries that write outside of Python raise errors of their own, with the number in the text.
 _NUMBER_IN_TEXT = re.compile(r"\(os error (\d+)\)")
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
+
+
+def url_problem(path: object, what: str) -> str:
+    """Why `path` is refused if it is a URL such as s3://bucket/cache, which would become a local folder; else empty.
+
+    `what` names the setting. Nothing is said of what is no path at all.
+    """
+    text = os.fspath(path) if isinstance(path, str | os.PathLike) else ""
+    found = _URL.match(text) if isinstance(text, str) else None  # pathlib makes s3:/bucket of s3://bucket
+    if found is None:
+        return ""
+    return (
+        f"{what} `{text}` is a URL ({found[1]}), and only local paths are supported: copy it to a local folder, or "
+        "mount it there, and name that"
+    )
+
+
+def refuse_url(path: object, what: str) -> None:
+    """Raise SpecError when `path` is a URL."""
+    if problem := url_problem(path, what):
+        raise SpecError(problem)
 
 
 def fsync_file(path: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vlsi_cache.disk import replacing
+from vlsi_cache.disk import refuse_url, replacing
 from vlsi_cache.errors import DataError
 from vlsi_cache.spec import DataSpec
 
@@ -47,6 +47,7 @@ def raw_rows(data: DataSpec) -> Iterator[RawRow]:
         rows = _generated(data.generator, data.options)
     else:
         assert data.path is not None
+        refuse_url(data.path, "`data.path`")
         rows = _file_rows(Path(data.path))
     return islice(rows, data.limit)
 

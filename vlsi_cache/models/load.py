@@ -20,7 +20,7 @@ from huggingface_hub import snapshot_download
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from vlsi_cache.disk import replacing
+from vlsi_cache.disk import refuse_url, replacing
 from vlsi_cache.errors import ModelError
 
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
@@ -52,6 +52,7 @@ def resolve_model(path: str | Path) -> str:
     must look like `org/name`; only such an id is ever looked up over the network, and not here. Raises ModelError.
     """
     path = str(path)
+    refuse_url(path, "model")
     if path.startswith("package:"):
         return str(_package_folder(path))
     folder = Path(path).expanduser()

@@ -9,6 +9,7 @@ from typing import Any
 import transformers
 from torch import nn
 
+from vlsi_cache.disk import refuse_url
 from vlsi_cache.errors import ModelError
 
 from .layers import Backbone
@@ -47,6 +48,7 @@ def init_student(
     The folder opens with `from_pretrained` and generates; `init_student.json` in it says where it comes from. Raises
     ModelError.
     """
+    refuse_url(out, "out")
     layers = parse_layers(layers) if isinstance(layers, str) else list(layers)
     _check_rising(layers)
     path = str(teacher)

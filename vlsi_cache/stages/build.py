@@ -18,6 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from vlsi_cache.data.batches import plan_batches, plan_parts
+from vlsi_cache.disk import refuse_url
 from vlsi_cache.sparse.rows import SparseRows
 from vlsi_cache.sparse.select import select_at_random, select_by_entropy
 from vlsi_cache.spec import CacheSpec
@@ -54,6 +55,7 @@ def build_teacher(
     Raises FingerprintMismatchError when `out` holds a cache of something else, BatchTooLargeError, DiskFullError,
     DataError, ModelError.
     """
+    refuse_url(out, "out")
     out = Path(out)
     inputs = open_teacher_inputs(spec)
     parts = plan_parts(

@@ -18,6 +18,7 @@ import torch
 
 from vlsi_cache.data.collate import Batch
 from vlsi_cache.data.records import RecordSet
+from vlsi_cache.disk import refuse_url
 from vlsi_cache.errors import SpecError
 from vlsi_cache.models.layers import Backbone
 from vlsi_cache.models.verbalizer import Verbalizers, build_verbalizers
@@ -72,6 +73,7 @@ def train_verbalizers(
     they would be beside the others: several processes may work on one `out`, each in a run folder of its own in it.
     Raises SpecError, FingerprintMismatchError, RunBusyError.
     """
+    refuse_url(out, "out")
     out = Path(out)
     inputs = open_teacher_inputs(spec)
     if not inputs.target_layers:
