@@ -129,11 +129,12 @@ def _measure(cache: "Cache", parts: Sequence[int]) -> tuple[dict[str, np.ndarray
 def _measure_part(root: Path, header: "CacheHeader", part: int) -> tuple[dict[str, np.ndarray], int, int]:
     from vlsi_cache.store.arrays import read_layered
     from vlsi_cache.store.chunks import layer_bytes
-    from vlsi_cache.store.files import load_part_record
+    from vlsi_cache.store.files import check_part_files, load_part_record
     from vlsi_cache.store.layout import part_dir
     from vlsi_cache.store.schema import data_file_name, layered_names, part_specs
 
     record, folder = load_part_record(root, header, part), part_dir(root, part)
+    check_part_files(root, part, record)
     specs, entries_L = part_specs(header, record), np.zeros(len(header.layers))
     if header.is_ragged:
         every = range(len(header.layers))
