@@ -79,12 +79,14 @@ def _cache_size(path: Path, num_parts: int) -> int | None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    from vlsi_cache.store.files import refuse_special
     from vlsi_cache.store.layout import TABLE_NAME
-    from vlsi_cache.store.table import MANIFEST_KEY
+    from vlsi_cache.store.table import FILES_KEY
 
     try:
+        refuse_special(path / TABLE_NAME)
         metadata = pq.read_schema(path / TABLE_NAME, memory_map=False).metadata or {}
-        sizes = json.loads(metadata[MANIFEST_KEY])["sizes"]
+        sizes = json.loads(metadata[FILES_KEY])["sizes"]
         listed = sum(size for files in sizes.values() for size in files if size is not None)
     except (OSError, pa.ArrowException, KeyError, ValueError, TypeError, AttributeError):
         return None

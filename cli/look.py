@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from vlsi_cache.errors import SpecError
+
 from .output import LOOK, OK, PROBLEMS, Answer, command, require_cache
 
 CachePath = Annotated[Path, typer.Argument(metavar="CACHE", help="Folder of a cache.")]
@@ -155,9 +157,11 @@ def verify(
     recompute: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Also run the teacher on N random samples and compare.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="Where the teacher runs; default: what its spec says.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="With --recompute: where the teacher runs; default: what its spec says.")
+    ] = None,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the teacher.")
+        bool, typer.Option("--trust-remote-code", help="With --recompute: run code that comes with the teacher.")
     ] = False,
 ) -> Answer:
     """Check that every file is what was written.
@@ -166,6 +170,9 @@ def verify(
     """
     from vlsi_cache.store.verify import verify as verify_cache
 
+    if recompute is None and (device is not None or trust_remote_code):
+        flag = "--trust-remote-code" if device is None else f"--device {device}"
+        raise SpecError(f"{flag} does nothing without --recompute N: files are checked without the teacher")
     require_cache(cache)
     found = verify_cache(cache, deep=deep)
     answer = Answer({"ok": found.ok, **asdict(found)}, str(found), exit_code=OK if found.ok else PROBLEMS)

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vlsi_cache.disk import is_disk_full
+from vlsi_cache.disk import is_disk_full, refuse_url
 from vlsi_cache.errors import DiskFullError, VlsiCacheError
 from vlsi_cache.interrupts import terminating_as_interrupt
 
@@ -70,13 +70,24 @@ def command(app: typer.Typer, name: str, *, panel: str, example: str) -> Callabl
         @functools.wraps(function)
         def run(*, as_json: bool, quiet: bool, verbose: bool, version: bool, **values: Any) -> None:
             del version  # its callback has ended the command
-            raise typer.Exit(run_guarded(lambda: function(**values), as_json=as_json, quiet=quiet, verbose=verbose))
+            raise typer.Exit(
+                run_guarded(lambda: _with_local_paths(function, values), as_json=as_json, quiet=quiet, verbose=verbose)
+            )
 
         _add_common_options(run, function)
         app.command(name, rich_help_panel=panel, epilog=f"Example:  [bold]{example}[/bold]")(run)
         return function
 
     return register
+
+
+def _with_local_paths(function: Callable[..., Answer], values: dict[str, Any]) -> Answer:
+    """Call a command once none of its paths is a URL; texts that may name a model are looked at where they are read."""
+    for name, value in values.items():
+        for path in value if isinstance(value, list) else [value]:
+            if isinstance(path, Path):
+                refuse_url(path, name.replace("_", " "))
+    return function(**values)
 
 
 def _add_common_options(run: Any, function: Callable[..., Any]) -> None:

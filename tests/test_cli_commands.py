@@ -91,6 +91,14 @@ def test_usage_errors(run: Any, words: list[str], says: str) -> None:
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize("flags", [["--device", "cpu"], ["--trust-remote-code"], ["--device", "cpu", "--deep"]])
+def test_flags_of_verify_that_would_do_nothing(run: Any, cache: Path, flags: list[str]) -> None:
+    code, out, err = run("verify", cache, *flags)
+    assert (code, out) == (2, "")
+    assert f"error: {flags[0]}" in err
+    assert "does nothing without --recompute" in err
+
+
 ERRORS = [
     (errors.SpecError("bad"), 2),
     (errors.DataError("bad"), 2),

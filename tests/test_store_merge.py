@@ -151,12 +151,16 @@ def test_another_teacher_or_other_settings(tmp_path: Path) -> None:
             ({"fingerprint": {**header.fingerprint, "teacher": "huge"}}, r'`teacher`: .*a` has "tiny", .* has "huge"'),
             ({"top_k": [6, 6, 5]}, r"`top_k`: .* has \[6, 6, 6\], .* has \[6, 6, 5\]"),
             ({"profile": "exact"}, r'`profile`: .* has "default", .* has "exact"'),
-            ({"taus": [2.0]}, "`taus`"),
+            ({"taus": [1.0, 2.0]}, "`taus`"),
         ]
     ):
         case = make_case([[2]], ["z"], num_layers=3)
         if "top_k" in changes:
             case = narrowed(case, [np.array([[6, 6], [6, 6], [5, 5]])])
+        if "taus" in changes:
+            rows = case.parts[0].rows
+            assert rows is not None
+            case.parts[0] = replace(case.parts[0], rows=replace(rows, lse_LTn=np.repeat(rows.lse_LTn, 2, axis=-1)))
         other = build_with(tmp_path / str(number), case, header_of(case).model_copy(update=changes))
         with pytest.raises(FingerprintMismatchError, match=message):
             merge([one, other], tmp_path / "both")

@@ -1,4 +1,4 @@
-"""What all that writes shares: flushing to the disk before anything relies on it, and one error for a full disk.
+"""What all that writes shares: local paths, flushing before anything relies on it, and one error for a full disk.
 
 A folder takes the place of another in one step where the kernel can exchange two names. Elsewhere the old one is first
 renamed to `.NAME.old-*`: after a kill between the two renames `put_back` gives it its name again.
@@ -18,7 +18,7 @@ from typing import Any
 
 import xxhash
 
-from vlsi_cache.errors import DiskFullError
+from vlsi_cache.errors import DiskFullError, SpecError
 
 READ_BYTES = 1 << 22
 FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT)
@@ -26,6 +26,28 @@ ASIDE = ".old-"  # in the name of a folder that another one is taking the place 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux, as in renameat2(2)
 # Libraries that write outside of Python raise errors of their own, with the number in the text.
 _NUMBER_IN_TEXT = re.compile(r"\(os error (\d+)\)")
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
+
+
+def url_problem(path: object, what: str) -> str:
+    """Why `path` is refused if it is a URL such as s3://bucket/cache, which would become a local folder; else empty.
+
+    `what` names the setting. Nothing is said of what is no path at all.
+    """
+    text = os.fspath(path) if isinstance(path, str | os.PathLike) else ""
+    found = _URL.match(text) if isinstance(text, str) else None  # pathlib makes s3:/bucket of s3://bucket
+    if found is None:
+        return ""
+    return (
+        f"{what} `{text}` is a URL ({found[1]}), and only local paths are supported: copy it to a local folder, or "
+        "mount it there, and name that"
+    )
+
+
+def refuse_url(path: object, what: str) -> None:
+    """Raise SpecError when `path` is a URL."""
+    if problem := url_problem(path, what):
+        raise SpecError(problem)
 
 
 def fsync_file(path: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from .disk import refuse_url, url_problem
 from .errors import SpecError, list_problems
 from .sections import CacheSpec, DataSpec, EvaluateSpec, RowsSpec, RunSpec, StoreSpec, TeacherSpec, TokensSpec
 from .training_sections import (
@@ -77,6 +78,7 @@ def load_spec(name: str | Path, *, overrides: Iterable[str] = ()) -> CacheSpec:
     Relative paths in the file are relative to the file and stay below its folder; in an override they are relative to
     the current folder. Raises SpecError that lists all mistakes.
     """
+    refuse_url(name, "spec")
     file = shipped_specs().get(str(name)) or Path(name)
     values = _read_yaml(file)
     problems = [*_resolve_paths(values, file.resolve().parent)]
@@ -155,6 +157,9 @@ def _apply_override(values: dict[str, Any], override: str) -> Iterator[str]:
     except (yaml.YAMLError, ValueError) as error:  # ValueError: what looks like a date and is none
         yield f"`--set {override}`: the value is not YAML: {' '.join(str(error).split())}"
         return
+    if last in PATH_KEYS and (problem := url_problem(value, f"`--set {override}`:")):
+        yield problem
+        return
     if last in PATH_KEYS and isinstance(value, str) and (Path(value).exists() or glob.has_magic(value)):
         value = str(Path(value).resolve())
     values[last] = value
@@ -168,6 +173,8 @@ def _resolve_paths(values: dict[str, Any], folder: Path, prefix: str = "") -> It
     for key, value in values.items():
         if isinstance(value, dict) and key != "options":
             yield from _resolve_paths(value, folder, f"{prefix}{key}.")
+        elif key in PATH_KEYS and (problem := url_problem(value, f"`{prefix}{key}`:")):
+            yield problem
         elif key in PATH_KEYS and isinstance(value, str) and not value.startswith(("package:", "/")):
             target = (folder / value).resolve()
             if not target.is_relative_to(folder):

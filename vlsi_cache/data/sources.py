@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vlsi_cache.disk import refuse_url
 from vlsi_cache.errors import DataError
 from vlsi_cache.spec import DataSpec
 
@@ -31,6 +32,7 @@ def raw_rows(data: DataSpec, unread: set[str] | None = None) -> Iterator[RawRow]
         rows = _generated(data.generator, data.options)
     else:
         assert data.path is not None
+        refuse_url(data.path, "`data.path`")
         found, names = find_files(data.path), set() if unread is None else unread
         of_files = (file_rows(path, found.kind, found.name_of(path), names) for path in found.paths)
         rows = chain.from_iterable(of_files)

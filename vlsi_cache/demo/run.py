@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vlsi_cache.data.records import read_records
-from vlsi_cache.disk import write_atomically
+from vlsi_cache.disk import refuse_url, write_atomically
 from vlsi_cache.errors import CacheCorruptError
 from vlsi_cache.models.load import resolve_model
 from vlsi_cache.models.prune_depth import init_student
@@ -45,6 +45,7 @@ def run_demo(
 
     `overrides` change the shipped spec. Returns what `out/demo.json` holds. Raises what the stages raise.
     """
+    refuse_url(out, "out")
     out = Path(out)
     spec = load_spec("demo", overrides=overrides)
     say(str(plan(spec)))

@@ -20,7 +20,7 @@ from huggingface_hub import snapshot_download
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from vlsi_cache.disk import put_back, replacing
+from vlsi_cache.disk import put_back, refuse_url, replacing
 from vlsi_cache.errors import ModelError
 from vlsi_cache.outputs import check_folder
 from vlsi_cache.run_files import read_object
@@ -55,6 +55,7 @@ def resolve_model(path: str | Path) -> str:
     must look like `org/name`; only such an id is ever looked up over the network, and not here. Raises ModelError.
     """
     path = str(path)
+    refuse_url(path, "model")
     if path.startswith("package:"):
         return str(_package_folder(path))
     folder = Path(path).expanduser()

@@ -8,6 +8,7 @@ from typing import Any
 import transformers
 from torch import nn
 
+from vlsi_cache.disk import refuse_url
 from vlsi_cache.errors import ModelError
 from vlsi_cache.outputs import check_apart
 
@@ -47,6 +48,7 @@ def init_student(
     The folder opens with `from_pretrained` and generates; `init_student.json` in it says where it comes from. A folder
     that is there is replaced only if it was made here. Raises ModelError, SpecError.
     """
+    refuse_url(out, "out")
     layers = parse_layers(layers) if isinstance(layers, str) else list(layers)
     _check_rising(layers)
     path, out = str(teacher), Path(out)

@@ -38,6 +38,7 @@ def describe_cache(path: Path) -> dict[str, Any]:
         "path": str(path),
         "created_by": header.created_by,
         "format_version": header.format_version,
+        "contract": header.contract,
         "digest": header.digest,
         "complete": cache.is_complete,
         "parts_done": len(done),
@@ -128,11 +129,12 @@ def _measure(cache: "Cache", parts: Sequence[int]) -> tuple[dict[str, np.ndarray
 def _measure_part(root: Path, header: "CacheHeader", part: int) -> tuple[dict[str, np.ndarray], int, int]:
     from vlsi_cache.store.arrays import read_layered
     from vlsi_cache.store.chunks import layer_bytes
-    from vlsi_cache.store.files import load_part_record
+    from vlsi_cache.store.files import check_part_files, load_part_record
     from vlsi_cache.store.layout import part_dir
     from vlsi_cache.store.schema import data_file_name, layered_names, part_specs
 
     record, folder = load_part_record(root, header, part), part_dir(root, part)
+    check_part_files(root, part, record)
     specs, entries_L = part_specs(header, record), np.zeros(len(header.layers))
     if header.is_ragged:
         every = range(len(header.layers))
@@ -181,7 +183,8 @@ def _head_lines(facts: dict[str, Any]) -> list[str]:
         f"cache       {facts['path']} ({state}: {facts['parts_done']} of {facts['num_parts']} parts)",
         f"spec        {spec.get('name', '')}: {spec.get('description', '')}",
         f"teacher     {(spec.get('teacher') or {}).get('model', '')}, {facts['num_model_layers']} layers",
-        f"made by     {facts['created_by']}, format {facts['format_version']}",
+        f"made by     {facts['created_by']}, format {facts['format_version']}, "
+        f"rows-to-tokens contract {facts['contract']}",
         f"samples     {facts['num_samples']:,}; first: {', '.join(facts['first_ids'])}",
         f"tokens      {rows:,} rows a layer for {all_tokens:,} response tokens ({share:.1f} %)",
         f"layers      {', '.join(map(str, facts['layers'][:-1]))} and last ({facts['layers'][-1]})",

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlsi_cache.disk import refuse_url
 from vlsi_cache.errors import CacheNotFoundError, command_line
 from vlsi_cache.run_files import read_ablation
 
@@ -28,6 +29,7 @@ def write_report(path: Path | str) -> Path:
 
     Raises CacheNotFoundError when the folder is none of them, and what opening a cache raises.
     """
+    refuse_url(path, "folder")
     folder, file = Path(path), Path(path) / REPORT_NAME
     if (folder / "demo.json").exists():
         return write_demo_report(folder)

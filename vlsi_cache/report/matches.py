@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from vlsi_cache.disk import refuse_url
 from vlsi_cache.errors import DataError, SpecError
 
 from . import figures
@@ -156,6 +157,7 @@ def match(run: Path | str, *, share: float = DEFAULT_SHARE) -> Matches:
     """
     if not 0 < share <= 1:
         raise SpecError(f"`share` is {share}; it is the share of the steps at either end, above 0 and at most 1")
+    refuse_url(run, "run")
     files = read_run(Path(run))
     _check_matches(files)
     found = matches_of(files, share=share)

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from vlsi_cache.disk import write_atomically
+from vlsi_cache.disk import refuse_url, write_atomically
 from vlsi_cache.errors import SpecError
 from vlsi_cache.outputs import check_file
 
@@ -88,6 +88,7 @@ def write_page(file: Path, html: str) -> Path:
 
 def check_page_name(file: Path | None) -> None:
     """Raise SpecError for a name that is none of a page."""
+    refuse_url(file, "page")
     if file is not None and file.suffix.lower() not in (".html", ".htm"):
         raise SpecError(f"{file} is to be a page: its name must end in .html")
 

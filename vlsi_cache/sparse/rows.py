@@ -4,7 +4,7 @@ Shapes: L layers, T response tokens, K kept entries, m tail samples, n temperatu
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -29,6 +29,8 @@ class SparseRows:
 
     Kept entries come in descending probability, ties by the lowest id. `logprobs_LTK` is never renormalised;
     -inf marks padding. Tail samples are draws with replacement from the distribution outside the top-k.
+    `v_real` is the size of the real vocabulary and `taus` the temperatures of `lse_LTn`, where they are known: rows
+    that come from a cache carry them.
     """
 
     ids_LTK: np.ndarray
@@ -38,6 +40,8 @@ class SparseRows:
     entropy_LT: np.ndarray
     gold_logprob_LT: np.ndarray
     tail_mass_LT: np.ndarray
+    v_real: int | None = field(default=None, kw_only=True)
+    taus: tuple[float, ...] | None = field(default=None, kw_only=True)
 
     @property
     def num_layers(self) -> int:
@@ -69,15 +73,18 @@ class SparseRows:
         wrong = [index for index in indices if not -self.num_layers <= index < self.num_layers]
         if wrong:
             raise DataError(f"layer indices {wrong} are outside these rows, which have {self.num_layers} layers")
-        return SparseRows(**{name: getattr(self, name)[list(indices)] for name in SHAPES})
+        return self._with({name: getattr(self, name)[list(indices)] for name in SHAPES})
 
     def tokens(self, part: slice) -> "SparseRows":
         """The rows of a slice of the response tokens, as views."""
-        return SparseRows(**{name: getattr(self, name)[:, part] for name in SHAPES})
+        return self._with({name: getattr(self, name)[:, part] for name in SHAPES})
 
     def select_tokens(self, index_T: np.ndarray) -> "SparseRows":
         """The rows of these response tokens, in this order."""
-        return SparseRows(**{name: getattr(self, name)[:, index_T] for name in SHAPES})
+        return self._with({name: getattr(self, name)[:, index_T] for name in SHAPES})
+
+    def _with(self, arrays: dict[str, np.ndarray]) -> "SparseRows":
+        return SparseRows(**arrays, v_real=self.v_real, taus=self.taus)
 
     def padded_to(self, width: int) -> "SparseRows":
         """The same rows with `width` entries: padding is id 0 with log-prob -inf."""
@@ -89,7 +96,7 @@ class SparseRows:
 
     @staticmethod
     def concat(rows: Sequence["SparseRows"]) -> "SparseRows":
-        """Join rows of equal L, m and n along the tokens; rows of smaller K are padded."""
+        """Join rows of equal L, m, n, `v_real` and `taus` along the tokens; rows of smaller K are padded."""
         if not rows:
             raise DataError("no rows to concatenate")
         widest = max(row.top_k for row in rows)
@@ -98,7 +105,10 @@ class SparseRows:
             found = {(getattr(row, name).shape[0], *getattr(row, name).shape[2:]) for row in rows}
             if len(found) > 1:
                 raise DataError(f"`{name}` of the rows to concatenate differ in shape outside the tokens: {found}")
-        return SparseRows(**{name: np.concatenate([getattr(row, name) for row in rows], axis=1) for name in SHAPES})
+        if len(origins := {(row.v_real, row.taus) for row in rows}) > 1:
+            raise DataError(f"the rows to concatenate differ in (v_real, taus): {sorted(map(str, origins))}")
+        joined = {name: np.concatenate([getattr(row, name) for row in rows], axis=1) for name in SHAPES}
+        return rows[0]._with(joined)
 
     def validate(self, v_real: int) -> None:
         """Raise DataError naming the first layer index and token that is wrong; `v_real` is the real vocabulary."""

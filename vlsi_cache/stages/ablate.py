@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vlsi_cache.disk import write_atomically
+from vlsi_cache.disk import refuse_url, write_atomically
 from vlsi_cache.errors import ModelError
 from vlsi_cache.report.ablation_table import ablation_csv, own_steps
 from vlsi_cache.run_files import read_run
@@ -74,6 +74,7 @@ def ablate(
     Returns what `out/ablation.json` holds, or with `dry_run` what there is to do. Raises SpecError,
     FingerprintMismatchError (`out` or the cache is of other settings), RunBusyError, and what build and distill raise.
     """
+    refuse_url(out, "out")
     ablation = open_ablation(
         spec, axes=axes, out=Path(out), seeds=seeds, cache=cache, student=student, variants=variants, device=device
     )

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 
 from vlsi_cache.data.batches import plan_batches, plan_parts
+from vlsi_cache.data.tokenize import CONTRACT
+from vlsi_cache.disk import refuse_url
 from vlsi_cache.progress import Bar, say
 from vlsi_cache.sparse.rows import SparseRows
 from vlsi_cache.sparse.select import select_at_random, select_by_entropy
@@ -54,6 +56,7 @@ def build_teacher(
     Raises FingerprintMismatchError when `out` holds a cache of something else, BatchTooLargeError, DiskFullError,
     DataError, ModelError.
     """
+    refuse_url(out, "out")
     out = Path(out)
     check_root(out)
     inputs = open_teacher_inputs(spec)
@@ -112,6 +115,7 @@ def cache_header(inputs: TeacherInputs, parts: list[list[int]], batch_tokens: in
     return CacheHeader(
         created_by=f"vlsi-cache {versions()['vlsi-cache']}",
         spec=spec.model_dump(mode="json"),
+        contract=CONTRACT,
         fingerprint=fingerprint(inputs),
         layers=layers,
         num_model_layers=inputs.num_model_layers,
@@ -140,10 +144,12 @@ def responses_origin(inputs: TeacherInputs) -> list[dict[str, Any]]:
 def fingerprint(inputs: TeacherInputs) -> dict[str, Any]:
     """Teacher weights (which hold the head), verbalizers, tokenizer and processor, data in order, and settings."""
     content = "\n".join(f"{record.id} {record.digest}" for record in inputs.records)
+    encoder = inputs.encoder.fingerprint()
+    del encoder["contract"]  # which the header has by itself
     return {
         "teacher.weights": inputs.weights_digest,
         **{f"verbalizer.{layer}": digest for layer, digest in inputs.verbalizer_digests().items()},
-        **{f"encoder.{key}": value for key, value in inputs.encoder.fingerprint().items()},
+        **{f"encoder.{key}": value for key, value in encoder.items()},
         "data.content": hashlib.sha256(content.encode()).hexdigest(),
         "data.num_samples": len(inputs.records),
         "layers": [*inputs.target_layers, inputs.num_model_layers],

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from vlsi_cache.disk import refuse_url
 from vlsi_cache.errors import SpecError
 from vlsi_cache.models.adapter import add_lora, checkpoint_activations, merge_lora, train_decoder_layers
 from vlsi_cache.models.layers import Backbone
@@ -47,6 +48,7 @@ def distill(
     FingerprintMismatchError (the data has changed, or `out` is another run), CacheIncompleteError, DataError (samples
     too long for the student), RunBusyError (another process works on `out`).
     """
+    refuse_url(out, "out")
     out, overrides = Path(out), list(overrides)
     check_run_folder(out, "distill")
     opened = cache if isinstance(cache, Cache) else reader.open(cache)

@@ -17,7 +17,7 @@ from vlsi_cache.data.batches import plan_batches
 from vlsi_cache.data.collate import collate
 from vlsi_cache.data.records import Record, read_records
 from vlsi_cache.data.tokenize import Encoder, fit_rows, load_encoder
-from vlsi_cache.disk import write_atomically
+from vlsi_cache.disk import refuse_url, write_atomically
 from vlsi_cache.errors import ModelError, SpecError, list_problems
 from vlsi_cache.models.layers import Backbone
 from vlsi_cache.models.load import load_config, load_model, max_positions, resolve_model, weights_digest
@@ -62,6 +62,7 @@ def evaluate(
     (rows left out); with a `cache` also `cache`: see `against_cache` and `trained_on`; and `measured_with`, the options
     of this call. Raises SpecError when there is nothing to measure on, ModelError when a loss is not finite.
     """
+    refuse_url(model, "model")
     folder = Path(model)
     run = read_run(folder) if (folder / "run.json").exists() else None
     if run is not None:

@@ -16,7 +16,7 @@ import torch
 from vlsi_cache.data.collate import Batch, collate
 from vlsi_cache.data.records import Record, RecordSet
 from vlsi_cache.data.tokenize import CONTRACT, Encoder
-from vlsi_cache.errors import FingerprintMismatchError
+from vlsi_cache.errors import CacheCorruptError, FingerprintMismatchError, command_line
 from vlsi_cache.sparse.rows import SparseRows
 from vlsi_cache.store.part import Row
 from vlsi_cache.store.reader import Cache
@@ -68,7 +68,11 @@ def match_records(cache: Cache, records: RecordSet) -> dict[str, Record]:
         record = by_content.get((sample_id, digest))
         if record is None:
             raise FingerprintMismatchError(_changed(cache, sample_id, digest, by_id.get(sample_id)))
-        found[sample_id] = record
+        if found.setdefault(sample_id, record) is not record:
+            raise CacheCorruptError(
+                f"sample `{sample_id}` is more than once in {cache.path}, and ids must be unique over the whole cache; "
+                f"run: {command_line('verify', cache.path)}"
+            )
     return found
 
 

@@ -23,7 +23,7 @@ from vlsi_cache.data.records import Record, media_root, read_records, row_of, wi
 from vlsi_cache.data.sources import read_responses
 from vlsi_cache.data.tokenize import Encoder, fit_rows, too_long
 from vlsi_cache.data.values import shown
-from vlsi_cache.disk import write_atomically
+from vlsi_cache.disk import refuse_url, write_atomically
 from vlsi_cache.errors import DataError, FingerprintMismatchError, SpecError, list_problems
 from vlsi_cache.models.load import check_device
 from vlsi_cache.outputs import check_file, check_folder
@@ -108,6 +108,7 @@ def generate(
 
 
 def _check(out: Path, decoding: Decoding, *, num_samples: int, batch_size: int) -> None:
+    refuse_url(out, "out")
     if out.suffix != ".parquet":
         raise SpecError(f"cannot write {out}: the name must end in .parquet")
     check_file(out)

@@ -24,10 +24,10 @@ from vlsi_cache.errors import DataError, FingerprintMismatchError, list_problems
 from vlsi_cache.progress import progress
 from vlsi_cache.sparse.rows import SparseRows
 from vlsi_cache.sparse.truncate import truncate
-from vlsi_cache.spec import DataSpec, change, spec_from_dict
+from vlsi_cache.spec import change, spec_from_dict
 from vlsi_cache.store.header import differences
 from vlsi_cache.store.layout import CacheHeader, response_digest
-from vlsi_cache.store.lineage import data_sections
+from vlsi_cache.store.lineage import data_specs
 from vlsi_cache.store.part import Row
 from vlsi_cache.store.reader import Cache
 
@@ -112,7 +112,7 @@ def recompute(
     spec = spec_from_dict(cache.header.spec, where=str(cache.path))
     teacher = change(spec.teacher, trust_remote_code=trust_remote_code)
     run = change(spec.run, kernels="auto")  # what is there now need not be the machine of the build
-    data = [DataSpec.model_validate(section) for section in data_sections(cache.header)]  # several after a merge
+    data = data_specs(cache.header, cache.path)  # several after a merge
     sources = [
         open_teacher_inputs(spec.model_copy(update={"teacher": teacher, "data": one, "run": run})) for one in data
     ]
@@ -122,9 +122,13 @@ def recompute(
     report = RecomputeReport(cache.path, len(names), [LayerCheck(layer) for layer in cache.layers])
     teachers = [load_teacher(sources[0], device=device)]
     teachers += [replace(teachers[0], inputs=inputs) for inputs in sources[1:]]
-    where = {record.id: (i, index) for i, found in enumerate(sources) for index, record in enumerate(found.records)}
+    # Two sources of a merged cache may use one id for different rows: the content decides.
+    places = [(record, (i, at)) for i, found in enumerate(sources) for at, record in enumerate(found.records)]
+    by_id = {record.id: place for record, place in places}
+    by_content = {(record.id, record.digest): place for record, place in places}
     for name in progress(names, "recompute", unit="sample", delay=2):
-        row, (source, index) = cache[name], where.get(name, (0, None))
+        row = cache[name]
+        source, index = by_content.get((name, row.digest)) or by_id.get(name, (0, None))
         what = _changed(row, sources[source], index)
         if what:
             report.changed[name] = what
@@ -143,7 +147,6 @@ def _refuse_another_teacher(cache: Cache, inputs: TeacherInputs) -> None:
     )
     # What an earlier release did not write; whether its rows are the same is seen by comparing them.
     stored = {"encoder.template_args": {}, "encoder.prompt": "generation", **stored}
-    stored["encoder.contract"] = found["encoder.contract"]
     lines = differences(stored, found)
     if lines:
         raise FingerprintMismatchError(

@@ -13,9 +13,9 @@ from vlsi_cache.data.tokenize import Encoder, load_encoder
 from vlsi_cache.errors import DataError, ModelError, SpecError, list_problems
 from vlsi_cache.models.load import load_config, load_model, max_positions
 from vlsi_cache.progress import progress, say
-from vlsi_cache.spec import CacheSpec, DataSpec, DistillSpec, InteractSpec
+from vlsi_cache.spec import CacheSpec, DistillSpec, InteractSpec
 from vlsi_cache.store.layout import CacheHeader
-from vlsi_cache.store.lineage import data_sections
+from vlsi_cache.store.lineage import data_sections, data_specs
 from vlsi_cache.store.reader import Cache
 
 from .feed import Feed, cached_records, check_response_ids, match_records
@@ -56,10 +56,7 @@ class StudentInputs:
 
         Every other one is compared when it is read.
         """
-        by_id, contract = (
-            match_records(self.cache, self.records),
-            self.cache.header.fingerprint.get("encoder.contract", 1),
-        )
+        by_id, contract = match_records(self.cache, self.records), self.cache.header.contract
         for row in self.cache.read_part(self.cache.parts[0], [])[:CHECKED_RESPONSES]:
             record = by_id[row.sample_id]
             check_response_ids(record, self.encoder.measure(record)[1], row, self.encoder, contract=contract)
@@ -158,7 +155,7 @@ class StudentState:
 
 def cached_sources(cache: Cache) -> RecordSet:
     """The rows that a cache was built from, read again; those of all sources of a merged one."""
-    sets = [read_records(DataSpec.model_validate(section)) for section in data_sections(cache.header)]
+    sets = [read_records(section) for section in data_specs(cache.header, cache.path)]
     return RecordSet(tuple(chain.from_iterable(sets)), [row for found in sets for row in found.skipped])
 
 
@@ -225,7 +222,7 @@ def _check_interact(header: CacheHeader, interact: InteractSpec, recipe: str, wh
 
 def check_tokenizer(header: CacheHeader, encoder: Encoder, path: str, *, where: Path) -> None:
     """Raise ModelError unless the student at `path` has the vocabulary of the cache at `where`."""
-    cached, own = str(header.fingerprint["encoder.tokenizer"]), str(encoder.fingerprint()["tokenizer"])
+    cached, own = str(header.fingerprint.get("encoder.tokenizer")), str(encoder.fingerprint()["tokenizer"])
     if cached != own or header.v_real != encoder.v_real:
         raise ModelError(
             f"student {path} has another tokenizer than the teacher of {where}: "

@@ -18,6 +18,7 @@ import torch
 
 from vlsi_cache.data.collate import Batch
 from vlsi_cache.data.records import RecordSet
+from vlsi_cache.disk import refuse_url
 from vlsi_cache.errors import SpecError
 from vlsi_cache.interrupts import stopping_between_steps
 from vlsi_cache.models.layers import Backbone
@@ -74,6 +75,7 @@ def train_verbalizers(
     they would be beside the others: several processes may work on one `out`, each in a run folder of its own in it.
     Raises SpecError, FingerprintMismatchError, RunBusyError.
     """
+    refuse_url(out, "out")
     out = Path(out)
     if layers is None and world == 1:
         check_run_folder(out, KIND)

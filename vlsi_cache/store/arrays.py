@@ -4,6 +4,7 @@ In memory the layer axis comes first ([L, T, ...]), on disk the token axis ([T, 
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -101,17 +102,17 @@ def read_layered(
     layers: Sequence[int],
     *,
     undo: Mapping[str, Undo] = NOTHING,
-    limit: int | None = None,
+    check: Callable[[str, np.ndarray], None] | None = None,
     known: Known | None = None,
 ) -> Arrays:
     """Layer rows `layers` of layered arrays, [len(layers), T, ...]; uncompressed ones stay on disk.
 
-    `undo` works in place on chunks of the arrays it names, `limit` is what ids must stay below, `known` the blocks that
-    need no check any more.
+    `undo` works in place on chunks of the arrays it names; `check(name, values)` looks at blocks of mapped ones when
+    they are touched, `known` are those that need no check any more.
     """
     return {
         name: _guarded(
-            folder, name, lambda name=name: _layers_of(folder, name, specs[name], layers, undo.get(name), limit, known)
+            folder, name, lambda name=name: _layers_of(folder, name, specs[name], layers, undo.get(name), check, known)
         )
         for name in names
     }
@@ -135,13 +136,19 @@ def _whole_or_empty(folder: Path, name: str, spec: ArraySpec) -> np.ndarray:
 
 
 def _layers_of(
-    folder: Path, name: str, spec: ArraySpec, layers: Sequence[int], undo: Undo, limit: int | None, known: Known | None
+    folder: Path,
+    name: str,
+    spec: ArraySpec,
+    layers: Sequence[int],
+    undo: Undo,
+    check: Callable[[str, np.ndarray], None] | None,
+    known: Known | None,
 ) -> Any:
     if not spec.size_bytes or not layers:
         return np.empty((len(layers), spec.shape[0], *spec.shape[2:]), spec.dtype)
     path = folder / data_file_name(name, spec)
     if spec.codec.shuffle is None and name in ENTRY_ARRAYS:
-        return MappedLayers(path, spec, layers, limit=limit if name == "ids" else None, known=known)
+        return MappedLayers(path, spec, layers, check=None if check is None else partial(check, name), known=known)
     return read_layers(path, spec, layers, undo)
 
 
@@ -182,5 +189,9 @@ def read_vocab_text(folder: Path, v_real: int) -> tuple[bytes, np.ndarray]:
     """UTF-8 bytes of all tokens one after the other, and int64 [V + 1] offsets; the caller knows that they exist."""
     specs = vocab_specs(v_real, (0, 0), 0)
     offsets = read_samples(folder, specs, ["text_offsets"])["text_offsets"]
-    specs = vocab_specs(v_real, (0, 0), max(0, int(offsets[-1])))
+    if offsets[0] or (np.diff(offsets) < 0).any():
+        raise CacheCorruptError(
+            f"`{folder / 'text_offsets'}`: offsets must rise from 0, found {offsets[0]} to {offsets.min()}"
+        )
+    specs = vocab_specs(v_real, (0, 0), int(offsets[-1]))
     return read_samples(folder, specs, ["text"])["text"].tobytes(), offsets

@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from vlsi_cache.disk import refuse_url
 from vlsi_cache.errors import SampleNotFoundError, SpecError
 from vlsi_cache.sparse.select import select_at_random, select_by_entropy
 
+from .files import check_part_files
 from .layout import CacheHeader, canonical_json, part_dir
 from .reader import Cache
-from .schema import part_specs
+from .schema import SAMPLE_ARRAYS, part_specs
+from .values import check_sample_arrays
 from .where import samples_where
 
 if TYPE_CHECKING:
@@ -64,6 +67,7 @@ def read_sample_ids(samples: SampleIds) -> list[str]:
         if wrong:
             raise SpecError(f"samples: ids are text, got {wrong[0]!r}")
         return sorted(set(ids))
+    refuse_url(samples, "samples")
     path = Path(samples)
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -122,8 +126,10 @@ def read_part_tokens(cache: Cache, index: int) -> PartTokens:
     from .arrays import read_layered, read_samples
 
     record, folder = cache.part_record(index), part_dir(cache.path, index)
+    check_part_files(cache.path, index, record)
     specs = part_specs(cache.header, record)
-    samples = read_samples(folder, specs, ["offsets", "positions"])
+    samples = read_samples(folder, specs, SAMPLE_ARRAYS)
+    check_sample_arrays(folder, cache.header, record, samples)
     entropy_LT = read_layered(folder, specs, ["entropy"], [len(cache.layers) - 1])["entropy"]
     lengths = record.sample_response_tokens
     return PartTokens(record.sample_ids, lengths, samples["offsets"], samples["positions"], entropy_LT[0])

@@ -17,10 +17,13 @@ from numcodecs import blosc  # pyright: ignore[reportAttributeAccessIssue]  (com
 
 from vlsi_cache.errors import CacheCorruptError
 
+from .files import read_file
 from .schema import ArraySpec
 
 CRC_BYTES = 4
+BLOSC_HEADER = 16
 BLOSC_LEVEL = 5
+Check = Callable[[np.ndarray], None] | None
 Undo = Callable[[np.ndarray], None] | None
 Known = dict[Path, np.ndarray]  # blocks of memory-mapped files that have been checked
 
@@ -51,6 +54,7 @@ def decode_chunk(stored: np.ndarray, spec: ArraySpec, out: np.ndarray, undo: Und
     `undo` works in place on a chunk whose entries come first, before it is transposed.
     """
     body = checked(stored)
+    _check_unpacked(body, len(body), spec)
     if spec.codec.shuffle is None:
         out.reshape(-1).view(np.uint8)[...] = body
     elif spec.codec.by_entry:
@@ -61,6 +65,17 @@ def decode_chunk(stored: np.ndarray, spec: ArraySpec, out: np.ndarray, undo: Und
         out[...] = turned.T
     else:
         blosc.decompress(body, out)
+
+
+def _check_unpacked(head: np.ndarray, num_bytes: int, spec: ArraySpec) -> None:
+    """ValueError unless a chunk unpacks to just the bytes of one; blosc's header (in `head`) says how many it holds.
+
+    Fewer would leave memory as it was found, and be taken for data.
+    """
+    if spec.codec.shuffle is not None:
+        num_bytes = int.from_bytes(head[4:8].tobytes(), "little") if len(head) >= BLOSC_HEADER else 0
+    if num_bytes != spec.chunk_bytes:
+        raise ValueError(f"a chunk holds {num_bytes} bytes, and must hold {spec.chunk_bytes}")
 
 
 def checked(stored: np.ndarray) -> np.ndarray:
@@ -104,16 +119,19 @@ def _chunk_of(values: np.ndarray, spec: ArraySpec, where: tuple[int, ...]) -> np
 
 def read_whole(path: Path, spec: ArraySpec) -> np.ndarray:
     """An array of one chunk."""
+    stored = np.frombuffer(read_file(path), np.uint8)
+    _check_unpacked(stored, len(stored) - CRC_BYTES, spec)  # before anything is allocated for it
     out = np.empty(spec.shape, spec.dtype)
-    decode_chunk(np.fromfile(path, np.uint8), spec, out)
+    decode_chunk(stored, spec, out)
     return out
 
 
 def read_layers(path: Path, spec: ArraySpec, layers: Sequence[int], undo: Undo = None) -> np.ndarray:
     """Layer rows `layers` of a layered array: [len(layers), T, ...]. Only their chunks are read."""
-    out = np.empty((len(layers), spec.shape[0], *spec.shape[2:]), spec.dtype)
     with path.open("rb", buffering=0) as file:
         index = _read_index(file.fileno(), spec)
+        _check_first(file.fileno(), index[0, layers[0]].ravel(), spec)
+        out = np.empty((len(layers), spec.shape[0], *spec.shape[2:]), spec.dtype)
         for row, layer in enumerate(layers):
             for block in range(spec.grid[0]):
                 _read_into(file.fileno(), index[block, layer].ravel(), spec, out[row], block, undo)
@@ -127,6 +145,7 @@ def read_spans(path: Path, spec: ArraySpec, spans: Sequence[tuple[int, int]]) ->
     blocks = {}
     with path.open("rb", buffering=0) as file:
         index = _read_index(file.fileno(), spec)
+        _check_first(file.fileno(), index[0], spec)
         for block in sorted({block for span in numbers for block in span}):
             blocks[block] = np.empty(min(size, spec.shape[0] - block * size), spec.dtype)
             _read_into(file.fileno(), index[block], spec, blocks[block], 0)
@@ -157,12 +176,22 @@ def _read_index(handle: int, spec: ArraySpec) -> np.ndarray:
     """Offset and size of every chunk of a shard, uint64 [*grid, 2]; they must lie in C order without gaps."""
     num_bytes = 16 * math.prod(spec.grid)
     size = os.fstat(handle).st_size
+    if num_bytes + CRC_BYTES > size:
+        raise ValueError(f"{size} bytes cannot hold the index of {math.prod(spec.grid)} chunks")
     stored = _read_at(handle, size - num_bytes - CRC_BYTES, num_bytes + CRC_BYTES)
     index = checked(stored).view("<u8").reshape(-1, 2)
+    if index[:, 1].max() > size:  # else their sum might wrap around
+        raise ValueError(f"a chunk of {index[:, 1].max()} bytes in a file of {size}")
     ends = np.cumsum(index[:, 1])
     if index[0, 0] or (index[1:, 0] != ends[:-1]).any() or ends[-1] != size - len(stored):
         raise ValueError("the chunks of the shard do not lie in order without gaps")
     return index.reshape(*spec.grid, 2)
+
+
+def _check_first(handle: int, place: np.ndarray, spec: ArraySpec) -> None:
+    """ValueError unless the chunk at `place` is as large as `spec` says, before anything is allocated for them all."""
+    start, num_bytes = place.tolist()
+    _check_unpacked(_read_at(handle, start, min(BLOSC_HEADER, num_bytes)), num_bytes - CRC_BYTES, spec)
 
 
 def _read_into(handle: int, place: np.ndarray, spec: ArraySpec, out: np.ndarray, block: int, undo: Undo = None) -> None:
@@ -188,21 +217,21 @@ def _read_at(handle: int, start: int, num_bytes: int) -> np.ndarray:
 class MappedLayers:
     """Layer rows of an uncompressed layered array, memory-mapped: `mapped[:, low:high]` is [L, high - low, ...].
 
-    A block of one layer is checked against its crc32c when it is first touched, and never again; so is that its values
-    are below `limit`. `known` [blocks, layers] remembers it, also for other objects over the same file.
+    A block of one layer is checked against its crc32c when it is first touched, and never again; `check` looks at its
+    values then (ValueError). `known` [blocks, layers] remembers it, also for other objects over the same file.
     """
 
     def __init__(
-        self, path: Path, spec: ArraySpec, layers: Sequence[int], *, limit: int | None, known: Known | None
+        self, path: Path, spec: ArraySpec, layers: Sequence[int], *, check: Check, known: Known | None
     ) -> None:
         with path.open("rb", buffering=0) as file:
             index = _read_index(file.fileno(), spec)
             self._file_bytes = os.fstat(file.fileno()).st_size
-        chunk_bytes = math.prod(spec.chunk) * spec.dtype.itemsize
+        chunk_bytes = spec.chunk_bytes
         if (index[..., 1] != chunk_bytes + CRC_BYTES).any():
             raise ValueError(f"a chunk of the shard is not {chunk_bytes} bytes and a checksum long")
         self.shape = (len(layers), spec.shape[0], *spec.shape[2:])
-        self.dtype, self.path, self._limit = spec.dtype, path, limit
+        self.dtype, self.path, self._check_values = spec.dtype, path, check
         self._layers, self._tokens = list(layers), spec.chunk[0]
         # plain arrays over the map: slicing a memmap object costs several times as much
         stored = np.asarray(np.memmap(path, np.uint8, mode="r"))
@@ -250,16 +279,12 @@ class MappedLayers:
             for layer in (layer for layer in self._layers if not self._known_BL[block, layer]):
                 try:
                     checked(self._stored_BLc[block, layer])
-                    self._check_limit(block, layer)
+                    if self._check_values is not None:
+                        self._check_values(self._values_BLt[block, layer, : self.shape[1] - block * self._tokens])
                 except ValueError as error:
                     raise CacheCorruptError(f"`{self.path}`: block {block}, layer row {layer}: {error}") from None
                 self._known_BL[block, layer] = True
             self._is_known[block] = True
-
-    def _check_limit(self, block: int, layer: int) -> None:
-        values = self._values_BLt[block, layer, : self.shape[1] - block * self._tokens]
-        if self._limit is not None and values.size and int(values.max()) >= self._limit:
-            raise ValueError(f"id {values.max()}, the vocabulary is {self._limit}")
 
 
 def _c_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from vlsi_cache.disk import refuse_url
 from vlsi_cache.errors import CacheIncompleteError, SpecError
 
 from . import commit
@@ -25,6 +26,7 @@ def open_source(cache: CachePath) -> Cache:
 
 def check_target(out: Path, sources: Sequence[Cache]) -> None:
     """The new cache must be another folder than those it is made from, and neither a file nor inside of them."""
+    refuse_url(out, "out")
     if out.exists() and not out.is_dir():
         raise SpecError(f"`{out}` is a file; name a new folder for the cache")
     for source in sources:

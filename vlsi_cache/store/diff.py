@@ -115,7 +115,8 @@ def diff(a: CachePath, b: CachePath, *, samples: int = 200) -> CacheDiff:
 
 def _compare_origin(found: CacheDiff, one: Cache, other: Cache) -> None:
     prints = [one.header.fingerprint, other.header.fingerprint]
-    headers = [{name: getattr(cache.header, name) for name in IDENTITY_FIELDS} for cache in (one, other)]
+    fields = ("contract", *IDENTITY_FIELDS)
+    headers = [{name: getattr(cache.header, name) for name in fields} for cache in (one, other)]
     found.fingerprint, found.header = _pairs(*prints), _pairs(*headers)
     found.lines = differences(*headers, names=("a has", "b has")) + differences(*prints, names=("a has", "b has"))
 

@@ -19,61 +19,117 @@ from .layout import (
     part_dir,
     unseal_json,
 )
-from .schema import part_file_names, part_specs, vocab_specs
+from .limits import MAX_SHRINK, shown
+from .schema import SUMMARY_ARRAYS, ArraySpec, data_file_name, part_file_names, part_specs, vocab_specs
+
+KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFLNK: "a symbolic link",
+}
+
+
+def what_it_is(mode: int) -> str:
+    """`a named pipe`: what stands where a file was expected."""
+    return KINDS.get(stat.S_IFMT(mode), "no file")
+
+
+def refuse_special(path: Path) -> None:
+    """CacheCorruptError unless `path` is a regular file or a link to one, or is missing (the opening says so).
+
+    Opening a named pipe would wait for ever, and opening a device can do anything: so it is looked at before.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return
+    if not stat.S_ISREG(mode):
+        raise CacheCorruptError(f"`{path}` is {what_it_is(mode)}, and must be a file")
+
+
+def read_file(path: Path) -> bytes:
+    """The content of a regular file."""
+    refuse_special(path)
+    return path.read_bytes()
 
 
 def load_header(root: Path) -> CacheHeader:
     """Read and check `cache.json`; a newer format is refused before anything else is looked at."""
     path = root / HEADER_NAME
     try:
-        value = unseal_json(path.read_bytes(), path)
+        value = unseal_json(read_file(path), path)
     except CacheCorruptError as error:
         raise CacheCorruptError(f"{error}; restore this file from a copy of the cache") from error
     version = value.get("format_version")
     if value.get("format") != "vlsi-cache":
-        raise CacheCorruptError(f"`{path}` is not the header of a vlsi-cache: `format` is {value.get('format')!r}")
-    if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+        raise CacheCorruptError(f"`{path}` is not the header of a vlsi-cache: `format` is {shown(value.get('format'))}")
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise CacheCorruptError(
-            f"`{path}`: format version {version}, this program reads 1 to {FORMAT_VERSION}; upgrade vlsi-cache"
+            f"`{path}`: format version {shown(version)}, this program reads 1 to {FORMAT_VERSION}; upgrade vlsi-cache"
         )
     header = as_record(CacheHeader, value, path)
     # Names from a file are only ever compared with the names a table has, so none of them can lead elsewhere.
     heads, num_text = (len(header.layers), header.num_head_ranks), None if header.text_xxh3 is None else 1
-    foreign = set(header.vocab_files) - part_file_names(vocab_specs(header.v_real, heads, num_text))
+    specs = vocab_specs(header.v_real, heads, num_text)
+    foreign = set(header.vocab_files) - part_file_names(specs)
     if foreign:
-        raise CacheCorruptError(f"`{path}`: `vocab_files` names what no table has: {sorted(foreign)[:4]}")
+        raise CacheCorruptError(f"`{path}`: `vocab_files` names what no table has: {shown(sorted(foreign)[:4])}")
     return header
 
 
 def load_part_record(root: Path, header: CacheHeader, index: int) -> PartRecord:
-    """Read `part.json` of part `index` and check that it is this part, of this cache, with just the files of one."""
+    """Read `part.json` of part `index` and check that it is this part, of this cache, with just the files of one.
+
+    The counts it claims are held against each other and against the sizes of the files it lists, before anything is
+    allocated for them.
+    """
     path = part_dir(root, index) / RECORD_NAME
     refuse_elsewhere(root, path)
     try:
-        content = path.read_bytes()
+        content = read_file(path)
+        record = as_record(PartRecord, unseal_json(content, path), path)
     except (FileNotFoundError, NotADirectoryError):
         raise CacheCorruptError(f"`{path}` is missing; run: {command_line('repair', root)}") from None
-    try:
-        record = as_record(PartRecord, unseal_json(content, path), path)
     except CacheCorruptError as error:
         raise advised(error, root) from error
-    if record.cache_digest != header.digest:
-        raise CacheCorruptError(
-            f"`{path}`: the part belongs to another cache (digest {record.cache_digest[:12]}, this cache is "
-            f"{header.digest[:12]}); run: {command_line('repair', root)}"
-        )
-    if record.index != index:
-        raise CacheCorruptError(
-            f"`{path}`: this is part {record.index} under the name of part {index}; run: {command_line('repair', root)}"
-        )
-    # Names from a file are only ever compared with the names a part has, so none of them can lead elsewhere.
-    wrong = part_file_names(part_specs(header, record)) ^ set(record.files)
-    if wrong:
-        raise CacheCorruptError(
-            f"`{path}`: files listed and files expected differ: {sorted(wrong)[:4]}; "
-            f"run: {command_line('repair', root)}"
-        )
+    if problem := _record_problem(header, index, record):
+        raise CacheCorruptError(f"`{path}`: {problem}; run: {command_line('repair', root)}")
     return record
+
+
+def _record_problem(header: CacheHeader, index: int, record: PartRecord) -> str:
+    if record.cache_digest != header.digest:
+        return (
+            f"the part belongs to another cache (digest {record.cache_digest[:12]}, this cache is {header.digest[:12]})"
+        )
+    if record.format_version != header.format_version:
+        return f"format version {shown(record.format_version)}, cache.json says {header.format_version}"
+    if record.index != index:
+        return f"this is part {shown(record.index)} under the name of part {index}"
+    most = record.num_tokens * sum(header.top_k)
+    if record.num_entries > most or (record.num_entries != most and not header.is_ragged):
+        return f"`num_entries` is {record.num_entries}, {record.num_tokens} tokens have {most}"
+    lengths = {name: len(means) for name, means in record.summary.items()}
+    if lengths != dict.fromkeys(SUMMARY_ARRAYS, len(header.layers)):
+        return f"`summary` has {shown(lengths)}, and must have a mean for each of {len(header.layers)} layers"
+    # Names from a file are only ever compared with the names a part has, so none of them can lead elsewhere.
+    specs = part_specs(header, record)
+    wrong = part_file_names(specs) ^ set(record.files)
+    if wrong:
+        return f"files listed and files expected differ: {shown(sorted(wrong)[:4])}"
+    return _size_problem(specs, record.files)
+
+
+def _size_problem(specs: dict[str, ArraySpec], files: dict[str, FileRecord]) -> str:
+    """Whether an array is said to be larger than its file can hold."""
+    for name, spec in specs.items():
+        num_bytes = spec.size_bytes
+        if num_bytes and num_bytes > MAX_SHRINK * (size := files[data_file_name(name, spec)].size):
+            return f"`{name}` would be {num_bytes} bytes, which its file of {size} bytes cannot hold"
+    return ""
 
 
 def check_part_files(root: Path, index: int, record: PartRecord) -> None:
@@ -88,7 +144,20 @@ def check_part_files(root: Path, index: int, record: PartRecord) -> None:
                     f"run: {command_line('repair', root)}"
                 )
             known.add(parent)
-        check_size(root, f"{folder}/{name}", file.size)
+        if problem := size_problem(f"{folder}/{name}", file.size):
+            again = command_line("verify", root)
+            raise CacheCorruptError(f"`{folder}/{name}`{problem}; run: {again}, then {command_line('repair', root)}")
+
+
+def size_problem(path: str, expected: int) -> str:
+    """What is wrong with a file of the cache by its kind and size, without reading it; empty when nothing is."""
+    try:
+        status = os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return " is missing"
+    if not stat.S_ISREG(status.st_mode):
+        return f" is {what_it_is(status.st_mode)}; a cache holds plain files only"
+    return "" if status.st_size == expected else f": {status.st_size} bytes, part.json says {expected}"
 
 
 def check_metadata(folder: Path, record: PartRecord) -> None:
@@ -111,23 +180,13 @@ def _is_plain_dir(path: str) -> bool:
         return False
 
 
-def check_size(root: Path, path: str, expected: int) -> None:
-    """Compare the size of `path` with its record, without reading it."""
-    try:
-        status = os.lstat(path)
-    except FileNotFoundError:
-        raise CacheCorruptError(f"`{path}` is missing; run: {command_line('repair', root)}") from None
-    if not stat.S_ISREG(status.st_mode) or status.st_size != expected:
-        raise CacheCorruptError(
-            f"`{path}`: {status.st_size} bytes, part.json says {expected}; "
-            f"run: {command_line('verify', root)}, then {command_line('repair', root)}"
-        )
-
-
 def refuse_elsewhere(root: Path, path: Path) -> None:
     """Raise CacheCorruptError when `path` is reached through a symbolic link."""
-    if os.path.realpath(path) != os.path.join(os.path.realpath(root), path.relative_to(root)):
-        raise CacheCorruptError(f"`{path}` is or lies behind a symbolic link; a cache holds plain files only")
+    piece, top = os.fspath(path), os.fspath(root)
+    while len(piece) > len(top):
+        if os.path.islink(piece):
+            raise CacheCorruptError(f"`{path}` is or lies behind a symbolic link; a cache holds plain files only")
+        piece = os.path.dirname(piece)
 
 
 def advised(error: CacheCorruptError, root: Path) -> CacheCorruptError:
@@ -137,6 +196,7 @@ def advised(error: CacheCorruptError, root: Path) -> CacheCorruptError:
 
 def hash_file(path: Path) -> FileRecord:
     """Size and xxh3-64 of a file."""
+    refuse_special(path)
     digest = xxhash.xxh3_64()
     size = 0
     with path.open("rb") as file:

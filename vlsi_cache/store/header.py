@@ -155,7 +155,7 @@ def _text_digest(root: Path, v_real: int) -> str | None:
 
 
 def _compare(root: Path, stored: CacheHeader, asked: CacheHeader) -> None:
-    fields = [name for name in IDENTITY_FIELDS if name != "id_of_rank_xxh3"]  # the table that is there is taken
+    fields = ["contract", *(name for name in IDENTITY_FIELDS if name != "id_of_rank_xxh3")]  # the table there is taken
     lines = differences(stored.fingerprint, asked.fingerprint)
     lines += differences(*({name: getattr(header, name) for name in fields} for header in (stored, asked)))
     if lines:

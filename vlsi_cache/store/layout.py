@@ -7,15 +7,17 @@ import hashlib
 import importlib.metadata
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import xxhash
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Field,
     SerializerFunctionWrapHandler,
     ValidationError,
     model_serializer,
@@ -23,6 +25,18 @@ from pydantic import (
 )
 
 from vlsi_cache.errors import CacheCorruptError, SpecError
+
+from .limits import (
+    MAX_COUNT,
+    MAX_LAYERS,
+    MAX_PARTS,
+    MAX_TAIL,
+    MAX_TAUS,
+    MAX_WIDTH,
+    check_numbers,
+    check_origin,
+    shown,
+)
 
 FORMAT_VERSION = 1
 HEADER_NAME = "cache.json"
@@ -49,6 +63,8 @@ IDENTITY_FIELDS = (
 )
 
 Record = TypeVar("Record", bound="StrictRecord")
+Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+OfLayers = Field(max_length=MAX_LAYERS)
 
 
 class StrictRecord(BaseModel):
@@ -67,7 +83,7 @@ def _created_by() -> str:
 class FileRecord(StrictRecord):
     """Size and xxh3-64 of one file of a part, or of `vocab/`."""
 
-    size: int
+    size: Count
     xxh3: str
 
 
@@ -79,20 +95,21 @@ class CacheHeader(StrictRecord):
     created_by: str = _created_by()
     spec: dict[str, Any] = {}
     fingerprint: dict[str, Any]
-    layers: list[int]
+    contract: Annotated[int, Field(ge=1, le=MAX_COUNT)] = 1
+    layers: Annotated[list[int], OfLayers]
     num_model_layers: int
     row_kind: Literal["top-k", "sampled"] = "top-k"
-    top_k: list[int]
+    top_k: Annotated[list[int], OfLayers]
     truncated: bool = False
-    tail_samples: int
-    taus: list[float] = [1.0]
+    tail_samples: Annotated[int, Field(ge=0, le=MAX_TAIL)]
+    taus: Annotated[list[float], Field(max_length=MAX_TAUS)] = [1.0]
     v_real: int
     profile: Literal["default", "exact", "fast"] = "default"
-    num_parts: int
-    num_samples: int
-    num_response_tokens: int
+    num_parts: Annotated[int, Field(ge=0, le=MAX_PARTS)]
+    num_samples: Count
+    num_response_tokens: Count
     id_of_rank_xxh3: str = ""
-    num_head_ranks: int = 0
+    num_head_ranks: Count = 0
     text_xxh3: str | None = None
     vocab_files: dict[str, FileRecord] = {}
     skipped: list[dict[str, Any]] = []
@@ -101,26 +118,32 @@ class CacheHeader(StrictRecord):
 
     @model_validator(mode="after")
     def _counts_make_sense(self) -> "CacheHeader":
-        if not self.layers or self.layers != sorted(set(self.layers)) or self.layers[0] < 0:
-            raise ValueError(f"`layers` must be distinct and ascending, got {self.layers}")
+        check_numbers(
+            self.layers, self.top_k, self.taus, self.v_real, self.v_real if self.row_kind == "top-k" else MAX_WIDTH
+        )
         if self.layers[-1] != self.num_model_layers:
-            raise ValueError(f"the last of `layers` must be the final layer {self.num_model_layers}, got {self.layers}")
-        if not 1 <= self.v_real <= 2**31 or self.tail_samples < 0 or not self.taus:
-            raise ValueError(f"impossible: v_real {self.v_real}, tail_samples {self.tail_samples}, taus {self.taus}")
-        limit = self.v_real if self.row_kind == "top-k" else 2**31
-        if len(self.top_k) != len(self.layers) or not all(1 <= k <= limit for k in self.top_k):
-            raise ValueError(f"`top_k` must be 1 to {limit} for each of {len(self.layers)} layers, got {self.top_k}")
+            raise ValueError(
+                f"the last of `layers` must be the final layer {self.num_model_layers}, got {shown(self.layers)}"
+            )
         if self.row_kind == "sampled" and (self.tail_samples or not self.truncated):
             raise ValueError("sampled rows have no tail samples and differ in width: `truncated` must be true")
-        if min(self.num_parts, self.num_samples, self.num_response_tokens) < 0:
-            raise ValueError("counts cannot be negative")
+        if self.num_head_ranks > self.v_real:
+            raise ValueError(f"impossible: num_head_ranks {self.num_head_ranks} of {self.v_real} tokens")
+        check_origin(
+            spec=self.spec,
+            fingerprint=self.fingerprint,
+            skipped=self.skipped,
+            responses=self.responses,
+            parents=self.parents,
+        )
         return self
 
     @model_serializer(mode="wrap")
-    def _without_empty_responses(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """`responses` came after the first caches of this format: a header without any is what it always was."""
-        fields = dump(self)
-        return fields if self.responses else {name: value for name, value in fields.items() if name != "responses"}
+    def _without_later_fields(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """These came after the first caches of this format: a header that does without is what it always was."""
+        unused = {"responses"} if not self.responses else set()
+        unused |= {"contract"} if self.contract == 1 else set()
+        return {name: value for name, value in dump(self).items() if name not in unused}
 
     @property
     def widest(self) -> int:
@@ -136,6 +159,8 @@ class CacheHeader(StrictRecord):
     def digest(self) -> str:
         """SHA-256 over the fingerprint and the identity fields; every part carries it, so a foreign part is noticed."""
         identity = {name: getattr(self, name) for name in IDENTITY_FIELDS}
+        if self.contract != 1:
+            identity["contract"] = self.contract
         return hashlib.sha256(canonical_json({"fingerprint": self.fingerprint, **identity})).hexdigest()
 
     @property
@@ -159,9 +184,9 @@ class PartRecord(StrictRecord):
     format_version: int = FORMAT_VERSION
     cache_digest: str
     index: int
-    num_tokens: int
-    num_response_tokens: int
-    num_entries: int
+    num_tokens: Count
+    num_response_tokens: Count
+    num_entries: Count
     sample_ids: list[str]
     kinds: list[str]
     digests: list[str]
@@ -176,13 +201,24 @@ class PartRecord(StrictRecord):
     files: dict[str, FileRecord]
 
     @model_validator(mode="after")
-    def _columns_have_one_length(self) -> "PartRecord":
+    def _columns_fit(self) -> "PartRecord":
         columns = (self.kinds, self.digests, self.sample_tokens, self.sample_response_tokens, self.response_xxh3)
         means = (self.entropy_last, self.gold_logprob_last, self.kept_mass)
         if {len(column) for column in (*columns, *means)} - {len(self.sample_ids)}:
             raise ValueError("the columns per sample differ in length")
-        if sum(self.sample_tokens) != self.num_tokens or sum(self.sample_response_tokens) != self.num_response_tokens:
-            raise ValueError("token counts per sample do not add up")
+        rows, tokens = self.sample_tokens, self.sample_response_tokens
+        if sum(rows) != self.num_tokens or sum(tokens) != self.num_response_tokens:
+            raise ValueError(
+                f"token counts per sample do not add up: {sum(rows)} and {sum(tokens)}, `num_tokens` is "
+                f"{self.num_tokens}, `num_response_tokens` {self.num_response_tokens}"
+            )
+        wrong = [at for at, (some, every) in enumerate(zip(rows, tokens, strict=True)) if not 0 <= some <= every]
+        if wrong:
+            name, some, every = self.sample_ids[wrong[0]], rows[wrong[0]], tokens[wrong[0]]
+            raise ValueError(f"sample {shown(name)} has {some} rows for {every} response tokens")
+        if len(set(self.sample_ids)) != len(self.sample_ids):
+            twice = next(name for name, num in Counter(self.sample_ids).items() if num > 1)
+            raise ValueError(f"sample id {shown(twice)} occurs twice; ids must be unique")
         return self
 
 
@@ -221,11 +257,14 @@ def unseal_json(text: bytes | str, path: Path) -> dict[str, Any]:
     try:
         value = json.loads(text)
         seal = value.pop("xxh3")
-        found = xxhash.xxh3_64_hexdigest(canonical_json(value))
+        content = canonical_json(value)
+        if b"\\ud" in content:  # a surrogate: half a pair is no text, and neither a terminal nor a table takes it
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise CacheCorruptError(f"`{path}` cannot be read as a sealed JSON file ({error})") from error
+    found = xxhash.xxh3_64_hexdigest(content)
     if seal != found:
-        raise CacheCorruptError(f"`{path}`: xxh3 of the content is {found}, the file says {seal}")
+        raise CacheCorruptError(f"`{path}`: xxh3 of the content is {found}, the file says {shown(seal)}")
     return value
 
 
@@ -234,6 +273,10 @@ def as_record(model: type[Record], value: dict[str, Any], path: Path) -> Record:
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        first = error.errors()[0]
+        first = error.errors(include_url=False)[0]
+        message = first["msg"].removeprefix("Value error, ")
+        if not first["loc"]:  # the fields contradict each other, and the message names them
+            raise CacheCorruptError(f"`{path}`: {message}") from error
         field = ".".join(str(part) for part in first["loc"])
-        raise CacheCorruptError(f"`{path}`: field `{field}`: {first['msg']}") from error
+        got = "" if first["type"] in ("missing", "extra_forbidden") else f", got {shown(first['input'])}"
+        raise CacheCorruptError(f"`{path}`: field `{field}`: {message}{got}") from error

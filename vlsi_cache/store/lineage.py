@@ -5,7 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vlsi_cache.errors import command_line
+from pydantic import ValidationError
+
+from vlsi_cache.errors import SpecError, command_line
+from vlsi_cache.spec import DataSpec
 
 from .layout import CacheHeader
 
@@ -30,6 +33,16 @@ def data_sections(header: CacheHeader) -> list[dict[str, Any]]:
     if not sections:
         sections = [header.spec["data"]] if "data" in header.spec else []
     return [section for i, section in enumerate(sections) if section not in sections[:i]]
+
+
+def data_specs(header: CacheHeader, where: Path) -> list[DataSpec]:
+    """The same as specs; SpecError for a section that is none."""
+    try:
+        return [DataSpec.model_validate(section) for section in data_sections(header)]
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise SpecError(f"the `data` section in {where} is none: `{key}`: {first['msg']}") from error
 
 
 def merged_responses(headers: Sequence[CacheHeader]) -> list[dict[str, Any]]:

@@ -114,7 +114,7 @@ def _says_which_samples(field: str) -> bool:
 def _check_alike(first: Cache, other: Cache) -> None:
     """Everything that decides a row must be equal."""
     pairs = [{k: v for k, v in one.header.fingerprint.items() if not _says_which_samples(k)} for one in (first, other)]
-    fields = [name for name in IDENTITY_FIELDS if name not in OF_THE_SOURCE]
+    fields = ["contract", *(name for name in IDENTITY_FIELDS if name not in OF_THE_SOURCE)]
     names = (f"`{first.path}` has", f"`{other.path}` has")
     lines = differences(*pairs, names=names)
     lines += differences(*({name: getattr(one.header, name) for name in fields} for one in (first, other)), names=names)

@@ -5,7 +5,7 @@ Shape suffixes: L layers, T response tokens with a row, R response tokens, K kep
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,12 +19,13 @@ from .chunks import Known, MappedLayers
 from .encoding import UNDO, by_layer, check_ranks, decode_values, padded, undone_values
 from .files import advised, check_metadata, check_part_files, load_part_record
 from .layout import CacheHeader, PartRecord, part_dir, response_digest
-from .schema import SAMPLE_ARRAYS, SCALAR_ARRAYS, ArraySpec, layered_names, part_specs, value_array
+from .schema import SAMPLE_ARRAYS, ArraySpec, layered_names, part_specs, value_array
+from .values import check_block, check_entries, check_sample_arrays, check_scalars, repeated_entry
 
 
 @dataclass(frozen=True)
 class Row(SparseRows):
-    """One sample: its sparse rows, and what ties them to the training record."""
+    """One sample: its sparse rows, and what ties them to the training record. `v_real` and `taus` are the cache's."""
 
     sample_id: str
     kind: str
@@ -72,6 +73,8 @@ class Part:
 
     def _row(self, index: int) -> Row:
         arrays, record = self.arrays, self.record
+        if not 0 <= index < len(self):
+            raise CacheCorruptError(f"`{self.folder}` has no row {index}: it holds {len(self)} samples")
         tokens = slice(*self._edges[0][index : index + 2])
         response = slice(*self._edges[1][index : index + 2])
         response_ids_R = arrays["response_ids"][response]
@@ -92,6 +95,8 @@ class Part:
             digest=record.digests[index],
             response_ids_R=response_ids_R,
             positions_T=arrays["positions"][tokens],
+            v_real=self.header.v_real,
+            taus=tuple(self.header.taus),
         )
 
     @cached_property
@@ -128,6 +133,16 @@ class Part:
         spans = pairwise(self.arrays["response_offsets"].tolist())
         if [response_digest(self.arrays["response_ids"][lo:hi]) for lo, hi in spans] != self.record.response_xxh3:
             raise CacheCorruptError(f"`{self.folder / 'response_ids'}`: response ids are not those of part.json")
+
+    def check_distinct(self) -> None:
+        """No row keeps an id twice: too slow to be looked at whenever a part is read."""
+        ids = self.arrays["ids"]
+        for layer, ids_E in enumerate(ids[:, :] if isinstance(ids, MappedLayers) else ids):
+            token = repeated_entry(ids_E, self.arrays["kept"][layer] if self.header.is_ragged else self.header.widest)
+            if token is not None:
+                raise CacheCorruptError(
+                    f"`{self.folder / 'ids'}`: the row of layer row {layer}, token {token} keeps an id twice"
+                )
 
     def __len__(self) -> int:
         return len(self.record.sample_ids)
@@ -175,17 +190,17 @@ def _load_part(
     folder = part_dir(root, index)
     specs = part_specs(header, record)
     arrays = read_samples(folder, specs, SAMPLE_ARRAYS)
-    if np.diff(arrays["offsets"]).tolist() != record.sample_tokens:
-        raise CacheCorruptError(f"`{folder / 'offsets'}`: token counts are not those of part.json")
+    check_sample_arrays(folder, header, record, arrays)
     whole = [name for name in layered_names(header) if specs[name].is_layered and name != "kept"]
     undo = UNDO if undone else {}
-    arrays |= read_layered(folder, specs, whole, layers, undo=undo, limit=header.v_real, known=known)
+    check = partial(check_block, header)
+    arrays |= read_layered(folder, specs, whole, layers, undo=undo, check=check, known=known)
     if header.is_ragged:
         arrays |= _read_ragged(folder, header, specs, layers)
     for name, shape in {"tail_ids": (0,), "tail_mass": ()}.items():
         dtype = header.id_dtype if name == "tail_ids" else np.float32
         arrays.setdefault(name, np.zeros((len(layers), record.num_tokens, *shape), dtype))
-    _check_values(folder, header, arrays)
+    _check_values(folder, header, arrays, undone=undone)
     return Part(header, record, folder, arrays, id_of_rank_LV, undone)
 
 
@@ -202,12 +217,11 @@ def _read_ragged(folder: Path, header: CacheHeader, specs: dict[str, ArraySpec],
     return {**flat, "kept": chosen_LT, "edges": edges_LT}
 
 
-def _check_values(folder: Path, header: CacheHeader, arrays: Arrays) -> None:
+def _check_values(folder: Path, header: CacheHeader, arrays: Arrays, *, undone: bool) -> None:
     """Values that no writer produces."""
     try:
         check_ranks(header, arrays)
     except ValueError as error:
         raise CacheCorruptError(f"`{folder}`: {error}") from None
-    for name in SCALAR_ARRAYS:
-        if np.isnan(arrays[name]).any():
-            raise CacheCorruptError(f"`{folder / name}`: holds a NaN, which is never written")
+    check_scalars(folder, arrays)
+    check_entries(folder, header, arrays, undone=undone)

@@ -53,13 +53,22 @@ class RankTable:
     def checked(self, num_layers: int, v_real: int) -> "RankTable":
         """The table as uint32; SpecError unless the order is a permutation and every head holds distinct ids."""
         order_V, heads_LH = np.asarray(self.id_of_rank_V), np.asarray(self.heads_LH)
-        if order_V.shape != (v_real,) or not np.array_equal(np.sort(order_V), np.arange(v_real)):
-            raise SpecError(f"`id_of_rank` must be a permutation of 0 to {v_real - 1}, got shape {order_V.shape}")
+        if order_V.shape != (v_real,) or not _is_permutation(order_V):
+            found = f"shape {order_V.shape}, values {order_V.min(initial=0)} to {order_V.max(initial=0)}"
+            raise SpecError(f"`id_of_rank` must be a permutation of 0 to {v_real - 1}, got {found}")
         sorted_LH = np.sort(heads_LH, axis=1)
         repeats = heads_LH.size and (np.diff(sorted_LH.astype(np.int64), axis=1) == 0).any()
         if heads_LH.ndim != 2 or len(heads_LH) != num_layers or repeats or heads_LH.max(initial=0) >= v_real:
             raise SpecError(f"`heads` must be distinct ids for each of {num_layers} layers, got {heads_LH.shape}")
         return RankTable(order_V.astype(np.uint32), heads_LH.astype(np.uint32))
+
+
+def _is_permutation(order_V: np.ndarray) -> bool:
+    if order_V.min() < 0 or order_V.max() >= len(order_V):
+        return False
+    seen_V = np.zeros(len(order_V), bool)
+    seen_V[order_V] = True
+    return bool(seen_V.all())
 
 
 def plain_ranks(id_of_rank_V: np.ndarray, num_layers: int) -> RankTable:

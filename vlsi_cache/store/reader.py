@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from vlsi_cache.disk import refuse_url
 from vlsi_cache.errors import (
     CacheCorruptError,
     CacheIncompleteError,
@@ -23,7 +24,7 @@ from vlsi_cache.errors import (
 )
 
 from .chunks import Known
-from .files import load_header, load_part_record
+from .files import load_header, load_part_record, refuse_special
 from .layout import (
     HEADER_NAME,
     CacheHeader,
@@ -76,7 +77,7 @@ class Cache:
     @property
     def parts(self) -> list[int]:
         """Indices of the committed parts."""
-        return sorted(self._index.file_sizes)
+        return self._index.parts
 
     @property
     def is_complete(self) -> bool:
@@ -206,6 +207,11 @@ class Cache:
         found = bisect.bisect_left(order, sample_id.encode(), key=lambda line: ids[int(line)].as_py().encode())
         if found == len(order) or ids[int(order[found])].as_py() != sample_id:
             return None
+        if found + 1 < len(order) and ids[int(order[found + 1])].as_py() == sample_id:
+            raise CacheCorruptError(
+                f"sample {sample_id!r} is more than once in `{self.path}`, and ids must be unique over the whole "
+                f"cache; run: {command_line('verify', self.path)}, then {command_line('repair', self.path)}"
+            )
         return int(order[found])
 
     def _not_found(self, sample_id: object) -> str:
@@ -216,25 +222,30 @@ class Cache:
 
 
 def open(path: str | os.PathLike[str], *, allow_incomplete: bool = False) -> Cache:
-    """Open a cache for reading; every file is checked for its size, nothing is decoded yet.
+    """Open a cache for reading: its header, and which samples lie where. Nothing is decoded yet.
 
-    Raises CacheNotFoundError, CacheIncompleteError (not with `allow_incomplete`), CacheCorruptError.
+    The files of a part are checked for their sizes when the part is first read; `verify` checks them all. A table of
+    samples that is missing or stale is written again where the folder allows it. Raises CacheNotFoundError,
+    CacheIncompleteError (not with `allow_incomplete`), CacheCorruptError.
     """
     from .table import load_index
 
+    refuse_url(path, "cache")
     root = Path(path)
+    refuse_special(root / HEADER_NAME)
     if not (root / HEADER_NAME).is_file():
         raise CacheNotFoundError(_not_a_cache(root))
     header = load_header(root)
-    done = len([index for index in list_parts(root) if index < header.num_parts])
+    there = list_parts(root)
+    done = sum(index < header.num_parts for index in there)
     if done < header.num_parts and not allow_incomplete:
         raise CacheIncompleteError(_incomplete(root, header, done))
-    _refuse_extra_parts(root, header)
+    _refuse_extra_parts(root, header, there)
     return Cache(root, header, load_index(root, header))
 
 
-def _refuse_extra_parts(root: Path, header: CacheHeader) -> None:
-    extra = [index for index in list_parts(root) if index >= header.num_parts]
+def _refuse_extra_parts(root: Path, header: CacheHeader, there: list[int]) -> None:
+    extra = [index for index in there if index >= header.num_parts]
     if extra:
         raise CacheCorruptError(
             f"`{part_dir(root, extra[0])}` is not part of this cache of {header.num_parts} parts; "

@@ -46,6 +46,7 @@ def repair(path: str | os.PathLike[str], *, yes: bool = False, deep: bool = True
     Nothing is deleted without `yes`; with it, what dead processes left in `tmp/` is. Raises CacheCorruptError when
     `cache.json` itself is broken.
     """
+    disk.refuse_url(path, "cache")
     root = Path(path)
     if is_interrupted_start(root):
         return RepairReport(
@@ -60,7 +61,7 @@ def repair(path: str | os.PathLike[str], *, yes: bool = False, deep: bool = True
         _quarantine(root, name)
     removed = _sweep(root, yes)
     missing = sorted(set(range(header.num_parts)) - set(list_parts(root)))
-    rebuild = not missing and not table.is_current(root, header)
+    rebuild = not missing and not table.is_current(root, header, table.collect(root, header))
     if rebuild:
         table.write_table(root, header)
     quarantined = [*sorted(bad), *quarantined]

@@ -6,6 +6,7 @@ Rows of one width K are arrays [T, L, K]. Where widths differ (per-layer k, top-
 Shape suffixes: L layers, T response tokens with a row, R response tokens, K kept entries, m tail samples, E entries.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -60,7 +61,12 @@ class ArraySpec:
 
     @property
     def size_bytes(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of one chunk before it is packed."""
+        return math.prod(self.chunk) * self.dtype.itemsize
 
     @property
     def grid(self) -> tuple[int, ...]:

@@ -1,34 +1,41 @@
 """`samples.parquet`: which sample lies where, derived from the part records and rebuilt at any time.
 
-Its schema metadata lists the size of every file of every part, so that opening a cache of a million samples reads no
-part record and no sample; columns are read when they are asked for.
+Its schema metadata lists the parts that it was made from with the size of each commit record, so that opening a cache
+of a million samples reads no record and no sample; columns are read when they are asked for. The sizes of the files of
+a part are compared with its record when the part is read.
 """
 
 import io
 import json
 import os
 import stat
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vlsi_cache.errors import DataError
+from vlsi_cache.errors import CacheCorruptError, DataError, command_line
 
 from . import commit
-from .files import check_part_files, load_part_record
+from .files import load_part_record, refuse_special
 from .layout import (
+    HEADER_NAME,
     RECORD_NAME,
     TABLE_NAME,
     CacheHeader,
-    PartRecord,
     list_parts,
     part_dir,
+    part_name,
     sealed_json,
     unseal_json,
 )
 
 MANIFEST_KEY = b"vlsi_cache.parts"
+FILES_KEY = b"vlsi_cache.files"
+MEANS = ("entropy_last", "gold_logprob_last", "kept_mass")
+FileSizes = dict[int, dict[str, int]]
 SCHEMA = pa.schema(
     [
         pa.field("id", pa.string()),
@@ -48,20 +55,33 @@ SCHEMA = pa.schema(
 
 
 class Index:
-    """The sample table, read column by column, and for each part the size of every file that exists."""
+    """The sample table, read column by column, and the parts that it speaks of."""
 
     def __init__(
         self,
         root: Path,
         header: CacheHeader,
-        file_sizes: dict[int, dict[str, int]],
+        parts: list[int],
         num_samples: int,
         samples: pa.Table | None,
+        file_sizes: FileSizes | bytes,
     ) -> None:
-        self.file_sizes = file_sizes
+        self.parts = parts
         self.num_samples = num_samples
         self._root, self._header = root, header
         self._columns = {} if samples is None else {name: samples[name] for name in SCHEMA.names}
+        self._file_sizes = file_sizes
+
+    @property
+    def file_sizes(self) -> FileSizes:
+        """For each part the size of every file of it."""
+        if isinstance(self._file_sizes, bytes):
+            try:
+                self._file_sizes = _parsed_sizes(self._file_sizes, self._root / TABLE_NAME, self.parts)
+            except (CacheCorruptError, ValueError, KeyError, TypeError, AttributeError):
+                self._rebuild()
+        assert not isinstance(self._file_sizes, bytes)
+        return self._file_sizes
 
     def column(self, name: str) -> pa.ChunkedArray:
         """One column of the table, in memory from now on."""
@@ -72,90 +92,163 @@ class Index:
                 )
                 if len(read) != self.num_samples:
                     raise OSError("the table has changed")
-                self._columns[name] = read[name].combine_chunks()
+                self._columns[name] = _plausible(name, read[name].combine_chunks(), self.parts)
             except (OSError, pa.ArrowException):  # damaged or replaced: the part records know
-                rebuilt = build_index(self._root, self._header)
-                self._columns = rebuilt._columns
-                self.num_samples, self.file_sizes = rebuilt.num_samples, rebuilt.file_sizes
+                self._rebuild()
         return self._columns[name]
 
     def table(self) -> pa.Table:
         """All columns."""
         return pa.table([self.column(name) for name in SCHEMA.names], schema=SCHEMA)
 
+    def _rebuild(self) -> None:
+        rebuilt = build_index(self._root, self._header)
+        self._columns, self._file_sizes = rebuilt._columns, rebuilt._file_sizes
+        self.num_samples, self.parts = rebuilt.num_samples, rebuilt.parts
+
+
+def _plausible(name: str, column: pa.ChunkedArray, parts: list[int]) -> pa.ChunkedArray:
+    """The column; OSError for values that no table holds."""
+    if name in MEANS:
+        return column
+    if column.null_count:
+        raise OSError(f"`{name}` has no value for {column.null_count} samples")
+    if pa.types.is_integer(column.type) and len(column):
+        values = column.to_numpy()
+        high = parts[-1] if name == "part" and parts else None
+        if values.min() < 0 or (high is not None and values.max() > high):
+            raise OSError(f"`{name}` holds {values.min()} to {values.max()}")
+    return column
+
+
+def collect(root: Path, header: CacheHeader) -> Index:
+    """Read and check every part record."""
+    parts, file_sizes = list_parts(root), {}
+    columns: dict[str, list[object]] = {name: [] for name in SCHEMA.names}
+    num_skipped = 0
+    for index in parts:
+        record = load_part_record(root, header, index)
+        record_bytes = os.stat(part_dir(root, index) / RECORD_NAME).st_size
+        file_sizes[index] = {**{name: file.size for name, file in record.files.items()}, RECORD_NAME: record_bytes}
+        num, first = len(record.sample_ids), 0
+        num_skipped += len(record.skipped)
+        for length in record.sample_tokens:
+            columns["first_token"].append(first)
+            first += length
+        columns["part"] += [index] * num
+        columns["row"] += range(num)
+        for name, values in (
+            ("id", record.sample_ids),
+            ("kind", record.kinds),
+            ("num_tokens", record.sample_tokens),
+            ("num_response_tokens", record.sample_response_tokens),
+            ("digest", record.digests),
+            ("response_xxh3", record.response_xxh3),
+            ("entropy_last", record.entropy_last),
+            ("gold_logprob_last", record.gold_logprob_last),
+            ("kept_mass", record.kept_mass),
+        ):
+            columns[name] += values
+    samples = pa.table(columns, schema=SCHEMA)
+    if len(parts) == header.num_parts and not num_skipped:
+        _check_plan(root, header, columns)
+    return Index(root, header, parts, len(samples), samples, file_sizes)
+
+
+def _check_plan(root: Path, header: CacheHeader, columns: Mapping[str, list[object]]) -> None:
+    """A finished cache holds what was planned."""
+    found = {"num_samples": len(columns["id"]), "num_response_tokens": sum(columns["num_response_tokens"])}  # type: ignore[arg-type]
+    for name, number in found.items():
+        if number != getattr(header, name):
+            raise CacheCorruptError(
+                f"`{root / HEADER_NAME}`: `{name}` is {getattr(header, name)}, and the parts hold {number}; restore "
+                "this file from a copy of the cache"
+            )
+
 
 def build_index(root: Path, header: CacheHeader) -> Index:
-    """Read every part record, check it and the size of every file it names."""
-    tables, file_sizes = [SCHEMA.empty_table()], {}
-    for index in list_parts(root):
-        record = load_part_record(root, header, index)
-        check_part_files(root, index, record)
-        sizes = {name: file.size for name, file in record.files.items()}
-        file_sizes[index] = {**sizes, RECORD_NAME: (part_dir(root, index) / RECORD_NAME).stat().st_size}
-        tables.append(_part_table(record))
-    samples = pa.concat_tables(tables).combine_chunks()
-    return Index(root, header, file_sizes, len(samples), samples)
+    """The index from the part records; a sample id in two parts is an error."""
+    index = collect(root, header)
+    if found := repeated_id(index):
+        name, parts = found
+        raise CacheCorruptError(
+            f"`{part_dir(root, parts[-1]) / RECORD_NAME}`: sample {name!r} is in parts {parts}, and ids must be unique "
+            f"over the whole cache; run: {command_line('repair', root)}"
+        )
+    return index
 
 
-def _part_table(record: PartRecord) -> pa.Table:
-    num = len(record.sample_ids)
-    starts = [0]
-    for length in record.sample_tokens:
-        starts.append(starts[-1] + length)
-    columns = {
-        "id": record.sample_ids,
-        "kind": record.kinds,
-        "part": [record.index] * num,
-        "row": range(num),
-        "first_token": starts[:-1],
-        "num_tokens": record.sample_tokens,
-        "num_response_tokens": record.sample_response_tokens,
-        "digest": record.digests,
-        "response_xxh3": record.response_xxh3,
-        "entropy_last": record.entropy_last,
-        "gold_logprob_last": record.gold_logprob_last,
-        "kept_mass": record.kept_mass,
-    }
-    return pa.table(columns, schema=SCHEMA)
+def repeated_id(index: Index) -> tuple[str, list[int]] | None:
+    """A sample id that occurs more than once, and the parts that hold it."""
+    column = index.column("id")
+    if len(column) == len(column.unique()):
+        return None
+    ids, seen = column.to_pylist(), set()
+    twice = next(name for name in ids if name in seen or seen.add(name))
+    return twice, [part for name, part in zip(ids, index.column("part").to_pylist(), strict=True) if name == twice]
 
 
 def write_table(root: Path, header: CacheHeader) -> None:
     """Write `samples.parquet` atomically; a sample id in two parts is an error."""
-    index = build_index(root, header)
-    samples = index.table()
-    _refuse_twice(samples)
+    index = collect(root, header)
+    if found := repeated_id(index):
+        name, parts = found
+        raise DataError(f"sample {name!r} is in parts {parts}: ids must be unique over the whole cache")
+    _write(root, header, index)
+
+
+def _write(root: Path, header: CacheHeader, index: Index) -> None:
     names = sorted({name for sizes in index.file_sizes.values() for name in sizes})
     sizes = {str(part): [found.get(name) for name in names] for part, found in index.file_sizes.items()}
-    manifest = sealed_json({"cache_digest": header.digest, "files": names, "sizes": sizes})
+    records = {str(part): found[RECORD_NAME] for part, found in index.file_sizes.items()}
+    metadata = {
+        MANIFEST_KEY: _compact({"cache_digest": header.digest, "records": records}),
+        FILES_KEY: _compact({"files": names, "sizes": sizes}),
+    }
     sink = io.BytesIO()
-    samples = samples.replace_schema_metadata({MANIFEST_KEY: json.dumps(json.loads(manifest)).encode()})
+    samples = index.table().replace_schema_metadata(metadata)
     pq.write_table(samples, sink, compression="zstd", write_page_checksum=True)
     commit.replace_file(root, root / TABLE_NAME, sink.getvalue())
 
 
-def _refuse_twice(samples: pa.Table) -> None:
-    if len(samples) == len(samples["id"].unique()):
-        return
-    ids = samples["id"].to_pylist()
-    seen: set[str] = set()
-    twice = next(name for name in ids if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-    parts = [part for name, part in zip(ids, samples["part"].to_pylist(), strict=True) if name == twice]
-    raise DataError(f"sample {twice!r} is in parts {parts}: ids must be unique over the whole cache")
+def _compact(value: dict[str, object]) -> bytes:
+    """Sealed JSON without white space."""
+    return json.dumps(json.loads(sealed_json(value)), separators=(",", ":")).encode()
 
 
 def load_index(root: Path, header: CacheHeader) -> Index:
-    """The index from `samples.parquet` if that is there, whole and current, otherwise from the part records."""
-    return _current_table(root, header) or build_index(root, header)
+    """The index from `samples.parquet` if that is there, whole and current, otherwise from the part records.
+
+    The table of a finished cache is then written, so that only one process pays for it: atomically, and where that
+    cannot be done the index is as good without.
+    """
+    refuse_special(root / TABLE_NAME)
+    index = _current_table(root, header)
+    if index is not None:
+        return index
+    index = build_index(root, header)
+    if len(index.parts) == header.num_parts:
+        try:
+            _write(root, header, index)
+        except OSError as error:  # a folder of somebody else, a full disk, a file system that is read only
+            why = error.strerror or str(error)
+            warnings.warn(
+                f"`{root / TABLE_NAME}` cannot be written ({why}): every opening reads the records of all parts",
+                stacklevel=2,
+            )
+    return index
 
 
-def is_current(root: Path, header: CacheHeader) -> bool:
-    """Whether `samples.parquet` is there, whole, and says what the part records say."""
-    index, fresh = _current_table(root, header), build_index(root, header)
-    if index is None or index.file_sizes != fresh.file_sizes:
-        return False
+def is_current(root: Path, header: CacheHeader, fresh: Index) -> bool:
+    """Whether `samples.parquet` is there, whole, and says what the part records, read into `fresh`, say."""
     try:
-        return _read_all(root).replace_schema_metadata(None) == fresh.table()
-    except (OSError, pa.ArrowException):
+        refuse_special(root / TABLE_NAME)
+        index = _current_table(root, header)
+        if index is None:
+            return False
+        sizes = _parsed_sizes(index._file_sizes, root / TABLE_NAME, index.parts)  # type: ignore[arg-type]
+        return sizes == fresh.file_sizes and _read_all(root).replace_schema_metadata(None) == fresh.table()
+    except (OSError, pa.ArrowException, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
@@ -164,40 +257,45 @@ def _read_all(root: Path) -> pa.Table:
 
 
 def _current_table(root: Path, header: CacheHeader) -> Index | None:
-    index = _read_table(root, header)
-    if index is None or sorted(index.file_sizes) != list_parts(root) or not _sizes_agree(root, index):
-        return None
-    return index
-
-
-def _sizes_agree(root: Path, index: Index) -> bool:
-    """Whether every file is as long as the table says; if not, the part records decide who is wrong."""
+    """What the table's footer says, if it was made from the parts that are there; no column is read."""
+    path = root / TABLE_NAME
     try:
-        for part, sizes in index.file_sizes.items():
-            folder = f"{part_dir(root, part)}{os.sep}"
-            for name, size in sizes.items():
-                status = os.lstat(folder + name)
-                if status.st_size != size or not stat.S_ISREG(status.st_mode):
-                    return False
+        with pq.ParquetFile(path) as file:
+            schema, num_samples = file.schema_arrow, file.metadata.num_rows
+        metadata = schema.metadata or {}
+        manifest, files = unseal_json(metadata[MANIFEST_KEY], path), metadata[FILES_KEY]
+        records = {int(part): size for part, size in manifest["records"].items()}
+    except (OSError, pa.ArrowException, KeyError, ValueError, TypeError, AttributeError):
+        return None
+    if manifest.get("cache_digest") != header.digest or schema.remove_metadata() != SCHEMA:
+        return None
+    parts = list_parts(root)
+    if sorted(records) != parts or not _records_are_there(root, records):
+        return None
+    if len(parts) == header.num_parts and num_samples > header.num_samples:
+        return None
+    return Index(root, header, parts, num_samples, None, files)
+
+
+def _records_are_there(root: Path, records: dict[int, int]) -> bool:
+    """Whether every commit record is as long as the table says; if not, the records decide who is wrong."""
+    try:
+        for part, size in records.items():
+            status = os.lstat(f"{root}/parts/{part_name(part)}/{RECORD_NAME}")
+            if status.st_size != size or not stat.S_ISREG(status.st_mode):
+                return False
     except OSError:
         return False
     return True
 
 
-def _read_table(root: Path, header: CacheHeader) -> Index | None:
-    """What the table's footer says; no column is read."""
-    path = root / TABLE_NAME
-    try:
-        with pq.ParquetFile(path) as file:
-            schema, num_samples = file.schema_arrow, file.metadata.num_rows
-        manifest = unseal_json((schema.metadata or {})[MANIFEST_KEY], path)
-        names = manifest["files"]
-        sizes = {
-            int(part): {name: size for name, size in zip(names, row, strict=True) if size is not None}
-            for part, row in manifest["sizes"].items()
-        }
-    except (OSError, pa.ArrowException, KeyError, ValueError, TypeError, AttributeError):
-        return None
-    if manifest.get("cache_digest") != header.digest or schema.remove_metadata() != SCHEMA:
-        return None
-    return Index(root, header, sizes, num_samples, None)
+def _parsed_sizes(text: bytes, path: Path, parts: list[int]) -> FileSizes:
+    value = unseal_json(text, path)
+    names = value["files"]
+    sizes = {
+        int(part): {name: int(size) for name, size in zip(names, row, strict=True) if size is not None}
+        for part, row in value["sizes"].items()
+    }
+    if sorted(sizes) != parts:
+        raise ValueError("the table lists other parts")
+    return sizes

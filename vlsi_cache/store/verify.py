@@ -4,11 +4,12 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from vlsi_cache.disk import refuse_url
 from vlsi_cache.errors import CacheCorruptError, VlsiCacheError, command_line
 from vlsi_cache.progress import progress
 
 from .commit import list_tmp
-from .files import hash_file, load_header, load_part_record
+from .files import hash_file, load_header, load_part_record, size_problem
 from .layout import (
     HEADER_NAME,
     RECORD_NAME,
@@ -17,12 +18,14 @@ from .layout import (
     VOCAB_NAME,
     CacheHeader,
     PartRecord,
+    list_parts,
     part_dir,
     part_name,
 )
 from .part import load_part
 from .vocab import is_interrupted_start, load_texts, load_vocab, vocab_problems
 
+MAX_MISSING = 100  # missing parts that are listed one by one
 CONTINUE = "run the command that builds the cache again, it continues"
 
 
@@ -64,6 +67,7 @@ class VerifyReport:
 
 def verify(path: str | os.PathLike[str], *, deep: bool = False) -> VerifyReport:
     """Check sizes and the checksum of every chunk (`deep`: also the hash of every file), and what is foreign."""
+    refuse_url(path, "cache")
     root = Path(path)
     report = VerifyReport(root, deep)
     if is_interrupted_start(root):
@@ -77,12 +81,24 @@ def verify(path: str | os.PathLike[str], *, deep: bool = False) -> VerifyReport:
         report.problems.append(Problem(HEADER_NAME, _text(error), "restore this file from a copy of the cache"))
         return report
     _check_vocab(root, header, report, repair)
-    for index in progress(range(header.num_parts), "verify", unit="part", delay=2):
+    there = [index for index in list_parts(root) if index < header.num_parts]
+    _list_missing(header, there, report)
+    for index in progress(there, "verify", unit="part", delay=2):
         _check_part(root, header, index, report, repair)
     _check_foreign(root, header, report, repair)
-    if not report.bad_parts and report.num_parts == header.num_parts:
+    if not report.bad_parts:
         _check_table(root, header, report, repair)
     return report
+
+
+def _list_missing(header: CacheHeader, there: list[int], report: VerifyReport) -> None:
+    """The parts that are not there: the first of them one by one."""
+    missing = sorted(set(range(header.num_parts)) - set(there))
+    for index in missing[:MAX_MISSING]:
+        report.problems.append(Problem(f"parts/{part_name(index)}", "is missing", CONTINUE))
+    if len(missing) > MAX_MISSING:
+        what = f"{len(missing) - MAX_MISSING} more of {header.num_parts} parts are missing"
+        report.problems.append(Problem("parts", what, CONTINUE))
 
 
 def _check_vocab(root: Path, header: CacheHeader, report: VerifyReport, repair: str) -> None:
@@ -104,16 +120,15 @@ def _check_vocab(root: Path, header: CacheHeader, report: VerifyReport, repair: 
 
 def _check_part(root: Path, header: CacheHeader, index: int, report: VerifyReport, repair: str) -> None:
     name = f"parts/{part_name(index)}"
-    if not os.path.lexists(part_dir(root, index)):
-        report.problems.append(Problem(name, "is missing", CONTINUE))
-        return
     report.num_parts += 1
     before = len(report.problems)
     try:
         record = load_part_record(root, header, index)
         _check_files(root, index, record, report, repair)
         if len(report.problems) == before:
-            load_part(root, header, index, range(len(header.layers)), None).check()
+            part = load_part(root, header, index, range(len(header.layers)), None)
+            part.check()
+            part.check_distinct()
     except (OSError, VlsiCacheError) as error:
         report.problems.append(Problem(_named_file(root, name, error), _text(error), repair))
     if len(report.problems) > before:
@@ -124,14 +139,11 @@ def _check_files(root: Path, index: int, record: PartRecord, report: VerifyRepor
     folder = part_dir(root, index)
     for name, expected in sorted(record.files.items()):
         path, label = folder / name, f"parts/{part_name(index)}/{name}"
-        if not os.path.lexists(path):
-            report.problems.append(Problem(label, "is missing", repair))
-            continue
-        size = path.lstat().st_size
-        report.num_files += 1
-        report.num_bytes += size
-        if size != expected.size:
-            report.problems.append(Problem(label, f"{size} bytes, part.json says {expected.size}", repair))
+        if os.path.lexists(path):
+            report.num_files += 1
+            report.num_bytes += path.lstat().st_size
+        if what := size_problem(str(path), expected.size):
+            report.problems.append(Problem(label, what.removeprefix(":").strip(), repair))
         elif report.deep and (found := hash_file(path)) != expected:
             what = f"xxh3 is {found.xxh3}, part.json says {expected.xxh3}"
             report.problems.append(Problem(label, what, repair))
@@ -144,7 +156,7 @@ def _check_files(root: Path, index: int, record: PartRecord, report: VerifyRepor
 
 
 def _check_foreign(root: Path, header: CacheHeader, report: VerifyReport, repair: str) -> None:
-    expected = {part_name(index) for index in range(header.num_parts)}
+    expected = {part_name(index) for index in list_parts(root) if index < header.num_parts}
     found = set(os.listdir(root / "parts")) if (root / "parts").is_dir() else set()
     for name in sorted(found - expected):
         report.problems.append(Problem(f"parts/{name}", "is not a part of this cache", repair))
@@ -153,9 +165,20 @@ def _check_foreign(root: Path, header: CacheHeader, report: VerifyReport, repair
 
 
 def _check_table(root: Path, header: CacheHeader, report: VerifyReport, repair: str) -> None:
-    from .table import is_current
+    """What only shows over all parts: ids that repeat, counts that are not those of the plan, a stale table."""
+    from .table import collect, is_current, repeated_id
 
-    if not is_current(root, header):
+    try:
+        fresh = collect(root, header)
+    except CacheCorruptError as error:
+        report.problems.append(Problem(HEADER_NAME, _text(error), "restore this file from a copy of the cache"))
+        return
+    if found := repeated_id(fresh):
+        name, parts = found
+        what = f"sample {name!r} is in parts {parts}; ids must be unique"
+        report.problems.append(Problem(f"parts/{part_name(parts[-1])}/{RECORD_NAME}", what, repair))
+        report.bad_parts.append(parts[-1])
+    elif report.num_parts == header.num_parts and not is_current(root, header, fresh):
         report.problems.append(Problem(TABLE_NAME, "is missing, damaged or older than the parts", repair))
 
 

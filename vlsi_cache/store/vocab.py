@@ -11,7 +11,7 @@ import numpy as np
 import xxhash
 
 from vlsi_cache import disk
-from vlsi_cache.errors import CacheCorruptError, command_line
+from vlsi_cache.errors import CacheCorruptError, SpecError, command_line
 
 from . import commit
 from .arrays import read_vocab, read_vocab_text
@@ -29,7 +29,10 @@ def load_vocab(root: Path, header: CacheHeader) -> RankTable:
     except CacheCorruptError as error:
         raise advised(error, root) from error
     _check_vocab(root, "id_of_rank", ranks.digest, header.id_of_rank_xxh3)
-    return ranks
+    try:
+        return ranks.checked(len(header.layers), header.v_real)
+    except SpecError as error:
+        raise CacheCorruptError(f"`{root / VOCAB_NAME}`: {error}") from error
 
 
 def load_texts(root: Path, header: CacheHeader) -> tuple[bytes, np.ndarray]:

@@ -61,6 +61,7 @@ class CacheWriter:
         FingerprintMismatchError with every differing field when the cache there is another one, SpecError when the
         directory is something else.
         """
+        disk.refuse_url(path, "cache")
         root = Path(path)
         with commit.disk_full_is_an_error(root, 0):
             stored, table_of_ranks = publish_header(root, header, ranks, token_texts)
