@@ -14,6 +14,7 @@ from test_data_tokenize import save_qwen, tiny_tokenizer
 
 import vlsi_cache as vc
 from vlsi_cache.data.tokenize import load_encoder
+from vlsi_cache.disk import checksum
 from vlsi_cache.errors import FingerprintMismatchError
 from vlsi_cache.stages import build
 from vlsi_cache.stages.build import build_teacher, fingerprint
@@ -121,6 +122,10 @@ def verbalizer(folder: Path) -> None:
     content = bytearray(file.read_bytes())
     content[-3] ^= 1
     file.write_bytes(content)
+    record = folder / "verbalizers" / "verbalizers.json"  # other verbalizers, not damaged ones
+    whole = json.loads(record.read_text())
+    whole["files"][file.name] = checksum(file)
+    record.write_text(json.dumps(whole))
 
 
 CONTENT = [
