@@ -76,6 +76,7 @@ def train_verbalizers(
     """
     out = Path(out)
     if layers is None and world == 1:
+        check_folder_of_all(out)
         check_run_folder(out, KIND)
     else:
         check_shared_folder(out)
