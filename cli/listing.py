@@ -36,6 +36,7 @@ def _walk(folder: Path) -> Iterator[tuple[Path, str]]:
 def _describe(path: Path, marker: str) -> dict[str, Any] | None:
     """One line's facts; None for what has been deleted meanwhile."""
     describe = {"cache.json": _cache, "run.json": _run, "demo.json": _demo, "ablation.json": _ablation}[marker]
+    problem = ""
     for attempt in range(NUM_LOOKS):
         if attempt:  # whoever works there may have been in the middle of something
             time.sleep(LOOK_AGAIN_S)

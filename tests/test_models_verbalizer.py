@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
-from vlsi_cache.errors import ModelError
+from vlsi_cache.errors import CacheCorruptError, ModelError
 from vlsi_cache.models.layers import Backbone, head_digest
 from vlsi_cache.models.verbalizer import (
     NUM_BLOCKS,
@@ -274,12 +274,18 @@ def test_a_damaged_or_foreign_file_is_refused(tmp_path: Path) -> None:
     trained(backbone, [1], "mlp").save(tmp_path / "b", provenance={})
     file = tmp_path / "a" / "layer_0001.safetensors"
     file.write_bytes((tmp_path / "b" / file.name).read_bytes())
-    with pytest.raises(ModelError, match="layer_0001"):
+    with pytest.raises(CacheCorruptError, match="layer_0001"):
         load_verbalizers(tmp_path / "a", backbone, [1])
     file = tmp_path / "a" / "layer_0002.safetensors"
     file.write_bytes(file.read_bytes()[:-8])
-    with pytest.raises(ModelError, match="layer_0002"):
+    with pytest.raises(CacheCorruptError, match="layer_0002"):
         load_verbalizers(tmp_path / "a", backbone, [2])
+    record = tmp_path / "a" / "verbalizers.json"
+    without_sums = {key: value for key, value in json.loads(record.read_text()).items() if key != "files"}
+    record.write_text(json.dumps(without_sums))  # as earlier releases wrote it
+    for layer in (1, 2):
+        with pytest.raises(ModelError, match=f"layer_000{layer}"):
+            load_verbalizers(tmp_path / "a", backbone, [layer])
 
 
 def test_file_hashes_cover_weights_and_architecture(tmp_path: Path) -> None:

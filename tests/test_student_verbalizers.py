@@ -81,6 +81,10 @@ def test_a_folder_that_has_changed_is_refused(
             vc.distill(cache, student=str(student_folder), out=tmp_path / "run", overrides=changes)
     one, two = (tmp_path / "a" / "verbalizers" / f"layer_000{layer}.safetensors" for layer in (1, 2))
     shutil.copy(two, one)
+    record = tmp_path / "a" / "verbalizers" / "verbalizers.json"
+    facts = json.loads(record.read_text())
+    facts["files"][one.name] = facts["files"][two.name]  # others, and not damaged
+    record.write_text(json.dumps(facts))
     with pytest.raises(FingerprintMismatchError, match=r"`verbalizers_digest\.1`"):
         vc.distill(cache, student=str(student_folder), out=tmp_path / "run", overrides=changes)
 

@@ -78,6 +78,7 @@ def train_verbalizers(
     refuse_url(out, "out")
     out = Path(out)
     if layers is None and world == 1:
+        check_folder_of_all(out)
         check_run_folder(out, KIND)
     else:
         check_shared_folder(out)
