@@ -32,6 +32,7 @@ PALETTE = {
     "orange": (250, 125, 20),
     "black": (20, 20, 20),
 }
+RGB = np.array([1 << 16, 1 << 8, 1])
 # Lit segments of a seven-segment display, a..g clockwise from the top, g the middle one.
 SEVEN = {
     "abcdef": "0", "bc": "1", "abdeg": "2", "abcdg": "3", "bcfg": "4",
@@ -55,7 +56,8 @@ def answer_of(row: Row) -> str:
 
 def ink_of(cell_HWC: np.ndarray) -> tuple[str, np.ndarray]:
     """(name of the only colour in a cell or "", where it is as bool [H, W])."""
-    found = {name: (cell_HWC == rgb).all(axis=-1) for name, rgb in PALETTE.items()}
+    colours_HW = cell_HWC @ RGB  # one number each
+    found = {name: colours_HW == rgb @ RGB for name, rgb in PALETTE.items()}
     inked = [(name, mask) for name, mask in found.items() if mask.any()]
     assert len(inked) <= 1, f"two colours in one cell: {[name for name, _ in inked]}"
     return inked[0] if inked else ("", np.zeros(cell_HWC.shape[:2], dtype=bool))
@@ -98,7 +100,7 @@ def read_shape(mask: np.ndarray) -> str:
 
 def read_bars(pixels_HWC: np.ndarray) -> dict[str, int]:
     """Colour -> value of every bar: its height over the axis, 5 pixels a unit; must agree with the number below it."""
-    axis = next(y for y in range(1, 63) if len(np.unique(pixels_HWC[y], axis=0)) == 1 and pixels_HWC[y, 5].max() < 255)
+    axis = next(y for y in range(1, 63) if pixels_HWC[y, 5].max() < 255 and (pixels_HWC[y] == pixels_HWC[y, 0]).all())
     values: dict[str, int] = {}
     for left in range(0, 64, 16):
         colour, mask = ink_of(pixels_HWC[:axis, left : left + 16])
