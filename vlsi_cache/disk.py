@@ -38,6 +38,7 @@ def url_problem(path: object, what: str) -> str:
     found = _URL.match(text) if isinstance(text, str) else None  # pathlib makes s3:/bucket of s3://bucket
     if found is None:
         return ""
+    text = text if "://" in text else text.replace(":/", "://", 1)
     return (
         f"{what} `{text}` is a URL ({found[1]}), and only local paths are supported: copy it to a local folder, or "
         "mount it there, and name that"
