@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 from .errors import SpecError, list_problems
 from .sections import CacheSpec, DataSpec, EvaluateSpec, RowsSpec, RunSpec, StoreSpec, TeacherSpec, TokensSpec
 from .training_sections import (
+    BatchReduction,
     DistillSpec,
     Dtype,
     InteractSpec,
@@ -32,6 +33,7 @@ from .training_sections import (
 )
 
 __all__ = [
+    "BatchReduction",
     "CacheSpec",
     "DataSpec",
     "DistillSpec",
