@@ -13,7 +13,7 @@ from vlsi_cache.data.records import read_records
 from vlsi_cache.data.tokenize import load_encoder
 from vlsi_cache.errors import SpecError
 from vlsi_cache.report.stats import read_metrics
-from vlsi_cache.stages.feed import Feed
+from vlsi_cache.stages.feed import Feed, Sample
 from vlsi_cache.store.reader import Cache
 
 KINDS = {
@@ -128,8 +128,8 @@ def test_only_tokens_with_rows_are_compared(tmp_path: Path, teacher_folder: Path
     records = {record.id: record for record in read_records(vc.load_spec(tmp_path / "spec.yaml").data)}
     names = [name for name in cache if 0 < cache[name].num_tokens < len(cache[name].response_ids_R)][:4]
     assert len(names) == 4
-    pairs = iter([(records[name], cache[name]) for name in names])
-    feed = Feed(pairs, encoder, micro_batch_size=4, device=torch.device("cpu"))
+    samples = iter([Sample(records[name], cache[name], cache[name].num_tokens) for name in names])
+    feed = Feed(samples, encoder, batch_size=4, micro_batch_size=4, reduction="token", device=torch.device("cpu"))
     micro = feed.next()
     feed.close()
     whole = collate([encoder.encode(records[name]) for name in names], pad_id=encoder.pad_id)

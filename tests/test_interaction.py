@@ -65,14 +65,16 @@ def case(student_folder: Path) -> Case:
     layers = LayerRows.of(ids, ordered, ids[..., :0], zeros_LT, entropy_LT, v_real=VOCABULARY)
     gold_T = torch.randint(VOCABULARY, (NUM_TOKENS,))
     gold_LT = logprobs_LTV.gather(2, gold_T.expand(NUM_TEACHER + 1, -1)[..., None])[..., 0]
-    rows = MicroRows(layers, gold_T, gold_LT, torch.zeros(NUM_TOKENS, dtype=torch.long), torch.tensor([NUM_TOKENS]))
+    unit_T, share_T = torch.zeros(NUM_TOKENS, dtype=torch.long), torch.full((NUM_TOKENS,), 1 / NUM_TOKENS)
+    rows = MicroRows(layers, gold_T, gold_LT, unit_T, torch.tensor([NUM_TOKENS]), share_T, [0])
     hidden = {k: torch.randn(NUM_TOKENS, backbone.hidden_size, requires_grad=True) for k in (1, 2, 3)}
     return Case(backbone, logprobs_LTV, rows, hidden, logit_lens(backbone, [1, 2]))
 
 
 def run(case: Case, changes: dict[str, Any] | None = None, **options: Any) -> Terms:
     settings = InteractSpec(schedule=Schedule(steps=1), **{"lambda_last": 0.5, **(changes or {})})
-    given: Any = {"settings": settings, "rng": match_rng(3, 0, 0), "verbalizers": case.verbalizers, **options}
+    rngs = [match_rng(3, 0, place) for place in case.rows.places]
+    given: Any = {"settings": settings, "rngs": rngs, "verbalizers": case.verbalizers, **options}
     return interaction(case.hidden, case.backbone, rows=case.rows, **given)
 
 
@@ -88,7 +90,7 @@ def split_in_two(case: Case) -> Tensor:
     """Make the micro-batch two samples, of 3 and of 4 tokens; returns whose tokens they are."""
     count_U = torch.tensor([3, 4])
     unit_T = torch.repeat_interleave(torch.arange(2), count_U)
-    case.rows = dataclasses.replace(case.rows, unit_T=unit_T, count_U=count_U)
+    case.rows = dataclasses.replace(case.rows, unit_T=unit_T, count_U=count_U, places=[0, 1])
     return unit_T
 
 
@@ -107,13 +109,13 @@ def test_terms_and_gradients_are_those_of_algorithm_1_over_dense_divergences(cas
     kld = np.array([[float(v.detach().mean()) for v in row[:NUM_TEACHER]] for row in table[:2]])
     matched = match_layers(kld, rng=match_rng(3, 0, 0))
     expected = [table[2][NUM_TEACHER].mean(), *(table[s][matched[s]].mean() for s in range(2))]
-    terms = run(case, scale=0.25)
+    terms = run(case)
     assert terms.layers == [3, 1, 2]
     np.testing.assert_allclose(terms.numbers_N5[:, VALUE], [float(x.detach()) for x in expected], rtol=1e-4)
     assert terms.matched_US.tolist() == [matched]
     assert terms.numbers_N5[:, MATCH].tolist() == [NUM_TEACHER, *matched]
     assert (terms.numbers_N5[:, LOWEST] <= terms.numbers_N5[:, VALUE]).all()
-    check(case, 0.25 * (0.5 * expected[0] + expected[1] + expected[2]))
+    check(case, 0.5 * expected[0] + expected[1] + expected[2])
 
 
 def test_operations_are_what_they_are_called(case: Case) -> None:
@@ -181,10 +183,8 @@ def test_matching_modes_draw_as_described(mode: Any) -> None:
     num_student, num_teacher, num_draws = 3, 7, 20_000
     kld = np.random.default_rng(0).gamma(1.0, 1.0, (num_student, num_teacher))
     bottom = 3 if mode == "bottom_k" else 1
-    matcher = Matcher(
-        num_student, num_teacher, rng=np.random.default_rng(1), matching=Matching(mode, bottom_k=bottom),
-        num_units=num_draws,
-    )  # fmt: skip
+    matching, rngs = Matching(mode, bottom_k=bottom), [np.random.default_rng(1)] * num_draws
+    matcher = Matcher(num_student, num_teacher, rngs=rngs, matching=matching)
     for row in kld:
         window = matcher.window()
         matcher.choose(torch.from_numpy(row[window.start : window.stop])[:, None].expand(-1, num_draws))
@@ -212,7 +212,7 @@ def test_the_joint_sampler_draws_assignments_by_their_weight() -> None:
     num_student, num_teacher, num_draws = 3, 6, 40_000
     kld = np.random.default_rng(0).gamma(1.0, 1.0, (num_student, num_teacher))
     matching = Matching("order", sampler="joint")
-    matcher = Matcher(num_student, num_teacher, rng=np.random.default_rng(1), matching=matching, num_units=num_draws)
+    matcher = Matcher(num_student, num_teacher, rngs=[np.random.default_rng(1)] * num_draws, matching=matching)
     windows = [matcher.window(s) for s in range(num_student)]
     values = [torch.from_numpy(kld[s, w.start : w.stop])[:, None].expand(-1, num_draws) for s, w in enumerate(windows)]
     matcher.draw_all(values)
@@ -239,7 +239,7 @@ def test_drawn_layers_are_those_of_the_reference(temperature: Any) -> None:
         if trial % 3 == 0:
             kld[:] = kld[0, 0]  # all equal
         matching = Matching(temperature=temperature)
-        matcher = Matcher(num_student, num_teacher, rng=match_rng(trial, 0, 0), matching=matching)
+        matcher = Matcher(num_student, num_teacher, rngs=[match_rng(trial, 0, 0)], matching=matching)
         for row in kld:
             window = matcher.window()
             matcher.choose(torch.from_numpy(row[window.start : window.stop])[:, None])
@@ -336,11 +336,10 @@ def test_labels_that_cannot_be_learned_name_the_micro_batch(case: Case) -> None:
         read_numbers([result], SETTINGS, [2, 4, 6, 8, 9])
 
 
-def test_numbers_are_means_over_the_micro_batches_with_rows(case: Case) -> None:
+def test_micro_batches_without_rows_add_nothing(case: Case) -> None:
     empty, full = Interaction(None, ["a"], [0]), Interaction(run(case), ["b"], [7])
     assert read_numbers([empty, empty], SETTINGS, []).values == {}
     numbers = read_numbers([empty, full], SETTINGS, [2, 4, 6, 8, 9])
     assert full.terms is not None
     assert numbers.values[3] == pytest.approx(float(full.terms.numbers_N5[0, VALUE]))
-    assert numbers.share == 0.5
     assert numbers.matched == [[], [[[2, 4, 6, 8][j] for j in full.terms.matched_US[0].tolist()]]]

@@ -3,6 +3,7 @@
 Legend: L teacher layers (the final one last), T response tokens, V vocabulary, K kept entries, m tail samples.
 """
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,8 @@ class Case:
 
     def terms(self, **changes: Any) -> Terms:
         settings = InteractSpec(schedule=Schedule(steps=1), **changes)
-        options: Any = {"settings": settings, "rng": match_rng(3, 0, 0), "verbalizers": self.verbalizers}
+        rngs = [match_rng(3, 0, place) for place in self.rows.places]
+        options: Any = {"settings": settings, "rngs": rngs, "verbalizers": self.verbalizers}
         return interaction(self.hidden, self.backbone, rows=self.rows, **options)
 
     def probe(self, terms: Terms, **options: Any) -> dict[str, dict[str, float]]:
@@ -78,7 +80,8 @@ def case(student_folder: Path) -> Case:
         tail_mass_LT=tail_LT.numpy(),
     )
     layers = LayerRows.of(ids_LTK, logprobs_LTK, drawn_LTm, tail_LT, entropy_LT, v_real=V)
-    rows = MicroRows(layers, gold_T, gold_LT, torch.zeros(NUM_TOKENS, dtype=torch.long), torch.tensor([NUM_TOKENS]))
+    unit_T, share_T = torch.zeros(NUM_TOKENS, dtype=torch.long), torch.full((NUM_TOKENS,), 1 / NUM_TOKENS)
+    rows = MicroRows(layers, gold_T, gold_LT, unit_T, torch.tensor([NUM_TOKENS]), share_T, [0])
     verbalizers = build_verbalizers(backbone, [1, 2], style="plain").requires_grad_(False)
     hidden = {k: torch.randn(NUM_TOKENS, backbone.hidden_size, requires_grad=True) for k in (1, 2, 3)}
     return Case(backbone, verbalizers, logp_LTV, cached, rows, hidden)
@@ -135,7 +138,7 @@ def test_probes_are_what_dense_distributions_give(
 def test_every_token_has_the_teacher_layer_of_its_unit(case: Case) -> None:
     count_U = torch.tensor([4, 5])
     unit_T = torch.repeat_interleave(torch.arange(2), count_U)
-    case.rows = MicroRows(case.rows.layers, case.rows.gold_T, case.rows.gold_logprob_LT, unit_T, count_U)
+    case.rows = dataclasses.replace(case.rows, unit_T=unit_T, count_U=count_U, places=[0, 1])
     for changes in ({"match_unit": "sample"}, {"match_unit": "sample", "matching": "bottom_k", "bottom_k": 2}):
         terms = case.terms(**changes)
         found = case.probe(terms)

@@ -20,7 +20,7 @@ from vlsi_cache.report.stats import read_run
 from vlsi_cache.spec import CacheSpec
 from vlsi_cache.stages import loop
 from vlsi_cache.stages import runs as runs_module
-from vlsi_cache.stages.runs import already_done, finish_run, open_run, spec_changes_note
+from vlsi_cache.stages.runs import WHOLE_BATCH, already_done, finish_run, open_run, spec_changes_note
 
 
 @pytest.fixture
@@ -246,6 +246,31 @@ def test_a_setting_that_an_earlier_release_did_not_have_is_no_difference(spec: C
     (run / "run.json").write_text(json.dumps(record))
     with pytest.raises(FingerprintMismatchError, match=r"`spec.distill.sft.fraction`: 0.5 there, 1.0 now"):
         opened(run, spec).__enter__()
+
+
+def test_a_run_goes_on_with_the_loss_it_was_begun_with(spec: CacheSpec, tmp_path: Path) -> None:
+    """The first releases took the mean over micro-batches, and did not say so."""
+    run = tmp_path / "run"
+
+    def opened_again() -> Any:
+        return open_run(run, "distill", spec, device=None, call="", **WHOLE_BATCH)
+
+    with opened(run, spec):
+        pass
+    earlier = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(earlier | {"versions": {"vlsi-cache": "1.2.3"}}))
+    with pytest.raises(
+        FingerprintMismatchError, match=r"begun by vlsi-cache 1\.2\.3, .* the mean over the whole batch"
+    ):
+        opened_again().__enter__()
+    assert json.loads((run / "run.json").read_text())["status"] == "running"
+    (run / "run.json").write_text(json.dumps(earlier | {"status": "done"}))
+    with opened_again() as finished:
+        assert finished.is_done  # nothing is trained any more
+    assert json.loads((run / "run.json").read_text()) == earlier | {"status": "done"}
+    (run / "run.json").write_text(json.dumps(earlier | WHOLE_BATCH))
+    with opened_again():
+        pass
 
 
 def test_a_copy_of_what_a_run_was_made_of_goes_on_with_it(spec: CacheSpec, tmp_path: Path) -> None:

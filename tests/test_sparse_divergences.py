@@ -211,10 +211,10 @@ def test_linear_cross_entropy_is_cross_entropy_of_the_logits(
 ) -> None:
     case = Case(**head)
     case.weight_VD.requires_grad_(grows_head)
-    gold_T, weights_T = torch.tensor([0, 39, 7, 14]), torch.tensor([1.0, 3.0, 0.0, 2.0], dtype=torch.float64)
+    gold_T, share_T = torch.tensor([0, 39, 7, 14]), torch.tensor([1.0, 3.0, 0.0, 2.0], dtype=torch.float64)
     leaves = [case.hidden_TD, case.weight_VD] if grows_head else [case.hidden_TD]
-    found = linear_cross_entropy(case.hidden_TD, Head(case.weight_VD, **head), gold_T, weights_T=weights_T, block=block)
-    expected = (F.cross_entropy(case.logits_TV(), gold_T, reduction="none") * weights_T).sum() / weights_T.sum()
+    found = linear_cross_entropy(case.hidden_TD, Head(case.weight_VD, **head), gold_T, share_T=share_T, block=block)
+    expected = (F.cross_entropy(case.logits_TV(), gold_T, reduction="none") * share_T).sum()
     torch.testing.assert_close(found, expected)
     wanted = torch.autograd.grad(0.5 * expected, leaves)
     torch.testing.assert_close(torch.autograd.grad(0.5 * found, leaves), wanted)
@@ -227,13 +227,16 @@ def test_the_divergence_from_another_output_needs_no_logits() -> None:
     case = Case(scale=0.7)
     target_TD, gold_T = torch.randn(4, 8, dtype=torch.float64), torch.tensor([0, 39, 7, 14])
     head = Head(case.weight_VD, 0.7)
-    found, cross_entropy = kl_to_output(case.hidden_TD, head, gold_T, head_output(target_TD, head))
     teacher = Categorical(logits=0.7 * target_TD @ case.weight_VD.T)
-    expected = kl_divergence(teacher, Categorical(logits=case.logits_TV())).mean()
-    torch.testing.assert_close(found, expected)
-    wanted_TD = torch.autograd.grad(3 * expected, case.hidden_TD)[0]
-    torch.testing.assert_close(torch.autograd.grad(3 * found, case.hidden_TD)[0], wanted_TD)
-    torch.testing.assert_close(cross_entropy, F.cross_entropy(case.logits_TV(), gold_T).detach())
+    expected_T = kl_divergence(teacher, Categorical(logits=case.logits_TV()))
+    nll_T = F.cross_entropy(case.logits_TV(), gold_T, reduction="none").detach()
+    for share_T in (None, torch.tensor([0.1, 0.0, 2.0, 0.4], dtype=torch.float64)):
+        found, cross_entropy = kl_to_output(case.hidden_TD, head, gold_T, head_output(target_TD, head), share_T=share_T)
+        weights_T = torch.full((4,), 0.25, dtype=torch.float64) if share_T is None else share_T
+        torch.testing.assert_close(found, (expected_T * weights_T).sum())
+        (wanted_TD,) = torch.autograd.grad(3 * (expected_T * weights_T).sum(), case.hidden_TD, retain_graph=True)
+        torch.testing.assert_close(torch.autograd.grad(3 * found, case.hidden_TD)[0], wanted_TD)
+        torch.testing.assert_close(cross_entropy, (nll_T * weights_T).sum())
     own = head_output(case.hidden_TD, head)
     assert 0 <= kl_to_output(case.hidden_TD, head, gold_T, own)[0].item() < 1e-12
     with pytest.raises(ModelError, match="without a soft cap"):

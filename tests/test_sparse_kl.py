@@ -43,6 +43,14 @@ class Case:
     def candidates(self, *, block: int = 13, window: range | None = None, **options: Any) -> CandidateKL:
         return candidate_kl(self.hidden_TD, Head(self.weight_VD), self.rows(block=block), window, **options)
 
+    def arrays(self) -> dict[str, Tensor]:
+        """As a cache has them."""
+        return {
+            "ids_LTK": self.ids_MTK, "logprobs_LTK": self.logprobs_MTK.float(), "tail_ids_LTm": self.tail_ids_MTm,
+            "tail_mass_LT": self.tail_mass_MT.float(), "entropy_LT": self.entropy_MT.float(),
+            "lse_LTn": torch.zeros(*self.tail_mass_MT.shape, 1),
+        }  # fmt: skip
+
     def dense_kl(self) -> Tensor:
         logits_TV = (self.hidden_TD @ self.weight_VD.T)[:, : self.dense_MTV.shape[2]]
         return torch.stack([kl_divergence(Categorical(p), Categorical(logits=logits_TV)) for p in self.dense_MTV])
@@ -108,11 +116,11 @@ def test_values_equal_dense_formulas(block: int):
 def test_loss_and_gradient_equal_autograd(options: dict, weighted: bool):
     case = make_case(**options)
     num_tokens = case.hidden_TD.shape[0]
-    weights_T = torch.arange(1.0, 1.0 + num_tokens, dtype=torch.float64) % 3 if weighted else None
-    share_T = torch.ones(num_tokens, dtype=torch.float64) if weights_T is None else weights_T
-    found = case.candidates(weights_T=weights_T)
+    share_T = torch.arange(1.0, 1.0 + num_tokens, dtype=torch.float64) % 3 if weighted else None
+    found = case.candidates(share_T=share_T)
     for candidate in range(3):
-        expected = (share_T * case.dense_ghost(candidate)).sum() / share_T.sum()
+        dense_T = case.dense_ghost(candidate)
+        expected = dense_T.mean() if share_T is None else (share_T * dense_T).sum()
         torch.testing.assert_close(found.loss(candidate), expected)
         (wanted_TD,) = torch.autograd.grad(3.5 * expected, case.hidden_TD)
         for choice in (candidate, torch.tensor(candidate)):
@@ -123,11 +131,11 @@ def test_loss_and_gradient_equal_autograd(options: dict, weighted: bool):
 @pytest.mark.parametrize("options", [{}, {"top_k": 1}, {"top_k": 50, "num_tail": 0}])
 def test_gradcheck(options: dict):
     case = make_case(num_tokens=3, vocab=50, **options)
-    weights_T = torch.tensor([0.0, 1.0, 2.5], dtype=torch.float64)
+    share_T = torch.tensor([0.0, 1.0, 2.5], dtype=torch.float64)
 
     def loss(hidden_TD: Tensor) -> Tensor:
         case.hidden_TD = hidden_TD
-        return case.candidates(weights_T=weights_T).loss(1)
+        return case.candidates(share_T=share_T).loss(1)
 
     assert torch.autograd.gradcheck(loss, case.hidden_TD, atol=1e-8)
 
@@ -271,11 +279,7 @@ def test_nothing_of_the_vocabulary_s_size_is_allocated():
 
 def test_sparse_kl_takes_numpy_and_torch_rows_of_any_layer():
     case = make_case(dtype=torch.float32)
-    arrays = {
-        "ids_LTK": case.ids_MTK, "logprobs_LTK": case.logprobs_MTK.float(), "tail_ids_LTm": case.tail_ids_MTm,
-        "tail_mass_LT": case.tail_mass_MT.float(), "entropy_LT": case.entropy_MT.float(),
-        "lse_LTn": torch.zeros(3, 5, 1),
-    }  # fmt: skip
+    arrays = case.arrays()
     numpy_row = SimpleNamespace(**{name: value.numpy() for name, value in arrays.items()})
     numpy_row.ids_LTK = numpy_row.ids_LTK.astype(np.uint32)
     for array in vars(numpy_row).values():
@@ -283,7 +287,7 @@ def test_sparse_kl_takes_numpy_and_torch_rows_of_any_layer():
     weights_T = torch.arange(5.0)
     for row in (SimpleNamespace(**arrays), numpy_row):
         for layer in (-1, 0, 1):
-            wanted = case.candidates(weights_T=weights_T).loss(layer % 3)
+            wanted = case.candidates(share_T=weights_T / 10).loss(layer % 3)
             found = sparse_kl(case.hidden_TD, case.weight_VD, row, layer=layer, weights_T=weights_T, v_real=50)
             torch.testing.assert_close(found, wanted)
     assert sparse_kl(case.hidden_TD, case.weight_VD, numpy_row).item() != pytest.approx(wanted.item())
@@ -307,12 +311,15 @@ def test_without_a_gradient_only_the_value_is_computed():
 
 def test_errors_name_the_values():
     case = make_case()
-    with pytest.raises(DataError, match=r"not all zero, found minimum 0\.0 and sum 0\.0"):
-        case.candidates(weights_T=torch.zeros(5))
-    with pytest.raises(DataError, match=r"minimum -1\.0"):
-        case.candidates(weights_T=torch.tensor([-1.0, 2, 2, 2, 2]))
-    with pytest.raises(DataError, match=r"`weights_T` has shape \[4\], there are 5"):
-        case.candidates(weights_T=torch.ones(4))
+    for weights_T, message in (
+        (torch.zeros(5), r"`weights_T` .* not all zero, found minimum 0\.0 and sum 0\.0"),
+        (torch.tensor([-1.0, 2, 2, 2, 2]), r"minimum -1\.0"),
+        (torch.ones(4), r"`weights_T` has shape \[4\], there are 5"),
+    ):
+        with pytest.raises(DataError, match=message):
+            sparse_kl(case.hidden_TD, case.weight_VD, SimpleNamespace(**case.arrays()), weights_T=weights_T, v_real=50)
+    with pytest.raises(DataError, match=r"`share_T` has shape \[4\], there are 5"):
+        case.candidates(share_T=torch.ones(4))
     case.ids_MTK[0, 0, 0] = 50
     with pytest.raises(DataError, match="to 50, outside the real vocabulary of 50"):
         case.candidates()

@@ -104,7 +104,7 @@ def test_null_distributions_are_what_equal_divergences_give(mode, sampler):
     if sampler == "joint" and mode not in ("vlsi", "order"):
         return
     num = 30_000
-    matcher = Matcher(3, 7, rng=np.random.default_rng(0), matching=Matching(mode, sampler=sampler), num_units=num)
+    matcher = Matcher(3, 7, rngs=[np.random.default_rng(0)] * num, matching=Matching(mode, sampler=sampler))
     values = [torch.zeros(len(matcher.window(s)), num) for s in range(3)]
     if sampler == "joint":
         matcher.draw_all(values)

@@ -194,27 +194,30 @@ def test_liger_s_loss_is_taken_on_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPa
     head, cuda = Head(torch.randn(9, 4), cap=3.0), torch.device("cuda")
     hidden_TD, gold_T = torch.randn(5, 4), torch.tensor([0, 8, 2, 3, 3])
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    assert pick_liger(cuda, head) == (False, "ours (Liger's is not installed: pip install 'vlsi-cache[gpu]')")
+    missing = "ours (Liger's is not installed: pip install 'vlsi-cache[gpu]')"
+    assert pick_liger(cuda, head, "token") == (False, missing)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "liger_kernel")
-    assert pick_liger(cuda, head)[0]
-    assert not pick_liger(torch.device("cpu"), head)[0]
-    assert not pick_liger(cuda, Head(head.weight_VD, scale=2.0))[0]
+    assert pick_liger(cuda, head, "token")[0]
+    assert not pick_liger(torch.device("cpu"), head, "token")[0]
+    assert not pick_liger(cuda, Head(head.weight_VD, scale=2.0), "token")[0]
+    assert not pick_liger(cuda, head, "sample")[0]  # its tokens have different weights
 
     class LigerFusedLinearCrossEntropyLoss:  # the arguments and their order are those of liger-kernel 0.8
-        def __init__(self, *, softcap: float | None, accum_dtype: torch.dtype) -> None:
-            self.cap, self.accum_dtype = softcap, accum_dtype
+        def __init__(self, *, softcap: float | None, accum_dtype: torch.dtype, reduction: str) -> None:
+            self.cap, self.accum_dtype, self.reduction = softcap, accum_dtype, reduction
 
         def __call__(self, lin_weight: torch.Tensor, _input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
             assert self.cap is not None
             logits = self.cap * torch.tanh(_input @ lin_weight.T / self.cap)
-            return torch.nn.functional.cross_entropy(logits, target)
+            return torch.nn.functional.cross_entropy(logits, target, reduction=self.reduction)
 
     fake: Any = types.ModuleType("liger_kernel.transformers")
     fake.LigerFusedLinearCrossEntropyLoss = LigerFusedLinearCrossEntropyLoss
     monkeypatch.setitem(sys.modules, "liger_kernel", types.ModuleType("liger_kernel"))
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers", fake)
-    ours = response_loss(hidden_TD, head, gold_T, with_liger=False)
-    torch.testing.assert_close(response_loss(hidden_TD, head, gold_T, with_liger=True), ours)
+    share_T = torch.full((5,), 1 / 12, dtype=torch.float64)  # five tokens out of twelve
+    ours = response_loss(hidden_TD, head, gold_T, share_T, with_liger=False)
+    torch.testing.assert_close(response_loss(hidden_TD, head, gold_T, share_T, with_liger=True), ours)
 
 
 def test_no_layers_is_another_recipe(cache: Cache, student_folder: Path, tmp_path: Path) -> None:

@@ -223,11 +223,12 @@ def test_the_logits_of_one_layer_are_alive_at_a_time(loss: str) -> None:
     rows_T, positions_T = ROWS_T.repeat(repeats), POSITIONS_T.repeat(repeats)
     gold_T = torch.arange(len(rows_T)) % 1024
     batch = Batch(tiny_inputs("qwen2"), rows_T, positions_T, gold_T, gold_T[None], [len(rows_T)])
+    share_T = torch.full((len(rows_T),), 1 / len(rows_T))
 
     def peak_bytes(layers: list[int]) -> tuple[int, int]:
         verbalizers = build_verbalizers(backbone, layers)
         with PeakMemory() as memory:
-            losses = list(layer_losses(backbone, verbalizers, batch, loss=loss, v_real=1024, scale=1.0))
+            losses = list(layer_losses(backbone, verbalizers, batch, share_T, loss=loss, v_real=1024))
         assert len(losses) == len(layers)
         return memory.peak_bytes, sum(p.grad.nbytes for p in verbalizers.parameters() if p.grad is not None)
 

@@ -19,6 +19,7 @@ from .disk import refuse_url, url_problem
 from .errors import SpecError, list_problems
 from .sections import CacheSpec, DataSpec, EvaluateSpec, RowsSpec, RunSpec, StoreSpec, TeacherSpec, TokensSpec
 from .training_sections import (
+    BatchReduction,
     DistillSpec,
     Dtype,
     InteractSpec,
@@ -34,6 +35,7 @@ from .training_sections import (
 )
 
 __all__ = [
+    "BatchReduction",
     "CacheSpec",
     "DataSpec",
     "DistillSpec",

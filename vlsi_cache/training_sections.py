@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Recipe = Literal["vlsi", "last", "sft"]
 Structure = Literal["mlp", "mlp-x2", "verb-ffn", "verb-ffn-x2", "ffn", "ffn-x2", "decoder", "decoder-x2"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+BatchReduction = Literal["token", "sample"]
 TargetLayers = Literal["auto"] | tuple[Annotated[int, Field(ge=1)], ...]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
@@ -72,11 +73,15 @@ def _check_batches(spec: Batched) -> Batched:
 
 
 class TrainVerbalizersSpec(Strict):
-    """Training of the teacher's verbalizers, each by the loss of its layer; everything else is frozen."""
+    """Training of the teacher's verbalizers, each by the loss of its layer; everything else is frozen.
+
+    `batch_reduction` as in `DistillSpec`.
+    """
 
     schedule: Schedule = Schedule(epochs=1)
     batch_size: Annotated[int, Field(ge=1)] = 256
     micro_batch_size: Annotated[int, Field(ge=1)] = 4
+    batch_reduction: BatchReduction = "token"
     checkpoint_steps: Annotated[int, Field(ge=1)] = 200
     seed: Seed = 0
 
@@ -218,6 +223,9 @@ class DistillSpec(Strict):
     vlsi: verbalize, interact over all target layers, sft. last: the steps of verbalize and interact go to last-layer
     distillation, then sft. sft: all steps go to sft. What `sft.fraction` leaves out, it leaves out of every recipe.
 
+    The loss of a step is the mean over the tokens of its `batch_size` samples, or with `batch_reduction: sample` over
+    the samples, each with the mean of its tokens; `micro_batch_size` decides about memory and speed, not about it.
+
     `recipe: sft` passes over `lora` as over `interact`, so that one spec serves all recipes; where the recipe's own
     stages would use an adapter but for `interact.mode: layers`, a changed `lora` is refused.
     """
@@ -233,6 +241,7 @@ class DistillSpec(Strict):
     verbalizers: str | None = None
     batch_size: Annotated[int, Field(ge=1)] = 512
     micro_batch_size: Annotated[int, Field(ge=1)] = 4
+    batch_reduction: BatchReduction = "token"
     gradient_checkpointing: bool = False
     verbalize: Schedule = Schedule(epochs=1)
     interact: InteractSpec = InteractSpec()

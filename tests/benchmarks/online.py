@@ -63,9 +63,9 @@ def online_step(teacher: Teacher, student: Trained, batch: Batch, step: int, mar
     settings = state.spec.distill.interact
     p_LTV, entropy_LT = teacher.probs(batch, marks)
     num_teacher = len(p_LTV) - 1
-    rng = match_rng(state.spec.distill.seed, step, 0)
+    rngs = [match_rng(state.spec.distill.seed, step, 0)]
     matching = Matching(scale=settings.scale, temperature=settings.temperature)
-    matcher = Matcher(len(layers), num_teacher, rng=rng, matching=matching)
+    matcher = Matcher(len(layers), num_teacher, rngs=rngs, matching=matching)
     with autocast(state.device):
         hidden: dict[int, Any] = dict(student.verbalizers.capture(batch.inputs, batch.rows_T, batch.positions_T))
     terms, gradients = [], []

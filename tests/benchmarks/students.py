@@ -104,10 +104,18 @@ def touch(model: torch.nn.Module) -> None:
 def feed(state: StudentState, *, with_rows: bool = True) -> Feed:
     """Micro-batches, the same with teacher rows and without."""
     distill, layers = state.spec.distill, state.teacher_layers if with_rows else []
-    pairs = cached_records(
+    samples = cached_records(
         state.cache, state.records, layers=layers, seed=distill.seed, window_parts=distill.window_parts
     )
-    return Feed(pairs, state.encoder, micro_batch_size=distill.micro_batch_size, device=state.device)
+    size = distill.micro_batch_size  # each is a whole batch, with an update of its own
+    return Feed(
+        samples,
+        state.encoder,
+        batch_size=size,
+        micro_batch_size=size,
+        reduction=distill.batch_reduction,
+        device=state.device,
+    )
 
 
 def first_batches(state: StudentState, num: int) -> list[MicroBatch]:
@@ -168,7 +176,7 @@ def cached_step(trained: Trained, micro: MicroBatch, step: int) -> Any:
         trained.verbalizers,
         MicroRows.of(micro, micro.rows, state.cache.header, settings, state.device),
         settings=settings,
-        rng=match_rng(state.spec.distill.seed, step, 0),
+        rngs=[match_rng(state.spec.distill.seed, step, 0)],
     )
     read_numbers([Interaction(terms, micro.sample_ids, batch.num_tokens)], settings, state.teacher_layers)
     trained.update()
@@ -185,13 +193,15 @@ def sft_step(state: StudentState) -> Step:
     schedule, model = state.spec.distill.sft.schedule, with_adapter(state)
     train_head_and_embeddings(model)
     backbone, update = Backbone(model), updating(make_optimizer(model.parameters(), schedule), schedule)
-    with_liger, _ = pick_liger(state.device, head_of(backbone))
+    head = head_of(backbone)
+    with_liger, _ = pick_liger(state.device, head, state.spec.distill.batch_reduction)
 
     def step(micro: MicroBatch) -> float:
         batch = micro.batch
         with autocast(state.device):
             hidden = backbone.capture(batch.inputs, [], batch.rows_T, batch.positions_T)
-            loss = response_loss(hidden[backbone.num_layers], head_of(backbone), batch.gold_T, with_liger=with_liger)
+            state_TD = hidden[backbone.num_layers]
+            loss = response_loss(state_TD, head, batch.gold_T, micro.share_T, with_liger=with_liger)
         loss.backward()
         update()
         return float(loss.detach())
@@ -224,7 +234,7 @@ def verbalize_step(state: StudentState) -> Step:
 
     def step(micro: MicroBatch) -> list[float]:
         v_real = state.encoder.v_real
-        losses = list(layer_losses(backbone, verbalizers, micro.batch, loss="ce", v_real=v_real, scale=1.0))
+        losses = list(layer_losses(backbone, verbalizers, micro.batch, micro.share_T, loss="ce", v_real=v_real))
         update()
         return torch.stack([loss.nll for loss in losses]).tolist()
 

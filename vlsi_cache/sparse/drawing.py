@@ -1,11 +1,12 @@
 """Layer matching where the divergences are: Algorithm 1 and its ablations on the device, without reading anything back.
 
-With the mode `vlsi` and one unit it makes the same draws as `matching.match_layers` from the same generator.
+With the mode `vlsi` it makes the same draws for a unit as `matching.match_layers` from the same generator.
 
 Shapes: S student target layers, L teacher target layers, M candidates of a window, U units that are matched
 separately (the micro-batch, or each of its samples), n matches of one unit (1 but for `bottom_k`).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -68,7 +69,7 @@ class Matching:
 
 class Matcher:
     """One pass over the student's target layers, in their order; `matched` gets one [n, U] tensor a layer, and
-    `drawn_by` the log-weights [M, U] of each draw.
+    `drawn_by` the log-weights [M, U] of each draw. Every unit has a generator of its own in `rngs`.
 
     The window of a student target is fixed beforehand, from the first teacher target it could ever take to the last;
     what the order forbids within it is masked.
@@ -79,9 +80,8 @@ class Matcher:
         num_student: int,
         num_teacher: int,
         *,
-        rng: np.random.Generator,
+        rngs: Sequence[np.random.Generator],
         matching: Matching = Matching(),
-        num_units: int = 1,
     ) -> None:
         if num_student:
             search_window(0, 0, num_student, num_teacher)  # refuses more student than teacher layers
@@ -89,7 +89,7 @@ class Matcher:
             raise SpecError(f"`bottom_k` is {matching.bottom_k}, and the cache has {num_teacher} intermediate layers")
         self.num_student, self.num_teacher, self.matching = num_student, num_teacher, matching
         # One draw for each target and unit, whatever the divergences are.
-        self._uniforms_SU = torch.from_numpy(rng.random((num_student, num_units)))
+        self._uniforms_SU = torch.from_numpy(np.stack([rng.random(num_student) for rng in rngs], axis=1))
         self._joint: list[Tensor] | None = None
         self.matched: list[Tensor] = []
         self.drawn_by: list[Tensor] = []

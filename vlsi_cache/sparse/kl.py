@@ -25,7 +25,7 @@ from vlsi_cache.errors import DataError
 
 from .divergences import Bucketed, Divergence
 from .logits import Head, operand
-from .tokens import token_mean, token_shares
+from .tokens import normalized, shares, token_sum
 from .walk import BlockIndex, Walk, default_block, moved
 
 __all__ = ["CandidateKL", "LayerRows", "Loss", "candidate_kl", "sparse_kl"]
@@ -82,7 +82,8 @@ def sparse_kl(
         taus=taus,
         device=hidden_TD.device,
     )
-    return candidate_kl(hidden_TD, head, rows, divergence=divergence, weights_T=weights_T).loss(0)
+    share_T = None if weights_T is None else normalized(weights_T, hidden_TD)
+    return candidate_kl(hidden_TD, head, rows, divergence=divergence, share_T=share_T).loss(0)
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ class LayerRows:
 
 
 class Loss(NamedTuple):
-    """A loss, differentiable, and the same for every token: [T], detached, unweighted and not clamped at 0."""
+    """A loss, differentiable, and the divergence of every token: [T], detached, whole and not clamped at 0."""
 
     value: Tensor
     tokens_T: Tensor
@@ -154,15 +155,15 @@ def candidate_kl(
     window: range | None = None,
     *,
     divergence: Divergence = FORWARD_KL,
-    weights_T: Tensor | None = None,
+    share_T: Tensor | None = None,
     compiled: bool = False,
 ) -> "CandidateKL":
     """Compare one student layer with the teacher layers `window` of `rows` (all by default) in one pass.
 
-    Logits and sums are fp32 for bf16 inputs (float64 for float64 ones). Peak memory is about
-    T * block * 6 + 4 * T * D + T * M * (K + m) * 16 bytes. Nothing is read back from the device unless `weights_T` is
-    given, which is checked. With a head that requires a gradient, one loss can be taken and its logits are made again
-    in the backward pass. Raises DataError or ModelError.
+    A loss is the sum over the tokens, each by its `share_T`; without, their mean. Logits and sums are fp32 for bf16
+    inputs (float64 for float64 ones). Peak memory is about T * block * 6 + 4 * T * D + T * M * (K + m) * 16 bytes.
+    Nothing is read back from the device. With a head that requires a gradient, one loss can be taken and its logits are
+    made again in the backward pass. Raises DataError or ModelError.
     """
     head, hidden_TD = Head.of(head).real(rows.v_real), operand(hidden_TD)
     head.check(hidden_TD)
@@ -170,7 +171,7 @@ def candidate_kl(
         raise DataError(f"{hidden_TD.shape[0]} student hidden states, but rows of {rows.num_tokens} response tokens")
     window = range(rows.num_layers) if window is None else window
     walk = Walk(hidden_TD, head, rows.index.window(window), tau=rows.tau, compiled=compiled)
-    return CandidateKL(walk, rows, window, token_shares(weights_T, hidden_TD), divergence)
+    return CandidateKL(walk, rows, window, shares(share_T, hidden_TD), divergence)
 
 
 class CandidateKL:
@@ -190,8 +191,8 @@ class CandidateKL:
 
     @property
     def matching_M(self) -> Tensor:
-        """`matching_MT` averaged over the tokens, with their weights."""
-        return token_mean(self.matching_MT, self._share_T)
+        """`matching_MT` averaged over the tokens, whatever their shares."""
+        return self.matching_MT.mean(1)
 
     @property
     def ghost_MT(self) -> Tensor:
@@ -209,7 +210,7 @@ class CandidateKL:
         return torch.where(self._tail_mass_MT > 0, self.ghost_MT, unbiased_MT)
 
     def loss(self, candidate: int | Tensor = 0) -> Tensor:
-        """The divergence from this candidate, differentiable: a scalar, the weighted mean over the tokens.
+        """The divergence from this candidate, differentiable: a scalar, the sum over the tokens by their shares.
 
         An int, or a tensor on the device: 0-dim, or [T] to choose for every token. Carries tau^2.
         """
@@ -220,7 +221,7 @@ class CandidateKL:
         return self._walk.logprobs_of(gold_T)
 
     def choose(self, candidate: int | Tensor = 0, *, keep_T: Tensor | None = None) -> Loss:
-        """`loss`, together with the values of the tokens; tokens that are not kept count as 0 in the mean."""
+        """`loss`, together with the values of the tokens; tokens that are not kept count for nothing."""
         if isinstance(candidate, int):  # made on the device: a copy to it would wait
             candidate = torch.full((), candidate, dtype=torch.long, device=self._share_T.device)
         index_T = candidate.expand(len(self._share_T))
@@ -229,13 +230,13 @@ class CandidateKL:
         )
         share_T = self._share_T if keep_T is None else self._share_T * keep_T
         tokens_T, s_TK = self._value_and_slopes(logp_TK, tail_T, logq_TK, share_T)
-        value = token_mean(tokens_T.clamp(min=0), share_T)
+        value = token_sum(tokens_T.clamp(min=0), share_T)
         return Loss(self._walk.attach(value, ids_TK.long(), logq_TK, s_TK, logp_TK != -math.inf), tokens_T)
 
     def _value_and_slopes(
         self, logp_TK: Tensor, tail_T: Tensor, logq_TK: Tensor, share_T: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """tau^2 * divergence of every token, and d(weighted mean) / d log q."""
+        """tau^2 * divergence of every token, and d(loss) / d log q."""
         with torch.enable_grad():
             leaf_TK = logq_TK.detach().requires_grad_()
             tokens_T = self._divergence(Bucketed.of(logp_TK, tail_T, leaf_TK)) * self._tau**2

@@ -18,9 +18,9 @@ __all__ = ["Temperature", "choose", "match_layers", "match_rng", "null_distribut
 Temperature = Literal["normalized", "printed"]
 
 
-def match_rng(seed: int, step: int, rank: int) -> np.random.Generator:
-    """The generator of one micro-batch: the same after a resume, different on every step and rank."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, step, rank])))
+def match_rng(seed: int, step: int, place: int) -> np.random.Generator:
+    """The generator of what is matched together, by the place of its first sample in the batch of this step."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, step, place])))
 
 
 def search_window(student: int, start: int, num_student: int, num_teacher: int) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from vlsi_cache.errors import DataError, ModelError
 
 from .logits import Head, operand
-from .tokens import token_mean, token_shares
+from .tokens import shares, token_sum
 from .walk import GivenGradient, OneId, Walk, default_block, full_precision
 
 __all__ = ["HeadOutput", "head_output", "kl_to_output", "linear_cross_entropy"]
@@ -22,23 +22,24 @@ def linear_cross_entropy(
     head: Head | Tensor,
     gold_T: Tensor,
     *,
-    weights_T: Tensor | None = None,
+    share_T: Tensor | None = None,
     block: int | None = None,
     compiled: bool = False,
 ) -> Tensor:
-    """Mean cross-entropy in nats of `softmax(head(hidden))` with the ids `gold_T`; no logits [T, V] are kept.
+    """Cross-entropy in nats of `softmax(head(hidden))` with the ids `gold_T`; no logits [T, V] are kept.
 
-    With a frozen head two matrix products make value and gradient; a head that requires a gradient takes four, two of
-    them in the backward pass. Raises ModelError or DataError.
+    The sum over the tokens, each by its `share_T`; without, their mean. With a frozen head two matrix products make
+    value and gradient; a head that requires a gradient takes four, two of them in the backward pass. Raises ModelError
+    or DataError.
     """
     head, hidden_TD = Head.of(head), operand(hidden_TD)
     head.check(hidden_TD)
     if gold_T.shape != hidden_TD.shape[:1] or not len(gold_T):
         raise DataError(f"{hidden_TD.shape[0]} hidden states, but gold ids of shape {list(gold_T.shape)}")
     picker = OneId(gold_T, block or default_block(hidden_TD.device))
-    walk, share_T = Walk(hidden_TD, head, picker, compiled=compiled), token_shares(weights_T, hidden_TD)
+    walk, share_T = Walk(hidden_TD, head, picker, compiled=compiled), shares(share_T, hidden_TD)
     ids_T1, is_entry_T1 = gold_T[:, None], torch.ones_like(gold_T, dtype=torch.bool)[:, None]
-    return walk.attach(-token_mean(walk.logq[0, :, 0], share_T), ids_T1, walk.logq[0], -share_T[:, None], is_entry_T1)
+    return walk.attach(-token_sum(walk.logq[0, :, 0], share_T), ids_T1, walk.logq[0], -share_T[:, None], is_entry_T1)
 
 
 class HeadOutput(NamedTuple):
@@ -65,25 +66,32 @@ def head_output(hidden_TD: Tensor, head: Head, *, compiled: bool = False) -> Hea
 
 
 def kl_to_output(
-    hidden_TD: Tensor, head: Head, gold_T: Tensor, target: HeadOutput, *, compiled: bool = False
+    hidden_TD: Tensor,
+    head: Head,
+    gold_T: Tensor,
+    target: HeadOutput,
+    *,
+    share_T: Tensor | None = None,
+    compiled: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """KL(target || head(hidden)) over the whole vocabulary, mean in nats, differentiable in the hidden states.
+    """KL(target || head(hidden)) over the whole vocabulary in nats, differentiable in the hidden states.
 
-    It is exact and needs no logits of the target: with logits linear in the hidden state, KL is the Bregman divergence
-    of the log-sum-exp, lse(h) - lse(t) - (h - t) @ mean(t), and its gradient is mean(h) - mean(t). The second result is
-    the cross-entropy with the ids `gold_T`, detached. On a GPU in bf16 both means are rounded, so that the gradient has
-    a relative error of 1e-3 at 1 nat, 4e-3 at 0.07 and 2e-2 at 0.001 (emulated). Raises ModelError for a head that
-    requires a gradient or has a soft cap.
+    The sum over the tokens, each by its `share_T`; without, their mean. It is exact and needs no logits of the target:
+    with logits linear in the hidden state, KL is the Bregman divergence of the log-sum-exp,
+    lse(h) - lse(t) - (h - t) @ mean(t), and its gradient is mean(h) - mean(t). The second result is the cross-entropy
+    with the ids `gold_T`, detached. On a GPU in bf16 both means are rounded, so that the gradient has a relative error
+    of 1e-3 at 1 nat, 4e-3 at 0.07 and 2e-2 at 0.001 (emulated). Raises ModelError for a head that requires a gradient
+    or has a soft cap.
     """
     _check_plain(head)
     hidden_TD = operand(hidden_TD)
     head.check(hidden_TD)
     walk = Walk(hidden_TD, head, OneId(gold_T, default_block(hidden_TD.device)), compiled=compiled)
     with full_precision(hidden_TD.device):
-        share_T, dtype = token_shares(None, hidden_TD), walk.lse_T.dtype
+        share_T, dtype = shares(share_T, hidden_TD), walk.lse_T.dtype
         moved_TD = (hidden_TD.to(dtype) - target.hidden_TD.to(dtype)) * head.scale
-        value = token_mean(walk.lse_T - target.lse_T - (moved_TD * target.mean_TD).sum(1), share_T).clamp(min=0)
-        cross_entropy = -token_mean(walk.logq[0, :, 0], share_T)
+        value = token_sum(walk.lse_T - target.lse_T - (moved_TD * target.mean_TD).sum(1), share_T).clamp(min=0)
+        cross_entropy = -token_sum(walk.logq[0, :, 0], share_T)
         if walk.mean_TD is None:
             return value, cross_entropy
         gradient_TD = (walk.mean_TD - target.mean_TD) * (head.scale * share_T[:, None])

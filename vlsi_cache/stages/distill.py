@@ -23,7 +23,7 @@ from vlsi_cache.store.reader import Cache
 
 from .interact import interact
 from .loop import refuse_destroyed, say
-from .runs import already_done, check_run_folder, finish_run, open_run, python_call
+from .runs import WHOLE_BATCH, already_done, check_run_folder, finish_run, open_run, python_call
 from .sft import sft
 from .student import StudentState, open_student
 from .student_verbalizers import check_verbalizers, take_verbalizers
@@ -72,6 +72,7 @@ def distill(
         student=path,
         student_digest=student_digest,
         recipe=spec.distill.recipe,
+        **WHOLE_BATCH,
         **given,
     ) as run:
         if already_done(run):

@@ -9,15 +9,18 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from vlsi_cache.data.collate import Batch, collate
 from vlsi_cache.data.records import Record, RecordSet
 from vlsi_cache.data.tokenize import CONTRACT, Encoder
 from vlsi_cache.errors import CacheCorruptError, FingerprintMismatchError, command_line
 from vlsi_cache.sparse.rows import SparseRows
+from vlsi_cache.spec import BatchReduction
 from vlsi_cache.store.part import Row
 from vlsi_cache.store.reader import Cache
 from vlsi_cache.store.sampler import PartWindowReader
@@ -26,35 +29,67 @@ Pair = tuple[Record, Row | None]
 PREFETCHED_BATCHES = 4
 
 
+class Sample(NamedTuple):
+    """A record, its row if it comes from a cache, and the number of tokens at which its loss is taken."""
+
+    record: Record
+    row: Row | None
+    num_tokens: int
+
+
 @dataclass(frozen=True)
 class MicroBatch:
-    """Encoded records and, when they come from a cache, their sparse rows in the same token order."""
+    """Encoded records and, when they come from a cache, their sparse rows in the same token order.
+
+    `share_T` is what each token counts for in the loss of the whole batch that this is a part of, float64: over the
+    whole batch it sums to 1. `place` is that of the first sample in the whole batch.
+    """
 
     batch: Batch
     rows: SparseRows | None
     sample_ids: list[str]
+    share_T: Tensor
+    place: int = 0
 
 
-def shuffled_records(records: Sequence[Record], *, seed: int, num_skip: int = 0) -> Iterator[Pair]:
-    """All records in a new order every epoch, for ever, from the `num_skip`-th on."""
+def loss_shares(num_tokens: Sequence[int], in_batch: Sequence[int], reduction: BatchReduction) -> Tensor:
+    """`MicroBatch.share_T` of samples with so many tokens, out of a whole batch of samples with `in_batch` tokens.
+
+    They depend on the whole batch alone and not on how it is cut. Samples without tokens count for nothing.
+    """
+    if reduction == "token":
+        total = sum(in_batch)
+        shares = [1 / total if count else 0.0 for count in num_tokens]
+    else:
+        total = sum(count > 0 for count in in_batch)
+        shares = [1 / (total * count) if count else 0.0 for count in num_tokens]
+    return torch.repeat_interleave(torch.tensor(shares, dtype=torch.float64), torch.tensor(num_tokens))
+
+
+def shuffled_records(
+    records: Sequence[Record], num_tokens: Sequence[int], *, seed: int, num_skip: int = 0
+) -> Iterator[Sample]:
+    """All records, with their numbers of response tokens, in a new order every epoch, for ever, from the `num_skip`-th
+    on."""
     epoch, start = divmod(num_skip, len(records))
     while True:
         order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(len(records))
         for index in order[start:]:
-            yield records[int(index)], None
+            yield Sample(records[int(index)], None, num_tokens[int(index)])
         epoch, start = epoch + 1, 0
 
 
 def cached_records(
     cache: Cache, records: RecordSet, *, layers: list[int], seed: int, window_parts: int, num_skip: int = 0
-) -> Iterator[Pair]:
+) -> Iterator[Sample]:
     """Samples of the cache with their records, in the order of the window reader, for ever."""
     by_id = match_records(cache, records)
     epoch, start = divmod(num_skip, len(cache))
     while True:
         reader = PartWindowReader(cache, layers=layers, seed=seed, epoch=epoch, window_parts=window_parts, start=start)
         for row in reader:
-            yield by_id[row.sample_id], row
+            # Without layers the loss is that of the labels, which all response tokens have.
+            yield Sample(by_id[row.sample_id], row, row.num_tokens if layers else len(row.response_ids_R))
         epoch, start = epoch + 1, 0
 
 
@@ -126,11 +161,25 @@ def _token_at(ids: Sequence[int], position: int, encoder: Encoder) -> str:
 
 
 class Feed:
-    """Micro-batches encoded by a thread ahead of the training loop; `wait_s` is how long the loop waited for data."""
+    """Micro-batches encoded by a thread ahead of the training loop; `wait_s` is how long the loop waited for data.
 
-    def __init__(self, pairs: Iterator[Pair], encoder: Encoder, *, micro_batch_size: int, device: torch.device) -> None:
-        self._pairs, self._encoder, self._device = pairs, encoder, device
-        self._micro_batch_size = micro_batch_size
+    The records and rows of a whole batch are taken at once, since a token's share of the loss depends on all of them;
+    encoded, with their pictures, are a few micro-batches only.
+    """
+
+    def __init__(
+        self,
+        samples: Iterator[Sample],
+        encoder: Encoder,
+        *,
+        batch_size: int,
+        micro_batch_size: int,
+        reduction: BatchReduction,
+        device: torch.device,
+    ) -> None:
+        self._samples, self._encoder, self._device = samples, encoder, device
+        self._batch_size, self._micro_batch_size = batch_size, micro_batch_size
+        self._reduction: BatchReduction = reduction
         self._ready: queue.Queue[MicroBatch | BaseException] = queue.Queue(PREFETCHED_BATCHES)
         self._stop = threading.Event()
         self.wait_s = 0.0
@@ -144,7 +193,7 @@ class Feed:
         if isinstance(item, BaseException):
             raise item
         batch = item.batch.to(self._device, non_blocking=True)
-        return MicroBatch(batch, item.rows, item.sample_ids)
+        return replace(item, batch=batch, share_T=item.share_T.to(self._device, non_blocking=True))
 
     def close(self) -> None:
         self._stop.set()
@@ -156,11 +205,13 @@ class Feed:
     def _work(self) -> None:
         try:
             while not self._stop.is_set():
-                self._put(self._encode([next(self._pairs) for _ in range(self._micro_batch_size)]))
+                samples = [next(self._samples) for _ in range(self._batch_size)]
+                for place in range(0, self._batch_size, self._micro_batch_size):
+                    self._put(self._encode(samples, place))
         except BaseException as error:  # handed over to the loop, which raises it
             self._put(error)
         finally:
-            close = getattr(self._pairs, "close", None)
+            close = getattr(self._samples, "close", None)
             if close is not None:
                 close()
 
@@ -170,12 +221,17 @@ class Feed:
                 self._ready.put(item, timeout=0.1)
                 return
 
-    def _encode(self, pairs: list[Pair]) -> MicroBatch:
-        micro = encode_pairs(pairs, self._encoder)
+    def _encode(self, samples: list[Sample], place: int) -> MicroBatch:
+        """The micro-batch that begins at this place of a whole batch."""
+        chosen = samples[place : place + self._micro_batch_size]
+        micro = encode_pairs([(sample.record, sample.row) for sample in chosen], self._encoder)
+        in_batch = [sample.num_tokens for sample in samples]
+        assert micro.batch.num_tokens == in_batch[place : place + len(chosen)]
+        share_T = loss_shares(micro.batch.num_tokens, in_batch, self._reduction)
         if self._device.type != "cuda":
-            return micro
+            return replace(micro, share_T=share_T, place=place)
         # From page-locked memory a copy stands in line behind the work that is queued already.
-        return replace(micro, batch=micro.batch.pinned())
+        return replace(micro, batch=micro.batch.pinned(), share_T=share_T.pin_memory(), place=place)
 
 
 def encode_pairs(pairs: Sequence[Pair], encoder: Encoder) -> MicroBatch:
@@ -189,7 +245,8 @@ def encode_pairs(pairs: Sequence[Pair], encoder: Encoder) -> MicroBatch:
     batch = collate(encoded, pad_id=encoder.pad_id)
     if rows and rows[0].num_layers:
         batch = _tokens_with_rows(batch, rows)
-    return MicroBatch(batch, SparseRows.concat(rows) if rows else None, [record.id for record, _ in pairs])
+    share_T = loss_shares(batch.num_tokens, batch.num_tokens, "token")
+    return MicroBatch(batch, SparseRows.concat(rows) if rows else None, [record.id for record, _ in pairs], share_T)
 
 
 def _tokens_with_rows(batch: Batch, rows: Sequence[Row]) -> Batch:

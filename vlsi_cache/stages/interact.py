@@ -46,7 +46,7 @@ def interact(state: StudentState, model: Any, verbalizers: Verbalizers | None, *
             layer_weight = settings.layer_weight(step / num_steps)
             probed = None
             seed_step(distill.seed, "interact", step)
-            for micro_step in range(num_micro):
+            for _ in range(num_micro):
                 micro = feed.next()
                 assert micro.rows is not None
                 terms = None
@@ -62,8 +62,7 @@ def interact(state: StudentState, model: Any, verbalizers: Verbalizers | None, *
                         verbalizers,
                         rows,
                         settings=settings,
-                        rng=match_rng(distill.seed, step * num_micro + micro_step, 0),
-                        scale=1 / num_micro,
+                        rngs=[match_rng(distill.seed, step, place) for place in rows.places],
                         layer_weight=layer_weight,
                         compiled=state.compiled,
                     )
@@ -86,7 +85,7 @@ def interact(state: StudentState, model: Any, verbalizers: Verbalizers | None, *
                 stage="interact",
                 step=step + 1,
                 num_steps=num_steps,
-                loss=numbers.share * (settings.lambda_last * (kl_last or 0.0) + layer_weight * reduced),
+                loss=settings.lambda_last * (kl_last or 0.0) + layer_weight * reduced,
                 **({} if kl_last is None else {"kl_last": kl_last}),
                 layers={str(layer): value for layer, value in by_layer.items()},
                 **({"reliable": {str(k): v for k, v in numbers.kept.items()}} if settings.reliable_only else {}),

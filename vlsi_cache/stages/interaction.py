@@ -45,6 +45,8 @@ class MicroRows:
     gold_logprob_LT: Tensor
     unit_T: Tensor  # which unit a token is matched with: the micro-batch, or its sample
     count_U: Tensor  # tokens of each unit
+    share_T: Tensor  # what a token counts for in the loss of the whole batch
+    places: list[int]  # of each unit's first sample in the whole batch
 
     @classmethod
     def of(
@@ -64,12 +66,15 @@ class MicroRows:
             device=device,
         )
         # Samples without rows have nothing to match.
-        counts = [count for count in micro.batch.num_tokens if count]
-        counts = counts if settings.match_unit == "sample" else [sum(counts)]
+        units = {micro.place + i: count for i, count in enumerate(micro.batch.num_tokens) if count}
+        if settings.match_unit == "batch":
+            units = {micro.place: sum(units.values())}
+        counts = list(units.values())
         count_U = torch.tensor(counts)
         unit_T = torch.repeat_interleave(torch.arange(len(counts)), count_U)
         gold_LT = moved(torch.from_numpy(rows.gold_logprob_LT.astype(np.float32)), device)
-        return cls(layers, micro.batch.gold_T, gold_LT, moved(unit_T, device), moved(count_U, device))
+        unit_T, count_U = moved(unit_T, device), moved(count_U, device)
+        return cls(layers, micro.batch.gold_T, gold_LT, unit_T, count_U, micro.share_T, list(units))
 
     def mean_of_units(self, x_MT: Tensor) -> Tensor:
         """Mean over the tokens of each unit, [M, U]."""
@@ -87,8 +92,9 @@ class MicroRows:
 class Terms:
     """What is left of a micro-batch's terms, on the device; columns of `numbers_N5` (float64):
 
-    the loss in nats per response token, the lowest value of a token (-inf if one is not finite), that token, its
-    teacher target (-1: the labels, whose loss is known for all tokens together), the share of tokens not left out.
+    what the micro-batch adds to the loss of the whole batch, in nats; the lowest value of a token (-inf if one is not
+    finite), that token, its teacher target (-1: the labels, whose loss is known for all tokens together), and the share
+    of the whole batch that is not left out.
     `matched_US`: the teacher targets of all units. `match_logits`: what they were drawn by, [M, U] for each student
     target; empty where nothing was drawn.
     """
@@ -119,32 +125,34 @@ def interaction(
     rows: MicroRows,
     *,
     settings: InteractSpec,
-    rng: np.random.Generator,
-    scale: float = 1.0,
+    rngs: Sequence[np.random.Generator],
     layer_weight: float = 1.0,
     compiled: bool = False,
 ) -> Terms:
-    """Step back through what `hidden` came from, with `scale` times the loss.
+    """Step back through what `hidden` came from, with what the micro-batch adds to the loss of the whole batch.
 
-    That is lambda_last * last + layer_weight * (sum or mean of the layers). `hidden` is by layer. With no verbalizers,
-    or a weight of 0, only the last term is left.
+    That is lambda_last * last + layer_weight * (sum or mean of the layers), each term a sum over the tokens by their
+    shares. `hidden` is by layer. With no verbalizers, or a weight of 0, only the last term is left. `rngs`: a generator
+    for each unit.
     """
     if backbone.head_weight.requires_grad:
         raise ModelError("the head trains: while layers are compared through it, in stage interact, it must be frozen")
     layers = verbalizers.layers if verbalizers is not None and layer_weight and settings.intermediate != "none" else []
     turn = _Turn(hidden, backbone, verbalizers, rows, settings, compiled)
     if settings.lambda_last and settings.last != "none":
-        turn.last(scale * settings.lambda_last)
-    each = scale * layer_weight / (len(layers) if settings.layer_reduction == "mean" and layers else 1)
+        turn.last(settings.lambda_last)
+    each = layer_weight / (len(layers) if settings.layer_reduction == "mean" and layers else 1)
     if settings.intermediate == "ce":
         for layer in layers:
             turn.labels(layer, each)
     else:
-        turn.match_all(layers, rng, each)
+        turn.match_all(layers, rngs, each)
     return turn.finish()
 
 
-def matcher_of(num_student: int, rows: MicroRows, settings: InteractSpec, rng: np.random.Generator) -> Matcher:
+def matcher_of(
+    num_student: int, rows: MicroRows, settings: InteractSpec, rngs: Sequence[np.random.Generator]
+) -> Matcher:
     """The choice of teacher layers that the settings describe."""
     matching = Matching(
         mode=settings.matching,
@@ -155,7 +163,7 @@ def matcher_of(num_student: int, rows: MicroRows, settings: InteractSpec, rng: n
         sampler=settings.sampler,
     )
     num_teacher = rows.layers.num_layers - 1
-    return Matcher(num_student, num_teacher, rng=rng, matching=matching, num_units=rows.num_units)
+    return Matcher(num_student, num_teacher, rngs=rngs, matching=matching)
 
 
 class _Turn:
@@ -188,16 +196,13 @@ class _Turn:
         final = self.rows.layers.num_layers - 1
         loss, tokens_T = self._compare(state_TD, self.settings.last, range(final, final + 1)).choose(0)
         if alpha:
-            with autocast(leaf.device):
-                labels = linear_cross_entropy(state_TD, self.head, self.rows.gold_T, compiled=self.compiled)
-            loss = (1 - alpha) * loss + alpha * labels
+            loss = (1 - alpha) * loss + alpha * self._cross_entropy(state_TD)
         self._add(layer, leaf, loss * weight, loss, tokens_T, torch.full_like(self.rows.unit_T, final))
 
     def labels(self, layer: int, weight: float) -> None:
         """Cross-entropy of a layer with the response."""
         leaf, state_TD = self._state(layer)
-        with autocast(leaf.device):
-            loss = linear_cross_entropy(state_TD, self.head, self.rows.gold_T, compiled=self.compiled)
+        loss = self._cross_entropy(state_TD)
         self._add(layer, leaf, loss * weight, loss, loss.detach()[None], torch.full_like(self.rows.unit_T, -1))
 
     def matched(self, layer: int, matcher: Matcher, weight: float) -> None:
@@ -213,17 +218,17 @@ class _Turn:
             loss, tokens_T = candidates.choose(index_T, keep_T=keep_T)
             losses.append(loss)
             tokens.append(tokens_T)
-            kept.append(loss.new_ones(()) if keep_T is None else keep_T.mean())
+            kept.append(self.rows.share_T.sum() if keep_T is None else (keep_T * self.rows.share_T).sum())
         loss = torch.stack(losses).mean()
         target_nT = window.start + index_nU[:, self.rows.unit_T]
         self._add(layer, leaf, loss * weight, loss, torch.cat(tokens), target_nT.flatten(), torch.stack(kept).mean())
         self.targets.append(window.start + index_nU)
 
-    def match_all(self, layers: list[int], rng: np.random.Generator, weight: float) -> None:
+    def match_all(self, layers: list[int], rngs: Sequence[np.random.Generator], weight: float) -> None:
         """Algorithm 1 over the student's target layers."""
         if not layers:
             return
-        matcher = matcher_of(len(layers), self.rows, self.settings, rng)
+        matcher = matcher_of(len(layers), self.rows, self.settings, rngs)
         if self.settings.sampler == "joint":
             matcher.draw_all([self.divergences(layer, matcher.window(s)) for s, layer in enumerate(layers)])
         for layer in layers:
@@ -258,8 +263,20 @@ class _Turn:
         divergence = Divergence(cast(DivergenceName, operation), settings.beta, settings.skew)
         with autocast(state_TD.device):
             return candidate_kl(
-                state_TD, self.head, self.rows.layers, window, divergence=divergence, compiled=self.compiled
+                state_TD,
+                self.head,
+                self.rows.layers,
+                window,
+                divergence=divergence,
+                share_T=self.rows.share_T,
+                compiled=self.compiled,
             )
+
+    def _cross_entropy(self, state_TD: Tensor) -> Tensor:
+        """With the response."""
+        rows = self.rows
+        with autocast(state_TD.device):
+            return linear_cross_entropy(state_TD, self.head, rows.gold_T, share_T=rows.share_T, compiled=self.compiled)
 
     def _reliable(self, candidates: CandidateKL, target_T: Tensor) -> Tensor:
         """1 for the tokens of units whose teacher layer says the response better than the student's layer, else 0."""
@@ -283,7 +300,7 @@ class _Turn:
             assert leaf.grad is not None
             self.gradients[layer] = leaf.grad
         lowest, place = tokens_T.masked_fill(~tokens_T.isfinite(), -torch.inf).min(0)
-        share = torch.ones_like(lowest) if kept is None else kept
+        share = self.rows.share_T.sum() if kept is None else kept
         self.layers.append(layer)
         # Where several layers are matched, all tokens stand there once for each.
         token = place % len(self.rows.unit_T)
@@ -293,15 +310,13 @@ class _Turn:
 
 @dataclass(frozen=True)
 class StepNumbers:
-    """The terms of one optimizer step on the host: means over the micro-batches with rows, nats per response token.
+    """The terms of one optimizer step on the host, over its whole batch, in nats per response token.
 
-    `share` of all micro-batches have rows: what is trained is a mean over all. `kept` is the share of tokens whose
-    teacher layer was reliable; `matched` holds, for each micro-batch, the teacher layers of its units, [U, S]
-    ([n * U, S] where n layers are matched).
+    `kept` is the share of the tokens whose teacher layer was reliable; `matched` holds, for each micro-batch, the
+    teacher layers of its units, [U, S] ([n * U, S] where n layers are matched).
     """
 
     values: dict[int, float]
-    share: float
     kept: dict[int, float]
     matched: list[list[list[int]]]
 
@@ -314,7 +329,6 @@ def read_numbers(results: Sequence[Interaction], settings: InteractSpec, teacher
     values: dict[int, float] = {}
     kept: dict[int, float] = {}
     matched: list[list[list[int]]] = []
-    with_rows = sum(result.terms is not None for result in results)
     for result in results:
         if result.terms is None:
             matched.append([])
@@ -322,10 +336,10 @@ def read_numbers(results: Sequence[Interaction], settings: InteractSpec, teacher
         numbers_N5 = result.terms.numbers_N5.cpu().numpy()
         for layer, numbers in zip(result.terms.layers, numbers_N5, strict=True):
             _refuse_impossible(result, layer, numbers, settings, teacher_layers)
-            values[layer] = values.get(layer, 0.0) + float(numbers[VALUE]) / with_rows
-            kept[layer] = kept.get(layer, 0.0) + float(numbers[KEPT]) / with_rows
+            values[layer] = values.get(layer, 0.0) + float(numbers[VALUE])
+            kept[layer] = kept.get(layer, 0.0) + float(numbers[KEPT])
         matched.append([[teacher_layers[j] for j in unit] for unit in result.terms.matched_US.tolist()])
-    return StepNumbers(values, with_rows / len(results), kept, matched)
+    return StepNumbers(values, kept, matched)
 
 
 def _refuse_impossible(

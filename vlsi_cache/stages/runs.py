@@ -34,6 +34,9 @@ PACKAGES = ("vlsi-cache", "torch", "transformers", "peft", "zarr", "numpy")
 LOCK_NAME = ".lock"
 # What a kill can leave behind of files and folders that get their name at the end.
 LEFTOVERS = (".*.tmp-*", "verbalizers/.*")
+# What a training records: its loss is that of the whole batch. Where this is not recorded, an earlier release has taken
+# the mean over micro-batches of the mean of each one's tokens, which was another loss for every `micro_batch_size`.
+WHOLE_BATCH = {"loss_reduced_over": "batch"}
 READ_BY_DISTILL = ("verbalizer", "distill", "evaluate")  # sections that do not decide what is in a cache
 
 
@@ -182,6 +185,15 @@ def whole_spec(stored: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _check_same(path: Path, existing: dict[str, Any], wanted: dict[str, Any], keys: tuple[str, ...]) -> None:
+    (fact,) = WHOLE_BATCH
+    if fact in keys and fact not in existing:
+        if existing["status"] != "done":
+            raise FingerprintMismatchError(
+                f"{path} was begun by vlsi-cache {existing['versions']['vlsi-cache']}, whose loss depended on "
+                "`micro_batch_size`; now it is the mean over the whole batch, and one run has one loss. Start it again "
+                "in a new folder with -o, or finish it with that release"
+            )
+        keys = tuple(key for key in keys if key != fact)  # what is finished stays as it is
     problems = [d for key in keys for d in differences(existing.get(key), wanted.get(key), key)]
     specs = (whole_spec(record["spec"], str(path)) for record in (existing, wanted))
     old, new = ({name: section for name, section in spec.items() if name != "run"} for spec in specs)

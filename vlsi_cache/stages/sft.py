@@ -14,6 +14,7 @@ from vlsi_cache.models.adapter import train_everything, train_head_and_embedding
 from vlsi_cache.models.layers import Backbone
 from vlsi_cache.sparse.logits import Head
 from vlsi_cache.sparse.whole import linear_cross_entropy
+from vlsi_cache.spec import BatchReduction
 
 from .feed import feeding
 from .loop import autocast, clip_gradients, head_of, make_optimizer, memory_gib, optimizer_step, say, seed_step
@@ -21,20 +22,29 @@ from .student import StudentState
 
 
 def response_loss(
-    hidden_TD: torch.Tensor, head: Head, gold_T: torch.Tensor, *, with_liger: bool, compiled: bool = False
+    hidden_TD: torch.Tensor,
+    head: Head,
+    gold_T: torch.Tensor,
+    share_T: torch.Tensor,
+    *,
+    with_liger: bool,
+    compiled: bool = False,
 ) -> torch.Tensor:
-    """Mean cross-entropy in nats per response token, of which no logits [T, V] are kept."""
+    """Cross-entropy in nats, the sum over the tokens by their shares, of which no logits [T, V] are kept.
+
+    With Liger all shares must be the same.
+    """
     if not with_liger:
-        return linear_cross_entropy(hidden_TD, head, gold_T, compiled=compiled)
+        return linear_cross_entropy(hidden_TD, head, gold_T, share_T=share_T, compiled=compiled)
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss  # pyright: ignore[reportMissingImports]
 
     # In fp32 it adds up what the chunks give the head; by default it would do so in the dtype of the weight.
-    return LigerFusedLinearCrossEntropyLoss(softcap=head.cap, accum_dtype=torch.float32)(
-        head.weight_VD, hidden_TD, gold_T
-    )
+    liger = LigerFusedLinearCrossEntropyLoss(softcap=head.cap, accum_dtype=torch.float32, reduction="sum")
+    loss = liger(head.weight_VD, hidden_TD, gold_T)
+    return loss * share_T[0].to(loss.dtype)
 
 
-def pick_liger(device: torch.device, head: Head) -> tuple[bool, str]:
+def pick_liger(device: torch.device, head: Head, reduction: BatchReduction) -> tuple[bool, str]:
     """Whether Liger's fused loss is used, and why: where it runs it takes three matrix products, ours takes four."""
     if device.type != "cuda":
         return False, f"ours (Liger's needs CUDA, this is {device.type})"
@@ -42,6 +52,8 @@ def pick_liger(device: torch.device, head: Head) -> tuple[bool, str]:
         return False, "ours (Liger's is not installed: pip install 'vlsi-cache[gpu]')"
     if head.scale != 1.0:
         return False, "ours (Liger's knows no scale of the logits)"
+    if reduction != "token":
+        return False, f"ours (Liger's knows no weights of tokens, which `batch_reduction: {reduction}` needs)"
     return True, "Liger's fused linear one (CUDA found)"
 
 
@@ -63,7 +75,7 @@ def sft(state: StudentState, model: Any, *, num_steps: int, stop: int) -> dict[s
     optimizer = make_optimizer(model.parameters(), schedule)
     if first:
         checkpoints.load("sft", first, model, optimizer)
-    with_liger, reason = pick_liger(state.device, head_of(backbone))
+    with_liger, reason = pick_liger(state.device, head_of(backbone), distill.batch_reduction)
     say(f"sft: cross-entropy is {reason}")
     log.start_stage("sft", step=first, num_steps=stop)
     num_micro = distill.batch_size // distill.micro_batch_size
@@ -73,15 +85,21 @@ def sft(state: StudentState, model: Any, *, num_steps: int, stop: int) -> dict[s
             losses: list[torch.Tensor] = []
             seed_step(distill.seed, "sft", step)
             for _ in range(num_micro):
-                batch = feed.next().batch
+                micro = feed.next()
+                batch = micro.batch
                 tokens += len(batch.gold_T)
                 with autocast(state.device):
                     hidden = backbone.capture(batch.inputs, [], batch.rows_T, batch.positions_T)
                     state_TD = hidden[backbone.num_layers]
                     loss = response_loss(
-                        state_TD, head_of(backbone), batch.gold_T, with_liger=with_liger, compiled=state.compiled
+                        state_TD,
+                        head_of(backbone),
+                        batch.gold_T,
+                        micro.share_T,
+                        with_liger=with_liger,
+                        compiled=state.compiled,
                     )
-                (loss / num_micro).backward()
+                loss.backward()
                 losses.append(loss.detach())
             clip_gradients(optimizer, schedule, "sft", step, num_steps)
             rate = optimizer_step(optimizer, schedule, step, num_steps)
@@ -91,7 +109,7 @@ def sft(state: StudentState, model: Any, *, num_steps: int, stop: int) -> dict[s
                 stage="sft",
                 step=step + 1,
                 num_steps=num_steps,
-                loss=float(torch.stack(losses).mean()),
+                loss=float(torch.stack(losses).sum()),
                 learning_rate=rate,
                 tokens_per_s=tokens / seconds,
                 data_wait_pct=100 * (feed.wait_s - waited) / seconds,

@@ -137,7 +137,7 @@ class StudentState:
         """Micro-batches of the cached samples; teacher rows come along only where the stage compares with them."""
         distill = self.spec.distill
         layers = {"verbalize": [], "interact": self.teacher_layers, "sft": []}[stage]
-        pairs = cached_records(
+        samples = cached_records(
             self.cache,
             self.records,
             layers=layers,
@@ -145,7 +145,14 @@ class StudentState:
             window_parts=distill.window_parts,
             num_skip=num_skip,
         )
-        return Feed(pairs, self.encoder, micro_batch_size=distill.micro_batch_size, device=self.device)
+        return Feed(
+            samples,
+            self.encoder,
+            batch_size=distill.batch_size,
+            micro_batch_size=distill.micro_batch_size,
+            reduction=distill.batch_reduction,
+            device=self.device,
+        )
 
     @property
     def teacher_layers(self) -> list[int]:

@@ -45,7 +45,7 @@ from .loop import (
     seed_step,
     warn_of,
 )
-from .runs import Run, already_done, check_run_folder, finish_run, open_run, python_call, waiting_for
+from .runs import WHOLE_BATCH, Run, already_done, check_run_folder, finish_run, open_run, python_call, waiting_for
 from .verbalizer_subsets import (
     check_folder_of_all,
     check_neighbours,
@@ -91,6 +91,7 @@ def train_verbalizers(
         "data_digest": RecordSet(tuple(inputs.records), []).digest,
         "num_samples": len(inputs.records),
         "encoder": inputs.encoder.fingerprint(),
+        **WHOLE_BATCH,
     }
     with _opened(inputs, out, chosen, device=device, facts=facts) as run:
         wanted = chosen or inputs.target_layers
@@ -137,8 +138,15 @@ def _train(inputs: TeacherInputs, out: Path, folder: Path, layers: list[int], *,
     say(f"teacher: {inputs.model_path} on {backbone.device}")
 
     def make_feed(num_skip: int) -> Feed:
-        pairs = shuffled_records(inputs.records, seed=settings.seed, num_skip=num_skip)
-        return Feed(pairs, inputs.encoder, micro_batch_size=settings.micro_batch_size, device=backbone.device)
+        num_tokens = [len(ids) for ids in inputs.response_ids]
+        return Feed(
+            shuffled_records(inputs.records, num_tokens, seed=settings.seed, num_skip=num_skip),
+            inputs.encoder,
+            batch_size=settings.batch_size,
+            micro_batch_size=settings.micro_batch_size,
+            reduction=settings.batch_reduction,
+            device=backbone.device,
+        )
 
     with closing(MetricsLog(folder)) as log:
         verbalizers, stage = verbalize(
@@ -206,16 +214,16 @@ def verbalize(
                     backbone,
                     verbalizers,
                     micro.batch,
+                    micro.share_T,
                     loss=architecture.loss,
                     v_real=v_real,
-                    scale=1 / num_micro,
                     compiled=compiled,
                 )
             clip_gradients(optimizer, schedule, "verbalize", step, num_steps)
             rate = optimizer_step(optimizer, schedule, step, num_steps)
 
             trained, nll = (
-                torch.stack(column).view(num_micro, -1).mean(0).tolist() for column in zip(*losses, strict=True)
+                torch.stack(column).view(num_micro, -1).sum(0).tolist() for column in zip(*losses, strict=True)
             )
             seconds = time.monotonic() - started
             log.write(
@@ -239,7 +247,7 @@ def verbalize(
 
 
 class LayerLoss(NamedTuple):
-    """One layer and micro-batch, detached, nats per response token: what was trained, and the cross-entropy."""
+    """One layer and micro-batch, detached: what was trained, and the cross-entropy, in nats by the tokens' shares."""
 
     trained: torch.Tensor
     nll: torch.Tensor
@@ -249,13 +257,13 @@ def layer_losses(
     backbone: Backbone,
     verbalizers: Verbalizers,
     batch: Batch,
+    share_T: torch.Tensor,
     *,
     loss: str,
     v_real: int,
-    scale: float,
     compiled: bool = False,
 ) -> Iterator[LayerLoss]:
-    """The loss of each layer; `scale` times its gradient is left in the verbalizer."""
+    """The loss of each layer, the sum over the tokens by their shares; its gradient is left in the verbalizer."""
     head = head_of(backbone).real(v_real)
     with torch.no_grad(), autocast(backbone.device):
         wants_final = loss == "kl_to_final"
@@ -266,8 +274,8 @@ def layer_losses(
         with autocast(backbone.device):
             state_TD = verbalizers.apply(layer, hidden.pop(layer))
             if own is None:
-                trained = nll = linear_cross_entropy(state_TD, head, batch.gold_T, compiled=compiled)
+                trained = nll = linear_cross_entropy(state_TD, head, batch.gold_T, share_T=share_T, compiled=compiled)
             else:
-                trained, nll = kl_to_output(state_TD, head, batch.gold_T, own, compiled=compiled)
-        (trained * scale).backward()
+                trained, nll = kl_to_output(state_TD, head, batch.gold_T, own, share_T=share_T, compiled=compiled)
+        trained.backward()
         yield LayerLoss(trained.detach(), nll.detach())
