@@ -24,13 +24,16 @@ from .schema import SAMPLE_ARRAYS, SCALAR_ARRAYS, ArraySpec, layered_names, part
 
 @dataclass(frozen=True)
 class Row(SparseRows):
-    """One sample: its sparse rows, and what ties them to the training record."""
+    """One sample: its sparse rows, what ties them to the training record, and what they cannot be read without: the
+    size of the vocabulary, and the temperatures of `lse_LTn`."""
 
     sample_id: str
     kind: str
     digest: str
     response_ids_R: np.ndarray
     positions_T: np.ndarray
+    v_real: int
+    taus: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,8 @@ class Part:
             digest=record.digests[index],
             response_ids_R=response_ids_R,
             positions_T=arrays["positions"][tokens],
+            v_real=self.header.v_real,
+            taus=tuple(self.header.taus),
         )
 
     @cached_property
