@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "vlsi_cache"
 FLOORS = [
     {"errors"},
-    {"disk"},
+    {"disk", "plain_yaml", "layer_names"},
     {"sections", "training_sections", "spec", "data", "models", "sparse"},
     {"store"},
     {"stages", "report"},
