@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vlsi_cache.errors import SpecError
+from vlsi_cache.printable import printable
 
 from .output import CHANGE, Answer, command, require_cache, say
 
@@ -53,14 +54,18 @@ def prune(
     import vlsi_cache as vc
     from vlsi_cache.report.text import human_bytes
 
+    options: dict[str, Any] = {"top_k": top_k, "samples": samples, "min_kept_mass": min_kept_mass, "where": where}
+    options |= {"layers": None if layers is None else parse_layers(layers), "tokens": tokens, "profile": profile}
     if suggest:
+        cuts = {"out": out, "dry_run": dry_run or None, **options}
+        given = ", ".join(f"--{name.replace('_', '-')}" for name, value in cuts.items() if value is not None)
+        if given:
+            raise SpecError(f"--suggest only proposes layers and writes nothing, so {given} would do nothing with it")
         return _suggestion(cache, keep=keep, max_kl=max_kl)
     if keep is not None or max_kl is not None:
         raise SpecError("--keep and --max-kl belong to --suggest; the layers to keep are named with --layers")
     if out is None:
         raise SpecError("name the folder of the new cache with -o NEW")
-    options: dict[str, Any] = {"top_k": top_k, "samples": samples, "min_kept_mass": min_kept_mass, "where": where}
-    options |= {"layers": None if layers is None else parse_layers(layers), "tokens": tokens, "profile": profile}
     if all(value is None for value in options.values()):
         names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(options))
         raise SpecError(f"nothing to prune: say what to keep with one or more of {names}")
@@ -143,7 +148,7 @@ def _confirmed(left: list[str]) -> bool:
     """Ask before anything is deleted; nobody to ask means no."""
     if not sys.stdin.isatty():
         return False
-    return typer.confirm(f"delete what killed processes left: {', '.join(left)}?", err=True)
+    return typer.confirm(printable(f"delete what killed processes left: {', '.join(left)}?"), err=True)
 
 
 def _cuts(planned: "PrunePlan") -> str:

@@ -13,8 +13,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "vlsi_cache"
 FLOORS = [
     {"errors"},
-    {"disk", "plain_yaml", "layer_names"},
-    {"sections", "training_sections", "spec", "data", "models", "sparse"},
+    {"disk", "layer_names", "plain_yaml", "printable"},
+    {"sections", "training_sections", "unused", "spec", "data", "models", "sparse"},
     {"store"},
     {"stages", "report"},
     {"demo"},
@@ -23,6 +23,9 @@ FLOORS = [
 ALLOWED_SIDEWAYS = {
     ("spec", "sections"),
     ("spec", "training_sections"),
+    ("spec", "unused"),
+    ("unused", "sections"),
+    ("unused", "training_sections"),
     ("sections", "training_sections"),
     ("data", "spec"),
     ("models", "spec"),

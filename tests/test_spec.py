@@ -16,7 +16,17 @@ from vlsi_cache.errors import SpecError
 from vlsi_cache.sparse.divergences import Divergence, DivergenceName
 from vlsi_cache.sparse.drawing import Matching, MatchingMode
 from vlsi_cache.sparse.kernels import Kernels
-from vlsi_cache.spec import CacheSpec, InteractSpec, RunSpec, Schedule, apply_overrides, change, spec_from_dict
+from vlsi_cache.spec import (
+    CacheSpec,
+    DistillSpec,
+    InteractSpec,
+    RunSpec,
+    Schedule,
+    apply_overrides,
+    change,
+    spec_from_dict,
+)
+from vlsi_cache.unused import unused_by_recipe
 
 MINIMAL = {
     "name": "minimal",
@@ -325,3 +335,62 @@ def test_batch_tokens_may_be_left_open(tmp_path: Path) -> None:
             vc.load_spec(write(tmp_path, run={"batch_tokens": wrong}))
     with pytest.raises(SpecError, match=r"`run\.kernels`.*'auto', 'eager' or 'compiled'"):
         vc.load_spec(write(tmp_path, run={"kernels": "triton"}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rows": {"num_draws": 50}}, "`rows.num_draws` does nothing with `rows.kind: top-k`"),
+        ({"rows": {"kind": "sampled", "top_k": 8}}, "`rows.top_k` does nothing with `rows.kind: sampled`"),
+        ({"rows": {"kind": "sampled", "tail_samples": 4}}, "`rows.tail_samples` does nothing"),
+        ({"data": {"generator": "demo", "media_root": "x"}}, "`data.media_root` does nothing with a `generator`"),
+        (
+            {"evaluate": {"data": {"generator": "demo", "media_root": "x"}}},
+            "`evaluate.data.media_root` does nothing with a `generator`",
+        ),
+    ],
+)
+def test_settings_that_would_do_nothing_are_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(SpecError, match=re.escape(message)):
+        vc.load_spec(write(tmp_path, **changes))
+
+
+def test_a_stored_spec_names_all_defaults_and_stays_readable(tmp_path: Path) -> None:
+    for rows in ({}, {"kind": "sampled", "num_draws": 7}, {"tail_samples": 0}):
+        spec = vc.load_spec(write(tmp_path, rows=rows))
+        stored = spec.model_dump(mode="json")
+        assert spec_from_dict(stored, where="run.json") == spec
+        # What is printed can be pasted into a file, but for what does nothing there.
+        assert apply_overrides(spec, ["distill.seed=1"]).rows == spec.rows
+    # Another kind of rows on the command line replaces what the file says of the old kind, and nothing else.
+    file = write(tmp_path, rows={"top_k": 8, "taus": [1.0, 2.0]})
+    assert vc.load_spec(file, overrides=["rows.kind=sampled", "rows.num_draws=9"]).rows.num_draws == 9
+    with pytest.raises(SpecError, match=r"`rows\.top_k` does nothing with `rows\.kind: sampled`"):
+        vc.load_spec(file, overrides=["rows.kind=sampled", "rows.top_k=4"])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "used", "unused"),
+    [
+        (
+            "sft",
+            ["interact.schedule.steps=3", "verbalize.epochs=2", "lora.rank=2", "sft.mode=full", "seed=1"],
+            ["interact.tau=2", "interact.schedule.warmup=0", "verbalize.learning_rate=1", "layers=[1]", "num_layers=2"],
+        ),
+        (
+            "last",
+            ["interact.last=jsd", "interact.schedule.learning_rate=1", "lora.alpha=2", "interact.alpha_ce=0.5"],
+            ["interact.intermediate=jsd", "interact.matching=order", "interact.beta=0.1", "verbalize.clip_norm=2"],
+        ),
+        ("vlsi", ["interact.matching=order", "layers=[1]", "verbalize.learning_rate=1"], []),
+    ],
+)
+def test_settings_of_stages_that_a_recipe_does_not_run(recipe: Any, used: list[str], unused: list[str]) -> None:
+    distill = DistillSpec(recipe=recipe)
+    for group, wanted in ((used, []), (unused, unused)):
+        said = [f"distill.{one}" for one in group]
+        assert unused_by_recipe(distill, said) == [f"distill.{one}" for one in wanted]
+    assert unused_by_recipe(distill, ["verbalizer.loss=ce"]) == ([] if recipe == "vlsi" else ["verbalizer.loss=ce"])
+    # An adapter that no stage trains.
+    full = DistillSpec.model_validate({"recipe": "sft", "sft": {"mode": "full"}})
+    assert unused_by_recipe(full, ["distill.lora.rank=2"]) == ["distill.lora.rank=2"]

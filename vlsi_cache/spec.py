@@ -31,6 +31,7 @@ from .training_sections import (
     TrainVerbalizersSpec,
     VerbalizerSpec,
 )
+from .unused import unused_keys
 
 __all__ = [
     "CacheSpec",
@@ -81,9 +82,9 @@ def load_spec(name: str | Path, *, overrides: Iterable[str] = ()) -> CacheSpec:
     """
     file = shipped_specs().get(str(name)) or Path(name)
     values = _read_yaml(file)
-    problems = [*_resolve_paths(values, file.resolve().parent)]
+    problems, overrides = [*_resolve_paths(values, file.resolve().parent)], list(overrides)
     problems += _apply_overrides(values, overrides)
-    problems += _validate(values)
+    problems += _validate(values) or unused_keys(values, CacheSpec.model_validate(values), overrides)
     if problems:
         raise SpecError(f"spec `{name}` has {len(problems)} mistake(s):\n{list_problems(problems, limit=30)}")
     return CacheSpec.model_validate(values)

@@ -18,6 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from vlsi_cache.data.batches import plan_batches, plan_parts
+from vlsi_cache.errors import SpecError
 from vlsi_cache.sparse.rows import SparseRows
 from vlsi_cache.sparse.select import select_at_random, select_by_entropy
 from vlsi_cache.spec import CacheSpec
@@ -54,6 +55,8 @@ def build_teacher(
     Raises FingerprintMismatchError when `out` holds a cache of something else, BatchTooLargeError, DiskFullError,
     DataError, ModelError.
     """
+    if not 0 <= rank < world:
+        raise SpecError(f"rank {rank} of {world}: ranks go from 0 to {world - 1}")
     out = Path(out)
     inputs = open_teacher_inputs(spec)
     parts = plan_parts(
