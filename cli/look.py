@@ -50,7 +50,7 @@ def sample(
     from .sampling import grid_text, sample_grid
 
     grid = sample_grid(cache, sample_id, top=top, layers=layers, tokens=tokens)
-    return Answer(grid, lambda: grid_text(grid))
+    return Answer(grid, lambda: grid_text(grid), is_styled=True)
 
 
 def stats(

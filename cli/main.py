@@ -7,7 +7,7 @@ from typing import Any
 import typer
 
 from . import ablations, change, look, stages
-from .output import INTERRUPTED, USAGE, Version
+from .output import INTERRUPTED, USAGE, Version, say
 
 # Libraries that talk on their own; a value the user has set stays.
 QUIET_LIBRARIES = {
@@ -61,7 +61,7 @@ def _usage_error(error: Any) -> int:
     context = getattr(error, "ctx", None)
     if type(error).__name__ == "NoArgsIsHelpError":  # the help text is already printed
         return USAGE
-    print(f"error: {error.format_message()}", file=sys.stderr)
+    say(f"error: {error.format_message()}")
     print(f"see: {context.command_path if context else 'vlsi-cache'} -h", file=sys.stderr)
     return USAGE
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlsi_cache.errors import SpecError
+from vlsi_cache.printable import printable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -74,7 +75,7 @@ def grid_text(grid: dict[str, Any]) -> str:
 def _head(grid: dict[str, Any]) -> list[str]:
     kind = f" ({grid['kind']})" if grid["kind"] else ""
     counts = f"{len(grid['tokens'])} of {grid['num_response_tokens']} response tokens"
-    lines = [f"sample {grid['id']}{kind}, {counts}"]
+    lines = [printable(f"sample {grid['id']}{kind}, {counts}", keep="")]
     if grid["row_kind"] == "sampled":
         lines += ["word and its share of the draws in %; * is the word of the response"]
         lines += ["below: entropy in nats, rank of the response's word among the draws"]

@@ -20,6 +20,7 @@ from vlsi_cache.disk import replacing, write_atomically
 from vlsi_cache.errors import CacheCorruptError, ModelError
 from vlsi_cache.models.layers import Backbone
 from vlsi_cache.models.load import check_device
+from vlsi_cache.printable import printable
 from vlsi_cache.report.checkup import Finding
 from vlsi_cache.report.stats import read_metrics
 from vlsi_cache.sparse.kernels import pick_kernels
@@ -29,7 +30,7 @@ from vlsi_cache.spec import RunSpec, Schedule
 
 def say(message: str) -> None:
     """One line for a person, on standard error and above any progress bar."""
-    tqdm.write(message, file=sys.stderr)
+    tqdm.write(printable(message), file=sys.stderr)
 
 
 def warn_of(found: Iterable[Finding]) -> None:
