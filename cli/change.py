@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vlsi_cache.errors import SpecError
+from vlsi_cache.layer_names import parse_layers, shown_layers
 from vlsi_cache.printable import printable
 
 from .output import CHANGE, Answer, command, require_cache, say
@@ -130,20 +131,6 @@ def repair(
     return Answer(asdict(done), f"{cache}: {text}")
 
 
-def parse_layers(text: str) -> list[int | str]:
-    """`2-6,18,last` -> [2, 3, 4, 5, 6, 18, "last"]."""
-    layers: list[int | str] = []
-    for item in text.replace(" ", "").split(","):
-        first, dash, last = item.partition("-")
-        if item == "last":
-            layers.append(item)
-        elif first.isdecimal() and (last.isdecimal() or not dash) and int(first) <= int(last or first):
-            layers.extend(range(int(first), int(last or first) + 1))
-        else:
-            raise SpecError(f"--layers {text}: `{item}` is neither a layer, nor a range such as 2-6, nor `last`")
-    return layers
-
-
 def _confirmed(left: list[str]) -> bool:
     """Ask before anything is deleted; nobody to ask means no."""
     if not sys.stdin.isatty():
@@ -154,7 +141,8 @@ def _confirmed(left: list[str]) -> bool:
 def _cuts(planned: "PrunePlan") -> str:
     from vlsi_cache.report.text import human_bytes
 
-    layers = f"{len(planned.layers)} of {len(planned.layers) + len(planned.dropped_layers)} layers {planned.layers}"
+    named = shown_layers(planned.layers, last=planned.layers[-1])
+    layers = f"{len(planned.layers)} of {len(planned.layers) + len(planned.dropped_layers)} layers {named}"
     entries = f"top-{max(planned.top_k)} of {max(planned.source_top_k)}"
     samples = f"{planned.num_samples} of {planned.source_samples} samples"
     tokens = f"{planned.num_tokens} of {planned.source_tokens} rows per layer"

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from vlsi_cache.layer_names import parse_layers
+
 from .output import LOOK, OK, PROBLEMS, Answer, command, require_cache
 
 CachePath = Annotated[Path, typer.Argument(metavar="CACHE", help="Folder of a cache.")]
@@ -101,8 +103,6 @@ def trace(
     """
     import vlsi_cache as vc
     from vlsi_cache.report.page import check_page_name
-
-    from .change import parse_layers
 
     check_page_name(out)
     found = vc.trace(

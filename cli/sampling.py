@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlsi_cache.errors import SpecError
+from vlsi_cache.layer_names import parse_layers
 from vlsi_cache.printable import printable
 
 if TYPE_CHECKING:
@@ -21,8 +22,6 @@ def sample_grid(path: Path, sample_id: str, *, top: int, layers: str | None, tok
     """JSON-ready: the sample's tokens and what the layers say, see report.example.grid_of."""
     from vlsi_cache.report.example import grid_of
     from vlsi_cache.store.reader import open
-
-    from .change import parse_layers
 
     cache = open(path, allow_incomplete=True)
     chosen = None if layers is None else parse_layers(layers)

@@ -115,7 +115,7 @@ def train_verbalizers(
     sets: Sets = None,
     device: Device = None,
     layers: Annotated[
-        str | None, typer.Option(metavar="A:B|2,6,10", help="Only these target layers; A and B are included.")
+        str | None, typer.Option(metavar="LIST", help="Only these target layers, e.g. 2-38 or 2,6,10.")
     ] = None,
     rank: Annotated[int, typer.Option(min=0, help="Number of this process, from 0.")] = 0,
     world: Annotated[

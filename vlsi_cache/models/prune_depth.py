@@ -10,6 +10,7 @@ import transformers
 from torch import nn
 
 from vlsi_cache.errors import ModelError
+from vlsi_cache.layer_names import parse_layers
 
 from .layers import Backbone
 from .load import Dtype, load_model, weights_digest, write_folder
@@ -17,17 +18,13 @@ from .load import Dtype, load_model, weights_digest, write_folder
 RECORD = "init_student.json"
 
 
-def parse_layers(text: str) -> list[int]:
-    """`0-5,24-29` -> [0, ..., 5, 24, ..., 29]; raises ModelError unless the numbers rise strictly."""
+def decoder_layers(text: str) -> list[int]:
+    """`0-5,24-29` -> [0, ..., 5, 24, ..., 29]; raises SpecError, or ModelError unless the numbers rise strictly."""
     layers: list[int] = []
-    for item in text.replace(" ", "").split(","):
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", item)
-        if match is None:
-            raise ModelError(f"layers `{text}`: `{item}` is neither a layer nor a range; write for instance 0-5,24-29")
-        first, last = int(match[1]), int(match[2] or match[1])
-        if first > last:
-            raise ModelError(f"layers `{text}`: the range `{item}` runs backwards")
-        layers += range(first, last + 1)
+    for layer in parse_layers(text):
+        if isinstance(layer, str):
+            raise ModelError(f"layers `{text}`: decoder layers are counted from 0 here; name `{layer}` by its number")
+        layers.append(layer)
     _check_rising(layers)
     return layers
 
@@ -47,7 +44,7 @@ def init_student(
     The folder opens with `from_pretrained` and generates; `init_student.json` in it says where it comes from. Raises
     ModelError.
     """
-    layers = parse_layers(layers) if isinstance(layers, str) else list(layers)
+    layers = decoder_layers(layers) if isinstance(layers, str) else list(layers)
     _check_rising(layers)
     path = str(teacher)
     model = load_model(path, revision=revision, gguf_file=gguf_file, dtype=dtype, trust_remote_code=trust_remote_code)

@@ -19,6 +19,7 @@ import torch
 from vlsi_cache.data.collate import Batch
 from vlsi_cache.data.records import RecordSet
 from vlsi_cache.errors import SpecError
+from vlsi_cache.layer_names import shown_layers
 from vlsi_cache.models.layers import Backbone
 from vlsi_cache.models.verbalizer import Verbalizers, build_verbalizers
 from vlsi_cache.report.checkup import verbalizer_findings
@@ -48,7 +49,6 @@ from .verbalizer_subsets import (
     check_folder_of_all,
     check_neighbours,
     choose_layers,
-    shown,
     subset_name,
     trained_layers,
 )
@@ -88,10 +88,10 @@ def train_verbalizers(
         if not set(wanted) <= set(trained_layers(out)) or not already_done(run):
             finish_run(run, stages=[_train(inputs, out, run.path, wanted, device=device)])
     if chosen is not None:
-        say(f"trained: {'layer' if len(chosen) == 1 else 'layers'} {shown(chosen)}; report: {run.path / 'report.html'}")
+        say(f"trained: layers {shown_layers(chosen)}; report: {run.path / 'report.html'}")
     left = [layer for layer in inputs.target_layers if layer not in trained_layers(out)]
     if left:
-        say(f"{out}: these layers are not there yet: --layers {shown(left)}")
+        say(f"{out}: these layers are not there yet: --layers {shown_layers(left)}")
     return out
 
 
