@@ -27,11 +27,20 @@ def register(app: typer.Typer) -> None:
         command(app, name, panel=STAGES, example=f"vlsi-cache {example}")(function)
 
 
-def plan(spec: SpecName, sets: Sets = None) -> Answer:
-    """Price a build before it runs: bytes, memory, hours."""
+def plan(
+    spec: SpecName,
+    sets: Sets = None,
+    gpu: Annotated[
+        str, typer.Option(metavar="NAME", help="Whose hours: A100, B200, H100, H200, L40S, MI300X or RTX 4090.")
+    ] = "H100",
+) -> Answer:
+    """Price a build before it runs: bytes, memory, hours.
+
+    Hours are those of one GPU that reaches 40 % of its dense bf16 peak.
+    """
     import vlsi_cache as vc
 
-    priced = vc.plan(vc.load_spec(spec, overrides=sets or []))
+    priced = vc.plan(vc.load_spec(spec, overrides=sets or []), gpu=gpu)
     return Answer(priced.as_dict(), str(priced))
 
 

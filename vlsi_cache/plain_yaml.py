@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import yaml
+from yaml.composer import ComposerError
 
 __all__ = ["parse_yaml", "plain_problems", "short"]
 
@@ -58,7 +59,7 @@ class _Loader(yaml.SafeLoader):
         self.num_nodes += 1
         if self.depth > MAX_DEPTH or self.num_nodes > MAX_VALUES:
             what = f"nested more than {MAX_DEPTH} deep" if self.depth > MAX_DEPTH else f"more than {MAX_VALUES} values"
-            raise yaml.composer.ComposerError(None, None, what, self.peek_event().start_mark)
+            raise ComposerError(None, None, what, self.peek_event().start_mark)
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
