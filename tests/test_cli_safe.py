@@ -134,3 +134,33 @@ def test_options_that_would_do_nothing_are_refused(
     assert (code, out) == (2, "")
     assert message in err
     assert not (tmp_path / "x").exists()
+
+
+def test_a_notebook_shows_a_cache_escaped(nasty: Path) -> None:
+    html = vc.open(nasty)._repr_html_()
+    assert html.startswith("<table><tr><th>cache</th><td>")
+    assert not UNSAFE.search(html)
+    assert "nasty\\x1b[2J" in html
+    assert len(html) < 2000
+    facts = dict(re.findall(r"<th>(.*?)</th><td>(.*?)</td>", html))
+    assert facts["samples"] == str(len(vc.open(nasty)))
+    assert facts["layers"].endswith("last")
+
+
+def test_pixel_limits_of_a_student_are_not_replaced_in_silence(capsys: pytest.CaptureFixture[str]) -> None:
+    from vlsi_cache.models.load import resolve_model
+    from vlsi_cache.spec import DataSpec
+    from vlsi_cache.stages.student import say_pixels
+
+    path = resolve_model("package:vlsi_cache/demo/teacher")
+    own = json.loads((Path(path) / "preprocessor_config.json").read_text())["size"]["longest_edge"]
+    for named, said in (
+        (own * 2, f"`data.max_pixels` {own * 2} takes the place of the student's own, {own}"),
+        (own, ""),
+    ):
+        say_pixels(DataSpec(path="rows.jsonl", max_pixels=named), path)
+        err = capsys.readouterr().err
+        assert said in err
+        assert bool(said) == bool(err)
+    say_pixels(DataSpec(path="rows.jsonl"), path)
+    assert not capsys.readouterr().err

@@ -1,5 +1,7 @@
 """The arithmetic of a teacher's forward against torch's own counter, on tiny models of every family."""
 
+import html
+
 import pytest
 import torch
 from test_models_families import tiny_inputs, tiny_model
@@ -48,6 +50,7 @@ def test_the_plan_names_the_gpu_it_assumes() -> None:
     spec = vc.load_spec("demo", overrides=["data.options.num_samples=6"])
     on_h100, on_l40s = vc.plan(spec), vc.plan(spec, gpu="l40s")
     assert "hours of one H100, if it reaches 40 % of its 989 TFLOP/s in bf16" in str(on_h100)
+    assert on_h100._repr_html_() == f"<pre>{html.escape(str(on_h100))}</pre>"
     assert on_l40s.hours / on_h100.hours == pytest.approx(989 / 362)
     assert on_h100.vision_flops > 0 < on_h100.attention_flops < on_h100.teacher_flops
     assert on_h100.hours == pytest.approx(on_h100.teacher_flops / (0.4 * 989e12 * 3600))

@@ -7,6 +7,7 @@ import torch
 import transformers
 
 from vlsi_cache.models.verbalizer import num_parameters
+from vlsi_cache.printable import html_text
 from vlsi_cache.spec import CacheSpec
 
 from .build import part_tokens
@@ -55,6 +56,10 @@ class Plan:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return f"<pre>{html_text(str(self))}</pre>"
 
     def __str__(self) -> str:
         weights = f"{self.teacher_parameters / 1e9:,.3f} B parameters, {self.verbalizer_parameters / 1e9:,.3f} B"

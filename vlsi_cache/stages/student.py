@@ -157,10 +157,22 @@ def open_student(cache: Cache, spec: CacheSpec, path: str) -> StudentInputs:
         max_pixels=spec.data.max_pixels,
         trust_remote_code=distill.trust_remote_code,
     )
+    say_pixels(spec.data, path, trust_remote_code=distill.trust_remote_code)
     check_tokenizer(cache.header, encoder, path, where=cache.path)
     config = load_config(path, trust_remote_code=distill.trust_remote_code)
     layers = check_settings(cache.header, distill, config, where=cache.path)
     return StudentInputs(cache, spec, path, config, encoder, layers)
+
+
+def say_pixels(data: DataSpec, path: str, *, trust_remote_code: bool = False) -> None:
+    """Say where the spec's pixel limits take the place of other ones that the student brings along."""
+    if data.min_pixels is None and data.max_pixels is None:
+        return
+    own = load_encoder(path, trust_remote_code=trust_remote_code).vision
+    for name in ("min_pixels", "max_pixels"):
+        named, brought = getattr(data, name), getattr(own, name, None)
+        if named is not None and named != brought:
+            say(f"pictures: `data.{name}` {named} takes the place of the student's own, {brought}")
 
 
 def check_settings(header: CacheHeader, distill: DistillSpec, config: Any, *, where: Path) -> list[int]:
