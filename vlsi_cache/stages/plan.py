@@ -167,9 +167,10 @@ def _empty_model(config: Any) -> torch.nn.Module:
 def _forward(inputs: TeacherInputs, model: torch.nn.Module) -> ForwardFlops:
     lengths, vision = inputs.lengths(list(range(len(inputs.records)))), inputs.encoder.vision
     patches: list[int] = []
-    for record in inputs.records if vision is not None else ():
-        sizes = [image.size for image in record.images]
-        patches += picture_patches(vision.image_processor, inputs.config, sizes) if sizes else []
+    for record in inputs.records:
+        if vision is not None and record.images:
+            sizes = [image.size for image in record.images]
+            patches += picture_patches(vision.image_processor, inputs.config, sizes)
     return forward_flops(model, lengths, patches)
 
 
