@@ -37,8 +37,10 @@ def ablate(
 ) -> Answer:
     """Train and compare all variants of a table.
 
-    One cache, one budget and the same seeds for all. Run again after a crash to go on, or to add tables, variants and
-    seeds: finished runs are taken. Exit code 1 when a run has diverged; the others are done all the same.
+    One cache (or smaller ones cut from it) and the same seeds for all, and the same number of steps but for the tables
+    that say so. Every student is measured on the spec's held-out rows. Run again after a crash to go on, or to add
+    tables, variants and seeds: finished runs are taken. Exit code 1 when a run has diverged; the others are done all
+    the same.
     """
     import vlsi_cache as vc
     from vlsi_cache.report.ablation_table import ablation_text, num_failed

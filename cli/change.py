@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vlsi_cache.errors import SpecError
+from vlsi_cache.layer_names import parse_layers, shown_layers
+from vlsi_cache.printable import printable
 from vlsi_cache.progress import say
 
 from .output import CHANGE, Answer, command, require_cache
@@ -54,14 +56,18 @@ def prune(
     import vlsi_cache as vc
     from vlsi_cache.report.text import human_bytes
 
+    options: dict[str, Any] = {"top_k": top_k, "samples": samples, "min_kept_mass": min_kept_mass, "where": where}
+    options |= {"layers": None if layers is None else parse_layers(layers), "tokens": tokens, "profile": profile}
     if suggest:
+        cuts = {"out": out, "dry_run": dry_run or None, **options}
+        given = ", ".join(f"--{name.replace('_', '-')}" for name, value in cuts.items() if value is not None)
+        if given:
+            raise SpecError(f"--suggest only proposes layers and writes nothing, so {given} would do nothing with it")
         return _suggestion(cache, keep=keep, max_kl=max_kl)
     if keep is not None or max_kl is not None:
         raise SpecError("--keep and --max-kl belong to --suggest; the layers to keep are named with --layers")
     if out is None:
         raise SpecError("name the folder of the new cache with -o NEW")
-    options: dict[str, Any] = {"top_k": top_k, "samples": samples, "min_kept_mass": min_kept_mass, "where": where}
-    options |= {"layers": None if layers is None else parse_layers(layers), "tokens": tokens, "profile": profile}
     if all(value is None for value in options.values()):
         names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(options))
         raise SpecError(f"nothing to prune: say what to keep with one or more of {names}")
@@ -126,31 +132,18 @@ def repair(
     return Answer(asdict(done), f"{cache}: {text}")
 
 
-def parse_layers(text: str) -> list[int | str]:
-    """`2-6,18,last` -> [2, 3, 4, 5, 6, 18, "last"]."""
-    layers: list[int | str] = []
-    for item in text.replace(" ", "").split(","):
-        first, dash, last = item.partition("-")
-        if item == "last":
-            layers.append(item)
-        elif first.isdecimal() and (last.isdecimal() or not dash) and int(first) <= int(last or first):
-            layers.extend(range(int(first), int(last or first) + 1))
-        else:
-            raise SpecError(f"--layers {text}: `{item}` is neither a layer, nor a range such as 2-6, nor `last`")
-    return layers
-
-
 def _confirmed(left: list[str]) -> bool:
     """Ask before anything is deleted; nobody to ask means no."""
     if not sys.stdin.isatty():
         return False
-    return typer.confirm(f"delete what killed processes left: {', '.join(left)}?", err=True)
+    return typer.confirm(printable(f"delete what killed processes left: {', '.join(left)}?"), err=True)
 
 
 def _cuts(planned: "PrunePlan") -> str:
     from vlsi_cache.report.text import human_bytes
 
-    layers = f"{len(planned.layers)} of {len(planned.layers) + len(planned.dropped_layers)} layers {planned.layers}"
+    named = shown_layers(planned.layers, last=planned.layers[-1])
+    layers = f"{len(planned.layers)} of {len(planned.layers) + len(planned.dropped_layers)} layers {named}"
     entries = f"top-{max(planned.top_k)} of {max(planned.source_top_k)}"
     samples = f"{planned.num_samples} of {planned.source_samples} samples"
     tokens = f"{planned.num_tokens} of {planned.source_tokens} rows per layer"

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from vlsi_cache.errors import SpecError
+from vlsi_cache.layer_names import parse_layers
 
 from .output import LOOK, OK, PROBLEMS, Answer, command, require_cache
 
@@ -52,7 +53,7 @@ def sample(
     from .sampling import grid_text, sample_grid
 
     grid = sample_grid(cache, sample_id, top=top, layers=layers, tokens=tokens)
-    return Answer(grid, lambda: grid_text(grid))
+    return Answer(grid, lambda: grid_text(grid), is_styled=True)
 
 
 def stats(
@@ -103,8 +104,6 @@ def trace(
     """
     import vlsi_cache as vc
     from vlsi_cache.report.page import check_page
-
-    from .change import parse_layers
 
     check_page(out)
     found = vc.trace(

@@ -6,6 +6,8 @@ from typing import Any
 
 import typer
 
+from vlsi_cache.progress import say
+
 from . import ablations, change, look, stages
 from .output import INTERRUPTED, USAGE, Version
 
@@ -61,7 +63,7 @@ def _usage_error(error: Any) -> int:
     context = getattr(error, "ctx", None)
     if type(error).__name__ == "NoArgsIsHelpError":  # the help text is already printed
         return USAGE
-    print(f"error: {error.format_message()}", file=sys.stderr)
+    say(f"error: {error.format_message()}")
     print(f"see: {context.command_path if context else 'vlsi-cache'} -h", file=sys.stderr)
     return USAGE
 

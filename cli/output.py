@@ -23,6 +23,7 @@ import typer
 from vlsi_cache.disk import is_disk_full, refuse_url
 from vlsi_cache.errors import DiskFullError, VlsiCacheError
 from vlsi_cache.interrupts import terminating_as_interrupt
+from vlsi_cache.printable import UNSAFE, printable
 
 OK, PROBLEMS, USAGE, UNREADABLE, INTERRUPTED = 0, 1, 2, 3, 130
 STAGES, LOOK, CHANGE, EVERYWHERE = "STAGES", "LOOK", "CHANGE", "On every command"
@@ -30,11 +31,16 @@ STAGES, LOOK, CHANGE, EVERYWHERE = "STAGES", "LOOK", "CHANGE", "On every command
 
 @dataclass(frozen=True)
 class Answer:
-    """What a command has to say: JSON-ready `data`, and the `text` for people (a function when it costs something)."""
+    """What a command has to say: JSON-ready `data`, and the `text` for people (a function when it costs something).
+
+    Whatever in the text could steer a terminal is written out, unless it `is_styled`: then it has colours of its own,
+    and the command has cleaned what it shows.
+    """
 
     data: Any
     text: str | Callable[[], str]
     exit_code: int = OK
+    is_styled: bool = False
 
 
 def print_version(wanted: bool) -> None:
@@ -107,13 +113,13 @@ def run_guarded(work: Callable[[], Answer], *, as_json: bool, quiet: bool, verbo
         with _messages(quiet=quiet, verbose=verbose), terminating_as_interrupt():
             answer = work()
             text = "" if as_json else _text_of(answer)
-        show(_as_json(answer.data) if as_json else text)
+        show(_as_json(answer.data) if as_json else text if answer.is_styled else printable(text))
         return answer.exit_code
     except (typer.Exit, typer.Abort):
         raise
     except BaseException as error:
         message, code = explain(error)
-        print(message, file=stderr)
+        print(printable(message), file=stderr)
         if os.environ.get("VLSI_CACHE_DEBUG") == "1":
             traceback.print_exception(error, file=stderr)
         return code
@@ -175,7 +181,7 @@ def _messages(*, quiet: bool, verbose: bool) -> Iterator[None]:
 
 
 def _show_warning(message: Warning | str, *_where: Any, **_more: Any) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+    print(printable(f"warning: {message}"), file=sys.stderr)
 
 
 def _text_of(answer: Answer) -> str:
@@ -185,7 +191,9 @@ def _text_of(answer: Answer) -> str:
 def _as_json(data: Any) -> str:
     """JSON as its standard has it: a number that is not finite is null."""
     text = json.dumps(data, default=_plain)
-    return json.dumps(json.loads(text, parse_constant=lambda _: None), indent=1, ensure_ascii=False)
+    text = json.dumps(json.loads(text, parse_constant=lambda _: None), indent=1, ensure_ascii=False)
+    # JSON leaves the second set of controls and the marks of direction as they are; in a string each may be escaped.
+    return UNSAFE.sub(lambda found: found[0] if found[0] == "\n" else f"\\u{ord(found[0]):04x}", text)
 
 
 def _plain(value: Any) -> Any:

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlsi_cache.errors import SpecError
+from vlsi_cache.layer_names import parse_layers
+from vlsi_cache.printable import printable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,8 +22,6 @@ def sample_grid(path: Path, sample_id: str, *, top: int, layers: str | None, tok
     """JSON-ready: the sample's tokens and what the layers say, see report.example.grid_of."""
     from vlsi_cache.report.example import grid_of
     from vlsi_cache.store.reader import open
-
-    from .change import parse_layers
 
     cache = open(path, allow_incomplete=True)
     chosen = None if layers is None else parse_layers(layers)
@@ -74,7 +74,7 @@ def grid_text(grid: dict[str, Any]) -> str:
 def _head(grid: dict[str, Any]) -> list[str]:
     kind = f" ({grid['kind']})" if grid["kind"] else ""
     counts = f"{len(grid['tokens'])} of {grid['num_response_tokens']} response tokens"
-    lines = [f"sample {grid['id']}{kind}, {counts}"]
+    lines = [printable(f"sample {grid['id']}{kind}, {counts}", keep="")]
     if grid["row_kind"] == "sampled":
         lines += ["word and its share of the draws in %; * is the word of the response"]
         lines += ["below: entropy in nats, rank of the response's word among the draws"]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from vlsi_cache.errors import command_line
+from vlsi_cache.errors import SpecError, command_line
 from vlsi_cache.progress import say
 
 from .output import STAGES, Answer, command
@@ -28,11 +28,20 @@ def register(app: typer.Typer) -> None:
         command(app, name, panel=STAGES, example=f"vlsi-cache {example}")(function)
 
 
-def plan(spec: SpecName, sets: Sets = None) -> Answer:
-    """Price a build before it runs: bytes, memory, hours."""
+def plan(
+    spec: SpecName,
+    sets: Sets = None,
+    gpu: Annotated[
+        str, typer.Option(metavar="NAME", help="Whose hours: A100, B200, H100, H200, L40S, MI300X or RTX 4090.")
+    ] = "H100",
+) -> Answer:
+    """Price a build before it runs: bytes, memory, hours.
+
+    Hours are those of one GPU that reaches 40 % of its dense bf16 peak.
+    """
     import vlsi_cache as vc
 
-    priced = vc.plan(vc.load_spec(spec, overrides=sets or []))
+    priced = vc.plan(vc.load_spec(spec, overrides=sets or []), gpu=gpu)
     return Answer(priced.as_dict(), str(priced))
 
 
@@ -59,6 +68,7 @@ def generate(
     """
     import vlsi_cache as vc
 
+    _refuse_twice(sets, {"run.device": device, "data.limit": limit})
     resolved = vc.load_spec(spec, overrides=sets or [])
     result = vc.generate(
         resolved,
@@ -101,13 +111,21 @@ def _sets(*overrides: str) -> str:
     return " ".join(f"--set {shlex.quote(one)}" for one in overrides)
 
 
+def _refuse_twice(sets: list[str] | None, flags: dict[str, Any]) -> None:
+    """A flag and a --set of the same setting: one of them would be passed over."""
+    set_keys = {one.partition("=")[0].strip() for one in sets or []}
+    for key in (key for key, value in flags.items() if value is not None and key in set_keys):
+        flag = f"--{key.rpartition('.')[2].replace('_', '-')}"
+        raise SpecError(f"{flag} and --set {key} say the same; leave one of them out")
+
+
 def train_verbalizers(
     spec: SpecName,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Where the verbalizers go.")],
     sets: Sets = None,
     device: Device = None,
     layers: Annotated[
-        str | None, typer.Option(metavar="A:B|2,6,10", help="Only these target layers; A and B are included.")
+        str | None, typer.Option(metavar="LIST", help="Only these target layers, e.g. 2-38 or 2,6,10.")
     ] = None,
     rank: Annotated[int, typer.Option(min=0, help="Number of this process, from 0.")] = 0,
     world: Annotated[
@@ -122,6 +140,7 @@ def train_verbalizers(
     import vlsi_cache as vc
     from vlsi_cache.spec import as_override
 
+    _refuse_twice(sets, {"run.device": device})
     resolved = vc.load_spec(spec, overrides=sets or [])
     run = vc.train_verbalizers(resolved, out=out, device=device, layers=layers, rank=rank, world=world)
     folder = run / "verbalizers"
@@ -155,6 +174,7 @@ def build_teacher(
     import vlsi_cache as vc
 
     flags = {"run.batch_tokens": batch_tokens, "run.kernels": kernels}
+    _refuse_twice(sets, {**flags, "run.device": device})
     given = [f"{key}={value}" for key, value in flags.items() if value is not None]
     resolved = vc.load_spec(spec, overrides=[*(sets or []), *given])
     cache = vc.build_teacher(resolved, out=out, device=device, rank=rank, world=world)
@@ -185,6 +205,7 @@ def distill(
     """
     import vlsi_cache as vc
 
+    _refuse_twice(sets, {"run.device": device, "distill.student": student, "distill.recipe": recipe})
     run = vc.distill(cache, student=student, out=out, recipe=recipe, overrides=sets or [], device=device)
     facts = {"run": run, "student": Path(run) / "student", "report": _report_in(run)}
     lines = [f"run: {run}", f"student: {Path(run) / 'student'}", f"next: {command_line('evaluate', out)}"]
@@ -193,15 +214,15 @@ def distill(
 
 def evaluate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run, or a model folder together with --spec.")],
-    spec: Annotated[str | None, typer.Option(metavar="SPEC", help="Held-out rows of this spec; not kept.")] = None,
+    spec: Annotated[str | None, typer.Option(metavar="SPEC", help="Held-out rows of this spec, not the run's.")] = None,
     cache: Annotated[
         Path | None, typer.Option(metavar="CACHE", help="Also measure the distance to the teacher of this cache.")
     ] = None,
     verbalizers: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Read the layers through these, or those of this run.")
     ] = None,
-    beams: Annotated[int | None, typer.Option(min=1, metavar="N", help="Answer by beam search; not kept.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N rows; shown and not kept.")] = None,
+    beams: Annotated[int | None, typer.Option(min=1, metavar="N", help="Answer by beam search.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N rows.")] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Let the model run code of its own.")
     ] = False,
@@ -209,8 +230,10 @@ def evaluate(
 ) -> Answer:
     """Measure a student on held-out rows.
 
-    Exact match of the answers per kind of question, perplexity, and the loss of each verbalized layer; with --cache
-    (built over held-out rows) also the KL to the teacher, and how often both name the same word first.
+    Exact match of the answers (all, and per kind of question), perplexity, and the loss of each verbalized layer, kept
+    in RUN/evaluation.json. With --cache (built over held-out rows) also, for every token, the KL to the teacher and how
+    often both name the same word first, and the KL of every layer to every layer of the teacher. Results of --limit,
+    --spec, --beams or --verbalizers are shown and not kept. Starts again when it is run again.
     """
     import vlsi_cache as vc
     from vlsi_cache.report.evaluation import evaluation_table

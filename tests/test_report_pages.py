@@ -61,6 +61,15 @@ def checked(file: Path, *, num_figures: int) -> str:
     assert not re.search(r"https?://|@import|url\((?!#)", html)
     assert page.tags.count("svg") == num_figures
     assert "<script" not in html
+    # Figures shrink with the window and are no wider than the column; tables scroll in a box of their own.
+    figures = re.findall(r"<svg[^>]*>", html)
+    assert all("viewBox=" in one for one in figures)
+    widths = [int(one) for one in re.findall(r'<svg[^>]*style="width: (\d+)px"', html)]
+    assert len(widths) == len(figures)
+    assert max(widths, default=0) <= 62 * 16 - 2 * 1.2 * 16
+    assert "max-width: 100%" in html
+    assert html.count("<table") == html.count('<div class="scroll"><table')
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", html)
     return html
 
 

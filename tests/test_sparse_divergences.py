@@ -85,7 +85,7 @@ class Case:
         head = {names[key]: value for key, value in self.head_options.items()}
         return sparse_kl(
             self.hidden_TD, self.weight_VD, self.rows, divergence=divergence, tau=tau, taus=(1.0, 2.0),
-            weights_T=weights_T, **head,
+            weights_T=weights_T, v_real=40, **head,
         )  # fmt: skip
 
     def expected(self, divergence: Divergence, tau: float = 1.0) -> Tensor:

@@ -1,5 +1,7 @@
 """Specs: every mistake at once, with a guess; paths stay below the spec's folder; overrides are recorded."""
 
+import json
+import os
 import re
 from pathlib import Path
 from typing import Any, get_args
@@ -14,7 +16,17 @@ from vlsi_cache.errors import SpecError
 from vlsi_cache.sparse.divergences import Divergence, DivergenceName
 from vlsi_cache.sparse.drawing import Matching, MatchingMode
 from vlsi_cache.sparse.kernels import Kernels
-from vlsi_cache.spec import CacheSpec, InteractSpec, RunSpec, Schedule, apply_overrides, change, spec_from_dict
+from vlsi_cache.spec import (
+    CacheSpec,
+    DistillSpec,
+    InteractSpec,
+    RunSpec,
+    Schedule,
+    apply_overrides,
+    change,
+    spec_from_dict,
+)
+from vlsi_cache.unused import unused_by_recipe
 
 MINIMAL = {
     "name": "minimal",
@@ -101,8 +113,8 @@ def test_overrides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("rows.top_k", "write key=value"),
         ("name.x=1", "not a section"),
         ("rows.x=1", "no such"),
-        ("distill.seed=[a", r"`--set distill.seed=\[a`: the value is not YAML"),
-        ("name=2026-13-45", "`--set name=2026-13-45`: the value is not YAML: month must be in 1..12"),
+        ("distill.seed=[a", r"`--set distill.seed=\[a`: it is not YAML"),
+        ("name=2026-13-45", "`--set name=2026-13-45`: line 1: `2026-13-45` is no value: month must be in 1..12"),
     ):
         with pytest.raises(SpecError, match=message):
             vc.load_spec(write(tmp_path), overrides=[override])
@@ -113,6 +125,112 @@ def test_overrides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert vc.load_spec(write(tmp_path), overrides=["data.path=rows.jsonl"]).data.path == str(
         Path("rows.jsonl").resolve()
     )
+
+
+R = "teacher: {model: org/teacher, layers: [2]}\ndata: {path: rows.jsonl}\n"
+BILLION = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 10)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (BILLION, "line 1: `d.7.8.8.9`: its aliases stand for more than 10000 values"),
+        ("a: &a {x: 1}\nb: {<<: [*a, *a]}\nname: x\nname: y", "`name` is named twice, in line 3 and line 4"),
+        ("rows: {top_k: 1, top_k: 2}", "`rows.top_k` is named twice, in line 1 and line 1"),
+        ("name: x\nzz: &t {x: *t}", "line 2: `zz.x`: it refers to itself"),
+        ("name: " + "[" * 3000 + "]" * 3000, "nested more than 32 deep"),
+        ("name: [" + "1, " * 20000 + "]", "more than 10000 values"),
+        ("name: 2026-13-45", "line 1: `name`: `2026-13-45` is no value: month must be in 1..12"),
+        ("name: 2026-11-05", "`2026-11-05` is read as a timestamp; put it in quotes if it is a text"),
+        ("rows: {top_k: " + "9" * 6000 + "}", "line 1: `rows.top_k`: `9999"),
+        ("rows: {top_k: 0x" + "f" * 9000 + "}", "`rows.top_k`: a number of 36000 bits is beyond any sense"),
+        ("store: {part_mib: .inf}", "`store.part_mib`: `inf` is not a finite number"),
+        ("data: {options: {x: [.nan]}}", "`data.options.x.0`: `nan` is not a finite number"),
+        ("1: x", "the key `1` is not a text; put it in quotes"),
+        ("on: x", "the key `on` is not a text"),
+        ("? [a]\n: x", "the key `a list or section` is not a text"),
+        ("name: !!binary aGk=", "`aGk=` is read as a binary"),
+        ("name: !!set {a}", "`set` is no kind of value"),
+        ("name: !!python/object:os.system x", "could not determine a constructor"),
+        ("name: x\n---\nname: y", "it is not YAML: expected a single document"),
+    ],
+    ids=lambda text: text[:24],
+)
+def test_yaml_that_no_spec_needs_is_one_line_that_names_the_spec(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "bad.yaml").write_text(text + "\n")
+    with pytest.raises(SpecError, match=re.escape(message)) as caught:
+        vc.load_spec(tmp_path / "bad.yaml")
+    assert str(caught.value).startswith(f"spec `{tmp_path / 'bad.yaml'}`")
+    assert len(str(caught.value).splitlines()) == 1
+    assert len(str(caught.value)) < 400
+    with pytest.raises(SpecError, match=r"1 mistake\(s\)"):  # the same reader reads what is set
+        vc.load_spec("demo", overrides=["data.options=" + text])
+
+
+def test_files_that_are_no_spec(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "huge.yaml").write_bytes(b"#" * 300_000)
+    (tmp_path / "binary.yaml").write_bytes(b"\x7fELF\xff\xfe")
+    for name, message in (
+        ("", "is a folder"),
+        ("pipe", "is a pipe or device"),
+        ("huge.yaml", "has 300,000 bytes"),
+        ("binary.yaml", "it is no text"),
+        ("x" * 5000, "cannot be read: File name too long"),
+        ("binary.yaml/more", "no spec `"),
+        ("a\0b", "null byte"),
+    ):
+        with pytest.raises(SpecError, match=re.escape(message)) as caught:
+            vc.load_spec(tmp_path / name)
+        assert len(str(caught.value).splitlines()) == 1
+
+
+def test_an_alias_is_a_copy_and_a_key_is_set_once(tmp_path: Path) -> None:
+    schedules = "train_verbalizers: {schedule: &s {steps: 5}}\ndistill: {verbalize: *s}\n"
+    (tmp_path / "spec.yaml").write_text("name: x\n" + R + schedules)
+    spec = vc.load_spec(tmp_path / "spec.yaml", overrides=["distill.verbalize.steps=7", "evaluate.data.path=/x.jsonl"])
+    assert (spec.distill.verbalize.steps, spec.train_verbalizers.schedule.steps) == (7, 5)
+    again = apply_overrides(vc.load_spec(tmp_path / "spec.yaml"), ["evaluate.data.path=/x.jsonl"])
+    assert again.evaluate == spec.evaluate is not None  # from a spec in which it is null
+    with pytest.raises(SpecError, match=r"`rows\.top_k` is set twice"):
+        vc.load_spec("demo", overrides=["rows.top_k=8", "rows.top_k=16"])
+
+
+def _numbers(section: Any, prefix: str = "") -> list[str]:
+    """The dotted keys of all numbers of a section and those in it."""
+    found = []
+    for name, field in section.model_fields.items():
+        text = str(field.annotation)
+        inner = next((x for x in (field.annotation, *get_args(field.annotation)) if hasattr(x, "model_fields")), None)
+        if inner is not None:
+            found += _numbers(inner, f"{prefix}{name}.")
+        elif ("int" in text or "float" in text) and "Any" not in text:
+            found.append(f"{prefix}{name}")
+    return found
+
+
+def test_every_number_of_a_spec_has_bounds_and_is_no_yes_or_no() -> None:
+    stored = vc.load_spec("demo").model_dump(mode="json")
+    keys = _numbers(CacheSpec)
+    assert len(keys) > 50
+    for key in keys:
+        for wrong in (10**15, -1, float("inf"), float("nan"), True):
+            values = json.loads(json.dumps(stored))
+            *parents, last = key.split(".")
+            section = values
+            for name in parents:
+                section = section[name]
+            is_list = last in ("layers", "taus")
+            section[last] = [1.0, wrong] if is_list else wrong
+            if {"steps", "epochs"} <= set(section):
+                section["steps" if last != "steps" else "epochs"] = None
+            with pytest.raises(SpecError, match=rf"the spec in run.json has \d+ mistake.*\n.*`{last}|{key}"):
+                spec_from_dict(values, where="run.json")
+    for wrong in ([], None, "x"):
+        with pytest.raises(SpecError, match="not a section of keys"):
+            spec_from_dict(wrong, where="run.json")  # type: ignore[arg-type]
 
 
 def test_layers_named_twice_must_agree(tmp_path: Path) -> None:
@@ -217,3 +335,62 @@ def test_batch_tokens_may_be_left_open(tmp_path: Path) -> None:
             vc.load_spec(write(tmp_path, run={"batch_tokens": wrong}))
     with pytest.raises(SpecError, match=r"`run\.kernels`.*'auto', 'eager' or 'compiled'"):
         vc.load_spec(write(tmp_path, run={"kernels": "triton"}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rows": {"num_draws": 50}}, "`rows.num_draws` does nothing with `rows.kind: top-k`"),
+        ({"rows": {"kind": "sampled", "top_k": 8}}, "`rows.top_k` does nothing with `rows.kind: sampled`"),
+        ({"rows": {"kind": "sampled", "tail_samples": 4}}, "`rows.tail_samples` does nothing"),
+        ({"data": {"generator": "demo", "media_root": "x"}}, "`data.media_root` does nothing with a `generator`"),
+        (
+            {"evaluate": {"data": {"generator": "demo", "media_root": "x"}}},
+            "`evaluate.data.media_root` does nothing with a `generator`",
+        ),
+    ],
+)
+def test_settings_that_would_do_nothing_are_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(SpecError, match=re.escape(message)):
+        vc.load_spec(write(tmp_path, **changes))
+
+
+def test_a_stored_spec_names_all_defaults_and_stays_readable(tmp_path: Path) -> None:
+    for rows in ({}, {"kind": "sampled", "num_draws": 7}, {"tail_samples": 0}):
+        spec = vc.load_spec(write(tmp_path, rows=rows))
+        stored = spec.model_dump(mode="json")
+        assert spec_from_dict(stored, where="run.json") == spec
+        # What is printed can be pasted into a file, but for what does nothing there.
+        assert apply_overrides(spec, ["distill.seed=1"]).rows == spec.rows
+    # Another kind of rows on the command line replaces what the file says of the old kind, and nothing else.
+    file = write(tmp_path, rows={"top_k": 8, "taus": [1.0, 2.0]})
+    assert vc.load_spec(file, overrides=["rows.kind=sampled", "rows.num_draws=9"]).rows.num_draws == 9
+    with pytest.raises(SpecError, match=r"`rows\.top_k` does nothing with `rows\.kind: sampled`"):
+        vc.load_spec(file, overrides=["rows.kind=sampled", "rows.top_k=4"])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "used", "unused"),
+    [
+        (
+            "sft",
+            ["interact.schedule.steps=3", "verbalize.epochs=2", "lora.rank=2", "sft.mode=full", "seed=1"],
+            ["interact.tau=2", "interact.schedule.warmup=0", "verbalize.learning_rate=1", "layers=[1]", "num_layers=2"],
+        ),
+        (
+            "last",
+            ["interact.last=jsd", "interact.schedule.learning_rate=1", "lora.alpha=2", "interact.alpha_ce=0.5"],
+            ["interact.intermediate=jsd", "interact.matching=order", "interact.beta=0.1", "verbalize.clip_norm=2"],
+        ),
+        ("vlsi", ["interact.matching=order", "layers=[1]", "verbalize.learning_rate=1"], []),
+    ],
+)
+def test_settings_of_stages_that_a_recipe_does_not_run(recipe: Any, used: list[str], unused: list[str]) -> None:
+    distill = DistillSpec(recipe=recipe)
+    for group, wanted in ((used, []), (unused, unused)):
+        said = [f"distill.{one}" for one in group]
+        assert unused_by_recipe(distill, said) == [f"distill.{one}" for one in wanted]
+    assert unused_by_recipe(distill, ["verbalizer.loss=ce"]) == ([] if recipe == "vlsi" else ["verbalizer.loss=ce"])
+    # An adapter that no stage trains.
+    full = DistillSpec.model_validate({"recipe": "sft", "sft": {"mode": "full"}})
+    assert unused_by_recipe(full, ["distill.lora.rank=2"]) == ["distill.lora.rank=2"]

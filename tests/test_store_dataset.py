@@ -1,6 +1,7 @@
 """The map-style dataset: any order, any process, the same rows; and the sampler that makes it fast."""
 
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from test_store_cases import build, make_case
 
 import vlsi_cache as vc
-from vlsi_cache.errors import DataError, SpecError
+from vlsi_cache.errors import DataError, ModelError, SpecError
 from vlsi_cache.store.sampler import PartWindowReader
 
 LENGTHS = [[2, 1, 3], [1], [2, 2], [4, 1, 1, 1]]
@@ -71,3 +72,46 @@ def test_spawned_workers_of_a_data_loader(root: Path) -> None:
         dataset, batch_size=3, sampler=sampler, num_workers=2, multiprocessing_context="spawn", collate_fn=list
     )
     assert [row.sample_id for batch in loader for row in batch] == [dataset[i].sample_id for i in sampler]
+
+
+def test_a_row_of_a_cache_knows_its_vocabulary_and_temperatures(root: Path) -> None:
+    import torch
+    from torch.nn import functional as F
+
+    cache = vc.open(root)
+    row, v_real, width = cache["s0"], cache.header.v_real, cache["s0"].top_k
+    torch.manual_seed(0)
+    hidden_TD, weight_VD = torch.randn(row.num_tokens, 8), torch.randn(v_real + 30, 8)
+    weight_VD[v_real:] *= 20  # padding rows that would take nearly all of the probability
+    # The bucketed KL of the last layer, written down: the kept ids and one bucket for the rest of the vocabulary.
+    q_TV = F.softmax((hidden_TD @ weight_VD[:v_real].T).double(), 1)
+    ids_TK = torch.from_numpy(row.ids_LTK[-1].astype("int64"))
+    logp_TK, tail_T = torch.from_numpy(row.logprobs_LTK[-1]).double(), torch.from_numpy(row.tail_mass_LT[-1]).double()
+    q_TK = q_TV.gather(1, ids_TK)
+    kept_T = torch.where(logp_TK.exp() > 0, logp_TK.exp() * (logp_TK - q_TK.log()), 0.0).sum(1)
+    wanted = (kept_T + tail_T * (tail_T.log() - (1 - q_TK.sum(1)).log())).mean().item()
+    assert width < v_real
+    for carried in (row, vc.CacheDataset(cache)[list(cache).index("s0")], row.layer(-1)):
+        said = {} if hasattr(carried, "v_real") else {"v_real": v_real}
+        assert vc.sparse_kl(hidden_TD, weight_VD, carried, **said).item() == pytest.approx(wanted, rel=1e-4)
+    assert vc.sparse_kl(hidden_TD, vc.Head(weight_VD), row, v_real=v_real).item() == pytest.approx(wanted, rel=1e-4)
+    capped = vc.sparse_kl(hidden_TD, weight_VD, row, logit_scale=0.5, logit_cap=3.0)
+    assert vc.sparse_kl(hidden_TD, vc.Head(weight_VD, 0.5, 3.0), row).item() == capped.item() != pytest.approx(wanted)
+
+    with pytest.raises(
+        DataError, match=rf"do not carry the size of their vocabulary, and the head's {v_real + 30} rows"
+    ):
+        vc.sparse_kl(hidden_TD, weight_VD, row.layer(-1))
+    with pytest.raises(DataError, match=rf"`v_real` is {v_real - 1}, and these rows carry {v_real}"):
+        vc.sparse_kl(hidden_TD, weight_VD, row, v_real=v_real - 1)
+    with pytest.raises(ModelError, match=rf"`v_real` is {v_real}, the head has {v_real - 1} rows"):
+        vc.sparse_kl(hidden_TD, weight_VD[: v_real - 1], row)
+    grid = list(map(float, cache.header.taus))
+    with pytest.raises(DataError, match=re.escape(f"`tau` is 3.0, and the rows hold {grid} only")):
+        vc.sparse_kl(hidden_TD, weight_VD, row, tau=3.0)
+    with pytest.raises(DataError, match=r"`taus` is \(1\.0, 3\.0\), and these rows carry"):
+        vc.sparse_kl(hidden_TD, weight_VD, row, tau=3.0, taus=[1.0, 3.0])
+    with pytest.raises(DataError, match=r"`layer` is 9, and the rows have 4 layers"):
+        vc.sparse_kl(hidden_TD, weight_VD, row, layer=9)
+    with pytest.raises(ModelError, match="this `Head` has its own"):
+        vc.sparse_kl(hidden_TD, vc.Head(weight_VD), row, logit_scale=2.0)

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .report.matches import match
     from .sparse.divergences import Divergence
     from .sparse.kl import sparse_kl
+    from .sparse.logits import Head
     from .spec import CacheSpec, DistillSpec, load_spec
     from .stages.ablate import ablate
     from .stages.build import build_teacher
@@ -30,6 +31,7 @@ _HOME = {
     "CacheSpec": "spec",
     "DistillSpec": "spec",
     "Divergence": "sparse.divergences",
+    "Head": "sparse.logits",
     "PartWindowSampler": "store.dataset",
     "VlsiCacheError": "errors",
     "ablate": "stages.ablate",
@@ -56,6 +58,7 @@ __all__ = [
     "CacheSpec",
     "DistillSpec",
     "Divergence",
+    "Head",
     "PartWindowSampler",
     "VlsiCacheError",
     "ablate",

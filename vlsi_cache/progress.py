@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Any, TypeVar
 
+from vlsi_cache.printable import printable
+
 LINE_S = 60.0  # between two lines where there is no terminal
 
 Item = TypeVar("Item")
@@ -19,7 +21,7 @@ def say(message: str) -> None:
     """One line for a person, on standard error and above any progress bar."""
     from tqdm import tqdm
 
-    tqdm.write(message, file=sys.stderr)
+    tqdm.write(printable(message), file=sys.stderr)
 
 
 def progress(

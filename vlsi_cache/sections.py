@@ -9,7 +9,17 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from .errors import SpecError
-from .training_sections import DistillSpec, Dtype, Seed, Strict, TargetLayers, TrainVerbalizersSpec, VerbalizerSpec
+from .training_sections import (
+    MAX_LAYERS,
+    Count,
+    DistillSpec,
+    Dtype,
+    Seed,
+    Strict,
+    TargetLayers,
+    TrainVerbalizersSpec,
+    VerbalizerSpec,
+)
 
 DEFAULT_BATCH_TOKENS = 8192
 
@@ -24,7 +34,7 @@ class TeacherSpec(Strict):
     attn_implementation: str | None = None
     trust_remote_code: bool = False
     layers: TargetLayers = "auto"
-    num_layers: Annotated[int, Field(ge=0)] = 0
+    num_layers: Annotated[int, Field(ge=0, le=MAX_LAYERS)] = 0
     verbalizers: str | None = None
 
     @model_validator(mode="after")
@@ -49,10 +59,10 @@ class DataSpec(Strict):
     media_root: str | None = None
     generator: str | None = None
     options: dict[str, Any] = Field(default_factory=dict)
-    limit: Annotated[int, Field(ge=1)] | None = None
-    max_length: Annotated[int, Field(ge=8)] = 4096
-    min_pixels: Annotated[int, Field(ge=1)] | None = None
-    max_pixels: Annotated[int, Field(ge=1)] | None = None
+    limit: Annotated[int, Field(ge=1, le=2**40)] | None = None
+    max_length: Annotated[int, Field(ge=8, le=2**24)] = 4096
+    min_pixels: Annotated[int, Field(ge=1, le=2**31)] | None = None
+    max_pixels: Annotated[int, Field(ge=1, le=2**31)] | None = None
     bad_rows: Literal["refuse", "list"] = "refuse"
     template: dict[str, Any] = Field(default_factory=dict)
     prompt: Literal["generation", "template"] = "generation"
@@ -78,7 +88,7 @@ class TokensSpec(Strict):
     `random`: this share, drawn from `rows.seed` and the sample's id.
     """
 
-    entropy_above: Annotated[float, Field(ge=0)] | None = None
+    entropy_above: Annotated[float, Field(ge=0, le=100)] | None = None
     entropy_top: Annotated[float, Field(gt=0, le=1)] | None = None
     random: Annotated[float, Field(gt=0, le=1)] | None = None
 
@@ -103,12 +113,12 @@ class RowsSpec(Strict):
     """
 
     kind: Literal["top-k", "sampled"] = "top-k"
-    top_k: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], ...] = 64
+    top_k: Count | Annotated[tuple[Count, ...], Field(max_length=MAX_LAYERS + 1)] = 64
     top_p: Annotated[float, Field(gt=0, lt=1)] | None = None
-    min_k: Annotated[int, Field(ge=1)] = 1
+    min_k: Count = 1
     num_draws: Annotated[int, Field(ge=1, le=65535)] = 50
     tail_samples: Annotated[int, Field(ge=0, le=64)] = 4
-    taus: tuple[Annotated[float, Field(gt=0)], ...] = (1.0,)
+    taus: Annotated[tuple[Annotated[float, Field(gt=0, le=1e3)], ...], Field(max_length=16)] = (1.0,)
     select_tokens: TokensSpec = TokensSpec()
     seed: Seed = 0
 
@@ -149,7 +159,7 @@ class StoreSpec(Strict):
     """
 
     profile: Literal["default", "exact", "fast"] = "default"
-    part_mib: Annotated[float, Field(gt=0)] = 64.0
+    part_mib: Annotated[float, Field(gt=0, le=2**16)] = 64.0
 
 
 class EvaluateSpec(Strict):
@@ -157,9 +167,9 @@ class EvaluateSpec(Strict):
 
     data: DataSpec
     generate: bool = True
-    num_beams: Annotated[int, Field(ge=1)] = 1
-    max_new_tokens: Annotated[int, Field(ge=1)] = 64
-    batch_size: Annotated[int, Field(ge=1)] = 16
+    num_beams: Annotated[int, Field(ge=1, le=1024)] = 1
+    max_new_tokens: Count = 64
+    batch_size: Count = 16
 
     @model_validator(mode="after")
     def _beams_search_answers(self) -> "EvaluateSpec":
@@ -177,7 +187,7 @@ class RunSpec(Strict):
     """
 
     device: str = "auto"
-    batch_tokens: Literal["auto"] | Annotated[int, Field(ge=1)] = DEFAULT_BATCH_TOKENS
+    batch_tokens: Literal["auto"] | Annotated[int, Field(ge=1, le=2**31)] = DEFAULT_BATCH_TOKENS
     kernels: Literal["auto", "eager", "compiled"] = "auto"
 
     @property

@@ -8,15 +8,16 @@ import difflib
 import glob
 import importlib.resources
 import json
+import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from .disk import refuse_url, url_problem
 from .errors import SpecError, list_problems
+from .plain_yaml import parse_yaml, plain_problems, short
 from .sections import CacheSpec, DataSpec, EvaluateSpec, RowsSpec, RunSpec, StoreSpec, TeacherSpec, TokensSpec
 from .training_sections import (
     BatchReduction,
@@ -33,6 +34,7 @@ from .training_sections import (
     TrainVerbalizersSpec,
     VerbalizerSpec,
 )
+from .unused import unused_keys
 
 __all__ = [
     "BatchReduction",
@@ -65,6 +67,8 @@ __all__ = [
 
 Section = TypeVar("Section", bound=Strict)
 
+MAX_FILE_BYTES = 1 << 18
+GIVE = "give a .yaml file"
 PATH_KEYS = frozenset({"path", "media_root", "model", "verbalizers", "student"})
 
 
@@ -83,10 +87,9 @@ def load_spec(name: str | Path, *, overrides: Iterable[str] = ()) -> CacheSpec:
     refuse_url(name, "spec")
     file = shipped_specs().get(str(name)) or Path(name)
     values = _read_yaml(file)
-    problems = [*_resolve_paths(values, file.resolve().parent)]
-    for override in overrides:
-        problems += _apply_override(values, override)
-    problems += _validate(values)
+    problems, overrides = [*_resolve_paths(values, file.resolve().parent)], list(overrides)
+    problems += _apply_overrides(values, overrides)
+    problems += _validate(values) or unused_keys(values, CacheSpec.model_validate(values), overrides)
     if problems:
         raise SpecError(f"spec `{name}` has {len(problems)} mistake(s):\n{list_problems(problems, limit=30)}")
     return CacheSpec.model_validate(values)
@@ -94,6 +97,8 @@ def load_spec(name: str | Path, *, overrides: Iterable[str] = ()) -> CacheSpec:
 
 def spec_from_dict(values: dict[str, Any], *, where: str) -> CacheSpec:
     """The spec stored in a cache or run; raises SpecError that names `where`."""
+    if not isinstance(values, dict):
+        raise SpecError(f"the spec in {where} is a {type(values).__name__}, not a section of keys")
     problems = _validate(values)
     if problems:
         raise SpecError(f"the spec in {where} has {len(problems)} mistake(s):\n{list_problems(problems, limit=30)}")
@@ -103,7 +108,7 @@ def spec_from_dict(values: dict[str, Any], *, where: str) -> CacheSpec:
 def apply_overrides(spec: CacheSpec, overrides: Iterable[str]) -> CacheSpec:
     """A copy of `spec` with `key.sub=value` changes; raises SpecError that lists all mistakes."""
     values = spec.model_dump(mode="json")
-    problems = [problem for override in overrides for problem in _apply_override(values, override)]
+    problems = _apply_overrides(values, overrides)
     problems += _validate(values)
     if problems:
         raise SpecError(f"{len(problems)} mistake(s) in --set:\n{list_problems(problems, limit=30)}")
@@ -113,8 +118,8 @@ def apply_overrides(spec: CacheSpec, overrides: Iterable[str]) -> CacheSpec:
 def as_override(key: str, value: str) -> str:
     """`key=value` that `apply_overrides` reads as just this text; in quotes where YAML would read something else."""
     try:
-        is_read_as_it_is = yaml.safe_load(value) == value
-    except (yaml.YAMLError, ValueError):
+        is_read_as_it_is = parse_yaml(value) == value
+    except ValueError:
         is_read_as_it_is = False
     return f"{key}={value if is_read_as_it_is else json.dumps(value, ensure_ascii=False)}"
 
@@ -130,34 +135,64 @@ def change(section: Section, **changes: Any) -> Section:
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
-    if not file.is_file():
+    try:
+        found = file.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise SpecError(
+                f"spec `{file}` is a {'folder' if stat.S_ISDIR(found.st_mode) else 'pipe or device'}; {GIVE}"
+            )
+        if found.st_size > MAX_FILE_BYTES:
+            raise SpecError(f"spec `{file}` has {found.st_size:,} bytes, more than any spec needs; {GIVE}")
+        values = parse_yaml(file.read_bytes().decode("utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
         close = difflib.get_close_matches(str(file), shipped_specs(), n=1)
         guess = f"; did you mean `{close[0]}`?" if close else "."
-        raise SpecError(f"no spec `{file}`{guess} Shipped specs: {', '.join(shipped_specs())}; or give a .yaml file")
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SpecError(f"spec `{file}` is not YAML: {' '.join(str(error).split())}") from None
+        raise SpecError(
+            f"no spec `{short(file, 200)}`{guess} Shipped specs: {', '.join(shipped_specs())}; or {GIVE}"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise SpecError(f"spec `{file}` is not YAML: it is no text ({error.reason} at byte {error.start})") from None
+    except SpecError:
+        raise
+    except ValueError as error:  # also of a path that holds a zero byte
+        raise SpecError(f"spec `{short(file, 200)}`: {error}") from None
+    except OSError as error:
+        raise SpecError(f"spec `{short(file, 200)}` cannot be read: {error.strerror}") from None
     if not isinstance(values, dict):
         raise SpecError(f"spec `{file}` holds {type(values).__name__}, not `key: value` lines")
     return values
 
 
+def _apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> list[str]:
+    """Change `values`; the problems found on the way."""
+    problems: list[str] = []
+    seen: set[str] = set()
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        if key in seen:
+            problems.append(f"`--set {short(override)}`: `{key}` is set twice")
+        seen.add(key)
+        problems += _apply_override(values, override)
+    return problems
+
+
 def _apply_override(values: dict[str, Any], override: str) -> Iterator[str]:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        yield f"`--set {override}`: write key=value, for instance rows.top_k=32"
+        yield f"`--set {short(override)}`: write key=value, for instance rows.top_k=32"
         return
     *parents, last = key.strip().split(".")
     for name in parents:
-        values = values.setdefault(name, {})
+        if values.get(name) is None:
+            values[name] = {}
+        values = values[name]
         if not isinstance(values, dict):
-            yield f"`--set {override}`: `{name}` is not a section"
+            yield f"`--set {short(override)}`: `{name}` is not a section"
             return
     try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: what looks like a date and is none
-        yield f"`--set {override}`: the value is not YAML: {' '.join(str(error).split())}"
+        value = parse_yaml(text)
+    except ValueError as error:
+        yield f"`--set {short(override)}`: {error}"
         return
     if last in PATH_KEYS and (problem := url_problem(value, f"`--set {override}`:")):
         yield problem
@@ -173,7 +208,7 @@ def _apply_override(values: dict[str, Any], override: str) -> Iterator[str]:
 def _resolve_paths(values: dict[str, Any], folder: Path, prefix: str = "") -> Iterator[str]:
     """Make relative paths of the spec absolute; yields a problem for each that leaves the spec's folder."""
     for key, value in values.items():
-        if isinstance(value, dict) and key != "options":
+        if isinstance(value, dict) and key not in ("options", "template"):
             yield from _resolve_paths(value, folder, f"{prefix}{key}.")
         elif key in PATH_KEYS and (problem := url_problem(value, f"`{prefix}{key}`:")):
             yield problem
@@ -186,6 +221,8 @@ def _resolve_paths(values: dict[str, Any], folder: Path, prefix: str = "") -> It
 
 
 def _validate(values: dict[str, Any]) -> list[str]:
+    if problems := plain_problems(values):
+        return problems
     try:
         CacheSpec.model_validate(values)
     except ValidationError as error:
@@ -197,7 +234,7 @@ def _validate(values: dict[str, Any]) -> list[str]:
 def _is_other_branch(problem: dict[str, Any], problems: list[dict[str, Any]]) -> bool:
     """`auto` was not written, and what was written instead has a problem of its own."""
     loc = problem["loc"]
-    return loc[-1] == "literal['auto']" and any(
+    return loc[-1:] == ("literal['auto']",) and any(
         p is not problem and p["loc"][: len(loc) - 1] == loc[:-1] for p in problems
     )
 
@@ -209,7 +246,7 @@ def _describe(problem: dict[str, Any], whole: str = "spec") -> str:
         return f"`{key}`: no such key{_did_you_mean(loc)}"
     if problem["type"] == "missing":
         return f"`{key}`: is missing"
-    shown = "" if isinstance(problem["input"], dict | BaseModel) else f", got `{problem['input']}`"
+    shown = "" if isinstance(problem["input"], dict | BaseModel) else f", got `{short(problem['input'])}`"
     message = problem["msg"].removeprefix("Value error, ")
     return f"`{key or whole}`: {message}{shown}"
 

@@ -9,7 +9,12 @@ Recipe = Literal["vlsi", "last", "sft"]
 Structure = Literal["mlp", "mlp-x2", "verb-ffn", "verb-ffn-x2", "ffn", "ffn-x2", "decoder", "decoder-x2"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 BatchReduction = Literal["token", "sample"]
-TargetLayers = Literal["auto"] | tuple[Annotated[int, Field(ge=1)], ...]
+# Bounds that no model, machine or training comes near: what is beyond them was mistyped.
+MAX_LAYERS, MAX_STEPS, MAX_BATCH = 4096, 10**9, 2**20
+Count = Annotated[int, Field(ge=1, le=MAX_BATCH)]
+Factor = Annotated[float, Field(gt=0, le=1e6)]
+Layer = Annotated[int, Field(ge=1, le=MAX_LAYERS)]
+TargetLayers = Literal["auto"] | Annotated[tuple[Layer, ...], Field(max_length=MAX_LAYERS)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 Batched = TypeVar("Batched", "TrainVerbalizersSpec", "DistillSpec")
@@ -18,19 +23,32 @@ Batched = TypeVar("Batched", "TrainVerbalizersSpec", "DistillSpec")
 class Strict(BaseModel):
     """Base of all sections: unknown keys are refused, nothing changes after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _yes_is_no_number(cls, values: Any) -> Any:
+        """Yes and no would pass for 1 and 0."""
+        for key, value in values.items() if isinstance(values, dict) else ():
+            field = cls.model_fields.get(key)
+            if field is None or field.annotation is bool:
+                continue
+            for one in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(one, bool):
+                    raise ValueError(f"`{key}` is read as {one}, and yes or no is no value of it")
+        return values
 
 
 class Schedule(Strict):
     """Length and learning rate of one training stage: `steps` or `epochs`; one epoch when neither is named."""
 
-    steps: Annotated[int, Field(ge=1)] | None = None
-    epochs: Annotated[float, Field(gt=0)] | None = None
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
-    final_learning_rate: Annotated[float, Field(ge=0)] = 1e-6
+    steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] | None = None
+    epochs: Factor | None = None
+    learning_rate: Annotated[float, Field(gt=0, le=100)] = 1e-4
+    final_learning_rate: Annotated[float, Field(ge=0, le=100)] = 1e-6
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.03
-    clip_norm: Annotated[float, Field(gt=0)] = 1.0
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    clip_norm: Annotated[float, Field(gt=0, le=1e9)] = 1.0
+    weight_decay: Annotated[float, Field(ge=0, le=1e3)] = 0.0
 
     @model_validator(mode="before")
     @classmethod
@@ -79,10 +97,10 @@ class TrainVerbalizersSpec(Strict):
     """
 
     schedule: Schedule = Schedule(epochs=1)
-    batch_size: Annotated[int, Field(ge=1)] = 256
-    micro_batch_size: Annotated[int, Field(ge=1)] = 4
+    batch_size: Count = 256
+    micro_batch_size: Count = 4
     batch_reduction: BatchReduction = "token"
-    checkpoint_steps: Annotated[int, Field(ge=1)] = 200
+    checkpoint_steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] = 200
     seed: Seed = 0
 
     _whole_micro_batches = model_validator(mode="after")(_check_batches)
@@ -91,8 +109,8 @@ class TrainVerbalizersSpec(Strict):
 class LoraSpec(Strict):
     """Adapter on the linear layers of the language model; the vision tower is never adapted."""
 
-    rank: Annotated[int, Field(ge=1)] = 64
-    alpha: Annotated[float, Field(gt=0)] = 64.0
+    rank: Annotated[int, Field(ge=1, le=65536)] = 64
+    alpha: Factor = 64.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
@@ -120,23 +138,23 @@ class InteractSpec(Strict):
 
     schedule: Schedule = Schedule(epochs=1)
     mode: Literal["lora", "layers"] = "lora"
-    lambda_last: Annotated[float, Field(ge=0)] = 1.0
+    lambda_last: Annotated[float, Field(ge=0, le=1e6)] = 1.0
     intermediate: Operation = "forward_kl"
     last: Operation = "forward_kl"
     layer_reduction: Literal["sum", "mean"] = "sum"
     beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
     skew: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    tau: Annotated[float, Field(gt=0)] = 1.0
+    tau: Annotated[float, Field(gt=0, le=1e3)] = 1.0
     alpha_ce: Annotated[float, Field(ge=0, le=1)] = 0.0
     matching: Literal["vlsi", "order", "range", "multinomial", "bottom_k", "uniform", "uniform_stretch", "random"] = (
         "vlsi"
     )
     match_unit: Literal["batch", "sample"] = "batch"
     sampler: Literal["greedy", "joint"] = "greedy"
-    scale: Annotated[float, Field(gt=0)] = 2.0
+    scale: Factor = 2.0
     temperature: Literal["normalized", "printed", "fixed"] = "normalized"
-    fixed_temperature: Annotated[float, Field(gt=0)] = 1.0
-    bottom_k: Annotated[int, Field(ge=1)] = 1
+    fixed_temperature: Factor = 1.0
+    bottom_k: Layer = 1
     reliable_only: bool = False
     layers_full_until: Annotated[float, Field(ge=0, le=1)] = 1.0
     layers_zero_from: Annotated[float, Field(ge=0, le=1)] = 1.0
@@ -236,19 +254,19 @@ class DistillSpec(Strict):
     trust_remote_code: bool = False
     recipe: Recipe = "vlsi"
     layers: TargetLayers = "auto"
-    num_layers: Annotated[int, Field(ge=1)] = 7
+    num_layers: Layer = 7
     # A folder of verbalizers trained for this very student: `vlsi` takes them, and counts its verbalize steps as done.
     verbalizers: str | None = None
-    batch_size: Annotated[int, Field(ge=1)] = 512
-    micro_batch_size: Annotated[int, Field(ge=1)] = 4
+    batch_size: Count = 512
+    micro_batch_size: Count = 4
     batch_reduction: BatchReduction = "token"
     gradient_checkpointing: bool = False
     verbalize: Schedule = Schedule(epochs=1)
     interact: InteractSpec = InteractSpec()
     sft: SftSpec = SftSpec()
     lora: LoraSpec = LoraSpec()
-    checkpoint_steps: Annotated[int, Field(ge=1)] = 200
-    window_parts: Annotated[int, Field(ge=1)] = 4
+    checkpoint_steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] = 200
+    window_parts: Count = 4
     seed: Seed = 0
 
     @model_validator(mode="after")

@@ -293,6 +293,8 @@ def _package_folder(path: str) -> Path:
 def _local_folder(path: str | Path, revision: str | None, patterns: list[str], trust_remote_code: bool) -> Path:
     resolved = resolve_model(path)
     if Path(resolved).is_absolute():
+        if revision is not None:
+            raise ModelError(f"model `{resolved}` is a folder, and `revision` {revision} is of a hub id; leave it out")
         return Path(resolved)
     try:
         code = ["*.py"] if trust_remote_code else []

@@ -10,6 +10,7 @@ from torch import nn
 
 from vlsi_cache.disk import refuse_url
 from vlsi_cache.errors import ModelError
+from vlsi_cache.layer_names import parse_layers
 from vlsi_cache.outputs import check_apart
 
 from .layers import Backbone
@@ -18,17 +19,13 @@ from .load import Dtype, check_ours, load_model, resolve_model, weights_digest, 
 RECORD = "init_student.json"
 
 
-def parse_layers(text: str) -> list[int]:
-    """`0-5,24-29` -> [0, ..., 5, 24, ..., 29]; raises ModelError unless the numbers rise strictly."""
+def decoder_layers(text: str) -> list[int]:
+    """`0-5,24-29` -> [0, ..., 5, 24, ..., 29]; raises SpecError, or ModelError unless the numbers rise strictly."""
     layers: list[int] = []
-    for item in text.replace(" ", "").split(","):
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", item)
-        if match is None:
-            raise ModelError(f"layers `{text}`: `{item}` is neither a layer nor a range; write for instance 0-5,24-29")
-        first, last = int(match[1]), int(match[2] or match[1])
-        if first > last:
-            raise ModelError(f"layers `{text}`: the range `{item}` runs backwards")
-        layers += range(first, last + 1)
+    for layer in parse_layers(text):
+        if isinstance(layer, str):
+            raise ModelError(f"layers `{text}`: decoder layers are counted from 0 here; name `{layer}` by its number")
+        layers.append(layer)
     _check_rising(layers)
     return layers
 
@@ -49,7 +46,7 @@ def init_student(
     that is there is replaced only if it was made here. Raises ModelError, SpecError.
     """
     refuse_url(out, "out")
-    layers = parse_layers(layers) if isinstance(layers, str) else list(layers)
+    layers = decoder_layers(layers) if isinstance(layers, str) else list(layers)
     _check_rising(layers)
     path, out = str(teacher), Path(out)
     source = Path(resolve_model(path))

@@ -7,13 +7,13 @@ import base64
 import io
 import json
 from collections.abc import Callable, Sequence
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from vlsi_cache.disk import write_atomically
+from vlsi_cache.printable import html_text as escape
 
 from .page import paragraph
 from .stats import gold_ids, gold_ranks, read_json

@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vlsi_cache.printable import printable
+
 from .stats import LayerSummary, final_loss, smooth
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+COLUMN_PX = 950  # of the page's text column, 62rem without its padding
 # Colours that the page replaces by its own; any other colour stays as it is.
 INK, MUTED, LINE = "#1f2328", "#656d76", "#d1d9e0"
 PAGE_COLOURS = {INK: "var(--ink)", MUTED: "var(--muted)", LINE: "var(--line)"}
@@ -294,6 +297,6 @@ def svg_of(figure: "Figure", name: str, label: str) -> str:
     for colour, variable in PAGE_COLOURS.items():
         text = text.replace(colour, variable)
     text = re.sub(r'^(<svg[^>]*?)\swidth="[^"]*"', r"\1", re.sub(r'^(<svg[^>]*?)\sheight="[^"]*"', r"\1", text))
-    return text.replace(
-        "<svg", f'<svg role="img" aria-label="{label}" style="width: {96 * figure.get_figwidth():.0f}px"', 1
-    )
+    # As wide as it was drawn, but no wider than the page's column; a narrow window makes it smaller.
+    width = min(96 * figure.get_figwidth(), COLUMN_PX)
+    return printable(text.replace("<svg", f'<svg role="img" aria-label="{label}" style="width: {width:.0f}px"', 1))

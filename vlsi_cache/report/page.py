@@ -1,7 +1,6 @@
 """The page around a report: one HTML file with everything inside, for dark and light, wide and narrow."""
 
 from collections.abc import Iterable, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import yaml
 from vlsi_cache.disk import refuse_url, write_atomically
 from vlsi_cache.errors import SpecError
 from vlsi_cache.outputs import check_file
+from vlsi_cache.printable import html_text as escape
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 HEAD_BYTES = 4096
@@ -23,6 +23,7 @@ STYLE = """
 body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI",
   Roboto, "Helvetica Neue", Arial, sans-serif; }
 main { max-width: 62rem; margin: 0 auto; padding: 2.2rem 1.2rem 4rem; }
+h1, h2, p, figcaption, .tile { overflow-wrap: anywhere; }
 h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .3rem; letter-spacing: -.01em; }
 h2 { font-size: 1.15rem; margin: 2.8rem 0 .5rem; padding-top: 1.1rem; border-top: 1px solid var(--line); }
 p { margin: .5rem 0; max-width: 46rem; }
@@ -30,7 +31,7 @@ p { margin: .5rem 0; max-width: 46rem; }
 .note, figcaption { font-size: .88rem; }
 .warning { border-left: 4px solid var(--warm); background: var(--soft); padding: .55rem .9rem; }
 .scroll { overflow-x: auto; margin: .9rem 0; }
-svg { display: block; height: auto; max-width: none; }
+svg { display: block; height: auto; max-width: 100%; }
 figure { margin: 1.2rem 0; }
 figcaption { max-width: 46rem; margin-top: .35rem; }
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
@@ -48,7 +49,7 @@ tr.strong td { font-weight: 650; }
   background: #fff; }
 .example dl { margin: 0; flex: 1 1 16rem; }
 dt { color: var(--muted); font-size: .85rem; }
-dd { margin: 0 0 .7rem; }
+dd { margin: 0 0 .7rem; overflow-wrap: anywhere; }
 .grid td { text-align: center; padding: .32rem .5rem; min-width: 3.9rem; border: 2px solid var(--paper);
   border-radius: 5px; background: color-mix(in srgb, var(--accent) calc(var(--p) * 62%), var(--soft)); }
 .grid td small { display: block; color: var(--ink); opacity: .72; font-size: .72rem; line-height: 1.1; }

@@ -3,11 +3,14 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vlsi_cache.printable import printable
+
 RECIPE_NAMES = {"sft": "labels only", "last": "last layer", "vlsi": "all layers"}
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Aligned columns with a line under the head; a column that holds numbers only is set to the right."""
+    rows = [[printable(cell, keep="") for cell in row] for row in rows]
     columns = list(zip(headers, *rows, strict=True)) if rows else [(head,) for head in headers]
     widths = [max(map(len, column)) for column in columns]
     right = [bool(rows) and all(_is_number(cell) for cell in column[1:]) for column in columns]

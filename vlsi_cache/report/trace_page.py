@@ -1,9 +1,10 @@
 """What the layers of a model answer, each by itself: the record of a trace, its table and its page."""
 
 from dataclasses import asdict, dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
+
+from vlsi_cache.printable import html_text as escape
 
 from .example import picture_html, visible
 from .page import page, paragraph, section, write_page
@@ -85,13 +86,14 @@ def trace_page(trace: Trace) -> str:
     facts = [("prompt", trace.prompt), ("model", trace.model), ("verbalizers", trace.verbalizers)]
     listed = "".join(f"<dt>{name}</dt><dd>{escape(value)}</dd>" for name, value in facts)
     lines = "".join(_line_html(trace, one) for one in trace.said)
+    said = f'<div class="scroll"><table class="said">{_HEAD}{lines}</table></div>'
     note = f"{trace.note[0].upper()}{trace.note[1:]}. The stronger the colour, the surer the layer was of the token."
     return page(
         "What each layer would answer",
         f"{len(trace.said)} layers of {Path(trace.model).name}",
         [
             f'<div class="example">{"".join(picture_html(png) for png in trace.png)}<dl>{listed}</dl></div>',
-            section("Layer by layer", f'<table class="said">{_HEAD}{lines}</table>', paragraph(note, note=True)),
+            section("Layer by layer", said, paragraph(note, note=True)),
         ],
     )
 

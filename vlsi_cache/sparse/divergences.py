@@ -4,12 +4,16 @@ All are values in nats per token (l2_topk: nats squared) and differentiable in t
 their full-softmax mass, nothing is renormalised; by data processing, forward_kl, reverse_kl, jsd and skewed_kl on the
 bucketed support lie between 0 and their dense value.
 
+The errors named below are those of fp32 against float64, relative, of the value and of the gradient in the hidden
+states, at teacher tails of 1e-3 to 1e-12 and 0, for k = 8 of 2,000 ids and a divergence of 0.02 to 0.3 nats. They grow
+as the student's tail nears fp32's rounding; "small" is one of 1e-6 to 1e-9.
+
 Shapes: T response tokens, K kept entries; any leading axes may stand for T.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -20,15 +24,18 @@ from vlsi_cache.errors import SpecError
 __all__ = ["Bucketed", "Divergence", "DivergenceName"]
 
 DivergenceName = Literal["forward_kl", "reverse_kl", "jsd", "skewed_kl", "l2_topk"]
-FLOOR = 1e-6  # of both tail masses as far as their log goes: fp32 log-probs resolve no less
-LOG_KEPT_MAX = math.log1p(-FLOOR)
+# Of a student's tail mass, which is 1 minus the kept mass: below lies nothing but rounding.
+FLOORS = {torch.float32: 2.0**-23, torch.float64: 2.0**-43}
+# Of a teacher's tail mass, which is stored by itself: below lies what fp32 cannot hold.
+TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
 class Bucketed:
     """Teacher and student on K kept ids and a tail bucket; padded entries have p = 0 and log-probs of 0 on both sides.
 
-    The student's tail is 1 minus its kept mass, floored at 1e-6 in value and gradient alike.
+    The teacher's tail is exact down to where fp32 underflows. The student's is 1 minus its kept mass, floored in value
+    and gradient alike at 1.2e-7 in fp32, where rounding begins.
     """
 
     is_entry_TK: Tensor
@@ -42,7 +49,8 @@ class Bucketed:
     def of(cls, logp_TK: Tensor, p_tail_T: Tensor, logq_TK: Tensor) -> "Bucketed":
         """`logp_TK` is -inf at padded entries, where `logq_TK` may be anything."""
         is_entry_TK = logp_TK != -math.inf
-        kept_T = logq_TK.masked_fill(~is_entry_TK, -math.inf).logsumexp(-1).clamp(max=LOG_KEPT_MAX)
+        kept_T = logq_TK.masked_fill(~is_entry_TK, -math.inf).logsumexp(-1)
+        kept_T = kept_T.clamp(max=math.log1p(-FLOORS[kept_T.dtype]))
         # log(1 - e^x) loses no digits in the form that fits x.
         near_T, far_T = (-torch.expm1(kept_T)).log(), torch.log1p(-kept_T.exp())
         return cls(
@@ -53,6 +61,10 @@ class Bucketed:
             p_tail_T,
             torch.where(kept_T > -math.log(2), near_T, far_T),
         )
+
+    @property
+    def logp_tail_T(self) -> Tensor:
+        return self.p_tail_T.clamp(min=TINY).log()
 
     @property
     def q_TK(self) -> Tensor:
@@ -85,19 +97,21 @@ class Divergence:
 
 
 def forward_kl(_: Divergence, rows: Bucketed) -> Tensor:
+    """Error 1e-6, gradient 1e-5; where the teacher's tail is 1e-3 and the student's small, 5e-2 and 1e-2: the log of
+    the student's tail is all that is known of it."""
     kept_T = (rows.p_TK * (rows.logp_TK - rows.logq_TK)).sum(-1)
     return kept_T + torch.xlogy(rows.p_tail_T, rows.p_tail_T) - rows.p_tail_T * rows.logq_tail_T
 
 
 def reverse_kl(_: Divergence, rows: Bucketed) -> Tensor:
+    """Error 1e-5, gradient 5e-5; for a teacher's tail of exactly 0, whose log stands at -87, 2e-4 and 5e-4. The dense
+    value is then infinite or underflows, and this one is below it."""
     kept_T = (rows.q_TK * (rows.logq_TK - rows.logp_TK)).sum(-1)
-    logp_tail_T = rows.p_tail_T.clamp(min=FLOOR).log()
-    return kept_T + rows.logq_tail_T.exp() * (rows.logq_tail_T - logp_tail_T)
+    return kept_T + rows.logq_tail_T.exp() * (rows.logq_tail_T - rows.logp_tail_T)
 
 
 def jsd(divergence: Divergence, rows: Bucketed) -> Tensor:
-    # Both tails at the floor, or two tails of 0 would differ by it.
-    rows = replace(rows, p_tail_T=rows.p_tail_T.clamp(min=FLOOR))
+    """Error 5e-5, gradient 2e-5."""
     beta, q_tail_T = divergence.beta, rows.logq_tail_T.exp()
     mixture_TK, mixture_tail_T = _mixture(beta, rows)
     of_teacher_T = _kl_to(mixture_TK, mixture_tail_T, rows)
@@ -106,10 +120,12 @@ def jsd(divergence: Divergence, rows: Bucketed) -> Tensor:
 
 
 def skewed_kl(divergence: Divergence, rows: Bucketed) -> Tensor:
+    """Error 5e-5, gradient 2e-5."""
     return _kl_to(*_mixture(divergence.skew, rows), rows)
 
 
 def l2_topk(_: Divergence, rows: Bucketed) -> Tensor:
+    """Error 1e-6, gradient 1e-5: no tail takes part."""
     num_entries_T1 = rows.is_entry_TK.sum(-1, keepdim=True)
     gap_TK = rows.logp_TK - rows.logq_TK
     mean_T1 = gap_TK.sum(-1, keepdim=True) / num_entries_T1

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlsi_cache.errors import DataError
+from vlsi_cache.errors import DataError, ModelError
 
 from .divergences import Bucketed, Divergence
 from .logits import Head, operand
@@ -35,13 +35,13 @@ FORWARD_KL = Divergence()
 
 def sparse_kl(
     hidden_TD: Tensor,
-    head_weight_VD: Tensor,
+    head: Tensor | Head,
     row: Any,
     *,
     layer: int = -1,
     divergence: Divergence = FORWARD_KL,
     tau: float = 1.0,
-    taus: Sequence[float] = (1.0,),
+    taus: Sequence[float] | None = None,
     weights_T: Tensor | None = None,
     v_real: int | None = None,
     logit_scale: float = 1.0,
@@ -50,12 +50,15 @@ def sparse_kl(
     """Divergence of a student from one cached teacher layer, in nats, for any trainer: a scalar, mean over the tokens.
 
     `hidden_TD` is what enters the student's head at the response tokens and gets the gradient; so does the head if it
-    requires one (its logits are then made a second time in the backward pass). Backward takes one scalar.
+    requires one (its logits are then made a second time in the backward pass). Backward takes one scalar. `head` is its
+    weight [V, D]; for a model that scales or caps its logits (Cohere, Granite, Gemma 2) also say `logit_scale` and
+    `logit_cap`, or give a `vlsi_cache.Head`.
 
-    `row` has the attributes of `SparseRows` (numpy or torch), `layer` indexes its layers. `weights_T` weighs tokens.
-    `tau` softens both sides; it must be one of the cache's `taus` (`cache.header.taus`, in the row's order), and value
-    and gradient are those of tau^2 times the divergence. Pass the cache's `v_real` if the student's head has padding
-    rows, and `logit_scale`, `logit_cap` for models that change their logits. Raises DataError, ModelError, SpecError.
+    `row` is a row of a cache, which knows its vocabulary and its temperatures; rows behind that vocabulary in the head
+    are padding and take no part. Any other object with the attributes of `SparseRows` (numpy or torch) needs `v_real`,
+    and `taus` for a `tau` other than 1. `layer` indexes its layers, `weights_T` weighs tokens. `tau` softens both sides
+    and must be one of the row's temperatures; value and gradient are those of tau^2 times the divergence. Rows of draws
+    (`rows.kind: sampled`) estimate forward_kl alone. Raises DataError, ModelError, SpecError.
 
     >>> import torch
     >>> from vlsi_cache.sparse.topk import sample_uniforms, stack_layers, teacher_rows
@@ -64,12 +67,23 @@ def sparse_kl(
     >>> teacher = teacher_rows(3 * head_VD[gold_T], head_VD, gold_T, top_k=4, uniforms_Tm=uniforms_LTm[0], v_real=8)
     >>> row = stack_layers([teacher])
     >>> hidden_TD = torch.zeros(2, 8, requires_grad=True)
-    >>> loss = sparse_kl(hidden_TD, head_VD, row)
+    >>> loss = sparse_kl(hidden_TD, head_VD, row, v_real=8)
     >>> loss.backward()
     >>> round(loss.item(), 3), hidden_TD.grad.argmin(1).tolist()
     (1.005, [1, 2])
     """
-    head = Head(head_weight_VD, logit_scale, logit_cap).real(head_weight_VD.shape[0] if v_real is None else v_real)
+    head = _scaled(head, logit_scale, logit_cap)
+    v_real = _known("v_real", v_real, getattr(row, "v_real", None))
+    if v_real is None:
+        raise DataError(
+            f"these rows do not carry the size of their vocabulary, and the head's {head.num_rows} rows may have "
+            "padding among them: say `v_real` (`cache.header.v_real`)"
+        )
+    grid = _known("taus", taus if taus is None else tuple(taus), getattr(row, "taus", None)) or (1.0,)
+    num_layers = len(row.ids_LTK)
+    if not -num_layers <= layer < num_layers:
+        raise DataError(f"`layer` is {layer}, and the rows have {num_layers} layers")
+    head = head.real(v_real)
     rows = LayerRows.of(
         row.ids_LTK[layer][None],
         row.logprobs_LTK[layer][None],
@@ -79,11 +93,27 @@ def sparse_kl(
         row.lse_LTn[layer][None],
         v_real=head.num_rows,
         tau=tau,
-        taus=taus,
+        taus=grid,
         device=hidden_TD.device,
     )
     share_T = None if weights_T is None else normalized(weights_T, hidden_TD)
     return candidate_kl(hidden_TD, head, rows, divergence=divergence, share_T=share_T).loss(0)
+
+
+def _scaled(head: Tensor | Head, scale: float, cap: float | None) -> Head:
+    if isinstance(head, Head):
+        if scale != 1.0 or cap is not None:
+            raise ModelError("`logit_scale` and `logit_cap` belong to a head's weight; this `Head` has its own")
+        return head
+    return Head(head, scale, cap)
+
+
+def _known(name: str, said: Any, carried: Any) -> Any:
+    """What is said and what the row carries, which must not contradict each other."""
+    carried = tuple(carried) if name == "taus" and carried is not None else carried
+    if said is not None and carried is not None and said != carried:
+        raise DataError(f"`{name}` is {said}, and these rows carry {carried}; leave `{name}` out")
+    return carried if said is None else said
 
 
 @dataclass(frozen=True)
@@ -126,7 +156,7 @@ class LayerRows:
         logprobs, mass, entropy = (moved(_tensor(array), device) for array in (logprobs_LTK, tail_mass_LT, entropy_LT))
         _check_shapes(ids, logprobs, tails, mass, entropy)
         if tau != 1.0:
-            logprobs, mass = _tempered(logprobs, lse_LTn, tau, taus)
+            logprobs, mass = _tempered(logprobs, mass, lse_LTn, tau, taus, v_real)
         ids_LTX = torch.cat([ids, tails], -1)
         on_device_LTX = moved(ids_LTX, device)
         index = BlockIndex.of(ids_LTX, on_device_LTX, v_real=v_real, block=block or default_block(device))
@@ -259,7 +289,12 @@ def _tensor(array: Tensor | np.ndarray) -> Tensor:
 
 
 def _tempered(
-    logprobs_LTK: Tensor, lse_LTn: Tensor | np.ndarray | None, tau: float, taus: Sequence[float]
+    logprobs_LTK: Tensor,
+    tail_mass_LT: Tensor,
+    lse_LTn: Tensor | np.ndarray | None,
+    tau: float,
+    taus: Sequence[float],
+    v_real: int,
 ) -> tuple[Tensor, Tensor]:
     """Log-probs and tail mass at another temperature of the grid, from the log-sum-exp that is stored for it."""
     if tau not in taus or 1.0 not in taus:
@@ -270,11 +305,30 @@ def _tempered(
     if lse_LTn is None or lse_LTn.shape[-1] != len(taus):
         shape = None if lse_LTn is None else list(lse_LTn.shape)
         raise DataError(f"`lse_LTn` has shape {shape}, and there are {len(taus)} temperatures {list(taus)}")
-    lse = moved(_tensor(lse_LTn), logprobs_LTK.device).to(logprobs_LTK.dtype)
-    first, other = lse[..., list(taus).index(1.0), None], lse[..., list(taus).index(tau), None]
-    tempered_LTK = ((logprobs_LTK + first) / tau - other).clamp(max=0)
-    # Rounded log-probs can add up to more than 1.
-    return tempered_LTK, (1 - tempered_LTK.exp().sum(-1)).clamp(min=0)
+    lse = moved(_tensor(lse_LTn), logprobs_LTK.device).double()
+    shift_LT = lse[..., list(taus).index(1.0)] / tau - lse[..., list(taus).index(tau)]
+    tempered_LTK = (logprobs_LTK.double() / tau + shift_LT[..., None]).clamp(max=0)
+    tail_LT = _tempered_tail(logprobs_LTK.double(), tail_mass_LT.double(), tempered_LTK, shift_LT, tau, v_real)
+    return tempered_LTK.to(logprobs_LTK.dtype), tail_LT.to(logprobs_LTK.dtype)
+
+
+def _tempered_tail(
+    logprobs_LTK: Tensor, tail_mass_LT: Tensor, tempered_LTK: Tensor, shift_LT: Tensor, tau: float, v_real: int
+) -> Tensor:
+    """What the kept log-probs leave of 1; but they are rounded, so it stays within what the stored tail mass allows.
+
+    A tail of this mass at tau = 1, with no id likelier than the last kept one, has its extremes where it lies on as few
+    ids as it can, and where it lies evenly on all of them.
+    """
+    is_entry_LTK = logprobs_LTK != -math.inf
+    last_LT = logprobs_LTK.masked_fill(~is_entry_LTK, 0.0).amin(-1)
+    log_others_LT = (v_real - is_entry_LTK.sum(-1)).clamp(min=1).double().log()
+    log_tail_LT = tail_mass_LT.log()
+    each_LT = torch.minimum(torch.maximum(last_LT, log_tail_LT - log_others_LT), log_tail_LT)
+    few_LT = torch.where(log_tail_LT > -math.inf, log_tail_LT + (1 / tau - 1) * each_LT + shift_LT, -math.inf)
+    all_LT = log_others_LT + (log_tail_LT - log_others_LT) / tau + shift_LT
+    low_LT, high_LT = torch.minimum(few_LT, all_LT).exp(), torch.maximum(few_LT, all_LT).exp()
+    return torch.minimum(torch.maximum(1 - tempered_LTK.exp().sum(-1), low_LT), high_LT.clamp(max=1))
 
 
 def _check_shapes(ids: Tensor, logprobs: Tensor, tails: Tensor, mass: Tensor, entropy: Tensor) -> None:

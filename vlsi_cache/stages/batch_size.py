@@ -17,9 +17,9 @@ import torch
 
 from vlsi_cache.data.batches import plan_batches
 from vlsi_cache.errors import BatchTooLargeError
+from vlsi_cache.progress import say
 
 from .inputs import TeacherInputs
-from .loop import say
 from .teacher import NO_PART, PartBatch, Teacher
 
 USED_SHARE = 0.8  # of the memory that is available before the first try

@@ -19,6 +19,7 @@ import numpy as np
 from vlsi_cache.data.batches import plan_batches, plan_parts
 from vlsi_cache.data.tokenize import CONTRACT
 from vlsi_cache.disk import refuse_url
+from vlsi_cache.errors import SpecError
 from vlsi_cache.progress import Bar, say
 from vlsi_cache.sparse.rows import SparseRows
 from vlsi_cache.sparse.select import select_at_random, select_by_entropy
@@ -57,6 +58,8 @@ def build_teacher(
     DataError, ModelError.
     """
     refuse_url(out, "out")
+    if not 0 <= rank < world:
+        raise SpecError(f"rank {rank} of {world}: ranks go from 0 to {world - 1}")
     out = Path(out)
     check_root(out)
     inputs = open_teacher_inputs(spec)

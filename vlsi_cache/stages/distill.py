@@ -17,12 +17,14 @@ from vlsi_cache.models.adapter import add_lora, checkpoint_activations, merge_lo
 from vlsi_cache.models.layers import Backbone
 from vlsi_cache.models.load import STUDENT_RECORD, check_ours, resolve_model, save_student, weights_digest
 from vlsi_cache.models.verbalizer import Verbalizers, load_verbalizers
+from vlsi_cache.progress import say
 from vlsi_cache.spec import CacheSpec, DistillSpec, apply_overrides, change, spec_from_dict
 from vlsi_cache.store import reader
 from vlsi_cache.store.reader import Cache
+from vlsi_cache.unused import unused_by_recipe
 
 from .interact import interact
-from .loop import refuse_destroyed, say
+from .loop import refuse_destroyed
 from .runs import WHOLE_BATCH, already_done, check_run_folder, finish_run, open_run, python_call
 from .sft import sft
 from .student import StudentState, open_student
@@ -95,6 +97,7 @@ def distill_spec(
         distill={**stored.distill.model_dump(), "trust_remote_code": False},
         run={**stored.run.model_dump(), "kernels": "auto"},  # what suits the teacher's machine need not suit this one
     )
+    overrides = list(overrides)
     spec = apply_overrides(stored, overrides)
     fixed = [key for key in FIXED_BY_THE_CACHE if getattr(spec, key) != getattr(stored, key)]
     if fixed:
@@ -102,7 +105,13 @@ def distill_spec(
     changes = {"student": student or spec.distill.student, "recipe": recipe or spec.distill.recipe}
     if changes["student"] is None:
         raise SpecError("no student: give --student FOLDER-OR-ID, or `distill.student` in the spec")
-    return change(spec, distill=change(spec.distill, **changes).model_dump())
+    spec = change(spec, distill=change(spec.distill, **changes).model_dump())
+    if unused := unused_by_recipe(spec.distill, overrides):
+        raise SpecError(
+            f"`--set {'`, `--set '.join(unused)}` would do nothing: no stage that `recipe: {spec.distill.recipe}` runs "
+            "looks at it"
+        )
+    return spec
 
 
 def stage_steps(distill: DistillSpec, num_samples: int) -> dict[str, int]:

@@ -94,6 +94,8 @@ def generate(
     """
     decoding = Decoding(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
     _check(Path(out), decoding, num_samples=num_samples, batch_size=batch_size)
+    if seed and not temperature:
+        raise SpecError(f"`seed` {seed} belongs to sampling, and nothing is drawn without a `temperature` above 0")
     job = _plan(spec, Path(out), model, decoding, num_samples, batch_size=batch_size, seed=seed, limit=limit)
     if not _is_finished(job):
         check_device(device or spec.run.device)

@@ -7,10 +7,12 @@ import torch
 import transformers
 
 from vlsi_cache.models.verbalizer import num_parameters
+from vlsi_cache.printable import html_text
 from vlsi_cache.spec import CacheSpec
 
 from .build import part_tokens
 from .distill import schedule_steps, shown_steps, stage_steps
+from .flops import DEFAULT_GPU, UTILISATION, ForwardFlops, forward_flops, gpu_peak, picture_patches
 from .inputs import TeacherInputs, open_teacher_inputs
 
 # Compressed bytes by profile, measured on SmolLM2-135M at k = 64 (49,152 tokens): of a kept entry (id and value), of a
@@ -18,12 +20,12 @@ from .inputs import TeacherInputs, open_teacher_inputs
 ENTRY_BYTES = {"default": 1.54, "exact": 3.55, "fast": 4.0}
 SCALAR_BYTES = {"default": 2.3, "exact": 3.3, "fast": 4.0}
 MORE_FOR_LARGE_VOCABULARY = {"default": 0.27, "exact": 0.27, "fast": 2.0}
-SUSTAINED_TFLOPS = 400.0  # one H100 at bf16, about 40 % of its peak
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a build will cost. Sizes are estimates of the compressed cache, hours are at `sustained_tflops`."""
+    """What a build will cost. Sizes are estimates of the compressed cache, hours are those of one `gpu` at
+    `utilisation` of its dense bf16 peak."""
 
     name: str
     num_samples: int
@@ -42,7 +44,11 @@ class Plan:
     verbalizer_parameters: int
     teacher_memory_bytes: float
     teacher_flops: float
-    sustained_tflops: float
+    attention_flops: float
+    vision_flops: float
+    gpu: str
+    peak_tflops: float
+    utilisation: float
     hours: float
     recipe: str
     student_steps: dict[str, int]
@@ -50,6 +56,10 @@ class Plan:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return f"<pre>{html_text(str(self))}</pre>"
 
     def __str__(self) -> str:
         weights = f"{self.teacher_parameters / 1e9:,.3f} B parameters, {self.verbalizer_parameters / 1e9:,.3f} B"
@@ -63,22 +73,33 @@ class Plan:
             f"  cache      about {human_bytes(self.total_bytes)} in {self.num_parts} parts: {sizes} per response token",
             f"             (hidden states in bf16 would take {human_bytes(self.hidden_state_bytes)})",
             f"  teacher    {weights} in verbalizers, {human_bytes(self.teacher_memory_bytes)} of memory for weights",
-            f"  compute    {self.teacher_flops:.3g} FLOP, {self.hours:,.2g} GPU hours at "
-            f"{self.sustained_tflops:.0f} TFLOP/s",
+            f"  compute    {self.teacher_flops:.3g} FLOP, of which attention {self.attention_flops:.2g} and pictures "
+            f"{self.vision_flops:.2g}",
+            f"             {self.hours:,.2g} hours of one {self.gpu}, if it reaches {100 * self.utilisation:.0f} % of "
+            f"its {self.peak_tflops:,.0f} TFLOP/s in bf16 (--gpu: another)",
             f"  student    {self.recipe}: {shown_steps(self.student_steps, self.student_schedule_steps)} steps",
         ]
         return "\n".join(lines)
 
 
-def plan(spec: CacheSpec) -> Plan:
-    """Price the build of `spec`; loads tokenizer, config and rows, but no weights. Raises what a build would raise."""
+def plan(spec: CacheSpec, *, gpu: str = DEFAULT_GPU) -> Plan:
+    """Price the build of `spec`; loads tokenizer, config and rows, but no weights. Raises what a build would raise.
+
+    `gpu` is one of `flops.GPUS`; hours are at 40 % of its peak.
+    """
+    gpu, peak = gpu_peak(gpu)
     inputs = open_teacher_inputs(spec)
     num_tokens = sum(len(ids) for ids in inputs.response_ids)
     layers = [*inputs.target_layers, inputs.num_model_layers]
-    parameters = _model_parameters(inputs.config)
+    model = _empty_model(inputs.config)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     verbalizers = 0 if spec.teacher.verbalizers is None else _verbalizer_parameters(inputs)
     per_layer_token = _bytes_per_layer_token(inputs)
-    flops = _flops(inputs, parameters, verbalizers, num_tokens)
+    forward = _forward(inputs, model)
+    # One layer's head and its verbalizer after the other, at the response tokens alone.
+    text = inputs.config.get_text_config()
+    heads = 2.0 * num_tokens * (len(layers) * text.vocab_size * text.hidden_size + verbalizers)
+    flops = forward.total + heads
     per_weight = torch.finfo(_dtype(inputs)).bits // 8
     return Plan(
         name=spec.name,
@@ -98,8 +119,12 @@ def plan(spec: CacheSpec) -> Plan:
         verbalizer_parameters=verbalizers,
         teacher_memory_bytes=float(parameters * per_weight + verbalizers * 4),
         teacher_flops=flops,
-        sustained_tflops=SUSTAINED_TFLOPS,
-        hours=flops / (SUSTAINED_TFLOPS * 1e12) / 3600,
+        attention_flops=forward.attention,
+        vision_flops=forward.vision,
+        gpu=gpu,
+        peak_tflops=peak,
+        utilisation=UTILISATION,
+        hours=flops / (UTILISATION * peak * 1e12) / 3600,
         recipe=spec.distill.recipe,
         student_steps=stage_steps(spec.distill, len(inputs.records)),
         student_schedule_steps=schedule_steps(spec.distill, len(inputs.records)),
@@ -131,12 +156,22 @@ def _bytes_per_layer_token(inputs: TeacherInputs) -> float:
     return row * rows.select_tokens.expected_share
 
 
-def _model_parameters(config: Any) -> int:
-    """Counted on the meta device: nothing is allocated."""
+def _empty_model(config: Any) -> torch.nn.Module:
+    """On the meta device: nothing is allocated."""
     is_vlm = hasattr(config, "vision_config")
     auto = transformers.AutoModelForImageTextToText if is_vlm else transformers.AutoModelForCausalLM
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in auto.from_config(config).parameters())
+        return auto.from_config(config)
+
+
+def _forward(inputs: TeacherInputs, model: torch.nn.Module) -> ForwardFlops:
+    lengths, vision = inputs.lengths(list(range(len(inputs.records)))), inputs.encoder.vision
+    patches: list[int] = []
+    for record in inputs.records:
+        if vision is not None and record.images:
+            sizes = [image.size for image in record.images]
+            patches += picture_patches(vision.image_processor, inputs.config, sizes)
+    return forward_flops(model, lengths, patches)
 
 
 def _verbalizer_parameters(inputs: TeacherInputs) -> int:
@@ -151,13 +186,6 @@ def _verbalizer_parameters(inputs: TeacherInputs) -> int:
         pre_norm=spec.pre_norm,
     )
     return len(inputs.target_layers) * per_layer
-
-
-def _flops(inputs: TeacherInputs, parameters: int, verbalizers: int, num_tokens: int) -> float:
-    text = inputs.config.get_text_config()
-    num_heads = len(inputs.target_layers) + 1
-    backbone = 2.0 * parameters * (int(inputs.num_prompt_N.sum()) + num_tokens)
-    return backbone + 2.0 * num_tokens * (num_heads * text.vocab_size * text.hidden_size + verbalizers)
 
 
 def _dtype(inputs: TeacherInputs) -> torch.dtype:

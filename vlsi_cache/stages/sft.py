@@ -12,12 +12,13 @@ import torch
 from vlsi_cache.interrupts import stopping_between_steps
 from vlsi_cache.models.adapter import train_everything, train_head_and_embeddings
 from vlsi_cache.models.layers import Backbone
+from vlsi_cache.progress import say
 from vlsi_cache.sparse.logits import Head
 from vlsi_cache.sparse.whole import linear_cross_entropy
 from vlsi_cache.spec import BatchReduction
 
 from .feed import feeding
-from .loop import autocast, clip_gradients, head_of, make_optimizer, memory_gib, optimizer_step, say, seed_step
+from .loop import autocast, clip_gradients, head_of, make_optimizer, memory_gib, optimizer_step, seed_step
 from .student import StudentState
 
 

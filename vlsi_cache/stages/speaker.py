@@ -6,11 +6,12 @@ from typing import Any
 
 from vlsi_cache.data.tokenize import Encoder, load_encoder
 from vlsi_cache.models.load import load_config, load_model, max_positions, resolve_model, weights_digest
+from vlsi_cache.progress import say
 from vlsi_cache.run_files import read_run
 from vlsi_cache.spec import CacheSpec, Dtype, spec_from_dict
 
 from .evaluate import check_has_student
-from .loop import pick_device, say
+from .loop import pick_device
 
 
 @dataclass(frozen=True)

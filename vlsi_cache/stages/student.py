@@ -13,7 +13,7 @@ from vlsi_cache.data.tokenize import Encoder, load_encoder
 from vlsi_cache.errors import DataError, ModelError, SpecError, list_problems
 from vlsi_cache.models.load import load_config, load_model, max_positions
 from vlsi_cache.progress import progress, say
-from vlsi_cache.spec import CacheSpec, DistillSpec, InteractSpec
+from vlsi_cache.spec import CacheSpec, DataSpec, DistillSpec, InteractSpec
 from vlsi_cache.store.layout import CacheHeader
 from vlsi_cache.store.lineage import data_sections, data_specs
 from vlsi_cache.store.reader import Cache
@@ -174,10 +174,22 @@ def open_student(cache: Cache, spec: CacheSpec, path: str) -> StudentInputs:
         trust_remote_code=distill.trust_remote_code,
         **spec.data.encoding(),
     )
+    say_pixels(spec.data, path, trust_remote_code=distill.trust_remote_code)
     check_tokenizer(cache.header, encoder, path, where=cache.path)
     config = load_config(path, trust_remote_code=distill.trust_remote_code)
     layers = check_settings(cache.header, distill, config, where=cache.path)
     return StudentInputs(cache, spec, path, config, encoder, layers)
+
+
+def say_pixels(data: DataSpec, path: str, *, trust_remote_code: bool = False) -> None:
+    """Say where the spec's pixel limits take the place of other ones that the student brings along."""
+    if data.min_pixels is None and data.max_pixels is None:
+        return
+    own = load_encoder(path, trust_remote_code=trust_remote_code).vision
+    for name in ("min_pixels", "max_pixels"):
+        named, brought = getattr(data, name), getattr(own, name, None)
+        if named is not None and named != brought:
+            say(f"pictures: `data.{name}` {named} takes the place of the student's own, {brought}")
 
 
 def check_settings(header: CacheHeader, distill: DistillSpec, config: Any, *, where: Path) -> list[int]:

@@ -7,9 +7,8 @@ from vlsi_cache.errors import ModelError
 from vlsi_cache.models.layers import Backbone
 from vlsi_cache.models.verbalizer import Verbalizers, load_verbalizers, verbalizers_digest
 from vlsi_cache.models.verbalizer_files import find_folder, read_record
+from vlsi_cache.progress import say
 from vlsi_cache.spec import VerbalizerSpec
-
-from .loop import say
 
 
 def check_verbalizers(

@@ -21,6 +21,7 @@ from vlsi_cache.data.collate import Batch, collate
 from vlsi_cache.errors import BatchTooLargeError, ModelError, VlsiCacheError
 from vlsi_cache.models.layers import Backbone
 from vlsi_cache.models.verbalizer import Verbalizers
+from vlsi_cache.progress import say
 from vlsi_cache.sparse.logits import Head
 from vlsi_cache.sparse.rows import SparseRows
 from vlsi_cache.sparse.select import keyed_uniforms
@@ -29,7 +30,7 @@ from vlsi_cache.sparse.truncate import draw_rows, top_p_widths, truncate
 
 from .ahead import ahead
 from .inputs import TeacherInputs
-from .loop import choose_kernels, head_of, say
+from .loop import choose_kernels, head_of
 
 SCANNED_K = 64  # of sampled rows: the likeliest tokens are drawn from directly, the rest through the tail
 SHOWN_SAMPLES = 5

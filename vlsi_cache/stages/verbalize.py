@@ -21,8 +21,10 @@ from vlsi_cache.data.records import RecordSet
 from vlsi_cache.disk import refuse_url
 from vlsi_cache.errors import SpecError
 from vlsi_cache.interrupts import stopping_between_steps
+from vlsi_cache.layer_names import shown_layers
 from vlsi_cache.models.layers import Backbone
 from vlsi_cache.models.verbalizer import Verbalizers, build_verbalizers
+from vlsi_cache.progress import say
 from vlsi_cache.report.checkup import verbalizer_findings
 from vlsi_cache.report.stats import read_metrics
 from vlsi_cache.sparse.whole import head_output, kl_to_output, linear_cross_entropy
@@ -41,7 +43,6 @@ from .loop import (
     memory_gib,
     optimizer_step,
     refuse_destroyed,
-    say,
     seed_step,
     warn_of,
 )
@@ -51,7 +52,6 @@ from .verbalizer_subsets import (
     check_neighbours,
     check_shared_folder,
     choose_layers,
-    shown,
     subset_name,
     trained_layers,
 )
@@ -98,11 +98,11 @@ def train_verbalizers(
         if not set(wanted) <= set(trained_layers(out)) or not already_done(run):
             finish_run(run, stages=[_train(inputs, out, run.path, wanted, device=device)])
     if chosen is not None:
-        say(f"trained: {'layer' if len(chosen) == 1 else 'layers'} {shown(chosen)}; report: {run.path / 'report.html'}")
+        say(f"trained: layers {shown_layers(chosen)}; report: {run.path / 'report.html'}")
     trained = trained_layers(out)
     left = [layer for layer in inputs.target_layers if layer not in trained]
     if left:
-        say(f"{out}: these layers are not there yet: --layers {shown(left)}")
+        say(f"{out}: these layers are not there yet: --layers {shown_layers(left)}")
     return out
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vlsi_cache.errors import FingerprintMismatchError, SpecError, list_problems
+from vlsi_cache.layer_names import parse_ranges, shown_layers
 from vlsi_cache.models.verbalizer_files import whole_layers
 from vlsi_cache.outputs import check_folder
 from vlsi_cache.run_files import read_run
@@ -26,8 +27,8 @@ NOT_COMPARED = ("layers", "num_layers", "verbalizers")
 def choose_layers(targets: list[int], layers: str | Sequence[int] | None, *, rank: int, world: int) -> list[int] | None:
     """The target layers of this process; None for all of them in one run. Raises SpecError.
 
-    `layers` is `A:B` (both included), `2,6,10`, or numbers; `rank` of `world` means every target whose index is `rank`
-    modulo `world`.
+    `layers` is `2-38` (the targets in it), `2,6,10`, or numbers; `rank` of `world` means every target whose index is
+    `rank` modulo `world`.
     """
     if layers is not None and world > 1:
         raise SpecError("name the layers, or rank and world: not both")
@@ -47,12 +48,7 @@ def subset_name(targets: list[int], chosen: list[int]) -> str:
     first = targets.index(chosen[0])
     if len(chosen) > 1 and targets[first : first + len(chosen)] == chosen:
         return f"{PREFIX}{chosen[0]}-{chosen[-1]}"
-    return PREFIX + shown(chosen)
-
-
-def shown(layers: Sequence[int]) -> str:
-    """As `--layers` takes them."""
-    return ",".join(map(str, layers))
+    return PREFIX + ",".join(map(str, chosen))
 
 
 def trained_layers(out: Path) -> list[int]:
@@ -108,18 +104,13 @@ def _layers_of_whole(out: Path, record: dict[str, Any]) -> list[int]:
 
 
 def _named(targets: list[int], layers: str | Sequence[int]) -> list[int]:
-    first, colon, last = layers.partition(":") if isinstance(layers, str) else ("", "", "")
-    try:
-        words = [first, last] if colon else layers.split(",") if isinstance(layers, str) else layers
-        named = [int(word) for word in words]
-    except ValueError:
-        raise SpecError(f"layers `{layers}`: write A:B or 2,6,10; the targets are {targets}") from None
-    unknown = [layer for layer in named if layer not in targets]
-    if unknown or not named:
-        raise SpecError(f"layers `{layers}`: {unknown or 'none'} is no target of the spec; the targets are {targets}")
-    chosen = [t for t in targets if (named[0] <= t <= named[1] if colon else t in named)]
-    if not chosen:
-        raise SpecError(f"layers `{layers}`: write the shallower one first; the targets are {targets}")
+    """The targets that are named one by one, and those that lie in a range."""
+    items = parse_ranges(layers) if isinstance(layers, str) else [(layer, layer) for layer in layers]
+    unknown = [item for item in items if isinstance(item, str) or (item[0] == item[1] and item[0] not in targets)]
+    chosen = [t for t in targets if any(not isinstance(item, str) and item[0] <= t <= item[1] for item in items)]
+    if unknown or not chosen:
+        what = "none" if not unknown else shown_layers([one if isinstance(one, str) else one[0] for one in unknown])
+        raise SpecError(f"layers `{layers}`: {what} is no target of the spec; the targets are {shown_layers(targets)}")
     return chosen
 
 

@@ -22,6 +22,8 @@ from vlsi_cache.errors import (
     SampleNotFoundError,
     command_line,
 )
+from vlsi_cache.layer_names import shown_layers
+from vlsi_cache.printable import html_text
 
 from .chunks import Known
 from .files import load_header, load_part_record, refuse_special
@@ -116,6 +118,21 @@ class Cache:
     def __repr__(self) -> str:
         parts = f"{len(self.parts)} parts" if self.is_complete else f"{len(self.parts)}/{self.header.num_parts} parts"
         return f"Cache({str(self.path)!r}, {self.num_samples} samples, layers {self.layers}, {parts})"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: a few facts, nothing that reads a part."""
+        header, k = self.header, sorted(set(self.header.top_k))
+        facts = {
+            "cache": str(self.path),
+            "parts": f"{len(self.parts)} of {header.num_parts}",
+            "samples": f"{self.num_samples:,}",
+            "response tokens": f"{self.num_tokens:,}",
+            "layers": shown_layers(self.layers, last=self.layers[-1]),
+            "rows": f"{header.row_kind}, {'k' if header.row_kind == 'top-k' else 'draws'} {', '.join(map(str, k))}",
+            "profile": header.profile,
+        }
+        lines = "".join(f"<tr><th>{name}</th><td>{html_text(value)}</td></tr>" for name, value in facts.items())
+        return f"<table>{lines}</table>"
 
     def row(self, sample_id: str, layers: Sequence[int | str] | None = None) -> Row:
         """The sample's rows, of the model layers `layers` ("last" is the last one); all layers by default."""
