@@ -46,6 +46,7 @@ def sparse_kl(
     v_real: int | None = None,
     logit_scale: float = 1.0,
     logit_cap: float | None = None,
+    head_bias_V: Tensor | None = None,
 ) -> Tensor:
     """Divergence of a student from one cached teacher layer, in nats, for any trainer: a scalar, mean over the tokens.
 
@@ -55,7 +56,7 @@ def sparse_kl(
     `row` has the attributes of `SparseRows` (numpy or torch), `layer` indexes its layers. `weights_T` weighs tokens.
     `tau` softens both sides; it must be one of the cache's `taus` (`cache.header.taus`, in the row's order), and value
     and gradient are those of tau^2 times the divergence. Pass the cache's `v_real` if the student's head has padding
-    rows, and `logit_scale`, `logit_cap` for models that change their logits. Raises DataError, ModelError, SpecError.
+    rows, and `logit_scale`, `logit_cap`, `head_bias_V` for models that change their logits. Raises DataError, ModelError, SpecError.
 
     >>> import torch
     >>> from vlsi_cache.sparse.topk import sample_uniforms, stack_layers, teacher_rows
@@ -69,7 +70,8 @@ def sparse_kl(
     >>> round(loss.item(), 3), hidden_TD.grad.argmin(1).tolist()
     (1.005, [1, 2])
     """
-    head = Head(head_weight_VD, logit_scale, logit_cap).real(head_weight_VD.shape[0] if v_real is None else v_real)
+    head = Head(head_weight_VD, logit_scale, logit_cap, head_bias_V)
+    head = head.real(head.num_rows if v_real is None else v_real)
     rows = LayerRows.of(
         row.ids_LTK[layer][None],
         row.logprobs_LTK[layer][None],

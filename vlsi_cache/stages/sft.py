@@ -29,7 +29,7 @@ def response_loss(
 
     # In fp32 it adds up what the chunks give the head; by default it would do so in the dtype of the weight.
     return LigerFusedLinearCrossEntropyLoss(softcap=head.cap, accum_dtype=torch.float32)(
-        head.weight_VD, hidden_TD, gold_T
+        head.weight_VD, hidden_TD, gold_T, head.bias_V
     )
 
 
