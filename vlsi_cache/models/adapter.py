@@ -58,8 +58,9 @@ def train_head_and_embeddings(model: Any) -> None:
     """Let head and word embeddings train beside the adapter, in fp32 (tied weights stay one parameter)."""
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
     for module in (plain.get_input_embeddings(), plain.get_output_embeddings()):
-        module.weight.requires_grad_(True)
-        module.weight.data = module.weight.data.float()
+        for parameter in module.parameters(recurse=False):
+            parameter.requires_grad_(True)
+            parameter.data = parameter.data.float()
 
 
 def train_everything(model: Any) -> Any:

@@ -56,7 +56,8 @@ def sparse_kl(
     `row` has the attributes of `SparseRows` (numpy or torch), `layer` indexes its layers. `weights_T` weighs tokens.
     `tau` softens both sides; it must be one of the cache's `taus` (`cache.header.taus`, in the row's order), and value
     and gradient are those of tau^2 times the divergence. Pass the cache's `v_real` if the student's head has padding
-    rows, and `logit_scale`, `logit_cap`, `head_bias_V` for models that change their logits. Raises DataError, ModelError, SpecError.
+    rows, and `logit_scale`, `logit_cap`, `head_bias_V` for models that change their logits. Raises DataError,
+    ModelError, SpecError.
 
     >>> import torch
     >>> from vlsi_cache.sparse.topk import sample_uniforms, stack_layers, teacher_rows

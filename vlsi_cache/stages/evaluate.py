@@ -31,6 +31,7 @@ from vlsi_cache.spec import CacheSpec, Dtype, EvaluateSpec, change, spec_from_di
 from vlsi_cache.store import reader
 from vlsi_cache.store.reader import Cache
 
+from .checked import checked_backbone
 from .heldout import against_cache, trained_on
 from .loop import head_of, pick_device, read_json, say
 from .responses import Decoding, respond
@@ -207,11 +208,11 @@ def evaluate_model(
         trust_remote_code=trust_remote_code,
         attn_implementation=attn_implementation,
     )
-    backbone = Backbone(loaded)
+    own = encoder_for(*pixels) if held_out is None or cache is not None else held_out.encoder
+    backbone = checked_backbone(loaded, own)
     spoken = None if verbalizers is None else load_saved_verbalizers(verbalizers, backbone).to(where)
     result = {} if held_out is None else _on_held_out(backbone, spoken, held_out, batch_tokens)
     if cache is not None:
-        own = encoder_for(*pixels)
         result["cache"] = against_cache(backbone, spoken, own, cache, batch_tokens=batch_tokens, limit=limit)
     return result
 

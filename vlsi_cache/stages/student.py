@@ -12,12 +12,14 @@ from tqdm import tqdm
 from vlsi_cache.data.records import RecordSet, read_records
 from vlsi_cache.data.tokenize import Encoder, load_encoder
 from vlsi_cache.errors import DataError, ModelError, SpecError, list_problems
+from vlsi_cache.models.layers import check_family
 from vlsi_cache.models.load import load_config, load_model
 from vlsi_cache.spec import CacheSpec, DataSpec, DistillSpec, InteractSpec
 from vlsi_cache.store.layout import CacheHeader
 from vlsi_cache.store.lineage import data_sections
 from vlsi_cache.store.reader import Cache
 
+from .checked import check_vocabulary, checked_backbone
 from .feed import Feed, cached_records, match_records
 from .inputs import target_layers
 from .loop import Checkpoints, MetricsLog, choose_kernels, pick_device, say
@@ -83,6 +85,7 @@ class StudentInputs:
             trust_remote_code=distill.trust_remote_code,
             attn_implementation=distill.attn_implementation,
         )
+        checked_backbone(model, self.encoder)
         dtype = model.dtype if has_autocast else _wanted_dtype(distill, self.config)
         if dtype != model.dtype:
             name = str(dtype).removeprefix("torch.")
@@ -159,6 +162,8 @@ def open_student(cache: Cache, spec: CacheSpec, path: str) -> StudentInputs:
     )
     check_tokenizer(cache.header, encoder, path, where=cache.path)
     config = load_config(path, trust_remote_code=distill.trust_remote_code)
+    check_family(config)
+    check_vocabulary(encoder, getattr(config.get_text_config(), "vocab_size", None))
     layers = check_settings(cache.header, distill, config, where=cache.path)
     return StudentInputs(cache, spec, path, config, encoder, layers)
 

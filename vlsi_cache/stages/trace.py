@@ -31,6 +31,7 @@ from vlsi_cache.report.example import png_of
 from vlsi_cache.report.stats import next_step
 from vlsi_cache.report.trace_page import Said, Token, Trace
 
+from .checked import checked_backbone
 from .loop import head_of, pick_device, read_json
 
 LOGIT_LENS = "none"
@@ -84,7 +85,7 @@ def trace(
     where = pick_device(device)
     # What a GGUF file holds is unpacked, and a CPU is slow and no more exact in 16 bits.
     dtype = "float32" if gguf_file or where.type == "cpu" else "auto"
-    backbone = Backbone(load_model(subject.path, gguf_file=gguf_file, dtype=dtype, device=str(where)))
+    backbone = checked_backbone(load_model(subject.path, gguf_file=gguf_file, dtype=dtype, device=str(where)), encoder)
     _check_length(encoded, max_new_tokens, backbone)
     spoken, chosen = _speakers(subject, backbone, layers, gguf_file)
     ids_LN, probs_LN = _speak(backbone, spoken, chosen, encoder, encoded, max_new_tokens)
