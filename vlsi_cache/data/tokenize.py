@@ -223,15 +223,19 @@ def load_encoder(
     min_pixels: int | None = None,
     max_pixels: int | None = None,
     trust_remote_code: bool = False,
+    config_from: str | None = None,
 ) -> Encoder:
-    """The encoder of a model folder, or of a hub id if one is named; raises ModelError if a piece is missing."""
+    """The encoder of a model folder, or of a hub id if one is named; raises ModelError if a piece is missing.
+
+    `config_from` is where the model's configuration lies, for an adapter's folder, which has none.
+    """
     from transformers import AutoConfig, AutoTokenizer
 
     path = str(model)
     options: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **options, **({"gguf_file": gguf_file} if gguf_file else {}))
-        config = None if gguf_file else AutoConfig.from_pretrained(path, **options)
+        config = None if gguf_file else AutoConfig.from_pretrained(config_from or path, **options)
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"the tokenizer of `{path}` cannot be loaded: {error}") from error
     vision = load_vision(path, config, tokenizer, min_pixels=min_pixels, max_pixels=max_pixels, **options)

@@ -76,6 +76,7 @@ class Backbone:
         self.layers_name = _named(self.decoder, LAYER_LISTS, nn.ModuleList, "list of decoder layers", self._inner)
         self._ropes: list[Any] = [module for module in self.decoder.modules() if _grows(module)]
         self._offsets: list[Any] = [module for module in self._inner.modules() if hasattr(module, "rope_deltas")]
+        self._rope_kind, self._rope_limit = _rope_of(self.text_config)
         self._norm_name = _named(self.decoder, FINAL_NORMS, nn.Module, "final norm", self._inner)
 
     @property
@@ -156,11 +157,42 @@ class Backbone:
         Differentiable. Raises ModelError for layers out of range.
         """
 
+        groups = self._groups(inputs)
+        if len(groups) > 1:
+            return self._capture_groups(groups, inputs, layers, rows_T, positions_T, with_final=with_final)
+
         def keep(hidden_BSD: Tensor, _kwargs: dict[str, Any]) -> Tensor:
             return _gather(hidden_BSD, rows_T, positions_T).to(self.device)
 
         captured, final_BSD = self._run(inputs, layers, keep, with_final=with_final)
         return captured if final_BSD is None else {**captured, self.num_layers: keep(final_BSD, {})}
+
+    def _capture_groups(
+        self,
+        groups: list[Tensor],
+        inputs: dict[str, Any],
+        layers: Sequence[int],
+        rows_T: Tensor,
+        positions_T: Tensor,
+        *,
+        with_final: bool,
+    ) -> dict[int, Tensor]:
+        """`capture` of some rows after the others, each group as narrow as its longest row; in the order of rows_T."""
+        order: list[Tensor] = []
+        parts: dict[int, list[Tensor]] = {}
+        for rows_G in groups:
+            row_of_B = torch.full_like(inputs["attention_mask"][:, 0], -1)
+            row_of_B[rows_G] = torch.arange(len(rows_G), device=row_of_B.device)
+            own_T = row_of_B[rows_T.to(row_of_B.device)]
+            at = (own_T >= 0).nonzero()[:, 0]
+            width = int(inputs["attention_mask"][rows_G].sum(1).max())
+            narrow = {key: value[rows_G, :width] for key, value in inputs.items()}
+            found = self.capture(narrow, layers, own_T[at], positions_T.to(at.device)[at], with_final=with_final)
+            order.append(at)
+            for layer, state_TD in found.items():
+                parts.setdefault(layer, []).append(state_TD)
+        back_T = torch.cat(order).argsort()
+        return {layer: torch.cat(states)[back_T.to(states[0].device)] for layer, states in parts.items()}
 
     def capture_sequences(
         self,
@@ -180,6 +212,12 @@ class Backbone:
             )
             return LayerSequence(hidden_BSD.to(self.device), kept, rows_T, positions_T)
 
+        if len(self._groups(inputs)) > 1:
+            raise ModelError(
+                f"the rope of this model changes at {self._rope_limit} tokens, and the batch has rows on both sides: "
+                "verbalizers of structure `decoder` need batches of one row (`micro_batch_size: 1`, a small "
+                "`run.batch_tokens`)"
+            )
         captured, final_BSD = self._run(inputs, layers, keep, with_final=with_final)
         if final_BSD is None:
             return {**captured}
@@ -196,6 +234,29 @@ class Backbone:
         for rope in self._ropes:
             rope.register_buffer("inv_freq", rope.original_inv_freq.to(rope.inv_freq.device), persistent=False)
             rope.max_seq_len_cached = rope.original_max_seq_len
+
+    def _groups(self, inputs: dict[str, Any]) -> list[Tensor]:
+        """Rows that may run together: one group but for ropes that look at the longest row of a batch.
+
+        Longrope has frequencies for rows up to a length, and others beyond; with dynamic NTK each longer row has its
+        own. Padding counts as length, so the rows of a group are cut to its longest.
+        """
+        mask_BS = inputs.get("attention_mask")
+        if self._rope_limit is None or mask_BS is None or len(mask_BS) < 2:
+            return []
+        lengths_B = mask_BS.sum(1)
+        is_long_B = lengths_B > self._rope_limit
+        longer = is_long_B.nonzero()[:, 0]
+        if not len(longer) or (self._rope_kind == "longrope" and len(longer) == len(mask_BS)):
+            return []
+        groups = [longer] if self._rope_kind == "longrope" else list(longer.split(1))
+        shorter = (~is_long_B).nonzero()[:, 0]
+        if any(value.shape[:2] != mask_BS.shape for value in inputs.values()):
+            raise ModelError(
+                f"the rope of this model changes at {self._rope_limit} tokens: rows on both sides of it cannot run in "
+                "one batch with pictures; use batches of one row (`micro_batch_size: 1`, a small `run.batch_tokens`)"
+            )
+        return [*groups, *([shorter] if len(shorter) else [])]
 
     def check_layers(self, layers: Sequence[int]) -> None:
         """Raise ModelError unless all `layers` are intermediate targets of this model."""
@@ -288,6 +349,20 @@ def check_family(config: Any) -> None:
                 f"`{config.model_type}` carries {value} hidden states per token from layer to layer (`{key}`): what a "
                 "layer says cannot be read through the head. Choose a teacher or student of another family"
             )
+
+
+def _rope_of(text_config: Any) -> tuple[str, int | None]:
+    """The kind of a rope that looks at the longest row of a batch, and the length at which it changes."""
+    ropes = getattr(text_config, "rope_parameters", None) or getattr(text_config, "rope_scaling", None) or {}
+    kinds = [ropes, *(value for value in ropes.values() if isinstance(value, dict))]
+    for rope in kinds:
+        kind = str(rope.get("rope_type") or rope.get("type") or "")
+        if kind == "longrope":
+            limit = rope.get("original_max_position_embeddings")
+            return kind, int(limit or text_config.original_max_position_embeddings)
+        if "dynamic" in kind:
+            return "dynamic", int(text_config.max_position_embeddings)
+    return "", None
 
 
 def _grows(module: Any) -> bool:

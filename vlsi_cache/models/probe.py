@@ -173,27 +173,30 @@ def _logits(backbone: Backbone, inputs: dict[str, Tensor], name: str) -> Tensor:
 
 
 def _hidden(backbone: Backbone, probe: Probe) -> tuple[Tensor, Tensor]:
-    """The padded batch our way, [T, D]: what enters the head, and the output of the last decoder layer."""
+    """What enters the head in the padded batch, and each sample's output of the last decoder layer, both [T, D]."""
     kept: list[Tensor] = []
 
     def keep(_module: nn.Module, _args: Any, output: Any) -> None:
         kept.append(output[0] if isinstance(output, tuple) else output)
 
-    handle = backbone.layers[-1].register_forward_hook(keep)
     layers = [1] if backbone.num_layers > 1 else []
+    captured = backbone.capture(probe.together, layers, probe.rows_T, probe.positions_T)
+    handle = backbone.layers[-1].register_forward_hook(keep)
+    last: list[Tensor] = []
     try:
-        captured = backbone.capture(probe.together, layers, probe.rows_T, probe.positions_T)
+        for row, inputs in enumerate(probe.alone):
+            positions_T = probe.positions_T[probe.rows_T == row]
+            backbone.capture(inputs, [], torch.zeros_like(positions_T), positions_T)
+            last.append(kept[row][0, positions_T.to(kept[row].device)])
     finally:
         handle.remove()
-    for state in (*captured.values(), kept[0]):
+    for state in (*captured.values(), *last):
         if state.shape[-1] != backbone.hidden_size:
             raise ModelError(
                 f"its layers are {state.shape[-1]} wide and its head takes {backbone.hidden_size}: what a layer says "
                 "cannot be read through the head"
             )
-    last_BSD = kept[0]
-    last_TD = last_BSD[probe.rows_T.to(last_BSD.device), probe.positions_T.to(last_BSD.device)]
-    return captured[backbone.num_layers], last_TD
+    return captured[backbone.num_layers], torch.cat(last)
 
 
 def _normed(backbone: Backbone, state_TD: Tensor) -> Tensor:

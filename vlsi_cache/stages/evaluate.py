@@ -22,7 +22,7 @@ from vlsi_cache.data.tokenize import Encoder, fit_rows, load_encoder
 from vlsi_cache.disk import write_atomically
 from vlsi_cache.errors import ModelError, SpecError, list_problems
 from vlsi_cache.models.layers import Backbone
-from vlsi_cache.models.load import load_model, resolve_model, weights_digest
+from vlsi_cache.models.load import encoder_folders, load_model, resolve_model, weights_digest
 from vlsi_cache.models.verbalizer import Verbalizers, load_verbalizers
 from vlsi_cache.models.verbalizer_files import find_folder, read_record
 from vlsi_cache.report.stats import next_step
@@ -193,7 +193,10 @@ def evaluate_model(
 
     def encoder_for(fewest: int | None, most: int | None) -> Encoder:
         return load_encoder(
-            path, gguf_file=gguf_file, min_pixels=fewest, max_pixels=most, trust_remote_code=trust_remote_code
+            **encoder_folders(path, gguf_file=gguf_file),
+            min_pixels=fewest,
+            max_pixels=most,
+            trust_remote_code=trust_remote_code,
         )
 
     held_out = None

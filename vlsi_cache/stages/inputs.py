@@ -10,12 +10,13 @@ from vlsi_cache.data.records import Record, read_records
 from vlsi_cache.data.tokenize import Encoder, fit_rows, load_encoder
 from vlsi_cache.errors import SpecError
 from vlsi_cache.models.layers import Backbone, check_family, default_layers
-from vlsi_cache.models.load import load_config, load_model, resolve_model, weights_digest
+from vlsi_cache.models.load import adapter_note, encoder_folders, load_config, load_model, resolve_model, weights_digest
 from vlsi_cache.models.verbalizer import Verbalizers, load_verbalizers, logit_lens, verbalizers_digest
 from vlsi_cache.models.verbalizer_files import find_folder
 from vlsi_cache.spec import CacheSpec, TargetLayers
 
 from .checked import check_vocabulary, checked_backbone
+from .loop import say
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,8 @@ class TeacherInputs:
             trust_remote_code=teacher.trust_remote_code,
             attn_implementation=teacher.attn_implementation,
         )
+        if note := adapter_note(self.model_path):
+            say(note)
         return checked_backbone(model, self.encoder)
 
     def load_verbalizers(self, backbone: Backbone) -> Verbalizers:
@@ -91,9 +94,7 @@ def open_teacher_inputs(spec: CacheSpec) -> TeacherInputs:
     num_layers = int(config.get_text_config().num_hidden_layers)
     layers = target_layers(teacher.layers, teacher.num_layers, config, where="teacher.layers")
     encoder = load_encoder(
-        path,
-        revision=teacher.revision,
-        gguf_file=teacher.gguf_file,
+        **encoder_folders(path, revision=teacher.revision, gguf_file=teacher.gguf_file),
         min_pixels=spec.data.min_pixels,
         max_pixels=spec.data.max_pixels,
         trust_remote_code=teacher.trust_remote_code,

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from vlsi_cache.data.tokenize import Encoder, load_encoder
-from vlsi_cache.models.load import load_model, resolve_model, weights_digest
+from vlsi_cache.models.load import encoder_folders, load_model, resolve_model, weights_digest
 from vlsi_cache.spec import CacheSpec, Dtype, spec_from_dict
 
 from .evaluate import check_has_student
@@ -28,9 +28,7 @@ class Speaker:
 
     def encoder(self, spec: CacheSpec) -> Encoder:
         return load_encoder(
-            self.path,
-            revision=self.revision,
-            gguf_file=self.gguf_file,
+            **encoder_folders(self.path, revision=self.revision, gguf_file=self.gguf_file),
             min_pixels=spec.data.min_pixels,
             max_pixels=spec.data.max_pixels,
             trust_remote_code=self.trust_remote_code,

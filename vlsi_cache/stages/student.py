@@ -13,7 +13,7 @@ from vlsi_cache.data.records import RecordSet, read_records
 from vlsi_cache.data.tokenize import Encoder, load_encoder
 from vlsi_cache.errors import DataError, ModelError, SpecError, list_problems
 from vlsi_cache.models.layers import check_family
-from vlsi_cache.models.load import load_config, load_model
+from vlsi_cache.models.load import adapter_note, encoder_folders, load_config, load_model, mend_generation
 from vlsi_cache.spec import CacheSpec, DataSpec, DistillSpec, InteractSpec
 from vlsi_cache.store.layout import CacheHeader
 from vlsi_cache.store.lineage import data_sections
@@ -85,7 +85,14 @@ class StudentInputs:
             trust_remote_code=distill.trust_remote_code,
             attn_implementation=distill.attn_implementation,
         )
+        if note := adapter_note(self.path):
+            say(note)
         checked_backbone(model, self.encoder)
+        if mended := mend_generation(model.generation_config):
+            say(
+                f"student: its generation_config.json sets {', '.join(f'`{name}`' for name in mended)}, which do "
+                "nothing as they stand and cannot be saved: the trained student has the defaults"
+            )
         dtype = model.dtype if has_autocast else _wanted_dtype(distill, self.config)
         if dtype != model.dtype:
             name = str(dtype).removeprefix("torch.")
@@ -155,7 +162,7 @@ def open_student(cache: Cache, spec: CacheSpec, path: str) -> StudentInputs:
     """Read the student's tokenizer and config and check them against the cache; raises ModelError, SpecError."""
     distill = spec.distill
     encoder = load_encoder(
-        path,
+        **encoder_folders(path),
         min_pixels=spec.data.min_pixels,
         max_pixels=spec.data.max_pixels,
         trust_remote_code=distill.trust_remote_code,

@@ -24,7 +24,7 @@ from vlsi_cache.data.records import Record
 from vlsi_cache.data.tokenize import Encoded, Encoder, load_encoder
 from vlsi_cache.errors import DataError, ModelError, SpecError, command_line
 from vlsi_cache.models.layers import Backbone, LayerSequence
-from vlsi_cache.models.load import load_model, resolve_model, weights_digest
+from vlsi_cache.models.load import encoder_folders, load_model, resolve_model, weights_digest
 from vlsi_cache.models.verbalizer import Verbalizers, load_verbalizers, logit_lens
 from vlsi_cache.models.verbalizer_files import RECORD, find_folder
 from vlsi_cache.report.example import png_of
@@ -78,7 +78,9 @@ def trace(
         )
     subject = _subject(model, None if verbalizers is None else str(verbalizers))
     encoder = load_encoder(
-        subject.path, gguf_file=gguf_file, min_pixels=subject.min_pixels, max_pixels=subject.max_pixels
+        **encoder_folders(subject.path, gguf_file=gguf_file),
+        min_pixels=subject.min_pixels,
+        max_pixels=subject.max_pixels,
     )
     media = tuple(_load_image(Path(image)) for image in images)
     encoded = encoder.encode(_record(prompt, media), with_response=False)
