@@ -93,7 +93,7 @@ def _inputs(samples: Sequence[Encoded], lengths: list[int], *, pad_id: int, left
 
 def _prefix_types(sample: Encoded, length: int) -> np.ndarray:
     """The processor's types of the prompt, then those of an answer."""
-    types_P = sample.media["token_type_ids"].reshape(-1)[:length]
+    types_P = sample.media.get("token_type_ids", np.zeros(sample.num_prompt, np.int64)).reshape(-1)[:length]
     return np.concatenate([types_P, np.full(length - len(types_P), CAUSAL, dtype=np.int64)])
 
 

@@ -52,9 +52,12 @@ def check_vocabulary(encoder: Encoder, num_rows: int | None) -> None:
 
 def make_probe(backbone: Backbone, encoder: Encoder) -> Probe:
     """Two short samples as the model gets them; the shorter one shows a small picture where the model sees any."""
-    samples = [_encoded(encoder, *texts) for texts in zip(QUESTIONS, ANSWERS, strict=True)]
-    if encoder.vision is not None:
-        samples[1] = _with_picture(encoder) or samples[1]
+    longer, shorter = zip(QUESTIONS, ANSWERS, strict=True)
+    # Some models want a picture in every sample, and are shown one in both.
+    samples = [
+        _encoded(encoder, *longer) or _with_picture(encoder, *longer) or _plain(encoder, *longer),
+        _with_picture(encoder, *shorter) or _encoded(encoder, *shorter) or _plain(encoder, *shorter),
+    ]
     batch = _collated(backbone, encoder, samples)
     first, num_shorter = samples[0], max(1, len(samples[0].response_ids) // 2)
     return Probe(
@@ -71,25 +74,31 @@ def _collated(backbone: Backbone, encoder: Encoder, samples: Sequence[Encoded]) 
     return collate(samples, pad_id=encoder.pad_id, device=backbone.device)
 
 
-def _encoded(encoder: Encoder, question: str, answer: str) -> Encoded:
+def _encoded(encoder: Encoder, question: str, answer: str) -> Encoded | None:
     try:
         return encoder.encode(_record(question, answer))
-    except DataError:  # a template that wants more than a question and an answer: the model is judged without it
-        ids_P, ids_R = (
-            np.asarray(encoder.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64)
-            for text in (question, answer)
-        )
-        types_S = np.zeros(len(ids_P) + len(ids_R), dtype=np.int64)
-        return Encoded(np.concatenate([ids_P, ids_R]), len(ids_P), ids_R, types_S if encoder.vision else None)
+    except DataError:
+        return None
 
 
-def _with_picture(encoder: Encoder) -> Encoded | None:
-    """The shorter sample with a picture in its question; None where that costs many tokens or cannot be written."""
+def _plain(encoder: Encoder, question: str, answer: str) -> Encoded:
+    """Without the chat template, which wants more than a question and an answer: the model alone is judged here."""
+    ids_P, ids_R = (
+        np.asarray(encoder.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64)
+        for text in (question, answer)
+    )
+    return Encoded(np.concatenate([ids_P, ids_R]), len(ids_P), ids_R)
+
+
+def _with_picture(encoder: Encoder, question: str, answer: str) -> Encoded | None:
+    """A sample with a picture in its question; None where that costs many tokens or cannot be written."""
+    if encoder.vision is None:
+        return None
     buffer = BytesIO()
     Image.linear_gradient("L").resize(PICTURE_SIZE).convert("RGB").save(buffer, "png")
     data = buffer.getvalue()
     picture = Media(hashlib.sha256(data).hexdigest(), PICTURE_SIZE, data=data)
-    record = _record(QUESTIONS[1], ANSWERS[1], picture)
+    record = _record(question, answer, picture)
     try:
         return encoder.encode(record) if encoder.measure(record)[0] <= PICTURE_TOKENS else None
     except DataError:
