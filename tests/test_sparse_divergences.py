@@ -25,7 +25,8 @@ from vlsi_cache.sparse.whole import head_output, kl_to_output, linear_cross_entr
 NAMES = ("forward_kl", "reverse_kl", "jsd", "skewed_kl", "l2_topk")
 BOUNDED = NAMES[:-1]  # data processing does not hold for the l2
 DIVERGENCES = [*map(Divergence, NAMES), Divergence("jsd", beta=0.9), Divergence("skewed_kl", skew=0.7)]
-HEADS: list[dict[str, Any]] = [{}, {"scale": 0.3}, {"cap": 2.5}, {"scale": 1.7, "cap": 4.0}]
+HEADS: list[dict[str, Any]] = [{}, {"scale": 0.3}, {"cap": 2.5}, {"scale": 1.7, "cap": 4.0}, {"bias": True}]
+HEADS += [{"scale": 1.7, "cap": 4.0, "bias": True}]
 
 
 def mixture(share: float, p: Categorical, q: Categorical) -> Categorical:
@@ -61,7 +62,8 @@ class Case:
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-        self.hidden_TD, self.weight_VD, self.head_options = normal(num_tokens, 8), normal(40, 8), head
+        self.hidden_TD, self.weight_VD = normal(num_tokens, 8), normal(40, 8)
+        self.head_options = {**head, "bias_V": normal(40)} if head.pop("bias", False) else head
         self.teacher_TV = spread * normal(num_tokens, 40)
         log_TV = self.teacher_TV.log_softmax(1)
         logprobs_TK, self.ids_TK = log_TV.topk(top_k)
@@ -75,13 +77,25 @@ class Case:
         )
         self.hidden_TD.requires_grad_()
 
+    def leaves(self, *, grows_head: bool) -> list[Tensor]:
+        """What gets a gradient: the hidden states, and what the head is made of if it trains."""
+        parts = [self.weight_VD, *([self.head_options["bias_V"]] if "bias_V" in self.head_options else [])]
+        for part in parts:
+            part.requires_grad_(grows_head)
+        return [self.hidden_TD, *(parts if grows_head else [])]
+
+    @property
+    def head(self) -> Head:
+        return Head(self.weight_VD, **self.head_options)
+
     def logits_TV(self, weight_VD: Tensor | None = None) -> Tensor:
         z_TV = self.hidden_TD @ (self.weight_VD if weight_VD is None else weight_VD).T
+        z_TV = z_TV + self.head_options.get("bias_V", 0.0)
         scale, cap = self.head_options.get("scale", 1.0), self.head_options.get("cap")
         return z_TV * scale if cap is None else cap * torch.tanh(z_TV * scale / cap)
 
     def loss(self, divergence: Divergence, tau: float = 1.0, weights_T: Tensor | None = None) -> Tensor:
-        names = {"scale": "logit_scale", "cap": "logit_cap"}
+        names = {"scale": "logit_scale", "cap": "logit_cap", "bias_V": "head_bias_V"}
         head = {names[key]: value for key, value in self.head_options.items()}
         return sparse_kl(
             self.hidden_TD, self.weight_VD, self.rows, divergence=divergence, tau=tau, taus=(1.0, 2.0),
@@ -105,8 +119,7 @@ def test_value_and_gradients_equal_plain_autograd(divergence: Divergence, tau: f
     case = Case(**head)
     weights_T = torch.tensor([1.0, 0.0, 2.0, 0.5], dtype=torch.float64)
     for grows_head in (False, True):
-        case.weight_VD.requires_grad_(grows_head)
-        leaves = [case.hidden_TD, case.weight_VD] if grows_head else [case.hidden_TD]
+        leaves = case.leaves(grows_head=grows_head)
         expected = (case.expected(divergence, tau) * weights_T).sum() / weights_T.sum()
         found = case.loss(divergence, tau, weights_T)
         torch.testing.assert_close(found, expected)
@@ -210,24 +223,24 @@ def test_linear_cross_entropy_is_cross_entropy_of_the_logits(
     block: int, head: dict[str, Any], grows_head: bool
 ) -> None:
     case = Case(**head)
-    case.weight_VD.requires_grad_(grows_head)
     gold_T, share_T = torch.tensor([0, 39, 7, 14]), torch.tensor([1.0, 3.0, 0.0, 2.0], dtype=torch.float64)
-    leaves = [case.hidden_TD, case.weight_VD] if grows_head else [case.hidden_TD]
-    found = linear_cross_entropy(case.hidden_TD, Head(case.weight_VD, **head), gold_T, share_T=share_T, block=block)
+    leaves = case.leaves(grows_head=grows_head)
+    found = linear_cross_entropy(case.hidden_TD, case.head, gold_T, share_T=share_T, block=block)
     expected = (F.cross_entropy(case.logits_TV(), gold_T, reduction="none") * share_T).sum()
     torch.testing.assert_close(found, expected)
     wanted = torch.autograd.grad(0.5 * expected, leaves)
     torch.testing.assert_close(torch.autograd.grad(0.5 * found, leaves), wanted)
     with torch.no_grad():
-        value = linear_cross_entropy(case.hidden_TD, Head(case.weight_VD, **head), gold_T)
+        value = linear_cross_entropy(case.hidden_TD, case.head, gold_T)
     assert not value.requires_grad
 
 
-def test_the_divergence_from_another_output_needs_no_logits() -> None:
-    case = Case(scale=0.7)
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_the_divergence_from_another_output_needs_no_logits(has_bias: bool) -> None:
+    case = Case(scale=0.7, bias=has_bias)
     target_TD, gold_T = torch.randn(4, 8, dtype=torch.float64), torch.tensor([0, 39, 7, 14])
-    head = Head(case.weight_VD, 0.7)
-    teacher = Categorical(logits=0.7 * target_TD @ case.weight_VD.T)
+    head = case.head
+    teacher = Categorical(logits=0.7 * (target_TD @ case.weight_VD.T + case.head_options.get("bias_V", 0.0)))
     expected_T = kl_divergence(teacher, Categorical(logits=case.logits_TV()))
     nll_T = F.cross_entropy(case.logits_TV(), gold_T, reduction="none").detach()
     for share_T in (None, torch.tensor([0.1, 0.0, 2.0, 0.4], dtype=torch.float64)):

@@ -14,6 +14,7 @@ from torch.distributions import Categorical
 from vlsi_cache.errors import ModelError, SpecError
 from vlsi_cache.sparse import kernels, topk
 from vlsi_cache.sparse.kernels import pick_kernels
+from vlsi_cache.sparse.logits import Head
 from vlsi_cache.sparse.topk import _top_slots, sample_uniforms, stack_layers, teacher_rows
 
 
@@ -38,15 +39,19 @@ def uniforms(num_tokens: int, num_tail: int) -> np.ndarray:
         (1, 64, 64, 8, 64),
     ],
 )
-def test_rows_equal_the_dense_distribution(num_tokens: int, vocab: int, v_real: int, top_k: int, block: int):
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_rows_equal_the_dense_distribution(
+    num_tokens: int, vocab: int, v_real: int, top_k: int, block: int, has_bias: bool
+):
     hidden_TD, weight_VD, gold_T = make_teacher(num_tokens, 16, vocab)
     weight_VD[v_real:] += 100.0  # padding rows that would win every place
     gold_T %= v_real
+    bias_V = torch.randn(vocab, generator=torch.Generator().manual_seed(vocab)) * has_bias
     rows = teacher_rows(
-        hidden_TD, weight_VD, gold_T, top_k=top_k, uniforms_Tm=uniforms(num_tokens, 3), v_real=v_real,
-        taus=(1.0, 2.0, 0.5), block=block,
+        hidden_TD, Head(weight_VD, bias_V=bias_V if has_bias else None), gold_T, top_k=top_k,
+        uniforms_Tm=uniforms(num_tokens, 3), v_real=v_real, taus=(1.0, 2.0, 0.5), block=block,
     )  # fmt: skip
-    logits_TV = (hidden_TD @ weight_VD.T)[:, :v_real].double()
+    logits_TV = (hidden_TD @ weight_VD.T + bias_V)[:, :v_real].double()
     dense = Categorical(logits=logits_TV)
     order_TV = logits_TV.argsort(dim=1, descending=True, stable=True)
     close = {"rtol": 2e-5, "atol": 2e-5, "check_dtype": False}
@@ -84,10 +89,12 @@ def test_ties_go_to_the_lowest_id(levels: int, top_k: int, block: int):
 def test_tail_samples_follow_the_complement(block: int, spread: float):
     num_draws, vocab, top_k = 20_000, 300, 6
     hidden_TD, weight_VD, gold_T = make_teacher(2, 8, vocab, spread)
+    bias_V = torch.randn(vocab, generator=torch.Generator().manual_seed(1))
+    head = Head(weight_VD, bias_V=bias_V)
     rows = teacher_rows(
-        hidden_TD, weight_VD, gold_T, top_k=top_k, uniforms_Tm=uniforms(2, num_draws), v_real=vocab, block=block
+        hidden_TD, head, gold_T, top_k=top_k, uniforms_Tm=uniforms(2, num_draws), v_real=vocab, block=block
     )
-    tail_TV = (hidden_TD @ weight_VD.T).double().softmax(1).scatter(1, rows["ids_TK"], 0.0)
+    tail_TV = (hidden_TD @ weight_VD.T + bias_V).double().softmax(1).scatter(1, rows["ids_TK"], 0.0)
     tail_TV /= tail_TV.sum(1, keepdim=True)
     for tail_V, ids_m in zip(tail_TV, rows["tail_ids_Tm"], strict=True):
         counts_V = torch.bincount(ids_m, minlength=vocab).double()

@@ -12,6 +12,8 @@ import torch
 from .tokenize import Encoded
 
 IGNORE_INDEX = -100
+# PaliGemma's `token_type_ids` are 0 on the prompt, which sees all of itself, and 1 on what sees only what came before.
+CAUSAL = 1
 
 
 @dataclass(frozen=True)
@@ -80,9 +82,19 @@ def _inputs(samples: Sequence[Encoded], lengths: list[int], *, pad_id: int, left
         assert len(types) == len(samples)
         inputs["mm_token_type_ids"] = _pad(types, 0, left=left)
     keys = dict.fromkeys(key for sample in samples for key in sample.media)
+    if "token_type_ids" in keys:
+        typed = zip(samples, lengths, strict=True)
+        inputs["token_type_ids"] = _pad([_prefix_types(sample, length) for sample, length in typed], CAUSAL, left=left)
+        del keys["token_type_ids"]
     for key in keys:
         inputs[key] = _join([sample.media[key] for sample in samples if key in sample.media])
     return inputs
+
+
+def _prefix_types(sample: Encoded, length: int) -> np.ndarray:
+    """The processor's types of the prompt, then those of an answer."""
+    types_P = sample.media.get("token_type_ids", np.zeros(sample.num_prompt, np.int64)).reshape(-1)[:length]
+    return np.concatenate([types_P, np.full(length - len(types_P), CAUSAL, dtype=np.int64)])
 
 
 def _pad(rows: list[np.ndarray], fill: int, *, left: bool) -> torch.Tensor:

@@ -240,11 +240,13 @@ def load_encoder(
     trust_remote_code: bool = False,
     template_args: Mapping[str, Any] | None = None,
     prompt: PromptMode = "generation",
+    config_from: str | None = None,
 ) -> Encoder:
     """The encoder of a model folder, or of a hub id if one is named.
 
-    `template_args` and `prompt` are `data.template` and `data.prompt` of a spec. Raises ModelError if a piece is
-    missing, SpecError for an argument that the chat template does not read.
+    `template_args` and `prompt` are `data.template` and `data.prompt` of a spec. `config_from` is where the model's
+    configuration lies, for an adapter's folder, which has none. Raises ModelError if a piece is missing, SpecError for
+    an argument that the chat template does not read.
     """
     from transformers import AutoConfig, AutoTokenizer
 
@@ -252,7 +254,7 @@ def load_encoder(
     options: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **options, **({"gguf_file": gguf_file} if gguf_file else {}))
-        config = None if gguf_file else AutoConfig.from_pretrained(path, **options)
+        config = None if gguf_file else AutoConfig.from_pretrained(config_from or path, **options)
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"the tokenizer of `{path}` cannot be loaded: {error}") from error
     vision = load_vision(path, config, tokenizer, min_pixels=min_pixels, max_pixels=max_pixels, **options)

@@ -23,6 +23,7 @@ from .media import Media
 PROCESSOR_ENCODING = 2
 KNOWN_SIZES = 65536  # whose image tokens are remembered, in a few MiB
 CHECKED_SIZES, NEVER = 4, -1  # sizes for which a processor's own count of image tokens is compared with what it does
+OURS = ("attention_mask", "labels")  # of what a processor gives: `collate` makes these for prompt and response
 VOLATILE_KEYS = ("image_processor_type", "processor_class", "feature_extractor_type", "auto_map", "tokenizer")
 
 
@@ -179,7 +180,7 @@ class ProcessorVision:
             features = self.processor(text=[text], images=nested, add_special_tokens=False, return_tensors="pt")
         except ValueError as error:
             raise DataError(f"{type(self.processor).__name__} refuses it: {error}") from None
-        arrays = {key: np.asarray(value) for key, value in features.items() if key != "attention_mask"}
+        arrays = {key: np.asarray(value) for key, value in features.items() if key not in OURS}
         types = arrays.pop("mm_token_type_ids", None)
         return Prompt(arrays.pop("input_ids")[0], None if types is None else types[0], arrays)
 

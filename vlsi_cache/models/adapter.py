@@ -5,6 +5,10 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from transformers.pytorch_utils import Conv1D
+
+from vlsi_cache.errors import ModelError
 
 from .layers import Backbone
 
@@ -12,25 +16,66 @@ VISION_TOWERS = frozenset({"visual", "vision_tower", "vision_model"})  # what tr
 
 
 def add_lora(model: nn.Module, *, rank: int, alpha: float, dropout: float) -> Any:
-    """Wrap `model` with a fresh adapter on every linear layer of the text stack, and on nothing else.
+    """Wrap `model` with a fresh adapter on every linear layer and all experts of the text stack, and on nothing else.
 
-    The modules are named in full: PEFT's `all-linear` would adapt the vision tower of a VLM as well.
+    The modules are named in full: PEFT's `all-linear` would adapt the vision tower of a VLM as well. Raises ModelError
+    where there is nothing to adapt.
     """
     from peft import LoraConfig, get_peft_model
 
+    linears, experts = text_linears(model), reached_experts(model, dropout)
+    if not linears and not experts:
+        raise ModelError(
+            f"`{type(model).__name__}` has no linear layers in its decoder layers for an adapter; use "
+            "`distill.interact.mode: layers` and `distill.sft.mode: full`"
+        )
     config = LoraConfig(
-        r=rank, lora_alpha=cast(int, alpha), lora_dropout=dropout, target_modules=text_linears(model), bias="none"
+        r=rank,
+        lora_alpha=cast(int, alpha),
+        lora_dropout=dropout,
+        target_modules=linears,
+        target_parameters=experts or None,
+        bias="none",
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by a name that is being renamed
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")  # it puts GPT-2's layers right
         return get_peft_model(cast(Any, model), config)
 
 
 def text_linears(model: nn.Module) -> list[str]:
     """Full names of the linear layers inside the text decoder's layers."""
-    decoder_layers = Backbone(model).layers
-    inside = {id(module) for module in decoder_layers.modules() if isinstance(module, nn.Linear)}
+    inside = {id(module) for module in Backbone(model).layers.modules() if isinstance(module, nn.Linear | Conv1D)}
     return [name for name, module in model.named_modules() if id(module) in inside]
+
+
+def experts_of(model: nn.Module) -> list[str]:
+    """Full names of the experts' weights inside the text decoder's layers: one parameter [expert, out, in] for all."""
+    modules = [one for one in Backbone(model).layers.modules() if not isinstance(one, _ConvNd)]
+    inside = {id(weight) for one in modules for weight in one.parameters(recurse=False) if weight.ndim == 3}
+    return [name for name, weight in model.named_parameters() if id(weight) in inside]
+
+
+def reached_experts(model: nn.Module, dropout: float) -> list[str]:
+    """The experts that an adapter trains: PEFT has no dropout for them, so all of them or none."""
+    return experts_of(model) if dropout == 0 else []
+
+
+def reach_note(model: nn.Module, dropout: float) -> str:
+    """What an adapter reaches of a mixture of experts, for a person; "" for a model without experts."""
+    experts = experts_of(model)
+    if not experts:
+        return ""
+    layers = {id(weight) for weight in Backbone(model).layers.parameters() if weight.ndim > 1}
+    sizes = {name: weight.numel() for name, weight in model.named_parameters() if id(weight) in layers}
+    names = {*(f"{name}.weight" for name in text_linears(model)), *reached_experts(model, dropout)}
+    share = sum(sizes.get(name, 0) for name in names) / sum(sizes.values())
+    if dropout == 0:
+        return f"adapter: on linear layers and on {len(experts)} tensors of experts, {share:.0%} of the layers' weights"
+    return (
+        f"warning: the adapter reaches {share:.0%} of the decoder layers' weights: with `distill.lora.dropout` "
+        f"{dropout} the experts ({len(experts)} tensors) stay as they are; set it to 0 to adapt them too"
+    )
 
 
 def checkpoint_activations(model: Any) -> None:
@@ -58,8 +103,9 @@ def train_head_and_embeddings(model: Any) -> None:
     """Let head and word embeddings train beside the adapter, in fp32 (tied weights stay one parameter)."""
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
     for module in (plain.get_input_embeddings(), plain.get_output_embeddings()):
-        module.weight.requires_grad_(True)
-        module.weight.data = module.weight.data.float()
+        for parameter in module.parameters(recurse=False):
+            parameter.requires_grad_(True)
+            parameter.data = parameter.data.float()
 
 
 def train_everything(model: Any) -> Any:

@@ -25,6 +25,8 @@ from vlsi_cache.errors import ModelError
 from vlsi_cache.outputs import check_folder
 from vlsi_cache.run_files import read_object
 
+from .adapter_folder import adapter_files, base_of, has_adapter, is_adapter_alone, merged, without_adapter
+
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -95,6 +97,8 @@ def load_config(
     """The model's configuration, without its weights; raises ModelError."""
     folder = _local_folder(path, revision, [*SMALL_FILES, *([gguf_file] if gguf_file else [])], trust_remote_code)
     _check_gguf(folder, gguf_file)
+    if not gguf_file and is_adapter_alone(folder):
+        return load_config(base_of(folder), trust_remote_code=trust_remote_code)
     extra = {"gguf_file": gguf_file} if gguf_file else {}
     with _quiet(), _model_errors(path, "its configuration cannot be read"):
         return transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code, **extra)
@@ -128,11 +132,18 @@ def load_model(
     """Load a frozen model in eval mode: a vision-language one if its configuration has a vision part, else a causal LM.
 
     `device` is `auto` (spread over all GPUs, or the CPU when there is none) or any torch device. A GGUF file is
-    unpacked into `dtype` and is from then on an ordinary model. Raises ModelError, also when a weight is missing.
+    unpacked into `dtype` and is from then on an ordinary model. An adapter in the folder is merged into the weights, of
+    its base where it lies there alone. Raises ModelError, also when a weight is missing.
     """
     config = load_config(path, revision=revision, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
     patterns = [gguf_file] if gguf_file else ["*.safetensors"]
     folder = _local_folder(path, revision, [*SMALL_FILES, *patterns], trust_remote_code)
+    if not gguf_file and has_adapter(folder):
+        alike = {"dtype": dtype, "device": device, "attn_implementation": attn_implementation}
+        with without_adapter(folder) if not is_adapter_alone(folder) else nullcontext(base_of(folder)) as base:
+            plain = load_model(base, trust_remote_code=trust_remote_code, **alike)
+        with _quiet(), _model_errors(path, "its adapter cannot be merged"):
+            return _freeze(merged(plain, folder))
     options: dict[str, Any] = {
         "dtype": dtype,
         "device_map": _device_map(device),
@@ -146,8 +157,7 @@ def load_model(
         options |= {"gguf_file": gguf_file, "quantization_config": transformers.GgufConfig(dequantize=True)}
     else:
         weight_files(folder)
-    is_vlm = hasattr(config, "vision_config")
-    auto = transformers.AutoModelForImageTextToText if is_vlm else transformers.AutoModelForCausalLM
+    auto = transformers.AutoModelForImageTextToText if _is_vlm(config) else transformers.AutoModelForCausalLM
     # The GGUF reader draws a progress bar of its own that no setting of transformers turns off.
     no_bar = redirect_stderr(io.StringIO()) if gguf_file else nullcontext()
     with _quiet(), no_bar, _model_errors(path, "it cannot be loaded"):
@@ -157,17 +167,58 @@ def load_model(
     return _freeze(_without_gguf(model) if gguf_file else model)
 
 
+def empty_model(config: Any, *, trust_remote_code: bool = False) -> Any:
+    """The model of a configuration on the meta device: nothing is allocated. Raises ModelError."""
+    auto = transformers.AutoModelForImageTextToText if _is_vlm(config) else transformers.AutoModelForCausalLM
+    with torch.device("meta"), _quiet(), _model_errors(config.model_type, "no model can be made of its configuration"):
+        return auto.from_config(config, trust_remote_code=trust_remote_code)
+
+
 def weights_digest(path: str | Path, *, revision: str | None = None, gguf_file: str | None = None) -> str:
     """What identifies the weights: `xxh3:...` over the weight files of a folder, `commit:...` for a hub id."""
     resolved = resolve_model(path)
     if not Path(resolved).is_absolute():
-        return f"commit:{_local_folder(resolved, revision, ['config.json'], False).name}"
+        folder = _local_folder(resolved, revision, ["config.json", "adapter_config.json"], False)
+        base = f" on {weights_digest(base_of(folder))}" if is_adapter_alone(folder) else ""
+        return f"commit:{folder.name}{base}"
     folder = Path(resolved)
     _check_gguf(folder, gguf_file)
     digest = xxhash.xxh3_128()
-    for file in [folder / gguf_file] if gguf_file else weight_files(folder):
-        digest.update(f"{file.name} {_file_digest(file)}\n".encode())
+    adapter = adapter_files(folder) if not gguf_file and has_adapter(folder) else {}
+    if adapter and is_adapter_alone(folder):
+        digest.update(f"base {weights_digest(base_of(folder))}\n".encode())
+    else:
+        for file in [folder / gguf_file] if gguf_file else weight_files(folder):
+            digest.update(f"{file.name} {_file_digest(file)}\n".encode())
+    for name, file in adapter.items():
+        digest.update(f"{name} {_file_digest(file) if isinstance(file, Path) else file}\n".encode())
     return f"xxh3:{digest.hexdigest()}"
+
+
+def adapter_note(path: str | Path) -> str:
+    """A line for a person about the adapter that loading `path` merges; "" without one."""
+    resolved = resolve_model(path)
+    if not Path(resolved).is_absolute() or not has_adapter(Path(resolved)):
+        return ""
+    base = base_of(Path(resolved)) if is_adapter_alone(Path(resolved)) else "the model beside it"
+    return f"model {path}: the adapter there is merged into the weights of {base}"
+
+
+def encoder_folders(path: str | Path, *, revision: str | None = None, gguf_file: str | None = None) -> dict[str, Any]:
+    """Where tokenizer, template and processor lie and where the configuration does, as `load_encoder` takes them.
+
+    Those of an adapter without a tokenizer of its own are its base's.
+    """
+    resolved = resolve_model(path)
+    own = {"model": resolved, "revision": revision, "gguf_file": gguf_file}
+    if gguf_file:
+        return own
+    folder = _local_folder(resolved, revision, SMALL_FILES, False)
+    if not is_adapter_alone(folder):
+        return own
+    base = encoder_folders(base_of(folder))
+    is_own = (folder / "tokenizer_config.json").is_file()
+    return {"model": resolved if is_own else base["model"], "config_from": base.get("config_from") or base["model"]}
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -208,6 +259,7 @@ def save_student(
     """
     if hasattr(model, "peft_config"):
         raise ModelError("the student still has an adapter; merge it (`merge_lora`) before saving")
+    mend_generation(cast(Any, model).generation_config)
     _end_turns(cast(Any, model).generation_config, end_of_turn, pad)
     return write_folder(
         cast(transformers.PreTrainedModel, model),
@@ -262,6 +314,28 @@ def check_ours(out: Path, record: str) -> None:
             f"{out} holds other weights than were written there ({found}, {record} says {written['weights']}); move it "
             "away, or name another folder"
         )
+
+
+def mend_generation(generation: Any) -> list[str]:
+    """Put back to their defaults the generation settings that transformers reads but refuses to write; their names.
+
+    It ignores them itself (a temperature without `do_sample`), so nothing is generated in another way. Raises
+    ModelError for what cannot be mended.
+    """
+    try:
+        generation.validate(strict=True)
+        return []
+    except ValueError as error:
+        names = [name for name in re.findall(r"^- `(\w+)`:", str(error), re.MULTILINE) if hasattr(generation, name)]
+    for name in names:
+        setattr(generation, name, getattr(transformers.GenerationConfig(), name))
+    try:
+        generation.validate(strict=True)
+    except ValueError as error:
+        raise ModelError(
+            f"the student's generation_config.json cannot be saved again: {_first_line(error)}; mend it"
+        ) from None
+    return names
 
 
 def _end_turns(generation: Any, end_of_turn: int, pad: int) -> None:
@@ -365,6 +439,8 @@ def _copy_encoder(source: str | Path, out: Path, revision: str | None, gguf_file
         with _quiet(), _model_errors(source, "its tokenizer cannot be read from the GGUF file"):
             transformers.AutoTokenizer.from_pretrained(str(folder), gguf_file=gguf_file).save_pretrained(out)
         return
+    if is_adapter_alone(folder):
+        _copy_encoder(base_of(folder), out, None, None)
     for file in sorted({file for pattern in ENCODER_FILES for file in folder.glob(pattern) if file.is_file()}):
         shutil.copyfile(file, out / file.name)
 
@@ -379,6 +455,10 @@ def _file_digest(file: Path) -> str:
                 digest.update(block)
         _digests[key] = digest.hexdigest()
     return _digests[key]
+
+
+def _is_vlm(config: Any) -> bool:
+    return hasattr(config, "vision_config")
 
 
 def _first_line(error: BaseException) -> str:

@@ -80,7 +80,7 @@ def keep_layers(model: transformers.PreTrainedModel, layers: Sequence[int]) -> N
     owners = [module.config for module in backbone.decoder.modules() if hasattr(module, "config")]
     for config in {id(config): config for config in (model.config.get_text_config(), *owners)}.values():
         _prune_config(config, layers, num_layers)
-    backbone.decoder.layers = nn.ModuleList(backbone.layers[layer] for layer in layers)
+    setattr(backbone.decoder, backbone.layers_name, nn.ModuleList(backbone.layers[layer] for layer in layers))
     for index, layer in enumerate(backbone.layers):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):

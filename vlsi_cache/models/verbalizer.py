@@ -35,6 +35,7 @@ NUM_BLOCKS = {
 LOGIT_LENS = "logit-lens"
 LAST_PROJECTIONS = frozenset({"down_proj", "o_proj"})
 PLAIN_STD = 0.02
+NORM_EPS = 1e-6
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Architecture:
     final_norm: bool = True
     pre_norm: Literal["rms", "none"] = "rms"
     activation: str = "silu"
-    norm_eps: float = 1e-6
+    norm_eps: float = NORM_EPS
 
     @property
     def needs_sequence(self) -> bool:
@@ -195,12 +196,12 @@ def build_verbalizers(
     architecture = Architecture(
         structure=structure,
         hidden_size=backbone.hidden_size,
-        intermediate_size=int(getattr(backbone.text_config, "intermediate_size", 0)),
+        intermediate_size=_whole(getattr(backbone.text_config, "intermediate_size", 0)),
         style=style,
         final_norm=final_norm,
         pre_norm=pre_norm,
         activation=_activation_name(backbone),
-        norm_eps=float(getattr(backbone.text_config, "rms_norm_eps", 1e-6)),
+        norm_eps=float(getattr(backbone.text_config, "rms_norm_eps", None) or NORM_EPS),
     )
     with torch.device("meta"):
         verbalizers = Verbalizers(backbone, architecture, layers)
@@ -297,7 +298,18 @@ def _new_block(architecture: Architecture, new_decoder_layer: Callable[[], nn.Mo
 def _decoder_layer(backbone: Backbone, layer: int) -> nn.Module:
     # Same index as the layer whose mask and rotary arguments it will get: the kind of attention must fit the mask.
     source = cast(Any, backbone.layers[layer - 1])
-    return type(source)(backbone.decoder.config, layer - 1)
+    try:
+        return type(source)(backbone.decoder.config, layer - 1)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ModelError(
+            f"a verbalizer of structure `decoder` cannot be made for layer {layer}: `{type(source).__name__}` takes "
+            f"other arguments ({error}); choose another `verbalizer.structure`"
+        ) from None
+
+
+def _whole(value: Any) -> int:
+    """A width of the configuration; 0 where it has none, or one for each layer."""
+    return value if isinstance(value, int) else 0
 
 
 @torch.no_grad()

@@ -46,13 +46,14 @@ def sparse_kl(
     v_real: int | None = None,
     logit_scale: float = 1.0,
     logit_cap: float | None = None,
+    head_bias_V: Tensor | None = None,
 ) -> Tensor:
     """Divergence of a student from one cached teacher layer, in nats, for any trainer: a scalar, mean over the tokens.
 
     `hidden_TD` is what enters the student's head at the response tokens and gets the gradient; so does the head if it
     requires one (its logits are then made a second time in the backward pass). Backward takes one scalar. `head` is its
     weight [V, D]; for a model that scales or caps its logits (Cohere, Granite, Gemma 2) also say `logit_scale` and
-    `logit_cap`, or give a `vlsi_cache.Head`.
+    `logit_cap`, for one whose head has a bias `head_bias_V`, or give a `vlsi_cache.Head`.
 
     `row` is a row of a cache, which knows its vocabulary and its temperatures; rows behind that vocabulary in the head
     are padding and take no part. Any other object with the attributes of `SparseRows` (numpy or torch) needs `v_real`,
@@ -72,7 +73,7 @@ def sparse_kl(
     >>> round(loss.item(), 3), hidden_TD.grad.argmin(1).tolist()
     (1.005, [1, 2])
     """
-    head = _scaled(head, logit_scale, logit_cap)
+    head = _scaled(head, logit_scale, logit_cap, head_bias_V)
     v_real = _known("v_real", v_real, getattr(row, "v_real", None))
     if v_real is None:
         raise DataError(
@@ -100,12 +101,14 @@ def sparse_kl(
     return candidate_kl(hidden_TD, head, rows, divergence=divergence, share_T=share_T).loss(0)
 
 
-def _scaled(head: Tensor | Head, scale: float, cap: float | None) -> Head:
+def _scaled(head: Tensor | Head, scale: float, cap: float | None, bias_V: Tensor | None) -> Head:
     if isinstance(head, Head):
-        if scale != 1.0 or cap is not None:
-            raise ModelError("`logit_scale` and `logit_cap` belong to a head's weight; this `Head` has its own")
+        if scale != 1.0 or cap is not None or bias_V is not None:
+            raise ModelError(
+                "`logit_scale`, `logit_cap` and `head_bias_V` belong to a head's weight; this `Head` has its own"
+            )
         return head
-    return Head(head, scale, cap)
+    return Head(head, scale, cap, bias_V)
 
 
 def _known(name: str, said: Any, carried: Any) -> Any:

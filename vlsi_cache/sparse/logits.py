@@ -22,15 +22,16 @@ def compute_dtype(hidden_TD: Tensor) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Head:
-    """A language head without bias: `logits = cap * tanh(scale * hidden @ weight.T / cap)`, without tanh if no cap.
+    """A language head: `logits = cap * tanh(scale * (hidden @ weight.T + bias) / cap)`, without tanh if no cap.
 
     `scale` is Cohere's `logit_scale` or the inverse of Granite's `logits_scaling`, `cap` Gemma's
-    `final_logit_softcapping`.
+    `final_logit_softcapping`, `bias` what Phi, GPT-J and CodeGen add.
     """
 
     weight_VD: Tensor
     scale: float = 1.0
     cap: float | None = None
+    bias_V: Tensor | None = None
 
     @classmethod
     def of(cls, head: "Head | Tensor") -> "Head":
@@ -41,11 +42,18 @@ class Head:
         """The rows of the real vocabulary; heads may have padding rows behind it."""
         if not 0 < v_real <= self.num_rows:
             raise ModelError(f"`v_real` is {v_real}, the head has {self.num_rows} rows")
-        return self if v_real == self.num_rows else Head(self.weight_VD[:v_real], self.scale, self.cap)
+        if v_real == self.num_rows:
+            return self
+        bias_V = None if self.bias_V is None else self.bias_V[:v_real]
+        return Head(self.weight_VD[:v_real], self.scale, self.cap, bias_V)
 
     @property
     def num_rows(self) -> int:
         return self.weight_VD.shape[0]
+
+    @property
+    def requires_grad(self) -> bool:
+        return self.weight_VD.requires_grad or (self.bias_V is not None and self.bias_V.requires_grad)
 
     def check(self, hidden_TD: Tensor) -> None:
         """Raise ModelError where hidden states and head do not fit together."""
@@ -54,16 +62,23 @@ class Head:
             raise ModelError(
                 f"hidden states [T, D] have shape {list(hidden_TD.shape)}, the head [V, D] {list(weight_VD.shape)}"
             )
+        if self.bias_V is not None and self.bias_V.shape != weight_VD.shape[:1]:
+            raise ModelError(
+                f"the bias [V] of a head has shape {list(self.bias_V.shape)}, its weight [V, D] {list(weight_VD.shape)}"
+            )
         if self.scale <= 0 or (self.cap is not None and self.cap <= 0):
             raise ModelError(f"logit scale and cap of a head must be positive, found {self.scale} and {self.cap}")
 
     def logits_into(self, out_TB: Tensor, hidden_TD: Tensor, start: int) -> Tensor:
         """The logits of the rows from `start` on, as many as `out` has columns: fp32 (fp64 for fp64 hidden states)."""
-        product_into(out_TB, hidden_TD, self.weight_VD[start : start + out_TB.shape[1]].T)
-        return self.shape_(out_TB)
+        rows = slice(start, start + out_TB.shape[1])
+        product_into(out_TB, hidden_TD, self.weight_VD[rows].T)
+        return self.shape_(out_TB, rows)
 
-    def shape_(self, products: Tensor) -> Tensor:
-        """Turn `hidden @ weight.T` into logits, in place."""
+    def shape_(self, products: Tensor, rows: slice | Tensor) -> Tensor:
+        """Turn `hidden @ weight.T` into logits, in place; `rows` says which row of the head each product is of."""
+        if self.bias_V is not None:
+            products.add_(self.bias_V[rows])
         if self.cap is not None:
             return products.mul_(self.scale / self.cap).tanh_().mul_(self.cap)
         return products if self.scale == 1.0 else products.mul_(self.scale)

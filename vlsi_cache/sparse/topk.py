@@ -314,9 +314,11 @@ def _draw_in_group(
     """Draw among the GROUP ids from `first`, leaving out the block's candidates and what lies behind the vocabulary."""
     num_tokens, num_tail = first_Tm.shape
     ids_Tmg = first_Tm[..., None] + torch.arange(GROUP, device=first_Tm.device)
-    rows_RD = head.weight_VD.index_select(0, ids_Tmg.clamp(max=head.num_rows - 1).flatten()).float()
+    there_Tmg = ids_Tmg.clamp(max=head.num_rows - 1)
+    rows_RD = head.weight_VD.index_select(0, there_Tmg.flatten()).float()
     rows_TDr = rows_RD.view(num_tokens, num_tail * GROUP, -1).transpose(1, 2)
-    z_Tmg = head.shape_(torch.bmm(hidden_TD.float()[:, None], rows_TDr)).view(num_tokens, num_tail, GROUP)
+    products_Tmg = torch.bmm(hidden_TD.float()[:, None], rows_TDr).view(num_tokens, num_tail, GROUP)
+    z_Tmg = head.shape_(products_Tmg, there_Tmg)
     barred_Tmg = (ids_Tmg[..., None] == candidates_TmK[:, :, None]).any(-1) | (ids_Tmg >= head.num_rows)
     z_Tmg = z_Tmg.masked_fill(barred_Tmg, -math.inf)
     top_Tm1 = z_Tmg.amax(-1, keepdim=True)

@@ -156,7 +156,7 @@ class Walk:
         compiled: bool = False,
     ) -> None:
         self.hidden_TD, self.head, self.tau = hidden_TD, head, tau
-        self.grows_head = torch.is_grad_enabled() and head.weight_VD.requires_grad
+        self.grows_head = torch.is_grad_enabled() and head.requires_grad
         wants_mean = torch.is_grad_enabled() and hidden_TD.requires_grad and not self.grows_head
         with full_precision(hidden_TD.device):
             self._run(picker, wants_mean, compiled)
@@ -209,7 +209,7 @@ class Walk:
         with full_precision(ids_T.device):
             dtype = self._max_T1.dtype
             products_T1 = (self.hidden_TD.to(dtype) * self.head.weight_VD[ids_T].to(dtype)).sum(1, keepdim=True)
-            logits_T1 = self.head.shape_(products_T1) / self.tau
+            logits_T1 = self.head.shape_(products_T1, ids_T[:, None]) / self.tau
             return (logits_T1 - self._max_T1 - self._log_sum_T1).clamp_(max=0)[:, 0]
 
     @property
@@ -221,7 +221,7 @@ class Walk:
         """`value`, a loss of s = dL / d log q at these ids, as a function of the hidden states, and of the head if it
         requires a gradient. The ids of a token name none twice but as padding."""
         if self.grows_head:
-            return _Recomputed.apply(self.hidden_TD, self.head.weight_VD, value, self, ids_TX, s_TX)
+            return _Recomputed.apply(self.hidden_TD, self.head.weight_VD, self.head.bias_V, value, self, ids_TX, s_TX)
         if self.mean_TD is None:
             return value
         with full_precision(value.device):
@@ -250,12 +250,13 @@ class Walk:
         p_TX = (logq_TX - log_unit_TX).exp() * self._slopes(logq_TX)
         return (p_TX - p_TX.to(self.hidden_TD.dtype)) * log_unit_TX.exp()
 
-    def backward(self, ids_TX: Tensor, s_TX: Tensor) -> tuple[Tensor, Tensor]:
-        """dL/d(hidden) and dL/d(head weight), block by block."""
+    def backward(self, ids_TX: Tensor, s_TX: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """dL/d(hidden), dL/d(head weight) and dL/d(head bias), block by block."""
         weight_VD, factor = self.head.weight_VD, self.head.scale / self.tau
         c_T1 = -s_TX.sum(1, keepdim=True)
         hidden_grad_TD = torch.zeros_like(self.hidden_TD, dtype=compute_dtype(self.hidden_TD))
         weight_grad_VD = torch.empty_like(weight_VD)
+        bias_grad_V = None if self.head.bias_V is None else torch.empty_like(self.head.bias_V)
         for _, start, z_TB in self._blocks():
             rows = slice(start, start + z_TB.shape[1])
             slopes_TB = None if self._slope is None else 1 - (self._slope * z_TB).square()
@@ -265,11 +266,13 @@ class Walk:
             dz_TB.scatter_add_(1, offsets_TX, s_TX * inside_TX).mul_(factor)
             if slopes_TB is not None:
                 dz_TB.mul_(slopes_TB)
+            if bias_grad_V is not None:
+                bias_grad_V[rows] = dz_TB.sum(0)
             if _rounds_probs(self.hidden_TD):
                 dz_TB = dz_TB.to(self.hidden_TD.dtype)
             project(hidden_grad_TD, dz_TB, weight_VD[rows])
             product_into(weight_grad_VD[rows], dz_TB.T, self.hidden_TD)
-        return hidden_grad_TD, weight_grad_VD
+        return hidden_grad_TD, weight_grad_VD, bias_grad_V
 
 
 class GivenGradient(torch.autograd.Function):
@@ -295,10 +298,17 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, value: Tensor, walk: Walk, ids_TX: Tensor, s_TX: Tensor
+        ctx: Any,
+        hidden_TD: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        value: Tensor,
+        walk: Walk,
+        ids_TX: Tensor,
+        s_TX: Tensor,
     ) -> Tensor:
         ctx.walk = walk
-        ctx.save_for_backward(hidden_TD, weight_VD, ids_TX, s_TX)
+        ctx.save_for_backward(hidden_TD, weight_VD, bias_V, ids_TX, s_TX)
         return value.clone()
 
     @staticmethod
@@ -306,10 +316,11 @@ class _Recomputed(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor | None, ...]:
-        hidden_TD, weight_VD, ids_TX, s_TX = ctx.saved_tensors  # raises where one was changed in place since
+        hidden_TD, weight_VD, _, ids_TX, s_TX = ctx.saved_tensors  # raises where one was changed in place since
         with full_precision(hidden_TD.device):
-            hidden_grad_TD, weight_grad_VD = ctx.walk.backward(ids_TX, s_TX * grad_outputs[0])
-        return hidden_grad_TD.to(hidden_TD.dtype), weight_grad_VD.to(weight_VD.dtype), None, None, None, None
+            hidden_grad_TD, weight_grad_VD, bias_grad_V = ctx.walk.backward(ids_TX, s_TX * grad_outputs[0])
+        grads = hidden_grad_TD.to(hidden_TD.dtype), weight_grad_VD.to(weight_VD.dtype), bias_grad_V
+        return *grads, None, None, None, None
 
 
 def _online_softmax(

@@ -101,5 +101,5 @@ def kl_to_output(
 def _check_plain(head: Head) -> None:
     if head.cap is not None:
         raise ModelError("the divergence from the model's own output needs logits without a soft cap; use loss `ce`")
-    if head.weight_VD.requires_grad:
+    if head.requires_grad:
         raise ModelError("the divergence from the model's own output needs a frozen head, and this one trains")

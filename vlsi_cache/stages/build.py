@@ -68,6 +68,8 @@ def build_teacher(
     )
     teacher = remember(lambda: load_teacher(inputs, device=device))
     batch_tokens = settled_batch_tokens(inputs, out, lambda: find_batch_tokens(teacher(), parts))
+    if not (out / HEADER_NAME).exists():
+        teacher()  # a teacher that cannot be used leaves no cache folder behind
     first_rows: list[MadeBatch] = []
     writer = CacheWriter.create_or_resume(
         out,

@@ -13,7 +13,7 @@ import torch
 
 from vlsi_cache.disk import refuse_url
 from vlsi_cache.errors import SpecError
-from vlsi_cache.models.adapter import add_lora, checkpoint_activations, merge_lora, train_decoder_layers
+from vlsi_cache.models.adapter import add_lora, checkpoint_activations, merge_lora, reach_note, train_decoder_layers
 from vlsi_cache.models.layers import Backbone
 from vlsi_cache.models.load import STUDENT_RECORD, check_ours, resolve_model, save_student, weights_digest
 from vlsi_cache.models.verbalizer import Verbalizers, load_verbalizers
@@ -154,6 +154,8 @@ def _run_stages(state: StudentState) -> list[dict[str, Any]]:
     torch.manual_seed(distill.seed)
     adapts = "interact" in steps and distill.interact.mode == "lora"
     uses_lora = adapts or ("sft" in steps and distill.sft.mode == "lora+embed_head")
+    if uses_lora and (note := reach_note(state.model, distill.lora.dropout)):
+        say(note)
     model = add_lora(state.model, **distill.lora.model_dump()) if uses_lora else state.model
     if distill.gradient_checkpointing:
         checkpoint_activations(model)

@@ -20,7 +20,14 @@ from vlsi_cache.data.tokenize import Encoder, fit_rows, load_encoder
 from vlsi_cache.disk import refuse_url, write_atomically
 from vlsi_cache.errors import ModelError, SpecError, list_problems
 from vlsi_cache.models.layers import Backbone
-from vlsi_cache.models.load import load_config, load_model, max_positions, resolve_model, weights_digest
+from vlsi_cache.models.load import (
+    encoder_folders,
+    load_config,
+    load_model,
+    max_positions,
+    resolve_model,
+    weights_digest,
+)
 from vlsi_cache.models.verbalizer import Verbalizers, load_verbalizers
 from vlsi_cache.models.verbalizer_files import find_folder, read_record
 from vlsi_cache.outputs import check_file
@@ -33,6 +40,7 @@ from vlsi_cache.spec import CacheSpec, Dtype, EvaluateSpec, change, spec_from_di
 from vlsi_cache.store import reader
 from vlsi_cache.store.reader import Cache
 
+from .checked import checked_backbone
 from .heldout import against_cache, trained_on
 from .loop import head_of, pick_device
 from .responses import Decoding, respond
@@ -193,7 +201,8 @@ def evaluate_model(
     """
 
     def encoder_for(encoding: Mapping[str, Any]) -> Encoder:
-        return load_encoder(path, gguf_file=gguf_file, trust_remote_code=trust_remote_code, **encoding)
+        folders = encoder_folders(path, gguf_file=gguf_file)
+        return load_encoder(**folders, trust_remote_code=trust_remote_code, **encoding)
 
     held_out = None
     if settings is not None:
@@ -208,11 +217,11 @@ def evaluate_model(
         trust_remote_code=trust_remote_code,
         attn_implementation=attn_implementation,
     )
-    backbone = Backbone(loaded)
+    own = encoder_for(encoding or {}) if held_out is None or cache is not None else held_out.encoder
+    backbone = checked_backbone(loaded, own)
     spoken = None if verbalizers is None else load_saved_verbalizers(verbalizers, backbone).to(where)
     result = {} if held_out is None else _on_held_out(backbone, spoken, held_out, batch_tokens)
     if cache is not None:
-        own = encoder_for(encoding or {})
         result["cache"] = against_cache(backbone, spoken, own, cache, batch_tokens=batch_tokens, limit=limit)
     return result
 

@@ -9,11 +9,22 @@ import numpy as np
 from vlsi_cache.data.records import Record, read_records
 from vlsi_cache.data.tokenize import Encoder, fit_rows, load_encoder
 from vlsi_cache.errors import SpecError
-from vlsi_cache.models.layers import Backbone, default_layers
-from vlsi_cache.models.load import load_config, load_model, max_positions, resolve_model, weights_digest
+from vlsi_cache.models.layers import Backbone, check_family, default_layers
+from vlsi_cache.models.load import (
+    adapter_note,
+    encoder_folders,
+    load_config,
+    load_model,
+    max_positions,
+    resolve_model,
+    weights_digest,
+)
 from vlsi_cache.models.verbalizer import Verbalizers, load_verbalizers, logit_lens, verbalizers_digest
 from vlsi_cache.models.verbalizer_files import find_folder
 from vlsi_cache.spec import CacheSpec, TargetLayers
+
+from .checked import check_vocabulary, checked_backbone
+from .loop import say
 
 
 @dataclass(frozen=True)
@@ -70,7 +81,9 @@ class TeacherInputs:
             trust_remote_code=teacher.trust_remote_code,
             attn_implementation=teacher.attn_implementation,
         )
-        return Backbone(model)
+        if note := adapter_note(self.model_path):
+            say(note)
+        return checked_backbone(model, self.encoder)
 
     def load_verbalizers(self, backbone: Backbone) -> Verbalizers:
         if self.verbalizers_path is None:
@@ -85,15 +98,15 @@ def open_teacher_inputs(spec: CacheSpec) -> TeacherInputs:
     config = load_config(
         path, revision=teacher.revision, gguf_file=teacher.gguf_file, trust_remote_code=teacher.trust_remote_code
     )
+    check_family(config)
     num_layers = int(config.get_text_config().num_hidden_layers)
     layers = target_layers(teacher.layers, teacher.num_layers, config, where="teacher.layers")
     encoder = load_encoder(
-        path,
-        revision=teacher.revision,
-        gguf_file=teacher.gguf_file,
+        **encoder_folders(path, revision=teacher.revision, gguf_file=teacher.gguf_file),
         trust_remote_code=teacher.trust_remote_code,
         **spec.data.encoding(),
     )
+    check_vocabulary(encoder, getattr(config.get_text_config(), "vocab_size", None))
     records = read_records(spec.data)
     limits = {"max_length": spec.data.max_length, "max_positions": max_positions(config)}
     kept, too_long = fit_rows(records, encoder, **limits, bad_rows=spec.data.bad_rows)

@@ -55,7 +55,7 @@ def choose_kernels(run: RunSpec, device: torch.device) -> bool:
 
 def head_of(backbone: Backbone) -> Head:
     """The model's head with what it does to its logits."""
-    return Head(backbone.head_weight, backbone.logit_scale, backbone.logit_cap)
+    return Head(backbone.head_weight, backbone.logit_scale, backbone.logit_cap, backbone.head_bias)
 
 
 def autocast(device: torch.device) -> torch.autocast:

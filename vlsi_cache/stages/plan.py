@@ -4,13 +4,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import transformers
 
+from vlsi_cache.models.layers import Backbone
+from vlsi_cache.models.load import empty_model
 from vlsi_cache.models.verbalizer import num_parameters
 from vlsi_cache.printable import html_text
 from vlsi_cache.spec import CacheSpec
 
 from .build import part_tokens
+from .checked import check_vocabulary
 from .distill import schedule_steps, shown_steps, stage_steps
 from .flops import DEFAULT_GPU, UTILISATION, ForwardFlops, forward_flops, gpu_peak, picture_patches
 from .inputs import TeacherInputs, open_teacher_inputs
@@ -91,7 +93,7 @@ def plan(spec: CacheSpec, *, gpu: str = DEFAULT_GPU) -> Plan:
     inputs = open_teacher_inputs(spec)
     num_tokens = sum(len(ids) for ids in inputs.response_ids)
     layers = [*inputs.target_layers, inputs.num_model_layers]
-    model = _empty_model(inputs.config)
+    model = _empty_model(inputs)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     verbalizers = 0 if spec.teacher.verbalizers is None else _verbalizer_parameters(inputs)
     per_layer_token = _bytes_per_layer_token(inputs)
@@ -156,12 +158,11 @@ def _bytes_per_layer_token(inputs: TeacherInputs) -> float:
     return row * rows.select_tokens.expected_share
 
 
-def _empty_model(config: Any) -> torch.nn.Module:
-    """On the meta device: nothing is allocated."""
-    is_vlm = hasattr(config, "vision_config")
-    auto = transformers.AutoModelForImageTextToText if is_vlm else transformers.AutoModelForCausalLM
-    with torch.device("meta"):
-        return auto.from_config(config)
+def _empty_model(inputs: TeacherInputs) -> torch.nn.Module:
+    """On the meta device: nothing is allocated. Raises ModelError for a model that a build would refuse."""
+    model = empty_model(inputs.config, trust_remote_code=inputs.spec.teacher.trust_remote_code)
+    check_vocabulary(inputs.encoder, Backbone(model).real_vocab_limit)
+    return model
 
 
 def _forward(inputs: TeacherInputs, model: torch.nn.Module) -> ForwardFlops:
@@ -179,10 +180,10 @@ def _verbalizer_parameters(inputs: TeacherInputs) -> int:
     per_layer = num_parameters(
         spec.structure,
         hidden_size=text.hidden_size,
-        intermediate_size=text.intermediate_size,
-        num_heads=text.num_attention_heads,
-        num_kv_heads=getattr(text, "num_key_value_heads", text.num_attention_heads),
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        intermediate_size=getattr(text, "intermediate_size", None) or 0,
+        num_heads=(num_heads := getattr(text, "num_attention_heads", None) or 1),
+        num_kv_heads=getattr(text, "num_key_value_heads", None) or num_heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // num_heads,
         pre_norm=spec.pre_norm,
     )
     return len(inputs.target_layers) * per_layer

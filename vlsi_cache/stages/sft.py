@@ -41,7 +41,7 @@ def response_loss(
 
     # In fp32 it adds up what the chunks give the head; by default it would do so in the dtype of the weight.
     liger = LigerFusedLinearCrossEntropyLoss(softcap=head.cap, accum_dtype=torch.float32, reduction="sum")
-    loss = liger(head.weight_VD, hidden_TD, gold_T)
+    loss = liger(head.weight_VD, hidden_TD, gold_T, head.bias_V)
     return loss * share_T[0].to(loss.dtype)
 
 

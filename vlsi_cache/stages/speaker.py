@@ -5,7 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from vlsi_cache.data.tokenize import Encoder, load_encoder
-from vlsi_cache.models.load import load_config, load_model, max_positions, resolve_model, weights_digest
+from vlsi_cache.models.load import (
+    encoder_folders,
+    load_config,
+    load_model,
+    max_positions,
+    resolve_model,
+    weights_digest,
+)
 from vlsi_cache.progress import say
 from vlsi_cache.run_files import read_run
 from vlsi_cache.spec import CacheSpec, Dtype, spec_from_dict
@@ -30,9 +37,7 @@ class Speaker:
 
     def encoder(self, spec: CacheSpec) -> Encoder:
         return load_encoder(
-            self.path,
-            revision=self.revision,
-            gguf_file=self.gguf_file,
+            **encoder_folders(self.path, revision=self.revision, gguf_file=self.gguf_file),
             trust_remote_code=self.trust_remote_code,
             **spec.data.encoding(),
         )

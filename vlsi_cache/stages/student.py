@@ -11,13 +11,22 @@ import torch
 from vlsi_cache.data.records import RecordSet, read_records
 from vlsi_cache.data.tokenize import Encoder, load_encoder
 from vlsi_cache.errors import DataError, ModelError, SpecError, list_problems
-from vlsi_cache.models.load import load_config, load_model, max_positions
+from vlsi_cache.models.layers import check_family
+from vlsi_cache.models.load import (
+    adapter_note,
+    encoder_folders,
+    load_config,
+    load_model,
+    max_positions,
+    mend_generation,
+)
 from vlsi_cache.progress import progress, say
 from vlsi_cache.spec import CacheSpec, DataSpec, DistillSpec, InteractSpec
 from vlsi_cache.store.layout import CacheHeader
 from vlsi_cache.store.lineage import data_sections, data_specs
 from vlsi_cache.store.reader import Cache
 
+from .checked import check_vocabulary, checked_backbone
 from .feed import Feed, cached_records, check_response_ids, match_records
 from .inputs import target_layers
 from .loop import Checkpoints, MetricsLog, choose_kernels, pick_device
@@ -94,6 +103,14 @@ class StudentInputs:
             trust_remote_code=distill.trust_remote_code,
             attn_implementation=distill.attn_implementation,
         )
+        if note := adapter_note(self.path):
+            say(note)
+        checked_backbone(model, self.encoder)
+        if mended := mend_generation(model.generation_config):
+            say(
+                f"student: its generation_config.json sets {', '.join(f'`{name}`' for name in mended)}, which do "
+                "nothing as they stand and cannot be saved: the trained student has the defaults"
+            )
         dtype = model.dtype if has_autocast else _wanted_dtype(distill, self.config)
         if dtype != model.dtype:
             name = str(dtype).removeprefix("torch.")
@@ -170,13 +187,15 @@ def open_student(cache: Cache, spec: CacheSpec, path: str) -> StudentInputs:
     """Read the student's tokenizer and config and check them against the cache; raises ModelError, SpecError."""
     distill = spec.distill
     encoder = load_encoder(
-        path,
+        **encoder_folders(path),
         trust_remote_code=distill.trust_remote_code,
         **spec.data.encoding(),
     )
     say_pixels(spec.data, path, trust_remote_code=distill.trust_remote_code)
     check_tokenizer(cache.header, encoder, path, where=cache.path)
     config = load_config(path, trust_remote_code=distill.trust_remote_code)
+    check_family(config)
+    check_vocabulary(encoder, getattr(config.get_text_config(), "vocab_size", None))
     layers = check_settings(cache.header, distill, config, where=cache.path)
     return StudentInputs(cache, spec, path, config, encoder, layers)
 

@@ -23,7 +23,7 @@ from vlsi_cache.data.records import Record
 from vlsi_cache.data.tokenize import Encoded, Encoder, load_encoder
 from vlsi_cache.errors import DataError, ModelError, SpecError, command_line
 from vlsi_cache.models.layers import Backbone, LayerSequence
-from vlsi_cache.models.load import load_model, max_positions, resolve_model, weights_digest
+from vlsi_cache.models.load import encoder_folders, load_model, max_positions, resolve_model, weights_digest
 from vlsi_cache.models.verbalizer import Verbalizers, load_verbalizers, logit_lens
 from vlsi_cache.models.verbalizer_files import RECORD, find_folder, read_record
 from vlsi_cache.progress import progress
@@ -33,6 +33,7 @@ from vlsi_cache.report.trace_page import Said, Token, Trace
 from vlsi_cache.run_files import read_run
 from vlsi_cache.spec import spec_from_dict
 
+from .checked import checked_backbone
 from .loop import head_of, pick_device
 
 LOGIT_LENS = "none"
@@ -77,13 +78,13 @@ def trace(
             f"nothing to trace: `layers` is {layers}, `max_new_tokens` is {max_new_tokens}; name one at least"
         )
     subject = _subject(model, None if verbalizers is None else str(verbalizers))
-    encoder = load_encoder(subject.path, gguf_file=gguf_file, **subject.encoding)
+    encoder = load_encoder(**encoder_folders(subject.path, gguf_file=gguf_file), **subject.encoding)
     media = tuple(_load_image(Path(image)) for image in images)
     encoded = encoder.encode(_record(prompt, media), with_response=False)
     where = pick_device(device)
     # What a GGUF file holds is unpacked, and a CPU is slow and no more exact in 16 bits.
     dtype = "float32" if gguf_file or where.type == "cpu" else "auto"
-    backbone = Backbone(load_model(subject.path, gguf_file=gguf_file, dtype=dtype, device=str(where)))
+    backbone = checked_backbone(load_model(subject.path, gguf_file=gguf_file, dtype=dtype, device=str(where)), encoder)
     _check_length(encoded, max_new_tokens, backbone)
     spoken, chosen = _speakers(subject, backbone, layers, gguf_file)
     ids_LN, probs_LN = _speak(backbone, spoken, chosen, encoder, encoded, max_new_tokens)
