@@ -54,6 +54,23 @@ def test_agrees_with_a_pruned_cache(spec_file: Path, tmp_path: Path) -> None:
     assert [one.layer for one in report.layers] == [2, 5]
 
 
+def test_a_merged_cache_whose_sources_use_the_same_ids(spec_file: Path, tmp_path: Path) -> None:
+    """Row 1 of the one source is in the cache, row 1 of the other is not: the content says which is which."""
+    rows = make_rows(8)
+    names = [str(row["id"]) for row in rows]
+    other = [{**row, "id": name} for row, name in zip(make_rows(8, start=50), names, strict=True)]
+    pieces = []
+    for number, (content, kept) in enumerate([(rows, names[:4]), (other, names[4:])]):
+        file = write_jsonl(spec_file.parent / f"rows-{number}.jsonl", content)
+        spec = vc.load_spec(spec_file, overrides=[f"data.path={file}", "teacher.layers=[2]"])
+        pieces.append(prune(build_teacher(spec, out=tmp_path / f"c{number}"), tmp_path / f"p{number}", samples=kept))
+    merged = vc.merge(pieces, tmp_path / "both")
+    assert sorted(merged) == sorted(names)
+    report = recompute(merged, num_samples=8)
+    assert report.changed == {}
+    assert report.ok, str(report)
+
+
 def rewritten(source: Path, target: Path, change: Any) -> reader.Cache:
     """A cache of the same header whose rows went through `change` before they were written: every checksum is right."""
     cache = reader.open(source)

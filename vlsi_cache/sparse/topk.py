@@ -11,6 +11,7 @@ m tail samples, n temperatures (taus), L layers, N any leading axes.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -89,12 +90,13 @@ def stack_layers(
     Raises ModelError where a value is no number; `place` names a layer index and a token for a person.
     """
     names = [name.rsplit("_", 1) for name in layers[0]]
-    arrays = [
+    arrays: list[dict[str, Any]] = [
         {f"{stem}_L{axes}": layer[f"{stem}_{axes}"][None].cpu().numpy() for stem, axes in names} for layer in layers
     ]
     widest = max(one["ids_LTK"].shape[2] for one in arrays)
     rows = [vars(SparseRows(**one).padded_to(widest)) for one in arrays]
-    joined = SparseRows(**{name: np.concatenate([one[name] for one in rows]) for name in arrays[0]})
+    whole: dict[str, Any] = {name: np.concatenate([one[name] for one in rows]) for name in arrays[0]}
+    joined = SparseRows(**whole)
     _refuse_bad_values(joined, place)
     return joined
 
