@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 from vlsi_cache.errors import DataError, ModelError, SpecError
 
-from .records import Record, text_of
+from .messages import Message, text_of
+from .records import Record
 
 PromptMode = Literal["generation", "template"]
 
@@ -204,7 +205,7 @@ class Chat:
     def control_pattern(self) -> re.Pattern[str]:
         return re.compile("|".join(re.escape(token) for token in sorted(self.control, key=len, reverse=True)))
 
-    def _refuse_control(self, record: Record, messages: Sequence[Mapping[str, Any]]) -> None:
+    def _refuse_control(self, record: Record, messages: Sequence[Message]) -> None:
         for number, message in enumerate(messages):
             is_response = number == len(record.messages) - 1
             what = "the response" if is_response else f"the {message['role']} text"
@@ -220,7 +221,7 @@ class Chat:
         if found:
             raise DataError(f"{what} holds the control token `{found.group()}`, which would not be read as text")
 
-    def _render(self, record: Record, messages: Sequence[Mapping[str, Any]], *, generation: bool) -> str:
+    def _render(self, record: Record, messages: Sequence[Message], *, generation: bool) -> str:
         return _rendered(
             self.tokenizer,
             self.templates[bool(record.tools)],
@@ -346,7 +347,7 @@ def _rendered(
         raise DataError(f"the chat template of `{name}` refuses the messages: {_first_line(error)}") from None
 
 
-def _given(message: Mapping[str, Any], *, as_parts: bool) -> dict[str, Any]:
+def _given(message: Message, *, as_parts: bool) -> dict[str, Any]:
     """A message as the template is given it; without images as a plain string, which nearly every one can read."""
     more = {key: message[key] for key in _EXTRA_KEYS if message.get(key) is not None}
     has_image = any(part["type"] != "text" for part in message["content"])
@@ -358,7 +359,7 @@ def _message(role: str, text: str) -> dict[str, Any]:
     return {"role": role, "content": [{"type": "text", "text": text}]}
 
 
-def _has_more(message: Mapping[str, Any]) -> bool:
+def _has_more(message: Message) -> bool:
     """Whether an answer is more than its text."""
     return bool(message.get("reasoning_content") or message.get("tool_calls"))
 

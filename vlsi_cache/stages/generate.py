@@ -54,7 +54,7 @@ class _Job:
     batches: list[list[tuple[int, int]]]
     decoding: Decoding
     num_samples: int
-    limits: dict[str, int | None]
+    limits: dict[str, Any]  # as `fit_rows` takes them
     media_root: Path | None
     facts: dict[str, Any]
 
@@ -145,7 +145,7 @@ def _plan(
     """Read everything but the weights: prompts of similar length come together, all samples of one side by side."""
     speaker = speaker_of(spec, model)
     encoder, source = speaker.encoder(spec), read_records(spec.data, limit=limit)
-    limits = {"max_length": spec.data.max_length, "max_positions": speaker.max_positions()}
+    limits: dict[str, Any] = {"max_length": spec.data.max_length, "max_positions": speaker.max_positions()}
     # Whether a row fits is decided by its prompt: the answer that it has goes.
     kept, do_not_fit = fit_rows(source, encoder, **limits, bad_rows=spec.data.bad_rows, with_response=False)
     order = sorted(kept, key=lambda row: (row[1], row[0]))

@@ -108,7 +108,7 @@ def open_teacher_inputs(spec: CacheSpec) -> TeacherInputs:
     )
     check_vocabulary(encoder, getattr(config.get_text_config(), "vocab_size", None))
     records = read_records(spec.data)
-    limits = {"max_length": spec.data.max_length, "max_positions": max_positions(config)}
+    limits: dict[str, Any] = {"max_length": spec.data.max_length, "max_positions": max_positions(config)}
     kept, too_long = fit_rows(records, encoder, **limits, bad_rows=spec.data.bad_rows)
     return TeacherInputs(
         spec=spec,

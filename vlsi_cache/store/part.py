@@ -25,16 +25,13 @@ from .values import check_block, check_entries, check_sample_arrays, check_scala
 
 @dataclass(frozen=True)
 class Row(SparseRows):
-    """One sample: its sparse rows, what ties them to the training record, and what they cannot be read without: the
-    size of the vocabulary, and the temperatures of `lse_LTn`."""
+    """One sample: its sparse rows, and what ties them to the training record. `v_real` and `taus` are the cache's."""
 
     sample_id: str
     kind: str
     digest: str
     response_ids_R: np.ndarray
     positions_T: np.ndarray
-    v_real: int
-    taus: tuple[float, ...]
 
 
 @dataclass(frozen=True)
