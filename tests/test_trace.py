@@ -146,7 +146,8 @@ def test_a_run_brings_its_student_and_verbalizers(student_folder: Path, teacher_
     run = tmp_path / "run"
     shutil.copytree(teacher_folder, run / "student")
     spec = {"name": "t", "teacher": {"model": str(teacher_folder), "layers": [1]}, "data": {"path": "rows.jsonl"}}
-    record = {"kind": "distill", "recipe": "vlsi", "spec": spec, "command": "vlsi-cache distill c -o run"}
+    record = {"kind": "distill", "status": "running", "recipe": "vlsi", "spec": spec}
+    record["command"] = "vlsi-cache distill c -o run"
     (run / "run.json").write_text(json.dumps(record))
     with pytest.raises(SpecError, match="--verbalizers none"):
         vc.trace(run, prompt="say", device="cpu")
