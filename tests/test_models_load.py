@@ -90,7 +90,7 @@ def test_hub_id_is_identified_by_its_commit(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr("vlsi_cache.models.load.snapshot_download", cached)
     assert weights_digest("org/name", revision="v1") == "commit:0123abc"
-    assert asked == [("org/name", "v1", ["config.json"])]
+    assert asked == [("org/name", "v1", ["config.json", "adapter_config.json"])]
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2_vl", "llava_onevision"])
