@@ -245,7 +245,9 @@ def test_something_else_is_refused(spec: CacheSpec, tmp_path: Path, monkeypatch:
     before = out.read_bytes()
     generate(spec, out=out, limit=6)
     assert out.read_bytes() == before
-    with pytest.raises(FingerprintMismatchError, match=r"`settings.seed`: 0 there, 1 now"):
+    with pytest.raises(FingerprintMismatchError, match=r"`settings.batch_size`: 16 there, 8 now"):
+        generate(spec, out=out, limit=6, batch_size=8)
+    with pytest.raises(SpecError, match="`seed` 1 belongs to sampling"):
         generate(spec, out=out, limit=6, seed=1)
     with pytest.raises(FingerprintMismatchError, match=r"(?s)6 source rows there, 5 now .*`source_rows`"):
         generate(spec, out=out, limit=5)

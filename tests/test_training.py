@@ -206,8 +206,11 @@ def test_liger_s_loss_is_taken_on_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPa
         def __init__(self, *, softcap: float | None, accum_dtype: torch.dtype, reduction: str) -> None:
             self.cap, self.accum_dtype, self.reduction = softcap, accum_dtype, reduction
 
-        def __call__(self, lin_weight: torch.Tensor, _input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        def __call__(
+            self, lin_weight: torch.Tensor, _input: torch.Tensor, target: torch.Tensor, bias: torch.Tensor | None
+        ) -> torch.Tensor:
             assert self.cap is not None
+            assert bias is None
             logits = self.cap * torch.tanh(_input @ lin_weight.T / self.cap)
             return torch.nn.functional.cross_entropy(logits, target, reduction=self.reduction)
 

@@ -164,16 +164,8 @@ def _read_yaml(file: Path) -> dict[str, Any]:
 
 
 def _apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> list[str]:
-    """Change `values`; the problems found on the way."""
-    problems: list[str] = []
-    seen: set[str] = set()
-    for override in overrides:
-        key = override.partition("=")[0].strip()
-        if key in seen:
-            problems.append(f"`--set {short(override)}`: `{key}` is set twice")
-        seen.add(key)
-        problems += _apply_override(values, override)
-    return problems
+    """Change `values`, the later of two that name one key last; the problems found on the way."""
+    return [problem for override in overrides for problem in _apply_override(values, override)]
 
 
 def _apply_override(values: dict[str, Any], override: str) -> Iterator[str]:

@@ -169,7 +169,15 @@ def _logits(backbone: Backbone, inputs: dict[str, Tensor], name: str) -> Tensor:
     output = backbone.model(**{"use_cache": False, **inputs})
     if not isinstance(getattr(output, "logits", None), Tensor):
         raise ModelError(f"model `{name}`: its forward pass returns no logits")
-    return output.logits[0].float().to(backbone.device)
+    logits_SV = output.logits[0].float().to(backbone.device)
+    if not torch.isfinite(logits_SV).all():
+        dtype = str(backbone.head_weight.dtype).removeprefix("torch.")
+        raise ModelError(
+            f"model `{name}`: its own logits are not finite: its weights have been destroyed, or overflow in {dtype}. A "
+            "student that its last updates have destroyed is to be trained again in a new folder, with a lower "
+            "`learning_rate` or a longer `warmup`"
+        )
+    return logits_SV
 
 
 def _hidden(backbone: Backbone, probe: Probe) -> tuple[Tensor, Tensor]:

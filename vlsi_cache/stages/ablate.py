@@ -25,7 +25,6 @@ from vlsi_cache.report.ablation_table import ablation_csv, own_steps
 from vlsi_cache.run_files import read_run
 from vlsi_cache.spec import CacheSpec
 from vlsi_cache.store.prune import plan_prune, read_cuts, run_prune
-from vlsi_cache.unused import unused_by_recipe
 
 from .ablation_plan import AblationPlan, PlannedRun, Row, add_up, overrides_between
 from .ablation_setup import (
@@ -206,9 +205,6 @@ def _overrides(run: PlannedRun, cache: "Cache", seed: int, verbalizers: Path | N
     changes = overrides_between(stored, run.spec, SECTIONS)
     # The cache may have recorded a number for `auto`; training does not read it.
     changes = [one for one in changes if not one.startswith("run.batch_tokens=")]
-    # What the spec of the ablation says of stages that this recipe does not run is not for this run.
-    unused = unused_by_recipe(run.spec.distill, changes)
-    changes = [one for one in changes if one not in unused]
     if verbalizers is not None:
         changes.append(f"distill.verbalizers={json.dumps(str(verbalizers.resolve()), ensure_ascii=False)}")
     return [*changes, f"distill.seed={seed}"]

@@ -21,7 +21,6 @@ from vlsi_cache.progress import say
 from vlsi_cache.spec import CacheSpec, DistillSpec, apply_overrides, change, spec_from_dict
 from vlsi_cache.store import reader
 from vlsi_cache.store.reader import Cache
-from vlsi_cache.unused import unused_by_recipe
 
 from .interact import interact
 from .loop import refuse_destroyed
@@ -97,7 +96,6 @@ def distill_spec(
         distill={**stored.distill.model_dump(), "trust_remote_code": False},
         run={**stored.run.model_dump(), "kernels": "auto"},  # what suits the teacher's machine need not suit this one
     )
-    overrides = list(overrides)
     spec = apply_overrides(stored, overrides)
     fixed = [key for key in FIXED_BY_THE_CACHE if getattr(spec, key) != getattr(stored, key)]
     if fixed:
@@ -105,13 +103,7 @@ def distill_spec(
     changes = {"student": student or spec.distill.student, "recipe": recipe or spec.distill.recipe}
     if changes["student"] is None:
         raise SpecError("no student: give --student FOLDER-OR-ID, or `distill.student` in the spec")
-    spec = change(spec, distill=change(spec.distill, **changes).model_dump())
-    if unused := unused_by_recipe(spec.distill, overrides):
-        raise SpecError(
-            f"`--set {'`, `--set '.join(unused)}` would do nothing: no stage that `recipe: {spec.distill.recipe}` runs "
-            "looks at it"
-        )
-    return spec
+    return change(spec, distill=change(spec.distill, **changes).model_dump())
 
 
 def stage_steps(distill: DistillSpec, num_samples: int) -> dict[str, int]:
