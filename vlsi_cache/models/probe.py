@@ -173,8 +173,8 @@ def _logits(backbone: Backbone, inputs: dict[str, Tensor], name: str) -> Tensor:
     if not torch.isfinite(logits_SV).all():
         dtype = str(backbone.head_weight.dtype).removeprefix("torch.")
         raise ModelError(
-            f"model `{name}`: its own logits are not finite: its weights have been destroyed, or overflow in {dtype}. A "
-            "student that its last updates have destroyed is to be trained again in a new folder, with a lower "
+            f"model `{name}`: its own logits are not finite: its weights have been destroyed, or overflow in {dtype}. "
+            "A student that its last updates have destroyed is to be trained again in a new folder, with a lower "
             "`learning_rate` or a longer `warmup`"
         )
     return logits_SV
