@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from .errors import VlsiCacheError
     from .models.prune_depth import init_student
     from .report.matches import match
+    from .report.run_view import open_run
     from .sparse.divergences import Divergence
     from .sparse.kl import sparse_kl
     from .sparse.logits import Head
@@ -45,6 +46,7 @@ _HOME = {
     "match": "report.matches",
     "merge": "store.merge",
     "open": "store.reader",
+    "open_run": "report.run_view",
     "plan": "stages.plan",
     "prune": "store.prune",
     "repair": "store.repair",
@@ -72,6 +74,7 @@ __all__ = [
     "match",
     "merge",
     "open",
+    "open_run",
     "plan",
     "prune",
     "repair",
