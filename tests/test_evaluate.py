@@ -39,9 +39,9 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         seen["model"] = options
         return load_model(path, **options)
 
-    def spy_encoder(path: str, **options: Any) -> Any:
+    def spy_encoder(model: str, **options: Any) -> Any:
         seen["encoder"] = options
-        return load_encoder(path, **options)
+        return load_encoder(model, **options)
 
     def spy_batches(lengths: list[int], batch_tokens: int) -> Any:
         seen["batch_tokens"] = batch_tokens

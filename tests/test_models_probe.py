@@ -295,11 +295,15 @@ def test_a_model_that_depends_on_the_batch_is_refused() -> None:
         check_against_itself(Backbone(model), make_probe, name="m")
 
 
-def test_a_rope_that_looks_at_the_longest_row_is_noticed() -> None:
+@pytest.mark.parametrize("limit", [5, 9])
+def test_a_rope_that_looks_at_the_longest_row_is_run_apart(limit: int) -> None:
     rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
-    model = make_model("llama", max_position_embeddings=5, rope_parameters=rope)
+    model = make_model("llama", max_position_embeddings=limit, rope_parameters=rope)
+    assert check_against_itself(Backbone(model), make_probe, name="m") == ""
+    found = Backbone(make_model("llama", max_position_embeddings=limit, rope_parameters=rope))
+    found.rope_limit = None  # as if nobody knew
     with pytest.raises(ModelError, match="depends on the batch"):
-        check_against_itself(Backbone(model), make_probe, name="m")
+        check_against_itself(found, make_probe, name="m")
 
 
 def test_a_response_that_sees_what_comes_after_is_refused() -> None:

@@ -76,7 +76,7 @@ class Backbone:
         self.layers_name = _named(self.decoder, LAYER_LISTS, nn.ModuleList, "list of decoder layers", self._inner)
         self._ropes: list[Any] = [module for module in self.decoder.modules() if _grows(module)]
         self._offsets: list[Any] = [module for module in self._inner.modules() if hasattr(module, "rope_deltas")]
-        self._rope_kind, self._rope_limit = _rope_of(self.text_config)
+        self._rope_kind, self.rope_limit = _rope_of(self.text_config)
         self._norm_name = _named(self.decoder, FINAL_NORMS, nn.Module, "final norm", self._inner)
 
     @property
@@ -214,7 +214,7 @@ class Backbone:
 
         if len(self._groups(inputs)) > 1:
             raise ModelError(
-                f"the rope of this model changes at {self._rope_limit} tokens, and the batch has rows on both sides: "
+                f"the rope of this model changes at {self.rope_limit} tokens, and the batch has rows on both sides: "
                 "verbalizers of structure `decoder` need batches of one row (`micro_batch_size: 1`, a small "
                 "`run.batch_tokens`)"
             )
@@ -242,10 +242,10 @@ class Backbone:
         own. Padding counts as length, so the rows of a group are cut to its longest.
         """
         mask_BS = inputs.get("attention_mask")
-        if self._rope_limit is None or mask_BS is None or len(mask_BS) < 2:
+        if self.rope_limit is None or mask_BS is None or len(mask_BS) < 2:
             return []
         lengths_B = mask_BS.sum(1)
-        is_long_B = lengths_B > self._rope_limit
+        is_long_B = lengths_B > self.rope_limit
         longer = is_long_B.nonzero()[:, 0]
         if not len(longer) or (self._rope_kind == "longrope" and len(longer) == len(mask_BS)):
             return []
@@ -253,7 +253,7 @@ class Backbone:
         shorter = (~is_long_B).nonzero()[:, 0]
         if any(value.shape[:2] != mask_BS.shape for value in inputs.values()):
             raise ModelError(
-                f"the rope of this model changes at {self._rope_limit} tokens: rows on both sides of it cannot run in "
+                f"the rope of this model changes at {self.rope_limit} tokens: rows on both sides of it cannot run in "
                 "one batch with pictures; use batches of one row (`micro_batch_size: 1`, a small `run.batch_tokens`)"
             )
         return [*groups, *([shorter] if len(shorter) else [])]

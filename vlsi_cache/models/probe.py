@@ -153,6 +153,8 @@ def _another(backbone: Backbone, raw_TV: Tensor, own_TV: Tensor, exact: bool, na
 
 def _refuse_foresight(backbone: Backbone, probe: Probe, own_SV: Tensor, exact: bool, name: str) -> None:
     """The first sample with a shorter response must say the same of the tokens that are left."""
+    if backbone.rope_limit is not None and len(own_SV) > backbone.rope_limit:
+        return  # a shorter row has another rope, and says something else with right
     positions_T = probe.positions_T[probe.rows_T == 0][: probe.num_shorter].to(own_SV.device)
     short_SV = _logits(backbone, probe.shorter, name)
     difference = _difference(own_SV[positions_T], short_SV[positions_T], exact)
