@@ -204,13 +204,8 @@ def distill(
     No teacher is loaded. Run again after a crash to go on from the last checkpoint.
     """
     import vlsi_cache as vc
-    from vlsi_cache.stages.distill import distill_spec
-    from vlsi_cache.unused import unused_by_recipe
 
     _refuse_twice(sets, {"run.device": device, "distill.student": student, "distill.recipe": recipe})
-    spec = distill_spec(vc.open(cache), student=student, recipe=recipe, overrides=sets or [])
-    for unused in unused_by_recipe(spec.distill, sets or []):  # one script may well run all recipes
-        say(f"`--set {unused}` does nothing here: no stage that `recipe: {spec.distill.recipe}` runs looks at it")
     run = vc.distill(cache, student=student, out=out, recipe=recipe, overrides=sets or [], device=device)
     facts = {"run": run, "student": Path(run) / "student", "report": _report_in(run)}
     lines = [f"run: {run}", f"student: {Path(run) / 'student'}", f"next: {command_line('evaluate', out)}"]

@@ -83,7 +83,7 @@ def header_of(case: Case) -> CacheHeader:
         v_real=len(case.id_of_rank),
         num_parts=len(case.parts),
         num_samples=sum(len(part.sample_ids) for part in case.parts),
-        num_response_tokens=sum(part.rows.num_tokens for part in case.parts),
+        num_response_tokens=sum(len(ids) for part in case.parts for ids in part.response_ids),
     )
 
 

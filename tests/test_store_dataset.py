@@ -2,6 +2,7 @@
 
 import pickle
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -101,7 +102,7 @@ def test_a_row_of_a_cache_knows_its_vocabulary_and_temperatures(root: Path) -> N
     with pytest.raises(
         DataError, match=rf"do not carry the size of their vocabulary, and the head's {v_real + 30} rows"
     ):
-        vc.sparse_kl(hidden_TD, weight_VD, row.layer(-1))
+        vc.sparse_kl(hidden_TD, weight_VD, replace(row.layer(-1), v_real=None))
     with pytest.raises(DataError, match=rf"`v_real` is {v_real - 1}, and these rows carry {v_real}"):
         vc.sparse_kl(hidden_TD, weight_VD, row, v_real=v_real - 1)
     with pytest.raises(ModelError, match=rf"`v_real` is {v_real}, the head has {v_real - 1} rows"):

@@ -189,12 +189,16 @@ def _apply_override(values: dict[str, Any], override: str) -> Iterator[str]:
     if last in PATH_KEYS and (problem := url_problem(value, f"`--set {override}`:")):
         yield problem
         return
-    if last in PATH_KEYS and isinstance(value, str) and (Path(value).exists() or glob.has_magic(value)):
+    if last in PATH_KEYS and isinstance(value, str) and (Path(value).exists() or _names_files(value)):
         value = str(Path(value).resolve())
     values[last] = value
     other = {"steps": "epochs", "epochs": "steps"}.get(last)
     if other in values and value is not None:
         values[other] = None  # a length in steps replaces one in epochs, and the other way round
+
+
+def _names_files(pattern: str) -> bool:
+    return glob.has_magic(pattern) and next(glob.iglob(pattern), None) is not None
 
 
 def _resolve_paths(values: dict[str, Any], folder: Path, prefix: str = "") -> Iterator[str]:

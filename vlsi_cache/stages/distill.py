@@ -21,6 +21,7 @@ from vlsi_cache.progress import say
 from vlsi_cache.spec import CacheSpec, DistillSpec, apply_overrides, change, spec_from_dict
 from vlsi_cache.store import reader
 from vlsi_cache.store.reader import Cache
+from vlsi_cache.unused import unused_by_recipe
 
 from .interact import interact
 from .loop import refuse_destroyed
@@ -56,6 +57,8 @@ def distill(
     spec = distill_spec(opened, student=student, recipe=recipe, overrides=overrides)
     path = resolve_model(str(spec.distill.student))
     inputs = open_student(opened, spec, path)  # a student that does not fit leaves no run folder behind
+    for unused in unused_by_recipe(spec.distill, overrides):  # one script may well run all recipes
+        say(f"`--set {unused}` does nothing here: no stage that `recipe: {spec.distill.recipe}` runs looks at it")
     student_digest = weights_digest(path)
     given = check_verbalizers(spec.distill.verbalizers, inputs.layers, spec.verbalizer, student_digest=student_digest)
     if not (out / "run.json").is_file():

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from vlsi_cache.errors import SpecError
+from vlsi_cache.models.layers import Backbone
 
 __all__ = ["DEFAULT_GPU", "GPUS", "UTILISATION", "ForwardFlops", "forward_flops", "gpu_peak", "picture_patches"]
 
@@ -55,7 +56,7 @@ def forward_flops(model: Any, lengths: Iterable[int], patches: Iterable[int]) ->
     `model` may be on the meta device. Each of `patches` is what one attention of the vision tower sees.
     """
     lengths, patches = list(lengths), list(patches)
-    layers, text = model.get_decoder().layers, model.config.get_text_config()
+    layers, text = Backbone(model).layers, model.config.get_text_config()
     width = text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
     squares = float(sum(length * length for length in lengths))
     weights = sum(_active(layers, text).values())
