@@ -1,5 +1,6 @@
 """Prompt and response are what the chat template writes; the oracle is transformers' own over the conversation."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,7 +9,8 @@ from transformers import PreTrainedTokenizerFast
 
 from vlsi_cache.data.records import Record
 from vlsi_cache.data.tokenize import Encoder, fit_rows
-from vlsi_cache.errors import DataError, ModelError, SpecError
+from vlsi_cache.errors import DataError, FingerprintMismatchError, ModelError, SpecError
+from vlsi_cache.stages.feed import check_response_ids
 
 WORDS = "the capital of france is paris because one two three user assistant system model USER ASSISTANT yes no"
 CHATML = (
@@ -369,3 +371,23 @@ def test_tool_template_of_its_own(cores: dict[str, str]) -> None:
     text = tokenizer.decode(encoder.encode(_row("paris", tools=tools)).input_ids)
     assert text == tokenizer.apply_chat_template(_conversation(_row("paris")), tools=tools, tokenize=False).rstrip("\n")
     assert encoder.fingerprint()["tool_template"] != encoder.fingerprint()["chat_template"]
+
+
+def test_a_student_that_ends_turns_otherwise_is_told_so(cores: dict[str, str]) -> None:
+    teacher = Encoder(_tokenizer(cores["byte-level"], CHATML), None, (), name="teacher")
+    student = Encoder(_tokenizer(cores["byte-level"], CHATML.replace("<|im_end|>", "</s>")), None, (), name="student")
+    row = _row("paris")
+    cached: Any = SimpleNamespace(response_ids_R=teacher.encode(row).response_ids)
+    check_response_ids(row, teacher.encode(row).response_ids, cached, teacher)
+    with pytest.raises(FingerprintMismatchError) as caught:
+        check_response_ids(row, student.encode(row).response_ids, cached, student)
+    end, other = (f"{encoder.eot_id} `{encoder.chat.eot}`" for encoder in (student, teacher))
+    assert str(caught.value).startswith(
+        f"the chat template of student `student` ends a turn with {end}, the teacher's with {other} (sample `r`)"
+    )
+    thinks = Encoder(_tokenizer(cores["byte-level"], HYBRID), None, (), name="thinks")
+    fresh = thinks.encode(row).response_ids
+    with pytest.raises(FingerprintMismatchError, match=r"(?s)write answers as its template does(?!.*earlier release)"):
+        check_response_ids(row, fresh, cached, thinks)
+    with pytest.raises(FingerprintMismatchError, match=r"An earlier release has built this cache.*Build it again"):
+        check_response_ids(row, fresh, cached, thinks, contract=1)

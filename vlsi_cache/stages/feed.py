@@ -157,7 +157,7 @@ def check_response_ids(
 def _token_at(ids: Sequence[int], position: int, encoder: Encoder) -> str:
     if position >= len(ids):
         return f"missing (the response has {len(ids)} tokens)"
-    return f"{ids[position]} `{encoder.decode([ids[position]])}`"
+    return f"{ids[position]} `{encoder.token_texts([ids[position]])[0]}`"
 
 
 class Feed:
