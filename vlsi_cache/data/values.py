@@ -4,13 +4,19 @@ import json
 import math
 import sys
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from vlsi_cache.errors import DataError
+from vlsi_cache.printable import printable as escaped
 
 _MAX_SHOWN = 120  # characters of one value in a message
 _MAX_BITS = 256  # of a whole number
 _MAX_DEPTH = 64  # of nested lists and mappings that a chat template may be given
+
+
+# One line, whatever is in the text.
+printable = partial(escaped, keep="")
 
 
 def shown(value: Any) -> str:
@@ -25,11 +31,6 @@ def shown(value: Any) -> str:
     if len(text) <= _MAX_SHOWN:
         return printable(text)
     return f"{printable(text[: _MAX_SHOWN - 20])}...{printable(text[-20:])} ({len(text):,} characters)"
-
-
-def printable(text: str) -> str:
-    """`text` with everything escaped that would move a terminal's cursor, change its colours or break the line."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def listed(names: Any) -> str:
