@@ -55,7 +55,7 @@ def test_other_divergences_and_temperatures_are_trained(
         ("l2_topk", 1.0),
     ):  # fmt: skip
         changes = [f"distill.interact.{key}={name}" for key in ("intermediate", "last")]
-        changes.append(f"distill.interact.tau={tau}")
+        changes += [f"distill.interact.tau={tau}", "distill.sft.fraction=0"]
         out = tmp_path / f"{name}-{tau}"
         run = vc.distill(cache, student=str(student_folder), out=out, recipe=recipe, overrides=changes)
         lines = [line for line in read_metrics(run / "metrics.jsonl") if line["stage"] == "interact"]
@@ -76,7 +76,7 @@ def test_ways_of_matching_and_operations_run_and_are_logged(
         "late": ["layers_full_until=0.4", "layers_zero_from=0.8", "alpha_ce=0.3"],
         "labels": ["intermediate=ce", "last=none"],
     }.items():
-        overrides = [f"distill.interact.{change}" for change in changes]
+        overrides = [*(f"distill.interact.{change}" for change in changes), "distill.sft.fraction=0"]
         run = vc.distill(cache, student=str(student_folder), out=tmp_path / name, overrides=overrides)
         lines = [line for line in read_metrics(run / "metrics.jsonl") if line["stage"] == "interact"]
         matches = [match for line in lines for match in line["matched_layers"]]
