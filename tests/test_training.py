@@ -223,12 +223,16 @@ def test_liger_s_loss_is_taken_on_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPa
     torch.testing.assert_close(response_loss(hidden_TD, head, gold_T, share_T, with_liger=True), ours)
 
 
-def test_no_layers_is_another_recipe(cache: Cache, student_folder: Path, tmp_path: Path) -> None:
+def test_no_layers_is_another_recipe(
+    cache: Cache, student_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     none = ["distill.layers=[]"]
     with pytest.raises(SpecError, match=r"`distill.layers` is empty.*use `recipe: last`"):
         vc.distill(cache, student=str(student_folder), out=tmp_path / "run", overrides=none)
     assert not (tmp_path / "run").exists()
     vc.distill(cache, student=str(student_folder), out=tmp_path / "run", recipe="last", overrides=none)
+    said = "`--set distill.layers=[]` does nothing here: no stage that `recipe: last` runs looks at it"
+    assert said in capfd.readouterr().err
 
 
 def test_samples_longer_than_the_students_positions_are_listed(cache: Cache, tmp_path: Path) -> None:
