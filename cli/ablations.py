@@ -43,7 +43,7 @@ def ablate(
     the same.
     """
     import vlsi_cache as vc
-    from vlsi_cache.report.ablation_table import ablation_text, num_failed
+    from vlsi_cache.report.ablation import ablation_text, num_failed
 
     result = vc.ablate(
         vc.load_spec(spec, overrides=sets or []),
@@ -64,7 +64,7 @@ def ablate(
 
 def _preview(plan: dict[str, Any]) -> str:
     """The variants of every table with their steps, and how much is left to do."""
-    from vlsi_cache.report.ablation_table import TITLES, label
+    from vlsi_cache.report.ablation import TITLES, label
     from vlsi_cache.report.text import table
 
     blocks = []

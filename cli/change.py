@@ -7,15 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vlsi_cache.config.layers import parse_layers, shown_layers
 from vlsi_cache.errors import SpecError
-from vlsi_cache.layer_names import parse_layers, shown_layers
-from vlsi_cache.printable import printable
-from vlsi_cache.progress import say
+from vlsi_cache.progress import printable, say
 
 from .output import CHANGE, Answer, command, require_cache
 
 if TYPE_CHECKING:
-    from vlsi_cache.store.prune import PrunePlan
+    from vlsi_cache.store.derive.prune import PrunePlan
 
 CachePath = Annotated[Path, typer.Argument(metavar="CACHE", help="Folder of a cache.")]
 
@@ -84,7 +83,7 @@ def prune(
 
 def _suggestion(cache: Path, *, keep: int | None, max_kl: float | None) -> Answer:
     import vlsi_cache as vc
-    from vlsi_cache.report.redundancy import suggest_layers, suggestion_text
+    from vlsi_cache.report.layers import suggest_layers, suggestion_text
 
     found = suggest_layers(vc.open(cache), keep=keep, max_kl=max_kl)
     return Answer(found.as_dict(), lambda: suggestion_text(found))

@@ -59,7 +59,7 @@ def _date(file: Path) -> str:
 
 def _cache(path: Path) -> dict[str, Any]:
     from vlsi_cache.store.files import load_header
-    from vlsi_cache.store.layout import list_parts
+    from vlsi_cache.store.format import list_parts
 
     header, done = load_header(path), len(list_parts(path))
     return {
@@ -81,7 +81,7 @@ def _cache_size(path: Path, num_parts: int) -> int | None:
     import pyarrow.parquet as pq
 
     from vlsi_cache.store.files import refuse_special
-    from vlsi_cache.store.layout import TABLE_NAME
+    from vlsi_cache.store.format import TABLE_NAME
     from vlsi_cache.store.table import FILES_KEY
 
     try:

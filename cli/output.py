@@ -20,10 +20,10 @@ from typing import Annotated, Any
 
 import typer
 
-from vlsi_cache.disk import is_disk_full, refuse_url
 from vlsi_cache.errors import DiskFullError, VlsiCacheError
 from vlsi_cache.interrupts import terminating_as_interrupt
-from vlsi_cache.printable import UNSAFE, printable
+from vlsi_cache.io import is_disk_full, refuse_url
+from vlsi_cache.progress import UNSAFE, printable
 
 OK, PROBLEMS, USAGE, UNREADABLE, INTERRUPTED = 0, 1, 2, 3, 130
 STAGES, LOOK, CHANGE, EVERYWHERE = "STAGES", "LOOK", "CHANGE", "On every command"

@@ -12,7 +12,7 @@ from vlsi_cache.progress import say
 from .output import STAGES, Answer, command
 
 if TYPE_CHECKING:
-    from vlsi_cache.spec import DataSpec
+    from vlsi_cache.config.sections import DataSpec
 
 SpecName = Annotated[str, typer.Argument(metavar="SPEC", help="Name of a shipped spec, or a .yaml file.")]
 Sets = Annotated[
@@ -87,7 +87,7 @@ def generate(
 
 
 def _generated_text(result: dict[str, Any], data: "DataSpec") -> str:
-    from vlsi_cache.spec import as_override
+    from vlsi_cache.config.spec import as_override
 
     counts, left_out = result["counts"], result["left_out"]
     lines = [
@@ -138,7 +138,7 @@ def train_verbalizers(
     processes or nodes fill one DIR with the same verbalizers that a single one would train.
     """
     import vlsi_cache as vc
-    from vlsi_cache.spec import as_override
+    from vlsi_cache.config.spec import as_override
 
     _refuse_twice(sets, {"run.device": device})
     resolved = vc.load_spec(spec, overrides=sets or [])

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import benchmark_scripts
+from helpers.tiny import benchmark_scripts
 
 SCRIPTS = ("acceptance", "acceptance_report", "layer_kl", "markov", "measuring", "students", "tiny_models")
 

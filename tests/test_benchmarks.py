@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import benchmark_scripts
+from helpers.tiny import benchmark_scripts
 
 FOLDER = Path(__file__).parent / "benchmarks"
 SCRIPTS = (

@@ -13,10 +13,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import vlsi_cache as vc
-from vlsi_cache import disk
+from vlsi_cache import io
 from vlsi_cache.errors import DiskFullError
-from vlsi_cache.models import verbalizer_files
-from vlsi_cache.stages import loop
+from vlsi_cache.models import verbalizer as verbalizer_files
+from vlsi_cache.runs import checkpoints
 
 Work = Callable[[Path, int], object]
 
@@ -26,7 +26,7 @@ def write_checkpoint(folder: Path, step: int) -> None:
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.ones(1, 2)).sum().backward()
     optimizer.step()
-    loop.Checkpoints(folder).save("sft", step, model, optimizer)
+    checkpoints.Checkpoints(folder).save("sft", step, model, optimizer)
 
 
 def write_verbalizer(folder: Path, step: int) -> None:
@@ -48,7 +48,7 @@ def test_nothing_gets_its_name_or_replaces_another_before_it_is_on_the_disk(
 ) -> None:
     flushed: set[str] = set()
     renames: list[Path] = []
-    fsync, replace, exchange, rmtree = os.fsync, Path.replace, disk._exchange, shutil.rmtree
+    fsync, replace, exchange, rmtree = os.fsync, Path.replace, io._exchange, shutil.rmtree
 
     def noted_fsync(handle: int) -> None:
         flushed.add(os.readlink(f"/proc/self/fd/{handle}"))
@@ -78,7 +78,7 @@ def test_nothing_gets_its_name_or_replaces_another_before_it_is_on_the_disk(
 
     monkeypatch.setattr(os, "fsync", noted_fsync)
     monkeypatch.setattr(Path, "replace", noted_replace)
-    monkeypatch.setattr(disk, "_exchange", noted_exchange)
+    monkeypatch.setattr(io, "_exchange", noted_exchange)
     monkeypatch.setattr(shutil, "rmtree", noted_rmtree)
     for step in (1, 2):
         write(tmp_path, step)
@@ -96,7 +96,7 @@ def test_a_full_disk_is_one_error_and_leaves_what_was_there(
 
     write(tmp_path, 1)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    for module in (loop, verbalizer_files):
+    for module in (checkpoints, verbalizer_files):
         monkeypatch.setattr(module, "save_file", full)
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
     with pytest.raises(DiskFullError, match=f"`{tmp_path}/.*could not be written.* bytes .* same command again"):

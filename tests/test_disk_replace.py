@@ -7,20 +7,20 @@ from pathlib import Path
 
 import pytest
 
-from vlsi_cache import disk
-from vlsi_cache.disk import put_all_back, replacing
+from vlsi_cache import io
+from vlsi_cache.io import put_all_back, replacing
 
-# A child for every line of disk.py and shutil.py that runs: it dies on that line, as by `kill -9`.
+# A child for every line of io.py and shutil.py that runs: it dies on that line, as by `kill -9`.
 KILLS = """
 import json, os, shutil, sys
 from pathlib import Path
-from vlsi_cache import disk
+from vlsi_cache import io
 
 os.fsync = lambda handle: None  # waits, and changes nothing that a kill could show
 root, exchanges = Path(sys.argv[1]), sys.argv[2] == "exchange"
 if not exchanges:
-    disk._exchange = lambda one, other: False
-watched, found = (disk.__file__, shutil.__file__), []
+    io._exchange = lambda one, other: False
+watched, found = (io.__file__, shutil.__file__), []
 
 def content(folder):
     return {file.name: file.read_text() for file in sorted(folder.iterdir())} if folder.is_dir() else None
@@ -43,7 +43,7 @@ for number in range(1, 100_000):
                 os._exit(9)
             return trace
         sys.settrace(trace)
-        with disk.replacing(target) as new:
+        with io.replacing(target) as new:
             new.mkdir()
             for name in "ab":
                 (new / name).write_text("new")
@@ -51,7 +51,7 @@ for number in range(1, 100_000):
         os._exit(0)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     before = content(target)
-    disk.put_all_back(here)
+    io.put_all_back(here)
     found.append([code, before, content(target), sorted(e.name.split("-")[0] for e in here.iterdir())])
     if code == 0:
         break
@@ -71,7 +71,7 @@ def killed_everywhere(folder: Path, how: str) -> list[list]:
 def can_exchange(folder: Path) -> bool:
     for name in "ab":
         (folder / name).mkdir()
-    return disk._exchange(folder / "a", folder / "b")
+    return io._exchange(folder / "a", folder / "b")
 
 
 def test_with_an_exchange_the_name_is_never_gone(tmp_path: Path) -> None:

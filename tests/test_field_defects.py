@@ -10,23 +10,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_rows, save_model, write_spec
-from store_variants import build_variant, plain, variant_of
-from test_store_cases import build, file_bytes, header_of, make_case, standard_case
+from helpers.caches import build, file_bytes, header_of, make_case, standard_case
+from helpers.tiny import make_rows, save_model, write_spec
+from helpers.variants import build_variant, plain, variant_of
 
 import vlsi_cache as vc
-from vlsi_cache.data.batches import plan_parts
+from vlsi_cache.data.collate import plan_parts
 from vlsi_cache.errors import CacheCorruptError, DataError, FingerprintMismatchError
 from vlsi_cache.sparse.topk import sample_uniforms, teacher_rows
-from vlsi_cache.stages.build import build_teacher, cache_header, fingerprint
-from vlsi_cache.stages.inputs import open_teacher_inputs
-from vlsi_cache.stages.teacher import load_teacher
 from vlsi_cache.store import reader
-from vlsi_cache.store.layout import response_digest
-from vlsi_cache.store.repair import repair
-from vlsi_cache.store.sampler import plan_windows
-from vlsi_cache.store.verify import verify
+from vlsi_cache.store.check import repair, verify
+from vlsi_cache.store.dataset import plan_windows
+from vlsi_cache.store.format import response_digest
 from vlsi_cache.store.writer import CacheWriter
+from vlsi_cache.teacher.build import build_teacher, cache_header, fingerprint
+from vlsi_cache.teacher.forward import load_teacher
+from vlsi_cache.teacher.inputs import open_teacher_inputs
 
 
 def test_a_second_run_never_overwrites_a_finished_part(tmp_path: Path) -> None:
@@ -45,14 +44,14 @@ def test_a_crash_loses_no_committed_part(tmp_path: Path) -> None:
     code = f"""
 import os, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-from test_store_cases import header_of, standard_case
-from vlsi_cache import disk
+from helpers.caches import header_of, standard_case
+from vlsi_cache import io
 from vlsi_cache.store.writer import CacheWriter
 case = standard_case()
 writer = CacheWriter.create_or_resume({str(tmp_path / "c")!r}, header_of(case), case.ranks)
 for index in (0, 1):
     writer.write_part(index, case.parts[index])
-disk.fsync_tree = lambda _: os._exit(9)
+io.fsync_tree = lambda _: os._exit(9)
 writer.write_part(2, case.parts[2])
 """
     assert subprocess.run([sys.executable, "-c", code]).returncode == 9

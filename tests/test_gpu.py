@@ -13,15 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import write_spec
+from helpers.tiny import write_spec
 from torch import Tensor
 from torch.nn import functional as F
 
 import vlsi_cache as vc
+from vlsi_cache.sparse.cross_entropy import linear_cross_entropy
+from vlsi_cache.sparse.head import Head
 from vlsi_cache.sparse.kl import LayerRows, candidate_kl
-from vlsi_cache.sparse.logits import Head
 from vlsi_cache.sparse.topk import sample_uniforms, teacher_rows
-from vlsi_cache.sparse.whole import linear_cross_entropy
 from vlsi_cache.store.reader import Cache
 
 pytestmark = pytest.mark.gpu

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_store_cases import header_of, standard_case
+from helpers.caches import header_of, standard_case
 from vlsi_cache_cli.main import main
 
 import vlsi_cache as vc
-from vlsi_cache.disk import url_problem
 from vlsi_cache.errors import SpecError
-from vlsi_cache.store.verify import verify
+from vlsi_cache.io import url_problem
+from vlsi_cache.store.check import verify
 from vlsi_cache.store.writer import CacheWriter
 
 URLS = ["s3://bucket/c", "gs://bucket/c", "http://host/c", "https://host/c", "hf://datasets/a/b", "file:///tmp/c"]

@@ -7,22 +7,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import write_spec
-from test_cli_commands import run as run
-from test_report_fakes import write_cache, write_run
+from helpers.fakes import write_cache, write_run
+from helpers.tiny import write_spec
 
 import vlsi_cache as vc
 from vlsi_cache.errors import ModelError, SpecError
-from vlsi_cache.models import load, prune_depth
-from vlsi_cache.outputs import check_file, check_folder
+from vlsi_cache.io import check_file, check_folder
+from vlsi_cache.models import depth as prune_depth
+from vlsi_cache.models import load
 from vlsi_cache.report.html import write_report
 
 
 @pytest.fixture
 def nothing_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows, tokenizers, models, and parts of caches."""
-    from vlsi_cache.stages import ablation_setup, build, distill, generate, verbalize
-    from vlsi_cache.store import merge, prune
+    from vlsi_cache.ablation import setup as ablation_setup
+    from vlsi_cache.store.derive import merge, prune
+    from vlsi_cache.teacher import build, generate, verbalize
+    from vlsi_cache.train import distill
 
     def refuse(*_args: Any, **_options: Any) -> Any:
         raise AssertionError("read before the output was looked at")
@@ -177,7 +179,7 @@ def test_work_of_generate_goes_into_no_folder_of_somebody_else(teacher_folder: P
 def test_a_student_in_a_run_folder_is_replaced_only_if_the_run_wrote_it(
     teacher_folder: Path, student_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vlsi_cache.stages import distill
+    from vlsi_cache.train import distill
 
     def killed(*_args: Any, **_options: Any) -> None:
         raise KeyboardInterrupt

@@ -161,7 +161,7 @@ def leaves(value: Any, path: str = "") -> list[tuple[str, Any]]:
 
 def is_number(key: str, value: Any) -> bool:
     """Whether it is one that the code decides and no clock, no memory and no path."""
-    measured = ("_s", "seconds", "per_s", "bytes_alive", "memory", "time", "mib", "hours", "tokens_per_s")
+    measured = ("_s", "seconds", "per_s", "bytes_alive", "memory", "time", "mib", "gib", "pct", "hours", "tokens_per_s")
     named = [part for part in key.split(".") if any(part == m or part.endswith(m) for m in measured)]
     return isinstance(value, int | float) and not named
 

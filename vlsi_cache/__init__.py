@@ -4,55 +4,57 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vlsi_cache.ablation.runner import ablate
+    from vlsi_cache.config.sections import CacheSpec, DistillSpec
+    from vlsi_cache.config.spec import load_spec
+    from vlsi_cache.evaluation.scores import evaluate
+    from vlsi_cache.evaluation.trace import trace
+    from vlsi_cache.models.depth import init_student
+    from vlsi_cache.report.matches import match
+    from vlsi_cache.report.run_view import open_run
+    from vlsi_cache.sparse.divergences import Divergence
+    from vlsi_cache.sparse.head import Head
+    from vlsi_cache.sparse.kl import sparse_kl
+    from vlsi_cache.store.check import repair
+    from vlsi_cache.store.dataset import CacheDataset, PartWindowSampler
+    from vlsi_cache.store.derive.merge import merge
+    from vlsi_cache.store.derive.prune import prune
+    from vlsi_cache.store.diff import diff
+    from vlsi_cache.store.reader import open
+    from vlsi_cache.teacher.build import build_teacher
+    from vlsi_cache.teacher.generate import generate
+    from vlsi_cache.teacher.plan import plan
+    from vlsi_cache.teacher.verbalize import train_verbalizers
+    from vlsi_cache.train.distill import distill
+
     from .errors import VlsiCacheError
-    from .models.prune_depth import init_student
-    from .report.matches import match
-    from .report.run_view import open_run
-    from .sparse.divergences import Divergence
-    from .sparse.kl import sparse_kl
-    from .sparse.logits import Head
-    from .spec import CacheSpec, DistillSpec, load_spec
-    from .stages.ablate import ablate
-    from .stages.build import build_teacher
-    from .stages.distill import distill
-    from .stages.evaluate import evaluate
-    from .stages.generate import generate
-    from .stages.plan import plan
-    from .stages.trace import trace
-    from .stages.verbalize import train_verbalizers
-    from .store.dataset import CacheDataset, PartWindowSampler
-    from .store.diff import diff
-    from .store.merge import merge
-    from .store.prune import prune
-    from .store.reader import open
-    from .store.repair import repair
 
 _HOME = {
     "CacheDataset": "store.dataset",
-    "CacheSpec": "spec",
-    "DistillSpec": "spec",
+    "CacheSpec": "config.sections",
+    "DistillSpec": "config.sections",
     "Divergence": "sparse.divergences",
-    "Head": "sparse.logits",
+    "Head": "sparse.head",
     "PartWindowSampler": "store.dataset",
     "VlsiCacheError": "errors",
-    "ablate": "stages.ablate",
-    "build_teacher": "stages.build",
+    "ablate": "ablation.runner",
+    "build_teacher": "teacher.build",
     "diff": "store.diff",
-    "distill": "stages.distill",
-    "evaluate": "stages.evaluate",
-    "generate": "stages.generate",
-    "init_student": "models.prune_depth",
-    "load_spec": "spec",
+    "distill": "train.distill",
+    "evaluate": "evaluation.scores",
+    "generate": "teacher.generate",
+    "init_student": "models.depth",
+    "load_spec": "config.spec",
     "match": "report.matches",
-    "merge": "store.merge",
+    "merge": "store.derive.merge",
     "open": "store.reader",
     "open_run": "report.run_view",
-    "plan": "stages.plan",
-    "prune": "store.prune",
-    "repair": "store.repair",
+    "plan": "teacher.plan",
+    "prune": "store.derive.prune",
+    "repair": "store.check",
     "sparse_kl": "sparse.kl",
-    "trace": "stages.trace",
-    "train_verbalizers": "stages.verbalize",
+    "trace": "evaluation.trace",
+    "train_verbalizers": "teacher.verbalize",
 }
 
 __all__ = [

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from vlsi_cache.errors import InterruptedRunError
-from vlsi_cache.progress import say
+from .errors import InterruptedRunError
+from .progress import say
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

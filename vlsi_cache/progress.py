@@ -1,8 +1,10 @@
-"""How long work tells a person how far it is: a bar at a terminal and in a notebook, elsewhere a line a minute.
+"""Messages and progress bars on stderr, and text of users' data made safe for a terminal and a page.
 
-Everything goes to the standard error there is at the moment: whoever sends that elsewhere silences both.
+A sample's kind or a token may hold codes that colour, move or rename a terminal, or turn the direction of the text.
 """
 
+import html
+import re
 import sys
 import threading
 import time
@@ -10,9 +12,28 @@ from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Any, TypeVar
 
-from vlsi_cache.printable import printable
+__all__ = ["UNSAFE", "html_text", "printable"]
+
+# C0 and C1 controls, marks that turn the direction, line and paragraph separators, halves of surrogate pairs.
+UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str, *, keep: str = "\n\t") -> str:
+    """`text` with everything unsafe but `keep` written out: `\\x1b`, `\\u202e`."""
+    return UNSAFE.sub(lambda found: found[0] if found[0] in keep else _written(found[0]), text)
+
+
+def html_text(text: str) -> str:
+    """`text` for a page; controls are no characters of HTML and are written out."""
+    return html.escape(printable(text))
+
+
+def _written(char: str) -> str:
+    return f"\\x{ord(char):02x}" if ord(char) < 0x100 else f"\\u{ord(char):04x}"
+
 
 LINE_S = 60.0  # between two lines where there is no terminal
+
 
 Item = TypeVar("Item")
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import xxhash
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from vlsi_cache.errors import CacheCorruptError, command_line
+from .errors import CacheCorruptError, command_line
 
 RUN, METRICS, EVALUATION, CHECKPOINT = "run.json", "metrics.jsonl", "evaluation.json", "checkpoint.json"
 SEAL = "xxh3"  # key of a record's checksum over the rest of it

@@ -29,13 +29,12 @@ from tiny_models import kl_to_truth, new_model, pretrain
 from transformers import AutoModelForCausalLM
 
 import vlsi_cache as vc
-from vlsi_cache.disk import write_atomically
-from vlsi_cache.report.stats import read_metrics
-from vlsi_cache.run_files import read_object
-from vlsi_cache.spec import EvaluateSpec
-from vlsi_cache.stages import variants
-from vlsi_cache.stages.evaluate import evaluate_model
-from vlsi_cache.stages.variants import BASELINES, Variant
+from vlsi_cache.ablation import variants
+from vlsi_cache.ablation.variants import BASELINES, Variant
+from vlsi_cache.config.sections import EvaluateSpec
+from vlsi_cache.evaluation.scores import evaluate_model
+from vlsi_cache.io import write_atomically
+from vlsi_cache.run_files import read_metrics, read_object
 from vlsi_cache.store.reader import Cache
 
 AGAIN = "delete it and run again"

@@ -24,7 +24,7 @@ from cases import Shape, StudentCase, TeacherCase, student_case, teacher_case
 from kernels import COLUMNS, gradient_errors, gradient_forms, label, products
 from measuring import Limits, Report, Work, measure, setting
 
-from vlsi_cache.models.layers import default_layers
+from vlsi_cache.models.backbone import default_layers
 
 BF16 = torch.bfloat16
 

@@ -13,17 +13,16 @@ import numpy as np
 import torch
 from students import feed
 
-from vlsi_cache.models.layers import Backbone
+from vlsi_cache.config.spec import spec_from_dict
+from vlsi_cache.models.backbone import Backbone, head_of
 from vlsi_cache.models.verbalizer import load_verbalizers
 from vlsi_cache.run_files import read_run
+from vlsi_cache.runs.run_dir import Run
 from vlsi_cache.sparse.kl import candidate_kl
-from vlsi_cache.spec import spec_from_dict
-from vlsi_cache.stages.feed import feeding
-from vlsi_cache.stages.interaction import MicroRows
-from vlsi_cache.stages.loop import head_of
-from vlsi_cache.stages.runs import Run
-from vlsi_cache.stages.student import open_student
 from vlsi_cache.store.reader import Cache
+from vlsi_cache.train.interact import MicroRows
+from vlsi_cache.train.loader import feeding
+from vlsi_cache.train.student import open_student
 
 NUM_BATCHES = 16
 

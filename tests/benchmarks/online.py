@@ -13,12 +13,11 @@ from students import Trained, read_spec
 from torch import Tensor
 
 from vlsi_cache.data.collate import Batch
-from vlsi_cache.models.layers import Backbone
+from vlsi_cache.models.backbone import Backbone
 from vlsi_cache.models.verbalizer import Verbalizers
-from vlsi_cache.sparse.drawing import Matcher, Matching
-from vlsi_cache.sparse.matching import match_rng
-from vlsi_cache.stages.inputs import open_teacher_inputs
-from vlsi_cache.stages.loop import autocast
+from vlsi_cache.runtime import autocast
+from vlsi_cache.sparse.matching import Matcher, Matching, match_rng
+from vlsi_cache.teacher.inputs import open_teacher_inputs
 
 
 def now(device: torch.device) -> float:

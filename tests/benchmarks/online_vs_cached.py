@@ -35,12 +35,13 @@ from students import (
     touch,
 )
 
+from vlsi_cache.config.sections import CacheSpec
+from vlsi_cache.models.backbone import head_of
+from vlsi_cache.runtime import autocast
 from vlsi_cache.sparse.kl import candidate_kl
-from vlsi_cache.spec import CacheSpec
-from vlsi_cache.stages.build import build_teacher
-from vlsi_cache.stages.feed import MicroBatch, feeding
-from vlsi_cache.stages.interaction import MATCH, VALUE, MicroRows
-from vlsi_cache.stages.loop import autocast, head_of
+from vlsi_cache.teacher.build import build_teacher
+from vlsi_cache.train.interact import MATCH, VALUE, MicroRows
+from vlsi_cache.train.loader import MicroBatch, feeding
 
 SCRIPT = Path(__file__).name
 MODES = ("online", "cached")

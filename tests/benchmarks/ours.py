@@ -4,10 +4,10 @@ import torch
 from cases import HeadCase, StudentCase, TeacherCase
 from torch import Tensor
 
+from vlsi_cache.sparse.cross_entropy import linear_cross_entropy
+from vlsi_cache.sparse.head import Head
 from vlsi_cache.sparse.kl import CandidateKL, LayerRows, candidate_kl
-from vlsi_cache.sparse.logits import Head
 from vlsi_cache.sparse.topk import teacher_rows
-from vlsi_cache.sparse.whole import linear_cross_entropy
 
 Compiled = bool | None  # None: whatever the function does by itself
 

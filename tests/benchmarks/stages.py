@@ -36,16 +36,16 @@ from students import (
     verbalize_step,
 )
 
-from vlsi_cache.data.batches import plan_batches, plan_parts
-from vlsi_cache.data.collate import Batch, collate
-from vlsi_cache.report.stats import read_metrics
-from vlsi_cache.spec import CacheSpec, load_spec
-from vlsi_cache.stages import build
-from vlsi_cache.stages.distill import distill
-from vlsi_cache.stages.inputs import TeacherInputs, open_teacher_inputs
-from vlsi_cache.stages.student import StudentState
-from vlsi_cache.stages.teacher import Teacher, load_teacher
+from vlsi_cache.config.sections import CacheSpec
+from vlsi_cache.config.spec import load_spec
+from vlsi_cache.data.collate import Batch, collate, plan_batches, plan_parts
+from vlsi_cache.run_files import read_metrics
 from vlsi_cache.store import reader
+from vlsi_cache.teacher import build
+from vlsi_cache.teacher.forward import Teacher, load_teacher
+from vlsi_cache.teacher.inputs import TeacherInputs, open_teacher_inputs
+from vlsi_cache.train.distill import distill
+from vlsi_cache.train.student import StudentState
 
 SCRIPT = Path(__file__).name
 FORWARD, PLAIN, PLAIN_HEAD = "plain forward, no head", "plain sft: adapter", "plain sft: adapter, head, embeddings"

@@ -26,12 +26,12 @@ import zarr
 
 from vlsi_cache.sparse.rows import SparseRows
 from vlsi_cache.store import reader
-from vlsi_cache.store.layout import CacheHeader
+from vlsi_cache.store.dataset import PartWindowReader
+from vlsi_cache.store.format import CacheHeader
 from vlsi_cache.store.part import Row
-from vlsi_cache.store.ranks import plain_ranks, ranks_by_count
 from vlsi_cache.store.reader import Cache
-from vlsi_cache.store.sampler import PartWindowReader
-from vlsi_cache.store.samples import PartSamples
+from vlsi_cache.store.records import PartSamples
+from vlsi_cache.store.vocab_order import plain_ranks, ranks_by_count
 from vlsi_cache.store.writer import CacheWriter
 
 PROFILES = ("default", "exact", "fast")

@@ -14,28 +14,23 @@ from typing import Any
 import peft
 import torch
 
-from vlsi_cache.models.adapter import add_lora, checkpoint_activations, train_head_and_embeddings
-from vlsi_cache.models.layers import Backbone
-from vlsi_cache.models.prune_depth import init_student
+from vlsi_cache.config.sections import CacheSpec, Schedule
+from vlsi_cache.config.spec import apply_overrides, load_spec, spec_from_dict
+from vlsi_cache.models.backbone import Backbone, head_of
+from vlsi_cache.models.depth import init_student
+from vlsi_cache.models.lora import add_lora, checkpoint_activations, train_head_and_embeddings
 from vlsi_cache.models.verbalizer import Verbalizers, build_verbalizers
+from vlsi_cache.runs.run_dir import Run
+from vlsi_cache.runtime import autocast
 from vlsi_cache.sparse.matching import match_rng
-from vlsi_cache.spec import CacheSpec, Schedule, apply_overrides, load_spec, spec_from_dict
-from vlsi_cache.stages.feed import Feed, MicroBatch, cached_records, feeding
-from vlsi_cache.stages.inputs import open_teacher_inputs
-from vlsi_cache.stages.interaction import Interaction, MicroRows, interaction, read_numbers
-from vlsi_cache.stages.loop import (
-    autocast,
-    clip_gradients,
-    head_of,
-    make_grouped_optimizer,
-    make_optimizer,
-    optimizer_step,
-)
-from vlsi_cache.stages.runs import Run
-from vlsi_cache.stages.sft import pick_liger, response_loss
-from vlsi_cache.stages.student import StudentState, open_student
-from vlsi_cache.stages.verbalize import layer_losses
 from vlsi_cache.store import reader
+from vlsi_cache.teacher.inputs import open_teacher_inputs
+from vlsi_cache.train.interact import Interaction, MicroRows, interaction, read_numbers
+from vlsi_cache.train.loader import Feed, MicroBatch, cached_records, feeding
+from vlsi_cache.train.optim import clip_gradients, make_grouped_optimizer, make_optimizer, optimizer_step
+from vlsi_cache.train.sft import pick_liger, response_loss
+from vlsi_cache.train.student import StudentState, open_student
+from vlsi_cache.train.verbalize import layer_losses
 
 assert peft is not None  # imported here, so that memory counted from later on leaves it out
 PACKAGES = ("torch", "transformers", "peft", "numpy", "zarr")

@@ -21,13 +21,13 @@ import numpy as np
 import torch
 
 import vlsi_cache as vc
-from vlsi_cache.data.batches import padding_share, plan_batches, plan_parts
+from vlsi_cache.data.collate import padding_share, plan_batches, plan_parts
 from vlsi_cache.sparse.topk import teacher_rows
-from vlsi_cache.stages import build
-from vlsi_cache.stages.inputs import open_teacher_inputs
-from vlsi_cache.stages.teacher import Teacher, load_teacher
-from vlsi_cache.store.ranks import plain_ranks
+from vlsi_cache.store.vocab_order import plain_ranks
 from vlsi_cache.store.writer import CacheWriter
+from vlsi_cache.teacher import build
+from vlsi_cache.teacher.forward import Teacher, load_teacher
+from vlsi_cache.teacher.inputs import open_teacher_inputs
 
 SHAPES = [(128, 576, 49152), (512, 576, 49152), (128, 896, 151936), (512, 896, 151936)]
 TOP_K, NUM_TAIL = 64, 4

@@ -15,7 +15,7 @@ import numpy as np
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from store_variants import VARIANTS, build_variant, variant_of  # noqa: E402
+from helpers.variants import VARIANTS, build_variant, variant_of  # noqa: E402
 
 from vlsi_cache.store import reader  # noqa: E402
 

@@ -17,16 +17,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
+from vlsi_cache.config.sections import DataSpec
+from vlsi_cache.config.spec import change
 from vlsi_cache.errors import DataError, list_problems
 from vlsi_cache.progress import progress, say
-from vlsi_cache.spec import DataSpec, change
 
-from .forms import COLUMNS, UNSUPPORTED, turns_of
-from .media import Media, Shelf, bytes_of, load_media
-from .messages import Message, as_parts, check_messages, image_parts, learned_turn, text_of
-from .pictures import place_pictures
-from .readers import READ_ERRORS, RawRow
-from .sources import media_root, raw_rows, responses_of
+from .images import Media, Shelf, bytes_of, load_media, place_pictures
+from .messages import (
+    COLUMNS,
+    UNSUPPORTED,
+    Message,
+    as_parts,
+    check_messages,
+    image_parts,
+    learned_turn,
+    text_of,
+    turns_of,
+)
+from .sources import READ_ERRORS, RawRow, media_root, raw_rows, responses_of
 from .values import given_json, is_empty, listed, printable, shown, text_value
 from .writing import write_rows
 

@@ -1,25 +1,372 @@
-"""Raw rows out of files and installed generators. Nothing is checked here but the file."""
+"""Rows out of files of every kind, one after the other: no file and no large column is held in memory.
 
+Pictures that stand in a file are not kept: `RawRow.again` reads the row once more.
+"""
+
+import codecs
+import glob
+import gzip
 import inspect
+import io
 import json
+import re
+import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import entry_points
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vlsi_cache.disk import refuse_url
+from vlsi_cache.config.sections import DataSpec
 from vlsi_cache.errors import DataError
-from vlsi_cache.spec import DataSpec
+from vlsi_cache.io import refuse_url
+from vlsi_cache.progress import say
 
-from .files import find_files, root_of
-from .readers import RawRow, file_rows
-from .values import shown
+from .images import kind_of_file
+from .messages import COLUMNS, UNSUPPORTED, refuse_columns
+from .values import listed, parse_json, printable, shown
+
+BATCH_BYTES = 8 << 20  # of rows that are unpacked at a time
+
+
+BATCH_ROWS = 256
+
+
+# A row of a larger row group is not read again: the group would have to be unpacked from its start for each.
+_MAX_GROUP_BYTES = 128 << 20
+
+
+_READ_BYTES = 1 << 20
+
+
+# What the libraries raise for files that are damaged or cannot be read.
+READ_ERRORS = (pa.ArrowException, OSError, EOFError, zlib.error, UnicodeDecodeError)
+
+
+_SPOKEN = {".parquet": "Parquet", ".arrow": "Arrow", ".jsonl.gz": "gzip", ".jsonl.zst": "Zstandard", ".json": "JSON"}
+
+
+class RawRow(NamedTuple):
+    """A row, or the DataError that says why it cannot be read; `again` reads it once more, where that is possible."""
+
+    where: str
+    row: Any
+    again: Callable[[], Any] | None = None
+
+
+def file_rows(path: Path, kind: str, name: str, unread: set[str]) -> Iterator[RawRow]:
+    """The rows of one file, called `name` in messages; names of columns that are not read are added to `unread`."""
+    readers = {".parquet": _parquet_rows, ".arrow": _arrow_rows}
+    try:
+        if kind in readers:
+            yield from readers[kind](path, name, unread)
+        elif kind == ".json":
+            yield from _json_rows(path, name)
+        else:
+            yield from _jsonl_rows(path, kind, name)
+    except READ_ERRORS as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise DataError(f"{path} cannot be read as {_SPOKEN.get(kind, kind)}: {shown(reason)}") from None
+
+
+def _jsonl_rows(path: Path, kind: str, name: str) -> Iterator[RawRow]:
+    start = 0
+    with _open_lines(path, kind) as file:
+        for number, line in enumerate(file, start=1):
+            # Only a file that is not compressed can be read from its middle.
+            again = partial(_line_again, path, start, len(line)) if kind == ".jsonl" else None
+            start += len(line)
+            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            if line.strip():
+                yield RawRow(f"{name}:{number}", _row_or_error(line), again)
+
+
+def _open_lines(path: Path, kind: str) -> Any:
+    if kind == ".jsonl.gz":
+        return gzip.open(path, "rb")
+    if kind == ".jsonl.zst":
+        return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path)), "zstd"))  # type: ignore[arg-type]
+    return path.open("rb")
+
+
+def _row_or_error(text: str | bytes) -> Any:
+    try:
+        return parse_json(text)
+    except DataError as error:
+        return error
+
+
+def _line_again(path: Path, start: int, length: int) -> Any:
+    with path.open("rb") as file:
+        file.seek(start)
+        return parse_json(file.read(length).removeprefix(codecs.BOM_UTF8))
+
+
+def _json_rows(path: Path, name: str) -> Iterator[RawRow]:
+    """The rows of one JSON list, counted from 0; a file that begins with a mapping is JSONL by another name."""
+    text = path.read_text(encoding="utf-8-sig").lstrip()
+    if text.startswith("{"):
+        yield from _jsonl_rows(path, ".jsonl", name)
+        return
+    if not text.startswith("["):
+        raise DataError(f"{path} holds neither a JSON list of rows nor a row on each line")
+    decoder, lenient = json.JSONDecoder(), json.JSONDecoder(parse_int=str)
+    position, number = _next(text, 1), 0
+    while text[position : position + 1] != "]":
+        try:
+            row, end = decoder.raw_decode(text, position)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path} is not JSON: {error}") from None
+        except RecursionError:
+            raise DataError(f"{path} row {number} is nested too deeply to be read") from None
+        except ValueError:  # a number of thousands of digits
+            _, end = lenient.raw_decode(text, position)
+            row = _row_or_error(text[position:end])
+        yield RawRow(f"{name} row {number}", row)
+        number, position = number + 1, _next(text, end)
+        if text[position : position + 1] == ",":
+            position = _next(text, position + 1)
+        elif text[position : position + 1] != "]":
+            raise DataError(f"{path} is not JSON: after row {number - 1} there is neither `,` nor `]`")
+    if text[position + 1 :].strip():
+        raise DataError(f"{path} is not JSON: something stands behind the list")
+
+
+def _next(text: str, position: int) -> int:
+    """Where the next character is that is no white space."""
+    while text[position : position + 1].isspace():
+        position += 1
+    return position
+
+
+def _parquet_rows(path: Path, name: str, unread: set[str]) -> Iterator[RawRow]:
+    number = 0
+    with pq.ParquetFile(path, buffer_size=_READ_BYTES, pre_buffer=False) as file:
+        columns = _columns(file.schema_arrow.names, path, unread)
+        for group in range(file.num_row_groups):
+            in_group = 0
+            about = file.metadata.row_group(group)
+            can_be_found = about.total_byte_size <= _MAX_GROUP_BYTES
+            for batch in file.iter_batches(_num_rows(about), row_groups=[group], columns=columns):
+                for row in batch.to_pylist():
+                    again = partial(_parquet_again, path, group, in_group, columns) if can_be_found else None
+                    yield RawRow(f"{name} row {number}", _without_nulls(row), again)
+                    number, in_group = number + 1, in_group + 1
+
+
+def _num_rows(group: Any) -> int:
+    """How many rows of this row group are unpacked at a time."""
+    return max(1, min(BATCH_ROWS, BATCH_BYTES * group.num_rows // max(1, group.total_byte_size)))
+
+
+def _parquet_again(path: Path, group: int, index: int, columns: list[str]) -> Any:
+    with pq.ParquetFile(path, buffer_size=_READ_BYTES, pre_buffer=False) as file:
+        size = _num_rows(file.metadata.row_group(group))
+        for batch in file.iter_batches(size, row_groups=[group], columns=columns):
+            if index < batch.num_rows:
+                return _without_nulls(batch.slice(index, 1).to_pylist()[0])
+            index -= batch.num_rows
+    raise DataError(f"{path} has fewer rows than when it was read before; start again")
+
+
+def _arrow_rows(path: Path, name: str, unread: set[str]) -> Iterator[RawRow]:
+    number = 0
+    for index, batch in enumerate(_arrow_batches(path)):
+        columns = _columns(batch.schema.names, path, unread)
+        batch = batch.select(columns)
+        size = max(1, min(BATCH_ROWS, BATCH_BYTES * batch.num_rows // max(1, batch.nbytes)))
+        for start in range(0, batch.num_rows, size):
+            for offset, row in enumerate(batch.slice(start, size).to_pylist(), start=start):
+                again = partial(_arrow_again, path, index, offset, columns)
+                yield RawRow(f"{name} row {number}", _without_nulls(row), again)
+                number += 1
+
+
+def _arrow_batches(path: Path) -> Iterator[pa.RecordBatch]:
+    """Of an IPC stream, as `datasets` writes it, or an IPC file; the file is mapped, not read."""
+    with pa.memory_map(str(path)) as source:
+        if source.read(6) == b"ARROW1":
+            file = pa.ipc.open_file(source)
+            yield from map(file.get_batch, range(file.num_record_batches))
+        else:
+            source.seek(0)
+            yield from pa.ipc.open_stream(source)
+
+
+def _arrow_again(path: Path, index: int, offset: int, columns: list[str]) -> Any:
+    for number, batch in enumerate(_arrow_batches(path)):
+        if number == index:
+            return _without_nulls(batch.select(columns).slice(offset, 1).to_pylist()[0])
+    raise DataError(f"{path} has fewer rows than when it was read before; start again")
+
+
+def _columns(names: Iterable[str], path: Path, unread: set[str]) -> list[str]:
+    """Those of a file's columns that are read."""
+    names = list(names)
+    refuse_columns(names, str(path))
+    known = [name for name in names if name in (*COLUMNS, *UNSUPPORTED)]
+    unread |= set(names) - set(known)
+    return known
+
+
+def _without_nulls(value: Any) -> Any:
+    """Rows of one schema have all keys of each other, with nulls: a key that is null was not there."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(one) for key, one in value.items() if one is not None}
+    if isinstance(value, list):
+        return [_without_nulls(one) for one in value]
+    return value
+
+
+# What the names of files end in that are read, see `readers`.
+KINDS = (".jsonl.gz", ".jsonl.zst", ".jsonl", ".json", ".parquet", ".arrow")
+
+
+READ = (
+    "read are .parquet, .jsonl, .jsonl.gz, .jsonl.zst, .json and .arrow files, folders of such shards, globs such as "
+    "data/train-*.parquet, and folders of datasets.save_to_disk"
+)
+
+
+_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.")
+
+
+@dataclass(frozen=True)
+class Files:
+    """Files of one kind in the order in which they are read, and the folder that their rows' pictures lie below."""
+
+    paths: tuple[Path, ...]
+    kind: str
+    root: Path
+
+    def name_of(self, path: Path) -> str:
+        """The file in a message about a row."""
+        real = path.resolve()
+        return real.relative_to(self.root).as_posix() if real.is_relative_to(self.root) else path.name
+
+
+def find_files(path: str) -> Files:
+    """What `data.path` names; raises DataError that says what is there and what would be read."""
+    what = _kind_of_path(path)
+    if what == "file":
+        kind = _suffix(Path(path))
+        if kind is None:
+            raise DataError(f"`data.path` is {printable(path)}, a `{Path(path).suffix}` file; {READ}")
+        return Files((Path(path),), kind, root_of(path))
+    if what == "folder":
+        return _in_folder(Path(path))
+    if what is not None:
+        raise DataError(f"`data.path` is {printable(path)}, a {what}; {READ}")
+    if not is_glob(path):
+        raise DataError(f"`data.path` is {printable(path)}: no such file or folder; {READ}")
+    found = [Path(name) for name in sorted(glob.glob(path, recursive=True))]
+    files = [file for file in found if file.is_file() and _suffix(file)]
+    if not files:
+        there = f"none of the {len(found)} names that it matches can be read" if found else "it matches no file"
+        raise DataError(f"`data.path` is {printable(path)}: {there}; {READ}")
+    return _shards(files, path, root_of(path))
+
+
+def is_glob(path: str) -> bool:
+    """Whether the text is a pattern: a file that is really called so goes first."""
+    return glob.has_magic(path) and not _kind_of_path(path)
+
+
+def root_of(path: str) -> Path:
+    """The folder that relative paths in the rows start from: of a file its own, of a pattern the part without one."""
+    if is_glob(path):
+        parts = Path(path).parts
+        fixed = next(index for index, part in enumerate(parts) if glob.has_magic(part))
+        return Path(*parts[:fixed]).resolve()
+    return Path(path).resolve() if _kind_of_path(path) == "folder" else Path(path).resolve().parent
+
+
+def _kind_of_path(path: str) -> str | None:
+    try:
+        return kind_of_file(Path(path).stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise DataError(f"`data.path` is {printable(path)[:300]}: {reason}") from None
+
+
+def _suffix(path: Path) -> str | None:
+    return next((kind for kind in KINDS if path.name.lower().endswith(kind)), None)
+
+
+def _in_folder(folder: Path) -> Files:
+    if (folder / "dataset_dict.json").is_file():
+        names = sorted(file.parent.name for file in folder.glob("*/state.json"))
+        raise DataError(
+            f"`data.path` is {folder}, a DatasetDict with the splits {listed(names)}; name one of them: "
+            f"{folder / (names[0] if names else 'train')}"
+        )
+    if (folder / "state.json").is_file():
+        return Files(_saved_to_disk(folder), ".arrow", folder.resolve())
+    try:
+        there = sorted(file for file in folder.iterdir() if not file.name.startswith("."))
+    except OSError as error:
+        raise DataError(f"`data.path` is {folder}, a folder that cannot be read: {error.strerror}") from None
+    files = [file for file in there if file.is_file() and _suffix(file) in KINDS and not _is_description(file)]
+    if not files:
+        found = f"only {listed(file.name for file in there)}" if there else "nothing"
+        raise DataError(f"`data.path` is {folder}, a folder that holds {found}; {READ}")
+    return _shards(files, str(folder), folder.resolve())
+
+
+def _is_description(file: Path) -> bool:
+    """JSON files that stand beside data and are none."""
+    return file.name in ("dataset_info.json", "dataset_infos.json", "metadata.json", "config.json")
+
+
+def _saved_to_disk(folder: Path) -> tuple[Path, ...]:
+    """The Arrow files of `datasets.save_to_disk`, in the order of its `state.json`."""
+    state_file = folder / "state.json"
+    try:
+        names = [entry["filename"] for entry in json.loads(state_file.read_text(encoding="utf-8"))["_data_files"]]
+        files = tuple(folder / Path(name).name for name in names)
+    except (OSError, ValueError, KeyError, TypeError):
+        raise DataError(f"{state_file} is not the state of a folder of datasets.save_to_disk; {READ}") from None
+    missing = [file.name for file in files if not file.is_file()]
+    if missing or not files:
+        raise DataError(f"{state_file} names {listed(missing) if missing else 'no files'}, which are not in its folder")
+    return files
+
+
+def _shards(files: list[Path], path: str, root: Path) -> Files:
+    """Shards must be of one kind and of one split."""
+    kinds = Counter(str(_suffix(file)) for file in files)
+    if len(kinds) > 1:
+        there = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        raise DataError(
+            f"`data.path` is {printable(path)}: {there} files; name those of one kind, such as *{files[0].suffix}"
+        )
+    shards = [found for file in files if (found := _SHARD.match(file.name))]
+    splits = sorted({shard[1] for shard in shards})
+    if len(splits) > 1:
+        raise DataError(
+            f"`data.path` is {printable(path)}: shards of {len(splits)} splits ({listed(splits)}); name one with a "
+            f"pattern such as {splits[0]}-*{files[0].suffix}"
+        )
+    num_wanted = int(shards[0][3]) if shards else 0
+    if len(shards) < num_wanted:
+        say(
+            f"{printable(path)}: {len(shards)} of the {num_wanted} shards of `{splits[0]}` are read; the others are "
+            "not there"
+        )
+    return Files(tuple(files), next(iter(kinds)), root)
+
 
 GENERATORS = "vlsi_cache.generators"
+
+
 RESPONSES_KEY = b"vlsi_cache.responses"  # of the Parquet schema's metadata
 
 

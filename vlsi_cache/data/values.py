@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from vlsi_cache.errors import DataError
-from vlsi_cache.printable import printable as escaped
+from vlsi_cache.progress import printable as escaped
 
 _MAX_SHOWN = 120  # characters of one value in a message
 _MAX_BITS = 256  # of a whole number

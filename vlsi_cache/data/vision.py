@@ -16,7 +16,7 @@ from PIL import Image
 
 from vlsi_cache.errors import DataError, ModelError
 
-from .media import Media
+from .images import Media
 
 # How `ProcessorVision` gives rows to a processor; counts up when that changes the tokens or pixels of some row.
 # 2: the pictures of a row are one sample's (before: each by itself, and cut into crops as if it were alone).

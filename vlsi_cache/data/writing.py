@@ -10,8 +10,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vlsi_cache.disk import replacing
 from vlsi_cache.errors import DataError
+from vlsi_cache.io import replacing
 
 from .messages import as_parts
 from .sources import RESPONSES_KEY

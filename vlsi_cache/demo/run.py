@@ -10,20 +10,21 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from vlsi_cache.config.sections import CacheSpec
+from vlsi_cache.config.spec import load_spec
 from vlsi_cache.data.records import read_records
-from vlsi_cache.disk import refuse_url, write_atomically
 from vlsi_cache.errors import CacheCorruptError
+from vlsi_cache.evaluation.scores import evaluate, evaluate_model, kept_result
+from vlsi_cache.io import refuse_url, write_atomically
+from vlsi_cache.models.depth import init_student
 from vlsi_cache.models.load import resolve_model
-from vlsi_cache.models.prune_depth import init_student
 from vlsi_cache.progress import say
 from vlsi_cache.report.html import write_demo_report
 from vlsi_cache.run_files import read_object, read_run
-from vlsi_cache.spec import CacheSpec, load_spec
-from vlsi_cache.stages.build import build_teacher
-from vlsi_cache.stages.distill import distill, stage_steps
-from vlsi_cache.stages.evaluate import evaluate, evaluate_model, kept_result
-from vlsi_cache.stages.plan import plan
 from vlsi_cache.store.reader import Cache
+from vlsi_cache.teacher.build import build_teacher
+from vlsi_cache.teacher.plan import plan
+from vlsi_cache.train.distill import distill, stage_steps
 
 RECIPES = ("sft", "last", "vlsi")
 STUDENT_LAYERS = "0-1,6-7"  # of the teacher's eight

@@ -20,19 +20,28 @@ from huggingface_hub import snapshot_download
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from vlsi_cache.disk import put_back, refuse_url, replacing
 from vlsi_cache.errors import ModelError
-from vlsi_cache.outputs import check_folder
+from vlsi_cache.io import check_folder, put_back, refuse_url, replacing
 from vlsi_cache.run_files import read_object
+from vlsi_cache.runtime import check_device
 
-from .adapter_folder import adapter_files, base_of, has_adapter, is_adapter_alone, merged, without_adapter
+from .lora import adapter_files, base_of, has_adapter, is_adapter_alone, merged, without_adapter
 
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 
+
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
 PACKAGE = re.compile(r"package:(?P<name>[A-Za-z_]\w*)(?P<folder>(?:/[^/]+)*)/?")
+
+
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
 SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
+
+
 ENCODER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -44,8 +53,13 @@ ENCODER_FILES = (
     "chat_template.json",
     "*processor_config.json",
 )
+
+
 READ_BYTES = 2**24
+
+
 STUDENT_RECORD = "vlsi_cache.json"  # in the folder of a trained student: what it comes from
+
 
 _digests: dict[tuple[str, int, int], str] = {}
 
@@ -70,25 +84,6 @@ def resolve_model(path: str | Path) -> str:
     raise ModelError(
         f"model `{path}`: no such folder; give an existing folder, `package:NAME/sub/folder`, or a hub id `org/name`"
     )
-
-
-def check_device(device: str) -> None:
-    """Raise ModelError for a device that is not here; `auto` always is."""
-    if device == "auto":
-        return
-    try:
-        where = torch.device(device)
-    except RuntimeError:
-        where = None
-    if where is None or where.type not in ("cpu", "cuda"):
-        raise ModelError(f"device `{device}`: no such device; give `cpu`, `cuda`, `cuda:1` or `auto`")
-    if where.type == "cuda" and not torch.cuda.is_available():
-        raise ModelError(f"device `{device}`: torch finds no CUDA device; use `cpu` or `auto`")
-    if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
-        raise ModelError(
-            f"device `{device}`: torch finds {torch.cuda.device_count()} CUDA device(s), numbered from 0; use one of "
-            "these, `cpu` or `auto`"
-        )
 
 
 def load_config(

@@ -1,12 +1,18 @@
-"""Verbalizers: what stands between an intermediate layer and the model's own final norm and head.
+"""Verbalizers: what stands between an intermediate layer and the model's own final norm and head; and their files.
 
 `logits = head(final_norm(verbalizer(h)))`; head and final norm are the model's own, frozen and shared. The residual
 style starts as the logit lens exactly, because the last projection of every block is zero at the start.
+
+FOLDER/layer_0002.safetensors   weights, and the architecture in the header: the file's hash covers both
+FOLDER/verbalizers.json         architecture, layers, provenance (digests of the teacher's weights and head), and the
+                                checksum of each file; earlier releases wrote none
 
 Legend: B rows, S positions, T response tokens, D hidden size.
 """
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -14,14 +20,168 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vlsi_cache.errors import ModelError
+from vlsi_cache.errors import CacheCorruptError, ModelError, command_line
+from vlsi_cache.io import checksum, difference_from, replacing, write_atomically
+from vlsi_cache.run_files import RUN, read_run, read_verbalizers
 
-from . import verbalizer_files as files
-from .layers import Backbone, LayerSequence, head_digest
+from .backbone import Backbone, LayerSequence, head_digest
+from .load import own_memory, resolve_model
+
+FORMAT_VERSION = 1
+
+
+RECORD = "verbalizers.json"
+
+
+ADDED_LATER = ("loss",)  # to the provenance
+
+
+FROM_WHERE = "a teacher's come from vlsi-cache train-verbalizers, a student's from a distill run of recipe `vlsi`"
+
+
+HEADER_KEY = "verbalizer"  # one key: the order of several in a safetensors header is not fixed
+
+
+def find_folder(path: str | Path) -> Path:
+    """The verbalizers that `path` names: a folder of them, the run that has trained them, or `package:NAME/...`."""
+    folder = Path(resolve_model(path))
+    inner = folder / "verbalizers"
+    return inner if inner.is_dir() and not (folder / RECORD).is_file() else folder
+
+
+def layer_file(folder: Path, layer: int) -> Path:
+    return folder / f"layer_{layer:04d}.safetensors"
+
+
+def write(
+    folder: Path, layers: dict[int, dict[str, Tensor]], architecture: dict[str, Any], provenance: dict[str, Any]
+) -> Path:
+    """Write the layers, then the record that names them together with those already there.
+
+    Of several processes that write into one folder, the caller must let in one at a time.
+    """
+    there = _read_record(folder) if (folder / RECORD).exists() else None
+    if there is not None:
+        # Whether settings fit is for the caller to know: an earlier release did not write them here.
+        added = {key: provenance[key] for key in ADDED_LATER if key in provenance}
+        there["provenance"] = {**added, **there["provenance"]}
+    record = {"format_version": FORMAT_VERSION, "architecture": architecture, "provenance": provenance}
+    if there is not None and any(there.get(key) != value for key, value in record.items()):
+        raise ModelError(f"{folder} holds verbalizers of another model or architecture; choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    sums: dict[str, Any] = {} if there is None else dict(there.get("files", {}))
+    for layer, tensors in layers.items():
+        on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        with replacing(layer_file(folder, layer)) as temporary:
+            save_file(on_cpu, temporary, metadata={HEADER_KEY: _canonical(architecture)})
+            sums[layer_file(folder, layer).name] = checksum(temporary)
+    named = sorted({*layers, *(there["layers"] if there else [])})
+    write_atomically(
+        folder / RECORD, json.dumps({**record, "layers": named, "files": dict(sorted(sums.items()))}, indent=1) + "\n"
+    )
+    return folder
+
+
+def read_record(folder: Path, layers: Sequence[int]) -> dict[str, Any]:
+    """`verbalizers.json`; raises ModelError when it is not there or does not name all of `layers`, CacheCorruptError
+    when it is damaged."""
+    if not (folder / RECORD).exists():
+        raise ModelError(f"no verbalizers in {folder} (`{RECORD}` is missing); {FROM_WHERE}")
+    record = _read_record(folder)
+    if record["format_version"] != FORMAT_VERSION:
+        raise ModelError(
+            f"{folder / RECORD}: format version {record['format_version']}, this release reads {FORMAT_VERSION}"
+        )
+    missing = [layer for layer in layers if layer not in record["layers"] or not layer_file(folder, layer).is_file()]
+    if missing:
+        numbers = ",".join(map(str, missing))
+        again = command_line("train-verbalizers", "SPEC", "-o", folder.parent, "--layers", numbers)
+        of_teacher = "" if _is_of_student(folder) else f"those of a teacher with {again}, "
+        raise ModelError(
+            f"verbalizers {folder}: none for layers {missing}, there are {record['layers']}; name target layers "
+            f"that are there, or train the missing ones: {of_teacher}those of a "
+            "student in a new distill run that has them in `distill.layers`"
+        )
+    return record
+
+
+def load_layer(folder: Path, layer: int, module: nn.Module, architecture: dict[str, Any]) -> None:
+    """Put the tensors of one file into `module`, which may be on the meta device; raises ModelError, CacheCorruptError
+    for a file that is not what was written."""
+    file = layer_file(folder, layer)
+    check_layers(folder, [layer])
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            if (tensors.metadata() or {}).get(HEADER_KEY) != _canonical(architecture):
+                raise ModelError(f"{file}: its architecture is not the one {RECORD} says; train the verbalizers again")
+            state = {name: own_memory(tensors.get_tensor(name)) for name in tensors.keys()}  # noqa: SIM118 - no mapping
+        module.load_state_dict(state, assign=True)
+    except (SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(f"{file}: cannot be read as a verbalizer of this model: {reason}") from None
+
+
+def check_layers(folder: Path, layers: Sequence[int]) -> None:
+    """Raise CacheCorruptError for the first file that is not what was written, as far as the record has its sum."""
+    sums = _read_record(folder).get("files", {})
+    for file in (layer_file(folder, layer) for layer in layers):
+        if file.name in sums and (problem := difference_from(sums[file.name], file)):
+            raise CacheCorruptError(f"{file} is damaged: its {problem}; {_train_again(folder)}")
+
+
+def whole_layers(folder: Path) -> list[int]:
+    """Layers that the record names and whose files are what was written."""
+    found = []
+    for layer in _read_record(folder)["layers"] if (folder / RECORD).exists() else []:
+        try:
+            check_layers(folder, [layer])
+        except CacheCorruptError:
+            continue
+        found += [layer] if layer_file(folder, layer).is_file() else []
+    return found
+
+
+def digests(folder: Path, layers: Sequence[int]) -> dict[str, str]:
+    """sha256 of each layer's file."""
+    read_record(folder, layers)
+    check_layers(folder, layers)
+    return {str(layer): _sha256(layer_file(folder, layer)) for layer in layers}
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _is_of_student(folder: Path) -> bool:
+    """Whether a distill run has trained them."""
+    return (folder.parent / RUN).is_file() and read_run(folder.parent)["kind"] == "distill"
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    return read_verbalizers(folder / RECORD, f"restore it from a copy, or {_train_again(folder)}")
+
+
+def _train_again(folder: Path) -> str:
+    """What makes damaged verbalizers anew."""
+    run = folder.parent
+    if (run / RUN).is_file() and _is_of_student(folder):
+        return f"delete {folder} and {run / 'checkpoints'} and train again in {run}, or in another folder"
+    again = command_line("train-verbalizers", "SPEC", "-o", run)
+    return f"run again what has trained it, which takes what it needs from its checkpoint: {again}"
+
+
+def _canonical(architecture: dict[str, Any]) -> str:
+    return json.dumps(architecture, sort_keys=True)
+
 
 Structure = Literal["mlp", "mlp-x2", "verb-ffn", "verb-ffn-x2", "ffn", "ffn-x2", "decoder", "decoder-x2"]
+
+
 NUM_BLOCKS = {
     "mlp": 1,
     "mlp-x2": 1,  # one block of two linear maps; the other `-x2` stack two whole blocks
@@ -32,9 +192,17 @@ NUM_BLOCKS = {
     "decoder": 1,
     "decoder-x2": 2,
 }
+
+
 LOGIT_LENS = "logit-lens"
+
+
 LAST_PROJECTIONS = frozenset({"down_proj", "o_proj"})
+
+
 PLAIN_STD = 0.02
+
+
 NORM_EPS = 1e-6
 
 
@@ -179,7 +347,7 @@ class Verbalizers(nn.Module):
         """
         tensors = {int(key): module.state_dict() for key, module in self.by_layer.items()}
         facts = {**provenance, "head_digest": head_digest(self._backbone)}
-        return files.write(Path(folder), tensors, dataclasses.asdict(self.architecture), facts)
+        return write(Path(folder), tensors, dataclasses.asdict(self.architecture), facts)
 
 
 def build_verbalizers(
@@ -231,12 +399,12 @@ def load_verbalizers(
     Raises ModelError when layers are missing, when they are of another width, were trained with other weights than
     `teacher_digest`, or for another head than the backbone's (`check_head=False` allows that on purpose).
     """
-    record = files.read_record(Path(folder), layers)
+    record = read_record(Path(folder), layers)
     architecture = Architecture(**record["architecture"])
     if architecture.hidden_size != backbone.hidden_size:
         raise ModelError(
             f"verbalizers {folder}: made for hidden size {architecture.hidden_size}, this model has "
-            f"{backbone.hidden_size}; {files.FROM_WHERE}"
+            f"{backbone.hidden_size}; {FROM_WHERE}"
         )
     _check_identity(folder, record["provenance"], "teacher_digest", teacher_digest, "weights")
     if check_head:
@@ -244,13 +412,13 @@ def load_verbalizers(
     with torch.device("meta"):
         verbalizers = Verbalizers(backbone, architecture, layers)
     for layer in layers:
-        files.load_layer(Path(folder), layer, verbalizers.by_layer[str(layer)], record["architecture"])
+        load_layer(Path(folder), layer, verbalizers.by_layer[str(layer)], record["architecture"])
     return verbalizers.to(backbone.device).requires_grad_(trainable).train(trainable)
 
 
 def verbalizers_digest(folder: str | Path, layers: Sequence[int]) -> dict[str, str]:
     """File hash per layer (key: the layer as text); a file holds weights and architecture, so its hash is both."""
-    return files.digests(Path(folder), layers)
+    return digests(Path(folder), layers)
 
 
 def num_parameters(
@@ -355,5 +523,5 @@ def _check_identity(folder: str | Path, provenance: dict[str, Any], key: str, wa
     if wanted is not None and found != wanted:
         raise ModelError(
             f"verbalizers {folder}: trained for a model whose {what} are `{found}`, this one's are `{wanted}`; name "
-            f"the model they were trained for, or verbalizers of this one: {files.FROM_WHERE}"
+            f"the model they were trained for, or verbalizers of this one: {FROM_WHERE}"
         )

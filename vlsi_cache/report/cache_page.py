@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 from . import figures
 from .describe import response_text
 from .example import MAX_TOKENS, example_html, grid_of
+from .layers import LayerSummary, layer_summaries
 from .page import details, facts_table, figure, html_table, page, paragraph, section, spec_details, tiles
-from .stats import LayerSummary, layer_summaries
 from .text import human_bytes, layer_name, percent
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def cache_page(cache: "Cache") -> str:
     """What a cache is, what its layers know, what it costs, and one sample of it."""
-    from vlsi_cache.store.surprise import surprise_warning
+    from vlsi_cache.store.teacher_fit import surprise_warning
 
     header = cache.header
     state = "complete" if cache.is_complete else f"{len(cache.parts)} of {header.num_parts} parts"

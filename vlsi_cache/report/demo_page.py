@@ -4,12 +4,14 @@ import math
 from pathlib import Path
 from typing import Any
 
+from vlsi_cache.runs.metrics import RunFiles, curve, read_run
+
 from . import figures
 from .cache_page import bytes_html
 from .example import example_html
+from .layers import LayerSummary
 from .page import facts_table, figure, html_table, page, paragraph, section, spec_details, tiles
 from .run_parts import match_html, verbalizer_html
-from .stats import LayerSummary, RunFiles, curve, read_run
 from .text import RECIPE_NAMES, demo_rows, human_seconds, kinds_of
 
 Demo = dict[str, Any]

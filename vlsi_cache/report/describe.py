@@ -13,11 +13,11 @@ import numpy as np
 
 from vlsi_cache.errors import CacheCorruptError, command_line
 
-from .stats import spaced
+from .layers import spaced
 from .text import human_bytes, table
 
 if TYPE_CHECKING:
-    from vlsi_cache.store.layout import CacheHeader
+    from vlsi_cache.store.format import CacheHeader
     from vlsi_cache.store.reader import Cache
 
 MEASURED_PARTS = 4  # parts whose shard indices are read: their layers are alike, and each costs a dozen open files
@@ -28,7 +28,7 @@ def describe_cache(path: Path) -> dict[str, Any]:
     """JSON-ready facts about a cache, finished or not. Raises what opening a cache raises."""
     from vlsi_cache.store.commit import list_tmp
     from vlsi_cache.store.reader import open
-    from vlsi_cache.store.surprise import surprise_of, surprise_warning
+    from vlsi_cache.store.teacher_fit import surprise_of, surprise_warning
 
     cache = open(path, allow_incomplete=True)
     header, surprise = cache.header, surprise_of(cache)
@@ -115,7 +115,7 @@ def _bytes(cache: "Cache") -> dict[str, Any]:
 
 def _measure(cache: "Cache", parts: Sequence[int]) -> tuple[dict[str, np.ndarray], int, int]:
     """(bytes [L] of every layered array, response tokens, entries) of these parts."""
-    from vlsi_cache.store.schema import layered_names
+    from vlsi_cache.store.format import layered_names
 
     sizes = {name: np.zeros(len(cache.layers)) for name in layered_names(cache.header)}
     num_tokens = num_entries = 0
@@ -127,11 +127,9 @@ def _measure(cache: "Cache", parts: Sequence[int]) -> tuple[dict[str, np.ndarray
 
 
 def _measure_part(root: Path, header: "CacheHeader", part: int) -> tuple[dict[str, np.ndarray], int, int]:
-    from vlsi_cache.store.arrays import read_layered
-    from vlsi_cache.store.chunks import layer_bytes
+    from vlsi_cache.store.codec import layer_bytes, read_layered
     from vlsi_cache.store.files import check_part_files, load_part_record
-    from vlsi_cache.store.layout import part_dir
-    from vlsi_cache.store.schema import data_file_name, layered_names, part_specs
+    from vlsi_cache.store.format import data_file_name, layered_names, part_dir, part_specs
 
     record, folder = load_part_record(root, header, part), part_dir(root, part)
     check_part_files(root, part, record)
@@ -153,7 +151,7 @@ def _measure_part(root: Path, header: "CacheHeader", part: int) -> tuple[dict[st
 
 def _raw_bytes(cache: "Cache", entries_per_token: float) -> dict[str, int]:
     """Bytes of every array before compression; where rows are cut by mass, after the measured parts."""
-    from vlsi_cache.store.schema import array_specs
+    from vlsi_cache.store.format import array_specs
 
     header, samples = cache.header, cache.sample_table()
     num_tokens = cache.num_tokens

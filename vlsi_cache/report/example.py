@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vlsi_cache.disk import write_atomically
-from vlsi_cache.printable import html_text as escape
+from vlsi_cache.io import write_atomically
+from vlsi_cache.progress import html_text as escape
+from vlsi_cache.runs.metrics import read_json
 
+from .layers import gold_ids, gold_ranks
 from .page import paragraph
-from .stats import gold_ids, gold_ranks, read_json
 from .text import layer_name
 
 if TYPE_CHECKING:

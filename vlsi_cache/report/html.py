@@ -3,19 +3,20 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlsi_cache.disk import refuse_url
 from vlsi_cache.errors import CacheNotFoundError, command_line
+from vlsi_cache.io import refuse_url
 from vlsi_cache.run_files import read_ablation
+from vlsi_cache.runs.metrics import RunFiles, curve, read_record, read_run, stages_of
 
 from . import figures
-from .ablation_page import ablation_page
+from .ablation import ablation_page
 from .cache_page import cache_page
 from .demo_page import demo_page
 from .evaluation import evaluation_html
 from .example import load_example, save_example
+from .layers import layer_summaries
 from .page import facts_table, figure, page, paragraph, section, spec_details, write_page
 from .run_parts import findings_html, match_html, probe_html, verbalizer_html
-from .stats import RunFiles, curve, layer_summaries, read_record, read_run, stages_of
 from .text import human_seconds
 
 if TYPE_CHECKING:
@@ -44,6 +45,12 @@ def write_report(path: Path | str) -> Path:
     raise CacheNotFoundError(
         f"{folder} is neither a cache, nor a run, an ablation or a demo; what is below it: {command_line('ls', folder)}"
     )
+
+
+def ensure_report(folder: Path) -> None:
+    """Write the report of a finished run unless it is there: a kill can come between the two."""
+    if not (folder / REPORT_NAME).is_file():
+        write_report(folder)
 
 
 def write_demo_report(folder: Path | str, *, example: dict[str, Any] | None = None) -> Path:

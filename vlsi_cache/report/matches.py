@@ -1,27 +1,60 @@
-"""Where the student's layers were matched, at the start and at the end of stage interact, beside uniform sampling.
+"""Which teacher layers a student was matched with over a run, against what the order alone would give.
 
-In the modes that keep it, order preservation alone pushes matches deep (VLsI, Figure 5 has no such baseline), so only
-what differs from the null says something about the layers.
-
-Shapes: S student layers, M teacher layers.
+Shapes: S student target layers, L teacher target layers.
 """
 
 from dataclasses import dataclass
+from math import comb
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vlsi_cache.disk import refuse_url
 from vlsi_cache.errors import DataError, SpecError
+from vlsi_cache.io import refuse_url
+from vlsi_cache.runs.diagnostics import Metrics, is_finished
+from vlsi_cache.runs.metrics import RunFiles, match_shares, next_step, read_run, teacher_layers
 
 from . import figures
-from .checkup import Metrics, is_finished
 from .page import figure, html_table, page, paragraph, section, write_file, write_page
-from .stats import RunFiles, match_shares, next_step, read_run, teacher_layers
 from .text import table
 
+__all__ = ["null_distribution"]
+
+
+def null_distribution(
+    num_student: int, num_teacher: int, *, mode: str = "vlsi", sampler: str = "greedy"
+) -> np.ndarray | None:
+    """P(student target s is matched with teacher target l), [S, L], if the divergences said nothing at all.
+
+    Order preservation alone pushes matches deep; any drift must be read against this. None for the uniform modes, in
+    which the divergences say nothing anyway.
+    """
+    if mode.startswith("uniform"):
+        return None
+    if mode not in ("vlsi", "order"):
+        last_S = np.arange(num_student) + (num_teacher - num_student if mode == "range" else num_teacher)
+        allowed_SL = np.arange(num_teacher) <= last_S[:, None]
+        return allowed_SL / allowed_SL.sum(1, keepdims=True)
+    if sampler == "joint":  # all increasing assignments alike
+        ways = [
+            [comb(j, s) * comb(num_teacher - 1 - j, num_student - 1 - s) for j in range(num_teacher)]
+            for s in range(num_student)
+        ]
+        return np.array(ways) / comb(num_teacher, num_student)
+    match_SL = np.zeros((num_student, num_teacher))
+    starts = {0: 1.0}
+    for student in range(num_student):
+        stop = num_teacher - num_student + student + 1  # of the search range: one teacher target for each that follows
+        for start, prob in starts.items():
+            match_SL[student, start:stop] += prob / (stop - start)
+        starts = {match + 1: prob for match, prob in enumerate(match_SL[student]) if prob}
+    return match_SL
+
+
 DEFAULT_SHARE = 0.1
+
+
 IN_ORDER = ("vlsi", "order")  # modes of matching that keep the order of layers
 
 
@@ -176,7 +209,6 @@ def match(run: Path | str, *, share: float = DEFAULT_SHARE) -> Matches:
 
 def matches_of(run: RunFiles, *, share: float = DEFAULT_SHARE) -> Matches | None:
     """The same for a run that has been read; None when it has no matches."""
-    from vlsi_cache.sparse.matching import null_distribution
 
     lines = [line for line in run.metrics if any(line.get("matched_layers") or [])]
     columns, knows_teacher = teacher_layers(run)

@@ -6,10 +6,9 @@ from typing import Any
 
 import yaml
 
-from vlsi_cache.disk import refuse_url, write_atomically
 from vlsi_cache.errors import SpecError
-from vlsi_cache.outputs import check_file
-from vlsi_cache.printable import html_text as escape
+from vlsi_cache.io import check_file, refuse_url, write_atomically
+from vlsi_cache.progress import html_text as escape
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 HEAD_BYTES = 4096

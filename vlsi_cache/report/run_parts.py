@@ -5,11 +5,12 @@ from typing import Any
 
 import numpy as np
 
+from vlsi_cache.runs.diagnostics import findings_of
+from vlsi_cache.runs.metrics import RunFiles, layer_curves
+
 from . import figures
-from .checkup import findings_of
 from .matches import matches_html, matches_of
 from .page import figure, html_table, paragraph, warning
-from .stats import RunFiles, layer_curves
 
 PROGRESS = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)  # where the paper's Appendix B reads the verbalizers' losses
 WINDOW = 0.05  # of the steps, on either side of a point: single steps are noisy

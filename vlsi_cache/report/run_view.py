@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlsi_cache.disk import refuse_url
 from vlsi_cache.errors import SpecError
-from vlsi_cache.printable import html_text
+from vlsi_cache.io import refuse_url
+from vlsi_cache.progress import html_text
 from vlsi_cache.run_files import METRICS, RUN, read_evaluation, read_metrics, read_run
 
 

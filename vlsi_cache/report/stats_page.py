@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from . import figures, heat_maps
-from .layer_stats import CacheStats, big_number, stats_notes, stats_rows
+from . import figures
+from . import figures as heat_maps
+from .layers import CacheStats, LayerSummary, big_number, stats_notes, stats_rows
 from .page import figure, html_table, page, paragraph, section, tiles, write_page
-from .stats import LayerSummary
 
 
 def write_stats_page(stats: CacheStats, file: Path) -> Path:

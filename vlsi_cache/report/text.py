@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vlsi_cache.printable import printable
+from vlsi_cache.progress import printable
 
 RECIPE_NAMES = {"sft": "labels only", "last": "last layer", "vlsi": "all layers"}
 

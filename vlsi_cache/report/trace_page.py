@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vlsi_cache.printable import html_text as escape
+from vlsi_cache.progress import html_text as escape
 
 from .example import picture_html, visible
 from .page import page, paragraph, section, write_page

@@ -24,9 +24,8 @@ from torch import Tensor
 from vlsi_cache.errors import DataError, ModelError
 
 from .divergences import Bucketed, Divergence
-from .logits import Head, operand
-from .tokens import normalized, shares, token_sum
-from .walk import BlockIndex, Walk, default_block, moved
+from .head import Head, normalized, operand, shares, token_sum
+from .vocab_pass import BlockIndex, Walk, default_block, moved
 
 __all__ = ["CandidateKL", "LayerRows", "Loss", "candidate_kl", "sparse_kl"]
 

@@ -20,10 +20,8 @@ from torch.nn.functional import pad
 
 from vlsi_cache.errors import ModelError, SpecError
 
-from .kernels import fused
-from .logits import Head
-from .rows import SparseRows
-from .select import keyed_uniforms
+from .head import Head, fused
+from .rows import SparseRows, keyed_uniforms
 
 __all__ = ["sample_uniforms", "stack_layers", "teacher_rows"]
 

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlsi_cache.disk import fsync_dir, is_disk_full
 from vlsi_cache.errors import DiskFullError
+from vlsi_cache.io import fsync_dir, is_disk_full
 
 RESERVE_BYTES = 1 << 20  # metadata, directories and the commit record of a part
 STALE_S = 86400.0  # an unfinished file of another host counts as abandoned after this

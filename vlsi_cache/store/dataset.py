@@ -1,20 +1,189 @@
-"""A cache as a map-style dataset for anybody's own trainer, and the sampler that reads it at the speed of whole parts.
+"""A cache as a torch data set, and whole epochs in shuffled order at the speed of whole parts.
 
-Both fit torch.utils.data.DataLoader, neither imports torch. Workers must be spawned or none at all; each opens the
-cache for itself.
+The shuffled parts of an epoch form one sequence of samples, and every rank takes an equal stretch of it: ranks are
+disjoint, complete and equal to within one sample, and each part is read by one rank (at a boundary by two). Inside a
+rank, samples are shuffled over windows of `window_parts` parts.
 """
 
 import os
+import queue
+import threading
+import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from vlsi_cache.errors import DataError
 
-from .part import Row
+from .part import Part, Row
 from .reader import RECENT_BYTES, Cache, open
-from .sampler import check_place, plan_windows, samples_per_part, skip_samples
+
+ROWS_AT_A_TIME = 16  # handed over together: a hand-over between threads costs as much as decoding a short row
+
+
+QUEUE_LENGTH = 4
+
+
+READING_THREADS = 2
+
+
+POLL_S = 0.1
+
+
+Handed = list[Row] | BaseException | None
+
+
+@dataclass(frozen=True)
+class Window:
+    """Samples read together: (part, row) in the order they come out."""
+
+    order: list[tuple[int, int]]
+
+    @property
+    def parts(self) -> list[int]:
+        return sorted({part for part, _ in self.order})
+
+
+class PartWindowReader:
+    """Iterable of the rows of one rank in one epoch, in an order that depends on the arguments alone.
+
+    `layers` are model layers ("last" is the last); [] gives rows without any layer, at no decoding cost. `start` is the
+    number of samples of this epoch already consumed: what follows is exactly what an uninterrupted epoch would give.
+    `wait_s` is the time the consumer has waited for rows. Up to two windows of decoded parts are in memory, 8 bytes an
+    entry (4 where a view of the file does).
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        *,
+        layers: Sequence[int | str] | None = None,
+        seed: int,
+        epoch: int,
+        rank: int = 0,
+        world: int = 1,
+        window_parts: int = 4,
+        start: int = 0,
+    ) -> None:
+        check_place(rank=rank, world=world, window_parts=window_parts, start=start)
+        self.wait_s = 0.0
+        self._cache = cache
+        self._layers = layers
+        cache.header.layer_indices(layers)  # an unknown layer is an error now, not in a thread
+        windows = plan_windows(
+            samples_per_part(cache), seed=seed, epoch=epoch, rank=rank, world=world, window_parts=window_parts
+        )
+        self._windows = skip_samples(windows, start)
+
+    def __len__(self) -> int:
+        """Samples still to come."""
+        return sum(len(window.order) for window in self._windows)
+
+    def __iter__(self) -> Iterator[Row]:
+        rows: queue.Queue[Handed] = queue.Queue(QUEUE_LENGTH)
+        stop = threading.Event()
+        worker = threading.Thread(target=self._produce, args=(rows, stop), name="vlsi-cache prefetch", daemon=True)
+        worker.start()
+        try:
+            while (some := self._next(rows)) is not None:
+                yield from some
+        finally:
+            stop.set()
+            worker.join()
+
+    def _next(self, rows: "queue.Queue[Handed]") -> list[Row] | None:
+        began = time.perf_counter()
+        some = rows.get()
+        self.wait_s += time.perf_counter() - began
+        if isinstance(some, BaseException):
+            raise some
+        return some
+
+    def _produce(self, rows: "queue.Queue[Handed]", stop: threading.Event) -> None:
+        """Hand over the rows of one window while the parts of the next are read and decoded."""
+        # Mapping a file costs nothing: there a second thread would only take the interpreter from the consumer.
+        num_threads = 1 if self._cache.header.profile == "fast" else READING_THREADS
+        with ThreadPoolExecutor(num_threads, "vlsi-cache read") as pool:
+            try:
+                pending = self._submit(pool, 0, stop)
+                for number, window in enumerate(self._windows):
+                    parts = {part: loading.result() for part, loading in pending.items()}
+                    pending = self._submit(pool, number + 1, stop)
+                    for at in range(0, len(window.order), ROWS_AT_A_TIME):
+                        some = [parts[part].row(row) for part, row in window.order[at : at + ROWS_AT_A_TIME]]
+                        if not _put(rows, some, stop):
+                            return
+                _put(rows, None, stop)
+            except BaseException as error:  # whatever it is belongs to the consumer
+                _put(rows, error, stop)
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _submit(self, pool: ThreadPoolExecutor, number: int, stop: threading.Event) -> "dict[int, Future[Part]]":
+        if number >= len(self._windows) or stop.is_set():
+            return {}
+        return {part: pool.submit(self._load, part) for part in self._windows[number].parts}
+
+    def _load(self, part: int) -> Part:
+        # Decoded whole: many small steps in several threads would wait for each other, not work at the same time.
+        return self._cache.part(part, self._layers, keep=False, undone=True).decoded()
+
+
+def check_place(*, rank: int, world: int, window_parts: int, start: int) -> None:
+    """Raise DataError for a rank outside the world and the like."""
+    if world < 1 or not 0 <= rank < world or window_parts < 1 or start < 0:
+        raise DataError(f"impossible: rank {rank} of {world}, window_parts {window_parts}, start {start}")
+
+
+def samples_per_part(cache: Cache) -> dict[int, int]:
+    """Number of samples of every committed part."""
+    counts = np.bincount(cache.sample_table()["part"].to_numpy(), minlength=1)
+    return {part: int(counts[part]) if part < len(counts) else 0 for part in cache.parts}
+
+
+def plan_windows(
+    num_samples: dict[int, int], *, seed: int, epoch: int, rank: int, world: int, window_parts: int
+) -> list[Window]:
+    """The windows of one rank: a function of the arguments alone, no file is read."""
+    parts = np.random.default_rng([seed, epoch]).permutation(sorted(num_samples)).tolist()
+    total = sum(num_samples.values())
+    low, high = rank * total // world, (rank + 1) * total // world
+    spans, first = [], 0
+    for part in parts:
+        begin, end = max(low, first), min(high, first + num_samples[part])
+        if begin < end:
+            spans.append([(part, row - first) for row in range(begin, end)])
+        first += num_samples[part]
+    rng = np.random.default_rng([seed, epoch, rank, world])
+    windows = []
+    for at in range(0, len(spans), window_parts):
+        samples = [sample for span in spans[at : at + window_parts] for sample in span]
+        windows.append(Window([samples[i] for i in rng.permutation(len(samples))]))
+    return windows
+
+
+def skip_samples(windows: list[Window], start: int) -> list[Window]:
+    """The windows without their first `start` samples."""
+    left = []
+    for window in windows:
+        if start < len(window.order):
+            left.append(Window(window.order[start:]))
+        start = max(0, start - len(window.order))
+    return left
+
+
+def _put(rows: "queue.Queue[Handed]", some: Handed, stop: threading.Event) -> bool:
+    """Hand over rows, an error or the end; False if nobody wants it any more."""
+    while not stop.is_set():
+        try:
+            rows.put(some, timeout=POLL_S)
+        except queue.Full:
+            continue
+        return True
+    return False
 
 
 class CacheDataset:

@@ -11,10 +11,10 @@ import numpy as np
 
 from vlsi_cache.errors import SpecError, list_problems
 from vlsi_cache.sparse.rows import SparseRows
+from vlsi_cache.store.derive.new_cache import CachePath
 
-from .derive import CachePath
+from .format import IDENTITY_FIELDS
 from .header import differences
-from .layout import IDENTITY_FIELDS
 from .part import Row
 from .reader import Cache, open
 

@@ -8,19 +8,25 @@ import xxhash
 
 from vlsi_cache.errors import CacheCorruptError, command_line
 
-from .layout import (
+from .format import (
     FORMAT_VERSION,
     HEADER_NAME,
+    MAX_SHRINK,
     RECORD_NAME,
+    SUMMARY_ARRAYS,
+    ArraySpec,
     CacheHeader,
     FileRecord,
     PartRecord,
     as_record,
+    data_file_name,
     part_dir,
+    part_file_names,
+    part_specs,
+    shown,
     unseal_json,
+    vocab_specs,
 )
-from .limits import MAX_SHRINK, shown
-from .schema import SUMMARY_ARRAYS, ArraySpec, data_file_name, part_file_names, part_specs, vocab_specs
 
 KINDS = {
     stat.S_IFDIR: "a folder",

@@ -7,10 +7,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from vlsi_cache.config.sections import DataSpec
 from vlsi_cache.errors import SpecError, command_line
-from vlsi_cache.spec import DataSpec
 
-from .layout import CacheHeader
+from .format import CacheHeader
 
 OPTIONS = ("layers", "top_k", "samples", "min_kept_mass", "where", "tokens", "profile")  # of the command prune
 

@@ -14,13 +14,32 @@ import numpy as np
 from vlsi_cache.errors import CacheCorruptError
 from vlsi_cache.sparse.rows import SparseRows
 
-from .arrays import Arrays, read_flat, read_layered, read_samples
-from .chunks import Known, MappedLayers
-from .encoding import UNDO, by_layer, check_ranks, decode_values, padded, undone_values
+from .codec import Arrays, Known, MappedLayers, read_flat, read_layered, read_samples
+from .encoding import (
+    UNDO,
+    by_layer,
+    check_block,
+    check_entries,
+    check_ranks,
+    check_sample_arrays,
+    check_scalars,
+    decode_values,
+    padded,
+    repeated_entry,
+    undone_values,
+)
 from .files import advised, check_metadata, check_part_files, load_part_record
-from .layout import CacheHeader, PartRecord, part_dir, response_digest
-from .schema import SAMPLE_ARRAYS, ArraySpec, layered_names, part_specs, value_array
-from .values import check_block, check_entries, check_sample_arrays, check_scalars, repeated_entry
+from .format import (
+    SAMPLE_ARRAYS,
+    ArraySpec,
+    CacheHeader,
+    PartRecord,
+    layered_names,
+    part_dir,
+    part_specs,
+    response_digest,
+    value_array,
+)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vlsi_cache.disk import refuse_url
+from vlsi_cache.config.layers import shown_layers
 from vlsi_cache.errors import (
     CacheCorruptError,
     CacheIncompleteError,
@@ -22,28 +22,22 @@ from vlsi_cache.errors import (
     SampleNotFoundError,
     command_line,
 )
-from vlsi_cache.layer_names import shown_layers
-from vlsi_cache.printable import html_text
+from vlsi_cache.io import refuse_url
+from vlsi_cache.progress import html_text
 
-from .chunks import Known
+from .codec import Known
 from .files import load_header, load_part_record, refuse_special
-from .layout import (
-    HEADER_NAME,
-    CacheHeader,
-    PartRecord,
-    list_parts,
-    part_dir,
-)
+from .format import HEADER_NAME, CacheHeader, PartRecord, list_parts, part_dir
+from .header import is_interrupted_start, load_texts, load_vocab
 from .lineage import resume_command
 from .part import Part, Row, load_part
-from .ranks import RankTable
-from .vocab import is_interrupted_start, load_texts, load_vocab
+from .vocab_order import RankTable
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from .check import VerifyReport
     from .table import Index
-    from .verify import VerifyReport
 
 RECENT_BYTES = 256 << 20  # decoded parts that stay in memory for the next look, at least one
 
@@ -192,7 +186,7 @@ class Cache:
 
     def verify(self, *, deep: bool = False) -> "VerifyReport":
         """Check every file and every chunk (`deep`: also the hash of every file)."""
-        from .verify import verify
+        from .check import verify
 
         return verify(self.path, deep=deep)
 

@@ -20,7 +20,7 @@ from vlsi_cache.errors import CacheCorruptError, DataError, command_line
 
 from . import commit
 from .files import load_part_record, refuse_special
-from .layout import (
+from .format import (
     HEADER_NAME,
     RECORD_NAME,
     TABLE_NAME,

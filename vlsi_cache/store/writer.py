@@ -12,26 +12,28 @@ from typing import Any
 
 import numpy as np
 
-from vlsi_cache import disk
+from vlsi_cache import io
 from vlsi_cache.errors import DataError
 
 from . import commit, table
-from .arrays import Arrays, write_arrays
+from .codec import Arrays, write_arrays
 from .encoding import encode_rows
 from .files import hash_file
-from .header import Ranks, TokenTexts, publish_header
-from .layout import (
+from .format import (
     RECORD_NAME,
+    SUMMARY_ARRAYS,
     CacheHeader,
     PartRecord,
+    array_specs,
     list_parts,
     part_dir,
+    part_file_names,
     response_digest,
     sealed_json,
 )
-from .ranks import RankTable
-from .samples import PartSamples, check_samples
-from .schema import SUMMARY_ARRAYS, array_specs, part_file_names
+from .header import Ranks, TokenTexts, publish_header
+from .records import PartSamples, check_samples
+from .vocab_order import RankTable
 
 MAX_WAITING_PARTS = 2  # finished parts that wait for the disk before whoever makes them has to
 
@@ -61,7 +63,7 @@ class CacheWriter:
         FingerprintMismatchError with every differing field when the cache there is another one, SpecError when the
         directory is something else.
         """
-        disk.refuse_url(path, "cache")
+        io.refuse_url(path, "cache")
         root = Path(path)
         with commit.disk_full_is_an_error(root, 0):
             stored, table_of_ranks = publish_header(root, header, ranks, token_texts)
@@ -111,7 +113,7 @@ class CacheWriter:
                 **_describe(samples, arrays),
             )
             commit.write_durable(tmp / RECORD_NAME, sealed_json(record.model_dump()))
-            disk.fsync_tree(tmp)
+            io.fsync_tree(tmp)
             return commit.publish_dir(tmp, part_dir(root, index))
 
     def in_background(self) -> "PartQueue":

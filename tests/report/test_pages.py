@@ -1,0 +1,166 @@
+"""Reports: numbers against small oracles, figures and pages that need nothing outside themselves."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.fakes import LAYERS, SPEC, K, fake_example, write_cache, write_demo, write_run
+from helpers.pages import checked
+
+from vlsi_cache.errors import CacheNotFoundError
+from vlsi_cache.report import figures, text
+from vlsi_cache.report import layers as stats
+from vlsi_cache.report.example import example_of, grid_of, visible
+from vlsi_cache.report.html import write_demo_report, write_report
+from vlsi_cache.report.page import html_table
+from vlsi_cache.runs import metrics
+from vlsi_cache.store.reader import open as open_cache
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_cache(tmp_path_factory.mktemp("caches") / "fake", skipped=2)
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_demo_report_stands_alone(tmp_path: Path, seeds: int) -> None:
+    demo = write_demo(tmp_path / "demo", seeds=seeds)
+    file = write_demo_report(demo, example=fake_example(demo / "cache"))
+    html = checked(file, num_figures=7)
+    assert "How tall is the &lt;red&gt; bar?" in html
+    assert "<red>" not in html
+    assert "data:image/png;base64," in html
+    assert ("worst to the best seed" in html) == (seeds == 3)
+    assert "before &amp; &lt;not&gt; after" in html
+    again = write_report(demo).read_text()  # from example.json
+    assert again == html
+
+
+def test_demo_report_without_cache_example_and_runs(tmp_path: Path) -> None:
+    demo = write_demo(tmp_path / "demo")
+    (demo / "cache").rename(tmp_path / "gone")
+    (demo / "runs").rename(tmp_path / "gone too")
+    assert "n/a" not in checked(write_report(demo), num_figures=2)
+
+
+def test_cache_report(cache: Path) -> None:
+    html = checked(write_report(cache), num_figures=2)
+    assert "made-up &lt;rows&gt;" in html
+    assert "prompt &lt;too&gt; long" in html
+    assert "the&lt;b&gt;" not in html
+    assert '<th class="word">&lt;b&gt;</th>' in html  # words come from the cache: its teacher is nowhere
+
+
+def test_cache_report_of_draws_without_texts(tmp_path: Path) -> None:
+    html = checked(write_report(write_cache(tmp_path / "c", rows="sampled", texts=False)), num_figures=2)
+    assert "The cache carries no token texts" in html
+    assert ">n/a<" in html  # draws have no kept mass
+
+
+def test_unfinished_cache_report(tmp_path: Path) -> None:
+    html = write_report(write_cache(tmp_path / "c", num_written=1)).read_text()
+    assert "1 of 2 parts" in html
+
+
+@pytest.mark.parametrize(("recipe", "num_figures"), [("vlsi", 3), ("last", 1), ("sft", 1)])
+def test_run_report(tmp_path: Path, recipe: str, num_figures: int) -> None:
+    write_run(tmp_path / "run", recipe=recipe)
+    checked(write_report(tmp_path / "run"), num_figures=num_figures)
+
+
+def test_report_of_a_run_that_has_just_begun(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({"kind": "train-verbalizers", "status": "running", "spec": SPEC}))
+    assert "No step has been logged yet" in checked(write_report(tmp_path), num_figures=0)
+
+
+def test_report_of_nothing_names_the_next_command(tmp_path: Path) -> None:
+    with pytest.raises(CacheNotFoundError, match="vlsi-cache ls"):
+        write_report(tmp_path)
+
+
+def test_layer_summaries_against_the_rows(cache: Path) -> None:
+    opened = open_cache(cache)
+    rows = [opened[sample_id] for sample_id in opened]
+    found = stats.layer_summaries(opened)
+    assert [one.layer for one in found] == LAYERS
+    for index, one in enumerate(found):
+        nll = np.concatenate([-row.gold_logprob_LT[index] for row in rows])
+        same = np.concatenate([row.ids_LTK[index, :, 0] == row.ids_LTK[-1, :, 0] for row in rows])
+        kept = np.concatenate([1 - row.tail_mass_LT[index] for row in rows])
+        assert one.gold_nll == pytest.approx(nll.mean(), rel=1e-5)
+        assert one.top1_agreement == pytest.approx(same.mean())
+        assert one.kept_mass == pytest.approx(kept.mean(), rel=1e-5)
+    assert found[-1].top1_agreement == 1.0
+
+
+def test_grid_of_a_row(cache: Path) -> None:
+    opened = open_cache(cache)
+    row = opened["sample-1"]
+    grid = grid_of(row, layers=opened.layers, top=2)
+    assert grid["tokens"] == [f"#{token}" for token in row.response_ids_R]
+    for index in range(len(LAYERS)):
+        for t, gold in enumerate(row.response_ids_R.tolist()):
+            cell = grid["grid"][index][t]
+            kept = row.ids_LTK[index, t].tolist()
+            assert cell["gold_rank"] == (kept.index(gold) if gold in kept else None)
+            assert cell["probs"] == pytest.approx(np.exp(row.logprobs_LTK[index, t, :2]).tolist(), abs=1e-6)
+    assert json.loads(json.dumps(grid)) == grid
+    assert grid["top_k"] == K
+
+
+def test_example_of_a_record(cache: Path) -> None:
+    from vlsi_cache.data.records import Record
+
+    question = [{"type": "image"}, {"type": "text", "text": "what?"}]
+    turns = [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": [{"type": "text", "text": "red"}]},
+    ]
+    record = Record(id="sample-0", messages=turns, images=(), digest="00")
+    example = example_of(open_cache(cache)["sample-0"], record, layers=LAYERS)
+    assert (example["question"], example["answer"], example["png"]) == ("what?", "red", [])
+
+
+def test_match_shares_count_micro_batches() -> None:
+    lines = [
+        {"stage": "interact", "step": 1, "matched_layers": [[2, 6], [2, 4]], "layers": {"1": 0.0, "3": 0.0}},
+        {"stage": "interact", "step": 2, "matched_layers": [[4, 6], [2, 4]], "layers": {"1": 0.0, "3": 0.0}},
+    ]
+    found = metrics.match_shares(lines, [2, 4, 6])
+    assert found is not None
+    shares, student = found
+    assert student == [1, 3]
+    assert shares.tolist() == [[0.75, 0.25, 0.0], [0.0, 0.5, 0.5]]
+
+
+def test_smooth_keeps_length_and_constants() -> None:
+    assert metrics.smooth([2.0] * 7, 3) == pytest.approx([2.0] * 7)
+    assert metrics.smooth([1.0, 2.0, 6.0], 3) == pytest.approx([1.5, 3.0, 4.0])
+
+
+def test_text_helpers() -> None:
+    assert text.human_bytes(1_234_567) == "1.2 MB"
+    assert text.human_bytes(999_960) == "1.0 MB"
+    assert text.human_seconds(754) == "12 min 34 s"
+    assert text.mean_and_spread([0.9, 0.92]) == "91.0 (90.0 to 92.0)"
+    assert text.table(["a", "n"], [["x", "10"], ["yy", "5"]]).splitlines()[-1] == "yy   5"
+    assert visible(" ") == "\u2423"
+    assert visible("\n") == "\u21b5"
+    assert "&lt;b&gt;" in html_table(["<b>"], [["<i>"]])
+
+
+def test_figures_bring_their_own_ids_and_page_colours() -> None:
+    svg = figures.bytes_bars({"ids": 80.0, "levels": 30.5})
+    assert svg.startswith("<svg")
+    assert "var(--ink)" in svg
+    assert "xmlns" not in svg
+    assert all(found.startswith("bytes-") for found in re.findall(r'id="([^"]+)"', svg))
+
+
+def test_report_imports_no_torch() -> None:
+    code = "import sys, vlsi_cache.report.html; assert not {'torch', 'matplotlib', 'zarr'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

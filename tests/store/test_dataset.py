@@ -1,0 +1,118 @@
+"""The map-style dataset: any order, any process, the same rows; and the sampler that makes it fast."""
+
+import pickle
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.caches import build, make_case
+
+import vlsi_cache as vc
+from vlsi_cache.errors import DataError, ModelError, SpecError
+from vlsi_cache.store.dataset import PartWindowReader
+
+LENGTHS = [[2, 1, 3], [1], [2, 2], [4, 1, 1, 1]]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    num = sum(map(len, LENGTHS))
+    return build(tmp_path_factory.mktemp("built") / "cache", make_case(LENGTHS, [f"s{i}" for i in range(num)]))
+
+
+def test_every_sample_by_its_number(root: Path) -> None:
+    cache = vc.open(root)
+    dataset = vc.CacheDataset(cache, layers=[2, "last"])
+    assert [row.sample_id for row in dataset] == list(cache)
+    for index in (0, 5, -1):
+        np.testing.assert_array_equal(dataset[index].ids_LTK, cache[dataset[index].sample_id].ids_LTK[[1, 3]])
+    with pytest.raises(IndexError, match="sample 10 of a cache with 10 samples"):
+        dataset[10]
+    with pytest.raises(SpecError, match="layer `77`"):
+        vc.CacheDataset(root, layers=[77])
+    wanted = [7, 0, 3, 0]
+    assert [row.sample_id for row in dataset.__getitems__(wanted)] == [dataset[i].sample_id for i in wanted]
+
+
+def test_a_copy_in_another_process_reads_the_same(root: Path) -> None:
+    dataset = vc.CacheDataset(root, layers=["last"])
+    copy = pickle.loads(pickle.dumps(dataset))  # noqa: S301
+    assert len(pickle.dumps(dataset)) < 1000
+    assert [row.sample_id for row in copy] == [row.sample_id for row in dataset]
+    assert copy[3].ids_LTK.shape[0] == 1
+
+
+def test_the_sampler_gives_the_order_of_the_window_reader(root: Path) -> None:
+    cache = vc.open(root)
+    dataset = vc.CacheDataset(cache)
+    for rank in (0, 1, 2):
+        place = {"seed": 4, "rank": rank, "world": 3, "window_parts": 2}
+        rows = [row.sample_id for row in PartWindowReader(cache, epoch=1, **place)]
+        sampler = vc.PartWindowSampler(dataset, epoch=1, **place)
+        assert [dataset[index].sample_id for index in sampler] == rows
+        assert len(sampler) == len(rows)
+        later = vc.PartWindowSampler(cache, epoch=1, start=2, **place)
+        assert list(later) == list(sampler)[2:]
+        later.set_epoch(2)
+        assert list(later) == list(vc.PartWindowSampler(dataset, epoch=2, **place))
+    with pytest.raises(DataError, match="rank 3 of 3"):
+        vc.PartWindowSampler(cache, seed=0, rank=3, world=3)
+    with pytest.raises(DataError, match="epoch -1"):
+        later.set_epoch(-1)
+
+
+@pytest.mark.slow
+def test_spawned_workers_of_a_data_loader(root: Path) -> None:
+    from torch.utils.data import DataLoader
+
+    dataset = vc.CacheDataset(root)
+    sampler = vc.PartWindowSampler(dataset, seed=1)
+    loader = DataLoader(
+        dataset, batch_size=3, sampler=sampler, num_workers=2, multiprocessing_context="spawn", collate_fn=list
+    )
+    assert [row.sample_id for batch in loader for row in batch] == [dataset[i].sample_id for i in sampler]
+
+
+def test_a_row_of_a_cache_knows_its_vocabulary_and_temperatures(root: Path) -> None:
+    import torch
+    from torch.nn import functional as F
+
+    cache = vc.open(root)
+    row, v_real, width = cache["s0"], cache.header.v_real, cache["s0"].top_k
+    torch.manual_seed(0)
+    hidden_TD, weight_VD = torch.randn(row.num_tokens, 8), torch.randn(v_real + 30, 8)
+    weight_VD[v_real:] *= 20  # padding rows that would take nearly all of the probability
+    # The bucketed KL of the last layer, written down: the kept ids and one bucket for the rest of the vocabulary.
+    q_TV = F.softmax((hidden_TD @ weight_VD[:v_real].T).double(), 1)
+    ids_TK = torch.from_numpy(row.ids_LTK[-1].astype("int64"))
+    logp_TK, tail_T = torch.from_numpy(row.logprobs_LTK[-1]).double(), torch.from_numpy(row.tail_mass_LT[-1]).double()
+    q_TK = q_TV.gather(1, ids_TK)
+    kept_T = torch.where(logp_TK.exp() > 0, logp_TK.exp() * (logp_TK - q_TK.log()), 0.0).sum(1)
+    wanted = (kept_T + tail_T * (tail_T.log() - (1 - q_TK.sum(1)).log())).mean().item()
+    assert width < v_real
+    for carried in (row, vc.CacheDataset(cache)[list(cache).index("s0")], row.layer(-1)):
+        said = {} if hasattr(carried, "v_real") else {"v_real": v_real}
+        assert vc.sparse_kl(hidden_TD, weight_VD, carried, **said).item() == pytest.approx(wanted, rel=1e-4)
+    assert vc.sparse_kl(hidden_TD, vc.Head(weight_VD), row, v_real=v_real).item() == pytest.approx(wanted, rel=1e-4)
+    capped = vc.sparse_kl(hidden_TD, weight_VD, row, logit_scale=0.5, logit_cap=3.0)
+    assert vc.sparse_kl(hidden_TD, vc.Head(weight_VD, 0.5, 3.0), row).item() == capped.item() != pytest.approx(wanted)
+
+    with pytest.raises(
+        DataError, match=rf"do not carry the size of their vocabulary, and the head's {v_real + 30} rows"
+    ):
+        vc.sparse_kl(hidden_TD, weight_VD, replace(row.layer(-1), v_real=None))
+    with pytest.raises(DataError, match=rf"`v_real` is {v_real - 1}, and these rows carry {v_real}"):
+        vc.sparse_kl(hidden_TD, weight_VD, row, v_real=v_real - 1)
+    with pytest.raises(ModelError, match=rf"`v_real` is {v_real}, the head has {v_real - 1} rows"):
+        vc.sparse_kl(hidden_TD, weight_VD[: v_real - 1], row)
+    grid = list(map(float, cache.header.taus))
+    with pytest.raises(DataError, match=re.escape(f"`tau` is 3.0, and the rows hold {grid} only")):
+        vc.sparse_kl(hidden_TD, weight_VD, row, tau=3.0)
+    with pytest.raises(DataError, match=r"`taus` is \(1\.0, 3\.0\), and these rows carry"):
+        vc.sparse_kl(hidden_TD, weight_VD, row, tau=3.0, taus=[1.0, 3.0])
+    with pytest.raises(DataError, match=r"`layer` is 9, and the rows have 4 layers"):
+        vc.sparse_kl(hidden_TD, weight_VD, row, layer=9)
+    with pytest.raises(ModelError, match="this `Head` has its own"):
+        vc.sparse_kl(hidden_TD, vc.Head(weight_VD), row, logit_scale=2.0)

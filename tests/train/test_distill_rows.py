@@ -1,0 +1,162 @@
+"""Students against every kind of cache: selected tokens, sampled rows, other widths, other profiles."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers.tiny import make_rows, write_jsonl, write_spec
+
+import vlsi_cache as vc
+from vlsi_cache.data.collate import collate
+from vlsi_cache.data.encoder import load_encoder
+from vlsi_cache.data.records import read_records
+from vlsi_cache.errors import SpecError
+from vlsi_cache.run_files import read_metrics
+from vlsi_cache.store.reader import Cache
+from vlsi_cache.train.loader import Feed, Sample
+
+KINDS = {
+    "selected": ["rows.select_tokens.entropy_top=0.3"],
+    "few": ["rows.select_tokens.random=0.05"],
+    "sampled": ["rows.kind=sampled", "rows.num_draws=12"],
+    "top-p": ["rows.top_p=0.5", "rows.min_k=2"],
+    "per layer": ["rows.top_k=[2, 8, 4, 3, 6]"],
+    "exact": ["store.profile=exact"],
+    "fast": ["store.profile=fast"],
+}
+
+
+def build(tmp_path: Path, teacher: Path, overrides: list[str]) -> Cache:
+    spec = vc.load_spec(write_spec(tmp_path, teacher), overrides=overrides)
+    return vc.build_teacher(spec, out=tmp_path / "cache")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_student_trains_on_it(kind: str, tmp_path: Path, teacher_folder: Path, student_folder: Path) -> None:
+    cache = build(tmp_path, teacher_folder, KINDS[kind])
+    if kind == "few":
+        assert 0 in cache.sample_table()["num_tokens"].to_pylist()  # samples without any row are there, and trained on
+    run = vc.distill(cache, student=str(student_folder), out=tmp_path / "run")
+    lines = [line for line in read_metrics(run / "metrics.jsonl") if line["stage"] == "interact"]
+    assert len(lines) == 5
+    assert all(np.isfinite(line["loss"]) for line in lines)
+    assert any(line["loss"] > 0 for line in lines)
+
+
+@pytest.mark.parametrize("recipe", ["vlsi", "last"])
+def test_other_divergences_and_temperatures_are_trained(
+    recipe: str, tmp_path: Path, teacher_folder: Path, student_folder: Path
+) -> None:
+    cache = build(tmp_path, teacher_folder, ["rows.taus=[1.0, 2.0]", "store.profile=exact"])
+    first = {}
+    for name, tau in (
+        ("forward_kl", 1.0), ("forward_kl", 2.0), ("reverse_kl", 1.0), ("jsd", 2.0), ("skewed_kl", 1.0),
+        ("l2_topk", 1.0),
+    ):  # fmt: skip
+        changes = [f"distill.interact.{key}={name}" for key in ("intermediate", "last")]
+        changes += [f"distill.interact.tau={tau}", "distill.sft.fraction=0"]
+        out = tmp_path / f"{name}-{tau}"
+        run = vc.distill(cache, student=str(student_folder), out=out, recipe=recipe, overrides=changes)
+        lines = [line for line in read_metrics(run / "metrics.jsonl") if line["stage"] == "interact"]
+        assert lines[-1]["kl_last"] < lines[0]["kl_last"]
+        first[name, tau] = lines[0]["kl_last"]
+    assert len(set(first.values())) == len(first)
+
+
+def test_ways_of_matching_and_operations_run_and_are_logged(
+    tmp_path: Path, teacher_folder: Path, student_folder: Path
+) -> None:
+    cache = build(tmp_path, teacher_folder, [])
+    for name, changes in {
+        "bottom": ["matching=bottom_k", "bottom_k=2"],
+        "stretch": ["matching=uniform_stretch"],
+        "sample": ["match_unit=sample", "reliable_only=true"],
+        "joint": ["sampler=joint", "layer_reduction=mean"],
+        "late": ["layers_full_until=0.4", "layers_zero_from=0.8", "alpha_ce=0.3"],
+        "labels": ["intermediate=ce", "last=none"],
+    }.items():
+        overrides = [*(f"distill.interact.{change}" for change in changes), "distill.sft.fraction=0"]
+        run = vc.distill(cache, student=str(student_folder), out=tmp_path / name, overrides=overrides)
+        lines = [line for line in read_metrics(run / "metrics.jsonl") if line["stage"] == "interact"]
+        matches = [match for line in lines for match in line["matched_layers"]]
+        if name == "stretch":
+            assert all(match == [cache.layers[0], cache.layers[-2]] for match in matches)
+        elif name == "sample":
+            assert len(matches) == 5 * 4  # batches of 4 samples, each matched by itself
+            assert all(0 <= share <= 1 for line in lines for share in line["reliable"].values())
+        elif name == "bottom":
+            assert len(matches) == 5 * 2 * 2  # two micro-batches, two layers each
+        elif name == "late":
+            assert ["1" in line["layers"] for line in lines] == [True, True, True, True, False]
+        elif name == "labels":
+            assert matches == [[]] * len(matches)
+            assert not any("kl_last" in line for line in lines)
+        assert (run / "report.html").is_file()
+
+
+def test_the_last_recipe_leaves_alone_what_it_does_not_use(
+    tmp_path: Path, teacher_folder: Path, student_folder: Path
+) -> None:
+    cache = build(tmp_path, teacher_folder, ["rows.kind=sampled", "rows.num_draws=12"])
+    changes = ["matching=bottom_k", "bottom_k=9", "intermediate=jsd"]
+    overrides = [f"distill.interact.{change}" for change in changes]
+    run = vc.distill(cache, student=str(student_folder), out=tmp_path / "run", recipe="last", overrides=overrides)
+    assert (run / "student").is_dir()
+    with pytest.raises(SpecError, match=r"`distill\.interact\.bottom_k` is 9, and .* has 4 intermediate layers"):
+        vc.distill(cache, student=str(student_folder), out=tmp_path / "vlsi", overrides=overrides[:2])
+
+
+def test_divergences_that_the_cache_does_not_allow_are_refused_before_anything_is_loaded(
+    tmp_path: Path, teacher_folder: Path, student_folder: Path
+) -> None:
+    cache = build(tmp_path, teacher_folder, ["rows.kind=sampled", "rows.num_draws=12"])
+    for changes, message in (
+        (["distill.interact.tau=3.0"], r"`distill\.interact\.tau` is 3\.0.* holds rows for \[1\.0, .*\] alone"),
+        (["distill.interact.last=jsd"], "asks for jsd at tau 1.0, and .* holds draws from the teacher,"),
+        (["distill.interact.intermediate=kl"], "interact.intermediate"),
+    ):
+        with pytest.raises(SpecError, match=message):
+            vc.distill(cache, student=str(student_folder), out=tmp_path / "run", overrides=changes)
+    assert not (tmp_path / "run").exists()
+
+
+def test_only_tokens_with_rows_are_compared(tmp_path: Path, teacher_folder: Path) -> None:
+    """The micro-batch's positions, golds and rows are those of the chosen tokens, sample by sample."""
+    cache = build(tmp_path, teacher_folder, KINDS["selected"])
+    encoder = load_encoder(str(teacher_folder))
+    records = {record.id: record for record in read_records(vc.load_spec(tmp_path / "spec.yaml").data)}
+    names = [name for name in cache if 0 < cache[name].num_tokens < len(cache[name].response_ids_R)][:4]
+    assert len(names) == 4
+    samples = iter([Sample(records[name], cache[name], cache[name].num_tokens) for name in names])
+    feed = Feed(samples, encoder, batch_size=4, micro_batch_size=4, reduction="token", device=torch.device("cpu"))
+    micro = feed.next()
+    feed.close()
+    whole = collate([encoder.encode(records[name]) for name in names], pad_id=encoder.pad_id)
+    assert micro.rows is not None
+    starts = np.cumsum([0, *whole.num_tokens[:-1]])
+    wanted = np.concatenate([start + cache[name].positions_T for start, name in zip(starts, names, strict=True)])
+    assert micro.batch.gold_T.tolist() == whole.gold_T[wanted.astype(np.int64)].tolist()
+    assert micro.batch.positions_T.tolist() == whole.positions_T[wanted.astype(np.int64)].tolist()
+    gold = np.concatenate([cache[name].response_ids_R[cache[name].positions_T] for name in names])
+    np.testing.assert_array_equal(micro.batch.gold_T.numpy(), gold)
+    np.testing.assert_array_equal(micro.rows.entropy_LT, np.concatenate([cache[n].entropy_LT for n in names], axis=1))
+
+
+def test_a_student_of_a_merged_cache_finds_the_rows_of_both(
+    tmp_path: Path, teacher_folder: Path, student_folder: Path
+) -> None:
+    caches = []
+    for name, first in (("a", 0), ("b", 500)):
+        folder = tmp_path / name
+        folder.mkdir()
+        spec = write_spec(folder, teacher_folder, num_rows=10)
+        write_jsonl(folder / "rows.jsonl", make_rows(10, start=first))
+        caches.append(vc.build_teacher(vc.load_spec(spec), out=folder / "cache"))
+    both = vc.merge(caches, out=tmp_path / "both")
+    assert len(both) == 20
+    run = vc.distill(both, student=str(student_folder), out=tmp_path / "run")
+    assert (run / "student" / "config.json").is_file()
+    with pytest.raises(SpecError, match="merged from 2 sources"):
+        vc.distill(both, student=str(student_folder), out=tmp_path / "other", overrides=["data.limit=5"])
+    assert not (tmp_path / "other").exists()

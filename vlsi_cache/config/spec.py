@@ -1,0 +1,308 @@
+"""Reading a spec: YAML and overrides into a `CacheSpec`, with every mistake listed at once.
+
+Settings that would do nothing where they are named are told instead of passed over. A spec with all its defaults filled
+in, as a cache or a run keeps it, names everything; so this is asked of what a person has written, in a file or with
+`--set`, and not of what is read back.
+"""
+
+import difflib
+import glob
+import importlib.resources
+import json
+import stat
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from vlsi_cache.errors import SpecError, list_problems
+from vlsi_cache.io import refuse_url, url_problem
+
+from .plain_yaml import parse_yaml, plain_problems, short
+from .sections import (
+    DIVERGENCES,
+    CacheSpec,
+    DistillSpec,
+    InteractSpec,
+    Strict,
+)
+
+__all__ = [
+    "apply_overrides",
+    "change",
+    "load_spec",
+    "shipped_specs",
+    "spec_from_dict",
+    "unused_by_recipe",
+    "unused_keys",
+]
+
+OF_TOP_K = ("top_k", "top_p", "min_k", "tail_samples")
+
+
+LENGTH = ("steps", "epochs")
+
+
+def unused_keys(written: dict[str, Any], spec: CacheSpec, overrides: Iterable[str] = ()) -> list[str]:
+    """Problems of a spec file (`written`, overrides included) that has become `spec`.
+
+    What the file says of the other kind of rows goes when `--set rows.kind=...` changes the kind.
+    """
+    set_keys = [_key_of(override) for override in overrides]
+    rows = written.get("rows") or {}
+    named = {key for key in rows if "rows.kind" not in set_keys or _is_set(f"rows.{key}", set_keys)}
+    kind = spec.rows.kind
+    foreign = OF_TOP_K if kind == "sampled" else ("num_draws",)
+    problems = [f"`rows.{key}` does nothing with `rows.kind: {kind}`" for key in foreign if key in named]
+    for section, data in (("data", spec.data), ("evaluate.data", spec.evaluate and spec.evaluate.data)):
+        if data is not None and data.generator is not None and data.media_root is not None:
+            problems.append(f"`{section}.media_root` does nothing with a `generator`, which brings its pictures")
+    return problems
+
+
+def unused_by_recipe(distill: DistillSpec, overrides: Iterable[str]) -> list[str]:
+    """Those of `overrides` that change a stage which the recipe does not run. Lengths count for every recipe."""
+    return [override for override in overrides if not _is_used(_key_of(override), distill)]
+
+
+def _is_used(key: str, distill: DistillSpec) -> bool:
+    recipe, interact = distill.recipe, distill.interact
+    section, _, rest = key.partition(".")
+    if section == "verbalizer":
+        return recipe == "vlsi"
+    name, _, inner = rest.partition(".")
+    if section != "distill" or not name or inner.rpartition(".")[2] in LENGTH:
+        return True
+    if name in ("layers", "num_layers"):
+        return recipe == "vlsi"
+    if name == "verbalize":
+        return recipe == "vlsi" and distill.verbalizers is None
+    if name == "lora":
+        adapts = recipe != "sft" and interact.mode == "lora"
+        return adapts or (bool(distill.sft.fraction) and distill.sft.mode == "lora+embed_head")
+    if name == "sft" and inner:
+        return inner.startswith("fraction") or bool(distill.sft.fraction)
+    return name != "interact" or not inner or _is_used_by_interact(inner, distill)
+
+
+def _is_used_by_interact(key: str, distill: DistillSpec) -> bool:
+    if distill.recipe != "last":
+        return distill.recipe == "vlsi"
+    last = distill.interact.last
+    of_last = {"beta": {"jsd"}, "skew": {"skewed_kl"}, "tau": DIVERGENCES}
+    if key in of_last:
+        return last in of_last[key]
+    always = {"schedule", "mode", "lambda_last", "last", "alpha_ce"}
+    assert always <= set(InteractSpec.model_fields)
+    return key.partition(".")[0] in always
+
+
+def _key_of(override: str) -> str:
+    return override.partition("=")[0].strip()
+
+
+def _is_set(key: str, set_keys: list[str]) -> bool:
+    return any(one == key or one.startswith(f"{key}.") for one in set_keys)
+
+
+Section = TypeVar("Section", bound=Strict)
+
+
+MAX_FILE_BYTES = 1 << 18
+
+
+GIVE = "give a .yaml file"
+
+
+PATH_KEYS = frozenset({"path", "media_root", "model", "verbalizers", "student"})
+
+
+def shipped_specs() -> dict[str, Path]:
+    """Names and files of the specs that come with the package."""
+    folder = Path(str(importlib.resources.files("vlsi_cache.cache_specs")))
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+
+
+def load_spec(name: str | Path, *, overrides: Iterable[str] = ()) -> CacheSpec:
+    """Read a spec by its shipped name or its path, apply `key.sub=value` overrides, fill in every default.
+
+    Relative paths in the file are relative to the file and stay below its folder; in an override they are relative to
+    the current folder. Raises SpecError that lists all mistakes.
+    """
+    refuse_url(name, "spec")
+    file = shipped_specs().get(str(name)) or Path(name)
+    values = _read_yaml(file)
+    problems, overrides = [*_resolve_paths(values, file.resolve().parent)], list(overrides)
+    problems += _apply_overrides(values, overrides)
+    problems += _validate(values) or unused_keys(values, CacheSpec.model_validate(values), overrides)
+    if problems:
+        raise SpecError(f"spec `{name}` has {len(problems)} mistake(s):\n{list_problems(problems, limit=30)}")
+    return CacheSpec.model_validate(values)
+
+
+def spec_from_dict(values: dict[str, Any], *, where: str) -> CacheSpec:
+    """The spec stored in a cache or run; raises SpecError that names `where`."""
+    if not isinstance(values, dict):
+        raise SpecError(f"the spec in {where} is a {type(values).__name__}, not a section of keys")
+    problems = _validate(values)
+    if problems:
+        raise SpecError(f"the spec in {where} has {len(problems)} mistake(s):\n{list_problems(problems, limit=30)}")
+    return CacheSpec.model_validate(values)
+
+
+def apply_overrides(spec: CacheSpec, overrides: Iterable[str]) -> CacheSpec:
+    """A copy of `spec` with `key.sub=value` changes; raises SpecError that lists all mistakes."""
+    values = spec.model_dump(mode="json")
+    problems = _apply_overrides(values, overrides)
+    problems += _validate(values)
+    if problems:
+        raise SpecError(f"{len(problems)} mistake(s) in --set:\n{list_problems(problems, limit=30)}")
+    return CacheSpec.model_validate(values)
+
+
+def as_override(key: str, value: str) -> str:
+    """`key=value` that `apply_overrides` reads as just this text; in quotes where YAML would read something else."""
+    try:
+        is_read_as_it_is = parse_yaml(value) == value
+    except ValueError:
+        is_read_as_it_is = False
+    return f"{key}={value if is_read_as_it_is else json.dumps(value, ensure_ascii=False)}"
+
+
+def change(section: Section, **changes: Any) -> Section:
+    """A copy of `section` with some fields changed, validated again; raises SpecError."""
+    try:
+        return type(section).model_validate({**section.model_dump(), **changes})
+    except ValidationError as error:
+        name = "spec" if isinstance(section, CacheSpec) else type(section).__name__.removesuffix("Spec").lower()
+        problems = [_describe(dict(problem), whole=name) for problem in error.errors()]
+        raise SpecError(f"{len(problems)} mistake(s) in `{name}`:\n{list_problems(problems)}") from None
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        found = file.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise SpecError(
+                f"spec `{file}` is a {'folder' if stat.S_ISDIR(found.st_mode) else 'pipe or device'}; {GIVE}"
+            )
+        if found.st_size > MAX_FILE_BYTES:
+            raise SpecError(f"spec `{file}` has {found.st_size:,} bytes, more than any spec needs; {GIVE}")
+        values = parse_yaml(file.read_bytes().decode("utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        close = difflib.get_close_matches(str(file), shipped_specs(), n=1)
+        guess = f"; did you mean `{close[0]}`?" if close else "."
+        raise SpecError(
+            f"no spec `{short(file, 200)}`{guess} Shipped specs: {', '.join(shipped_specs())}; or {GIVE}"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise SpecError(f"spec `{file}` is not YAML: it is no text ({error.reason} at byte {error.start})") from None
+    except SpecError:
+        raise
+    except ValueError as error:  # also of a path that holds a zero byte
+        raise SpecError(f"spec `{short(file, 200)}`: {error}") from None
+    except OSError as error:
+        raise SpecError(f"spec `{short(file, 200)}` cannot be read: {error.strerror}") from None
+    if not isinstance(values, dict):
+        raise SpecError(f"spec `{file}` holds {type(values).__name__}, not `key: value` lines")
+    return values
+
+
+def _apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> list[str]:
+    """Change `values`, the later of two that name one key last; the problems found on the way."""
+    return [problem for override in overrides for problem in _apply_override(values, override)]
+
+
+def _apply_override(values: dict[str, Any], override: str) -> Iterator[str]:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        yield f"`--set {short(override)}`: write key=value, for instance rows.top_k=32"
+        return
+    *parents, last = key.strip().split(".")
+    for name in parents:
+        if values.get(name) is None:
+            values[name] = {}
+        values = values[name]
+        if not isinstance(values, dict):
+            yield f"`--set {short(override)}`: `{name}` is not a section"
+            return
+    try:
+        value = parse_yaml(text)
+    except ValueError as error:
+        yield f"`--set {short(override)}`: {error}"
+        return
+    if last in PATH_KEYS and (problem := url_problem(value, f"`--set {override}`:")):
+        yield problem
+        return
+    if last in PATH_KEYS and isinstance(value, str) and (Path(value).exists() or _names_files(value)):
+        value = str(Path(value).resolve())
+    values[last] = value
+    other = {"steps": "epochs", "epochs": "steps"}.get(last)
+    if other in values and value is not None:
+        values[other] = None  # a length in steps replaces one in epochs, and the other way round
+
+
+def _names_files(pattern: str) -> bool:
+    return glob.has_magic(pattern) and next(glob.iglob(pattern), None) is not None
+
+
+def _resolve_paths(values: dict[str, Any], folder: Path, prefix: str = "") -> Iterator[str]:
+    """Make relative paths of the spec absolute; yields a problem for each that leaves the spec's folder."""
+    for key, value in values.items():
+        if isinstance(value, dict) and key not in ("options", "template"):
+            yield from _resolve_paths(value, folder, f"{prefix}{key}.")
+        elif key in PATH_KEYS and (problem := url_problem(value, f"`{prefix}{key}`:")):
+            yield problem
+        elif key in PATH_KEYS and isinstance(value, str) and not value.startswith(("package:", "/")):
+            target = (folder / value).resolve()
+            if not target.is_relative_to(folder):
+                yield f"`{prefix}{key}`: `{value}` leaves the spec's folder {folder}; write an absolute path instead"
+            elif target.exists() or key in ("path", "media_root"):
+                values[key] = str(target)
+
+
+def _validate(values: dict[str, Any]) -> list[str]:
+    if problems := plain_problems(values):
+        return problems
+    try:
+        CacheSpec.model_validate(values)
+    except ValidationError as error:
+        problems = [dict(problem) for problem in error.errors()]
+        return [_describe(problem) for problem in problems if not _is_other_branch(problem, problems)]
+    return []
+
+
+def _is_other_branch(problem: dict[str, Any], problems: list[dict[str, Any]]) -> bool:
+    """`auto` was not written, and what was written instead has a problem of its own."""
+    loc = problem["loc"]
+    return loc[-1:] == ("literal['auto']",) and any(
+        p is not problem and p["loc"][: len(loc) - 1] == loc[:-1] for p in problems
+    )
+
+
+def _describe(problem: dict[str, Any], whole: str = "spec") -> str:
+    loc = [str(part) for part in problem["loc"] if part not in ("tuple", "literal['auto']")]
+    key = ".".join(part for part in loc if not part.startswith(("tuple[", "literal[", "constrained-")))
+    if problem["type"] == "extra_forbidden":
+        return f"`{key}`: no such key{_did_you_mean(loc)}"
+    if problem["type"] == "missing":
+        return f"`{key}`: is missing"
+    shown = "" if isinstance(problem["input"], dict | BaseModel) else f", got `{short(problem['input'])}`"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"`{key or whole}`: {message}{shown}"
+
+
+def _did_you_mean(loc: list[str]) -> str:
+    section: Any = CacheSpec
+    for name in loc[:-1]:
+        section = _section_type(section.model_fields[name].annotation)
+    close = difflib.get_close_matches(loc[-1], section.model_fields, n=1)
+    return f"; did you mean `{close[0]}`?" if close else f"; known here: {', '.join(section.model_fields)}"
+
+
+def _section_type(annotation: Any) -> Any:
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    raise AssertionError(f"{annotation} is no section")

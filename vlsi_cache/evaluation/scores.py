@@ -1,0 +1,317 @@
+"""Stage evaluate: what a model knows about held-out rows: exact match of its answers, perplexity, loss per layer.
+
+Legend: T response tokens, D hidden size, V vocabulary.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vlsi_cache.config.sections import CacheSpec, Dtype, EvaluateSpec
+from vlsi_cache.config.spec import change, spec_from_dict
+from vlsi_cache.data.collate import collate, plan_batches
+from vlsi_cache.data.encoder import Encoder, fit_rows, load_encoder
+from vlsi_cache.data.records import Record, read_records
+from vlsi_cache.errors import ModelError, SpecError, list_problems
+from vlsi_cache.io import check_file, refuse_url, write_atomically
+from vlsi_cache.models.backbone import Backbone, head_of
+from vlsi_cache.models.load import (
+    encoder_folders,
+    load_config,
+    load_model,
+    max_positions,
+    resolve_model,
+    weights_digest,
+)
+from vlsi_cache.models.probe import checked_backbone
+from vlsi_cache.models.responses import Decoding, respond
+from vlsi_cache.models.verbalizer import Verbalizers, find_folder, load_verbalizers, read_record
+from vlsi_cache.progress import progress, say
+from vlsi_cache.run_files import EVALUATION as RESULT
+from vlsi_cache.run_files import read_evaluation, read_run, sealed
+from vlsi_cache.runs.run_dir import check_has_student
+from vlsi_cache.runtime import pick_device
+from vlsi_cache.sparse.cross_entropy import linear_cross_entropy
+from vlsi_cache.store import reader
+from vlsi_cache.store.reader import Cache
+
+from .teacher_agreement import against_cache, trained_on
+
+
+def evaluate(
+    model: Path | str,
+    *,
+    spec: CacheSpec | None = None,
+    cache: Cache | Path | str | None = None,
+    verbalizers: Path | str | None = None,
+    num_beams: int | None = None,
+    device: str | None = None,
+    limit: int | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Measure a run's student (or any model folder) on the held-out rows of its spec, and against a teacher's cache.
+
+    Device, dtype and attention are those of the spec (with none, of the cache); `device` wins over it. `verbalizers`
+    read the layers in place of the run's own; `num_beams` answers by beam search. A model's own code runs only with
+    `trust_remote_code`, whatever a spec or a run folder says: either may come from somebody else.
+
+    Returns, and for a run also writes to RUN/evaluation.json unless this was measured with a `limit` or otherwise than
+    the run's own spec says: `exact_match` (all and per kind, or None when the spec does not generate), `nll` in nats
+    per response token, `perplexity`, `layers` (nll per verbalized student layer; head and final norm are the trained
+    student's own), `verbalizers` (which ones, when not the run's own), `num_samples`, `num_by_kind`, `num_skipped`
+    (rows left out); with a `cache` also `cache`: see `against_cache` and `trained_on`; and `measured_with`, the options
+    of this call. Raises SpecError when there is nothing to measure on, ModelError when a loss is not finite.
+    """
+    refuse_url(model, "model")
+    folder = Path(model)
+    run = read_run(folder) if (folder / "run.json").exists() else None
+    if run is not None:
+        check_has_student(folder, run)
+        check_file(folder / RESULT)
+    opened = cache if isinstance(cache, Cache) or cache is None else reader.open(cache)
+    spec = spec or (spec_from_dict(run["spec"], where=str(folder / "run.json")) if run else None)
+    if spec is None and opened is not None:
+        spec = spec_from_dict(opened.header.spec, where=str(opened.path))
+    if spec is None or (spec.evaluate is None and opened is None):
+        raise SpecError(_nothing_to_measure(folder))
+    if num_beams is not None:
+        spec = _with_beams(spec, num_beams)
+    own = folder / "verbalizers"
+    given = None if verbalizers is None else find_folder(verbalizers)
+    if given is not None:
+        read_record(given, [])
+    result = evaluate_model(
+        str(folder / "student") if run else resolve_model(str(model)),
+        spec.evaluate,
+        cache=opened,
+        encoding=spec.data.encoding(),
+        verbalizers=str(given or own) if given or own.is_dir() else None,
+        dtype=spec.distill.student_dtype,
+        trust_remote_code=trust_remote_code,
+        attn_implementation=spec.distill.attn_implementation,
+        device=device or spec.run.device,
+        batch_tokens=spec.run.num_batch_tokens,
+        limit=limit,
+    )
+    if given is not None:
+        result["verbalizers"] = _origin_of(given, folder, run)
+    if opened is not None:
+        result["cache"] |= trained_on(opened, run, num_samples=result["cache"]["num_samples"])
+    result["measured_with"] = {
+        **_own_settings(spec),
+        "limit": limit,
+        "verbalizers": None if given is None else str(given.resolve()),
+        "cache": None if opened is None else str(opened.path.resolve()),
+    }
+    if run is not None:
+        _keep(folder, run, result)
+    return result
+
+
+def _nothing_to_measure(folder: Path) -> str:
+    advice = "give --spec with an `evaluate:` section, or a --cache"
+    if (folder / "run.json").exists() or (folder / "config.json").is_file():
+        return f"no held-out rows for {folder}: {advice}"
+    if folder.is_dir():
+        return f"{folder} is neither a run nor a model: it holds no run.json and no config.json"
+    return f"there is no folder {folder}; for a model of the hub {advice}"
+
+
+def _keep(folder: Path, run: dict[str, Any], result: dict[str, Any]) -> None:
+    """Write RUN/evaluation.json: all that shows a run shows what is in it as the run's own scores."""
+    used, own = result["measured_with"], _own_settings(spec_from_dict(run["spec"], where=str(folder / "run.json")))
+    if used["limit"] is not None:
+        say(f"measured with a limit: not kept in {folder / RESULT}")
+    elif own["evaluate"] is not None and any(used[key] != value for key, value in own.items()):
+        say(f"measured otherwise than the run's own spec says: not kept in {folder / RESULT}")
+    else:
+        write_atomically(folder / RESULT, sealed(result))
+
+
+def _own_settings(spec: CacheSpec) -> dict[str, Any]:
+    """What of a spec decides the scores on the held-out rows, as JSON has it."""
+    settings = None if spec.evaluate is None else spec.evaluate.model_dump(mode="json")
+    distill = spec.distill
+    return {"evaluate": settings, "dtype": distill.student_dtype, "attn_implementation": distill.attn_implementation}
+
+
+def kept_result(folder: Path) -> dict[str, Any] | None:
+    """The content of RUN/evaluation.json; None if there is none or it was not measured as the run's own spec says."""
+    result, run = read_evaluation(folder), read_run(folder)
+    if result is None:
+        return None
+    own = {**_own_settings(spec_from_dict(run["spec"], where=str(folder / "run.json"))), "verbalizers": None}
+    there = result.get("measured_with") or {}  # an earlier release did not say
+    return result if all(key in there and there[key] == value for key, value in own.items()) else None
+
+
+def _with_beams(spec: CacheSpec, num_beams: int) -> CacheSpec:
+    if spec.evaluate is None or not spec.evaluate.generate:
+        raise SpecError("beams are for answers, and the spec generates none: set `evaluate.generate: true`")
+    return change(spec, evaluate={**spec.evaluate.model_dump(), "num_beams": num_beams})
+
+
+def _origin_of(given: Path, folder: Path, run: dict[str, Any] | None) -> dict[str, Any]:
+    """Where borrowed verbalizers come from, and whether they were trained on what the run started from (`same_start`)
+    or on the student it has made (`same_student`)."""
+    trained_with = read_record(given, [])["provenance"].get("teacher_digest")
+    start = None if run is None else run.get("student_digest") == trained_with
+    student = None if run is None else not start and weights_digest(folder / "student") == trained_with
+    known = {"same_start": start, "same_student": student}
+    return {"path": str(given.resolve()), "trained_with": trained_with, **known}
+
+
+def evaluate_model(
+    path: str,
+    settings: EvaluateSpec | None,
+    *,
+    cache: Cache | None = None,
+    encoding: Mapping[str, Any] | None = None,
+    verbalizers: str | None = None,
+    gguf_file: str | None = None,
+    dtype: Dtype = "auto",
+    trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
+    device: str | None = None,
+    batch_tokens: int = 8192,
+    limit: int | None = None,
+) -> dict[str, Any]:
+    """`evaluate` for a model folder; `limit` takes the first rows only, `batch_tokens` bounds a perplexity batch.
+
+    `encoding` (see `DataSpec.encoding`) holds for the rows of the cache; held-out rows have their own.
+    """
+
+    def encoder_for(encoding: Mapping[str, Any]) -> Encoder:
+        folders = encoder_folders(path, gguf_file=gguf_file)
+        return load_encoder(**folders, trust_remote_code=trust_remote_code, **encoding)
+
+    held_out = None
+    if settings is not None:
+        config = load_config(path, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
+        held_out = _held_out_rows(settings, encoder_for(settings.data.encoding()), limit, max_positions(config))
+    where = pick_device(device)
+    loaded = load_model(
+        path,
+        gguf_file=gguf_file,
+        dtype=dtype,
+        device=str(where),
+        trust_remote_code=trust_remote_code,
+        attn_implementation=attn_implementation,
+    )
+    own = encoder_for(encoding or {}) if held_out is None or cache is not None else held_out.encoder
+    backbone = checked_backbone(loaded, own)
+    spoken = None if verbalizers is None else load_saved_verbalizers(verbalizers, backbone).to(where)
+    result = {} if held_out is None else _on_held_out(backbone, spoken, held_out, batch_tokens)
+    if cache is not None:
+        result["cache"] = against_cache(backbone, spoken, own, cache, batch_tokens=batch_tokens, limit=limit)
+    return result
+
+
+@dataclass(frozen=True)
+class _HeldOut:
+    """Held-out rows that can be used, their lengths in tokens, and how many cannot."""
+
+    settings: EvaluateSpec
+    encoder: Encoder
+    records: list[Record]
+    lengths: list[int]
+    num_skipped: int
+
+
+def _held_out_rows(settings: EvaluateSpec, encoder: Encoder, limit: int | None, max_positions: int | None) -> _HeldOut:
+    data = settings.data
+    records = read_records(data, limit=limit)
+    kept, do_not_fit = fit_rows(records, encoder, data.max_length, max_positions=max_positions, bad_rows=data.bad_rows)
+    skipped = [*records.skipped, *do_not_fit]
+    if skipped:
+        reasons = [f"row `{row['id']}`: {row['reason']}" for row in skipped]
+        say(f"{len(skipped)} held-out rows were left out\n{list_problems(reasons)}")
+    lengths = [num_prompt + len(ids) for _, num_prompt, ids in kept]
+    return _HeldOut(settings, encoder, [records[index] for index, _, _ in kept], lengths, len(skipped))
+
+
+def _on_held_out(
+    backbone: Backbone, verbalizers: Verbalizers | None, rows: _HeldOut, batch_tokens: int
+) -> dict[str, Any]:
+    settings, encoder, records = rows.settings, rows.encoder, rows.records
+    nll = mean_nll(backbone, verbalizers, records, plan_batches(rows.lengths, batch_tokens), encoder)
+    # A layer may be read through verbalizers of another model; the model's own loss has a perplexity.
+    with np.errstate(over="ignore"):
+        scores = {**nll, backbone.num_layers: np.exp(nll[backbone.num_layers])}
+    impossible = [f"{nll[layer]} at layer {layer}" for layer, score in scores.items() if not np.isfinite(score)]
+    if impossible:
+        raise ModelError(
+            f"the model's loss on the held-out rows is {', '.join(impossible)}: its last updates have destroyed it. "
+            "Train it again in a new folder, with a lower `learning_rate` or a longer `warmup`"
+        )
+    last = nll.pop(backbone.num_layers)
+    return {
+        "num_samples": len(records),
+        "num_skipped": rows.num_skipped,
+        "num_by_kind": dict(Counter(record.kind for record in records)),
+        "exact_match": exact_match(backbone.model, records, encoder, settings) if settings.generate else None,
+        "num_beams": settings.num_beams if settings.generate else None,
+        "nll": last,
+        "perplexity": float(np.exp(last)),
+        "layers": {str(layer): value for layer, value in nll.items()},
+    }
+
+
+def load_saved_verbalizers(folder: str, backbone: Backbone) -> Verbalizers:
+    """All verbalizers that a folder holds."""
+    layers = [int(name) for name in read_record(Path(folder), [])["layers"]]
+    # The head may have been trained since: what a layer says is read through the head of the model that is measured.
+    return load_verbalizers(folder, backbone, sorted(layers), check_head=False)
+
+
+@torch.inference_mode()
+def mean_nll(
+    backbone: Backbone,
+    verbalizers: Verbalizers | None,
+    records: list[Record],
+    batches: list[list[int]],
+    encoder: Encoder,
+) -> dict[int, float]:
+    """Negative log-likelihood in nats per response token over the real vocabulary, by layer; the final one last."""
+    layers = verbalizers.layers if verbalizers is not None else []
+    sums: dict[int, float] = defaultdict(float)
+    num_tokens, head = 0, head_of(backbone).real(encoder.v_real)
+    for indices in progress(batches, "perplexity", unit="batch"):
+        batch = collate([encoder.encode(records[i]) for i in indices], pad_id=encoder.pad_id).to(backbone.device)
+        capture = verbalizers.capture if verbalizers is not None else partial(backbone.capture, layers=[])
+        hidden: dict[int, Any] = dict(capture(batch.inputs, rows_T=batch.rows_T, positions_T=batch.positions_T))
+        for layer in [*layers, backbone.num_layers]:
+            state_TD = hidden.pop(layer)
+            if verbalizers is not None and layer != backbone.num_layers:
+                state_TD = verbalizers.apply(layer, state_TD)
+            sums[layer] += float(linear_cross_entropy(state_TD, head, batch.gold_T)) * len(batch.gold_T)
+        num_tokens += len(batch.gold_T)
+    return {layer: total / num_tokens for layer, total in sums.items()}
+
+
+def exact_match(model: Any, records: list[Record], encoder: Encoder, settings: EvaluateSpec) -> dict[str, float]:
+    """Share of rows whose answer is the reference, white space at the ends aside: `all`, and per kind."""
+    right: Counter[str] = Counter()
+    for record, answer in answers(model, records, encoder, settings):
+        right[record.kind] += answer.strip() == record.answer.strip()
+    counts = Counter(record.kind for record in records)
+    per_kind = {kind: right[kind] / count for kind, count in sorted(counts.items()) if kind}
+    return {"all": sum(right.values()) / len(records), **per_kind}
+
+
+def answers(
+    model: Any, records: list[Record], encoder: Encoder, settings: EvaluateSpec
+) -> Iterator[tuple[Record, str]]:
+    """Answers without sampling, in batches of similar length."""
+    order = sorted(range(len(records)), key=lambda i: encoder.measure(records[i])[0])
+    size, decoding = settings.batch_size, Decoding(settings.max_new_tokens, num_beams=settings.num_beams)
+    for start in progress(range(0, len(order), size), "generate", unit="batch"):
+        chosen = [records[i] for i in order[start : start + size]]
+        for record, response in zip(chosen, respond(model, encoder, chosen, decoding), strict=True):
+            yield record, encoder.answer(response.ids)

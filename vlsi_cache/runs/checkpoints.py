@@ -1,0 +1,136 @@
+"""Checkpoints of training: what trains, the optimizer's moments and the step; reading one runs no code."""
+
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from vlsi_cache.errors import CacheCorruptError, list_problems
+from vlsi_cache.io import checksum, difference_from, put_all_back, remove, replacing
+from vlsi_cache.models.load import own_memory
+from vlsi_cache.progress import say
+from vlsi_cache.run_files import CHECKPOINT, read_checkpoint, sealed
+
+STAGES = ("verbalize", "interact", "sft")  # in the order in which a run comes to them
+
+
+NAME = re.compile(rf"({'|'.join(STAGES)})-(\d{{7,}})")
+
+
+TENSORS = "state.safetensors"
+
+
+class Checkpoints:
+    """`RUN/checkpoints/STAGE-STEP/`: what trains, the optimizer's moments and the step; the two newest are kept.
+
+    Tensors are a safetensors file, the rest is JSON: nothing is ever unpickled. `checkpoint.json` has the checksum of
+    the tensors, and its own. Where the newest one is damaged, training goes on from the one before.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self.folder = run / "checkpoints"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        put_all_back(self.folder)
+        for leftover in self.folder.glob(".*.tmp-*"):
+            remove(leftover)
+        self._whole: list[tuple[str, int]] = []  # checkpoints that have been looked at or written
+
+    def latest(self) -> tuple[str, int] | None:
+        """(stage, step) of the newest checkpoint that is whole; a damaged one is told once.
+
+        Raises CacheCorruptError when there are some, and all are damaged.
+        """
+        if self._whole:
+            return self._whole[-1]
+        problems: list[str] = []
+        for stage, step in reversed(self._there()):
+            try:
+                self._check(stage, step)
+            except CacheCorruptError as error:
+                problems.append(str(error))
+                continue
+            for problem in problems:
+                say(f"warning: {problem}; training goes on from the checkpoint before it, {stage} step {step}")
+            return stage, step
+        if problems:
+            raise CacheCorruptError(
+                f"every checkpoint is damaged: restore one from a copy, or delete {self.folder} (and what the run has "
+                f"trained: `verbalizers`, `student`) and run the same command again, it trains from the start:\n"
+                f"{list_problems(problems)}"
+            )
+        return None
+
+    def step_of(self, stage: str) -> int:
+        """Steps of `stage` that the newest checkpoint holds; 0 when it is of another stage."""
+        newest = self.latest()
+        return newest[1] if newest and newest[0] == stage else 0
+
+    def save(self, stage: str, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+        before, target = self.latest(), self._place(stage, step)
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        with replacing(target) as temporary:
+            temporary.mkdir()
+            save_file(_state(named, optimizer), temporary / TENSORS)
+            record = {"stage": stage, "step": step, "files": {TENSORS: checksum(temporary / TENSORS)}}
+            (temporary / CHECKPOINT).write_text(sealed(record), encoding="utf-8")
+        self._whole = [one for one in (before, (stage, step)) if one is not None]
+        for other in self._there():
+            if other not in self._whole:
+                shutil.rmtree(self._place(*other))
+
+    def load(self, stage: str, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+        """Put the tensors back by name; raises CacheCorruptError when they are damaged or do not fit the model."""
+        self._check(stage, step)
+        file = self._place(stage, step) / TENSORS
+        named = dict(model.named_parameters())
+        with safe_open(file, framework="pt") as tensors, torch.no_grad():
+            for key in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
+                kind, name = key.split("/", 1)
+                if name not in named:
+                    raise CacheCorruptError(f"{file}: holds `{name}`, which this model does not have; start a new run")
+                if kind == "parameter":
+                    named[name].copy_(tensors.get_tensor(key))
+                elif optimizer is not None:
+                    _restore_moment(optimizer, named[name], kind, tensors.get_tensor(key))
+
+    def _place(self, stage: str, step: int) -> Path:
+        return self.folder / f"{stage}-{step:07d}"
+
+    def _there(self) -> list[tuple[str, int]]:
+        """All checkpoints, whole or not, in the order in which a run comes to them."""
+        names = [found for entry in self.folder.iterdir() if (found := NAME.fullmatch(entry.name))]
+        return sorted(((one[1], int(one[2])) for one in names), key=lambda one: (STAGES.index(one[0]), one[1]))
+
+    def _check(self, stage: str, step: int) -> None:
+        """Raise CacheCorruptError unless a checkpoint is what was written; one of an earlier release has no sums."""
+        if (stage, step) in self._whole:
+            return
+        folder = self._place(stage, step)
+        record = read_checkpoint(folder / CHECKPOINT)
+        if (record["stage"], record["step"]) != (stage, step):
+            raise CacheCorruptError(f"{folder / CHECKPOINT}: is of {record['stage']} step {record['step']}")
+        if problem := difference_from(record["files"][TENSORS], folder / TENSORS) if "files" in record else "":
+            raise CacheCorruptError(f"{folder / TENSORS}: {problem}")
+        try:
+            safe_open(folder / TENSORS, framework="pt").__enter__()
+        except (OSError, SafetensorError) as error:
+            raise CacheCorruptError(f"{folder / TENSORS}: cannot be read ({' '.join(str(error).split())})") from None
+        self._whole.append((stage, step))
+
+
+def _state(named: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer | None) -> dict[str, torch.Tensor]:
+    state = {f"parameter/{name}": parameter.detach().contiguous() for name, parameter in named.items()}
+    if optimizer is not None:
+        for name, parameter in named.items():
+            for kind, value in optimizer.state[parameter].items():
+                state[f"{kind}/{name}"] = torch.as_tensor(value).contiguous()
+    return state
+
+
+def _restore_moment(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, kind: str, value: torch.Tensor) -> None:
+    # The step count of AdamW lives on the CPU, the moments beside their parameter.
+    optimizer.state[parameter][kind] = own_memory(value if kind == "step" else value.to(parameter.device))

@@ -1,0 +1,302 @@
+"""Checking a whole cache, and moving what is broken out of the way.
+
+Every problem is told with its file and what to do about it; corruption is reported, never raised.
+"""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vlsi_cache import io
+from vlsi_cache.errors import CacheCorruptError, VlsiCacheError, command_line
+from vlsi_cache.io import refuse_url
+from vlsi_cache.progress import progress
+
+from . import commit, table
+from .commit import list_tmp
+from .files import hash_file, load_header, load_part_record, size_problem
+from .format import (
+    HEADER_NAME,
+    RECORD_NAME,
+    TABLE_NAME,
+    VOCAB_COPY_NAME,
+    VOCAB_NAME,
+    CacheHeader,
+    PartRecord,
+    list_parts,
+    part_dir,
+    part_name,
+)
+from .header import (
+    VOCAB_NAMES,
+    complete_copies,
+    is_interrupted_start,
+    load_texts,
+    load_vocab,
+    publish_files,
+    vocab_problems,
+    whole_files,
+)
+from .part import load_part
+
+MAX_MISSING = 100  # missing parts that are listed one by one
+
+
+CONTINUE = "run the command that builds the cache again, it continues"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong: which file (relative to the cache), what, and what to do."""
+
+    file: str
+    what: str
+    todo: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.what}; {self.todo}"
+
+
+@dataclass
+class VerifyReport:
+    """What `verify` looked at and what it found; `ok` if that was nothing."""
+
+    path: Path
+    deep: bool
+    num_parts: int = 0
+    num_files: int = 0
+    num_bytes: int = 0
+    problems: list[Problem] = field(default_factory=list)
+    bad_parts: list[int] = field(default_factory=list)
+    unfinished: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    def __str__(self) -> str:
+        found = "no problems" if self.ok else f"{len(self.problems)} problems"
+        how = "sizes, checksums and hashes" if self.deep else "sizes and checksums"
+        head = f"{self.path}: {found} ({self.num_parts} parts, {self.num_files} files, {self.num_bytes} bytes; {how})"
+        return "\n".join([head, *(f"  - {problem}" for problem in self.problems)])
+
+
+def verify(path: str | os.PathLike[str], *, deep: bool = False) -> VerifyReport:
+    """Check sizes and the checksum of every chunk (`deep`: also the hash of every file), and what is foreign."""
+    refuse_url(path, "cache")
+    root = Path(path)
+    report = VerifyReport(root, deep)
+    if is_interrupted_start(root):
+        what = "is missing: the start of this cache was interrupted, and nothing is lost"
+        report.problems.append(Problem(HEADER_NAME, what, CONTINUE))
+        return report
+    repair = f"run: {command_line('repair', root)}"
+    try:
+        header = load_header(root)
+    except (OSError, VlsiCacheError) as error:
+        report.problems.append(Problem(HEADER_NAME, _text(error), "restore this file from a copy of the cache"))
+        return report
+    _check_vocab(root, header, report, repair)
+    there = [index for index in list_parts(root) if index < header.num_parts]
+    _list_missing(header, there, report)
+    for index in progress(there, "verify", unit="part", delay=2):
+        _check_part(root, header, index, report, repair)
+    _check_foreign(root, header, report, repair)
+    if not report.bad_parts:
+        _check_table(root, header, report, repair)
+    return report
+
+
+def _list_missing(header: CacheHeader, there: list[int], report: VerifyReport) -> None:
+    """The parts that are not there: the first of them one by one."""
+    missing = sorted(set(range(header.num_parts)) - set(there))
+    for index in missing[:MAX_MISSING]:
+        report.problems.append(Problem(f"parts/{part_name(index)}", "is missing", CONTINUE))
+    if len(missing) > MAX_MISSING:
+        what = f"{len(missing) - MAX_MISSING} more of {header.num_parts} parts are missing"
+        report.problems.append(Problem("parts", what, CONTINUE))
+
+
+def _check_vocab(root: Path, header: CacheHeader, report: VerifyReport, repair: str) -> None:
+    """Both copies, every file by its hash; a cache may do without the second one."""
+    for name in (VOCAB_NAME, VOCAB_COPY_NAME):
+        if os.path.lexists(root / name):
+            report.problems += [Problem(file, what, repair) for file, what in vocab_problems(root, header, name)]
+    if not os.path.lexists(root / VOCAB_NAME):
+        has_copy = (root / VOCAB_COPY_NAME).is_dir()
+        report.problems.append(Problem(VOCAB_NAME, "is missing", repair if has_copy else CONTINUE))
+    elif not any(problem.file.startswith(VOCAB_NAME) for problem in report.problems):
+        try:
+            load_vocab(root, header)
+            if header.text_xxh3 is not None:
+                load_texts(root, header)
+        except CacheCorruptError as error:
+            report.problems.append(Problem(VOCAB_NAME, _text(error), repair))
+
+
+def _check_part(root: Path, header: CacheHeader, index: int, report: VerifyReport, repair: str) -> None:
+    name = f"parts/{part_name(index)}"
+    report.num_parts += 1
+    before = len(report.problems)
+    try:
+        record = load_part_record(root, header, index)
+        _check_files(root, index, record, report, repair)
+        if len(report.problems) == before:
+            part = load_part(root, header, index, range(len(header.layers)), None)
+            part.check()
+            part.check_distinct()
+    except (OSError, VlsiCacheError) as error:
+        report.problems.append(Problem(_named_file(root, name, error), _text(error), repair))
+    if len(report.problems) > before:
+        report.bad_parts.append(index)
+
+
+def _check_files(root: Path, index: int, record: PartRecord, report: VerifyReport, repair: str) -> None:
+    folder = part_dir(root, index)
+    for name, expected in sorted(record.files.items()):
+        path, label = folder / name, f"parts/{part_name(index)}/{name}"
+        if os.path.lexists(path):
+            report.num_files += 1
+            report.num_bytes += path.lstat().st_size
+        if what := size_problem(str(path), expected.size):
+            report.problems.append(Problem(label, what.removeprefix(":").strip(), repair))
+        elif report.deep and (found := hash_file(path)) != expected:
+            what = f"xxh3 is {found.xxh3}, part.json says {expected.xxh3}"
+            report.problems.append(Problem(label, what, repair))
+    for parent, _, files in os.walk(folder):
+        for file in files:
+            name = (Path(parent) / file).relative_to(folder).as_posix()
+            if name not in record.files and name != RECORD_NAME:
+                label = f"parts/{part_name(index)}/{name}"
+                report.problems.append(Problem(label, "does not belong to the part", repair))
+
+
+def _check_foreign(root: Path, header: CacheHeader, report: VerifyReport, repair: str) -> None:
+    expected = {part_name(index) for index in list_parts(root) if index < header.num_parts}
+    found = set(os.listdir(root / "parts")) if (root / "parts").is_dir() else set()
+    for name in sorted(found - expected):
+        report.problems.append(Problem(f"parts/{name}", "is not a part of this cache", repair))
+    dead, alive = list_tmp(root)
+    report.unfinished = [f"tmp/{name}" for name in (*dead, *alive)]
+
+
+def _check_table(root: Path, header: CacheHeader, report: VerifyReport, repair: str) -> None:
+    """What only shows over all parts: ids that repeat, counts that are not those of the plan, a stale table."""
+    from .table import collect, is_current, repeated_id
+
+    try:
+        fresh = collect(root, header)
+    except CacheCorruptError as error:
+        report.problems.append(Problem(HEADER_NAME, _text(error), "restore this file from a copy of the cache"))
+        return
+    if found := repeated_id(fresh):
+        name, parts = found
+        what = f"sample {name!r} is in parts {parts}; ids must be unique"
+        report.problems.append(Problem(f"parts/{part_name(parts[-1])}/{RECORD_NAME}", what, repair))
+        report.bad_parts.append(parts[-1])
+    elif report.num_parts == header.num_parts and not is_current(root, header, fresh):
+        report.problems.append(Problem(TABLE_NAME, "is missing, damaged or older than the parts", repair))
+
+
+def _text(error: Exception) -> str:
+    """What is wrong, without what to do."""
+    return str(error).split("; run: ", 1)[0].split("; restore ", 1)[0]
+
+
+def _named_file(root: Path, part: str, error: Exception) -> str:
+    """The file an error speaks of, relative to the cache; the part if it names none."""
+    pieces = str(error).split("`")
+    named = pieces[1] if len(pieces) > 1 else ""
+    return Path(named).relative_to(root).as_posix() if named.startswith(f"{root}{os.sep}") else part
+
+
+@dataclass(frozen=True)
+class RepairReport:
+    """What `repair` did: moved to `quarantine/`, restored, removed, left alone (and why it may be removed)."""
+
+    path: Path
+    quarantined: list[str] = field(default_factory=list)
+    restored: list[str] = field(default_factory=list)
+    removed: list[str] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+    missing_parts: list[int] = field(default_factory=list)
+    table_rebuilt: bool = False
+    interrupted_start: bool = False
+
+    def __str__(self) -> str:
+        lines = [f"{name}: moved to quarantine/" for name in self.quarantined]
+        lines += [f"{name}: restored from the other copy" for name in self.restored]
+        lines += [f"{name}: removed" for name in self.removed]
+        lines += [f"{name}: abandoned; `--yes` removes it" for name in self.left]
+        lines += ["samples.parquet: rebuilt"] if self.table_rebuilt else []
+        if self.missing_parts:
+            lines.append(f"{len(self.missing_parts)} parts are missing: run the command that builds the cache again")
+        if self.interrupted_start:
+            lines.append("no part was written yet: run the command that builds the cache again")
+        return "\n".join(lines) or "nothing to repair"
+
+
+def repair(path: str | os.PathLike[str], *, yes: bool = False, deep: bool = True) -> RepairReport:
+    """Move corrupt and foreign parts to `quarantine/` so that the build makes them again, restore `vocab/` from its
+    copy, and rebuild the sample table.
+
+    Nothing is deleted without `yes`; with it, what dead processes left in `tmp/` is. Raises CacheCorruptError when
+    `cache.json` itself is broken.
+    """
+    io.refuse_url(path, "cache")
+    root = Path(path)
+    if is_interrupted_start(root):
+        return RepairReport(
+            root, removed=(removed := _sweep(root, yes)), left=_left(root, removed), interrupted_start=True
+        )
+    header = load_header(root)
+    found = verify(root, deep=deep)
+    bad = {f"parts/{part_name(index)}" for index in found.bad_parts}
+    bad |= {p.file for p in found.problems if p.file.count("/") == 1 and "not a part of this" in p.what}
+    quarantined, restored = _repair_vocab(root, header, found)
+    for name in sorted(bad):
+        _quarantine(root, name)
+    removed = _sweep(root, yes)
+    missing = sorted(set(range(header.num_parts)) - set(list_parts(root)))
+    rebuild = not missing and not table.is_current(root, header, table.collect(root, header))
+    if rebuild:
+        table.write_table(root, header)
+    quarantined = [*sorted(bad), *quarantined]
+    return RepairReport(root, quarantined, restored, removed, _left(root, removed), missing, rebuild)
+
+
+def _repair_vocab(root: Path, header: CacheHeader, found: VerifyReport) -> tuple[list[str], list[str]]:
+    """Move broken copies of the table away and put whole ones in their place; what was moved, what was restored.
+
+    `vocab/` comes first: while it is away, the other copy still has what is whole.
+    """
+    moved, restored = [], []
+    content = whole_files(root, header)
+    for name in VOCAB_NAMES:
+        broken = any(problem.file.split("/")[0] == name for problem in found.problems)
+        if broken and os.path.lexists(root / name):
+            _quarantine(root, name)
+            moved.append(name)
+        if broken and content is not None and publish_files(root, name, content):
+            restored.append(name)
+    return moved, [*restored, *complete_copies(root, header)]
+
+
+def _sweep(root: Path, yes: bool) -> list[str]:
+    return [f"tmp/{name}" for name in (commit.remove_dead_tmp(root) if yes else [])]
+
+
+def _left(root: Path, removed: list[str]) -> list[str]:
+    return [f"tmp/{name}" for name in commit.list_tmp(root)[0] if f"tmp/{name}" not in removed]
+
+
+def _quarantine(root: Path, name: str) -> None:
+    """Move a piece of the cache out of the way under a name that is still free."""
+    (root / "quarantine").mkdir(exist_ok=True)
+    target, number = root / "quarantine" / Path(name).name, 0
+    while os.path.lexists(target):
+        number += 1
+        target = root / "quarantine" / f"{Path(name).name}.{number}"
+    os.rename(root / name, target)
+    io.fsync_dir(root / "quarantine")
+    io.fsync_dir((root / name).parent)

@@ -1,0 +1,584 @@
+"""Names, shapes, records and limits of a cache on disk. FORMAT.md is the text this file implements.
+
+What a header and a commit record may claim is input like any other: a checksum says nothing of who made it. The limits
+are far above what any cache needs, and low enough that what a reader allocates or loops over for a claim is small;
+`array_sizes` then holds the counts of a part against the sizes of its files.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import numpy as np
+import xxhash
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
+
+from vlsi_cache.errors import CacheCorruptError, SpecError
+
+MAX_PARTS = 1_000_000  # six digits, as in their names
+
+
+MAX_LAYERS = 4096
+
+
+MAX_TAUS = 64
+
+
+MAX_TAIL = 1 << 16
+
+
+MAX_WIDTH = 1 << 31
+
+
+MAX_VOCABULARY = 1 << 24
+
+
+MAX_RANKS = 1 << 28  # layers times tokens: what the table of ids by rank takes
+
+
+MAX_COUNT = 1 << 48  # samples, tokens, entries, bytes of a file
+
+
+MAX_DEPTH = 100  # caches made of caches made of caches
+
+
+# Blosc packs a constant block of 2 MiB into some 80 bytes; no honest array shrinks more.
+MAX_SHRINK = 1 << 16
+
+
+SECTIONS = ("teacher", "data", "rows", "store", "train_verbalizers", "distill", "evaluate", "run")
+
+
+_PRUNED = re.compile(r"prune\.\d{1,9}\.\w+")
+
+
+def shown(value: object) -> str:
+    """A value from a file in a message, cut where it is long."""
+    if isinstance(value, list | tuple | dict | set) and len(value) > 8:
+        return f"a {type(value).__name__} of {len(value)}"
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def check_numbers(layers: Sequence[int], top_k: Sequence[int], taus: Sequence[float], v_real: int, widest: int) -> None:
+    """Raise ValueError for layers, widths or temperatures that no cache can have."""
+    if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= MAX_COUNT:
+        raise ValueError(f"`layers` must be distinct and ascending, got {shown(list(layers))}")
+    if not 1 <= v_real <= MAX_VOCABULARY or v_real * len(layers) > MAX_RANKS:
+        raise ValueError(
+            f"impossible: v_real {v_real} with {len(layers)} layers; at most {MAX_VOCABULARY} tokens, and {MAX_RANKS} "
+            "ranks of all layers"
+        )
+    if len(top_k) != len(layers) or not all(1 <= k <= widest for k in top_k):
+        raise ValueError(f"`top_k` must be 1 to {widest} for each of {len(layers)} layers, got {shown(list(top_k))}")
+    if not taus or taus[0] != 1.0 or not all(math.isfinite(tau) and tau > 0 for tau in taus):
+        raise ValueError(f"impossible: taus {shown(list(taus))}; they are above 0 and the first is 1.0")
+
+
+def check_origin(
+    *,
+    spec: dict[str, Any],
+    fingerprint: dict[str, Any],
+    skipped: Iterable[dict[str, Any]],
+    responses: Iterable[dict[str, Any]],
+    parents: Sequence[dict[str, Any]],
+) -> None:
+    """Raise ValueError where what a header tells of its origin is not of the kind that readers take it for."""
+    for name in ("name", "description"):
+        _want(spec, name, str, "spec")
+    for name in SECTIONS:
+        _want(spec, name, dict, "spec")
+    _check_fingerprint(fingerprint)
+    for one in skipped:
+        if not isinstance(one.get("id"), str) or not isinstance(one.get("reason"), str):
+            raise ValueError(f"`skipped` holds rows as `id` and `reason`, both text, got {shown(one)}")
+    for one in responses:
+        _want(one, "model", str, "responses")
+        _want(one, "weights", str, "responses")
+        _want(one, "settings", dict, "responses")
+        _want(one, "counts", dict, "responses")
+        for name, count in (one.get("counts") or {}).items():
+            if type(count) is not int or not 0 <= count <= MAX_COUNT:
+                raise ValueError(f"`responses`: count `{name}` must be a whole number, got {shown(count)}")
+    _check_parents(parents, 1)
+
+
+def _check_fingerprint(fingerprint: dict[str, Any]) -> None:
+    _want(fingerprint, "rows.seed", int, "fingerprint")
+    _want(fingerprint, "rows.select_tokens", dict, "fingerprint")
+    for name in fingerprint:
+        if name.startswith("prune.") and not _PRUNED.fullmatch(name):
+            raise ValueError(f"`fingerprint`: `{shown(name)}` must be prune.NUMBER.NAME")
+
+
+def _check_parents(parents: Any, depth: int) -> None:
+    if depth > MAX_DEPTH:
+        raise ValueError(f"`parents` is deeper than {MAX_DEPTH}")
+    if not isinstance(parents, list) or not all(isinstance(one, dict) for one in parents):
+        raise ValueError(f"`parents` must be a list of objects, got {shown(parents)}")
+    for one in parents:
+        for name in ("path", "digest", "operation"):
+            _want(one, name, str, "parents")
+        _want(one, "cuts", dict, "parents")
+        sections = one.get("data", [])
+        if not isinstance(sections, list) or not all(isinstance(section, dict) for section in sections):
+            raise ValueError(f"`parents`: `data` must be a list of objects, got {shown(sections)}")
+        _check_parents([] if one.get("parents") is None else one["parents"], depth + 1)
+
+
+def _want(values: dict[str, Any], name: str, kind: type, where: str) -> None:
+    value = values.get(name)
+    if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+        names = {str: "text", dict: "an object", int: "a whole number"}
+        raise ValueError(f"`{where}`: `{name}` must be {names[kind]}, got {shown(value)}")
+
+
+FORMAT_VERSION = 1
+
+
+HEADER_NAME = "cache.json"
+
+
+RECORD_NAME = "part.json"
+
+
+TABLE_NAME = "samples.parquet"
+
+
+VOCAB_NAME = "vocab"
+
+
+VOCAB_COPY_NAME = "vocab-copy"
+
+
+# what must be equal for two builds to write into one cache, beside every field of the fingerprint
+IDENTITY_FIELDS = (
+    "format_version",
+    "layers",
+    "num_model_layers",
+    "row_kind",
+    "top_k",
+    "truncated",
+    "tail_samples",
+    "taus",
+    "v_real",
+    "profile",
+    "num_parts",
+    "num_samples",
+    "num_response_tokens",
+    "id_of_rank_xxh3",
+)
+
+
+Record = TypeVar("Record", bound="StrictRecord")
+
+
+Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+
+
+OfLayers = Field(max_length=MAX_LAYERS)
+
+
+class StrictRecord(BaseModel):
+    """Base of what is stored as JSON: nothing unknown, nothing converted, nothing changed after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+
+
+def _created_by() -> str:
+    try:
+        return f"vlsi-cache {importlib.metadata.version('vlsi-cache')}"
+    except importlib.metadata.PackageNotFoundError:
+        return "vlsi-cache"
+
+
+class FileRecord(StrictRecord):
+    """Size and xxh3-64 of one file of a part, or of `vocab/`."""
+
+    size: Count
+    xxh3: str
+
+
+class CacheHeader(StrictRecord):
+    """`cache.json`: everything a reader needs to know that is not in the parts; written once, before the first part."""
+
+    format: Literal["vlsi-cache"] = "vlsi-cache"
+    format_version: int = FORMAT_VERSION
+    created_by: str = _created_by()
+    spec: dict[str, Any] = {}
+    fingerprint: dict[str, Any]
+    contract: Annotated[int, Field(ge=1, le=MAX_COUNT)] = 1
+    layers: Annotated[list[int], OfLayers]
+    num_model_layers: int
+    row_kind: Literal["top-k", "sampled"] = "top-k"
+    top_k: Annotated[list[int], OfLayers]
+    truncated: bool = False
+    tail_samples: Annotated[int, Field(ge=0, le=MAX_TAIL)]
+    taus: Annotated[list[float], Field(max_length=MAX_TAUS)] = [1.0]
+    v_real: int
+    profile: Literal["default", "exact", "fast"] = "default"
+    num_parts: Annotated[int, Field(ge=0, le=MAX_PARTS)]
+    num_samples: Count
+    num_response_tokens: Count
+    id_of_rank_xxh3: str = ""
+    num_head_ranks: Count = 0
+    text_xxh3: str | None = None
+    vocab_files: dict[str, FileRecord] = {}
+    skipped: list[dict[str, Any]] = []
+    parents: list[dict[str, Any]] = []
+    responses: list[dict[str, Any]] = []
+
+    @model_validator(mode="after")
+    def _counts_make_sense(self) -> "CacheHeader":
+        check_numbers(
+            self.layers, self.top_k, self.taus, self.v_real, self.v_real if self.row_kind == "top-k" else MAX_WIDTH
+        )
+        if self.layers[-1] != self.num_model_layers:
+            raise ValueError(
+                f"the last of `layers` must be the final layer {self.num_model_layers}, got {shown(self.layers)}"
+            )
+        if self.row_kind == "sampled" and (self.tail_samples or not self.truncated):
+            raise ValueError("sampled rows have no tail samples and differ in width: `truncated` must be true")
+        if self.num_head_ranks > self.v_real:
+            raise ValueError(f"impossible: num_head_ranks {self.num_head_ranks} of {self.v_real} tokens")
+        check_origin(
+            spec=self.spec,
+            fingerprint=self.fingerprint,
+            skipped=self.skipped,
+            responses=self.responses,
+            parents=self.parents,
+        )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_later_fields(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """These came after the first caches of this format: a header that does without is what it always was."""
+        unused = {"responses"} if not self.responses else set()
+        unused |= {"contract"} if self.contract == 1 else set()
+        return {name: value for name, value in dump(self).items() if name not in unused}
+
+    @property
+    def widest(self) -> int:
+        """The largest `top_k` of any layer."""
+        return max(self.top_k)
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether rows may differ in width: then parts count the entries of every row."""
+        return self.truncated or len(set(self.top_k)) > 1
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the fingerprint and the identity fields; every part carries it, so a foreign part is noticed."""
+        identity = {name: getattr(self, name) for name in IDENTITY_FIELDS}
+        if self.contract != 1:
+            identity["contract"] = self.contract
+        return hashlib.sha256(canonical_json({"fingerprint": self.fingerprint, **identity})).hexdigest()
+
+    @property
+    def id_dtype(self) -> np.dtype:
+        return np.dtype(np.uint16 if self.v_real <= 65536 else np.uint32)
+
+    def layer_indices(self, layers: Iterable[int | str] | None) -> list[int]:
+        """Rows of the layer axis for model layer numbers (or "last"); None is all of them."""
+        if layers is None:
+            return list(range(len(self.layers)))
+        wanted: list[Any] = [self.layers[-1] if layer == "last" else layer for layer in layers]
+        for layer in wanted:
+            if layer not in self.layers:
+                raise SpecError(f'layer `{layer}` is not in this cache; it has {self.layers} ("last" is the last)')
+        return [self.layers.index(layer) for layer in wanted]
+
+
+class PartRecord(StrictRecord):
+    """`part.json`: the commit record of one part. Columns are per sample, the summary per layer over all tokens."""
+
+    format_version: int = FORMAT_VERSION
+    cache_digest: str
+    index: int
+    num_tokens: Count
+    num_response_tokens: Count
+    num_entries: Count
+    sample_ids: list[str]
+    kinds: list[str]
+    digests: list[str]
+    sample_tokens: list[int]
+    sample_response_tokens: list[int]
+    response_xxh3: list[str]
+    entropy_last: list[float | None]
+    gold_logprob_last: list[float | None]
+    kept_mass: list[float | None]
+    summary: dict[str, list[float | None]]
+    skipped: list[dict[str, Any]] = []
+    files: dict[str, FileRecord]
+
+    @model_validator(mode="after")
+    def _columns_fit(self) -> "PartRecord":
+        columns = (self.kinds, self.digests, self.sample_tokens, self.sample_response_tokens, self.response_xxh3)
+        means = (self.entropy_last, self.gold_logprob_last, self.kept_mass)
+        if {len(column) for column in (*columns, *means)} - {len(self.sample_ids)}:
+            raise ValueError("the columns per sample differ in length")
+        rows, tokens = self.sample_tokens, self.sample_response_tokens
+        if sum(rows) != self.num_tokens or sum(tokens) != self.num_response_tokens:
+            raise ValueError(
+                f"token counts per sample do not add up: {sum(rows)} and {sum(tokens)}, `num_tokens` is "
+                f"{self.num_tokens}, `num_response_tokens` {self.num_response_tokens}"
+            )
+        wrong = [at for at, (some, every) in enumerate(zip(rows, tokens, strict=True)) if not 0 <= some <= every]
+        if wrong:
+            name, some, every = self.sample_ids[wrong[0]], rows[wrong[0]], tokens[wrong[0]]
+            raise ValueError(f"sample {shown(name)} has {some} rows for {every} response tokens")
+        if len(set(self.sample_ids)) != len(self.sample_ids):
+            twice = next(name for name, num in Counter(self.sample_ids).items() if num > 1)
+            raise ValueError(f"sample id {shown(twice)} occurs twice; ids must be unique")
+        return self
+
+
+def part_name(index: int) -> str:
+    return f"{index:06d}.zarr"
+
+
+def part_dir(root: Path, index: int) -> Path:
+    return root / "parts" / part_name(index)
+
+
+def list_parts(root: Path) -> list[int]:
+    """Indices of the committed parts: what is in `parts/` under a part's name is done."""
+    names = set(os.listdir(root / "parts")) if (root / "parts").is_dir() else set()
+    indices = (int(name[:-5]) for name in names if name.endswith(".zarr") and name[:-5].isdecimal())
+    return sorted(index for index in indices if part_name(index) in names)
+
+
+def response_digest(response_ids: np.ndarray) -> str:
+    """xxh3-64 of the response ids as little-endian uint32: the contract between teacher and student."""
+    return xxhash.xxh3_64_hexdigest(np.ascontiguousarray(response_ids, dtype="<u4").data)
+
+
+def canonical_json(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def sealed_json(value: dict[str, Any]) -> bytes:
+    """JSON text of `value` with an `xxh3` key over the rest, so that the text can be checked against itself."""
+    digest = xxhash.xxh3_64_hexdigest(canonical_json(value))
+    return json.dumps({**value, "xxh3": digest}, indent=1, allow_nan=False).encode() + b"\n"
+
+
+def unseal_json(text: bytes | str, path: Path) -> dict[str, Any]:
+    """The value of a sealed JSON text; CacheCorruptError when it is not what was written."""
+    try:
+        value = json.loads(text)
+        seal = value.pop("xxh3")
+        content = canonical_json(value)
+        if b"\\ud" in content:  # a surrogate: half a pair is no text, and neither a terminal nor a table takes it
+            json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise CacheCorruptError(f"`{path}` cannot be read as a sealed JSON file ({error})") from error
+    found = xxhash.xxh3_64_hexdigest(content)
+    if seal != found:
+        raise CacheCorruptError(f"`{path}`: xxh3 of the content is {found}, the file says {shown(seal)}")
+    return value
+
+
+def as_record(model: type[Record], value: dict[str, Any], path: Path) -> Record:
+    """`value` as a record; CacheCorruptError naming the file and the first wrong field."""
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        message = first["msg"].removeprefix("Value error, ")
+        if not first["loc"]:  # the fields contradict each other, and the message names them
+            raise CacheCorruptError(f"`{path}`: {message}") from error
+        field = ".".join(str(part) for part in first["loc"])
+        got = "" if first["type"] in ("missing", "extra_forbidden") else f", got {shown(first['input'])}"
+        raise CacheCorruptError(f"`{path}`: field `{field}`: {message}{got}") from error
+
+
+SAMPLE_ARRAYS = ("offsets", "response_offsets", "response_ids", "positions")
+
+
+ENTRY_ARRAYS = ("ids", "levels", "logprob_gaps", "logprobs", "counts")
+
+
+SCALAR_ARRAYS = ("lse", "entropy", "gold_logprob", "tail_mass")
+
+
+SUMMARY_ARRAYS = ("entropy", "gold_logprob", "tail_mass")
+
+
+KIB, MIB = 1 << 10, 1 << 20
+
+
+CHUNK_TOKENS = 65536  # keeps a chunk far below the 2 GiB that blosc can take
+
+
+CHUNK_ENTRIES = MIB
+
+
+MAPPED_TOKENS = 1024  # of the `fast` profile: one checksum a block, so the first look at a token reads little more
+
+
+VALUE_ARRAY = {"default": "levels", "exact": "logprob_gaps", "fast": "logprobs"}
+
+
+VALUE_DTYPE = {"levels": "uint8", "logprob_gaps": "uint32", "logprobs": "float16"}
+
+
+@dataclass(frozen=True)
+class Codec:
+    """What makes a chunk small: blosc (zstd, level 5) after a shuffle of bytes or bits in blocks, or nothing.
+
+    `by_entry`: the chunk is transposed first, so that entry k of all its tokens lie together.
+    """
+
+    shuffle: Literal["shuffle", "bitshuffle"] | None
+    block_bytes: int = 0  # 0: blosc chooses
+    by_entry: bool = False
+
+
+BYTES, STORED = Codec("shuffle"), Codec(None)
+
+
+# Measured on real rows (tests/benchmarks/results): ids and levels are a fifth smaller than with plain byte shuffle.
+CODECS = {
+    "ids": Codec("bitshuffle", MIB),
+    "levels": Codec("bitshuffle", 128 * KIB, by_entry=True),
+    "logprob_gaps": Codec("bitshuffle", 2 * MIB, by_entry=True),
+    "counts": Codec("bitshuffle", 128 * KIB),
+}
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """Shape and dtype of an array, the shape of its chunks, and whether they lie in one shard, one layer a chunk."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    chunk: tuple[int, ...]
+    sharded: bool
+    codec: Codec
+
+    @property
+    def size_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of one chunk before it is packed."""
+        return math.prod(self.chunk) * self.dtype.itemsize
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Number of chunks along every axis."""
+        return tuple(-(-size // chunk) for size, chunk in zip(self.shape, self.chunk, strict=True))
+
+    @property
+    def is_layered(self) -> bool:
+        """Whether the axes are (token, layer, ...)."""
+        return self.sharded and len(self.shape) > 1
+
+
+def value_array(header: CacheHeader) -> str:
+    """Name of the array that holds what the entries of `ids` weigh."""
+    return "counts" if header.row_kind == "sampled" else VALUE_ARRAY[header.profile]
+
+
+def layered_names(header: CacheHeader) -> list[str]:
+    """The arrays with a layer axis that parts of this cache have, with those that are flat."""
+    kept = ["kept"] if header.is_ragged else []
+    if header.row_kind == "sampled":
+        return [*kept, "ids", "counts", "lse", "entropy", "gold_logprob"]
+    tail = ["tail_ids"] if header.tail_samples else []
+    return [*kept, "ids", value_array(header), *tail, *SCALAR_ARRAYS]
+
+
+def array_specs(
+    header: CacheHeader, *, num_samples: int, num_tokens: int, num_response: int, num_entries: int
+) -> dict[str, ArraySpec]:
+    """Every array of a part, by name; T, R and E are `num_tokens`, `num_response` and `num_entries`."""
+    TL = (num_tokens, len(header.layers))
+    entries = (num_entries,) if header.is_ragged else (*TL, header.widest)
+    value = value_array(header)
+    count_dtype = np.dtype(np.min_scalar_type(header.widest))
+    shapes: dict[str, tuple[tuple[int, ...], object]] = {
+        "kept": (TL, count_dtype),
+        "ids": (entries, header.id_dtype),
+        value: (entries, VALUE_DTYPE.get(value, count_dtype)),
+        "tail_ids": ((*TL, header.tail_samples), header.id_dtype),
+        "lse": ((*TL, len(header.taus)), "float32"),
+        **dict.fromkeys(SUMMARY_ARRAYS, (TL, "float32")),
+    }
+    specs = {
+        "offsets": _whole((num_samples + 1,), "int64"),
+        "response_offsets": _whole((num_samples + 1,), "int64"),
+        "response_ids": _whole((num_response,), "uint32"),
+        "positions": _whole((num_tokens,), "uint32"),
+    }
+    for name in layered_names(header):
+        specs[name] = _chunked(name, *shapes[name], mapped=header.profile == "fast")
+    return specs
+
+
+def part_specs(header: CacheHeader, record: PartRecord) -> dict[str, ArraySpec]:
+    return array_specs(
+        header,
+        num_samples=len(record.sample_ids),
+        num_tokens=record.num_tokens,
+        num_response=record.num_response_tokens,
+        num_entries=record.num_entries,
+    )
+
+
+def vocab_specs(v_real: int, heads: tuple[int, int], num_text_bytes: int | None) -> dict[str, ArraySpec]:
+    """The arrays of `vocab/`; the texts of the tokens may be missing."""
+    specs = {"id_of_rank": _whole((v_real,), "uint32"), "heads": _whole(heads, "uint32")}
+    if num_text_bytes is not None:
+        specs |= {"text": _whole((num_text_bytes,), "uint8"), "text_offsets": _whole((v_real + 1,), "int64")}
+    return specs
+
+
+def _whole(shape: tuple[int, ...], dtype: object) -> ArraySpec:
+    """One chunk, one file."""
+    kind = np.dtype(dtype)  # type: ignore[call-overload]
+    return ArraySpec(shape, kind, _at_least_one(shape), False, BYTES)
+
+
+def _chunked(name: str, shape: tuple[int, ...], dtype: object, *, mapped: bool) -> ArraySpec:
+    """One shard, one file: a chunk is one layer, or a stretch of flat entries."""
+    kind, whole = np.dtype(dtype), _at_least_one(shape)  # type: ignore[call-overload]
+    codec = STORED if mapped else CODECS.get(name, BYTES)
+    if len(shape) == 1:
+        return ArraySpec(shape, kind, (min(whole[0], CHUNK_ENTRIES),), True, replace(codec, by_entry=False))
+    tokens = min(whole[0], MAPPED_TOKENS if mapped and name in ENTRY_ARRAYS else CHUNK_TOKENS)
+    return ArraySpec(shape, kind, (tokens, 1, *whole[2:]), True, codec)
+
+
+def _at_least_one(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(max(1, size) for size in shape)
+
+
+def part_file_names(specs: dict[str, ArraySpec]) -> set[str]:
+    """The files a part must have beside `part.json`: metadata of group and arrays, one data file per array."""
+    data = {data_file_name(name, spec) for name, spec in specs.items() if spec.size_bytes}
+    return {"zarr.json"} | {f"{name}/zarr.json" for name in specs} | data
+
+
+def data_file_name(name: str, spec: ArraySpec) -> str:
+    """The one data file of an array, relative to the part."""
+    return f"{name}/c/{'/'.join('0' * len(spec.shape))}"

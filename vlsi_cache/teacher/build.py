@@ -1,0 +1,272 @@
+"""Stage build: the frozen teacher runs once over the data, and every (layer, response token) becomes a sparse row.
+
+The data alone decides parts and batches, so a build that was killed repeats the same batches and writes the same
+bytes. Samples are encoded, and finished parts are written, by threads while the teacher works.
+
+Legend: T response tokens, L layers (intermediate targets, then the final layer), V vocabulary.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from functools import cache as remember
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlsi_cache.config.sections import CacheSpec
+from vlsi_cache.data.collate import plan_batches, plan_parts
+from vlsi_cache.data.encoder import CONTRACT
+from vlsi_cache.errors import SpecError
+from vlsi_cache.io import refuse_url
+from vlsi_cache.progress import Bar, say
+from vlsi_cache.runs.run_dir import spec_changes_note, versions
+from vlsi_cache.sparse.rows import SparseRows, select_at_random, select_by_entropy
+from vlsi_cache.store import reader
+from vlsi_cache.store.files import load_header
+from vlsi_cache.store.format import HEADER_NAME, TABLE_NAME, CacheHeader
+from vlsi_cache.store.header import check_root
+from vlsi_cache.store.reader import Cache
+from vlsi_cache.store.records import PartSamples
+from vlsi_cache.store.teacher_fit import surprise_warning
+from vlsi_cache.store.vocab_order import RankTable, plain_ranks, ranks_by_count
+from vlsi_cache.store.writer import CacheWriter
+
+from .batch_size import find_batch_tokens
+from .forward import PartBatch, Teacher, load_teacher
+from .inputs import TeacherInputs, open_teacher_inputs
+
+# Uncompressed bytes of one kept entry, id and value: what `store.part_mib` counts.
+BYTES_PER_ENTRY = {"default": 5, "exact": 8, "fast": 6}
+BYTES_PER_SCALAR = 4
+RANKED_TOKENS = 2048  # response tokens whose rows decide the frequency ranks of the ids
+
+MadeBatch = tuple[PartBatch, list[SparseRows]]
+
+
+def build_teacher(
+    spec: CacheSpec, *, out: Path | str, device: str | None = None, rank: int = 0, world: int = 1
+) -> Cache:
+    """Build the cache of `spec` at `out`, or go on with it after a kill; a finished one is only opened.
+
+    Any number of processes may work on one `out`: process `rank` of `world` takes its own parts first, then whatever
+    is missing. With `run.batch_tokens: auto` the first of them finds the number and records it, and all take that one.
+    Raises FingerprintMismatchError when `out` holds a cache of something else, BatchTooLargeError, DiskFullError,
+    DataError, ModelError.
+    """
+    refuse_url(out, "out")
+    if not 0 <= rank < world:
+        raise SpecError(f"rank {rank} of {world}: ranks go from 0 to {world - 1}")
+    out = Path(out)
+    check_root(out)
+    inputs = open_teacher_inputs(spec)
+    parts = plan_parts(
+        [len(ids) for ids in inputs.response_ids], seed=spec.rows.seed, tokens_per_part=part_tokens(inputs)
+    )
+    teacher = remember(lambda: load_teacher(inputs, device=device))
+    batch_tokens = settled_batch_tokens(inputs, out, lambda: find_batch_tokens(teacher(), parts))
+    if not (out / HEADER_NAME).exists():
+        teacher()  # a teacher that cannot be used leaves no cache folder behind
+    first_rows: list[MadeBatch] = []
+    writer = CacheWriter.create_or_resume(
+        out,
+        cache_header(inputs, parts, batch_tokens),
+        lambda: frequency_ranks(teacher, parts, batch_tokens, first_rows),
+        token_texts=lambda: inputs.encoder.token_texts(range(inputs.encoder.v_real)),
+    )
+    planned = batch_tokens
+    if spec.run.batch_tokens == "auto":  # another process may have been the first to record a number
+        batch_tokens = int(writer.header.spec["run"]["batch_tokens"])
+    if note := spec_changes_note(writer.header.spec, spec):
+        say(note)
+    missing = writer.missing_parts(rank=rank, world=world)
+    if inputs.skipped:
+        say(f"{len(inputs.skipped)} rows left out, listed with reasons in {out / 'cache.json'}")
+    if missing:
+        made = first_rows if missing[0] == 0 and batch_tokens == planned else []
+        _build_parts(teacher(), parts, missing, writer, batch_tokens, made)
+    else:
+        say(f"{out} is finished: all {len(parts)} parts are there; nothing to do")
+    if missing or not (out / TABLE_NAME).is_file():
+        writer.finish()
+    cache = reader.open(out)
+    if warning := surprise_warning(cache):
+        say(f"warning: {warning}")
+    return cache
+
+
+def settled_batch_tokens(inputs: TeacherInputs, out: Path, find: Callable[[], int]) -> int:
+    """The number the spec names; for `auto` the one that the cache has recorded, or else one found now."""
+    if inputs.spec.run.batch_tokens != "auto":
+        return inputs.spec.run.batch_tokens
+    if not (out / HEADER_NAME).exists():
+        return find()
+    recorded = int(load_header(out).spec["run"]["batch_tokens"])
+    say(f"batch tokens: {recorded} (recorded in {out / HEADER_NAME})")
+    return recorded
+
+
+def cache_header(inputs: TeacherInputs, parts: list[list[int]], batch_tokens: int | None = None) -> CacheHeader:
+    """What `cache.json` says; `fingerprint` holds, field by field, everything that decides the bytes.
+
+    `batch_tokens` is the number that was found, where the spec leaves it open.
+    """
+    run = inputs.spec.run.with_batch_tokens(batch_tokens or inputs.spec.run.num_batch_tokens)
+    spec = inputs.spec.model_copy(update={"run": run})
+    layers = [*inputs.target_layers, inputs.num_model_layers]
+    return CacheHeader(
+        created_by=f"vlsi-cache {versions()['vlsi-cache']}",
+        spec=spec.model_dump(mode="json"),
+        contract=CONTRACT,
+        fingerprint=fingerprint(inputs),
+        layers=layers,
+        num_model_layers=inputs.num_model_layers,
+        row_kind=spec.rows.kind,
+        top_k=spec.rows.widths(len(layers)),
+        truncated=spec.rows.kind == "sampled" or spec.rows.top_p is not None,
+        tail_samples=0 if spec.rows.kind == "sampled" else spec.rows.tail_samples,
+        taus=list(spec.rows.taus),
+        v_real=inputs.encoder.v_real,
+        profile=spec.store.profile,
+        num_parts=len(parts),
+        num_samples=len(inputs.records),
+        num_response_tokens=sum(len(ids) for ids in inputs.response_ids),
+        skipped=inputs.skipped,
+        responses=responses_origin(inputs),
+    )
+
+
+def responses_origin(inputs: TeacherInputs) -> list[dict[str, Any]]:
+    """What `generate` has written about the responses, without the list of those it left out."""
+    if inputs.provenance is None:
+        return []
+    return [{name: value for name, value in inputs.provenance.items() if name != "left_out"}]
+
+
+def fingerprint(inputs: TeacherInputs) -> dict[str, Any]:
+    """Teacher weights (which hold the head), verbalizers, tokenizer and processor, data in order, and settings."""
+    content = "\n".join(f"{record.id} {record.digest}" for record in inputs.records)
+    encoder = inputs.encoder.fingerprint()
+    del encoder["contract"]  # which the header has by itself
+    return {
+        "teacher.weights": inputs.weights_digest,
+        **{f"verbalizer.{layer}": digest for layer, digest in inputs.verbalizer_digests().items()},
+        **{f"encoder.{key}": value for key, value in encoder.items()},
+        "data.content": hashlib.sha256(content.encode()).hexdigest(),
+        "data.num_samples": len(inputs.records),
+        "layers": [*inputs.target_layers, inputs.num_model_layers],
+        "v_real": inputs.encoder.v_real,
+        **inputs.spec.fingerprint_fields(),
+    }
+
+
+def frequency_ranks(
+    teacher: Callable[[], Teacher], parts: list[list[int]], batch_tokens: int, made: list[MadeBatch]
+) -> RankTable:
+    """Ids by how often the teacher keeps them in the first batches of the first part, in each layer.
+
+    Ids it does not keep there follow by their count in the data set's responses, then by id. Small ranks are what
+    makes ids compress; the `fast` profile stores ids as they are. The batches are left in `made`.
+    """
+    inputs = teacher().inputs
+    v_real, num_layers = inputs.encoder.v_real, teacher().num_layers
+    if inputs.spec.store.profile == "fast":
+        return plain_ranks(np.arange(v_real), num_layers)
+    kept_LV = np.zeros((num_layers, v_real), np.int64)
+    with closing(teacher().stream(_first_batches(inputs, parts, batch_tokens))) as stream:
+        for batch, found in stream:
+            made.append((batch, found))
+            for rows in found:
+                for kept_V, ids_TK, logprobs_TK in zip(kept_LV, rows.ids_LTK, rows.logprobs_LTK, strict=True):
+                    kept_V += np.bincount(ids_TK[np.isfinite(logprobs_TK)], minlength=v_real)
+    said_V = np.bincount(np.concatenate([np.zeros(0, np.uint32), *inputs.response_ids]), minlength=v_real)
+    return ranks_by_count(kept_LV, said_V)
+
+
+def _first_batches(inputs: TeacherInputs, parts: list[list[int]], batch_tokens: int) -> Iterator[PartBatch]:
+    """As many of the first part's batches as have RANKED_TOKENS response tokens."""
+    num_tokens = 0
+    for batch in _batches(inputs, parts, [0] if parts else [], batch_tokens):
+        if num_tokens >= RANKED_TOKENS:
+            return
+        num_tokens += sum(len(inputs.response_ids[i]) for i in batch.indices)
+        yield batch
+
+
+def _build_parts(
+    teacher: Teacher,
+    parts: list[list[int]],
+    missing: list[int],
+    writer: CacheWriter,
+    batch_tokens: int,
+    made: list[MadeBatch],
+) -> None:
+    """Make and write the missing parts; the first batches of the first of them may have been `made` already."""
+    inputs = teacher.inputs
+    total = sum(len(ids) for ids in inputs.response_ids)
+    left = sum(len(inputs.response_ids[i]) for part in missing for i in parts[part])
+    found: dict[int, SparseRows] = {}  # of the part at work, by record
+    with (
+        Bar("build", unit="tok", total=total, done=total - left, scaled=True) as bar,
+        writer.in_background() as queue,
+        closing(teacher.stream(islice(_batches(inputs, parts, missing, batch_tokens), len(made), None))) as stream,
+    ):
+        for (part, indices), rows in chain(made, stream):
+            found.update(zip(indices, rows, strict=True))
+            bar.update(sum(one.num_tokens for one in rows))
+            queue.check()  # a write that failed stops the build here and now, with its cause
+            if len(found) == len(parts[part]):
+                bar.note("waits for the disk" if queue.is_full else "")
+                queue.put(part, part_samples(inputs, parts[part], found))
+                found = {}
+
+
+def part_samples(inputs: TeacherInputs, indices: list[int], found: dict[int, SparseRows]) -> PartSamples:
+    """What part of the records `indices` holds: the rows found for them, of the tokens that the spec selects."""
+    rows = SparseRows.concat([found[index] for index in indices])
+    positions = selected_positions(inputs, indices, rows)
+    if positions is not None:
+        starts = np.cumsum([0, *(len(inputs.response_ids[i]) for i in indices[:-1])])
+        rows = rows.select_tokens(np.concatenate([start + at for start, at in zip(starts, positions, strict=True)]))
+    return PartSamples(
+        sample_ids=[inputs.records[i].id for i in indices],
+        kinds=[inputs.records[i].kind for i in indices],
+        digests=[inputs.records[i].digest for i in indices],
+        response_ids=[inputs.response_ids[i] for i in indices],
+        rows=rows,
+        positions=positions,
+    )
+
+
+def selected_positions(inputs: TeacherInputs, indices: list[int], rows: SparseRows) -> list[np.ndarray] | None:
+    """Response tokens of each record that keep their rows; None when all do."""
+    rule = inputs.spec.rows.select_tokens
+    lengths = [len(inputs.response_ids[i]) for i in indices]
+    if rule.random is not None:
+        names = [inputs.records[i].id for i in indices]
+        chosen_T = select_at_random(names, lengths, share=rule.random, seed=inputs.spec.rows.seed)
+    elif rule.entropy_above is not None or rule.entropy_top is not None:
+        chosen_T = select_by_entropy(rows.entropy_LT[-1], above=rule.entropy_above, top=rule.entropy_top)
+    else:
+        return None
+    return [np.flatnonzero(piece) for piece in np.split(chosen_T, np.cumsum(lengths)[:-1])]
+
+
+def _batches(
+    inputs: TeacherInputs, parts: list[list[int]], chosen: list[int], batch_tokens: int
+) -> Iterator[PartBatch]:
+    """Records of some parts that go through the teacher together: planned from the data alone, never across parts."""
+    for part in chosen:
+        for batch in plan_batches(inputs.lengths(parts[part]), batch_tokens):
+            yield PartBatch(part, [parts[part][j] for j in batch])
+
+
+def part_tokens(inputs: TeacherInputs) -> int:
+    """Response tokens of one part, so that its rows take about `store.part_mib` uncompressed."""
+    rows, num_layers = inputs.spec.rows, len(inputs.target_layers) + 1
+    entries = sum(rows.widths(num_layers)) * BYTES_PER_ENTRY[inputs.spec.store.profile]
+    scalars = num_layers * (rows.tail_samples + 3 + len(rows.taus)) * BYTES_PER_SCALAR
+    per_token = (entries + scalars) * rows.select_tokens.expected_share
+    return max(1, int(inputs.spec.store.part_mib * 2**20 / per_token))

@@ -1,0 +1,393 @@
+"""Generate: let the spec's teacher, a run's student or any other model answer the rows of a spec."""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlsi_cache.config.sections import CacheSpec, Dtype
+from vlsi_cache.config.spec import spec_from_dict
+from vlsi_cache.data.encoder import Encoder, fit_rows, load_encoder, too_long
+from vlsi_cache.data.records import Record, read_records, row_of, with_answer
+from vlsi_cache.data.sources import media_root, read_responses
+from vlsi_cache.data.values import shown
+from vlsi_cache.data.writing import write_rows
+from vlsi_cache.errors import DataError, FingerprintMismatchError, SpecError, list_problems
+from vlsi_cache.io import check_file, check_folder, refuse_url, write_atomically
+from vlsi_cache.models.load import (
+    encoder_folders,
+    load_config,
+    load_model,
+    max_positions,
+    resolve_model,
+    weights_digest,
+)
+from vlsi_cache.models.responses import Decoding, Response, respond
+from vlsi_cache.progress import progress, say
+from vlsi_cache.run_files import read_batch, read_object, read_run, sealed
+from vlsi_cache.runs.run_dir import LOCK_NAME, check_has_student, differences, locked, versions
+from vlsi_cache.runtime import check_device, pick_device, seed_step
+from vlsi_cache.store.commit import publish_new_file
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A model that is not loaded yet. Only the spec's own teacher may run code of its own, if the spec allows it."""
+
+    path: str
+    dtype: Dtype
+    revision: str | None = None
+    gguf_file: str | None = None
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+
+    def digest(self) -> str:
+        return weights_digest(self.path, revision=self.revision, gguf_file=self.gguf_file)
+
+    def encoder(self, spec: CacheSpec) -> Encoder:
+        return load_encoder(
+            **encoder_folders(self.path, revision=self.revision, gguf_file=self.gguf_file),
+            trust_remote_code=self.trust_remote_code,
+            **spec.data.encoding(),
+        )
+
+    def max_positions(self) -> int | None:
+        options = {"revision": self.revision, "gguf_file": self.gguf_file}
+        return max_positions(load_config(self.path, **options, trust_remote_code=self.trust_remote_code))
+
+    def load(self, device: str) -> Any:
+        where = device if device == "auto" else str(pick_device(device))  # auto spreads over all GPUs
+        model = load_model(
+            self.path,
+            revision=self.revision,
+            gguf_file=self.gguf_file,
+            dtype=self.dtype,
+            device=where,
+            trust_remote_code=self.trust_remote_code,
+            attn_implementation=self.attn_implementation,
+        )
+        say(f"model: {self.path} on {model.device}")
+        return model
+
+
+def speaker_of(spec: CacheSpec, model: str) -> Speaker:
+    """`teacher`, a distill run's folder (its student), or a model's folder or hub id; raises SpecError, ModelError."""
+    if model == "teacher":
+        teacher = spec.teacher
+        return Speaker(
+            resolve_model(teacher.model),
+            teacher.dtype,
+            teacher.revision,
+            teacher.gguf_file,
+            teacher.attn_implementation,
+            teacher.trust_remote_code,
+        )
+    folder, distill = Path(model), spec.distill
+    if (folder / "run.json").exists():
+        run = read_run(folder)
+        check_has_student(folder, run)
+        distill = spec_from_dict(run["spec"], where=str(folder / "run.json")).distill
+        folder = folder / "student"
+    path = str(folder.resolve()) if folder.is_dir() else resolve_model(model)
+    return Speaker(path, distill.student_dtype, attn_implementation=distill.attn_implementation)
+
+
+IDENTITY = ("weights", "settings", "encoder", "source_rows")  # what must be equal to go on with a work folder
+
+
+# What may lie in a work folder: its lock, the plan, the batches, the rows, and what a kill leaves of these.
+WORK_NAMES = re.compile(rf"{re.escape(LOCK_NAME)}|\.?(plan\.json|batch-\d+\.json|.+\.parquet)(\.tmp-[0-9a-f]+)?")
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is to be said by whom. An item is (record, number of the sample); a batch is some items."""
+
+    out: Path
+    speaker: Speaker
+    encoder: Encoder
+    records: list[Record]
+    left_out: list[dict[str, str]]
+    batches: list[list[tuple[int, int]]]
+    decoding: Decoding
+    num_samples: int
+    limits: dict[str, Any]  # as `fit_rows` takes them
+    media_root: Path | None
+    facts: dict[str, Any]
+
+    @property
+    def work(self) -> Path:
+        return _work_of(self.out)
+
+    def batch_file(self, number: int) -> Path:
+        return self.work / f"batch-{number:06d}.json"
+
+
+def generate(
+    spec: CacheSpec,
+    *,
+    out: Path | str,
+    model: str = "teacher",
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    num_samples: int = 1,
+    max_new_tokens: int = 256,
+    batch_size: int = 16,
+    seed: int = 0,
+    limit: int | None = None,
+    device: str | None = None,
+) -> dict[str, Any]:
+    """Write the rows of the spec's `data` with the responses of `model` to the Parquet file `out`, or go on with it.
+
+    `model` is `teacher`, a distill run's folder (its student), or a model's folder or hub id. Temperature 0 takes the
+    likeliest token. With several `num_samples` the rows' ids become `ID#0`, `ID#1`, ... Responses that do not end
+    within `max_new_tokens`, are empty, or cannot be rows are left out and listed. Pictures that the rows name by path
+    stay where they are.
+
+    Returns what the file's metadata says: `model`, `weights`, `settings`, `source_rows` (their digest), `counts`,
+    `left_out` ({id, reason}), `versions`, with such pictures `media_root`; and `path`. Raises SpecError, DataError
+    (nothing is left), FingerprintMismatchError (`out` or its work folder is of something else), RunBusyError,
+    ModelError.
+    """
+    decoding = Decoding(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+    _check(Path(out), decoding, num_samples=num_samples, batch_size=batch_size)
+    if seed and not temperature:
+        raise SpecError(f"`seed` {seed} belongs to sampling, and nothing is drawn without a `temperature` above 0")
+    job = _plan(spec, Path(out), model, decoding, num_samples, batch_size=batch_size, seed=seed, limit=limit)
+    if not _is_finished(job):
+        check_device(device or spec.run.device)
+        job.work.mkdir(parents=True, exist_ok=True)
+        with locked(job.work):
+            if not _is_finished(job):  # by a process that was there before
+                facts = _begin(job)
+                _speak(job, seed=seed, device=device or spec.run.device)
+                _write(job, facts)
+    shutil.rmtree(job.work, ignore_errors=True)
+    return {"path": str(job.out), **(read_responses(job.out) or {})}
+
+
+def _check(out: Path, decoding: Decoding, *, num_samples: int, batch_size: int) -> None:
+    refuse_url(out, "out")
+    if out.suffix != ".parquet":
+        raise SpecError(f"cannot write {out}: the name must end in .parquet")
+    check_file(out)
+    if out.exists():
+        _read_ours(out)
+    work = _work_of(out)
+    check_folder(work)
+    strangers = (
+        [entry.name for entry in work.iterdir() if not WORK_NAMES.fullmatch(entry.name)] if work.exists() else []
+    )
+    if strangers:
+        raise SpecError(f"{work}, where unfinished work goes, holds something else (`{min(strangers)}`); move it away")
+    if num_samples < 1 or batch_size < 1:
+        raise SpecError(f"`num_samples` is {num_samples} and `batch_size` {batch_size}: both must be at least 1")
+    if num_samples > 1 and not decoding.temperature:
+        raise SpecError(
+            f"`num_samples` is {num_samples}: without a `temperature` above 0 all of them would be the same"
+        )
+
+
+def _plan(
+    spec: CacheSpec,
+    out: Path,
+    model: str,
+    decoding: Decoding,
+    num_samples: int,
+    *,
+    batch_size: int,
+    seed: int,
+    limit: int | None,
+) -> _Job:
+    """Read everything but the weights: prompts of similar length come together, all samples of one side by side."""
+    speaker = speaker_of(spec, model)
+    encoder, source = speaker.encoder(spec), read_records(spec.data, limit=limit)
+    limits: dict[str, Any] = {"max_length": spec.data.max_length, "max_positions": speaker.max_positions()}
+    # Whether a row fits is decided by its prompt: the answer that it has goes.
+    kept, do_not_fit = fit_rows(source, encoder, **limits, bad_rows=spec.data.bad_rows, with_response=False)
+    order = sorted(kept, key=lambda row: (row[1], row[0]))
+    items = [(index, number) for index, _, _ in order for number in range(num_samples)]
+    settings = {
+        "temperature": decoding.temperature,
+        "top_p": decoding.top_p,
+        "num_samples": num_samples,
+        "max_new_tokens": decoding.max_new_tokens,
+        "max_length": spec.data.max_length,
+        "batch_size": batch_size,
+        "seed": seed,
+        "dtype": speaker.dtype,
+    }
+    return _Job(
+        out=out,
+        speaker=speaker,
+        encoder=encoder,
+        records=list(source),
+        left_out=[*source.skipped, *do_not_fit],
+        batches=[items[start : start + batch_size] for start in range(0, len(items), batch_size)],
+        decoding=decoding,
+        num_samples=num_samples,
+        limits=limits,
+        media_root=media_root(spec.data),
+        facts={
+            "model": speaker.path,
+            "weights": speaker.digest(),
+            "settings": settings,
+            "encoder": encoder.fingerprint(),
+            "num_source_rows": len(source),
+            "source_rows": source.digest,
+            "versions": versions(),
+        },
+    )
+
+
+def _is_finished(job: _Job) -> bool:
+    """Whether the output is there; raises when what is there is something else."""
+    if not job.out.exists():
+        return False
+    there = _read_ours(job.out)
+    _refuse_other(job.out, there, job.facts, "choose another name with -o, or bring them back")
+    say(f"{job.out} is finished; nothing to do")
+    return True
+
+
+def _read_ours(out: Path) -> dict[str, Any]:
+    """What an output that is there says of itself; raises SpecError when it was not written by `generate`."""
+    try:
+        there = read_responses(out)
+    except DataError:
+        there = None
+    if there is None:
+        raise SpecError(f"{out} exists and was not written by `generate`; choose another name with -o")
+    return there
+
+
+def _work_of(out: Path) -> Path:
+    return out.with_name(f".{out.name}.work")
+
+
+def _begin(job: _Job) -> dict[str, Any]:
+    """The facts of this job, those of the process that began it if there are some."""
+    file = job.work / "plan.json"
+    if not file.is_file():
+        write_atomically(file, json.dumps(job.facts, indent=1))
+    facts = read_object(file, f"delete {job.work} to begin anew")
+    advice = f"bring them back, choose another name with -o, or delete {job.work} to begin anew"
+    _refuse_other(job.work, facts, job.facts, advice)
+    return facts
+
+
+def _refuse_other(path: Path, there: dict[str, Any], wanted: dict[str, Any], advice: str) -> None:
+    problems = [line for key in IDENTITY for line in differences(there.get(key), wanted[key], key)]
+    num_there = there.get("num_source_rows") or there.get("counts", {}).get("source_rows")  # of an earlier release
+    if num_there not in (None, wanted["num_source_rows"]):
+        problems.insert(0, f"{num_there} source rows there, {wanted['num_source_rows']} now (`--limit`, `data.limit`)")
+    if problems:
+        raise FingerprintMismatchError(f"{path} was made from something else; {advice}:\n{list_problems(problems)}")
+
+
+def _speak(job: _Job, *, seed: int, device: str) -> None:
+    """Generate what no earlier attempt has: one file a batch."""
+    missing = [number for number in range(len(job.batches)) if not job.batch_file(number).is_file()]
+    if not missing:
+        return
+    loaded, done = job.speaker.load(device), len(job.batches) - len(missing)
+    for number in progress(missing, "generate", unit="batch", done=done):
+        seed_step(seed, "generate", number)
+        records = [job.records[index] for index, _ in job.batches[number]]
+        responses = respond(loaded, job.encoder, records, job.decoding)
+        lines = [{"ids": one.ids, "ended": one.ended} for one in responses]
+        write_atomically(job.batch_file(number), sealed({"responses": lines}))
+
+
+@dataclass(frozen=True)
+class _Said:
+    """All responses: their ids one after the other, uint32 [T], where each ends, and whether the model ended it."""
+
+    items: list[tuple[int, int]]
+    ids_T: np.ndarray
+    ends: np.ndarray
+    ended: list[bool]
+
+    def __iter__(self) -> Iterator[tuple[tuple[int, int], Response]]:
+        """In the order of the source."""
+        for i in sorted(range(len(self.items)), key=self.items.__getitem__):
+            ids_R = self.ids_T[self.ends[i - 1] if i else 0 : self.ends[i]]
+            yield self.items[i], Response(ids_R.tolist(), self.ended[i])
+
+
+def _write(job: _Job, facts: dict[str, Any]) -> None:
+    """Judge all responses, then write those that can be rows, in the order of the source."""
+    said = _read_said(job)
+    is_row: list[bool] = []
+    left_out = list(job.left_out)
+    num_changed = 0
+    for item, response in said:
+        record = _named(job, item)
+        ids, reason = _judge(job, record, response)
+        is_row.append(not reason)
+        if reason:
+            left_out.append({"id": record.id, "reason": reason})
+        else:
+            num_changed += ids != response.ids
+    if not any(is_row):
+        shutil.rmtree(job.work)  # nothing in it is of use to another attempt
+        problems = [f"row `{one['id']}`: {one['reason']}" for one in left_out]
+        raise DataError(
+            f"none of {len(is_row)} responses can be used, so nothing was written:\n{list_problems(problems)}"
+        )
+    counts = {"source_rows": len(job.records), "generated": len(is_row), "written": sum(is_row)}
+    counts |= {"left_out": len(left_out), "retokenised": num_changed}
+    temporary = job.work / job.out.name
+    about = {**facts, **_pictures(job), "counts": counts, "left_out": left_out}
+    good = (pair for pair, is_good in zip(said, is_row, strict=True) if is_good)
+    rows = (with_answer(_named(job, item), job.encoder.answer(response.ids)) for item, response in good)
+    write_rows((row_of(row, media_root=job.media_root) for row in rows), temporary, responses=about)
+    if not publish_new_file(temporary, job.out):
+        raise SpecError(f"{job.out} has come into being meanwhile; choose another name with -o")
+
+
+def _pictures(job: _Job) -> dict[str, str]:
+    """The folder that the rows' pictures lie below, where they name some by path."""
+    has_paths = any(image.path is not None for record in job.records for image in record.images)
+    return {"media_root": str(job.media_root)} if has_paths else {}
+
+
+def _read_said(job: _Job) -> _Said:
+    """What the finished batches hold."""
+    ids: list[np.ndarray] = []
+    ends, ended = [np.zeros(1, dtype=np.int64)], []
+    for number, batch in enumerate(job.batches):
+        lines = read_batch(job.batch_file(number), len(batch))
+        ids.append(np.fromiter(chain.from_iterable(line["ids"] for line in lines), dtype=np.uint32))
+        ends.append(ends[-1][-1] + np.cumsum([len(line["ids"]) for line in lines]))
+        ended += [line["ended"] for line in lines]
+    items = list(chain.from_iterable(job.batches))
+    assert len(items) == len(ended)
+    return _Said(items, np.concatenate(ids), np.concatenate(ends[1:]), ended)
+
+
+def _named(job: _Job, item: tuple[int, int]) -> Record:
+    """The record of the source, under the name that this response to it has."""
+    record = job.records[item[0]]
+    return replace(record, id=f"{record.id}#{item[1]}") if job.num_samples > 1 else record
+
+
+def _judge(job: _Job, record: Record, response: Response) -> tuple[list[int], str]:
+    """The ids that this response is read as in a row; or why it cannot be in one."""
+    if not response.ended:
+        return [], f"no end of turn within {job.decoding.max_new_tokens} tokens"
+    text = job.encoder.answer(response.ids)
+    if not text.strip():
+        return [], "the response is empty"
+    try:
+        num_prompt, ids = job.encoder.measure(with_answer(record, text))
+    except DataError as error:
+        return [], str(error).removeprefix(f"row `{shown(record.id)}`: ")
+    reason = too_long(num_prompt + len(ids), **job.limits)
+    return ([], reason) if reason else (ids[:-1].tolist(), "")

@@ -1,0 +1,122 @@
+"""The teacher's side of a spec, opened once: encoder, records that fit, target layers; the weights only when asked."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from vlsi_cache.config.sections import CacheSpec
+from vlsi_cache.data.encoder import Encoder, fit_rows, load_encoder
+from vlsi_cache.data.records import Record, read_records
+from vlsi_cache.models.backbone import Backbone, check_family, target_layers
+from vlsi_cache.models.load import (
+    adapter_note,
+    encoder_folders,
+    load_config,
+    load_model,
+    max_positions,
+    resolve_model,
+    weights_digest,
+)
+from vlsi_cache.models.probe import check_vocabulary, checked_backbone
+from vlsi_cache.models.verbalizer import Verbalizers, find_folder, load_verbalizers, logit_lens, verbalizers_digest
+from vlsi_cache.progress import say
+
+
+@dataclass(frozen=True)
+class TeacherInputs:
+    """`records[i]` has `num_prompt_N[i]` prompt tokens and the response ids `response_ids[i]` (uint32, with the
+    end-of-turn token). `target_layers` are intermediate layers; the final one comes on top.
+    `provenance` is what `generate` says of the responses, if they come from there."""
+
+    spec: CacheSpec
+    model_path: str
+    config: Any
+    encoder: Encoder
+    records: list[Record]
+    num_prompt_N: np.ndarray
+    response_ids: list[np.ndarray]
+    skipped: list[dict[str, str]]
+    num_model_layers: int
+    target_layers: list[int]
+    provenance: dict[str, Any] | None = None
+
+    def lengths(self, indices: list[int]) -> list[int]:
+        """Tokens of some records, prompt and response."""
+        return [int(self.num_prompt_N[i]) + len(self.response_ids[i]) for i in indices]
+
+    def padded_tokens(self, indices: list[int]) -> int:
+        """Tokens of a batch of these records once all are as long as the longest."""
+        return len(indices) * max(self.lengths(indices))
+
+    @cached_property
+    def weights_digest(self) -> str:
+        teacher = self.spec.teacher
+        return weights_digest(self.model_path, revision=teacher.revision, gguf_file=teacher.gguf_file)
+
+    @property
+    def verbalizers_path(self) -> str | None:
+        path = self.spec.teacher.verbalizers
+        return None if path is None else str(find_folder(path))
+
+    def verbalizer_digests(self) -> dict[str, str]:
+        """File digest per target layer; `logit lens` for each where the spec names no verbalizers."""
+        if self.verbalizers_path is None:
+            return {str(layer): "logit lens" for layer in self.target_layers}
+        return verbalizers_digest(self.verbalizers_path, self.target_layers)
+
+    def load_backbone(self, device: str) -> Backbone:
+        """The frozen teacher; device `auto` spreads one that is too large over all GPUs."""
+        teacher = self.spec.teacher
+        model = load_model(
+            self.model_path,
+            revision=teacher.revision,
+            gguf_file=teacher.gguf_file,
+            dtype=teacher.dtype,
+            device=device,
+            trust_remote_code=teacher.trust_remote_code,
+            attn_implementation=teacher.attn_implementation,
+        )
+        if note := adapter_note(self.model_path):
+            say(note)
+        return checked_backbone(model, self.encoder)
+
+    def load_verbalizers(self, backbone: Backbone) -> Verbalizers:
+        if self.verbalizers_path is None:
+            return logit_lens(backbone, self.target_layers)
+        return load_verbalizers(self.verbalizers_path, backbone, self.target_layers, teacher_digest=self.weights_digest)
+
+
+def open_teacher_inputs(spec: CacheSpec) -> TeacherInputs:
+    """Read rows, tokenizer and config; every problem with them comes up here, before any weight is loaded."""
+    teacher = spec.teacher
+    path = resolve_model(teacher.model)
+    config = load_config(
+        path, revision=teacher.revision, gguf_file=teacher.gguf_file, trust_remote_code=teacher.trust_remote_code
+    )
+    check_family(config)
+    num_layers = int(config.get_text_config().num_hidden_layers)
+    layers = target_layers(teacher.layers, teacher.num_layers, config, where="teacher.layers")
+    encoder = load_encoder(
+        **encoder_folders(path, revision=teacher.revision, gguf_file=teacher.gguf_file),
+        trust_remote_code=teacher.trust_remote_code,
+        **spec.data.encoding(),
+    )
+    check_vocabulary(encoder, getattr(config.get_text_config(), "vocab_size", None))
+    records = read_records(spec.data)
+    limits: dict[str, Any] = {"max_length": spec.data.max_length, "max_positions": max_positions(config)}
+    kept, too_long = fit_rows(records, encoder, **limits, bad_rows=spec.data.bad_rows)
+    return TeacherInputs(
+        spec=spec,
+        model_path=path,
+        config=config,
+        encoder=encoder,
+        records=[records[index] for index, _, _ in kept],
+        num_prompt_N=np.array([num_prompt for _, num_prompt, _ in kept], dtype=np.int64),
+        response_ids=[np.asarray(ids, dtype=np.uint32) for _, _, ids in kept],
+        skipped=[*records.skipped, *too_long],
+        num_model_layers=num_layers,
+        target_layers=layers,
+        provenance=records.provenance,
+    )

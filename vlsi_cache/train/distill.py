@@ -1,0 +1,209 @@
+"""From a cache to a student: open both, run the stages of the recipe in order, merge the adapter, save, report.
+
+The teacher is not needed here, only its cache. A run that was killed goes on from its newest checkpoint and logs the
+same metrics.
+"""
+
+from collections.abc import Iterable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlsi_cache.config.sections import CacheSpec, DistillSpec
+from vlsi_cache.config.spec import apply_overrides, change, spec_from_dict, unused_by_recipe
+from vlsi_cache.errors import SpecError
+from vlsi_cache.io import refuse_url
+from vlsi_cache.models.backbone import Backbone
+from vlsi_cache.models.load import STUDENT_RECORD, check_ours, resolve_model, save_student, weights_digest
+from vlsi_cache.models.lora import add_lora, checkpoint_activations, merge_lora, reach_note, train_decoder_layers
+from vlsi_cache.models.verbalizer import Verbalizers, load_verbalizers
+from vlsi_cache.progress import say
+from vlsi_cache.report.html import ensure_report, write_report
+from vlsi_cache.runs.run_dir import WHOLE_BATCH, already_done, check_run_folder, finish_run, open_run, python_call
+from vlsi_cache.store import reader
+from vlsi_cache.store.reader import Cache
+
+from .interact import interact
+from .optim import refuse_destroyed
+from .sft import sft
+from .student import StudentState, check_verbalizers, open_student, take_verbalizers
+from .verbalize import verbalize
+
+FIXED_BY_THE_CACHE = ("name", "teacher", "rows", "store", "train_verbalizers")
+
+
+def distill(
+    cache: Cache | Path | str,
+    *,
+    student: str | None = None,
+    out: Path | str,
+    recipe: str | None = None,
+    overrides: Iterable[str] = (),
+    device: str | None = None,
+) -> Path:
+    """Train `student` against `cache` into the run folder `out`, or go on with it; returns the run folder.
+
+    `overrides` are `key=value` changes to the spec stored in the cache, such as `distill.sft.schedule.steps=100`.
+    The trained model is `out/student`, a plain Hugging Face folder. Raises SpecError, ModelError (another tokenizer),
+    FingerprintMismatchError (the data has changed, or `out` is another run), CacheIncompleteError, DataError (samples
+    too long for the student), RunBusyError (another process works on `out`).
+    """
+    refuse_url(out, "out")
+    out, overrides = Path(out), list(overrides)
+    check_run_folder(out, "distill")
+    opened = cache if isinstance(cache, Cache) else reader.open(cache)
+    spec = distill_spec(opened, student=student, recipe=recipe, overrides=overrides)
+    path = resolve_model(str(spec.distill.student))
+    inputs = open_student(opened, spec, path)  # a student that does not fit leaves no run folder behind
+    for unused in unused_by_recipe(spec.distill, overrides):  # one script may well run all recipes
+        say(f"`--set {unused}` does nothing here: no stage that `recipe: {spec.distill.recipe}` runs looks at it")
+    student_digest = weights_digest(path)
+    given = check_verbalizers(spec.distill.verbalizers, inputs.layers, spec.verbalizer, student_digest=student_digest)
+    if not (out / "run.json").is_file():
+        inputs.check_turns()
+        inputs.check_lengths()
+    options = {"student": student, "out": str(out), "recipe": recipe, "overrides": overrides, "device": device}
+    with open_run(
+        out,
+        "distill",
+        spec,
+        device=device,
+        call=python_call("distill", repr(str(opened.path)), **options),
+        cache=str(opened.path.resolve()),
+        cache_digest=opened.header.digest,
+        student=path,
+        student_digest=student_digest,
+        recipe=spec.distill.recipe,
+        **WHOLE_BATCH,
+        **given,
+    ) as run:
+        if already_done(run):
+            ensure_report(out)
+            return out
+        check_ours(out / "student", STUDENT_RECORD)
+        state = inputs.load(run, device=device)
+        with closing(state.log):
+            finish_run(run, stages=_run_stages(state))
+        write_report(out)
+    return out
+
+
+def distill_spec(
+    cache: Cache, *, student: str | None = None, recipe: str | None = None, overrides: Iterable[str] = ()
+) -> CacheSpec:
+    """The spec stored in the cache with the changes for this run; what the cache has fixed cannot be changed."""
+    stored = spec_from_dict(cache.header.spec, where=str(cache.path))
+    # A cache may come from somebody else: running a model's own code is allowed by this call's overrides alone.
+    stored = change(
+        stored,
+        distill={**stored.distill.model_dump(), "trust_remote_code": False},
+        run={**stored.run.model_dump(), "kernels": "auto"},  # what suits the teacher's machine need not suit this one
+    )
+    spec = apply_overrides(stored, overrides)
+    fixed = [key for key in FIXED_BY_THE_CACHE if getattr(spec, key) != getattr(stored, key)]
+    if fixed:
+        raise SpecError(f"`{'`, `'.join(fixed)}` were decided when {cache.path} was built; distill cannot change them")
+    changes = {"student": student or spec.distill.student, "recipe": recipe or spec.distill.recipe}
+    if changes["student"] is None:
+        raise SpecError("no student: give --student FOLDER-OR-ID, or `distill.student` in the spec")
+    return change(spec, distill=change(spec.distill, **changes).model_dump())
+
+
+def stage_steps(distill: DistillSpec, num_samples: int) -> dict[str, int]:
+    """Optimizer steps of the stages that the recipe runs; the sum is the same for every recipe."""
+    steps = schedule_steps(distill, num_samples)
+    # Of the recipe `sft` as many are left out as of the others, not the same share.
+    steps["sft"] -= distill.sft.steps_left_out(distill.sft.schedule.num_steps(num_samples, distill.batch_size))
+    return {stage: count for stage, count in steps.items() if count}
+
+
+def schedule_steps(distill: DistillSpec, num_samples: int) -> dict[str, int]:
+    """Steps over which each stage's learning rate falls: those it runs, and those that `sft.fraction` leaves out."""
+    verbalize_steps = distill.verbalize.num_steps(num_samples, distill.batch_size)
+    interact_steps = distill.interact.schedule.num_steps(num_samples, distill.batch_size)
+    sft_steps = distill.sft.schedule.num_steps(num_samples, distill.batch_size)
+    if distill.recipe == "vlsi":
+        return {"verbalize": verbalize_steps, "interact": interact_steps, "sft": sft_steps}
+    if distill.recipe == "last":
+        return {"interact": verbalize_steps + interact_steps, "sft": sft_steps}
+    return {"sft": verbalize_steps + interact_steps + sft_steps}
+
+
+def shown_steps(steps: dict[str, int], whole: dict[str, int]) -> str:
+    """`verbalize 60, interact 160, sft 40 of 80`."""
+    runs = {stage: steps.get(stage, 0) for stage in whole}
+    return ", ".join(
+        f"{stage} {count}" if count == whole[stage] else f"{stage} {count} of {whole[stage]}"
+        for stage, count in runs.items()
+    )
+
+
+def _run_stages(state: StudentState) -> list[dict[str, Any]]:
+    distill, stages = state.spec.distill, []
+    steps, whole = stage_steps(distill, len(state.cache)), schedule_steps(distill, len(state.cache))
+    say(f"{distill.recipe}: {shown_steps(steps, whole)} steps of {distill.batch_size} samples")
+    verbalizers = None
+    if "verbalize" in steps:
+        verbalizers, entry = _verbalize(state, steps["verbalize"])
+        stages.append(entry)
+    torch.manual_seed(distill.seed)
+    adapts = "interact" in steps and distill.interact.mode == "lora"
+    uses_lora = adapts or ("sft" in steps and distill.sft.mode == "lora+embed_head")
+    if uses_lora and (note := reach_note(state.model, distill.lora.dropout)):
+        say(note)
+    model = add_lora(state.model, **distill.lora.model_dump()) if uses_lora else state.model
+    if distill.gradient_checkpointing:
+        checkpoint_activations(model)
+    model.train()
+    if "interact" in steps:
+        if not adapts:
+            train_decoder_layers(model)
+        stages.append(interact(state, model, verbalizers, num_steps=steps["interact"]))
+    if "sft" in steps:
+        stages.append(sft(state, model, num_steps=whole["sft"], stop=steps["sft"]))
+    trained = merge_lora(model) if uses_lora else model
+    refuse_destroyed(trained.named_parameters(), stages[-1]["name"])
+    # Head and embeddings may have been trained in fp32; configuration and all tensors agree again.
+    save_student(
+        trained.to(state.dtype),
+        state.student_path,
+        state.run.path / "student",
+        end_of_turn=state.encoder.eot_id,
+        pad=state.encoder.pad_id,
+        facts={key: state.run.record[key] for key in ("recipe", "cache_digest", "student_digest")},
+    )
+    return stages
+
+
+def _verbalize(state: StudentState, num_steps: int) -> tuple[Verbalizers, dict[str, Any]]:
+    """Train the student's verbalizers, or take those of the spec, or read back what an earlier attempt has finished."""
+    distill, backbone = state.spec.distill, Backbone(state.model)
+    folder = state.run.path / "verbalizers"
+    if (folder / "verbalizers.json").exists():
+        loaded = load_verbalizers(str(folder), backbone, state.layers)
+        seconds = state.log.stage_seconds("verbalize")
+        return loaded, {"name": "verbalize", "steps": num_steps, "seconds": seconds}
+    if distill.verbalizers is not None:
+        taken = take_verbalizers(distill.verbalizers, folder, backbone, state.layers)
+        return taken, {"name": "verbalize", "steps": num_steps, "seconds": 0.0}
+    verbalizers, entry = verbalize(
+        backbone,
+        state.layers,
+        lambda num_skip: state.feed("verbalize", num_skip),
+        architecture=state.spec.verbalizer,
+        schedule=distill.verbalize,
+        num_steps=num_steps,
+        batch_size=distill.batch_size,
+        micro_batch_size=distill.micro_batch_size,
+        v_real=state.encoder.v_real,
+        checkpoints=state.checkpoints,
+        checkpoint_steps=distill.checkpoint_steps,
+        log=state.log,
+        seed=distill.seed,
+        compiled=state.compiled,
+    )
+    facts = {"teacher_digest": state.run.record["student_digest"], "model": state.student_path}
+    verbalizers.save(folder, provenance={**facts, "loss": state.spec.verbalizer.loss})
+    return verbalizers.requires_grad_(False).eval(), entry  # as `load_verbalizers` gives them to a resumed run

@@ -1,0 +1,265 @@
+"""Endless micro-batches for training: records, encoded, in a shuffled order that can be taken up anywhere.
+
+Legend: B rows, S positions, T response tokens, L layers, K kept entries.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlsi_cache.config.sections import BatchReduction
+from vlsi_cache.data.collate import Batch, collate
+from vlsi_cache.data.encoder import CONTRACT, Encoder
+from vlsi_cache.data.records import Record, RecordSet
+from vlsi_cache.errors import CacheCorruptError, FingerprintMismatchError, command_line
+from vlsi_cache.sparse.rows import SparseRows
+from vlsi_cache.store.dataset import PartWindowReader
+from vlsi_cache.store.part import Row
+from vlsi_cache.store.reader import Cache
+
+Pair = tuple[Record, Row | None]
+PREFETCHED_BATCHES = 4
+
+
+class Sample(NamedTuple):
+    """A record, its row if it comes from a cache, and the number of tokens at which its loss is taken."""
+
+    record: Record
+    row: Row | None
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Encoded records and, when they come from a cache, their sparse rows in the same token order.
+
+    `share_T` is what each token counts for in the loss of the whole batch that this is a part of, float64: over the
+    whole batch it sums to 1. `place` is that of the first sample in the whole batch.
+    """
+
+    batch: Batch
+    rows: SparseRows | None
+    sample_ids: list[str]
+    share_T: Tensor
+    place: int = 0
+
+
+def loss_shares(num_tokens: Sequence[int], in_batch: Sequence[int], reduction: BatchReduction) -> Tensor:
+    """`MicroBatch.share_T` of samples with so many tokens, out of a whole batch of samples with `in_batch` tokens.
+
+    They depend on the whole batch alone and not on how it is cut. Samples without tokens count for nothing.
+    """
+    if reduction == "token":
+        total = sum(in_batch)
+        shares = [1 / total if count else 0.0 for count in num_tokens]
+    else:
+        total = sum(count > 0 for count in in_batch)
+        shares = [1 / (total * count) if count else 0.0 for count in num_tokens]
+    return torch.repeat_interleave(torch.tensor(shares, dtype=torch.float64), torch.tensor(num_tokens))
+
+
+def shuffled_records(
+    records: Sequence[Record], num_tokens: Sequence[int], *, seed: int, num_skip: int = 0
+) -> Iterator[Sample]:
+    """All records, with their numbers of response tokens, in a new order every epoch, for ever, from the `num_skip`-th
+    on."""
+    epoch, start = divmod(num_skip, len(records))
+    while True:
+        order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(len(records))
+        for index in order[start:]:
+            yield Sample(records[int(index)], None, num_tokens[int(index)])
+        epoch, start = epoch + 1, 0
+
+
+def cached_records(
+    cache: Cache, records: RecordSet, *, layers: list[int], seed: int, window_parts: int, num_skip: int = 0
+) -> Iterator[Sample]:
+    """Samples of the cache with their records, in the order of the window reader, for ever."""
+    by_id = match_records(cache, records)
+    epoch, start = divmod(num_skip, len(cache))
+    while True:
+        reader = PartWindowReader(cache, layers=layers, seed=seed, epoch=epoch, window_parts=window_parts, start=start)
+        for row in reader:
+            # Without layers the loss is that of the labels, which all response tokens have.
+            yield Sample(by_id[row.sample_id], row, row.num_tokens if layers else len(row.response_ids_R))
+        epoch, start = epoch + 1, 0
+
+
+def match_records(cache: Cache, records: RecordSet) -> dict[str, Record]:
+    """The record of every cached sample; raises FingerprintMismatchError when one is gone or has changed."""
+    by_id = {record.id: record for record in records}
+    # Two sources of a merged cache may use one id for different rows: the content decides.
+    by_content = {(record.id, record.digest): record for record in records}
+    table, found = cache.sample_table(), {}
+    for sample_id, digest in zip(table["id"].to_pylist(), table["digest"].to_pylist(), strict=True):
+        record = by_content.get((sample_id, digest))
+        if record is None:
+            raise FingerprintMismatchError(_changed(cache, sample_id, digest, by_id.get(sample_id)))
+        if found.setdefault(sample_id, record) is not record:
+            raise CacheCorruptError(
+                f"sample `{sample_id}` is more than once in {cache.path}, and ids must be unique over the whole cache; "
+                f"run: {command_line('verify', cache.path)}"
+            )
+    return found
+
+
+def _changed(cache: Cache, sample_id: str, digest: str, record: Record | None) -> str:
+    state = "is no longer in the data"
+    if record is not None:
+        state = f"has changed ({digest[:12]} when cached, {record.digest[:12]} now)"
+    return (
+        f"sample `{sample_id}` {state}: the data has changed since {cache.path} was built. "
+        "Bring the data back, or build a new cache with `vlsi-cache build-teacher`"
+    )
+
+
+def _old_contract(contract: int) -> str:
+    if contract >= CONTRACT:
+        return ""
+    return (
+        ". An earlier release has built this cache: it read answers apart from what the chat template writes around "
+        "them. Build it again"
+    )
+
+
+def check_response_ids(
+    record: Record, response_ids: Iterable[int], row: Row, encoder: Encoder, *, contract: int = CONTRACT
+) -> None:
+    """The contract between teacher and student: the same response tokens, one by one."""
+    cached = [int(token) for token in row.response_ids_R]
+    fresh = [int(token) for token in response_ids]
+    if cached == fresh:
+        return
+    pairs = zip(cached, fresh, strict=False)
+    position = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(cached), len(fresh)))
+    teacher, student = (_token_at(ids, position, encoder) for ids in (cached, fresh))
+    if cached[:-1] == fresh[:-1]:
+        raise FingerprintMismatchError(
+            f"the chat template of student `{encoder.name}` ends a turn with {student}, the teacher's with {teacher} "
+            f"(sample `{record.id}`); give the student the teacher's chat template: copy its chat_template.jinja and "
+            "name the same `eos_token` in tokenizer_config.json"
+        )
+    raise FingerprintMismatchError(
+        f"sample `{record.id}`: response token {position} is {teacher} in the cache and {student} for this student; "
+        "the student must use the teacher's tokenizer and write answers as its template does, and the data must be "
+        f"what the cache was built from{_old_contract(contract)}"
+    )
+
+
+def _token_at(ids: Sequence[int], position: int, encoder: Encoder) -> str:
+    if position >= len(ids):
+        return f"missing (the response has {len(ids)} tokens)"
+    return f"{ids[position]} `{encoder.token_texts([ids[position]])[0]}`"
+
+
+class Feed:
+    """Micro-batches encoded by a thread ahead of the training loop; `wait_s` is how long the loop waited for data.
+
+    The records and rows of a whole batch are taken at once, since a token's share of the loss depends on all of them;
+    encoded, with their pictures, are a few micro-batches only.
+    """
+
+    def __init__(
+        self,
+        samples: Iterator[Sample],
+        encoder: Encoder,
+        *,
+        batch_size: int,
+        micro_batch_size: int,
+        reduction: BatchReduction,
+        device: torch.device,
+    ) -> None:
+        self._samples, self._encoder, self._device = samples, encoder, device
+        self._batch_size, self._micro_batch_size = batch_size, micro_batch_size
+        self._reduction: BatchReduction = reduction
+        self._ready: queue.Queue[MicroBatch | BaseException] = queue.Queue(PREFETCHED_BATCHES)
+        self._stop = threading.Event()
+        self.wait_s = 0.0
+        self._thread = threading.Thread(target=self._work, name="vlsi-cache-feed", daemon=True)
+        self._thread.start()
+
+    def next(self) -> MicroBatch:
+        started = time.monotonic()
+        item = self._ready.get()
+        self.wait_s += time.monotonic() - started
+        if isinstance(item, BaseException):
+            raise item
+        batch = item.batch.to(self._device, non_blocking=True)
+        return replace(item, batch=batch, share_T=item.share_T.to(self._device, non_blocking=True))
+
+    def close(self) -> None:
+        self._stop.set()
+        with suppress(queue.Empty):
+            while True:
+                self._ready.get_nowait()
+        self._thread.join()
+
+    def _work(self) -> None:
+        try:
+            while not self._stop.is_set():
+                samples = [next(self._samples) for _ in range(self._batch_size)]
+                for place in range(0, self._batch_size, self._micro_batch_size):
+                    self._put(self._encode(samples, place))
+        except BaseException as error:  # handed over to the loop, which raises it
+            self._put(error)
+        finally:
+            close = getattr(self._samples, "close", None)
+            if close is not None:
+                close()
+
+    def _put(self, item: MicroBatch | BaseException) -> None:
+        while not self._stop.is_set():
+            with suppress(queue.Full):
+                self._ready.put(item, timeout=0.1)
+                return
+
+    def _encode(self, samples: list[Sample], place: int) -> MicroBatch:
+        """The micro-batch that begins at this place of a whole batch."""
+        chosen = samples[place : place + self._micro_batch_size]
+        micro = encode_pairs([(sample.record, sample.row) for sample in chosen], self._encoder)
+        in_batch = [sample.num_tokens for sample in samples]
+        assert micro.batch.num_tokens == in_batch[place : place + len(chosen)]
+        share_T = loss_shares(micro.batch.num_tokens, in_batch, self._reduction)
+        if self._device.type != "cuda":
+            return replace(micro, share_T=share_T, place=place)
+        # From page-locked memory a copy stands in line behind the work that is queued already.
+        return replace(micro, batch=micro.batch.pinned(), share_T=share_T.pin_memory(), place=place)
+
+
+def encode_pairs(pairs: Sequence[Pair], encoder: Encoder) -> MicroBatch:
+    """Records and their rows as one batch on the CPU, at the tokens that have rows; the response ids are compared."""
+    encoded = [encoder.encode(record) for record, _ in pairs]
+    rows: list[Row] = []
+    for (record, row), one in zip(pairs, encoded, strict=True):
+        if row is not None:
+            check_response_ids(record, one.response_ids, row, encoder)
+            rows.append(row)
+    batch = collate(encoded, pad_id=encoder.pad_id)
+    if rows and rows[0].num_layers:
+        batch = _tokens_with_rows(batch, rows)
+    share_T = loss_shares(batch.num_tokens, batch.num_tokens, "token")
+    return MicroBatch(batch, SparseRows.concat(rows) if rows else None, [record.id for record, _ in pairs], share_T)
+
+
+def _tokens_with_rows(batch: Batch, rows: Sequence[Row]) -> Batch:
+    """The batch at the response tokens that have rows: where teacher and student are compared."""
+    starts = np.cumsum([0, *batch.num_tokens[:-1]])
+    index_T = np.concatenate([start + row.positions_T for start, row in zip(starts, rows, strict=True)])
+    return batch.at(torch.from_numpy(index_T.astype(np.int64)), [row.num_tokens for row in rows])
+
+
+@contextmanager
+def feeding(feed: Feed) -> Iterator[Feed]:
+    """A feed that is closed whatever happens."""
+    try:
+        yield feed
+    finally:
+        feed.close()

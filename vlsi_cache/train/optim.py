@@ -1,0 +1,64 @@
+"""What every training loop shares: optimizer, schedule, clipping. The loops are elsewhere."""
+
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+
+from vlsi_cache.config.sections import Schedule
+from vlsi_cache.errors import ModelError
+
+
+def make_optimizer(parameters: Iterable[nn.Parameter], schedule: Schedule) -> torch.optim.AdamW:
+    """AdamW over the parameters that train; betas 0.9, 0.999."""
+    return make_grouped_optimizer({"": parameters}, schedule)
+
+
+def make_grouped_optimizer(groups: Mapping[str, Iterable[nn.Parameter]], schedule: Schedule) -> torch.optim.AdamW:
+    """One AdamW for several named groups of parameters, each of which is clipped by itself."""
+    trainable = [{"name": name, "params": [p for p in group if p.requires_grad]} for name, group in groups.items()]
+    return torch.optim.AdamW(trainable, lr=schedule.learning_rate, weight_decay=schedule.weight_decay)
+
+
+def learning_rate(schedule: Schedule, step: int, num_steps: int) -> float:
+    """Rate of step `step` (from 0): linear warm-up, then a cosine down to the final rate."""
+    num_warmup = math.ceil(schedule.warmup * num_steps)
+    if step < num_warmup:
+        return schedule.learning_rate * (step + 1) / num_warmup
+    progress = (step - num_warmup) / max(1, num_steps - num_warmup)
+    span = schedule.learning_rate - schedule.final_learning_rate
+    return schedule.final_learning_rate + 0.5 * span * (1 + math.cos(math.pi * progress))
+
+
+def clip_gradients(optimizer: torch.optim.Optimizer, schedule: Schedule, stage: str, step: int, num_steps: int) -> None:
+    """Clip each group of parameters to its own norm; raises ModelError for a gradient that is not finite."""
+    for group in optimizer.param_groups:
+        norm = nn.utils.clip_grad_norm_(group["params"], schedule.clip_norm)
+        if not torch.isfinite(norm):
+            of = f" of {group['name']}" if group["name"] else ""
+            raise ModelError(
+                f"stage {stage}, step {step + 1} of {num_steps}: the gradient norm{of} is {float(norm)} at learning "
+                f"rate {learning_rate(schedule, step, num_steps):.3g}: training has diverged. Start a new run with a "
+                "lower `learning_rate` or a longer `warmup` for this stage"
+            )
+
+
+def refuse_destroyed(parameters: Iterable[tuple[str, torch.Tensor]], stage: str) -> None:
+    """Raise ModelError for trained weights that are not finite: no gradient follows a stage's last update."""
+    bad = [name for name, parameter in parameters if not torch.isfinite(parameter).all()]
+    if bad:
+        raise ModelError(
+            f"stage {stage} has destroyed {len(bad)} of its weights with its last updates (`{bad[0]}` is not finite). "
+            "Start a new run with a lower `learning_rate` or a longer `warmup` for this stage"
+        )
+
+
+def optimizer_step(optimizer: torch.optim.Optimizer, schedule: Schedule, step: int, num_steps: int) -> float:
+    """Set the rate of this step, update, clear; returns the rate."""
+    rate = learning_rate(schedule, step, num_steps)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return rate

@@ -1,0 +1,162 @@
+"""What the interaction step looks like from inside: at some steps, each student layer beside its teacher layer.
+
+No gradient, a few response tokens, and the hidden states that the step has captured anyway: the backbone does not run
+again, and no random number is drawn.
+
+Legend: T response tokens, S student target layers, U units that are matched separately, K kept entries, m tail
+samples, V vocabulary, D hidden size.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlsi_cache.models.backbone import Backbone, LayerSequence, head_of
+from vlsi_cache.models.verbalizer import Verbalizers
+from vlsi_cache.runtime import autocast
+from vlsi_cache.sparse.divergences import Bucketed
+from vlsi_cache.sparse.head import Head, compute_dtype
+from vlsi_cache.sparse.kl import FORWARD_KL
+from vlsi_cache.sparse.rows import SparseRows
+from vlsi_cache.sparse.vocab_pass import full_precision
+
+if TYPE_CHECKING:
+    from .interact import MicroRows, Terms
+
+NUM_PROBES = 20  # over the stage, about: enough for a curve, few enough to cost next to nothing
+MAX_TOKENS = 128
+CHUNK_LOGITS = 2**22  # logits that exist at a time: 16 MiB
+ARRAYS = ("ids_LTK", "logprobs_LTK", "tail_ids_LTm", "tail_mass_LT", "entropy_LT", "gold_logprob_LT")
+
+
+class TeacherTokens(NamedTuple):
+    """The `ARRAYS` of one teacher layer for each token."""
+
+    ids_TK: Tensor
+    logp_TK: Tensor
+    tail_ids_Tm: Tensor
+    tail_mass_T: Tensor
+    entropy_T: Tensor
+    gold_logp_T: Tensor
+
+
+def is_due(step: int, num_steps: int) -> bool:
+    """Whether step `step` (from 0) is probed; it depends on nothing else, so a resumed run probes the same steps."""
+    return step % -(-num_steps // NUM_PROBES) == 0 or step + 1 == num_steps
+
+
+@torch.no_grad()
+def probe(
+    hidden: Mapping[int, Tensor | LayerSequence],
+    backbone: Backbone,
+    verbalizers: Verbalizers | None,
+    rows: "MicroRows",
+    cached: SparseRows,
+    terms: "Terms",
+    *,
+    is_sampled: bool = False,
+) -> dict[str, dict[str, float]]:
+    """Means over evenly spaced tokens of a micro-batch, by student layer; the last one against the teacher's last.
+
+    A target layer is compared with the teacher layer that the step has matched it with (the first one where there are
+    several); without matches only the last layer is there. All at temperature 1, over the whole real vocabulary:
+    `kl`, `student_entropy`, `teacher_entropy`, `student_loss`, `teacher_loss` (of the response) in nats, and the shares
+    `kept_mass` (the teacher's, on its kept words), `student_mass` (the student's, on the same words), `overlap` (those
+    words among the student's own top-k) and `top1_agreement`. Rows of draws (`is_sampled`) have no top-k: they give no
+    shares. `match_entropy` is that of the draw of the teacher layer, where one was drawn.
+    """
+    head, index_T = head_of(backbone).real(rows.layers.v_real), _spaced(rows)
+    final = torch.full_like(index_T, cached.num_layers - 1)
+    found = {}
+    for number, layer in enumerate(verbalizers.layers if verbalizers is not None and len(terms.matched_US) else []):
+        assert verbalizers is not None
+        with autocast(index_T.device):
+            state_TD = verbalizers.apply(layer, hidden[layer])
+        # Of several matched layers all units come once for each; the first ones are the nearest.
+        target_T = terms.matched_US[rows.unit_T[index_T], number]
+        found[str(layer)] = _measure(state_TD[index_T], head, rows, cached, index_T, target_T, is_sampled)
+        if terms.match_logits:
+            weights_MU = terms.match_logits[number].softmax(0)
+            found[str(layer)]["match_entropy"] = float(torch.special.entr(weights_MU).sum(0).mean())
+    state: Any = hidden[backbone.num_layers]
+    found[str(backbone.num_layers)] = _measure(state[index_T], head, rows, cached, index_T, final, is_sampled)
+    return found
+
+
+def _spaced(rows: "MicroRows") -> Tensor:
+    """At most MAX_TOKENS evenly spaced tokens."""
+    num = min(MAX_TOKENS, len(rows.gold_T))
+    return torch.arange(num, device=rows.gold_T.device) * len(rows.gold_T) // num
+
+
+def _measure(
+    state_TD: Tensor,
+    head: Head,
+    rows: "MicroRows",
+    cached: SparseRows,
+    index_T: Tensor,
+    target_T: Tensor,
+    is_sampled: bool,
+) -> dict[str, float]:
+    """Means over the tokens `index_T`, whose teacher layers are `target_T`."""
+    device, dtype = state_TD.device, compute_dtype(state_TD)
+    layer_T, token_T = target_T.cpu().numpy(), index_T.cpu().numpy()
+    picked = [_tensor(getattr(cached, name)[layer_T, token_T], dtype).to(device) for name in ARRAYS]
+    sums: dict[str, Tensor] = {}
+    step = max(1, CHUNK_LOGITS // head.num_rows)
+    for start in range(0, len(index_T), step):
+        chunk = slice(start, start + step)
+        with full_precision(device):
+            logits_TV = state_TD.new_empty((len(state_TD[chunk]), head.num_rows), dtype=dtype)
+            head.logits_into(logits_TV, state_TD[chunk], 0)
+            teacher = TeacherTokens(*(x[chunk] for x in picked))
+            values = _compare(logits_TV, teacher, rows.gold_T[index_T[chunk]], is_sampled)
+        sums = {name: sums.get(name, 0) + value_T.double().sum() for name, value_T in values.items()}
+    return {name: float(total) / len(index_T) for name, total in sums.items()}
+
+
+def _tensor(array: np.ndarray, dtype: torch.dtype) -> Tensor:
+    """Ids as torch indexes with them, numbers as they are computed with."""
+    tensor = torch.from_numpy(array.astype(np.int64) if array.dtype.kind in "iu" else array)
+    return tensor if tensor.dtype == torch.int64 else tensor.to(dtype)
+
+
+def _compare(logits_TV: Tensor, teacher: TeacherTokens, gold_T: Tensor, is_sampled: bool) -> dict[str, Tensor]:
+    ids_TK, logp_TK, tail_ids_Tm, tail_mass_T, entropy_T, gold_logp_T = teacher
+    logq_TV = logits_TV.log_softmax(-1)
+    is_kept_TK, p_TK = logp_TK.isfinite(), logp_TK.exp()
+    logq_TK = logq_TV.gather(1, ids_TK)
+    # What layers are matched by at temperature 1 (`CandidateKL.matching_MT`); without tail samples the tail is one
+    # bucket, whose divergence is never negative.
+    kl_T = -entropy_T - (p_TK * logq_TK).sum(1)
+    if tail_ids_Tm.shape[1]:
+        kl_T = kl_T - tail_mass_T * logq_TV.gather(1, tail_ids_Tm).mean(1)
+    else:
+        kl_T = torch.where(tail_mass_T > 0, FORWARD_KL(Bucketed.of(logp_TK, tail_mass_T, logq_TK)).clamp(min=0), kl_T)
+    values = {
+        "kl": kl_T,
+        "student_entropy": torch.special.entr(logq_TV.exp()).sum(1),
+        "teacher_entropy": entropy_T,
+        "student_loss": -logq_TV.gather(1, gold_T[:, None])[:, 0],
+        "teacher_loss": -gold_logp_T,
+    }
+    if is_sampled:
+        return values
+    width_T1 = is_kept_TK.sum(1, keepdim=True)
+    least_T1 = logq_TV.topk(ids_TK.shape[1]).values.gather(1, width_T1 - 1)  # what the student's own top-k begins at
+    agrees_T, mass_T = agreement(logits_TV, ids_TK, logp_TK)
+    return values | {
+        "kept_mass": 1 - tail_mass_T,
+        "student_mass": mass_T,
+        "overlap": ((logq_TK >= least_T1) & is_kept_TK).sum(1) / width_T1[:, 0],
+        "top1_agreement": agrees_T.to(logq_TV.dtype),
+    }
+
+
+def agreement(logits_TV: Tensor, ids_TK: Tensor, logp_TK: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each token, whether its likeliest word is the teacher's, and its mass on the teacher's kept words, [T]."""
+    logq_TK = logits_TV.gather(1, ids_TK) - logits_TV.logsumexp(1, keepdim=True)
+    return logits_TV.argmax(1) == ids_TK[:, 0], logq_TK.exp().masked_fill(logp_TK == -torch.inf, 0.0).sum(1)

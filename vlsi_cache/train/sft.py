@@ -1,0 +1,129 @@
+"""Stage sft: supervised finetuning on the labels, the cached samples and nothing else.
+
+Legend: T response tokens, D hidden size, V head rows.
+"""
+
+import importlib.util
+import time
+from typing import Any
+
+import torch
+
+from vlsi_cache.config.sections import BatchReduction
+from vlsi_cache.interrupts import stopping_between_steps
+from vlsi_cache.models.backbone import Backbone, head_of
+from vlsi_cache.models.lora import train_everything, train_head_and_embeddings
+from vlsi_cache.progress import say
+from vlsi_cache.runtime import autocast, memory_gib, seed_step
+from vlsi_cache.sparse.cross_entropy import linear_cross_entropy
+from vlsi_cache.sparse.head import Head
+
+from .loader import feeding
+from .optim import clip_gradients, make_optimizer, optimizer_step
+from .student import StudentState
+
+
+def response_loss(
+    hidden_TD: torch.Tensor,
+    head: Head,
+    gold_T: torch.Tensor,
+    share_T: torch.Tensor,
+    *,
+    with_liger: bool,
+    compiled: bool = False,
+) -> torch.Tensor:
+    """Cross-entropy in nats, the sum over the tokens by their shares, of which no logits [T, V] are kept.
+
+    With Liger all shares must be the same.
+    """
+    if not with_liger:
+        return linear_cross_entropy(hidden_TD, head, gold_T, share_T=share_T, compiled=compiled)
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss  # pyright: ignore[reportMissingImports]
+
+    # In fp32 it adds up what the chunks give the head; by default it would do so in the dtype of the weight.
+    liger = LigerFusedLinearCrossEntropyLoss(softcap=head.cap, accum_dtype=torch.float32, reduction="sum")
+    loss = liger(head.weight_VD, hidden_TD, gold_T, head.bias_V)
+    return loss * share_T[0].to(loss.dtype)
+
+
+def pick_liger(device: torch.device, head: Head, reduction: BatchReduction) -> tuple[bool, str]:
+    """Whether Liger's fused loss is used, and why: where it runs it takes three matrix products, ours takes four."""
+    if device.type != "cuda":
+        return False, f"ours (Liger's needs CUDA, this is {device.type})"
+    if importlib.util.find_spec("liger_kernel") is None:
+        return False, "ours (Liger's is not installed: pip install 'vlsi-cache[gpu]')"
+    if head.scale != 1.0:
+        return False, "ours (Liger's knows no scale of the logits)"
+    if reduction != "token":
+        return False, f"ours (Liger's knows no weights of tokens, which `batch_reduction: {reduction}` needs)"
+    return True, "Liger's fused linear one (CUDA found)"
+
+
+def sft(state: StudentState, model: Any, *, num_steps: int, stop: int) -> dict[str, Any]:
+    """Run the stage from its newest checkpoint up to step `stop` of a schedule of `num_steps`.
+
+    Returns its entry for `run.json`.
+    """
+    distill, checkpoints, log = state.spec.distill, state.checkpoints, state.log
+    schedule = distill.sft.schedule
+    first, newest = checkpoints.step_of("sft"), checkpoints.latest()
+    if newest and newest[0] == "interact":
+        checkpoints.load(*newest, model, None)
+    if distill.sft.mode == "full":
+        model = train_everything(model)
+    else:
+        train_head_and_embeddings(model)
+    backbone = Backbone(model)
+    optimizer = make_optimizer(model.parameters(), schedule)
+    if first:
+        checkpoints.load("sft", first, model, optimizer)
+    with_liger, reason = pick_liger(state.device, head_of(backbone), distill.batch_reduction)
+    say(f"sft: cross-entropy is {reason}")
+    log.start_stage("sft", step=first, num_steps=stop)
+    num_micro = distill.batch_size // distill.micro_batch_size
+    with feeding(state.feed("sft", first * distill.batch_size)) as feed, stopping_between_steps() as signals:
+        for step in range(first, stop):
+            started, waited, tokens = time.monotonic(), feed.wait_s, 0
+            losses: list[torch.Tensor] = []
+            seed_step(distill.seed, "sft", step)
+            for _ in range(num_micro):
+                micro = feed.next()
+                batch = micro.batch
+                tokens += len(batch.gold_T)
+                with autocast(state.device):
+                    hidden = backbone.capture(batch.inputs, [], batch.rows_T, batch.positions_T)
+                    state_TD = hidden[backbone.num_layers]
+                    loss = response_loss(
+                        state_TD,
+                        head_of(backbone),
+                        batch.gold_T,
+                        micro.share_T,
+                        with_liger=with_liger,
+                        compiled=state.compiled,
+                    )
+                loss.backward()
+                losses.append(loss.detach())
+            clip_gradients(optimizer, schedule, "sft", step, num_steps)
+            rate = optimizer_step(optimizer, schedule, step, num_steps)
+
+            seconds = time.monotonic() - started
+            log.write(
+                stage="sft",
+                step=step + 1,
+                num_steps=num_steps,
+                loss=float(torch.stack(losses).sum()),
+                learning_rate=rate,
+                tokens_per_s=tokens / seconds,
+                data_wait_pct=100 * (feed.wait_s - waited) / seconds,
+                memory_gib=memory_gib(state.device),
+            )
+            if (step + 1) % distill.checkpoint_steps == 0 or step + 1 == stop or signals.came:
+                checkpoints.save("sft", step + 1, model, optimizer)
+                signals.end_here()
+    return {
+        "name": "sft",
+        "steps": stop,
+        "schedule_steps": num_steps,
+        "seconds": log.stage_seconds("sft"),
+        "cross_entropy": reason,
+    }

@@ -1,0 +1,329 @@
+"""The student's side of a run: what is checked against the cache before any weight is loaded, and what stages share."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlsi_cache.config.sections import CacheSpec, DataSpec, DistillSpec, InteractSpec, VerbalizerSpec
+from vlsi_cache.data.encoder import Encoder, load_encoder
+from vlsi_cache.data.records import RecordSet, read_records
+from vlsi_cache.errors import DataError, ModelError, SpecError, list_problems
+from vlsi_cache.models.backbone import Backbone, check_family, target_layers
+from vlsi_cache.models.load import (
+    adapter_note,
+    encoder_folders,
+    load_config,
+    load_model,
+    max_positions,
+    mend_generation,
+)
+from vlsi_cache.models.probe import check_vocabulary, checked_backbone
+from vlsi_cache.models.verbalizer import Verbalizers, find_folder, load_verbalizers, read_record, verbalizers_digest
+from vlsi_cache.progress import progress, say
+from vlsi_cache.runs.checkpoints import Checkpoints
+from vlsi_cache.runs.metrics import MetricsLog
+from vlsi_cache.runs.run_dir import Run
+from vlsi_cache.runtime import pick_device
+from vlsi_cache.sparse.head import choose_kernels
+from vlsi_cache.store.format import CacheHeader
+from vlsi_cache.store.lineage import data_sections, data_specs
+from vlsi_cache.store.reader import Cache
+
+from .loader import Feed, cached_records, check_response_ids, match_records
+
+
+def check_verbalizers(
+    folder: str | None, layers: list[int], architecture: VerbalizerSpec, *, student_digest: str
+) -> dict[str, Any]:
+    """The facts that a run records about the verbalizers it is given: `verbalizers_digest`; none without a folder.
+
+    Raises ModelError unless they are of this student's weights, of these layers, and as `verbalizer` of the spec says.
+    """
+    if folder is None:
+        return {}
+    path = find_folder(folder)
+    record = read_record(path, layers)
+    made_for = record["provenance"].get("teacher_digest")
+    if made_for != student_digest:
+        raise ModelError(
+            f"`distill.verbalizers` {path}: trained for a model whose weights are `{made_for}`, this student's are "
+            f"`{student_digest}`; name the `verbalizers` folder of a run with this student, or leave it out"
+        )
+    found = {**record["architecture"], **record["provenance"]}
+    wanted = architecture.model_dump()
+    other = [
+        f"{key} `{found[key]}`, not `{wanted[key]}`" for key in wanted if found.get(key, wanted[key]) != wanted[key]
+    ]
+    if other:
+        raise ModelError(
+            f"`distill.verbalizers` {path} are not what `verbalizer` of the spec says: {'; '.join(other)}; change one "
+            "of the two"
+        )
+    if "loss" not in found:
+        say(
+            f"`distill.verbalizers` {path} are of an earlier release and do not say by which loss they were trained; "
+            f"it is taken to be `verbalizer.loss: {architecture.loss}`"
+        )
+    return {"verbalizers_digest": verbalizers_digest(path, layers)}
+
+
+def take_verbalizers(folder: str, into: Path, backbone: Backbone, layers: list[int]) -> Verbalizers:
+    """Load them, and write them into the run folder `into` as a run does that has trained them."""
+    path = find_folder(folder)
+    verbalizers = load_verbalizers(path, backbone, layers)
+    provenance = read_record(path, layers)["provenance"]
+    verbalizers.save(into, provenance={key: value for key, value in provenance.items() if key != "head_digest"})
+    return verbalizers
+
+
+SOURCE_KEYS = ("path", "media_root", "generator", "options", "limit")
+
+
+CHECKED_RESPONSES = 32  # before a student's weights are loaded
+
+
+STAGE_SEEDS = {"verbalize": 1, "interact": 2, "sft": 3}  # each stage sees the data in an order of its own
+
+
+@dataclass(frozen=True)
+class StudentInputs:
+    """A student that fits the cache, without its weights; made by `open_student`."""
+
+    cache: Cache
+    spec: CacheSpec
+    path: str
+    config: Any
+    encoder: Encoder
+    layers: list[int]
+
+    @cached_property
+    def records(self) -> RecordSet:
+        sections = data_sections(self.cache.header)
+        if len(sections) < 2:
+            return read_records(self.spec.data)
+        if any(getattr(self.spec.data, name) != sections[0].get(name) for name in SOURCE_KEYS):
+            raise SpecError(
+                f"{self.cache.path} was merged from {len(sections)} sources of rows, each read from where it was: "
+                f"leave {', '.join(f'`data.{name}`' for name in SOURCE_KEYS)} as they are"
+            )
+        return cached_sources(self.cache)
+
+    def check_turns(self) -> None:
+        """Raise FingerprintMismatchError when the first cached responses are not this student's: before any training.
+
+        Every other one is compared when it is read.
+        """
+        by_id, contract = match_records(self.cache, self.records), self.cache.header.contract
+        for row in self.cache.read_part(self.cache.parts[0], [])[:CHECKED_RESPONSES]:
+            record = by_id[row.sample_id]
+            check_response_ids(record, self.encoder.measure(record)[1], row, self.encoder, contract=contract)
+
+    def check_lengths(self) -> None:
+        """Raise DataError when cached samples are longer, in this student's tokens, than its positions reach.
+
+        Lengths differ from the teacher's: a picture can be more tokens, and a chat template can add some.
+        """
+        limit = max_positions(self.config)
+        if limit is None:
+            return
+        by_id, too_long = match_records(self.cache, self.records), []
+        sample_ids = self.cache.sample_table()["id"].to_pylist()
+        for sample_id in progress(sample_ids, "measure rows", unit="row", delay=2):
+            num_prompt, response_ids = self.encoder.measure(by_id[sample_id])
+            if num_prompt + len(response_ids) > limit:
+                too_long.append(f"sample `{sample_id}`: {num_prompt + len(response_ids)} tokens")
+        if too_long:
+            raise DataError(
+                f"{len(too_long)} of {len(sample_ids)} cached samples are longer for student {self.path} than its "
+                f"{limit} positions (`max_position_embeddings`); make pictures smaller with `--set data.max_pixels=N`, "
+                f"choose another student, or build a cache with a lower `data.max_length`:\n{list_problems(too_long)}"
+            )
+
+    def load(self, run: Run, *, device: str | None) -> "StudentState":
+        """Load the weights onto the device of the flag, or else of the spec."""
+        distill, where = self.spec.distill, pick_device(device or self.spec.run.device)
+        # Without autocast, bf16 weights and the fp32 ones that train would not fit each other.
+        has_autocast = where.type == "cuda"
+        model = load_model(
+            self.path,
+            dtype=distill.student_dtype if has_autocast else "float32",
+            device=str(where),
+            trust_remote_code=distill.trust_remote_code,
+            attn_implementation=distill.attn_implementation,
+        )
+        if note := adapter_note(self.path):
+            say(note)
+        checked_backbone(model, self.encoder)
+        if mended := mend_generation(model.generation_config):
+            say(
+                f"student: its generation_config.json sets {', '.join(f'`{name}`' for name in mended)}, which do "
+                "nothing as they stand and cannot be saved: the trained student has the defaults"
+            )
+        dtype = model.dtype if has_autocast else _wanted_dtype(distill, self.config)
+        if dtype != model.dtype:
+            name = str(dtype).removeprefix("torch.")
+            say(f"student: trained in float32, since {where.type} has no autocast here, and saved in {name}")
+        return StudentState(
+            cache=self.cache,
+            spec=self.spec,
+            run=run,
+            student_path=self.path,
+            records=self.records,
+            encoder=self.encoder,
+            model=model,
+            dtype=dtype,
+            layers=self.layers,
+            device=where,
+            compiled=choose_kernels(self.spec.run, where),
+            log=MetricsLog(run.path),
+            checkpoints=Checkpoints(run.path),
+        )
+
+
+@dataclass(frozen=True)
+class StudentState:
+    """Everything the stages of one run share; `dtype` is the one that the trained student is saved in."""
+
+    cache: Cache
+    spec: CacheSpec
+    run: Run
+    student_path: str
+    records: RecordSet
+    encoder: Encoder
+    model: Any
+    dtype: torch.dtype
+    layers: list[int]
+    device: torch.device
+    compiled: bool
+    log: MetricsLog
+    checkpoints: Checkpoints
+
+    def feed(self, stage: str, num_skip: int) -> Feed:
+        """Micro-batches of the cached samples; teacher rows come along only where the stage compares with them."""
+        distill = self.spec.distill
+        layers = {"verbalize": [], "interact": self.teacher_layers, "sft": []}[stage]
+        samples = cached_records(
+            self.cache,
+            self.records,
+            layers=layers,
+            seed=distill.seed * len(STAGE_SEEDS) + STAGE_SEEDS[stage],
+            window_parts=distill.window_parts,
+            num_skip=num_skip,
+        )
+        return Feed(
+            samples,
+            self.encoder,
+            batch_size=distill.batch_size,
+            micro_batch_size=distill.micro_batch_size,
+            reduction=distill.batch_reduction,
+            device=self.device,
+        )
+
+    @property
+    def teacher_layers(self) -> list[int]:
+        """Cached layers that the interaction reads: all for `vlsi`, the last one otherwise."""
+        return self.cache.layers if self.layers else self.cache.layers[-1:]
+
+
+def cached_sources(cache: Cache) -> RecordSet:
+    """The rows that a cache was built from, read again; those of all sources of a merged one."""
+    sets = [read_records(section) for section in data_specs(cache.header, cache.path)]
+    return RecordSet(tuple(chain.from_iterable(sets)), [row for found in sets for row in found.skipped])
+
+
+def open_student(cache: Cache, spec: CacheSpec, path: str) -> StudentInputs:
+    """Read the student's tokenizer and config and check them against the cache; raises ModelError, SpecError."""
+    distill = spec.distill
+    encoder = load_encoder(
+        **encoder_folders(path),
+        trust_remote_code=distill.trust_remote_code,
+        **spec.data.encoding(),
+    )
+    say_pixels(spec.data, path, trust_remote_code=distill.trust_remote_code)
+    check_tokenizer(cache.header, encoder, path, where=cache.path)
+    config = load_config(path, trust_remote_code=distill.trust_remote_code)
+    check_family(config)
+    check_vocabulary(encoder, getattr(config.get_text_config(), "vocab_size", None))
+    layers = check_settings(cache.header, distill, config, where=cache.path)
+    return StudentInputs(cache, spec, path, config, encoder, layers)
+
+
+def say_pixels(data: DataSpec, path: str, *, trust_remote_code: bool = False) -> None:
+    """Say where the spec's pixel limits take the place of other ones that the student brings along."""
+    if data.min_pixels is None and data.max_pixels is None:
+        return
+    own = load_encoder(path, trust_remote_code=trust_remote_code).vision
+    for name in ("min_pixels", "max_pixels"):
+        named, brought = getattr(data, name), getattr(own, name, None)
+        if named is not None and named != brought:
+            say(f"pictures: `data.{name}` {named} takes the place of the student's own, {brought}")
+
+
+def check_settings(header: CacheHeader, distill: DistillSpec, config: Any, *, where: Path) -> list[int]:
+    """The student's target layers; raises SpecError for what the cache at `where` cannot give."""
+    layers = _student_layers(distill, config, num_teacher=len(header.layers) - 1)
+    if distill.recipe != "sft":
+        _check_interact(header, distill.interact, distill.recipe, where)
+    return layers
+
+
+def _student_layers(distill: DistillSpec, config: Any, *, num_teacher: int) -> list[int]:
+    if distill.recipe != "vlsi":
+        return []
+    layers = target_layers(distill.layers, distill.num_layers, config, where="distill.layers")
+    if not layers:
+        raise SpecError(
+            "`distill.layers` is empty, and recipe `vlsi` needs at least one target layer of the student; to distill "
+            "the last layer alone use `recipe: last`"
+        )
+    if len(layers) > num_teacher:
+        raise SpecError(
+            f"`distill.layers` names {len(layers)} student layers and the cache holds {num_teacher} intermediate "
+            "teacher layers; Algorithm 1 needs at least as many teacher layers as student layers"
+        )
+    return layers
+
+
+def _check_interact(header: CacheHeader, interact: InteractSpec, recipe: str, where: Path) -> None:
+    if recipe == "vlsi" and interact.bottom_k > len(header.layers) - 1:
+        raise SpecError(
+            f"`distill.interact.bottom_k` is {interact.bottom_k}, and {where} has {len(header.layers) - 1} "
+            "intermediate layers"
+        )
+    if interact.tau not in header.taus:
+        raise SpecError(
+            f"`distill.interact.tau` is {interact.tau}, and {where} holds rows for {header.taus} alone: "
+            "the tail at another temperature cannot be known from the top-k. Build a cache with "
+            f"`rows.taus=[1.0,{interact.tau}]`"
+        )
+    used = {interact.last} if recipe == "last" else {interact.intermediate, interact.last}
+    operations = used - {"forward_kl", "ce", "none"}
+    if header.row_kind == "sampled" and (operations or interact.tau != 1.0):
+        raise SpecError(
+            f"`distill.interact` asks for {' and '.join(sorted(operations)) or 'forward_kl'} at tau {interact.tau}, "
+            f"and {where} holds draws from the teacher, which estimate forward_kl at tau 1 without bias and "
+            "nothing else"
+        )
+
+
+def check_tokenizer(header: CacheHeader, encoder: Encoder, path: str, *, where: Path) -> None:
+    """Raise ModelError unless the student at `path` has the vocabulary of the cache at `where`."""
+    cached, own = str(header.fingerprint.get("encoder.tokenizer")), str(encoder.fingerprint()["tokenizer"])
+    if cached != own or header.v_real != encoder.v_real:
+        raise ModelError(
+            f"student {path} has another tokenizer than the teacher of {where}: "
+            f"{encoder.v_real} tokens, map {own[:12]}, against {header.v_real} tokens, map {cached[:12]}. "
+            "Rows are over token ids, so both must share one vocabulary; choose a student of the teacher's family"
+        )
+
+
+def _wanted_dtype(distill: DistillSpec, config: Any) -> torch.dtype:
+    """The dtype that was asked for; with `auto`, the one that the student's configuration declares."""
+    if distill.student_dtype != "auto":
+        return getattr(torch, distill.student_dtype)
+    declared = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    return declared if isinstance(declared, torch.dtype) else torch.float32

@@ -1,0 +1,139 @@
+"""Stage verbalize: train one verbalizer per target layer to say the response, or what the model says; the rest is
+frozen.
+
+The same loop serves the teacher (`train_verbalizers`) and the student (called by `distill`). Since backbone and head
+are frozen, the layers' gradients are independent: each layer is stepped through the head and back before the next
+one, so one layer's logits are alive at a time.
+
+Legend: T response tokens, D hidden size.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from vlsi_cache.config.sections import Schedule, VerbalizerSpec
+from vlsi_cache.data.collate import Batch
+from vlsi_cache.interrupts import stopping_between_steps
+from vlsi_cache.models.backbone import Backbone, head_of
+from vlsi_cache.models.verbalizer import Verbalizers, build_verbalizers
+from vlsi_cache.run_files import read_metrics
+from vlsi_cache.runs.checkpoints import Checkpoints
+from vlsi_cache.runs.diagnostics import verbalizer_findings, warn_of
+from vlsi_cache.runs.metrics import MetricsLog
+from vlsi_cache.runtime import autocast, memory_gib, seed_step
+from vlsi_cache.sparse.cross_entropy import head_output, kl_to_output, linear_cross_entropy
+
+from .loader import Feed, feeding
+from .optim import clip_gradients, make_grouped_optimizer, optimizer_step, refuse_destroyed
+
+
+def verbalize(
+    backbone: Backbone,
+    layers: list[int],
+    make_feed: Callable[[int], Feed],
+    *,
+    architecture: VerbalizerSpec,
+    schedule: Schedule,
+    num_steps: int,
+    batch_size: int,
+    micro_batch_size: int,
+    v_real: int,
+    checkpoints: Checkpoints,
+    checkpoint_steps: int,
+    log: MetricsLog,
+    seed: int,
+    compiled: bool = False,
+) -> tuple[Verbalizers, dict[str, Any]]:
+    """Train verbalizers of `layers`; `make_feed(num_skip)` gives the data from any sample on.
+
+    Returns them and the stage's entry for `run.json`. Goes on from this stage's newest checkpoint.
+    """
+    verbalizers = build_verbalizers(backbone, layers, **architecture.model_dump(exclude={"loss"}), seed=seed)
+    # One group a layer, so that the large gradient of one layer does not clip those of the others.
+    groups = {f"layer {layer}": verbalizers.by_layer[str(layer)].parameters() for layer in layers}
+    optimizer = make_grouped_optimizer(groups, schedule)
+    first = checkpoints.step_of("verbalize")
+    if first:
+        checkpoints.load("verbalize", first, verbalizers, optimizer)
+    log.start_stage("verbalize", step=first, num_steps=num_steps)
+    num_micro = batch_size // micro_batch_size
+    with feeding(make_feed(first * batch_size)) as feed, stopping_between_steps() as signals:
+        for step in range(first, num_steps):
+            started, waited, tokens = time.monotonic(), feed.wait_s, 0
+            losses: list[LayerLoss] = []
+            seed_step(seed, "verbalize", step)
+            for _ in range(num_micro):
+                micro = feed.next()
+                tokens += len(micro.batch.gold_T)
+                losses += layer_losses(
+                    backbone,
+                    verbalizers,
+                    micro.batch,
+                    micro.share_T,
+                    loss=architecture.loss,
+                    v_real=v_real,
+                    compiled=compiled,
+                )
+            clip_gradients(optimizer, schedule, "verbalize", step, num_steps)
+            rate = optimizer_step(optimizer, schedule, step, num_steps)
+
+            trained, nll = (
+                torch.stack(column).view(num_micro, -1).sum(0).tolist() for column in zip(*losses, strict=True)
+            )
+            seconds = time.monotonic() - started
+            log.write(
+                stage="verbalize",
+                step=step + 1,
+                num_steps=num_steps,
+                loss=sum(trained),
+                layers={str(layer): value for layer, value in zip(layers, nll, strict=True)},
+                learning_rate=rate,
+                tokens_per_s=tokens / seconds,
+                data_wait_pct=100 * (feed.wait_s - waited) / seconds,
+                memory_gib=memory_gib(backbone.device),
+            )
+            if (step + 1) % checkpoint_steps == 0 or step + 1 == num_steps or signals.came:
+                checkpoints.save("verbalize", step + 1, verbalizers, optimizer)
+                signals.end_here()
+    refuse_destroyed(verbalizers.named_parameters(), "verbalize")
+    warn_of(verbalizer_findings(read_metrics(log.path), v_real=v_real))
+    entry = {"name": "verbalize", "steps": num_steps, "seconds": log.stage_seconds("verbalize"), "v_real": v_real}
+    return verbalizers, entry
+
+
+class LayerLoss(NamedTuple):
+    """One layer and micro-batch, detached: what was trained, and the cross-entropy, in nats by the tokens' shares."""
+
+    trained: torch.Tensor
+    nll: torch.Tensor
+
+
+def layer_losses(
+    backbone: Backbone,
+    verbalizers: Verbalizers,
+    batch: Batch,
+    share_T: torch.Tensor,
+    *,
+    loss: str,
+    v_real: int,
+    compiled: bool = False,
+) -> Iterator[LayerLoss]:
+    """The loss of each layer, the sum over the tokens by their shares; its gradient is left in the verbalizer."""
+    head = head_of(backbone).real(v_real)
+    with torch.no_grad(), autocast(backbone.device):
+        wants_final = loss == "kl_to_final"
+        hidden = dict(verbalizers.capture(batch.inputs, batch.rows_T, batch.positions_T, with_final=wants_final))
+        final_TD: Any = hidden.pop(backbone.num_layers, None)
+        own = head_output(final_TD, head, compiled=compiled) if wants_final else None
+    for layer in verbalizers.layers:
+        with autocast(backbone.device):
+            state_TD = verbalizers.apply(layer, hidden.pop(layer))
+            if own is None:
+                trained = nll = linear_cross_entropy(state_TD, head, batch.gold_T, share_T=share_T, compiled=compiled)
+            else:
+                trained, nll = kl_to_output(state_TD, head, batch.gold_T, own, share_T=share_T, compiled=compiled)
+        trained.backward()
+        yield LayerLoss(trained.detach(), nll.detach())
