@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from helpers.fakes import write_run
 from helpers.pages import checked
-from oracles import match_layers
+from oracles import literal_algorithm_1
 
 import vlsi_cache as vc
 from vlsi_cache.errors import CacheNotFoundError, DataError, SpecError
@@ -27,7 +27,7 @@ def write_matches(
 ) -> Path:
     """A run whose step n has matched `matches[n]`; `changes` go into the record or into its interact settings."""
     folder.mkdir(parents=True)
-    settings = {key: changes.pop(key) for key in ("matching", "sampler", "intermediate") if key in changes}
+    settings = {key: changes.pop(key) for key in ("matching", "intermediate") if key in changes}
     record = {"kind": "distill", "recipe": "vlsi", "command": "vlsi-cache distill c -o r"}
     record |= {"status": "running", "spec": {"distill": {"interact": settings}}, **changes}
     (folder / "run.json").write_text(json.dumps(record))
@@ -67,7 +67,7 @@ def test_chance_is_the_distance_of_so_many_uniform_matches(tmp_path: Path) -> No
     for _ in range(400):
         counts_SM = np.zeros((2, 4))
         for _ in range(12):
-            counts_SM[[0, 1], match_layers(np.zeros((2, 4)), rng=rng)] += 1
+            counts_SM[[0, 1], literal_algorithm_1(np.zeros((2, 4)), rng.random(2).tolist())] += 1
         distances.append(0.5 * np.abs(counts_SM / 12 - null_SM).sum(1))
     found = vc.match(write_matches(tmp_path / "run", [[[2, 6]] * 12] * 10))
     chance_S = found.chance()

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vlsi_cache.sparse.divergences import Divergence, DivergenceName
+from vlsi_cache.config.sections import DivergenceName
+from vlsi_cache.sparse.divergences import Divergence
 from vlsi_cache.sparse.kl import LayerRows, sparse_kl
 
 NUM_IDS, NUM_KEPT, NUM_TOKENS = 2000, 8, 32

@@ -71,8 +71,7 @@ def test_ways_of_matching_and_operations_run_and_are_logged(
     for name, changes in {
         "bottom": ["matching=bottom_k", "bottom_k=2"],
         "stretch": ["matching=uniform_stretch"],
-        "sample": ["match_unit=sample", "reliable_only=true"],
-        "joint": ["sampler=joint", "layer_reduction=mean"],
+        "mean": ["layer_reduction=mean"],
         "late": ["layers_full_until=0.4", "layers_zero_from=0.8", "alpha_ce=0.3"],
         "labels": ["intermediate=ce", "last=none"],
     }.items():
@@ -82,9 +81,8 @@ def test_ways_of_matching_and_operations_run_and_are_logged(
         matches = [match for line in lines for match in line["matched_layers"]]
         if name == "stretch":
             assert all(match == [cache.layers[0], cache.layers[-2]] for match in matches)
-        elif name == "sample":
-            assert len(matches) == 5 * 4  # batches of 4 samples, each matched by itself
-            assert all(0 <= share <= 1 for line in lines for share in line["reliable"].values())
+        elif name == "mean":
+            assert len(matches) == 5 * 2  # one match for each micro-batch
         elif name == "bottom":
             assert len(matches) == 5 * 2 * 2  # two micro-batches, two layers each
         elif name == "late":

@@ -3,17 +3,16 @@
 Legend: T response tokens, L teacher layers, V vocabulary, D hidden size.
 """
 
-import dataclasses
-import itertools
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from oracles import match_layers
+from oracles import literal_algorithm_1
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.distributions import Categorical, kl_divergence
@@ -25,19 +24,9 @@ from vlsi_cache.models.load import load_model
 from vlsi_cache.models.verbalizer import Verbalizers, build_verbalizers, logit_lens
 from vlsi_cache.sparse import kl
 from vlsi_cache.sparse.kl import LayerRows
-from vlsi_cache.sparse.matching import Matcher, Matching, match_rng
+from vlsi_cache.sparse.matching import Matching, SearchRange, match_rng
 from vlsi_cache.train import interact as module
-from vlsi_cache.train.interact import (
-    KEPT,
-    LOWEST,
-    MATCH,
-    VALUE,
-    Interaction,
-    MicroRows,
-    Terms,
-    interaction,
-    read_numbers,
-)
+from vlsi_cache.train.interact import Targets, Term, losses_of, matches_of, micro_batch
 
 NUM_TOKENS, VOCABULARY, NUM_TEACHER = 7, 50, 4
 SETTINGS = InteractSpec(schedule=Schedule(steps=1), lambda_last=0.5)
@@ -47,7 +36,7 @@ SETTINGS = InteractSpec(schedule=Schedule(steps=1), lambda_last=0.5)
 class Case:
     backbone: Backbone
     logprobs_LTV: Tensor
-    rows: MicroRows
+    targets: Targets
     hidden: dict[int, Tensor]
     verbalizers: Verbalizers
 
@@ -64,18 +53,22 @@ def case(student_folder: Path) -> Case:
     entropy_LT = Categorical(logits=logprobs_LTV).entropy()
     layers = LayerRows.of(ids, ordered, ids[..., :0], zeros_LT, entropy_LT, v_real=VOCABULARY)
     gold_T = torch.randint(VOCABULARY, (NUM_TOKENS,))
-    gold_LT = logprobs_LTV.gather(2, gold_T.expand(NUM_TEACHER + 1, -1)[..., None])[..., 0]
-    unit_T, share_T = torch.zeros(NUM_TOKENS, dtype=torch.long), torch.full((NUM_TOKENS,), 1 / NUM_TOKENS)
-    rows = MicroRows(layers, gold_T, gold_LT, unit_T, torch.tensor([NUM_TOKENS]), share_T, [0])
+    targets = Targets(layers, gold_T, torch.full((NUM_TOKENS,), 1 / NUM_TOKENS))
     hidden = {k: torch.randn(NUM_TOKENS, backbone.hidden_size, requires_grad=True) for k in (1, 2, 3)}
-    return Case(backbone, logprobs_LTV, rows, hidden, logit_lens(backbone, [1, 2]))
+    return Case(backbone, logprobs_LTV, targets, hidden, logit_lens(backbone, [1, 2]))
 
 
-def run(case: Case, changes: dict[str, Any] | None = None, **options: Any) -> Terms:
+def run(case: Case, changes: dict[str, Any] | None = None, **options: Any) -> list[Term]:
     settings = InteractSpec(schedule=Schedule(steps=1), **{"lambda_last": 0.5, **(changes or {})})
-    rngs = [match_rng(3, 0, place) for place in case.rows.places]
-    given: Any = {"settings": settings, "rngs": rngs, "verbalizers": case.verbalizers, **options}
-    return interaction(case.hidden, case.backbone, rows=case.rows, **given)
+    verbalizers = options.pop("verbalizers", case.verbalizers)
+    rng = match_rng(3, 0, 0)
+    return micro_batch(case.hidden, case.targets, case.backbone, verbalizers, settings, rng, **options)
+
+
+def result(terms: list[Term], sample_ids: list[str], num_tokens: list[int]) -> Any:
+    """The terms of a micro-batch of these samples."""
+    micro = SimpleNamespace(sample_ids=sample_ids, batch=SimpleNamespace(num_tokens=num_tokens))
+    return micro, terms
 
 
 def dense_table(case: Case) -> list[list[Tensor]]:
@@ -84,14 +77,6 @@ def dense_table(case: Case) -> list[list[Tensor]]:
     states = [backbone.final_norm(case.hidden[1]), backbone.final_norm(case.hidden[2]), case.hidden[3]]
     students = [Categorical(logits=state_TD @ backbone.head_weight[:VOCABULARY].T) for state_TD in states]
     return [[kl_divergence(Categorical(logits=one), student) for one in case.logprobs_LTV] for student in students]
-
-
-def split_in_two(case: Case) -> Tensor:
-    """Make the micro-batch two samples, of 3 and of 4 tokens; returns whose tokens they are."""
-    count_U = torch.tensor([3, 4])
-    unit_T = torch.repeat_interleave(torch.arange(2), count_U)
-    case.rows = dataclasses.replace(case.rows, unit_T=unit_T, count_U=count_U, places=[0, 1])
-    return unit_T
 
 
 def check(case: Case, loss: Tensor) -> None:
@@ -107,24 +92,25 @@ def check(case: Case, loss: Tensor) -> None:
 def test_terms_and_gradients_are_those_of_algorithm_1_over_dense_divergences(case: Case) -> None:
     table = dense_table(case)
     kld = np.array([[float(v.detach().mean()) for v in row[:NUM_TEACHER]] for row in table[:2]])
-    matched = match_layers(kld, rng=match_rng(3, 0, 0))
+    matched = literal_algorithm_1(kld, match_rng(3, 0, 0).random(2).tolist())
     expected = [table[2][NUM_TEACHER].mean(), *(table[s][matched[s]].mean() for s in range(2))]
     terms = run(case)
-    assert terms.layers == [3, 1, 2]
-    np.testing.assert_allclose(terms.numbers_N5[:, VALUE], [float(x.detach()) for x in expected], rtol=1e-4)
-    assert terms.matched_US.tolist() == [matched]
-    assert terms.numbers_N5[:, MATCH].tolist() == [NUM_TEACHER, *matched]
-    assert (terms.numbers_N5[:, LOWEST] <= terms.numbers_N5[:, VALUE]).all()
+    assert [term.layer for term in terms] == [3, 1, 2]
+    np.testing.assert_allclose([float(term.loss) for term in terms], [float(x.detach()) for x in expected], rtol=1e-4)
+    assert [term.target_n.tolist() for term in terms if term.target_n is not None] == [
+        [x] for x in [NUM_TEACHER, *matched]
+    ]
+    assert matches_of(terms, [1, 2], [2, 4, 6, 8, 9]) == [[[2, 4, 6, 8][x] for x in matched]]
     check(case, 0.5 * expected[0] + expected[1] + expected[2])
 
 
 def test_operations_are_what_they_are_called(case: Case) -> None:
-    table, gold_T = dense_table(case), case.rows.gold_T
+    table, gold_T = dense_table(case), case.targets.gold_T
     head_VD = case.backbone.head_weight[:VOCABULARY]
     states = [case.backbone.final_norm(case.hidden[1]), case.backbone.final_norm(case.hidden[2]), case.hidden[3]]
     ce = [torch.nn.functional.cross_entropy(state_TD @ head_VD.T, gold_T) for state_TD in states]
     last = table[2][NUM_TEACHER].mean()
-    matched = run(case).matched_US[0].tolist()
+    matched = [int(term.target_n) for term in run(case)[1:] if term.target_n is not None]
     layers = [table[s][matched[s]].mean() for s in range(2)]
     for changes, options, expected in (
         ({"intermediate": "none"}, {}, 0.5 * last),
@@ -141,7 +127,7 @@ def test_operations_are_what_they_are_called(case: Case) -> None:
         for hidden_TD in case.hidden.values():
             hidden_TD.grad = None
         terms = run(case, changes, **options)
-        assert case.hidden[1].grad is not None or 1 not in terms.layers
+        assert case.hidden[1].grad is not None or 1 not in [term.layer for term in terms]
         grads = torch.autograd.grad(expected, list(case.hidden.values()), allow_unused=True, retain_graph=True)
         for hidden_TD, wanted_TD in zip(case.hidden.values(), grads, strict=True):
             found_TD = torch.zeros_like(hidden_TD) if hidden_TD.grad is None else hidden_TD.grad
@@ -149,46 +135,17 @@ def test_operations_are_what_they_are_called(case: Case) -> None:
             torch.testing.assert_close(found_TD, wanted_TD, rtol=1e-4, atol=1e-6)
 
 
-def test_samples_are_matched_by_themselves(case: Case) -> None:
-    unit_T = split_in_two(case)
-    for mode in ("vlsi", "uniform", "bottom_k"):
-        terms = run(case, {"matching": mode, "match_unit": "sample", **({"bottom_k": 2} if mode == "bottom_k" else {})})
-        table = [torch.stack(row[:NUM_TEACHER]).detach() for row in dense_table(case)[:2]]
-        n = 2 if mode == "bottom_k" else 1
-        matched_nUS = terms.matched_US.view(n, 2, 2)
-        for s in range(2):
-            values = [table[s][matched_nUS[i, :, s][unit_T], torch.arange(NUM_TOKENS)].mean() for i in range(n)]
-            assert float(terms.numbers_N5[1 + s, VALUE]) == pytest.approx(float(sum(values)) / n, rel=1e-4)
-        if mode == "bottom_k":
-            means_SLU = [torch.stack([row[:, unit_T == u].mean(1) for u in range(2)], 1) for row in table]
-            nearest = torch.stack([m.topk(2, dim=0, largest=False).indices for m in means_SLU], 2)
-            assert torch.equal(matched_nUS.sort(0).values, nearest.sort(0).values)
-
-
-def test_an_unreliable_teacher_layer_teaches_nothing(case: Case) -> None:
-    split_in_two(case)
-    # The teacher says the second sample worse than anybody.
-    case.rows.gold_logprob_LT[:, :3], case.rows.gold_logprob_LT[:, 3:] = -1e-3, -1e3
-    terms = run(case, {"reliable_only": True, "match_unit": "sample", "lambda_last": 0.0})
-    np.testing.assert_allclose(terms.numbers_N5[:, KEPT], [3 / 7, 3 / 7], rtol=1e-6)
-    for layer in (1, 2):
-        gradient_TD = case.hidden[layer].grad
-        assert gradient_TD is not None
-        assert gradient_TD[:3].abs().max() > 0
-        assert gradient_TD[3:].abs().max() == 0
-
-
 @pytest.mark.parametrize("mode", ["random", "uniform", "uniform_stretch", "bottom_k", "multinomial", "range", "order"])
 def test_matching_modes_draw_as_described(mode: Any) -> None:
-    num_student, num_teacher, num_draws = 3, 7, 20_000
+    num_student, num_teacher, num_draws = 3, 7, 4_000
     kld = np.random.default_rng(0).gamma(1.0, 1.0, (num_student, num_teacher))
     bottom = 3 if mode == "bottom_k" else 1
-    matching, rngs = Matching(mode, bottom_k=bottom), [np.random.default_rng(1)] * num_draws
-    matcher = Matcher(num_student, num_teacher, rngs=rngs, matching=matching)
-    for row in kld:
-        window = matcher.window()
-        matcher.choose(torch.from_numpy(row[window.start : window.stop])[:, None].expand(-1, num_draws))
-    drawn_SnU = torch.stack(matcher.matched).numpy()
+    matching, rng = Matching(mode, bottom_k=bottom), np.random.default_rng(1)
+    drawn_US = []
+    for _ in range(num_draws):
+        search = SearchRange(num_student, num_teacher, rng=rng, matching=matching)
+        drawn_US.append([search.draw(torch.from_numpy(row[search.range.start : search.range.stop]))[0] for row in kld])
+    drawn_SnU = torch.stack([torch.stack(drawn_S) for drawn_S in drawn_US], 2).numpy()
     if mode in ("uniform", "uniform_stretch"):
         assert (drawn_SnU[:, 0] == {"uniform": [[0], [2], [4]], "uniform_stretch": [[0], [3], [6]]}[mode]).all()
         return
@@ -206,45 +163,6 @@ def test_matching_modes_draw_as_described(mode: Any) -> None:
             continue  # depends on the match before: the first target's window is that of `range`
         found = np.bincount(drawn_SnU[s, 0], minlength=num_teacher) / num_draws
         np.testing.assert_allclose(found, weights / weights.sum(), atol=5 * (0.25 / num_draws) ** 0.5)
-
-
-def test_the_joint_sampler_draws_assignments_by_their_weight() -> None:
-    num_student, num_teacher, num_draws = 3, 6, 40_000
-    kld = np.random.default_rng(0).gamma(1.0, 1.0, (num_student, num_teacher))
-    matching = Matching("order", sampler="joint")
-    matcher = Matcher(num_student, num_teacher, rngs=[np.random.default_rng(1)] * num_draws, matching=matching)
-    windows = [matcher.window(s) for s in range(num_student)]
-    values = [torch.from_numpy(kld[s, w.start : w.stop])[:, None].expand(-1, num_draws) for s, w in enumerate(windows)]
-    matcher.draw_all(values)
-    for value_MU in values:
-        matcher.choose(value_MU)
-    drawn = [tuple(unit) for unit in torch.cat(matcher.matched).T.tolist()]
-    weights = {
-        a: np.exp(-sum(kld[s, a[s]] for s in range(num_student)))
-        for a in itertools.combinations(range(num_teacher), num_student)
-    }
-    total = sum(weights.values())
-    assert set(drawn) <= set(weights)
-    for assignment, weight in weights.items():
-        assert drawn.count(assignment) / num_draws == pytest.approx(weight / total, abs=5 * (0.25 / num_draws) ** 0.5)
-
-
-@pytest.mark.parametrize("temperature", ["normalized", "printed"])
-def test_drawn_layers_are_those_of_the_reference(temperature: Any) -> None:
-    generator = np.random.default_rng(0)
-    for trial in range(200):
-        num_student = int(generator.integers(1, 6))
-        num_teacher = num_student + int(generator.integers(0, 12))
-        kld = generator.gamma(1.0, 2.0, (num_student, num_teacher))
-        if trial % 3 == 0:
-            kld[:] = kld[0, 0]  # all equal
-        matching = Matching(temperature=temperature)
-        matcher = Matcher(num_student, num_teacher, rngs=[match_rng(trial, 0, 0)], matching=matching)
-        for row in kld:
-            window = matcher.window()
-            matcher.choose(torch.from_numpy(row[window.start : window.stop])[:, None])
-        expected = match_layers(kld, rng=match_rng(trial, 0, 0), temperature=temperature)
-        assert [int(match) for match in matcher.matched] == expected
 
 
 def test_one_layer_s_state_is_alive_at_a_time(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,21 +183,18 @@ def test_one_layer_s_state_is_alive_at_a_time(case: Case, monkeypatch: pytest.Mo
     "changes",
     [
         {},
-        {"match_unit": "sample", "reliable_only": True},
-        {"sampler": "joint"},
+        {"alpha_ce": 0.5, "intermediate": "jsd"},
         {"matching": "bottom_k", "bottom_k": 2},
     ],
     ids=str,
 )
 def test_nothing_is_read_back_from_the_device(case: Case, changes: dict[str, Any]) -> None:
-    if "match_unit" in changes:
-        split_in_two(case)
     # Fake tensors have no values: whatever would wait for one raises.
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         case.hidden = {k: mode.from_tensor(x.detach()).requires_grad_() for k, x in case.hidden.items()}
         terms = run(case, changes)
         with pytest.raises(DataDependentOutputException):
-            terms.numbers_N5[0, 0].item()
+            terms[0].loss.item()
     assert all(hidden.grad is not None for hidden in case.hidden.values())
 
 
@@ -300,46 +215,44 @@ def test_an_impossible_divergence_names_sample_and_layers(case: Case, value: flo
         where = "layer 2 from teacher layer [468]"
     else:
         # A row that says: one entry of probability 0.6, and nothing else.
-        layers = case.rows.layers
+        layers = case.targets.rows
         case.hidden[3] = (1e3 * case.backbone.head_weight[layers.ids_LTX[-1, :, 0]]).detach()
         layers.logprobs_LTK[-1, 4:, 0], layers.logprobs_LTK[-1, 4:, 1:] = -0.51, -torch.inf
         options, where = {"verbalizers": None}, "layer 3 from teacher layer 9"
     terms = run(case, **options)
-    micro = [Interaction(None, ["x"], [0]), Interaction(terms, ["a", "b", "c"], [3, 1, 3])]
+    micro = [result([], ["x"], [0]), result(terms, ["a", "b", "c"], [3, 1, 3])]
     with pytest.raises(ModelError, match=f"sample `c`: the divergence of student {where} is {shown}"):
-        read_numbers(micro, SETTINGS, [2, 4, 6, 8, 9])
+        losses_of(micro, SETTINGS, [2, 4, 6, 8, 9])
 
 
 def test_every_matched_layer_is_looked_at(case: Case) -> None:
-    split_in_two(case)
     case.hidden = {k: x.detach() for k, x in case.hidden.items()}
     healthy = run(case, {"matching": "bottom_k", "bottom_k": 4, "last": "none"})
     # One token of one of the four teacher layers says what cannot be; it is among the matched ones, wherever it comes.
     for damaged in range(4):
-        whole = case.rows.layers.tail_mass_LT.clone()
-        case.rows.layers.tail_mass_LT[damaged, 5] = torch.nan
+        whole = case.targets.rows.tail_mass_LT.clone()
+        case.targets.rows.tail_mass_LT[damaged, 5] = torch.nan
         terms = run(case, {"matching": "bottom_k", "bottom_k": 4, "last": "none"})
-        case.rows.layers.tail_mass_LT.copy_(whole)
-        result = Interaction(terms, ["a", "b"], [3, 4])
+        case.targets.rows.tail_mass_LT.copy_(whole)
+        damaged_result = result(terms, ["a", "b"], [3, 4])
         with pytest.raises(ModelError, match=f"sample `b`: .* from teacher layer {[2, 4, 6, 8][damaged]} is not"):
-            read_numbers([result], SETTINGS, [2, 4, 6, 8, 9])
-    read_numbers([Interaction(healthy, ["a", "b"], [3, 4])], SETTINGS, [2, 4, 6, 8, 9])
+            losses_of([damaged_result], SETTINGS, [2, 4, 6, 8, 9])
+    losses_of([result(healthy, ["a", "b"], [3, 4])], SETTINGS, [2, 4, 6, 8, 9])
 
 
 def test_labels_that_cannot_be_learned_name_the_micro_batch(case: Case) -> None:
     case.hidden = {k: x.detach() for k, x in case.hidden.items()}
     case.hidden[3][6] = torch.nan
-    result = Interaction(run(case, {"last": "ce"}), ["a", "b"], [3, 4])
+    terms = run(case, {"last": "ce"})
     with pytest.raises(
         ModelError, match="samples `a` to `b`: the divergence of student layer 3 from the labels is not"
     ):
-        read_numbers([result], SETTINGS, [2, 4, 6, 8, 9])
+        losses_of([result(terms, ["a", "b"], [3, 4])], SETTINGS, [2, 4, 6, 8, 9])
 
 
 def test_micro_batches_without_rows_add_nothing(case: Case) -> None:
-    empty, full = Interaction(None, ["a"], [0]), Interaction(run(case), ["b"], [7])
-    assert read_numbers([empty, empty], SETTINGS, []).values == {}
-    numbers = read_numbers([empty, full], SETTINGS, [2, 4, 6, 8, 9])
-    assert full.terms is not None
-    assert numbers.values[3] == pytest.approx(float(full.terms.numbers_N5[0, VALUE]))
-    assert numbers.matched == [[], [[[2, 4, 6, 8][j] for j in full.terms.matched_US[0].tolist()]]]
+    terms = run(case)
+    empty, full = result([], ["a"], [0]), result(terms, ["b"], [7])
+    assert losses_of([empty, empty], SETTINGS, []) == {}
+    assert losses_of([empty, full], SETTINGS, [2, 4, 6, 8, 9])[3] == pytest.approx(float(terms[0].loss))
+    assert matches_of([], [1, 2], [2, 4, 6, 8, 9]) == [[]]

@@ -3,7 +3,6 @@
 Legend: L teacher layers (the final one last), T response tokens, V vocabulary, K kept entries, m tail samples.
 """
 
-import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch.distributions import Categorical
 
 import vlsi_cache as vc
 from vlsi_cache.config.sections import InteractSpec, Schedule
-from vlsi_cache.models.backbone import Backbone
+from vlsi_cache.models.backbone import Backbone, head_of
 from vlsi_cache.models.load import load_model
 from vlsi_cache.models.verbalizer import Verbalizers, build_verbalizers
 from vlsi_cache.run_files import read_metrics
@@ -31,7 +30,7 @@ from vlsi_cache.sparse.rows import SparseRows
 from vlsi_cache.train import interact as interact_module
 from vlsi_cache.train import probe as module
 from vlsi_cache.train import verbalize as verbalize_module
-from vlsi_cache.train.interact import MicroRows, Terms, interaction
+from vlsi_cache.train.interact import Targets, Term, micro_batch
 from vlsi_cache.train.probe import is_due, probe
 
 NUM_TOKENS, V, NUM_TEACHER, K, NUM_TAIL = 9, 60, 4, 6, 3
@@ -43,17 +42,18 @@ class Case:
     verbalizers: Verbalizers
     logp_LTV: Tensor
     cached: SparseRows
-    rows: MicroRows
+    targets: Targets
     hidden: dict[int, Tensor]
 
-    def terms(self, **changes: Any) -> Terms:
+    def terms(self, **changes: Any) -> dict[int, Term]:
         settings = InteractSpec(schedule=Schedule(steps=1), **changes)
-        rngs = [match_rng(3, 0, place) for place in self.rows.places]
-        options: Any = {"settings": settings, "rngs": rngs, "verbalizers": self.verbalizers}
-        return interaction(self.hidden, self.backbone, rows=self.rows, **options)
+        rng = match_rng(3, 0, 0)
+        terms = micro_batch(self.hidden, self.targets, self.backbone, self.verbalizers, settings, rng)
+        return {term.layer: term for term in terms if term.layer in (1, 2)}
 
-    def probe(self, terms: Terms, **options: Any) -> dict[str, dict[str, float]]:
-        return probe(self.hidden, self.backbone, self.verbalizers, self.rows, self.cached, terms, **options)
+    def probe(self, terms: dict[int, Term], **options: Any) -> dict[str, dict[str, float]]:
+        head = head_of(self.backbone).real(V)
+        return probe(self.hidden, head, self.verbalizers, terms, self.cached, self.targets.gold_T, **options)
 
 
 @pytest.fixture
@@ -80,21 +80,20 @@ def case(student_folder: Path) -> Case:
         tail_mass_LT=tail_LT.numpy(),
     )
     layers = LayerRows.of(ids_LTK, logprobs_LTK, drawn_LTm, tail_LT, entropy_LT, v_real=V)
-    unit_T, share_T = torch.zeros(NUM_TOKENS, dtype=torch.long), torch.full((NUM_TOKENS,), 1 / NUM_TOKENS)
-    rows = MicroRows(layers, gold_T, gold_LT, unit_T, torch.tensor([NUM_TOKENS]), share_T, [0])
+    targets = Targets(layers, gold_T, torch.full((NUM_TOKENS,), 1 / NUM_TOKENS))
     verbalizers = build_verbalizers(backbone, [1, 2], style="plain").requires_grad_(False)
     hidden = {k: torch.randn(NUM_TOKENS, backbone.hidden_size, requires_grad=True) for k in (1, 2, 3)}
-    return Case(backbone, verbalizers, logp_LTV, cached, rows, hidden)
+    return Case(backbone, verbalizers, logp_LTV, cached, targets, hidden)
 
 
 @torch.no_grad()
-def expected(case: Case, layer: int, target_T: list[int], tokens: list[int]) -> dict[str, float]:
+def expected(case: Case, layer: int, j: int, tokens: list[int]) -> dict[str, float]:
     """Token by token, from whole distributions."""
     state_TD = case.hidden[layer] if layer == 3 else case.verbalizers.apply(layer, case.hidden[layer])
     logq_TV = torch.log_softmax(state_TD @ case.backbone.head_weight[:V].T, -1).double()
     sums: dict[str, float] = {}
     for t in tokens:
-        j, logq_V = target_T[t], logq_TV[t]
+        logq_V = logq_TV[t]
         kept = [
             int(i) for i, p in zip(case.cached.ids_LTK[j, t], case.cached.logprobs_LTK[j, t], strict=True) if p > -99
         ]
@@ -106,8 +105,8 @@ def expected(case: Case, layer: int, target_T: list[int], tokens: list[int]) -> 
             "kl": -Categorical(probs=p_V).entropy() - (p_V[kept] * logq_V[kept]).sum() - rest * tail,
             "student_entropy": Categorical(logits=logq_V).entropy(),
             "teacher_entropy": Categorical(probs=p_V).entropy(),
-            "student_loss": -logq_V[case.rows.gold_T[t]],
-            "teacher_loss": -p_V[case.rows.gold_T[t]].log(),
+            "student_loss": -logq_V[case.targets.gold_T[t]],
+            "teacher_loss": -p_V[case.targets.gold_T[t]].log(),
             "kept_mass": 1 - rest,
             "student_mass": logq_V[kept].exp().sum(),
             "overlap": len(set(kept) & set(own)) / len(kept),
@@ -127,34 +126,28 @@ def test_probes_are_what_dense_distributions_give(
     terms = case.terms()
     found, tokens = case.probe(terms), [0, 1, 3, 4, 6, 7]
     assert list(found) == ["1", "2", "3"]
-    matched = terms.matched_US[0].tolist()
+    matched = [int(match.target_n) for match in terms.values() if match.target_n is not None]
     for layer, target in zip((1, 2, 3), (*matched, NUM_TEACHER), strict=True):
         numbers = dict(found[str(layer)])
         entropy = numbers.pop("match_entropy", None)
         assert (entropy is None) == (layer == 3)
-        assert numbers == pytest.approx(expected(case, layer, [target] * NUM_TOKENS, tokens), rel=1e-4, abs=1e-6)
+        assert numbers == pytest.approx(expected(case, layer, target, tokens), rel=1e-4, abs=1e-6)
 
 
-def test_every_token_has_the_teacher_layer_of_its_unit(case: Case) -> None:
-    count_U = torch.tensor([4, 5])
-    unit_T = torch.repeat_interleave(torch.arange(2), count_U)
-    case.rows = dataclasses.replace(case.rows, unit_T=unit_T, count_U=count_U, places=[0, 1])
-    for changes in ({"match_unit": "sample"}, {"match_unit": "sample", "matching": "bottom_k", "bottom_k": 2}):
-        terms = case.terms(**changes)
-        found = case.probe(terms)
-        for number, layer in enumerate((1, 2)):
-            target_T = [int(terms.matched_US[:2][unit, number]) for unit in unit_T]
-            numbers = {key: value for key, value in found[str(layer)].items() if key != "match_entropy"}
-            assert numbers == pytest.approx(
-                expected(case, layer, target_T, list(range(NUM_TOKENS))), rel=1e-4, abs=1e-6
-            )
-        assert ("match_entropy" in found["1"]) == ("bottom_k" not in changes)  # the nearest ones are not drawn
+def test_of_several_matched_layers_the_nearest_one_is_shown(case: Case) -> None:
+    terms = case.terms(matching="bottom_k", bottom_k=2)
+    found = case.probe(terms)
+    for layer, match in terms.items():
+        assert match.target_n is not None
+        nearest = int(match.target_n[0])
+        assert found[str(layer)] == pytest.approx(  # without `match_entropy`: the nearest ones are not drawn
+            expected(case, layer, nearest, list(range(NUM_TOKENS))), rel=1e-4, abs=1e-6
+        )
 
 
 def test_the_sampling_entropy_is_that_of_the_draw(case: Case) -> None:
     entropies = {mode: case.probe(case.terms(matching=mode))["1"]["match_entropy"] for mode in ("random", "uniform")}
     assert entropies == pytest.approx({"random": np.log(NUM_TEACHER), "uniform": 0.0}, abs=1e-6)
-    assert case.probe(case.terms(sampler="joint"))["2"]["match_entropy"] > 0
 
 
 def test_without_matches_only_the_last_layer_is_there(case: Case) -> None:

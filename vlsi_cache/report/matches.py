@@ -4,7 +4,6 @@ Shapes: S student target layers, L teacher target layers.
 """
 
 from dataclasses import dataclass
-from math import comb
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,7 @@ from .text import table
 __all__ = ["null_distribution"]
 
 
-def null_distribution(
-    num_student: int, num_teacher: int, *, mode: str = "vlsi", sampler: str = "greedy"
-) -> np.ndarray | None:
+def null_distribution(num_student: int, num_teacher: int, *, mode: str = "vlsi") -> np.ndarray | None:
     """P(student target s is matched with teacher target l), [S, L], if the divergences said nothing at all.
 
     Order preservation alone pushes matches deep; any drift must be read against this. None for the uniform modes, in
@@ -36,12 +33,6 @@ def null_distribution(
         last_S = np.arange(num_student) + (num_teacher - num_student if mode == "range" else num_teacher)
         allowed_SL = np.arange(num_teacher) <= last_S[:, None]
         return allowed_SL / allowed_SL.sum(1, keepdims=True)
-    if sampler == "joint":  # all increasing assignments alike
-        ways = [
-            [comb(j, s) * comb(num_teacher - 1 - j, num_student - 1 - s) for j in range(num_teacher)]
-            for s in range(num_student)
-        ]
-        return np.array(ways) / comb(num_teacher, num_student)
     match_SL = np.zeros((num_student, num_teacher))
     starts = {0: 1.0}
     for student in range(num_student):
@@ -69,7 +60,6 @@ class Matches:
 
     run: str
     mode: str
-    sampler: str
     student_layers: list[int]
     teacher_layers: list[int]
     knows_teacher: bool
@@ -106,7 +96,7 @@ class Matches:
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         arrays = {"start": self.start_SM, "end": self.end_SM, "null": self.null_SM}
-        keys = ("run", "mode", "sampler", "student_layers", "teacher_layers", "num_matches", "num_steps", "is_finished")
+        keys = ("run", "mode", "student_layers", "teacher_layers", "num_matches", "num_steps", "is_finished")
         return {
             **{key: getattr(self, key) for key in keys},
             "steps": {"start": list(self.start_steps), "end": list(self.end_steps)},
@@ -127,9 +117,7 @@ class Matches:
     def heading(self) -> str:
         """Which steps are compared."""
         steps = [f"{first} to {last}" for first, last in (self.start_steps, self.end_steps)]
-        return (
-            f"start: steps {steps[0]}, end: steps {steps[1]} of {self.num_steps} (matching {self.mode}, {self.sampler})"
-        )
+        return f"start: steps {steps[0]}, end: steps {steps[1]} of {self.num_steps} (matching {self.mode})"
 
     def rows(self) -> tuple[list[str], list[list[str]]]:
         """Head and rows of the table."""
@@ -217,14 +205,13 @@ def matches_of(run: RunFiles, *, share: float = DEFAULT_SHARE) -> Matches | None
     if start is None or end is None:
         return None
     interact = ((run.record.get("spec") or {}).get("distill") or {}).get("interact") or {}
-    mode, sampler = interact.get("matching", "vlsi"), interact.get("sampler", "greedy")
+    mode = interact.get("matching", "vlsi")
     null_SM = None
     if knows_teacher:
-        null_SM = null_distribution(len(start[1]), len(columns), mode=mode, sampler=sampler)
+        null_SM = null_distribution(len(start[1]), len(columns), mode=mode)
     return Matches(
         run=str(run.path),
         mode=mode,
-        sampler=sampler,
         student_layers=start[1],
         teacher_layers=columns,
         knows_teacher=knows_teacher,

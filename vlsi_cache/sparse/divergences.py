@@ -14,16 +14,16 @@ Shapes: T response tokens, K kept entries; any leading axes may stand for T.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
+from vlsi_cache.config.sections import DivergenceName
 from vlsi_cache.errors import SpecError
 
-__all__ = ["Bucketed", "Divergence", "DivergenceName"]
+__all__ = ["Bucketed", "Divergence"]
 
-DivergenceName = Literal["forward_kl", "reverse_kl", "jsd", "skewed_kl", "l2_topk"]
 # Of a student's tail mass, which is 1 minus the kept mass: below lies nothing but rounding.
 FLOORS = {torch.float32: 2.0**-23, torch.float64: 2.0**-43}
 # Of a teacher's tail mass, which is stored by itself: below lies what fp32 cannot hold.

@@ -195,6 +195,11 @@ class Feed:
         batch = item.batch.to(self._device, non_blocking=True)
         return replace(item, batch=batch, share_T=item.share_T.to(self._device, non_blocking=True))
 
+    def take(self, num_micro: int) -> Iterator[MicroBatch]:
+        """The next `num_micro` micro-batches: a whole batch, if one has so many."""
+        for _ in range(num_micro):
+            yield self.next()
+
     def close(self) -> None:
         self._stop.set()
         with suppress(queue.Empty):

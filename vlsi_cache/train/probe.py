@@ -3,7 +3,7 @@
 No gradient, a few response tokens, and the hidden states that the step has captured anyway: the backbone does not run
 again, and no random number is drawn.
 
-Legend: T response tokens, S student target layers, U units that are matched separately, K kept entries, m tail
+Legend: T response tokens, K kept entries, m tail
 samples, V vocabulary, D hidden size.
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlsi_cache.models.backbone import Backbone, LayerSequence, head_of
+from vlsi_cache.models.backbone import LayerSequence
 from vlsi_cache.models.verbalizer import Verbalizers
 from vlsi_cache.runtime import autocast
 from vlsi_cache.sparse.divergences import Bucketed
@@ -24,7 +24,7 @@ from vlsi_cache.sparse.rows import SparseRows
 from vlsi_cache.sparse.vocab_pass import full_precision
 
 if TYPE_CHECKING:
-    from .interact import MicroRows, Terms
+    from .interact import Term
 
 NUM_PROBES = 20  # over the stage, about: enough for a curve, few enough to cost next to nothing
 MAX_TOKENS = 128
@@ -51,60 +51,55 @@ def is_due(step: int, num_steps: int) -> bool:
 @torch.no_grad()
 def probe(
     hidden: Mapping[int, Tensor | LayerSequence],
-    backbone: Backbone,
+    head: Head,
     verbalizers: Verbalizers | None,
-    rows: "MicroRows",
+    matches: "Mapping[int, Term]",
     cached: SparseRows,
-    terms: "Terms",
+    gold_T: Tensor,
     *,
     is_sampled: bool = False,
 ) -> dict[str, dict[str, float]]:
     """Means over evenly spaced tokens of a micro-batch, by student layer; the last one against the teacher's last.
 
     A target layer is compared with the teacher layer that the step has matched it with (the first one where there are
-    several); without matches only the last layer is there. All at temperature 1, over the whole real vocabulary:
-    `kl`, `student_entropy`, `teacher_entropy`, `student_loss`, `teacher_loss` (of the response) in nats, and the shares
-    `kept_mass` (the teacher's, on its kept words), `student_mass` (the student's, on the same words), `overlap` (those
-    words among the student's own top-k) and `top1_agreement`. Rows of draws (`is_sampled`) have no top-k: they give no
-    shares. `match_entropy` is that of the draw of the teacher layer, where one was drawn.
+    several), by its term in `matches`; a layer without a match is left out. All at temperature 1, over the whole real
+    vocabulary: `kl`, `student_entropy`, `teacher_entropy`, `student_loss`, `teacher_loss` (of the response) in nats,
+    and the shares `kept_mass` (the teacher's, on its kept words), `student_mass` (the student's, on the same words),
+    `overlap` (those words among the student's own top-k) and `top1_agreement`. Rows of draws (`is_sampled`) have no
+    top-k: they give no shares. `match_entropy` is that of the draw of the teacher layer, where one was drawn.
     """
-    head, index_T = head_of(backbone).real(rows.layers.v_real), _spaced(rows)
-    final = torch.full_like(index_T, cached.num_layers - 1)
+    num, device = min(MAX_TOKENS, len(gold_T)), gold_T.device
+    index_T = torch.arange(num, device=device) * len(gold_T) // num
     found = {}
-    for number, layer in enumerate(verbalizers.layers if verbalizers is not None and len(terms.matched_US) else []):
+    for layer, match in matches.items():
+        if match.target_n is None:
+            continue
         assert verbalizers is not None
-        with autocast(index_T.device):
+        with autocast(device):
             state_TD = verbalizers.apply(layer, hidden[layer])
-        # Of several matched layers all units come once for each; the first ones are the nearest.
-        target_T = terms.matched_US[rows.unit_T[index_T], number]
-        found[str(layer)] = _measure(state_TD[index_T], head, rows, cached, index_T, target_T, is_sampled)
-        if terms.match_logits:
-            weights_MU = terms.match_logits[number].softmax(0)
-            found[str(layer)]["match_entropy"] = float(torch.special.entr(weights_MU).sum(0).mean())
-    state: Any = hidden[backbone.num_layers]
-    found[str(backbone.num_layers)] = _measure(state[index_T], head, rows, cached, index_T, final, is_sampled)
+        target = int(match.target_n[0])
+        found[str(layer)] = _measure(state_TD[index_T], head, cached, index_T, gold_T, target, is_sampled)
+        if match.match_logits_M is not None:
+            found[str(layer)]["match_entropy"] = float(torch.special.entr(match.match_logits_M[:, None].softmax(0)).sum())
+    last, final = max(hidden), cached.num_layers - 1
+    state: Any = hidden[last]
+    found[str(last)] = _measure(state[index_T], head, cached, index_T, gold_T, final, is_sampled)
     return found
-
-
-def _spaced(rows: "MicroRows") -> Tensor:
-    """At most MAX_TOKENS evenly spaced tokens."""
-    num = min(MAX_TOKENS, len(rows.gold_T))
-    return torch.arange(num, device=rows.gold_T.device) * len(rows.gold_T) // num
 
 
 def _measure(
     state_TD: Tensor,
     head: Head,
-    rows: "MicroRows",
     cached: SparseRows,
     index_T: Tensor,
-    target_T: Tensor,
+    gold_T: Tensor,
+    target: int,
     is_sampled: bool,
 ) -> dict[str, float]:
-    """Means over the tokens `index_T`, whose teacher layers are `target_T`."""
+    """Means over the tokens `index_T` against one teacher layer; `state_TD` is of these tokens alone."""
     device, dtype = state_TD.device, compute_dtype(state_TD)
-    layer_T, token_T = target_T.cpu().numpy(), index_T.cpu().numpy()
-    picked = [_tensor(getattr(cached, name)[layer_T, token_T], dtype).to(device) for name in ARRAYS]
+    token_T = index_T.cpu().numpy()
+    picked = [_tensor(getattr(cached, name)[target, token_T], dtype).to(device) for name in ARRAYS]
     sums: dict[str, Tensor] = {}
     step = max(1, CHUNK_LOGITS // head.num_rows)
     for start in range(0, len(index_T), step):
@@ -113,7 +108,7 @@ def _measure(
             logits_TV = state_TD.new_empty((len(state_TD[chunk]), head.num_rows), dtype=dtype)
             head.logits_into(logits_TV, state_TD[chunk], 0)
             teacher = TeacherTokens(*(x[chunk] for x in picked))
-            values = _compare(logits_TV, teacher, rows.gold_T[index_T[chunk]], is_sampled)
+            values = _compare(logits_TV, teacher, gold_T[index_T[chunk]], is_sampled)
         sums = {name: sums.get(name, 0) + value_T.double().sum() for name, value_T in values.items()}
     return {name: float(total) / len(index_T) for name, total in sums.items()}
 
