@@ -1,7 +1,7 @@
 """Random inputs of real sizes: teacher rows, a student layer with its candidate teacher layers, a head to be trained.
 
 Logits are normal with a standard deviation of LOGIT_STD, so the likeliest of 150,000 tokens has a probability of a few
-tens of percent. The student's logits share a part with those of the first candidate; candidate i is the first one moved
+tens of percent. The student's logits share a part with those of the first candidate; candidate i is the first one to_device_async
 on by i tokens, which costs no product and leaves the statistics alone.
 
 Shapes: T response tokens, M candidates, K kept entries, m tail samples, V vocabulary, D hidden size, R hidden size of
@@ -122,7 +122,7 @@ def student_case(
     rest = shape.hidden - small
     noise_TD = _normal(shape.num_tokens, rest, draw, dtype).mul_(LOGIT_STD * (1 - SHARED**2) ** 0.5)
     noise_VD = _normal(shape.vocab, rest, draw, dtype).div_(rest**0.5)
-    moved = {
+    to_device_async = {
         name: torch.stack([value.roll(shift, 0) for shift in range(num_candidates)]) for name, value in rows.items()
     }
     return StudentCase(
@@ -130,11 +130,11 @@ def student_case(
         weight_VD=torch.cat([teacher.weight_VD.to(dtype), noise_VD], 1),
         teacher_hidden_TR=teacher.hidden_TD.to(dtype),
         teacher_weight_VR=teacher.weight_VD.to(dtype),
-        ids_MTK=moved["ids_TK"],
-        logprobs_MTK=moved["logprobs_TK"],
-        tail_ids_MTm=moved["tail_ids_Tm"],
-        tail_mass_MT=moved["tail_mass_T"],
-        entropy_MT=moved["entropy_T"],
+        ids_MTK=to_device_async["ids_TK"],
+        logprobs_MTK=to_device_async["logprobs_TK"],
+        tail_ids_MTm=to_device_async["tail_ids_Tm"],
+        tail_mass_MT=to_device_async["tail_mass_T"],
+        entropy_MT=to_device_async["entropy_T"],
         v_real=shape.num_real,
     )
 

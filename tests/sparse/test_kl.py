@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
 from vlsi_cache.errors import DataError
-from vlsi_cache.sparse import kl
-from vlsi_cache.sparse import vocab_pass as walk
+from vlsi_cache.sparse import kl, vocab_pass
 from vlsi_cache.sparse.head import Head
 from vlsi_cache.sparse.kl import CandidateKL, LayerRows, candidate_kl, sparse_kl
 
@@ -223,7 +222,7 @@ def test_matching_value_is_unbiased():
 @pytest.mark.parametrize("rounds", [False, True])
 def test_bf16_gradient_is_within_1e_3_of_float64(rounds: bool, monkeypatch: pytest.MonkeyPatch):
     # `rounds` is what a GPU does: probabilities enter the second product in bf16.
-    monkeypatch.setattr(walk, "_rounds_probs", lambda *_: rounds)
+    monkeypatch.setattr(vocab_pass, "_rounds_probs", lambda *_: rounds)
     case = make_case(num_tokens=40, vocab=3000, top_k=32, spread=3.0, num_tail=0)
     exact = make_case(num_tokens=40, vocab=3000, top_k=32, spread=3.0, num_tail=0)
     case.hidden_TD = (3 * case.hidden_TD).detach().bfloat16().requires_grad_()

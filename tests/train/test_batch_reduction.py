@@ -25,6 +25,7 @@ from vlsi_cache.store.reader import Cache
 from vlsi_cache.teacher import verbalize as train_verbalizers_module
 from vlsi_cache.train import distill, interact, sft, verbalize
 from vlsi_cache.train.loader import loss_shares
+from vlsi_cache.train.optim import Stage
 from vlsi_cache.train.student import open_student
 
 NUM_ROWS, SIZES = 16, (1, 4, 16)
@@ -131,16 +132,9 @@ def run_student_stage(
             backbone,
             state.layers,
             partial(state.feed, "verbalize"),
+            Stage(spec.distill, spec.distill.verbalize, num_steps, state.checkpoints, state.log, compiled=False),
             architecture=spec.verbalizer,
-            schedule=spec.distill.verbalize,
-            num_steps=num_steps,
-            batch_size=spec.distill.batch_size,
-            micro_batch_size=spec.distill.micro_batch_size,
             v_real=state.encoder.v_real,
-            checkpoints=state.checkpoints,
-            checkpoint_steps=num_steps,
-            log=state.log,
-            seed=0,
         )
     elif stage == "interact":
         train_decoder_layers(model)

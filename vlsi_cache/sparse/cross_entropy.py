@@ -11,7 +11,7 @@ from torch import Tensor
 from vlsi_cache.errors import DataError, ModelError
 
 from .head import Head, operand, shares, token_sum
-from .vocab_pass import GivenGradient, OneId, Walk, default_block, full_precision
+from .vocab_pass import GivenGradient, OneId, VocabPass, default_block, full_precision
 
 __all__ = ["HeadOutput", "head_output", "kl_to_output", "linear_cross_entropy"]
 
@@ -36,9 +36,11 @@ def linear_cross_entropy(
     if gold_T.shape != hidden_TD.shape[:1] or not len(gold_T):
         raise DataError(f"{hidden_TD.shape[0]} hidden states, but gold ids of shape {list(gold_T.shape)}")
     picker = OneId(gold_T, block or default_block(hidden_TD.device))
-    walk, share_T = Walk(hidden_TD, head, picker, compiled=compiled), shares(share_T, hidden_TD)
+    vocab_pass, share_T = VocabPass(hidden_TD, head, picker, compiled=compiled), shares(share_T, hidden_TD)
     ids_T1, is_entry_T1 = gold_T[:, None], torch.ones_like(gold_T, dtype=torch.bool)[:, None]
-    return walk.attach(-token_sum(walk.logq[0, :, 0], share_T), ids_T1, walk.logq[0], -share_T[:, None], is_entry_T1)
+    return vocab_pass.attach(
+        -token_sum(vocab_pass.logq[0, :, 0], share_T), ids_T1, vocab_pass.logq[0], -share_T[:, None], is_entry_T1
+    )
 
 
 class HeadOutput(NamedTuple):
@@ -59,9 +61,9 @@ def head_output(hidden_TD: Tensor, head: Head, *, compiled: bool = False) -> Hea
         leaf_TD = operand(hidden_TD).detach().requires_grad_()
     picker = OneId(torch.zeros(len(leaf_TD), dtype=torch.long, device=leaf_TD.device), default_block(leaf_TD.device))
     with torch.enable_grad():
-        walk = Walk(leaf_TD, head, picker, compiled=compiled)
-    assert walk.mean_TD is not None
-    return HeadOutput(leaf_TD.detach(), walk.lse_T, walk.mean_TD)
+        vocab_pass = VocabPass(leaf_TD, head, picker, compiled=compiled)
+    assert vocab_pass.mean_TD is not None
+    return HeadOutput(leaf_TD.detach(), vocab_pass.lse_T, vocab_pass.mean_TD)
 
 
 def kl_to_output(
@@ -85,15 +87,15 @@ def kl_to_output(
     _check_plain(head)
     hidden_TD = operand(hidden_TD)
     head.check(hidden_TD)
-    walk = Walk(hidden_TD, head, OneId(gold_T, default_block(hidden_TD.device)), compiled=compiled)
+    vocab_pass = VocabPass(hidden_TD, head, OneId(gold_T, default_block(hidden_TD.device)), compiled=compiled)
     with full_precision(hidden_TD.device):
-        share_T, dtype = shares(share_T, hidden_TD), walk.lse_T.dtype
+        share_T, dtype = shares(share_T, hidden_TD), vocab_pass.lse_T.dtype
         moved_TD = (hidden_TD.to(dtype) - target.hidden_TD.to(dtype)) * head.scale
-        value = token_sum(walk.lse_T - target.lse_T - (moved_TD * target.mean_TD).sum(1), share_T).clamp(min=0)
-        cross_entropy = -token_sum(walk.logq[0, :, 0], share_T)
-        if walk.mean_TD is None:
+        value = token_sum(vocab_pass.lse_T - target.lse_T - (moved_TD * target.mean_TD).sum(1), share_T).clamp(min=0)
+        cross_entropy = -token_sum(vocab_pass.logq[0, :, 0], share_T)
+        if vocab_pass.mean_TD is None:
             return value, cross_entropy
-        gradient_TD = (walk.mean_TD - target.mean_TD) * (head.scale * share_T[:, None])
+        gradient_TD = (vocab_pass.mean_TD - target.mean_TD) * (head.scale * share_T[:, None])
     return GivenGradient.apply(hidden_TD, value, gradient_TD), cross_entropy
 
 

@@ -1,10 +1,10 @@
-"""The layer-wise loss on sparse rows: one walk over the vocabulary serves every candidate teacher layer.
+"""The layer-wise loss on sparse rows: one pass over the vocabulary serves every candidate teacher layer.
 
 The trained value is a divergence on the bucketed support (k kept ids and one bucket for the tail); the default is the
 ghost-bucket forward KL, 0 <= ghost <= dense KL. The value for matching is the unbiased estimate of the forward KL,
 -H - sum p log q - tail/m * sum log q(tail samples), whatever is trained.
 
-The price of one walk: where the student's tail mass is far below the teacher's, c * G and the kept rows nearly cancel,
+The price of one pass: where the student's tail mass is far below the teacher's, c * G and the kept rows nearly cancel,
 and the gradient of that token has a relative error of a few fp32 units divided by the student's tail mass (7e-4 at
 2e-4).
 
@@ -25,7 +25,7 @@ from vlsi_cache.errors import DataError, ModelError
 
 from .divergences import Bucketed, Divergence
 from .head import Head, normalized, operand, shares, token_sum
-from .vocab_pass import BlockIndex, Walk, default_block, moved
+from .vocab_pass import BlockIndex, VocabPass, default_block, to_device_async
 
 __all__ = ["CandidateKL", "LayerRows", "Loss", "candidate_kl", "sparse_kl"]
 
@@ -120,7 +120,7 @@ def _known(name: str, said: Any, carried: Any) -> Any:
 
 @dataclass(frozen=True)
 class LayerRows:
-    """The sparse rows of L teacher layers for T response tokens, made ready once for any number of walks.
+    """The sparse rows of L teacher layers for T response tokens, made ready once for any number of passes.
 
     Log-probs and tail mass are those at `tau`; entropy and tail samples are the teacher's at tau = 1.
     """
@@ -149,18 +149,20 @@ class LayerRows:
         device: torch.device | str = "cpu",
         block: int | None = None,
     ) -> "LayerRows":
-        """Arrays of the cache (numpy or torch), moved to the student's device.
+        """Arrays of the cache (numpy or torch), to_device_async to the student's device.
 
         Raises DataError for shapes that do not fit together, ids outside `v_real`, and a `tau` outside `taus`.
         """
         device = torch.device(device)
         ids, tails = (_tensor(array).int() for array in (ids_LTK, tail_ids_LTm))
-        logprobs, mass, entropy = (moved(_tensor(array), device) for array in (logprobs_LTK, tail_mass_LT, entropy_LT))
+        logprobs, mass, entropy = (
+            to_device_async(_tensor(array), device) for array in (logprobs_LTK, tail_mass_LT, entropy_LT)
+        )
         _check_shapes(ids, logprobs, tails, mass, entropy)
         if tau != 1.0:
             logprobs, mass = _tempered(logprobs, mass, lse_LTn, tau, taus, v_real)
         ids_LTX = torch.cat([ids, tails], -1)
-        on_device_LTX = moved(ids_LTX, device)
+        on_device_LTX = to_device_async(ids_LTX, device)
         index = BlockIndex.of(ids_LTX, on_device_LTX, v_real=v_real, block=block or default_block(device))
         return cls(on_device_LTX, logprobs, mass, entropy, index, v_real, tau)
 
@@ -202,8 +204,8 @@ def candidate_kl(
     if rows.num_tokens != hidden_TD.shape[0]:
         raise DataError(f"{hidden_TD.shape[0]} student hidden states, but rows of {rows.num_tokens} response tokens")
     window = range(rows.num_layers) if window is None else window
-    walk = Walk(hidden_TD, head, rows.index.window(window), tau=rows.tau, compiled=compiled)
-    return CandidateKL(walk, rows, window, shares(share_T, hidden_TD), divergence)
+    vocab_pass = VocabPass(hidden_TD, head, rows.index.window(window), tau=rows.tau, compiled=compiled)
+    return CandidateKL(vocab_pass, rows, window, shares(share_T, hidden_TD), divergence)
 
 
 class CandidateKL:
@@ -213,13 +215,15 @@ class CandidateKL:
     there is a tail but no sample of it, or tau is not 1, the ghost value.
     """
 
-    def __init__(self, walk: Walk, rows: LayerRows, window: range, share_T: Tensor, divergence: Divergence) -> None:
+    def __init__(
+        self, vocab_pass: VocabPass, rows: LayerRows, window: range, share_T: Tensor, divergence: Divergence
+    ) -> None:
         chosen, num_kept, dtype = slice(window.start, window.stop), rows.logprobs_LTK.shape[2], share_T.dtype
-        self._walk, self._share_T, self._divergence, self._tau = walk, share_T, divergence, rows.tau
-        self._ids_MTK, self._logq_MTK = rows.ids_LTX[chosen, :, :num_kept], walk.logq[..., :num_kept]
+        self._vocab_pass, self._share_T, self._divergence, self._tau = vocab_pass, share_T, divergence, rows.tau
+        self._ids_MTK, self._logq_MTK = rows.ids_LTX[chosen, :, :num_kept], vocab_pass.logq[..., :num_kept]
         self._logprobs_MTK = rows.logprobs_LTK[chosen].to(dtype)
         self._tail_mass_MT = rows.tail_mass_LT[chosen].to(dtype)
-        self.matching_MT = self._matching(rows.entropy_LT[chosen].to(dtype), walk.logq[..., num_kept:])
+        self.matching_MT = self._matching(rows.entropy_LT[chosen].to(dtype), vocab_pass.logq[..., num_kept:])
 
     @property
     def matching_M(self) -> Tensor:
@@ -250,7 +254,7 @@ class CandidateKL:
 
     def gold_logprobs(self, gold_T: Tensor) -> Tensor:
         """The student's own log-prob (at tau) of an id per token, [T], detached."""
-        return self._walk.logprobs_of(gold_T)
+        return self._vocab_pass.logprobs_of(gold_T)
 
     def choose(self, candidate: int | Tensor = 0, *, keep_T: Tensor | None = None) -> Loss:
         """`loss`, together with the values of the tokens; tokens that are not kept count for nothing."""
@@ -263,7 +267,7 @@ class CandidateKL:
         share_T = self._share_T if keep_T is None else self._share_T * keep_T
         tokens_T, s_TK = self._value_and_slopes(logp_TK, tail_T, logq_TK, share_T)
         value = token_sum(tokens_T.clamp(min=0), share_T)
-        return Loss(self._walk.attach(value, ids_TK.long(), logq_TK, s_TK, logp_TK != -math.inf), tokens_T)
+        return Loss(self._vocab_pass.attach(value, ids_TK.long(), logq_TK, s_TK, logp_TK != -math.inf), tokens_T)
 
     def _value_and_slopes(
         self, logp_TK: Tensor, tail_T: Tensor, logq_TK: Tensor, share_T: Tensor
@@ -307,7 +311,7 @@ def _tempered(
     if lse_LTn is None or lse_LTn.shape[-1] != len(taus):
         shape = None if lse_LTn is None else list(lse_LTn.shape)
         raise DataError(f"`lse_LTn` has shape {shape}, and there are {len(taus)} temperatures {list(taus)}")
-    lse = moved(_tensor(lse_LTn), logprobs_LTK.device).double()
+    lse = to_device_async(_tensor(lse_LTn), logprobs_LTK.device).double()
     shift_LT = lse[..., list(taus).index(1.0)] / tau - lse[..., list(taus).index(tau)]
     tempered_LTK = (logprobs_LTK.double() / tau + shift_LT[..., None]).clamp(max=0)
     tail_LT = _tempered_tail(logprobs_LTK.double(), tail_mass_LT.double(), tempered_LTK, shift_LT, tau, v_real)

@@ -13,7 +13,7 @@ from torch import Tensor
 from vlsi_cache.config.sections import MatchingMode, Temperature
 from vlsi_cache.errors import SpecError
 
-from .vocab_pass import moved
+from .vocab_pass import to_device_async
 
 __all__ = ["Matching", "SearchRange", "match_rng"]
 
@@ -126,7 +126,7 @@ class SearchRange:
         return self._match, logits_M
 
     def _inverse_cdf(self, logits_M: Tensor) -> Tensor:
-        self._uniforms_S = moved(self._uniforms_S, logits_M.device)
+        self._uniforms_S = to_device_async(self._uniforms_S, logits_M.device)
         cdf_M = (logits_M - logits_M.amax()).exp().cumsum(0)
         index = (cdf_M <= self._uniforms_S[self._num_drawn] * cdf_M[-1]).sum()
         # Rounding may lift the draw past the end; values that are not finite are reported later, where nothing waits.

@@ -1,4 +1,4 @@
-"""Teacher rows: one walk over the vocabulary gives top-k, log-sum-exp, entropy, gold log-prob and tail samples.
+"""Teacher rows: one pass over the vocabulary gives top-k, log-sum-exp, entropy, gold log-prob and tail samples.
 
 Nothing of shape [T, V] exists. Each block keeps its own k best; whatever is not among them is summed up per group of
 GROUP ids, so that the complement of the top-k is a sum of positive numbers (never 1 - sum) and a tail sample needs the
@@ -112,7 +112,7 @@ def _refuse_bad_values(rows: SparseRows, place: Callable[[int, int], str]) -> No
 
 @dataclass
 class _Scan:
-    """What the walk leaves behind; sums of a block are relative to that block's largest logit."""
+    """What the pass leaves behind; sums of a block are relative to that block's largest logit."""
 
     values_TCK: Tensor  # the k best logits of each block, by ascending id
     ids_TCK: Tensor

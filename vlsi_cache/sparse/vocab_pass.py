@@ -1,4 +1,4 @@
-"""One walk over the vocabulary: the student's log-probs at chosen ids, and the mean head row if a gradient is wanted.
+"""One pass over the vocabulary: the student's log-probs at chosen ids, and the mean head row if a gradient is wanted.
 
 Blocks of the vocabulary go through an online softmax; the mean head row G = sum_j q_j W_j is rescaled whenever a block
 raises the running maximum, as flash attention does with K = V = W. Nothing of shape [T, V] exists.
@@ -23,7 +23,7 @@ from vlsi_cache.errors import DataError
 
 from .head import Head, compute_dtype, fused, product_into, project
 
-__all__ = ["BlockIndex", "GivenGradient", "OneId", "Walk", "default_block", "full_precision", "moved"]
+__all__ = ["BlockIndex", "GivenGradient", "OneId", "VocabPass", "default_block", "full_precision", "to_device_async"]
 
 
 def default_block(device: torch.device) -> int:
@@ -38,7 +38,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
         yield
 
 
-def moved(tensor: Tensor, device: torch.device) -> Tensor:
+def to_device_async(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on this device; only from pinned memory can a copy to a GPU stand in line without a wait."""
     if device.type == "cuda" and not tensor.is_cuda:
         return tensor.pin_memory().to(device, non_blocking=True)
@@ -58,7 +58,7 @@ class Picker(Protocol):
 
 @dataclass(frozen=True)
 class BlockIndex:
-    """Where the ids of L rows per token lie in the vocabulary, sorted by block once for all walks over them.
+    """Where the ids of L rows per token lie in the vocabulary, sorted by block once for all passes over them.
 
     Within a block the entries are sorted by row, so those of consecutive rows are one slice.
     """
@@ -138,7 +138,7 @@ class OneId:
         torch.where(inside_T[:, None], found_T1, values[0], out=values[0])
 
 
-class Walk:
+class VocabPass:
     """What one pass leaves behind: `logq` of the picker's ids, log-sum-exp, and G if hidden states alone need it.
 
     Log-probs are those of softmax(logits / tau) over all rows of the head. A head that requires a gradient gets it from
@@ -302,11 +302,11 @@ class _Recomputed(torch.autograd.Function):
         weight_VD: Tensor,
         bias_V: Tensor | None,
         value: Tensor,
-        walk: Walk,
+        vocab_pass: VocabPass,
         ids_TX: Tensor,
         s_TX: Tensor,
     ) -> Tensor:
-        ctx.walk = walk
+        ctx.vocab_pass = vocab_pass
         ctx.save_for_backward(hidden_TD, weight_VD, bias_V, ids_TX, s_TX)
         return value.clone()
 
@@ -317,7 +317,7 @@ class _Recomputed(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         hidden_TD, weight_VD, _, ids_TX, s_TX = ctx.saved_tensors  # raises where one was changed in place since
         with full_precision(hidden_TD.device):
-            hidden_grad_TD, weight_grad_VD, bias_grad_V = ctx.walk.backward(ids_TX, s_TX * grad_outputs[0])
+            hidden_grad_TD, weight_grad_VD, bias_grad_V = ctx.vocab_pass.backward(ids_TX, s_TX * grad_outputs[0])
         grads = hidden_grad_TD.to(hidden_TD.dtype), weight_grad_VD.to(weight_VD.dtype), bias_grad_V
         return *grads, None, None, None, None
 

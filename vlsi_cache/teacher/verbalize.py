@@ -36,6 +36,7 @@ from vlsi_cache.runs.run_dir import (
 )
 from vlsi_cache.sparse.head import choose_kernels
 from vlsi_cache.train.loader import Feed, shuffled_records
+from vlsi_cache.train.optim import Stage
 from vlsi_cache.train.verbalize import verbalize
 
 from .inputs import TeacherInputs, open_teacher_inputs
@@ -271,17 +272,16 @@ def _train(inputs: TeacherInputs, out: Path, folder: Path, layers: list[int], *,
             backbone,
             layers,
             make_feed,
+            Stage(
+                settings,
+                settings.schedule,
+                settings.schedule.num_steps(len(inputs.records), settings.batch_size),
+                Checkpoints(folder),
+                log,
+                choose_kernels(spec.run, backbone.device),
+            ),
             architecture=spec.verbalizer,
-            schedule=settings.schedule,
-            num_steps=settings.schedule.num_steps(len(inputs.records), settings.batch_size),
-            batch_size=settings.batch_size,
-            micro_batch_size=settings.micro_batch_size,
             v_real=inputs.encoder.v_real,
-            checkpoints=Checkpoints(folder),
-            checkpoint_steps=settings.checkpoint_steps,
-            log=log,
-            seed=settings.seed,
-            compiled=choose_kernels(spec.run, backbone.device),
         )
     facts = {"teacher_digest": inputs.weights_digest, "model": spec.teacher.model, "loss": spec.verbalizer.loss}
     # The run over all layers holds the folder already.

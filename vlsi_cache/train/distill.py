@@ -26,7 +26,7 @@ from vlsi_cache.store import reader
 from vlsi_cache.store.reader import Cache
 
 from .interact import interact
-from .optim import refuse_destroyed
+from .optim import Stage, refuse_destroyed
 from .sft import sft
 from .student import StudentState, check_verbalizers, open_student, take_verbalizers
 from .verbalize import verbalize
@@ -192,17 +192,9 @@ def _verbalize(state: StudentState, num_steps: int) -> tuple[Verbalizers, dict[s
         backbone,
         state.layers,
         lambda num_skip: state.feed("verbalize", num_skip),
+        Stage(distill, distill.verbalize, num_steps, state.checkpoints, state.log, state.compiled),
         architecture=state.spec.verbalizer,
-        schedule=distill.verbalize,
-        num_steps=num_steps,
-        batch_size=distill.batch_size,
-        micro_batch_size=distill.micro_batch_size,
         v_real=state.encoder.v_real,
-        checkpoints=state.checkpoints,
-        checkpoint_steps=distill.checkpoint_steps,
-        log=state.log,
-        seed=distill.seed,
-        compiled=state.compiled,
     )
     facts = {"teacher_digest": state.run.record["student_digest"], "model": state.student_path}
     verbalizers.save(folder, provenance={**facts, "loss": state.spec.verbalizer.loss})

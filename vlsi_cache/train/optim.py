@@ -2,12 +2,27 @@
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from vlsi_cache.config.sections import Schedule
+from vlsi_cache.config.sections import DistillSpec, Schedule, TrainVerbalizersSpec
 from vlsi_cache.errors import ModelError
+from vlsi_cache.runs.checkpoints import Checkpoints
+from vlsi_cache.runs.metrics import MetricsLog
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a run, as its loop needs it beside model and data; `settings` have its batch sizes and seed."""
+
+    settings: DistillSpec | TrainVerbalizersSpec
+    schedule: Schedule
+    num_steps: int
+    checkpoints: Checkpoints
+    log: MetricsLog
+    compiled: bool
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], schedule: Schedule) -> torch.optim.AdamW:

@@ -80,7 +80,9 @@ def probe(
         target = int(match.target_n[0])
         found[str(layer)] = _measure(state_TD[index_T], head, cached, index_T, gold_T, target, is_sampled)
         if match.match_logits_M is not None:
-            found[str(layer)]["match_entropy"] = float(torch.special.entr(match.match_logits_M[:, None].softmax(0)).sum())
+            found[str(layer)]["match_entropy"] = float(
+                torch.special.entr(match.match_logits_M[:, None].softmax(0)).sum()
+            )
     last, final = max(hidden), cached.num_layers - 1
     state: Any = hidden[last]
     found[str(last)] = _measure(state[index_T], head, cached, index_T, gold_T, final, is_sampled)

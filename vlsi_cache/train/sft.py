@@ -86,8 +86,7 @@ def sft(state: StudentState, model: Any, *, num_steps: int, stop: int) -> dict[s
             started, waited, tokens = time.monotonic(), feed.wait_s, 0
             losses: list[torch.Tensor] = []
             seed_step(distill.seed, "sft", step)
-            for _ in range(num_micro):
-                micro = feed.next()
+            for micro in feed.take(num_micro):
                 batch = micro.batch
                 tokens += len(batch.gold_T)
                 with autocast(state.device):

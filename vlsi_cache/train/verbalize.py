@@ -14,59 +14,49 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vlsi_cache.config.sections import Schedule, VerbalizerSpec
+from vlsi_cache.config.sections import VerbalizerSpec
 from vlsi_cache.data.collate import Batch
 from vlsi_cache.interrupts import stopping_between_steps
 from vlsi_cache.models.backbone import Backbone, head_of
 from vlsi_cache.models.verbalizer import Verbalizers, build_verbalizers
 from vlsi_cache.run_files import read_metrics
-from vlsi_cache.runs.checkpoints import Checkpoints
 from vlsi_cache.runs.diagnostics import verbalizer_findings, warn_of
-from vlsi_cache.runs.metrics import MetricsLog
 from vlsi_cache.runtime import autocast, memory_gib, seed_step
 from vlsi_cache.sparse.cross_entropy import head_output, kl_to_output, linear_cross_entropy
 
 from .loader import Feed, feeding
-from .optim import clip_gradients, make_grouped_optimizer, optimizer_step, refuse_destroyed
+from .optim import Stage, clip_gradients, make_grouped_optimizer, optimizer_step, refuse_destroyed
 
 
 def verbalize(
     backbone: Backbone,
     layers: list[int],
     make_feed: Callable[[int], Feed],
+    stage: Stage,
     *,
     architecture: VerbalizerSpec,
-    schedule: Schedule,
-    num_steps: int,
-    batch_size: int,
-    micro_batch_size: int,
     v_real: int,
-    checkpoints: Checkpoints,
-    checkpoint_steps: int,
-    log: MetricsLog,
-    seed: int,
-    compiled: bool = False,
 ) -> tuple[Verbalizers, dict[str, Any]]:
     """Train verbalizers of `layers`; `make_feed(num_skip)` gives the data from any sample on.
 
     Returns them and the stage's entry for `run.json`. Goes on from this stage's newest checkpoint.
     """
-    verbalizers = build_verbalizers(backbone, layers, **architecture.model_dump(exclude={"loss"}), seed=seed)
+    settings, num_steps, checkpoints, log = stage.settings, stage.num_steps, stage.checkpoints, stage.log
+    verbalizers = build_verbalizers(backbone, layers, **architecture.model_dump(exclude={"loss"}), seed=settings.seed)
     # One group a layer, so that the large gradient of one layer does not clip those of the others.
     groups = {f"layer {layer}": verbalizers.by_layer[str(layer)].parameters() for layer in layers}
-    optimizer = make_grouped_optimizer(groups, schedule)
+    optimizer = make_grouped_optimizer(groups, stage.schedule)
     first = checkpoints.step_of("verbalize")
     if first:
         checkpoints.load("verbalize", first, verbalizers, optimizer)
     log.start_stage("verbalize", step=first, num_steps=num_steps)
-    num_micro = batch_size // micro_batch_size
-    with feeding(make_feed(first * batch_size)) as feed, stopping_between_steps() as signals:
+    num_micro = settings.batch_size // settings.micro_batch_size
+    with feeding(make_feed(first * settings.batch_size)) as feed, stopping_between_steps() as signals:
         for step in range(first, num_steps):
             started, waited, tokens = time.monotonic(), feed.wait_s, 0
             losses: list[LayerLoss] = []
-            seed_step(seed, "verbalize", step)
-            for _ in range(num_micro):
-                micro = feed.next()
+            seed_step(settings.seed, "verbalize", step)
+            for micro in feed.take(num_micro):
                 tokens += len(micro.batch.gold_T)
                 losses += layer_losses(
                     backbone,
@@ -75,10 +65,10 @@ def verbalize(
                     micro.share_T,
                     loss=architecture.loss,
                     v_real=v_real,
-                    compiled=compiled,
+                    compiled=stage.compiled,
                 )
-            clip_gradients(optimizer, schedule, "verbalize", step, num_steps)
-            rate = optimizer_step(optimizer, schedule, step, num_steps)
+            clip_gradients(optimizer, stage.schedule, "verbalize", step, num_steps)
+            rate = optimizer_step(optimizer, stage.schedule, step, num_steps)
 
             trained, nll = (
                 torch.stack(column).view(num_micro, -1).sum(0).tolist() for column in zip(*losses, strict=True)
@@ -95,7 +85,7 @@ def verbalize(
                 data_wait_pct=100 * (feed.wait_s - waited) / seconds,
                 memory_gib=memory_gib(backbone.device),
             )
-            if (step + 1) % checkpoint_steps == 0 or step + 1 == num_steps or signals.came:
+            if (step + 1) % settings.checkpoint_steps == 0 or step + 1 == num_steps or signals.came:
                 checkpoints.save("verbalize", step + 1, verbalizers, optimizer)
                 signals.end_here()
     refuse_destroyed(verbalizers.named_parameters(), "verbalize")
