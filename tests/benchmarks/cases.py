@@ -1,7 +1,7 @@
 """Random inputs of real sizes: teacher rows, a student layer with its candidate teacher layers, a head to be trained.
 
 Logits are normal with a standard deviation of LOGIT_STD, so the likeliest of 150,000 tokens has a probability of a few
-tens of percent. The student's logits share a part with those of the first candidate; candidate i is the first one to_device_async
+tens of percent. The student's logits share a part with those of the first candidate; candidate i is the first one moved
 on by i tokens, which costs no product and leaves the statistics alone.
 
 Shapes: T response tokens, M candidates, K kept entries, m tail samples, V vocabulary, D hidden size, R hidden size of
