@@ -105,16 +105,9 @@ def longer() -> list[Variant]:
     settings = {
         "fade 0.3-0.7": ("layers_full_until=0.3", "layers_zero_from=0.7"),
         "fade 0-0.3": ("layers_full_until=0", "layers_zero_from=0.3"),
-        "reliable": ("reliable_only=true",),
-        "joint": ("sampler=joint",),
-        "per-sample": ("match_unit=sample",),
         "mean": ("layer_reduction=mean",),
         "mean, fade 0.3-0.7": ("layer_reduction=mean", "layers_full_until=0.3", "layers_zero_from=0.7"),
         FADED: ("layer_reduction=mean", "layers_full_until=0", "layers_zero_from=0.3"),
-        "reliable, fade 0.3-0.7": ("reliable_only=true", "layers_full_until=0.3", "layers_zero_from=0.7"),
-        "joint, per-sample, fade 0.3-0.7": (
-            "sampler=joint", "match_unit=sample", "layers_full_until=0.3", "layers_zero_from=0.7",
-        ),
     }  # fmt: skip
     found = [Variant(name, "", tuple(f"distill.interact.{one}" for one in keys)) for name, keys in settings.items()]
     return [*found, Variant(FEWER, "", ("distill.verbalize.steps=1",), recipe="last")]

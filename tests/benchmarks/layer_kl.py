@@ -20,8 +20,7 @@ from vlsi_cache.run_files import read_run
 from vlsi_cache.runs.run_dir import Run
 from vlsi_cache.sparse.kl import candidate_kl
 from vlsi_cache.store.reader import Cache
-from vlsi_cache.train.interact import MicroRows
-from vlsi_cache.train.loader import feeding
+from vlsi_cache.train.interact import targets_of
 from vlsi_cache.train.student import open_student
 
 NUM_BATCHES = 16
@@ -45,14 +44,14 @@ def _over_batches(state: Any, verbalizers_folder: str) -> np.ndarray:
     verbalizers = load_verbalizers(verbalizers_folder, backbone, state.layers, check_head=False)
     head = head_of(backbone).real(state.encoder.v_real)
     sums_SL, num_tokens = np.zeros((len(state.layers), len(state.teacher_layers) - 1)), 0
-    with feeding(feed(state)) as batches:
+    with feed(state) as batches:
         for micro in islice(iter(batches.next, None), NUM_BATCHES):
-            batch, settings = micro.batch, state.spec.distill.interact
-            rows = MicroRows.of(micro, micro.rows, state.cache.header, settings, state.device)
+            batch = micro.batch
+            rows = targets_of(micro, state.cache.header, state.spec.distill.interact, state.device).rows
             hidden = verbalizers.capture(batch.inputs, rows_T=batch.rows_T, positions_T=batch.positions_T)
-            window = range(rows.layers.num_layers - 1)
+            window = range(rows.num_layers - 1)
             for s, layer in enumerate(state.layers):
-                candidates = candidate_kl(verbalizers.apply(layer, hidden[layer]), head, rows.layers, window)
+                candidates = candidate_kl(verbalizers.apply(layer, hidden[layer]), head, rows, window)
                 sums_SL[s] += candidates.matching_MT.double().sum(1).numpy()
             num_tokens += len(batch.gold_T)
     return sums_SL / num_tokens

@@ -16,7 +16,7 @@ from vlsi_cache.data.collate import Batch
 from vlsi_cache.models.backbone import Backbone
 from vlsi_cache.models.verbalizer import Verbalizers
 from vlsi_cache.runtime import autocast
-from vlsi_cache.sparse.matching import Matcher, Matching, match_rng
+from vlsi_cache.sparse.matching import Matching, SearchRange, match_rng
 from vlsi_cache.teacher.inputs import open_teacher_inputs
 
 
@@ -54,7 +54,7 @@ class Teacher:
 
 
 def online_step(teacher: Teacher, student: Trained, batch: Batch, step: int, marks: list[float]) -> np.ndarray:
-    """The terms of a whole step, the last layer's first, as `interaction` gives them.
+    """The terms of a whole step, the last layer's first, as `cached_step` gives them.
 
     Each layer's logits are made once and stepped back through before the next layer's: one [T, V] graph at a time.
     """
@@ -62,9 +62,9 @@ def online_step(teacher: Teacher, student: Trained, batch: Batch, step: int, mar
     settings = state.spec.distill.interact
     p_LTV, entropy_LT = teacher.probs(batch, marks)
     num_teacher = len(p_LTV) - 1
-    rngs = [match_rng(state.spec.distill.seed, step, 0)]
     matching = Matching(scale=settings.scale, temperature=settings.temperature)
-    matcher = Matcher(len(layers), num_teacher, rngs=rngs, matching=matching)
+    rng = match_rng(state.spec.distill.seed, step, 0)
+    search = SearchRange(len(layers), num_teacher, rng=rng, matching=matching)
     with autocast(state.device):
         hidden: dict[int, Any] = dict(student.verbalizers.capture(batch.inputs, batch.rows_T, batch.positions_T))
     terms, gradients = [], []
@@ -73,11 +73,10 @@ def online_step(teacher: Teacher, student: Trained, batch: Batch, step: int, mar
         logq_TV = student_logq(student.verbalizers, student.backbone, layer, leaf_TD, teacher.v_real)
         match = num_teacher
         if layer != last:
-            window = matcher.window()
-            match = window.start + int(matcher.choose(window_kl(p_LTV, entropy_LT, window, logq_TV.detach())[:, None]))
+            match = int(search.draw(window_kl(p_LTV, entropy_LT, search.range, logq_TV.detach()))[0])
         loss = -(entropy_LT[match] + torch.einsum("tv,tv->t", p_LTV[match], logq_TV)).mean()
         (loss * (settings.lambda_last if layer == last else 1.0)).backward()
-        terms.append([float(loss.detach()), 0.0, 0.0, match])
+        terms.append([float(loss.detach()), match])
         gradients.append(leaf_TD.grad)
         del logq_TV, loss
     torch.autograd.backward([hidden[layer] for layer in [last, *layers]], gradients)

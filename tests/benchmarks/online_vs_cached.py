@@ -40,8 +40,8 @@ from vlsi_cache.models.backbone import head_of
 from vlsi_cache.runtime import autocast
 from vlsi_cache.sparse.kl import candidate_kl
 from vlsi_cache.teacher.build import build_teacher
-from vlsi_cache.train.interact import MATCH, VALUE, MicroRows
-from vlsi_cache.train.loader import MicroBatch, feeding
+from vlsi_cache.train.interact import targets_of
+from vlsi_cache.train.loader import MicroBatch
 
 SCRIPT = Path(__file__).name
 MODES = ("online", "cached")
@@ -118,7 +118,7 @@ def worker(mode: str, folder: Path, device: str, num_steps: int) -> Iterator[Ans
         "parameters": num_parameters(state.model, student.verbalizers),
         "teacher_parameters": num_parameters(teacher.backbone.model, teacher.verbalizers) if teacher else 0,
     }
-    with feeding(feed(state, with_rows=teacher is None)) as batches:
+    with feed(state, with_rows=teacher is None) as batches:
         used_s = time.process_time()
         for step in range(WARM_UP + num_steps):
             began = now(where)
@@ -134,8 +134,8 @@ def worker(mode: str, folder: Path, device: str, num_steps: int) -> Iterator[Ans
                 "cpu_s": used_s - before_s,  # of all threads, also while the other worker had its turn
                 "wait_s": marks[0] - began,
                 "parts": parts,
-                "values": terms[:, VALUE].tolist(),
-                "matches": terms[:, MATCH].tolist(),
+                "values": terms[:, 0].tolist(),
+                "matches": terms[:, 1].tolist(),
                 "tokens": len(micro.batch.gold_T),
                 "positions": micro.batch.labels_BS.numel(),
             }
@@ -164,9 +164,7 @@ def built(folder: Path, device: str) -> Answer:
 def sparse_values(student: Trained, micro: MicroBatch) -> Answer:
     """The same from the cache: the unbiased estimate that matching uses, and the ghost value that is trained."""
     state, batch = student.state, micro.batch
-    assert micro.rows is not None
-    settings = state.spec.distill.interact
-    rows = MicroRows.of(micro, micro.rows, state.cache.header, settings, state.device).layers
+    rows = targets_of(micro, state.cache.header, state.spec.distill.interact, state.device).rows
     with autocast(state.device):
         hidden: dict[int, Any] = dict(student.verbalizers.capture(batch.inputs, batch.rows_T, batch.positions_T))
         matching, trained = [], []

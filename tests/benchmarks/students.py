@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import torch
 
@@ -25,8 +26,8 @@ from vlsi_cache.runtime import autocast
 from vlsi_cache.sparse.matching import match_rng
 from vlsi_cache.store import reader
 from vlsi_cache.teacher.inputs import open_teacher_inputs
-from vlsi_cache.train.interact import Interaction, MicroRows, interaction, read_numbers
-from vlsi_cache.train.loader import Feed, MicroBatch, cached_records, feeding
+from vlsi_cache.train.interact import losses_of, micro_batch, targets_of
+from vlsi_cache.train.loader import Feed, MicroBatch, cached_records
 from vlsi_cache.train.optim import clip_gradients, make_grouped_optimizer, make_optimizer, optimizer_step
 from vlsi_cache.train.sft import pick_liger, response_loss
 from vlsi_cache.train.student import StudentState, open_student
@@ -114,7 +115,7 @@ def feed(state: StudentState, *, with_rows: bool = True) -> Feed:
 
 
 def first_batches(state: StudentState, num: int) -> list[MicroBatch]:
-    with feeding(feed(state)) as batches:
+    with feed(state) as batches:
         return list(islice(iter(batches.next, None), num))
 
 
@@ -160,22 +161,16 @@ def updating(optimizer: torch.optim.Optimizer, schedule: Schedule) -> Callable[[
 
 
 def cached_step(trained: Trained, micro: MicroBatch, step: int) -> Any:
-    """One micro-batch of stage interact; returns its terms."""
+    """One micro-batch of stage interact; the loss and the teacher target of each term, the last layer's first."""
     state, settings, batch = trained.state, trained.state.spec.distill.interact, micro.batch
-    assert micro.rows is not None
     with autocast(state.device):
         hidden = trained.verbalizers.capture(batch.inputs, rows_T=batch.rows_T, positions_T=batch.positions_T)
-    terms = interaction(
-        hidden,
-        trained.backbone,
-        trained.verbalizers,
-        MicroRows.of(micro, micro.rows, state.cache.header, settings, state.device),
-        settings=settings,
-        rngs=[match_rng(state.spec.distill.seed, step, 0)],
-    )
-    read_numbers([Interaction(terms, micro.sample_ids, batch.num_tokens)], settings, state.teacher_layers)
+    targets = targets_of(micro, state.cache.header, settings, state.device)
+    rng = match_rng(state.spec.distill.seed, step, 0)
+    terms = micro_batch(hidden, targets, trained.backbone, trained.verbalizers, settings, rng)
+    losses_of([(micro, terms)], settings, state.teacher_layers)
     trained.update()
-    return terms.numbers_N5.cpu().numpy()
+    return np.array([[float(term.loss), int(term.target_n)] for term in terms if term.target_n is not None])
 
 
 def interact_step(state: StudentState) -> Step:

@@ -30,10 +30,13 @@ from vlsi_cache.sparse.rows import SparseRows
 from vlsi_cache.train import interact as interact_module
 from vlsi_cache.train import probe as module
 from vlsi_cache.train import verbalize as verbalize_module
-from vlsi_cache.train.interact import Targets, Term, micro_batch
+from vlsi_cache.train.interact import Targets, micro_batch
 from vlsi_cache.train.probe import is_due, probe
 
 NUM_TOKENS, V, NUM_TEACHER, K, NUM_TAIL = 9, 60, 4, 6, 3
+
+
+Matches = dict[int, tuple[torch.Tensor, torch.Tensor | None]]
 
 
 @dataclass
@@ -45,13 +48,14 @@ class Case:
     targets: Targets
     hidden: dict[int, Tensor]
 
-    def terms(self, **changes: Any) -> dict[int, Term]:
+    def terms(self, **changes: Any) -> Matches:
         settings = InteractSpec(schedule=Schedule(steps=1), **changes)
         rng = match_rng(3, 0, 0)
         terms = micro_batch(self.hidden, self.targets, self.backbone, self.verbalizers, settings, rng)
-        return {term.layer: term for term in terms if term.layer in (1, 2)}
+        matched = [term for term in terms if term.layer in (1, 2) and term.target_n is not None]
+        return {term.layer: (term.target_n[0], term.match_logits_M) for term in matched}
 
-    def probe(self, terms: dict[int, Term], **options: Any) -> dict[str, dict[str, float]]:
+    def probe(self, terms: Matches, **options: Any) -> dict[str, dict[str, float]]:
         head = head_of(self.backbone).real(V)
         return probe(self.hidden, head, self.verbalizers, terms, self.cached, self.targets.gold_T, **options)
 
@@ -126,7 +130,7 @@ def test_probes_are_what_dense_distributions_give(
     terms = case.terms()
     found, tokens = case.probe(terms), [0, 1, 3, 4, 6, 7]
     assert list(found) == ["1", "2", "3"]
-    matched = [int(match.target_n) for match in terms.values() if match.target_n is not None]
+    matched = [int(target) for target, _ in terms.values()]
     for layer, target in zip((1, 2, 3), (*matched, NUM_TEACHER), strict=True):
         numbers = dict(found[str(layer)])
         entropy = numbers.pop("match_entropy", None)
@@ -137,9 +141,8 @@ def test_probes_are_what_dense_distributions_give(
 def test_of_several_matched_layers_the_nearest_one_is_shown(case: Case) -> None:
     terms = case.terms(matching="bottom_k", bottom_k=2)
     found = case.probe(terms)
-    for layer, match in terms.items():
-        assert match.target_n is not None
-        nearest = int(match.target_n[0])
+    for layer, (target, _) in terms.items():
+        nearest = int(target)
         assert found[str(layer)] == pytest.approx(  # without `match_entropy`: the nearest ones are not drawn
             expected(case, layer, nearest, list(range(NUM_TOKENS))), rel=1e-4, abs=1e-6
         )

@@ -15,13 +15,13 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vlsi_cache.config.sections import DivergenceName, InteractSpec
+from vlsi_cache.config.sections import InteractSpec, Operation
 from vlsi_cache.errors import ModelError
 from vlsi_cache.interrupts import stopping_between_steps
 from vlsi_cache.models.backbone import Backbone, LayerSequence, head_of
@@ -35,7 +35,7 @@ from vlsi_cache.sparse.kl import LayerRows, candidate_kl
 from vlsi_cache.sparse.matching import Matching, SearchRange, match_rng
 from vlsi_cache.store.format import CacheHeader
 
-from .loader import MicroBatch, feeding
+from .loader import MicroBatch
 from .optim import clip_gradients, make_optimizer, optimizer_step
 from .probe import is_due, probe
 from .student import StudentState
@@ -89,7 +89,7 @@ def interact(state: StudentState, model: Any, verbalizers: Verbalizers | None, *
     log.start_stage("interact", step=first, num_steps=num_steps)
     num_micro = distill.batch_size // distill.micro_batch_size
     capture = verbalizers.capture if verbalizers is not None else partial(backbone.capture, layers=[])
-    with feeding(state.feed("interact", first * distill.batch_size)) as feed, stopping_between_steps() as signals:
+    with state.feed("interact", first * distill.batch_size) as feed, stopping_between_steps() as signals:
         for step in range(first, num_steps):
             started, waited, num_tokens = time.monotonic(), feed.wait_s, 0
             layer_weight = settings.layer_weight(step / num_steps)
@@ -113,7 +113,11 @@ def interact(state: StudentState, model: Any, verbalizers: Verbalizers | None, *
                 )
                 if probed is None and is_due(step, num_steps):
                     head = head_of(backbone).real(header.v_real)
-                    matches = {term.layer: term for term in terms if term.layer in layers}
+                    matches = {
+                        term.layer: (term.target_n[0], term.match_logits_M)
+                        for term in terms
+                        if term.layer in layers and term.target_n is not None
+                    }
                     is_sampled = header.row_kind == "sampled"
                     probed = probe(hidden, head, verbalizers, matches, cached, batch.gold_T, is_sampled=is_sampled)
                 del hidden, targets
@@ -192,6 +196,8 @@ def micro_batch(
         raise ModelError("the head trains: while layers are compared through it, in stage interact, it must be frozen")
     rows, gold_T, share_T = targets.rows, targets.gold_T, targets.share_T
     head, device, final = head_of(backbone).real(rows.v_real), share_T.device, rows.num_layers - 1
+    at_last, at_layers = _divergence(settings.last, settings), _divergence(settings.intermediate, settings)
+    matching = _matching(settings)
     gradients: dict[int, Tensor] = {}
     terms: list[Term] = []
 
@@ -211,14 +217,13 @@ def micro_batch(
     last = backbone.num_layers
     if settings.lambda_last and settings.last != "none":
         _, leaf = cut(hidden[last])
-        if settings.last == "ce":
+        if at_last is None:
             loss = cross_entropy(leaf)
             add(Term(last, loss, loss.detach()[None]), leaf, settings.lambda_last)
         else:
             with autocast(device):
-                divergence = _divergence(settings.last, settings)
                 only = range(final, final + 1)
-                kl = candidate_kl(leaf, head, rows, only, divergence=divergence, share_T=share_T, compiled=compiled)
+                kl = candidate_kl(leaf, head, rows, only, divergence=at_last, share_T=share_T, compiled=compiled)
             loss, tokens_T = kl.choose(0)
             if settings.alpha_ce:
                 loss = (1 - settings.alpha_ce) * loss + settings.alpha_ce * cross_entropy(leaf)
@@ -229,21 +234,21 @@ def micro_batch(
     # Algorithm 1 over the target layers; one layer's state is alive at a time.
     layers = verbalizers.layers if verbalizers is not None and layer_weight and settings.intermediate != "none" else []
     weight = layer_weight / (len(layers) if settings.layer_reduction == "mean" and layers else 1)
-    search = SearchRange(len(layers), final, rng=rng, matching=_matching(settings)) if layers else None
+    search = SearchRange(len(layers), final, rng=rng, matching=matching) if layers else None
     for layer in layers:
         assert verbalizers is not None
         assert search is not None
         own, leaf = cut(hidden[layer])
         with autocast(device):
             state_TD = verbalizers.apply(layer, own)
-        if settings.intermediate == "ce":
+        if at_layers is None:
             loss = cross_entropy(state_TD)
             add(Term(layer, loss, loss.detach()[None]), leaf, weight)
             continue
         with autocast(device):
-            window, divergence = search.range, _divergence(settings.intermediate, settings)
+            window = search.range
             # Every candidate teacher layer in one pass over the vocabulary.
-            kl = candidate_kl(state_TD, head, rows, window, divergence=divergence, share_T=share_T, compiled=compiled)
+            kl = candidate_kl(state_TD, head, rows, window, divergence=at_layers, share_T=share_T, compiled=compiled)
         target_n, match_logits_M = search.draw(kl.matching_M)
         chosen = [kl.choose(target - window.start) for target in target_n]
         loss, tokens = torch.stack([one.value for one in chosen]).mean(), torch.cat([one.tokens_T for one in chosen])
@@ -308,8 +313,11 @@ def _finite_or_lowest(tokens: Tensor) -> Tensor:
     return tokens.masked_fill(~tokens.isfinite(), -torch.inf)
 
 
-def _divergence(operation: str, settings: InteractSpec) -> Divergence:
-    return Divergence(cast("DivergenceName", operation), settings.beta, settings.skew)
+def _divergence(operation: Operation, settings: InteractSpec) -> Divergence | None:
+    """None for labels and for nothing."""
+    if operation in ("ce", "none"):
+        return None
+    return Divergence(operation, settings.beta, settings.skew)
 
 
 def _matching(settings: InteractSpec) -> Matching:

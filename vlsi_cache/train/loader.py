@@ -7,7 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -195,6 +195,12 @@ class Feed:
         batch = item.batch.to(self._device, non_blocking=True)
         return replace(item, batch=batch, share_T=item.share_T.to(self._device, non_blocking=True))
 
+    def __enter__(self) -> "Feed":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def take(self, num_micro: int) -> Iterator[MicroBatch]:
         """The next `num_micro` micro-batches: a whole batch, if one has so many."""
         for _ in range(num_micro):
@@ -259,12 +265,3 @@ def _tokens_with_rows(batch: Batch, rows: Sequence[Row]) -> Batch:
     starts = np.cumsum([0, *batch.num_tokens[:-1]])
     index_T = np.concatenate([start + row.positions_T for start, row in zip(starts, rows, strict=True)])
     return batch.at(torch.from_numpy(index_T.astype(np.int64)), [row.num_tokens for row in rows])
-
-
-@contextmanager
-def feeding(feed: Feed) -> Iterator[Feed]:
-    """A feed that is closed whatever happens."""
-    try:
-        yield feed
-    finally:
-        feed.close()

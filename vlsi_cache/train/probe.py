@@ -8,7 +8,7 @@ samples, V vocabulary, D hidden size.
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,9 +22,6 @@ from vlsi_cache.sparse.head import Head, compute_dtype
 from vlsi_cache.sparse.kl import FORWARD_KL
 from vlsi_cache.sparse.rows import SparseRows
 from vlsi_cache.sparse.vocab_pass import full_precision
-
-if TYPE_CHECKING:
-    from .interact import Term
 
 NUM_PROBES = 20  # over the stage, about: enough for a curve, few enough to cost next to nothing
 MAX_TOKENS = 128
@@ -53,7 +50,7 @@ def probe(
     hidden: Mapping[int, Tensor | LayerSequence],
     head: Head,
     verbalizers: Verbalizers | None,
-    matches: "Mapping[int, Term]",
+    matches: Mapping[int, tuple[Tensor, Tensor | None]],
     cached: SparseRows,
     gold_T: Tensor,
     *,
@@ -62,7 +59,8 @@ def probe(
     """Means over evenly spaced tokens of a micro-batch, by student layer; the last one against the teacher's last.
 
     A target layer is compared with the teacher layer that the step has matched it with (the first one where there are
-    several), by its term in `matches`; a layer without a match is left out. All at temperature 1, over the whole real
+    several): `matches` has that layer's place in the cache and the log-weights [M] of its draw, if there was one. A
+    layer without a match is left out. All at temperature 1, over the whole real
     vocabulary: `kl`, `student_entropy`, `teacher_entropy`, `student_loss`, `teacher_loss` (of the response) in nats,
     and the shares `kept_mass` (the teacher's, on its kept words), `student_mass` (the student's, on the same words),
     `overlap` (those words among the student's own top-k) and `top1_agreement`. Rows of draws (`is_sampled`) have no
@@ -71,18 +69,13 @@ def probe(
     num, device = min(MAX_TOKENS, len(gold_T)), gold_T.device
     index_T = torch.arange(num, device=device) * len(gold_T) // num
     found = {}
-    for layer, match in matches.items():
-        if match.target_n is None:
-            continue
+    for layer, (target, logits_M) in matches.items():
         assert verbalizers is not None
         with autocast(device):
             state_TD = verbalizers.apply(layer, hidden[layer])
-        target = int(match.target_n[0])
-        found[str(layer)] = _measure(state_TD[index_T], head, cached, index_T, gold_T, target, is_sampled)
-        if match.match_logits_M is not None:
-            found[str(layer)]["match_entropy"] = float(
-                torch.special.entr(match.match_logits_M[:, None].softmax(0)).sum()
-            )
+        found[str(layer)] = _measure(state_TD[index_T], head, cached, index_T, gold_T, int(target), is_sampled)
+        if logits_M is not None:
+            found[str(layer)]["match_entropy"] = float(torch.special.entr(logits_M[:, None].softmax(0)).sum())
     last, final = max(hidden), cached.num_layers - 1
     state: Any = hidden[last]
     found[str(last)] = _measure(state[index_T], head, cached, index_T, gold_T, final, is_sampled)

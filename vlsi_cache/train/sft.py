@@ -18,7 +18,6 @@ from vlsi_cache.runtime import autocast, memory_gib, seed_step
 from vlsi_cache.sparse.cross_entropy import linear_cross_entropy
 from vlsi_cache.sparse.head import Head
 
-from .loader import feeding
 from .optim import clip_gradients, make_optimizer, optimizer_step
 from .student import StudentState
 
@@ -81,7 +80,7 @@ def sft(state: StudentState, model: Any, *, num_steps: int, stop: int) -> dict[s
     say(f"sft: cross-entropy is {reason}")
     log.start_stage("sft", step=first, num_steps=stop)
     num_micro = distill.batch_size // distill.micro_batch_size
-    with feeding(state.feed("sft", first * distill.batch_size)) as feed, stopping_between_steps() as signals:
+    with state.feed("sft", first * distill.batch_size) as feed, stopping_between_steps() as signals:
         for step in range(first, stop):
             started, waited, tokens = time.monotonic(), feed.wait_s, 0
             losses: list[torch.Tensor] = []

@@ -24,7 +24,7 @@ from vlsi_cache.runs.diagnostics import verbalizer_findings, warn_of
 from vlsi_cache.runtime import autocast, memory_gib, seed_step
 from vlsi_cache.sparse.cross_entropy import head_output, kl_to_output, linear_cross_entropy
 
-from .loader import Feed, feeding
+from .loader import Feed
 from .optim import Stage, clip_gradients, make_grouped_optimizer, optimizer_step, refuse_destroyed
 
 
@@ -51,7 +51,7 @@ def verbalize(
         checkpoints.load("verbalize", first, verbalizers, optimizer)
     log.start_stage("verbalize", step=first, num_steps=num_steps)
     num_micro = settings.batch_size // settings.micro_batch_size
-    with feeding(make_feed(first * settings.batch_size)) as feed, stopping_between_steps() as signals:
+    with make_feed(first * settings.batch_size) as feed, stopping_between_steps() as signals:
         for step in range(first, num_steps):
             started, waited, tokens = time.monotonic(), feed.wait_s, 0
             losses: list[LayerLoss] = []
