@@ -5,7 +5,6 @@ in, as a cache or a run keeps it, names everything; so this is asked of what a p
 `--set`, and not of what is read back.
 """
 
-import difflib
 import glob
 import importlib.resources
 import json
@@ -16,7 +15,7 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from vlsi_cache.errors import SpecError, list_problems
+from vlsi_cache.errors import SpecError, did_you_mean, list_problems, validation_message
 from vlsi_cache.io import refuse_url, url_problem
 
 from .plain_yaml import parse_yaml, plain_problems, short
@@ -191,8 +190,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
             raise SpecError(f"spec `{file}` has {found.st_size:,} bytes, more than any spec needs; {GIVE}")
         values = parse_yaml(file.read_bytes().decode("utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        close = difflib.get_close_matches(str(file), shipped_specs(), n=1)
-        guess = f"; did you mean `{close[0]}`?" if close else "."
+        guess = did_you_mean(file, shipped_specs()) or "."
         raise SpecError(
             f"no spec `{short(file, 200)}`{guess} Shipped specs: {', '.join(shipped_specs())}; or {GIVE}"
         ) from None
@@ -289,16 +287,14 @@ def _describe(problem: dict[str, Any], whole: str = "spec") -> str:
     if problem["type"] == "missing":
         return f"`{key}`: is missing"
     shown = "" if isinstance(problem["input"], dict | BaseModel) else f", got `{short(problem['input'])}`"
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"`{key or whole}`: {message}{shown}"
+    return f"`{key or whole}`: {validation_message(problem)}{shown}"
 
 
 def _did_you_mean(loc: list[str]) -> str:
     section: Any = CacheSpec
     for name in loc[:-1]:
         section = _section_type(section.model_fields[name].annotation)
-    close = difflib.get_close_matches(loc[-1], section.model_fields, n=1)
-    return f"; did you mean `{close[0]}`?" if close else f"; known here: {', '.join(section.model_fields)}"
+    return did_you_mean(loc[-1], section.model_fields) or f"; known here: {', '.join(section.model_fields)}"
 
 
 def _section_type(annotation: Any) -> Any:

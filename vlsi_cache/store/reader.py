@@ -4,7 +4,6 @@ Shape suffixes: L layers, V vocabulary.
 """
 
 import bisect
-import difflib
 import os
 import threading
 from collections import OrderedDict
@@ -21,12 +20,13 @@ from vlsi_cache.errors import (
     CacheNotFoundError,
     SampleNotFoundError,
     command_line,
+    did_you_mean,
 )
 from vlsi_cache.io import refuse_url
 from vlsi_cache.progress import html_text
 
 from .codec import Known
-from .files import load_header, load_part_record, refuse_special
+from .files import load_header, load_part_record, refuse_special, repair_hint
 from .format import HEADER_NAME, CacheHeader, PartRecord, list_parts, part_dir
 from .header import is_interrupted_start, load_texts, load_vocab
 from .lineage import resume_command
@@ -136,10 +136,9 @@ class Cache:
         part_index = self._index.column("part")[where].as_py()
         row = self.part(part_index, layers, undone=True).row(self._index.column("row")[where].as_py())
         if row.sample_id != sample_id:
-            raise CacheCorruptError(
-                f"`{part_dir(self.path, part_index)}` holds {row.sample_id!r}, samples.parquet says {sample_id!r}; "
-                f"run: {command_line('repair', self.path)}"
-            )
+            path = part_dir(self.path, part_index)
+            what = f"`{path}` holds {row.sample_id!r}, samples.parquet says {sample_id!r}"
+            raise CacheCorruptError(what, file=path, hint=repair_hint(self.path))
         return row
 
     def read_part(self, index: int, layers: Sequence[int | str] | None = None) -> list[Row]:
@@ -220,16 +219,16 @@ class Cache:
             return None
         if found + 1 < len(order) and ids[int(order[found + 1])].as_py() == sample_id:
             raise CacheCorruptError(
-                f"sample {sample_id!r} is more than once in `{self.path}`, and ids must be unique over the whole "
-                f"cache; run: {command_line('verify', self.path)}, then {command_line('repair', self.path)}"
+                f"sample {sample_id!r} is more than once in `{self.path}`, and ids must be unique over the whole cache",
+                file=self.path,
+                hint=f"run: {command_line('verify', self.path)}, then {command_line('repair', self.path)}",
             )
         return int(order[found])
 
     def _not_found(self, sample_id: object) -> str:
-        close = difflib.get_close_matches(str(sample_id), self._index.column("id")[:20000].to_pylist(), n=3)
-        hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+        guess = did_you_mean(sample_id, self._index.column("id")[:20000].to_pylist(), most=3, show=repr)
         missing = "" if self.is_complete else f" ({len(self.parts)} of {self.header.num_parts} parts are there)"
-        return f"no sample {sample_id!r} in `{self.path}`{missing}{hint}"
+        return f"no sample {sample_id!r} in `{self.path}`{missing}{guess}"
 
 
 def open(path: str | os.PathLike[str], *, allow_incomplete: bool = False) -> Cache:
@@ -245,28 +244,19 @@ def open(path: str | os.PathLike[str], *, allow_incomplete: bool = False) -> Cac
     root = Path(path)
     refuse_special(root / HEADER_NAME)
     if not (root / HEADER_NAME).is_file():
-        raise CacheNotFoundError(_not_a_cache(root))
+        raise CacheNotFoundError(_not_a_cache(root), file=root)
     header = load_header(root)
     there = list_parts(root)
     done = sum(index < header.num_parts for index in there)
     if done < header.num_parts and not allow_incomplete:
-        raise CacheIncompleteError(_incomplete(root, header, done))
-    _refuse_extra_parts(root, header, there)
-    return Cache(root, header, load_index(root, header))
-
-
-def _refuse_extra_parts(root: Path, header: CacheHeader, there: list[int]) -> None:
+        what = f"`{root}` is not finished: {done} of {header.num_parts} parts are there"
+        raise CacheIncompleteError(what, file=root, hint=f"to continue run: {resume_command(header, root)}")
     extra = [index for index in there if index >= header.num_parts]
     if extra:
-        raise CacheCorruptError(
-            f"`{part_dir(root, extra[0])}` is not part of this cache of {header.num_parts} parts; "
-            f"run: {command_line('repair', root)}"
-        )
-
-
-def _incomplete(root: Path, header: CacheHeader, done: int) -> str:
-    done_of = f"{done} of {header.num_parts} parts are there"
-    return f"`{root}` is not finished: {done_of}; to continue run: {resume_command(header, root)}"
+        path = part_dir(root, extra[0])
+        what = f"`{path}` is not part of this cache of {header.num_parts} parts"
+        raise CacheCorruptError(what, file=path, hint=repair_hint(root))
+    return Cache(root, header, load_index(root, header))
 
 
 def _not_a_cache(root: Path) -> str:
