@@ -89,6 +89,8 @@ def test_every_public_name_resolves_and_is_documented() -> None:
         assert getattr(vc, name).__doc__, name
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = vc.no_such_name
+    assert vc.open is vc.open_cache
+    assert "open" not in vc.__all__  # a star import would put it in the place of Python's
 
 
 def test_shipped_specs_are_valid_and_hold_the_papers_numbers() -> None:

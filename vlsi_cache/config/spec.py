@@ -9,7 +9,7 @@ import glob
 import importlib.resources
 import json
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -28,9 +28,11 @@ from .sections import (
 )
 
 __all__ = [
+    "Overrides",
     "apply_overrides",
     "change",
     "load_spec",
+    "override_list",
     "shipped_specs",
     "spec_from_dict",
     "unused_by_recipe",
@@ -123,16 +125,35 @@ def shipped_specs() -> dict[str, Path]:
     return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
 
 
-def load_spec(name: str | Path, *, overrides: Iterable[str] = ()) -> CacheSpec:
-    """Read a spec by its shipped name or its path, apply `key.sub=value` overrides, fill in every default.
+Overrides = Iterable[str] | Mapping[str, Any]  # ["distill.seed=1"], {"distill.seed": 1} or {"distill": {"seed": 1}}
 
-    Relative paths in the file are relative to the file and stay below its folder; in an override they are relative to
-    the current folder. Raises SpecError that lists all mistakes.
+
+def override_list(overrides: Overrides) -> list[str]:
+    """Overrides as `key.sub=value`, from such texts or from a dict, whose keys may be nested, dotted, or both."""
+    if not isinstance(overrides, Mapping):
+        return list(overrides)
+    found: list[str] = []
+    for key, value in overrides.items():
+        if isinstance(value, Mapping):
+            found += [f"{key}.{rest}" for rest in override_list(value)]
+        elif isinstance(value, str | Path):
+            found.append(as_override(key, str(value)))
+        else:
+            found.append(f"{key}={json.dumps(list(value) if isinstance(value, tuple) else value)}")
+    return found
+
+
+def load_spec(name: str | Path, *, overrides: Overrides = ()) -> CacheSpec:
+    """Read a spec by its shipped name or its path, apply overrides, fill in every default.
+
+    `overrides` are `key.sub=value` texts, or a dict: `{"distill": {"seed": 1}}`, `{"distill.seed": 1}`. Relative paths
+    in the file are relative to the file and stay below its folder; in an override they are relative to the current
+    folder. Raises SpecError that lists all mistakes.
     """
     refuse_url(name, "spec")
     file = shipped_specs().get(str(name)) or Path(name)
     values = _read_yaml(file)
-    problems, overrides = [*_resolve_paths(values, file.resolve().parent)], list(overrides)
+    problems, overrides = [*_resolve_paths(values, file.resolve().parent)], override_list(overrides)
     problems += _apply_overrides(values, overrides)
     problems += _validate(values) or unused_keys(values, CacheSpec.model_validate(values), overrides)
     if problems:

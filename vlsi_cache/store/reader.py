@@ -4,12 +4,14 @@ Shape suffixes: L layers, V vocabulary.
 """
 
 import bisect
+import operator
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, SupportsIndex
 
 import numpy as np
 
@@ -42,8 +44,15 @@ if TYPE_CHECKING:
 RECENT_BYTES = 256 << 20  # decoded parts that stay in memory for the next look, at least one
 
 
-class Cache:
-    """A cache opened for reading; made by `open`. Safe to use from several threads."""
+class Cache(Mapping[str, Row]):
+    """A cache opened for reading; made by `open`. Safe to use from several threads.
+
+    It is a mapping from sample ids (str) to rows, in the order of the sample table: by part, then as stored. An integer
+    is a place in that order: `cache[0]` is the row of the first sample, `cache[-1]` that of the last.
+    """
+
+    __eq__ = object.__eq__  # Mapping's would read every row of both
+    __hash__ = object.__hash__  # type: ignore[assignment]
 
     def __init__(self, root: Path, header: CacheHeader, index: "Index") -> None:
         self.path = root
@@ -106,8 +115,9 @@ class Cache:
     def __iter__(self) -> Iterator[str]:
         return iter(self._index.column("id").to_pylist())
 
-    def __getitem__(self, sample_id: str) -> Row:
-        return self.row(sample_id)
+    def __getitem__(self, key: str | SupportsIndex) -> Row:
+        """The rows of a sample by its id (SampleNotFoundError), or by its place (IndexError)."""
+        return self.at(key) if isinstance(key, Integral) else self.row(key)  # type: ignore[arg-type]
 
     def __repr__(self) -> str:
         parts = f"{len(self.parts)} parts" if self.is_complete else f"{len(self.parts)}/{self.header.num_parts} parts"
@@ -132,7 +142,19 @@ class Cache:
         """The sample's rows, of the model layers `layers` ("last" is the last one); all layers by default."""
         where = self._position(sample_id)
         if where is None:
-            raise SampleNotFoundError(self._not_found(sample_id))
+            raise SampleNotFoundError(self._not_found(sample_id), file=self.path)
+        return self._row_of(where, sample_id, layers)
+
+    def at(self, place: SupportsIndex, layers: Sequence[int | str] | None = None) -> Row:
+        """The rows of the sample at `place` in the order of iteration; negative numbers count from the end."""
+        index = operator.index(place)
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"sample {index} of a cache with {len(self)} samples")
+        where = index % len(self)
+        return self._row_of(where, self._index.column("id")[where].as_py(), layers)
+
+    def _row_of(self, where: int, sample_id: str, layers: Sequence[int | str] | None) -> Row:
+        """The rows of a line of the sample table, which says that they are of `sample_id`."""
         part_index = self._index.column("part")[where].as_py()
         row = self.part(part_index, layers, undone=True).row(self._index.column("row")[where].as_py())
         if row.sample_id != sample_id:
@@ -229,6 +251,9 @@ class Cache:
         guess = did_you_mean(sample_id, self._index.column("id")[:20000].to_pylist(), most=3, show=repr)
         missing = "" if self.is_complete else f" ({len(self.parts)} of {self.header.num_parts} parts are there)"
         return f"no sample {sample_id!r} in `{self.path}`{missing}{guess}"
+
+
+CachePath = Cache | str | os.PathLike[str]
 
 
 def open(path: str | os.PathLike[str], *, allow_incomplete: bool = False) -> Cache:
