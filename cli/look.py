@@ -35,10 +35,10 @@ def ls(
 
 def inspect(cache: CachePath) -> Answer:
     """Show what a cache is: origin, progress, layers, bytes."""
-    from vlsi_cache.report.describe import describe_cache, description_text
+    import vlsi_cache as vc
 
-    facts = describe_cache(cache)
-    return Answer(facts, lambda: description_text(facts))
+    found = vc.inspect(cache)
+    return Answer(found.as_dict(), lambda: str(found))
 
 
 def sample(
@@ -53,8 +53,10 @@ def sample(
     The words come from the cache, each after the response so far: no model and no tokenizer is needed. A cache that is
     still being built will do. What a layer says when it is left to itself: vlsi-cache trace.
     """
+    import vlsi_cache as vc
 
-    grid = sample_grid(cache, sample_id, top=top, layers=layers, tokens=tokens)
+    chosen = None if layers is None else parse_layers(layers)
+    grid = vc.sample(cache, sample_id, top=top, layers=chosen, tokens=tokens).as_dict()
     return Answer(grid, lambda: grid_text(grid), is_styled=True)
 
 
@@ -67,12 +69,12 @@ def stats(
 
     Means over response tokens, per layer, and how far the layers are from each other.
     """
-    from vlsi_cache.report.layers import cache_stats, stats_text
+    import vlsi_cache as vc
+    from vlsi_cache.report.layers import stats_text
     from vlsi_cache.report.page import check_page
-    from vlsi_cache.store.reader import open
 
     check_page(out)
-    found = cache_stats(open(cache, allow_incomplete=True), parts=parts)
+    found = vc.stats(cache, parts=parts)
     if out is None:
         return Answer(found.as_dict(), lambda: stats_text(found))
     from vlsi_cache.report.stats_page import write_stats_page
@@ -169,13 +171,13 @@ def verify(
 
     Exit code 1 when something is wrong; every problem comes with what to do about it.
     """
-    from vlsi_cache.store.check import verify as verify_cache
+    import vlsi_cache as vc
 
     if recompute is None and (device is not None or trust_remote_code):
         flag = "--trust-remote-code" if device is None else f"--device {device}"
         raise SpecError(f"{flag} does nothing without --recompute N: files are checked without the teacher")
     require_cache(cache)
-    found = verify_cache(cache, deep=deep)
+    found = vc.verify(cache, deep=deep)
     answer = Answer({"ok": found.ok, **asdict(found)}, str(found), exit_code=OK if found.ok else PROBLEMS)
     if recompute is None:
         return answer
@@ -244,7 +246,6 @@ COMMANDS = (
 
 
 if TYPE_CHECKING:
-    import numpy as np
     from rich.table import Table
 
 
@@ -255,42 +256,6 @@ TOKEN_WIDTH = 22
 
 
 WORD_WIDTH = 9
-
-
-def sample_grid(path: Path, sample_id: str, *, top: int, layers: str | None, tokens: str | None) -> dict[str, Any]:
-    """JSON-ready: the sample's tokens and what the layers say, see report.example.grid_of."""
-    from vlsi_cache.report.example import grid_of
-    from vlsi_cache.store.reader import open
-
-    cache = open(path, allow_incomplete=True)
-    chosen = None if layers is None else parse_layers(layers)
-    numbers = [cache.layers[index] for index in cache.header.layer_indices(chosen)]
-    row = cache.row(sample_id, chosen)
-    shown = slice(None) if tokens is None else _rows_at(row.positions_T, tokens, sample_id)
-    return {
-        "id": row.sample_id,
-        "kind": row.kind,
-        "row_kind": cache.header.row_kind,
-        "final_layer": cache.layers[-1],
-        "has_texts": cache.header.text_xxh3 is not None,
-        "num_response_tokens": len(row.response_ids_R),
-        **grid_of(row, layers=numbers, text=cache.token_text, top=top, tokens=shown),
-    }
-
-
-def _rows_at(positions_T: "np.ndarray", tokens: str, sample_id: str) -> slice:
-    """The rows of response tokens A to B - 1, from `A:B`, `A:`, `:B` or `A`."""
-    first, colon, last = (part.strip() for part in tokens.partition(":"))
-    if not all(part.isdecimal() or (colon and not part) for part in (first, last or first)):
-        raise SpecError(f"--tokens {tokens}: write A:B with response token numbers from 0, for instance 0:20")
-    start = int(first or 0)
-    stop = int(last) if last else (None if colon else start + 1)
-    low = int(positions_T.searchsorted(start))
-    high = len(positions_T) if stop is None else int(positions_T.searchsorted(stop))
-    if low >= high:
-        known = f"{positions_T[0]} to {positions_T[-1]}" if len(positions_T) else "none"
-        raise SpecError(f"--tokens {tokens}: sample {sample_id!r} has no rows there; its response tokens are {known}")
-    return slice(low, high)
 
 
 def grid_text(grid: dict[str, Any]) -> str:

@@ -89,6 +89,8 @@ def test_every_public_name_resolves_and_is_documented() -> None:
         assert getattr(vc, name).__doc__, name
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = vc.no_such_name
+    assert vc.open is vc.open_cache
+    assert "open" not in vc.__all__  # a star import would put it in the place of Python's
 
 
 def test_shipped_specs_are_valid_and_hold_the_papers_numbers() -> None:
@@ -136,3 +138,66 @@ def test_readme_names_every_command() -> None:
     commands = list(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
     assert len(commands) > 10
     assert [c for c in commands if f"`{c}" not in text and f"vlsi-cache {c}" not in text] == []
+
+
+# Libraries below us say with text alone what has happened.
+READ_A_MESSAGE = {
+    "io.py:is_disk_full": "safetensors and arrow give the number of the error in their text alone",
+    "models/load.py:mend_generation": "transformers names the settings that it refuses in its text alone",
+    "teacher/forward.py:is_out_of_memory": "torch raises a plain RuntimeError for the memory of the host",
+}
+SEARCHES = {"startswith", "endswith", "removeprefix", "removesuffix", "find", "index", "partition", "rpartition"}
+
+
+def test_no_code_reads_the_message_of_an_error() -> None:
+    found = {
+        f"{file.relative_to(PACKAGE) if PACKAGE in file.parents else file.name}:{function.name}"
+        for folder in (PACKAGE, ROOT / "cli")
+        for file in folder.rglob("*.py")
+        for function in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef) and reads_a_message(function)
+    }
+    assert found == set(READ_A_MESSAGE)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "if 'run: ' in str(error): pass",
+        "str(error).startswith('x')",
+        "str(error).strip().split('; ')",
+        "re.search('x', str(error))",
+        "PATTERN.match(str(error))",
+        "error.args[0].removeprefix('x')",
+    ],
+)
+def test_the_check_of_messages_sees_them(body: str) -> None:
+    code = f"def f():\n    try: pass\n    except OSError as error:\n        {body}"
+    assert reads_a_message(ast.parse(code))
+    assert not reads_a_message(ast.parse(code.replace(body, "' '.join(str(error).strip().split())")))
+
+
+def reads_a_message(tree: ast.AST) -> bool:
+    """Whether code looks for something in the text of an error: of one it has caught, or was given as `error`."""
+    caught = {node.name for node in ast.walk(tree) if isinstance(node, ast.ExceptHandler) and node.name} | {"error"}
+
+    def is_text(node: ast.AST) -> bool:
+        """`str(error)` and `error.args`, also with methods behind them."""
+        match node:
+            case ast.Call(func=ast.Name("str" | "repr"), args=[ast.Name(name)]) | ast.Attribute(ast.Name(name), "args"):
+                return name in caught
+            case ast.Call(func=ast.Attribute(value=inner)) | ast.Subscript(value=inner):
+                return is_text(inner)
+        return False
+
+    for node in ast.walk(tree):
+        match node:
+            case ast.Compare(ops=[ast.In() | ast.NotIn()], comparators=[text]) if is_text(text):
+                return True
+            case ast.Call(func=ast.Attribute(text, name), args=args) if is_text(text):
+                if name in SEARCHES or (name in ("split", "rsplit") and args):
+                    return True
+            case ast.Call(func=ast.Attribute(), args=args) if any(map(is_text, args)):
+                if node.func.attr in ("search", "match", "fullmatch", "findall", "finditer", "split", "sub"):
+                    return True
+    return False

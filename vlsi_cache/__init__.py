@@ -10,17 +10,19 @@ if TYPE_CHECKING:
     from vlsi_cache.evaluation.scores import evaluate
     from vlsi_cache.evaluation.trace import trace
     from vlsi_cache.models.depth import init_student
+    from vlsi_cache.report.look import inspect, sample, stats
     from vlsi_cache.report.matches import match
     from vlsi_cache.report.run_view import open_run
     from vlsi_cache.sparse.divergences import Divergence
     from vlsi_cache.sparse.head import Head
     from vlsi_cache.sparse.kl import sparse_kl
-    from vlsi_cache.store.check import repair
-    from vlsi_cache.store.dataset import CacheDataset, PartWindowSampler
+    from vlsi_cache.store.check import repair, verify
+    from vlsi_cache.store.dataset import CacheDataset, PartWindowReader, PartWindowSampler
     from vlsi_cache.store.derive.merge import merge
     from vlsi_cache.store.derive.prune import prune
     from vlsi_cache.store.diff import diff
-    from vlsi_cache.store.reader import open
+    from vlsi_cache.store.reader import open as open
+    from vlsi_cache.store.reader import open as open_cache
     from vlsi_cache.teacher.build import build_teacher
     from vlsi_cache.teacher.generate import generate
     from vlsi_cache.teacher.plan import plan
@@ -35,6 +37,7 @@ _HOME = {
     "DistillSpec": "config.sections",
     "Divergence": "sparse.divergences",
     "Head": "sparse.head",
+    "PartWindowReader": "store.dataset",
     "PartWindowSampler": "store.dataset",
     "VlsiCacheError": "errors",
     "ablate": "ablation.runner",
@@ -44,25 +47,33 @@ _HOME = {
     "evaluate": "evaluation.scores",
     "generate": "teacher.generate",
     "init_student": "models.depth",
+    "inspect": "report.look",
     "load_spec": "config.spec",
     "match": "report.matches",
     "merge": "store.derive.merge",
     "open": "store.reader",
+    "open_cache": "store.reader",
     "open_run": "report.run_view",
     "plan": "teacher.plan",
     "prune": "store.derive.prune",
     "repair": "store.check",
+    "sample": "report.look",
     "sparse_kl": "sparse.kl",
+    "stats": "report.look",
     "trace": "evaluation.trace",
     "train_verbalizers": "teacher.verbalize",
+    "verify": "store.check",
 }
+_OTHER_NAME = {"open_cache": "open"}  # where a name is another one at home
 
+# `vc.open` is `vc.open_cache`; a star import leaves it out, so that `open` stays Python's.
 __all__ = [
     "CacheDataset",
     "CacheSpec",
     "DistillSpec",
     "Divergence",
     "Head",
+    "PartWindowReader",
     "PartWindowSampler",
     "VlsiCacheError",
     "ablate",
@@ -72,25 +83,29 @@ __all__ = [
     "evaluate",
     "generate",
     "init_student",
+    "inspect",
     "load_spec",
     "match",
     "merge",
-    "open",
+    "open_cache",
     "open_run",
     "plan",
     "prune",
     "repair",
+    "sample",
     "sparse_kl",
+    "stats",
     "trace",
     "train_verbalizers",
+    "verify",
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module `vlsi_cache` has no attribute `{name}`")
-    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), _OTHER_NAME.get(name, name))
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted(_HOME)

@@ -1,10 +1,16 @@
 """Every error a user can meet. Each class is also the standard-library error it is, and knows its exit code.
 
-Messages say what is wrong, where, which values, and what to do next.
+Messages say what is wrong, where, which values, and what to do next. They are for people: code that wants to know what
+has happened looks at the class and at `file`, `what` and `hint`.
 """
 
+import difflib
 import errno
+import os
 import shlex
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
 __all__ = [
     "BatchTooLargeError",
@@ -16,19 +22,35 @@ __all__ = [
     "FingerprintMismatchError",
     "InterruptedRunError",
     "ModelError",
+    "RowError",
     "RunBusyError",
     "SampleNotFoundError",
     "SpecError",
     "VlsiCacheError",
     "command_line",
+    "did_you_mean",
     "list_problems",
+    "validation_message",
 ]
 
 
 class VlsiCacheError(Exception):
-    """Base of all errors raised on purpose; `exit_code` is what the command line returns for it."""
+    """Base of all errors raised on purpose; `exit_code` is what the command line returns for it.
+
+    `what` is wrong, in words that name the place; `file` is the file or folder it is about, if it is about one; `hint`
+    says what to do. The message is `what; hint`.
+    """
 
     exit_code = 2
+
+    def __init__(self, what: str = "", *, file: str | os.PathLike[str] | None = None, hint: str | None = None) -> None:
+        super().__init__(what)
+        self.what = what
+        self.file = None if file is None else Path(file)
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.what}; {self.hint}" if self.hint else self.what
 
 
 class SpecError(VlsiCacheError, ValueError):
@@ -37,6 +59,14 @@ class SpecError(VlsiCacheError, ValueError):
 
 class DataError(VlsiCacheError, ValueError):
     """Rows or images cannot be used as they are."""
+
+
+class RowError(DataError):
+    """One row cannot be encoded; `reason` is the message without the name of the row."""
+
+    def __init__(self, what: str = "", *, reason: str = "") -> None:
+        super().__init__(what)
+        self.reason = reason
 
 
 class ModelError(VlsiCacheError, ValueError):
@@ -82,20 +112,15 @@ class SampleNotFoundError(VlsiCacheError, KeyError):
 
     exit_code = 3
 
-    def __str__(self) -> str:
-        return str(self.args[0]) if self.args else ""
-
 
 class DiskFullError(VlsiCacheError, OSError):
     """The disk has no room for what is to be written."""
 
     exit_code = 3
 
-    def __init__(self, message: str) -> None:
-        super().__init__(errno.ENOSPC, message)
-
-    def __str__(self) -> str:
-        return str(self.args[1])
+    def __init__(self, what: str = "", *, file: str | os.PathLike[str] | None = None, hint: str | None = None) -> None:
+        super().__init__(what, file=file, hint=hint)
+        self.errno = errno.ENOSPC
 
 
 class InterruptedRunError(VlsiCacheError, KeyboardInterrupt):
@@ -115,3 +140,16 @@ def list_problems(problems: list[str], *, limit: int = 10) -> str:
     if len(problems) > limit:
         shown.append(f"  ... and {len(problems) - limit} more")
     return "\n".join(shown)
+
+
+def did_you_mean(
+    word: object, known: Iterable[str], *, most: int = 1, show: Callable[[str], str] = "`{}`".format
+) -> str:
+    """`; did you mean `this`?` with the names of `known` that are most like `word`; empty when none is."""
+    close = difflib.get_close_matches(str(word), list(known), n=most)
+    return f"; did you mean {' or '.join(map(show, close))}?" if close else ""
+
+
+def validation_message(problem: Mapping[str, Any]) -> str:
+    """What one of pydantic's `errors()` says: of an error that our own code raised, its message alone."""
+    return str(problem["ctx"]["error"]) if problem["type"] == "value_error" else problem["msg"]

@@ -282,7 +282,7 @@ def _adapter(schema: Any) -> TypeAdapter[Any]:
 
 
 def _damaged(where: str, what: str, todo: str) -> CacheCorruptError:
-    return CacheCorruptError(f"{where}: {what}" + (f"; {todo}" if todo else ""))
+    return CacheCorruptError(f"{where}: {what}", hint=todo)
 
 
 def _no_number(name: str) -> None:

@@ -178,6 +178,23 @@ def test_files_that_are_no_spec(tmp_path: Path) -> None:
         assert len(str(caught.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"rows": {"top_k": 8}, "distill": {"layers": [1, 2], "interact": {"schedule": {"learning_rate": 1e-3}}}},
+        {"rows.top_k": 8, "distill.layers": (1, 2), "distill.interact": {"schedule.learning_rate": 1e-3}},
+    ],
+)
+def test_overrides_as_a_dict(tmp_path: Path, overrides: dict[str, object]) -> None:
+    texts = ["rows.top_k=8", "distill.layers=[1,2]", "distill.interact.schedule.learning_rate=1e-3"]
+    assert vc.load_spec(write(tmp_path), overrides=overrides) == vc.load_spec(write(tmp_path), overrides=texts)
+    values = {"name": "true", "description": "a: b, 'c' = \u00e9", "distill.sft": {"schedule": {"steps": 3}}}
+    spec = vc.load_spec(write(tmp_path), overrides=values)
+    assert (spec.name, spec.description, spec.distill.sft.schedule.epochs) == ("true", values["description"], None)
+    with pytest.raises(SpecError, match="did you mean `top_k`"):
+        vc.load_spec(write(tmp_path), overrides={"rows": {"topk": 8}})
+
+
 def test_an_alias_is_a_copy_and_the_last_override_counts(tmp_path: Path) -> None:
     schedules = "train_verbalizers: {schedule: &s {steps: 5}}\ndistill: {verbalize: *s}\n"
     (tmp_path / "spec.yaml").write_text("name: x\n" + R + schedules)

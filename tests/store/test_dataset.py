@@ -2,6 +2,7 @@
 
 import pickle
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from helpers.caches import build, make_case
 
 import vlsi_cache as vc
-from vlsi_cache.errors import DataError, ModelError, SpecError
+from vlsi_cache.errors import DataError, ModelError, SampleNotFoundError, SpecError
 from vlsi_cache.store.dataset import PartWindowReader
 
 LENGTHS = [[2, 1, 3], [1], [2, 2], [4, 1, 1, 1]]
@@ -34,6 +35,29 @@ def test_every_sample_by_its_number(root: Path) -> None:
         vc.CacheDataset(root, layers=[77])
     wanted = [7, 0, 3, 0]
     assert [row.sample_id for row in dataset.__getitems__(wanted)] == [dataset[i].sample_id for i in wanted]
+
+
+def test_a_cache_is_a_mapping_with_places(root: Path) -> None:
+    cache = vc.open_cache(root)
+    names = list(cache)
+    assert isinstance(cache, Mapping)
+    assert (len(cache), list(cache.keys()), names[3] in cache, 3 in cache) == (10, names, True, False)
+    assert [row.sample_id for row in cache.values()] == [name for name, _ in cache.items()] == names
+    assert (cache.get("no such sample"), cache.get(names[2]).sample_id) == (None, names[2])
+    for place in (0, 7, -1, -10, np.int64(4)):
+        assert cache[place].sample_id == names[place]
+    np.testing.assert_array_equal(cache.at(4, ["last"]).ids_LTK, cache[names[4]].ids_LTK[-1:])
+    for place in (10, -11):
+        with pytest.raises(IndexError, match=f"sample {place} of a cache with 10 samples"):
+            cache[place]
+    with pytest.raises(SampleNotFoundError, match="no sample '3'"):
+        cache["3"]
+    assert (cache == cache, cache == vc.open_cache(root), len({cache, cache})) == (True, False, 1)
+
+
+def test_an_id_that_reads_like_a_number_is_an_id(tmp_path: Path) -> None:
+    cache = vc.open_cache(build(tmp_path / "cache", make_case([[2, 1, 3]], ["2", "1", "0"])))
+    assert [cache[key].sample_id for key in ("0", 0, "2", 2)] == ["0", "2", "2", "0"]
 
 
 def test_a_copy_in_another_process_reads_the_same(root: Path) -> None:

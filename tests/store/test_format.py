@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
+from helpers.caches import build, standard_case
 from helpers.variants import PROFILES, VARIANTS, build_variant, plain, variant_of
 
 from vlsi_cache.store import reader
@@ -147,6 +148,24 @@ def test_the_text_names_every_field_and_array() -> None:
     assert sorted(name for name in names if f"`{name}`" not in text) == []
     identity = text.split("an object with the keys `fingerprint`, ")[1].split(".\n")[0].strip("`").split("`, `")
     assert identity == list(layout.IDENTITY_FIELDS)
+
+
+def test_the_row_of_the_text_is_the_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first block of FORMAT.md, as it stands there, reads what our reader reads."""
+    import vlsi_cache.store.format as layout
+
+    text = Path(layout.__file__).with_name("FORMAT.md").read_text(encoding="utf-8")
+    code = text.split("```python\n")[1].split("```")[0]
+    assert text.index("```python") < 400
+    assert len([line for line in code.splitlines() if line]) <= 15
+    build(tmp_path / "caches" / "demo", standard_case())
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, object] = {}
+    exec(compile(code, "FORMAT.md", "exec"), found)
+    row = reader.open("caches/demo").row("sample-3", ["last"])
+    assert row.num_tokens
+    np.testing.assert_array_equal(found["ids"], row.ids_LTK[0])
+    np.testing.assert_allclose(found["probs"], np.exp(row.logprobs_LTK[0]), rtol=1e-5, atol=1e-9)
 
 
 def test_codecs_are_those_of_the_text(tmp_path: Path) -> None:

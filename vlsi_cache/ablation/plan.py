@@ -3,7 +3,6 @@
 Two rows whose settings come to the same share a run, within a table and between tables.
 """
 
-import difflib
 import json
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlsi_cache.config.sections import CacheSpec
 from vlsi_cache.config.spec import apply_overrides
-from vlsi_cache.errors import SpecError
+from vlsi_cache.errors import SpecError, did_you_mean
 from vlsi_cache.models.load import load_config
 from vlsi_cache.store.format import CacheHeader
 from vlsi_cache.train.distill import stage_steps
@@ -109,7 +108,7 @@ def check_axes(axes: Sequence[str]) -> None:
     """Raise SpecError unless every axis is known and named once."""
     for axis in axes:
         if axis not in AXES:
-            raise SpecError(f"no axis `{axis}`{_guess(axis, AXES)} Known: {', '.join(AXES)}")
+            raise SpecError(f"no axis `{axis}`{did_you_mean(axis, AXES) or '.'} Known: {', '.join(AXES)}")
     if not axes or len(set(axes)) < len(axes):
         raise SpecError(f"name each axis once, and at least one: {', '.join(AXES)}")
 
@@ -121,15 +120,9 @@ def _chosen(tables: dict[str, list[Variant]], names: Iterable[str] | None) -> se
     chosen = list(names)
     for name in chosen:
         if name not in known:
-            raise SpecError(
-                f"no variant `{name}` of {', '.join(tables)}{_guess(name, known)} Known: {', '.join(known)}"
-            )
+            guess = did_you_mean(name, known) or "."
+            raise SpecError(f"no variant `{name}` of {', '.join(tables)}{guess} Known: {', '.join(known)}")
     return {DEFAULT.name, *chosen}
-
-
-def _guess(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean `{close[0]}`?" if close else "."
 
 
 def _row(variant: Variant, resolve: Callable[[Variant], PlannedRun], runs: dict[str, PlannedRun]) -> Row:

@@ -4,6 +4,7 @@ A few lines of aliases can stand for more values than any memory holds, so value
 """
 
 import math
+import sys
 from typing import Any
 
 import yaml
@@ -96,7 +97,8 @@ class _Builder:
         try:
             value = self.loader.construct_object(node)
         except (ValueError, yaml.YAMLError) as error:
-            reason = "its digits have no end" if "digits" in str(error) else short(error)
+            is_endless = len(node.value) > sys.get_int_max_str_digits()
+            reason = "its digits have no end" if is_endless else short(error)
             raise _wrong(node, key, f"`{short(node.value)}` is no value: {reason}") from None
         if node.tag not in PLAIN_TAGS:
             kind = node.tag.rpartition(":")[2]

@@ -5,18 +5,17 @@ in, as a cache or a run keeps it, names everything; so this is asked of what a p
 `--set`, and not of what is read back.
 """
 
-import difflib
 import glob
 import importlib.resources
 import json
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from vlsi_cache.errors import SpecError, list_problems
+from vlsi_cache.errors import SpecError, did_you_mean, list_problems, validation_message
 from vlsi_cache.io import refuse_url, url_problem
 
 from .plain_yaml import parse_yaml, plain_problems, short
@@ -29,9 +28,11 @@ from .sections import (
 )
 
 __all__ = [
+    "Overrides",
     "apply_overrides",
     "change",
     "load_spec",
+    "override_list",
     "shipped_specs",
     "spec_from_dict",
     "unused_by_recipe",
@@ -124,16 +125,35 @@ def shipped_specs() -> dict[str, Path]:
     return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
 
 
-def load_spec(name: str | Path, *, overrides: Iterable[str] = ()) -> CacheSpec:
-    """Read a spec by its shipped name or its path, apply `key.sub=value` overrides, fill in every default.
+Overrides = Iterable[str] | Mapping[str, Any]  # ["distill.seed=1"], {"distill.seed": 1} or {"distill": {"seed": 1}}
 
-    Relative paths in the file are relative to the file and stay below its folder; in an override they are relative to
-    the current folder. Raises SpecError that lists all mistakes.
+
+def override_list(overrides: Overrides) -> list[str]:
+    """Overrides as `key.sub=value`, from such texts or from a dict, whose keys may be nested, dotted, or both."""
+    if not isinstance(overrides, Mapping):
+        return list(overrides)
+    found: list[str] = []
+    for key, value in overrides.items():
+        if isinstance(value, Mapping):
+            found += [f"{key}.{rest}" for rest in override_list(value)]
+        elif isinstance(value, str | Path):
+            found.append(as_override(key, str(value)))
+        else:
+            found.append(f"{key}={json.dumps(list(value) if isinstance(value, tuple) else value)}")
+    return found
+
+
+def load_spec(name: str | Path, *, overrides: Overrides = ()) -> CacheSpec:
+    """Read a spec by its shipped name or its path, apply overrides, fill in every default.
+
+    `overrides` are `key.sub=value` texts, or a dict: `{"distill": {"seed": 1}}`, `{"distill.seed": 1}`. Relative paths
+    in the file are relative to the file and stay below its folder; in an override they are relative to the current
+    folder. Raises SpecError that lists all mistakes.
     """
     refuse_url(name, "spec")
     file = shipped_specs().get(str(name)) or Path(name)
     values = _read_yaml(file)
-    problems, overrides = [*_resolve_paths(values, file.resolve().parent)], list(overrides)
+    problems, overrides = [*_resolve_paths(values, file.resolve().parent)], override_list(overrides)
     problems += _apply_overrides(values, overrides)
     problems += _validate(values) or unused_keys(values, CacheSpec.model_validate(values), overrides)
     if problems:
@@ -191,8 +211,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
             raise SpecError(f"spec `{file}` has {found.st_size:,} bytes, more than any spec needs; {GIVE}")
         values = parse_yaml(file.read_bytes().decode("utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        close = difflib.get_close_matches(str(file), shipped_specs(), n=1)
-        guess = f"; did you mean `{close[0]}`?" if close else "."
+        guess = did_you_mean(file, shipped_specs()) or "."
         raise SpecError(
             f"no spec `{short(file, 200)}`{guess} Shipped specs: {', '.join(shipped_specs())}; or {GIVE}"
         ) from None
@@ -289,16 +308,14 @@ def _describe(problem: dict[str, Any], whole: str = "spec") -> str:
     if problem["type"] == "missing":
         return f"`{key}`: is missing"
     shown = "" if isinstance(problem["input"], dict | BaseModel) else f", got `{short(problem['input'])}`"
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"`{key or whole}`: {message}{shown}"
+    return f"`{key or whole}`: {validation_message(problem)}{shown}"
 
 
 def _did_you_mean(loc: list[str]) -> str:
     section: Any = CacheSpec
     for name in loc[:-1]:
         section = _section_type(section.model_fields[name].annotation)
-    close = difflib.get_close_matches(loc[-1], section.model_fields, n=1)
-    return f"; did you mean `{close[0]}`?" if close else f"; known here: {', '.join(section.model_fields)}"
+    return did_you_mean(loc[-1], section.model_fields) or f"; known here: {', '.join(section.model_fields)}"
 
 
 def _section_type(annotation: Any) -> Any:

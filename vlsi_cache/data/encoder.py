@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from vlsi_cache.errors import DataError, ModelError, list_problems
+from vlsi_cache.errors import DataError, ModelError, RowError, list_problems
 from vlsi_cache.progress import progress, say
 
 from .chat import Chat, PromptMode, Turn, open_chat
@@ -134,7 +134,7 @@ class Encoder:
                 return len(prompt_ids), response_ids
             return self.vision.num_tokens(turn.prompt, record.images), response_ids
         except DataError as error:
-            raise DataError(f"row `{shown(record.id)}`: {error}") from None
+            raise RowError(f"row `{shown(record.id)}`: {error}", reason=str(error)) from None
 
     def encode(self, record: Record, *, with_response: bool = True) -> Encoded:
         """Ids and pixels of one sample, or of its prompt as the model sees it at inference; raises DataError."""
@@ -146,7 +146,7 @@ class Encoder:
                 prompt = self.vision.encode(turn.prompt, record.images)
                 ids_P, types_P, media = prompt.ids_P, prompt.token_types_P, prompt.media
         except DataError as error:
-            raise DataError(f"row `{shown(record.id)}`: {error}") from None
+            raise RowError(f"row `{shown(record.id)}`: {error}", reason=str(error)) from None
         types_S = None if types_P is None else np.concatenate([types_P, np.zeros_like(response_ids)])
         return Encoded(np.concatenate([ids_P, response_ids]), len(ids_P), response_ids, types_S, media)
 
@@ -285,9 +285,9 @@ def fit_rows(
     for index, record in enumerate(progress(records, "measure rows", unit="row", delay=2)):
         try:
             num_prompt, response_ids = encoder.measure(record, with_response=with_response)
-        except DataError as error:
+        except RowError as error:
             problems.append(str(error))
-            skipped.append({"id": record.id, "reason": str(error).removeprefix(f"row `{shown(record.id)}`: ")})
+            skipped.append({"id": record.id, "reason": error.reason})
             continue
         num_tokens = num_prompt + len(response_ids)
         if reason := too_long(num_tokens, max_length, max_positions):

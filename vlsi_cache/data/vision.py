@@ -236,7 +236,8 @@ def _load_processor(path: str, config: Any, options: dict[str, Any]) -> Any:
             return _for_pictures(family).from_pretrained(path, **options)
         return AutoProcessor.from_pretrained(path, **options)
     except (OSError, ValueError, TypeError, ImportError) as error:
-        hint = "; it needs torchvision, run: pip install torchvision" if "torchvision" in str(error).lower() else ""
+        is_missing = isinstance(error, ImportError) and find_spec("torchvision") is None
+        hint = "; it needs torchvision, run: pip install torchvision" if is_missing else ""
         raise ModelError(f"the processor of `{path}` cannot be loaded: {_short(error)}{hint}") from error
 
 

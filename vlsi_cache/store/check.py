@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vlsi_cache import io
-from vlsi_cache.errors import CacheCorruptError, VlsiCacheError, command_line
+from vlsi_cache.errors import CacheCorruptError, VlsiCacheError
 from vlsi_cache.io import refuse_url
 from vlsi_cache.progress import progress
 
 from . import commit, table
 from .commit import list_tmp
-from .files import hash_file, load_header, load_part_record, size_problem
+from .files import FROM_A_COPY, hash_file, load_header, load_part_record, repair_hint, size_problem
 from .format import (
     HEADER_NAME,
     RECORD_NAME,
@@ -90,11 +90,11 @@ def verify(path: str | os.PathLike[str], *, deep: bool = False) -> VerifyReport:
         what = "is missing: the start of this cache was interrupted, and nothing is lost"
         report.problems.append(Problem(HEADER_NAME, what, CONTINUE))
         return report
-    repair = f"run: {command_line('repair', root)}"
+    repair = repair_hint(root)
     try:
         header = load_header(root)
     except (OSError, VlsiCacheError) as error:
-        report.problems.append(Problem(HEADER_NAME, _text(error), "restore this file from a copy of the cache"))
+        report.problems.append(Problem(HEADER_NAME, _text(error), FROM_A_COPY))
         return report
     _check_vocab(root, header, report, repair)
     there = [index for index in list_parts(root) if index < header.num_parts]
@@ -146,7 +146,9 @@ def _check_part(root: Path, header: CacheHeader, index: int, report: VerifyRepor
             part.check()
             part.check_distinct()
     except (OSError, VlsiCacheError) as error:
-        report.problems.append(Problem(_named_file(root, name, error), _text(error), repair))
+        file = error.file if isinstance(error, VlsiCacheError) else None
+        label = name if file is None else file.relative_to(root).as_posix()
+        report.problems.append(Problem(label, _text(error), repair))
     if len(report.problems) > before:
         report.bad_parts.append(index)
 
@@ -172,12 +174,17 @@ def _check_files(root: Path, index: int, record: PartRecord, report: VerifyRepor
 
 
 def _check_foreign(root: Path, header: CacheHeader, report: VerifyReport, repair: str) -> None:
-    expected = {part_name(index) for index in list_parts(root) if index < header.num_parts}
-    found = set(os.listdir(root / "parts")) if (root / "parts").is_dir() else set()
-    for name in sorted(found - expected):
-        report.problems.append(Problem(f"parts/{name}", "is not a part of this cache", repair))
+    for name in _foreign_names(root, header):
+        report.problems.append(Problem(name, "is not a part of this cache", repair))
     dead, alive = list_tmp(root)
     report.unfinished = [f"tmp/{name}" for name in (*dead, *alive)]
+
+
+def _foreign_names(root: Path, header: CacheHeader) -> list[str]:
+    """What lies in `parts/` and is none of the planned parts."""
+    expected = {part_name(index) for index in list_parts(root) if index < header.num_parts}
+    found = set(os.listdir(root / "parts")) if (root / "parts").is_dir() else set()
+    return [f"parts/{name}" for name in sorted(found - expected)]
 
 
 def _check_table(root: Path, header: CacheHeader, report: VerifyReport, repair: str) -> None:
@@ -187,7 +194,7 @@ def _check_table(root: Path, header: CacheHeader, report: VerifyReport, repair: 
     try:
         fresh = collect(root, header)
     except CacheCorruptError as error:
-        report.problems.append(Problem(HEADER_NAME, _text(error), "restore this file from a copy of the cache"))
+        report.problems.append(Problem(HEADER_NAME, _text(error), FROM_A_COPY))
         return
     if found := repeated_id(fresh):
         name, parts = found
@@ -200,14 +207,7 @@ def _check_table(root: Path, header: CacheHeader, report: VerifyReport, repair: 
 
 def _text(error: Exception) -> str:
     """What is wrong, without what to do."""
-    return str(error).split("; run: ", 1)[0].split("; restore ", 1)[0]
-
-
-def _named_file(root: Path, part: str, error: Exception) -> str:
-    """The file an error speaks of, relative to the cache; the part if it names none."""
-    pieces = str(error).split("`")
-    named = pieces[1] if len(pieces) > 1 else ""
-    return Path(named).relative_to(root).as_posix() if named.startswith(f"{root}{os.sep}") else part
+    return error.what if isinstance(error, VlsiCacheError) else str(error)
 
 
 @dataclass(frozen=True)
@@ -251,8 +251,7 @@ def repair(path: str | os.PathLike[str], *, yes: bool = False, deep: bool = True
         )
     header = load_header(root)
     found = verify(root, deep=deep)
-    bad = {f"parts/{part_name(index)}" for index in found.bad_parts}
-    bad |= {p.file for p in found.problems if p.file.count("/") == 1 and "not a part of this" in p.what}
+    bad = {f"parts/{part_name(index)}" for index in found.bad_parts} | set(_foreign_names(root, header))
     quarantined, restored = _repair_vocab(root, header, found)
     for name in sorted(bad):
         _quarantine(root, name)

@@ -291,14 +291,16 @@ class MappedLayers:
             if self._is_known[block]:
                 return
             if self.path.stat().st_size != self._file_bytes:  # touching a page behind the end would kill the process
-                raise CacheCorruptError(f"`{self.path}`: the file has changed its size since it was opened")
+                what = f"`{self.path}`: the file has changed its size since it was opened"
+                raise CacheCorruptError(what, file=self.path)
             for layer in (layer for layer in self._layers if not self._known_BL[block, layer]):
                 try:
                     checked(self._stored_BLc[block, layer])
                     if self._check_values is not None:
                         self._check_values(self._values_BLt[block, layer, : self.shape[1] - block * self._tokens])
                 except ValueError as error:
-                    raise CacheCorruptError(f"`{self.path}`: block {block}, layer row {layer}: {error}") from None
+                    what = f"`{self.path}`: block {block}, layer row {layer}: {error}"
+                    raise CacheCorruptError(what, file=self.path) from None
                 self._known_BL[block, layer] = True
             self._is_known[block] = True
 
@@ -446,7 +448,7 @@ def _guarded(folder: Path, name: str, read: Callable[[], Any]) -> Any:
         raise
     except Exception as error:  # damaged bytes raise whatever the codec they reach raises
         what = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CacheCorruptError(f"`{folder / name}`: {what}") from error
+        raise CacheCorruptError(f"`{folder / name}`: {what}", file=folder / name) from error
 
 
 def write_vocab(folder: Path, ranks: RankTable, text: bytes | None, text_offsets: np.ndarray | None) -> None:
@@ -469,8 +471,8 @@ def read_vocab_text(folder: Path, v_real: int) -> tuple[bytes, np.ndarray]:
     specs = vocab_specs(v_real, (0, 0), 0)
     offsets = read_samples(folder, specs, ["text_offsets"])["text_offsets"]
     if offsets[0] or (np.diff(offsets) < 0).any():
-        raise CacheCorruptError(
-            f"`{folder / 'text_offsets'}`: offsets must rise from 0, found {offsets[0]} to {offsets.min()}"
-        )
+        path = folder / "text_offsets"
+        what = f"`{path}`: offsets must rise from 0, found {offsets[0]} to {offsets.min()}"
+        raise CacheCorruptError(what, file=path)
     specs = vocab_specs(v_real, (0, 0), int(offsets[-1]))
     return read_samples(folder, specs, ["text"])["text"].tobytes(), offsets

@@ -41,11 +41,13 @@ def check_sample_arrays(folder: Path, header: CacheHeader, record: PartRecord, a
             at = int(wrong[0])
             raise CacheCorruptError(
                 f"`{folder / name}`: token counts are not those of part.json: entry {at} is {arrays[name][at]}, and "
-                f"must be {want[at]}"
+                f"must be {want[at]}",
+                file=folder / name,
             )
     ids = arrays["response_ids"]
     if ids.size and int(ids.max()) >= header.v_real:
-        raise CacheCorruptError(f"`{folder / 'response_ids'}`: id {ids.max()}, the vocabulary is {header.v_real}")
+        path = folder / "response_ids"
+        raise CacheCorruptError(f"`{path}`: id {ids.max()}, the vocabulary is {header.v_real}", file=path)
     positions_T = arrays["positions"].astype(np.int64)
     rows_S = np.array(record.sample_tokens, np.int64)
     sample_T = np.repeat(np.arange(len(rows_S)), rows_S)
@@ -58,7 +60,8 @@ def check_sample_arrays(folder: Path, header: CacheHeader, record: PartRecord, a
         raise CacheCorruptError(
             f"`{folder / 'positions'}`: row {row} is at response token {positions_T[row]} of sample "
             f"{record.sample_ids[sample]!r}, which has {record.sample_response_tokens[sample]}; positions must rise "
-            "inside the response"
+            "inside the response",
+            file=folder / "positions",
         )
 
 
@@ -75,7 +78,8 @@ def _refuse(folder: Path, name: str, values: np.ndarray, bad: np.ndarray, what: 
     if bad.any():
         layer, token, *_ = where = tuple(np.argwhere(bad)[0].tolist())
         raise CacheCorruptError(
-            f"`{folder / name}`: {values[where]} at layer row {layer}, token {token} {what}, and is never written"
+            f"`{folder / name}`: {values[where]} at layer row {layer}, token {token} {what}, and is never written",
+            file=folder / name,
         )
 
 
@@ -95,7 +99,8 @@ def check_entries(folder: Path, header: CacheHeader, arrays: Mapping[str, Any], 
         token = _first_bad(header, values_E, kept, undone=undone and not header.is_ragged) if values_E.size else None
         if token is not None:
             what = "do not descend from at most 0" if name != "counts" else f"are not counts of {header.widest} draws"
-            raise CacheCorruptError(f"`{folder / name}`: the entries of layer row {row}, token {token} {what}")
+            path = folder / name
+            raise CacheCorruptError(f"`{path}`: the entries of layer row {row}, token {token} {what}", file=path)
 
 
 def check_block(header: CacheHeader, name: str, values_TK: np.ndarray) -> None:

@@ -28,6 +28,8 @@ from .format import (
     vocab_specs,
 )
 
+FROM_A_COPY = "restore this file from a copy of the cache"
+
 KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a named pipe",
@@ -36,6 +38,11 @@ KINDS = {
     stat.S_IFBLK: "a device",
     stat.S_IFLNK: "a symbolic link",
 }
+
+
+def repair_hint(root: Path) -> str:
+    """What to do about a damaged cache."""
+    return f"run: {command_line('repair', root)}"
 
 
 def what_it_is(mode: int) -> str:
@@ -53,7 +60,7 @@ def refuse_special(path: Path) -> None:
     except OSError:
         return
     if not stat.S_ISREG(mode):
-        raise CacheCorruptError(f"`{path}` is {what_it_is(mode)}, and must be a file")
+        raise CacheCorruptError(f"`{path}` is {what_it_is(mode)}, and must be a file", file=path)
 
 
 def read_file(path: Path) -> bytes:
@@ -68,13 +75,16 @@ def load_header(root: Path) -> CacheHeader:
     try:
         value = unseal_json(read_file(path), path)
     except CacheCorruptError as error:
-        raise CacheCorruptError(f"{error}; restore this file from a copy of the cache") from error
+        error.hint = FROM_A_COPY
+        raise
     version = value.get("format_version")
     if value.get("format") != "vlsi-cache":
-        raise CacheCorruptError(f"`{path}` is not the header of a vlsi-cache: `format` is {shown(value.get('format'))}")
+        what = f"`{path}` is not the header of a vlsi-cache: `format` is {shown(value.get('format'))}"
+        raise CacheCorruptError(what, file=path)
     if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise CacheCorruptError(
-            f"`{path}`: format version {shown(version)}, this program reads 1 to {FORMAT_VERSION}; upgrade vlsi-cache"
+            f"`{path}`: format version {shown(version)}, this program reads 1 to {FORMAT_VERSION}; upgrade vlsi-cache",
+            file=path,
         )
     header = as_record(CacheHeader, value, path)
     # Names from a file are only ever compared with the names a table has, so none of them can lead elsewhere.
@@ -82,7 +92,8 @@ def load_header(root: Path) -> CacheHeader:
     specs = vocab_specs(header.v_real, heads, num_text)
     foreign = set(header.vocab_files) - part_file_names(specs)
     if foreign:
-        raise CacheCorruptError(f"`{path}`: `vocab_files` names what no table has: {shown(sorted(foreign)[:4])}")
+        what = f"`{path}`: `vocab_files` names what no table has: {shown(sorted(foreign)[:4])}"
+        raise CacheCorruptError(what, file=path)
     return header
 
 
@@ -98,11 +109,12 @@ def load_part_record(root: Path, header: CacheHeader, index: int) -> PartRecord:
         content = read_file(path)
         record = as_record(PartRecord, unseal_json(content, path), path)
     except (FileNotFoundError, NotADirectoryError):
-        raise CacheCorruptError(f"`{path}` is missing; run: {command_line('repair', root)}") from None
+        raise CacheCorruptError(f"`{path}` is missing", file=path, hint=repair_hint(root)) from None
     except CacheCorruptError as error:
-        raise advised(error, root) from error
+        error.hint = error.hint or repair_hint(root)
+        raise
     if problem := _record_problem(header, index, record):
-        raise CacheCorruptError(f"`{path}`: {problem}; run: {command_line('repair', root)}")
+        raise CacheCorruptError(f"`{path}`: {problem}", file=path, hint=repair_hint(root))
     return record
 
 
@@ -144,15 +156,14 @@ def check_part_files(root: Path, index: int, record: PartRecord) -> None:
     known = set()
     for name, file in record.files.items():
         for parent in _parents(name):
-            if parent not in known and not _is_plain_dir(f"{folder}/{parent}"):
-                raise CacheCorruptError(
-                    f"`{folder}/{parent}` is missing or a symbolic link; a cache holds plain files only; "
-                    f"run: {command_line('repair', root)}"
-                )
+            if parent not in known and not _is_plain_dir(path := f"{folder}/{parent}"):
+                what = f"`{path}` is missing or a symbolic link; a cache holds plain files only"
+                raise CacheCorruptError(what, file=path, hint=repair_hint(root))
             known.add(parent)
-        if problem := size_problem(f"{folder}/{name}", file.size):
-            again = command_line("verify", root)
-            raise CacheCorruptError(f"`{folder}/{name}`{problem}; run: {again}, then {command_line('repair', root)}")
+        path = f"{folder}/{name}"
+        if problem := size_problem(path, file.size):
+            hint = f"run: {command_line('verify', root)}, then {command_line('repair', root)}"
+            raise CacheCorruptError(f"`{path}`{problem}", file=path, hint=hint)
 
 
 def size_problem(path: str, expected: int) -> str:
@@ -170,7 +181,8 @@ def check_metadata(folder: Path, record: PartRecord) -> None:
     """The `zarr.json` files are those that were written. Our reader does not depend on them, others do."""
     for name, file in record.files.items():
         if name.endswith("zarr.json") and (found := hash_file(folder / name)) != file:
-            raise CacheCorruptError(f"`{folder / name}`: xxh3 is {found.xxh3}, part.json says {file.xxh3}")
+            what = f"`{folder / name}`: xxh3 is {found.xxh3}, part.json says {file.xxh3}"
+            raise CacheCorruptError(what, file=folder / name)
 
 
 def _parents(name: str) -> list[str]:
@@ -191,13 +203,9 @@ def refuse_elsewhere(root: Path, path: Path) -> None:
     piece, top = os.fspath(path), os.fspath(root)
     while len(piece) > len(top):
         if os.path.islink(piece):
-            raise CacheCorruptError(f"`{path}` is or lies behind a symbolic link; a cache holds plain files only")
+            what = f"`{path}` is or lies behind a symbolic link; a cache holds plain files only"
+            raise CacheCorruptError(what, file=path)
         piece = os.path.dirname(piece)
-
-
-def advised(error: CacheCorruptError, root: Path) -> CacheCorruptError:
-    """The same error with what to do about it, unless it says so already."""
-    return error if "; run: " in str(error) else CacheCorruptError(f"{error}; run: {command_line('repair', root)}")
 
 
 def hash_file(path: Path) -> FileRecord:

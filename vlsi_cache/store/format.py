@@ -29,7 +29,7 @@ from pydantic import (
     model_validator,
 )
 
-from vlsi_cache.errors import CacheCorruptError, SpecError
+from vlsi_cache.errors import CacheCorruptError, SpecError, validation_message
 
 MAX_PARTS = 1_000_000  # six digits, as in their names
 
@@ -389,10 +389,10 @@ def unseal_json(text: bytes | str, path: Path) -> dict[str, Any]:
         if b"\\ud" in content:  # a surrogate: half a pair is no text, and neither a terminal nor a table takes it
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise CacheCorruptError(f"`{path}` cannot be read as a sealed JSON file ({error})") from error
+        raise CacheCorruptError(f"`{path}` cannot be read as a sealed JSON file ({error})", file=path) from error
     found = xxhash.xxh3_64_hexdigest(content)
     if seal != found:
-        raise CacheCorruptError(f"`{path}`: xxh3 of the content is {found}, the file says {shown(seal)}")
+        raise CacheCorruptError(f"`{path}`: xxh3 of the content is {found}, the file says {shown(seal)}", file=path)
     return value
 
 
@@ -402,12 +402,12 @@ def as_record(model: type[Record], value: dict[str, Any], path: Path) -> Record:
         return model.model_validate(value)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        message = first["msg"].removeprefix("Value error, ")
+        message = validation_message(first)
         if not first["loc"]:  # the fields contradict each other, and the message names them
-            raise CacheCorruptError(f"`{path}`: {message}") from error
+            raise CacheCorruptError(f"`{path}`: {message}", file=path) from error
         field = ".".join(str(part) for part in first["loc"])
         got = "" if first["type"] in ("missing", "extra_forbidden") else f", got {shown(first['input'])}"
-        raise CacheCorruptError(f"`{path}`: field `{field}`: {message}{got}") from error
+        raise CacheCorruptError(f"`{path}`: field `{field}`: {message}{got}", file=path) from error
 
 
 SAMPLE_ARRAYS = ("offsets", "response_offsets", "response_ids", "positions")

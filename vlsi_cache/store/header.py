@@ -14,12 +14,12 @@ import numpy as np
 import xxhash
 
 from vlsi_cache import io
-from vlsi_cache.errors import CacheCorruptError, FingerprintMismatchError, SpecError, command_line, list_problems
+from vlsi_cache.errors import CacheCorruptError, FingerprintMismatchError, SpecError, list_problems
 from vlsi_cache.io import check_folder
 
 from . import commit
 from .codec import read_vocab, read_vocab_text, write_vocab
-from .files import advised, hash_file, load_header, refuse_elsewhere
+from .files import hash_file, load_header, refuse_elsewhere, repair_hint
 from .format import HEADER_NAME, IDENTITY_FIELDS, VOCAB_COPY_NAME, VOCAB_NAME, CacheHeader, FileRecord, sealed_json
 from .vocab_order import RankTable
 
@@ -31,12 +31,13 @@ def load_vocab(root: Path, header: CacheHeader) -> RankTable:
     try:
         ranks = read_vocab(root / VOCAB_NAME, header.v_real, (len(header.layers), header.num_head_ranks))
     except CacheCorruptError as error:
-        raise advised(error, root) from error
+        error.hint = error.hint or repair_hint(root)
+        raise
     _check_vocab(root, "id_of_rank", ranks.digest, header.id_of_rank_xxh3)
     try:
         return ranks.checked(len(header.layers), header.v_real)
     except SpecError as error:
-        raise CacheCorruptError(f"`{root / VOCAB_NAME}`: {error}") from error
+        raise CacheCorruptError(f"`{root / VOCAB_NAME}`: {error}", file=root / VOCAB_NAME) from error
 
 
 def load_texts(root: Path, header: CacheHeader) -> tuple[bytes, np.ndarray]:
@@ -44,17 +45,17 @@ def load_texts(root: Path, header: CacheHeader) -> tuple[bytes, np.ndarray]:
     try:
         text, offsets = read_vocab_text(root / VOCAB_NAME, header.v_real)
     except CacheCorruptError as error:
-        raise advised(error, root) from error
+        error.hint = error.hint or repair_hint(root)
+        raise
     _check_vocab(root, "text", xxhash.xxh3_64_hexdigest(text), header.text_xxh3)
     return text, offsets
 
 
 def _check_vocab(root: Path, name: str, found: str, expected: str | None) -> None:
     if found != expected:
-        raise CacheCorruptError(
-            f"`{root / VOCAB_NAME / name}`: xxh3 of the table is {found}, cache.json says {expected}; "
-            f"run: {command_line('repair', root)}"
-        )
+        path = root / VOCAB_NAME / name
+        what = f"`{path}`: xxh3 of the table is {found}, cache.json says {expected}"
+        raise CacheCorruptError(what, file=path, hint=repair_hint(root))
 
 
 def vocab_files(root: Path) -> dict[str, FileRecord]:
@@ -167,9 +168,8 @@ def publish_header(
     stored = load_header(root)
     _compare(root, stored, _as_stored(header))
     if stored.id_of_rank_xxh3 != table.digest:
-        raise CacheCorruptError(
-            f"`{root / VOCAB_NAME}`: the table does not match cache.json; run: {command_line('repair', root)}"
-        )
+        what = f"`{root / VOCAB_NAME}`: the table does not match cache.json"
+        raise CacheCorruptError(what, file=root / VOCAB_NAME, hint=repair_hint(root))
     complete_copies(root, stored)
     return stored, table
 
@@ -227,7 +227,8 @@ def _publish_vocab(root: Path, header: CacheHeader, ranks: Ranks, token_texts: T
         heads = num_layers, num_head_ranks(root)
         return read_vocab(root / VOCAB_NAME, v_real, heads).checked(num_layers, v_real)
     except (CacheCorruptError, SpecError) as error:
-        raise CacheCorruptError(f"`{root / VOCAB_NAME}` is damaged ({error}); {_remedy(root)}") from error
+        what = f"`{root / VOCAB_NAME}` is damaged ({error})"
+        raise CacheCorruptError(what, file=root / VOCAB_NAME, hint=_remedy(root)) from error
 
 
 def _refuse_other_table(root: Path, table: RankTable) -> None:
@@ -235,13 +236,15 @@ def _refuse_other_table(root: Path, table: RankTable) -> None:
     if (root / HEADER_NAME).exists() and (wanted := load_header(root).id_of_rank_xxh3) != table.digest:
         raise CacheCorruptError(
             f"`{root / VOCAB_NAME}` is lost, and the table made anew is another (xxh3 {table.digest}, cache.json says "
-            f"{wanted}); restore this folder from a copy of the cache"
+            f"{wanted})",
+            file=root / VOCAB_NAME,
+            hint="restore this folder from a copy of the cache",
         )
 
 
 def _remedy(root: Path) -> str:
     if (root / HEADER_NAME).exists():
-        return f"run: {command_line('repair', root)}"
+        return repair_hint(root)
     return "no part depends on it yet: delete this folder and run the same command again"
 
 
@@ -253,7 +256,7 @@ def num_head_ranks(root: Path) -> int:
     try:
         return int(json.loads(path.read_bytes())["shape"][1])
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise CacheCorruptError(f"`{path}` cannot be read: {error}") from error
+        raise CacheCorruptError(f"`{path}` cannot be read: {error}", file=path) from error
 
 
 def _joined(token_texts: TokenTexts, v_real: int) -> tuple[bytes | None, np.ndarray | None]:

@@ -28,7 +28,7 @@ from .encoding import (
     repeated_entry,
     undone_values,
 )
-from .files import advised, check_metadata, check_part_files, load_part_record
+from .files import check_metadata, check_part_files, load_part_record, repair_hint
 from .format import (
     SAMPLE_ARRAYS,
     ArraySpec,
@@ -88,17 +88,19 @@ class Part:
         try:
             return self._row(index)
         except CacheCorruptError as error:
-            raise advised(error, self.folder.parent.parent) from error
+            error.hint = error.hint or repair_hint(self.folder.parent.parent)
+            raise
 
     def _row(self, index: int) -> Row:
         arrays, record = self.arrays, self.record
         if not 0 <= index < len(self):
-            raise CacheCorruptError(f"`{self.folder}` has no row {index}: it holds {len(self)} samples")
+            what = f"`{self.folder}` has no row {index}: it holds {len(self)} samples"
+            raise CacheCorruptError(what, file=self.folder)
         tokens = slice(*self._edges[0][index : index + 2])
         response = slice(*self._edges[1][index : index + 2])
         response_ids_R = arrays["response_ids"][response]
         if response_digest(response_ids_R) != record.response_xxh3[index]:
-            raise CacheCorruptError(f"`{self.folder / 'response_ids'}`: response ids are not those of part.json")
+            raise self._other_responses()
         tail_mass_LT = arrays["tail_mass"][:, tokens]
         ids_LTK, logprobs_LTK = self._entries(tokens, tail_mass_LT)
         return Row(
@@ -151,7 +153,11 @@ class Part:
                 array.check_all()
         spans = pairwise(self.arrays["response_offsets"].tolist())
         if [response_digest(self.arrays["response_ids"][lo:hi]) for lo, hi in spans] != self.record.response_xxh3:
-            raise CacheCorruptError(f"`{self.folder / 'response_ids'}`: response ids are not those of part.json")
+            raise self._other_responses()
+
+    def _other_responses(self) -> CacheCorruptError:
+        path = self.folder / "response_ids"
+        return CacheCorruptError(f"`{path}`: response ids are not those of part.json", file=path)
 
     def check_distinct(self) -> None:
         """No row keeps an id twice: too slow to be looked at whenever a part is read."""
@@ -159,9 +165,9 @@ class Part:
         for layer, ids_E in enumerate(ids[:, :] if isinstance(ids, MappedLayers) else ids):
             token = repeated_entry(ids_E, self.arrays["kept"][layer] if self.header.is_ragged else self.header.widest)
             if token is not None:
-                raise CacheCorruptError(
-                    f"`{self.folder / 'ids'}`: the row of layer row {layer}, token {token} keeps an id twice"
-                )
+                path = self.folder / "ids"
+                what = f"`{path}`: the row of layer row {layer}, token {token} keeps an id twice"
+                raise CacheCorruptError(what, file=path)
 
     def __len__(self) -> int:
         return len(self.record.sample_ids)
@@ -191,7 +197,8 @@ def load_part(
     try:
         return _load_part(root, header, index, layers, id_of_rank_LV, undone=undone, known=known)
     except CacheCorruptError as error:
-        raise advised(error, root) from error
+        error.hint = error.hint or repair_hint(root)
+        raise
 
 
 def _load_part(
@@ -228,7 +235,8 @@ def _read_ragged(folder: Path, header: CacheHeader, specs: dict[str, ArraySpec],
     every = range(len(header.layers))
     kept_LT = read_layered(folder, specs, ["kept"], every)["kept"]
     if (kept_LT.max(1, initial=0) > header.top_k).any() or int(kept_LT.sum(dtype=np.int64)) != specs["ids"].shape[0]:
-        raise CacheCorruptError(f"`{folder / 'kept'}`: the widths are not those of the entries")
+        path = folder / "kept"
+        raise CacheCorruptError(f"`{path}`: the widths are not those of the entries", file=path)
     flat = read_flat(folder, specs, ["ids", value_array(header)], layers, kept_LT)
     chosen_LT = kept_LT[list(layers)]
     edges_LT = np.zeros((len(layers), chosen_LT.shape[1] + 1), np.int64)
@@ -241,6 +249,6 @@ def _check_values(folder: Path, header: CacheHeader, arrays: Arrays, *, undone: 
     try:
         check_ranks(header, arrays)
     except ValueError as error:
-        raise CacheCorruptError(f"`{folder}`: {error}") from None
+        raise CacheCorruptError(f"`{folder}`: {error}", file=folder) from None
     check_scalars(folder, arrays)
     check_entries(folder, header, arrays, undone=undone)

@@ -4,13 +4,14 @@ Shape suffixes: L layers, V vocabulary.
 """
 
 import bisect
-import difflib
+import operator
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, SupportsIndex
 
 import numpy as np
 
@@ -21,12 +22,13 @@ from vlsi_cache.errors import (
     CacheNotFoundError,
     SampleNotFoundError,
     command_line,
+    did_you_mean,
 )
 from vlsi_cache.io import refuse_url
 from vlsi_cache.progress import html_text
 
 from .codec import Known
-from .files import load_header, load_part_record, refuse_special
+from .files import load_header, load_part_record, refuse_special, repair_hint
 from .format import HEADER_NAME, CacheHeader, PartRecord, list_parts, part_dir
 from .header import is_interrupted_start, load_texts, load_vocab
 from .lineage import resume_command
@@ -42,8 +44,15 @@ if TYPE_CHECKING:
 RECENT_BYTES = 256 << 20  # decoded parts that stay in memory for the next look, at least one
 
 
-class Cache:
-    """A cache opened for reading; made by `open`. Safe to use from several threads."""
+class Cache(Mapping[str, Row]):
+    """A cache opened for reading; made by `open`. Safe to use from several threads.
+
+    It is a mapping from sample ids (str) to rows, in the order of the sample table: by part, then as stored. An integer
+    is a place in that order: `cache[0]` is the row of the first sample, `cache[-1]` that of the last.
+    """
+
+    __eq__ = object.__eq__  # Mapping's would read every row of both
+    __hash__ = object.__hash__  # type: ignore[assignment]
 
     def __init__(self, root: Path, header: CacheHeader, index: "Index") -> None:
         self.path = root
@@ -106,8 +115,9 @@ class Cache:
     def __iter__(self) -> Iterator[str]:
         return iter(self._index.column("id").to_pylist())
 
-    def __getitem__(self, sample_id: str) -> Row:
-        return self.row(sample_id)
+    def __getitem__(self, key: str | SupportsIndex) -> Row:
+        """The rows of a sample by its id (SampleNotFoundError), or by its place (IndexError)."""
+        return self.at(key) if isinstance(key, Integral) else self.row(key)  # type: ignore[arg-type]
 
     def __repr__(self) -> str:
         parts = f"{len(self.parts)} parts" if self.is_complete else f"{len(self.parts)}/{self.header.num_parts} parts"
@@ -132,14 +142,25 @@ class Cache:
         """The sample's rows, of the model layers `layers` ("last" is the last one); all layers by default."""
         where = self._position(sample_id)
         if where is None:
-            raise SampleNotFoundError(self._not_found(sample_id))
+            raise SampleNotFoundError(self._not_found(sample_id), file=self.path)
+        return self._row_of(where, sample_id, layers)
+
+    def at(self, place: SupportsIndex, layers: Sequence[int | str] | None = None) -> Row:
+        """The rows of the sample at `place` in the order of iteration; negative numbers count from the end."""
+        index = operator.index(place)
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"sample {index} of a cache with {len(self)} samples")
+        where = index % len(self)
+        return self._row_of(where, self._index.column("id")[where].as_py(), layers)
+
+    def _row_of(self, where: int, sample_id: str, layers: Sequence[int | str] | None) -> Row:
+        """The rows of a line of the sample table, which says that they are of `sample_id`."""
         part_index = self._index.column("part")[where].as_py()
         row = self.part(part_index, layers, undone=True).row(self._index.column("row")[where].as_py())
         if row.sample_id != sample_id:
-            raise CacheCorruptError(
-                f"`{part_dir(self.path, part_index)}` holds {row.sample_id!r}, samples.parquet says {sample_id!r}; "
-                f"run: {command_line('repair', self.path)}"
-            )
+            path = part_dir(self.path, part_index)
+            what = f"`{path}` holds {row.sample_id!r}, samples.parquet says {sample_id!r}"
+            raise CacheCorruptError(what, file=path, hint=repair_hint(self.path))
         return row
 
     def read_part(self, index: int, layers: Sequence[int | str] | None = None) -> list[Row]:
@@ -220,16 +241,19 @@ class Cache:
             return None
         if found + 1 < len(order) and ids[int(order[found + 1])].as_py() == sample_id:
             raise CacheCorruptError(
-                f"sample {sample_id!r} is more than once in `{self.path}`, and ids must be unique over the whole "
-                f"cache; run: {command_line('verify', self.path)}, then {command_line('repair', self.path)}"
+                f"sample {sample_id!r} is more than once in `{self.path}`, and ids must be unique over the whole cache",
+                file=self.path,
+                hint=f"run: {command_line('verify', self.path)}, then {command_line('repair', self.path)}",
             )
         return int(order[found])
 
     def _not_found(self, sample_id: object) -> str:
-        close = difflib.get_close_matches(str(sample_id), self._index.column("id")[:20000].to_pylist(), n=3)
-        hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+        guess = did_you_mean(sample_id, self._index.column("id")[:20000].to_pylist(), most=3, show=repr)
         missing = "" if self.is_complete else f" ({len(self.parts)} of {self.header.num_parts} parts are there)"
-        return f"no sample {sample_id!r} in `{self.path}`{missing}{hint}"
+        return f"no sample {sample_id!r} in `{self.path}`{missing}{guess}"
+
+
+CachePath = Cache | str | os.PathLike[str]
 
 
 def open(path: str | os.PathLike[str], *, allow_incomplete: bool = False) -> Cache:
@@ -245,28 +269,19 @@ def open(path: str | os.PathLike[str], *, allow_incomplete: bool = False) -> Cac
     root = Path(path)
     refuse_special(root / HEADER_NAME)
     if not (root / HEADER_NAME).is_file():
-        raise CacheNotFoundError(_not_a_cache(root))
+        raise CacheNotFoundError(_not_a_cache(root), file=root)
     header = load_header(root)
     there = list_parts(root)
     done = sum(index < header.num_parts for index in there)
     if done < header.num_parts and not allow_incomplete:
-        raise CacheIncompleteError(_incomplete(root, header, done))
-    _refuse_extra_parts(root, header, there)
-    return Cache(root, header, load_index(root, header))
-
-
-def _refuse_extra_parts(root: Path, header: CacheHeader, there: list[int]) -> None:
+        what = f"`{root}` is not finished: {done} of {header.num_parts} parts are there"
+        raise CacheIncompleteError(what, file=root, hint=f"to continue run: {resume_command(header, root)}")
     extra = [index for index in there if index >= header.num_parts]
     if extra:
-        raise CacheCorruptError(
-            f"`{part_dir(root, extra[0])}` is not part of this cache of {header.num_parts} parts; "
-            f"run: {command_line('repair', root)}"
-        )
-
-
-def _incomplete(root: Path, header: CacheHeader, done: int) -> str:
-    done_of = f"{done} of {header.num_parts} parts are there"
-    return f"`{root}` is not finished: {done_of}; to continue run: {resume_command(header, root)}"
+        path = part_dir(root, extra[0])
+        what = f"`{path}` is not part of this cache of {header.num_parts} parts"
+        raise CacheCorruptError(what, file=path, hint=repair_hint(root))
+    return Cache(root, header, load_index(root, header))
 
 
 def _not_a_cache(root: Path) -> str:

@@ -16,10 +16,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vlsi_cache.errors import CacheCorruptError, DataError, command_line
+from vlsi_cache.errors import CacheCorruptError, DataError
 
 from . import commit
-from .files import load_part_record, refuse_special
+from .files import FROM_A_COPY, load_part_record, refuse_special, repair_hint
 from .format import (
     HEADER_NAME,
     RECORD_NAME,
@@ -161,8 +161,9 @@ def _check_plan(root: Path, header: CacheHeader, columns: Mapping[str, list[obje
     for name, number in found.items():
         if number != getattr(header, name):
             raise CacheCorruptError(
-                f"`{root / HEADER_NAME}`: `{name}` is {getattr(header, name)}, and the parts hold {number}; restore "
-                "this file from a copy of the cache"
+                f"`{root / HEADER_NAME}`: `{name}` is {getattr(header, name)}, and the parts hold {number}",
+                file=root / HEADER_NAME,
+                hint=FROM_A_COPY,
             )
 
 
@@ -171,10 +172,9 @@ def build_index(root: Path, header: CacheHeader) -> Index:
     index = collect(root, header)
     if found := repeated_id(index):
         name, parts = found
-        raise CacheCorruptError(
-            f"`{part_dir(root, parts[-1]) / RECORD_NAME}`: sample {name!r} is in parts {parts}, and ids must be unique "
-            f"over the whole cache; run: {command_line('repair', root)}"
-        )
+        path = part_dir(root, parts[-1]) / RECORD_NAME
+        what = f"`{path}`: sample {name!r} is in parts {parts}, and ids must be unique over the whole cache"
+        raise CacheCorruptError(what, file=path, hint=repair_hint(root))
     return index
 
 

@@ -16,9 +16,8 @@ from vlsi_cache.config.spec import spec_from_dict
 from vlsi_cache.data.encoder import Encoder, fit_rows, load_encoder, too_long
 from vlsi_cache.data.records import Record, read_records, row_of, with_answer
 from vlsi_cache.data.sources import media_root, read_responses
-from vlsi_cache.data.values import shown
 from vlsi_cache.data.writing import write_rows
-from vlsi_cache.errors import DataError, FingerprintMismatchError, SpecError, list_problems
+from vlsi_cache.errors import DataError, FingerprintMismatchError, RowError, SpecError, list_problems
 from vlsi_cache.io import check_file, check_folder, refuse_url, write_atomically
 from vlsi_cache.models.load import (
     encoder_folders,
@@ -387,7 +386,7 @@ def _judge(job: _Job, record: Record, response: Response) -> tuple[list[int], st
         return [], "the response is empty"
     try:
         num_prompt, ids = job.encoder.measure(with_answer(record, text))
-    except DataError as error:
-        return [], str(error).removeprefix(f"row `{shown(record.id)}`: ")
+    except RowError as error:
+        return [], error.reason
     reason = too_long(num_prompt + len(ids), **job.limits)
     return ([], reason) if reason else (ids[:-1].tolist(), "")

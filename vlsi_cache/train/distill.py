@@ -12,7 +12,14 @@ from typing import Any
 import torch
 
 from vlsi_cache.config.sections import CacheSpec, DistillSpec
-from vlsi_cache.config.spec import apply_overrides, change, spec_from_dict, unused_by_recipe
+from vlsi_cache.config.spec import (
+    Overrides,
+    apply_overrides,
+    change,
+    override_list,
+    spec_from_dict,
+    unused_by_recipe,
+)
 from vlsi_cache.errors import SpecError
 from vlsi_cache.io import refuse_url
 from vlsi_cache.models.backbone import Backbone
@@ -40,18 +47,19 @@ def distill(
     student: str | None = None,
     out: Path | str,
     recipe: str | None = None,
-    overrides: Iterable[str] = (),
+    overrides: Overrides = (),
     device: str | None = None,
 ) -> Path:
     """Train `student` against `cache` into the run folder `out`, or go on with it; returns the run folder.
 
-    `overrides` are `key=value` changes to the spec stored in the cache, such as `distill.sft.schedule.steps=100`.
+    `overrides` are changes to the spec stored in the cache, such as `["distill.sft.schedule.steps=100"]` or the same as
+    a dict, `{"distill": {"sft": {"schedule": {"steps": 100}}}}`.
     The trained model is `out/student`, a plain Hugging Face folder. Raises SpecError, ModelError (another tokenizer),
     FingerprintMismatchError (the data has changed, or `out` is another run), CacheIncompleteError, DataError (samples
     too long for the student), RunBusyError (another process works on `out`).
     """
     refuse_url(out, "out")
-    out, overrides = Path(out), list(overrides)
+    out, overrides = Path(out), override_list(overrides)
     check_run_folder(out, "distill")
     opened = cache if isinstance(cache, Cache) else reader.open(cache)
     spec = distill_spec(opened, student=student, recipe=recipe, overrides=overrides)

@@ -1,15 +1,12 @@
 """What every cache made out of caches needs: where it may go, room for it, and its token texts."""
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from vlsi_cache.errors import CacheIncompleteError, SpecError
 from vlsi_cache.io import refuse_url
 from vlsi_cache.store import commit
-from vlsi_cache.store.reader import Cache, open
-
-CachePath = Cache | str | os.PathLike[str]
+from vlsi_cache.store.reader import Cache, CachePath, open
 
 
 def open_source(cache: CachePath) -> Cache:
