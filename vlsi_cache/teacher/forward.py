@@ -17,7 +17,6 @@ from vlsi_cache.data.collate import Batch, collate
 from vlsi_cache.errors import BatchTooLargeError, ModelError, VlsiCacheError
 from vlsi_cache.models.backbone import Backbone, head_of
 from vlsi_cache.models.verbalizer import Verbalizers
-from vlsi_cache.progress import say
 from vlsi_cache.sparse.head import Head, choose_kernels
 from vlsi_cache.sparse.rows import SparseRows, draw_rows, keyed_uniforms, top_p_widths, truncate
 from vlsi_cache.sparse.topk import sample_uniforms, stack_layers, teacher_rows
@@ -261,7 +260,6 @@ def is_out_of_memory(error: BaseException) -> bool:
 def load_teacher(inputs: TeacherInputs, *, device: str | None) -> Teacher:
     """Load weights and verbalizers onto the device of the flag, or else of the spec."""
     backbone = inputs.load_backbone(device or inputs.spec.run.device)
-    say(f"teacher: {inputs.model_path} on {backbone.device}")
     compiled = choose_kernels(inputs.spec.run, backbone.device)
     return Teacher(backbone, inputs.load_verbalizers(backbone), inputs, backbone.device, compiled)
 
