@@ -13,15 +13,13 @@ from helpers.tiny import write_spec
 import vlsi_cache as vc
 from vlsi_cache.errors import ModelError, SpecError
 from vlsi_cache.io import check_file, check_folder
-from vlsi_cache.models import depth as prune_depth
-from vlsi_cache.models import load
+from vlsi_cache.models.load import ModelRef
 from vlsi_cache.report.html import write_report
 
 
 @pytest.fixture
 def nothing_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows, tokenizers, models, and parts of caches."""
-    from vlsi_cache.ablation import setup as ablation_setup
     from vlsi_cache.store.derive import merge, prune
     from vlsi_cache.teacher import build, generate, verbalize
     from vlsi_cache.train import distill
@@ -33,15 +31,14 @@ def nothing_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         (build, "open_teacher_inputs"),
         (verbalize, "open_teacher_inputs"),
         (distill, "open_student"),
-        (distill, "weights_digest"),
-        (generate, "speaker_of"),
+        (ModelRef, "load"),
+        (generate, "model_named"),
         (generate, "read_records"),
-        (ablation_setup, "weights_digest"),
-        (prune_depth, "load_model"),
         (prune, "open_source"),
         (merge, "open_source"),
     ):
         monkeypatch.setattr(module, name, refuse)
+    monkeypatch.setattr(ModelRef, "digest", property(refuse))
 
 
 def commands(spec: Path, cache: Path, student: Path) -> dict[str, list[Any]]:
@@ -155,7 +152,7 @@ def test_only_a_student_that_was_made_here_and_stayed_so_is_replaced(teacher_fol
     for layers in ("0-1", "0-2"):
         vc.init_student(str(teacher_folder), layers=layers, out=out)
     assert json.loads(record.read_text())["kept_layers"] == [0, 1, 2]
-    assert json.loads(record.read_text())["weights"] == load.weights_digest(out)
+    assert json.loads(record.read_text())["weights"] == ModelRef(out).digest
     shutil.copytree(teacher_folder, tmp_path / "downloaded")
     with pytest.raises(ModelError, match=r"was not written here: it has no init_student\.json"):
         vc.init_student(str(teacher_folder), layers="0", out=tmp_path / "downloaded")

@@ -12,14 +12,22 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import xxhash
 
 from .errors import DiskFullError, SpecError
+
+Item = TypeVar("Item")
+
+
+Result = TypeVar("Result")
+
 
 READ_BYTES = 1 << 22
 
@@ -235,3 +243,24 @@ def _check_parents(out: Path) -> None:
 def _check_writable(out: Path, folder: Path) -> None:
     if not os.access(folder, os.W_OK | os.X_OK):
         raise SpecError(f"{out} cannot be written: no permission to write in {folder}; name another place")
+
+
+def ahead(
+    work: Callable[[Item], Result], items: Iterable[Item], *, num_ahead: int = 2, num_threads: int = 1
+) -> Generator[Result, None, None]:
+    """`work(item)` of every item, in order, made by threads up to `num_ahead` items before it is taken.
+
+    An error of a thread comes up where its result would have: everything before it is still good. Leaving early
+    (close the generator) waits for the items at work and for no further one.
+    """
+    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="vlsi-cache-ahead")
+    waiting: deque[Future[Result]] = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) > num_ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

@@ -20,6 +20,7 @@ from vlsi_cache.ablation.variants import AXES
 from vlsi_cache.config.spec import apply_overrides
 from vlsi_cache.errors import DataError, FingerprintMismatchError, ModelError, SpecError
 from vlsi_cache.evaluation.scores import evaluate_model
+from vlsi_cache.models.load import ModelRef
 from vlsi_cache.report import html
 from vlsi_cache.report.ablation import num_failed
 from vlsi_cache.run_files import read_metrics
@@ -171,7 +172,11 @@ def test_two_variants_with_two_seeds(whole: Path) -> None:
         held_out = vc.load_spec(Path(record["spec"]["data"]["path"]).with_name("spec.yaml")).evaluate
         assert held_out is not None
         measured = evaluate_model(
-            str(order / "student"), held_out, verbalizers=str(default / "verbalizers"), device="cpu", batch_tokens=200
+            ModelRef(order / "student", dtype="auto"),
+            held_out,
+            verbalizers=str(default / "verbalizers"),
+            device="cpu",
+            batch_tokens=200,
         )
         assert entries[1]["layers"] == measured["layers"]
         assert entries[1]["nll"] == measured["nll"]

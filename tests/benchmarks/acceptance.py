@@ -34,6 +34,7 @@ from vlsi_cache.ablation.variants import BASELINES, Variant
 from vlsi_cache.config.sections import EvaluateSpec
 from vlsi_cache.evaluation.scores import evaluate_model
 from vlsi_cache.io import write_atomically
+from vlsi_cache.models.load import ModelRef
 from vlsi_cache.run_files import read_metrics, read_object
 from vlsi_cache.store.reader import Cache
 
@@ -262,7 +263,9 @@ def run_variant(runs: Path, teacher_cache: Cache, variant: Variant, cell: Cell, 
         source = markov.make_source(cell.regime.source, seed=seed)
         settings = vc.load_spec(runs.parent / "spec.yaml").evaluate
         assert isinstance(settings, EvaluateSpec)
-        nll = evaluate_model(str(out / "student"), settings, verbalizers=str(runs / VLSI / "verbalizers"))
+        nll = evaluate_model(
+            ModelRef(out / "student", dtype="auto"), settings, verbalizers=str(runs / VLSI / "verbalizers")
+        )
         score = {"kl": kl_to_truth(model.eval(), source), "layers": nll["layers"], "matched": matched(out)}
         write_atomically(out / "score.json", json.dumps(score))
     score = read_object(out / "score.json", AGAIN)
@@ -284,7 +287,9 @@ def read_anew(run: Path, regime: Regime, seed: int) -> dict[str, float]:
         spec = vc.load_spec(folder / "spec.yaml", overrides=[f"{key}={value}" for key, value in changes.items()])
         vc.train_verbalizers(spec, out=run / "anew")
         assert isinstance(spec.evaluate, EvaluateSpec)
-        scores = evaluate_model(str(run / "student"), spec.evaluate, verbalizers=str(run / "anew" / "verbalizers"))
+        scores = evaluate_model(
+            ModelRef(run / "student", dtype="auto"), spec.evaluate, verbalizers=str(run / "anew" / "verbalizers")
+        )
         write_atomically(file, json.dumps(scores["layers"]))
     return read_object(file, AGAIN)
 

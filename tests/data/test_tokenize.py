@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.processing_llava import LlavaProcessor
 
-from vlsi_cache.config.sections import DataSpec
+from vlsi_cache.config.sections import DataSpec, Encoding
 from vlsi_cache.data import vision
 from vlsi_cache.data.encoder import Encoder, fit_rows, load_encoder
 from vlsi_cache.data.records import Record, read_records
@@ -125,13 +125,13 @@ def test_prompt_alone(qwen: Encoder, tmp_path: Path) -> None:
 
 
 def test_pixel_budget(qwen: Encoder, tmp_path: Path) -> None:
-    small = load_encoder(qwen.name, max_pixels=32 * 32)
+    small = load_encoder(qwen.name, Encoding(max_pixels=32 * 32))
     row = record(tmp_path, sizes=[(64, 64)])
     assert (qwen.measure(row)[0] - small.measure(row)[0]) == 64 - 16
     assert small.encode(row).media["image_grid_thw"].tolist() == [[1, 8, 8]]
     assert small.fingerprint()["max_pixels"] == 1024
     with pytest.raises(ModelError, match="min_pixels is above max_pixels"):
-        load_encoder(qwen.name, min_pixels=10**9)
+        load_encoder(qwen.name, Encoding(min_pixels=10**9))
 
 
 def test_vocabulary(qwen: Encoder) -> None:
@@ -149,7 +149,7 @@ def test_fingerprint(qwen: Encoder, text_only: Encoder, tmp_path: Path) -> None:
     assert (text["image_processor"], text["pixel_path"], text["min_pixels"]) == (None, "none", None)
     other = tiny_tokenizer(special=(*SPECIAL, "<|more|>"))
     assert Encoder(other, None, (), name="x").fingerprint()["tokenizer"] != mine["tokenizer"]
-    assert load_encoder(qwen.name, min_pixels=300).fingerprint()["image_processor"] != mine["image_processor"]
+    assert load_encoder(qwen.name, Encoding(min_pixels=300)).fingerprint()["image_processor"] != mine["image_processor"]
     json.dumps(mine)
 
 
@@ -369,7 +369,7 @@ def processor_of(encoder: Encoder) -> Any:
 def test_own_processor_has_no_pixel_budget(llava: Encoder) -> None:
     assert llava.fingerprint()["max_pixels"] is None
     with pytest.raises(ModelError, match="`min_pixels` and `max_pixels` are for the Qwen2-VL family"):
-        load_encoder(llava.name, max_pixels=100)
+        load_encoder(llava.name, Encoding(max_pixels=100))
 
 
 @pytest.mark.skipif(find_spec("torchvision") is not None, reason="torchvision is there")

@@ -10,7 +10,7 @@ from vlsi_cache.demo import run as demo
 from vlsi_cache.errors import CacheCorruptError
 from vlsi_cache.evaluation import scores as evaluate_module
 from vlsi_cache.evaluation.scores import evaluate_model
-from vlsi_cache.models.load import resolve_model
+from vlsi_cache.models.load import ModelRef, resolve_model
 
 SMALL = [
     "data.options.num_samples=45",
@@ -88,7 +88,9 @@ def test_the_shipped_teacher_is_as_strong_as_its_card_says() -> None:
     assert spec.evaluate is not None
     assert spec.teacher.verbalizers is not None
     scores = evaluate_model(
-        resolve_model(spec.teacher.model), spec.evaluate, verbalizers=resolve_model(spec.teacher.verbalizers)
+        ModelRef(resolve_model(spec.teacher.model), dtype="auto"),
+        spec.evaluate,
+        verbalizers=resolve_model(spec.teacher.verbalizers),
     )
     exact = scores["exact_match"]
     assert exact.pop("all") >= 0.90

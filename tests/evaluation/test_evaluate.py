@@ -1,5 +1,6 @@
 """Evaluation: whose settings hold, what may run code, and which folders it is for."""
 
+import dataclasses
 import json
 import math
 import re
@@ -10,8 +11,10 @@ import pytest
 from helpers.tiny import write_spec
 
 import vlsi_cache as vc
+from vlsi_cache.config.sections import Encoding
 from vlsi_cache.errors import DataError, ModelError, SpecError
 from vlsi_cache.evaluation import scores as evaluate_module
+from vlsi_cache.models.load import ModelRef
 from vlsi_cache.run_files import read_evaluation
 
 SHORT = ["distill.sft.schedule.steps=1", "distill.verbalize.steps=1", "distill.interact.schedule.steps=1"]
@@ -32,23 +35,22 @@ def run(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, student_
 def loaded(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What the model and the encoder are loaded with, and the sizes of the batches."""
     seen: dict[str, Any] = {}
-    load_model, load_encoder = evaluate_module.load_model, evaluate_module.load_encoder
-    plan_batches = evaluate_module.plan_batches
+    load, encoder, plan_batches = ModelRef.load, ModelRef.encoder, evaluate_module.plan_batches
 
-    def spy_model(path: str, **options: Any) -> Any:
-        seen["model"] = options
-        return load_model(path, **options)
+    def spy_model(self: ModelRef, device: str) -> Any:
+        seen["model"] = {**dataclasses.asdict(self), "device": device}
+        return load(self, device)
 
-    def spy_encoder(model: str, **options: Any) -> Any:
-        seen["encoder"] = options
-        return load_encoder(model, **options)
+    def spy_encoder(self: ModelRef, encoding: Encoding) -> Any:
+        seen["encoder"] = {**dataclasses.asdict(self), **dataclasses.asdict(encoding)}
+        return encoder(self, encoding)
 
     def spy_batches(lengths: list[int], batch_tokens: int) -> Any:
         seen["batch_tokens"] = batch_tokens
         return plan_batches(lengths, batch_tokens)
 
-    monkeypatch.setattr(evaluate_module, "load_model", spy_model)
-    monkeypatch.setattr(evaluate_module, "load_encoder", spy_encoder)
+    monkeypatch.setattr(ModelRef, "load", spy_model)
+    monkeypatch.setattr(ModelRef, "encoder", spy_encoder)
     monkeypatch.setattr(evaluate_module, "plan_batches", spy_batches)
     return seen
 

@@ -19,7 +19,7 @@ from vlsi_cache.data.records import read_records
 from vlsi_cache.errors import FingerprintMismatchError, ModelError, SpecError
 from vlsi_cache.evaluation.teacher_agreement import trained_on
 from vlsi_cache.models.backbone import Backbone
-from vlsi_cache.models.load import load_model
+from vlsi_cache.models.load import ModelRef
 from vlsi_cache.models.responses import Decoding, respond
 from vlsi_cache.models.verbalizer import logit_lens
 from vlsi_cache.report.evaluation import evaluation_html, evaluation_table
@@ -58,12 +58,12 @@ def run(folder: Path, spec_path: Path, student_folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def lens_folder(folder: Path, student_folder: Path) -> Path:
     """Verbalizers that are the logit lens of the student."""
-    return logit_lens(Backbone(load_model(student_folder)), [1, 2]).save(folder / "lens", provenance={})
+    return logit_lens(Backbone(ModelRef(student_folder).load()), [1, 2]).save(folder / "lens", provenance={})
 
 
 def logprobs_of(path: Path, records: Any, encoder: Encoder, layer: int | None = None) -> torch.Tensor:
     """[T, V] of all response tokens, row after row, in float64 out of plain transformers; of a layer by logit lens."""
-    model = load_model(path).double()
+    model = ModelRef(path).load().double()
     found = []
     for record in records:
         batch = collate([encoder.encode(record)], pad_id=encoder.pad_id)
@@ -223,7 +223,7 @@ def test_rows_and_vocabulary_must_be_those_of_the_cache(
 
 def test_one_beam_is_greedy_and_a_wide_one_is_exhaustive(student_folder: Path, spec_path: Path) -> None:
     """Two tokens and as many beams as there are words: the best of all answers, by hand."""
-    encoder, model = load_encoder(student_folder), load_model(student_folder)
+    encoder, model = load_encoder(student_folder), ModelRef(student_folder).load()
     records = read_records(vc.load_spec(spec_path).data)[:6]
     greedy = respond(model, encoder, records, Decoding(2))
     best = [respond(model, encoder, [record], Decoding(2, num_beams=encoder.v_real))[0] for record in records]
@@ -251,7 +251,7 @@ def next_logprobs(model: Any, encoder: Encoder, prompts: list[list[int]]) -> tor
 
 def test_the_folder_does_not_decide_how_words_are_chosen(student_folder: Path, spec_path: Path) -> None:
     """What a generation_config.json brings along changes nothing, and is there again afterwards."""
-    encoder, model = load_encoder(student_folder), load_model(student_folder)
+    encoder, model = load_encoder(student_folder), ModelRef(student_folder).load()
     records = read_records(vc.load_spec(spec_path).data)[:4]
     plain = respond(model, encoder, records, Decoding(8))
     for name, value in {"repetition_penalty": 9.0, "top_k": 1, "temperature": 0.1, "do_sample": True}.items():

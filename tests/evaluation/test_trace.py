@@ -23,7 +23,7 @@ from vlsi_cache.data.encoder import load_encoder
 from vlsi_cache.errors import DataError, ModelError, SpecError
 from vlsi_cache.evaluation import trace as module
 from vlsi_cache.models.backbone import Backbone
-from vlsi_cache.models.load import load_model, weights_digest
+from vlsi_cache.models.load import ModelRef
 from vlsi_cache.models.verbalizer import build_verbalizers
 from vlsi_cache.report.trace_page import Trace, write_trace_page
 
@@ -43,20 +43,20 @@ def save_verbalizers(
     model: Path, out: Path, layers: list[int], structure: Any = "verb-ffn", noise: float = 0.3
 ) -> Path:
     """Verbalizers that change what the layers say."""
-    backbone = Backbone(load_model(model))
+    backbone = Backbone(ModelRef(model).load())
     verbalizers = build_verbalizers(backbone, layers, structure=structure)
     torch.manual_seed(5)
     with torch.no_grad():
         for name, parameter in verbalizers.named_parameters():
             if "down_proj" in name or "o_proj" in name:
                 parameter.normal_(0, noise)
-    return verbalizers.save(out, provenance={"teacher_digest": weights_digest(model)})
+    return verbalizers.save(out, provenance={"teacher_digest": ModelRef(model).digest})
 
 
 @torch.no_grad()
 def naive(folder: Path, verbalizers: Path, layer: int | None, prompt: str, images: list[Path]) -> tuple[list, list]:
     """Ids and probabilities, the whole sequence anew for every token, by transformers alone."""
-    model, encoder = load_model(folder), load_encoder(folder)
+    model, encoder = ModelRef(folder).load(), load_encoder(folder)
     encoded = encoder.encode(module._record(prompt, tuple(map(module._load_image, images))), with_response=False)
     inputs = collate([encoded], pad_id=0).inputs
     norm, head_VD = Backbone(model).final_norm, model.get_output_embeddings().weight[: encoder.v_real]
@@ -112,7 +112,7 @@ def test_layers_say_what_a_loop_without_a_cache_says(
 @pytest.mark.parametrize("family", ["llama", "qwen2_vl"])
 def test_the_last_layer_is_greedy_generation(family: str, teacher_folder: Path, picture: Path) -> None:
     folder, images = (teacher_folder, []) if family == "llama" else (QWEN2_VL, [picture])
-    model, encoder = load_model(folder), load_encoder(folder)
+    model, encoder = ModelRef(folder).load(), load_encoder(folder)
     encoded = encoder.encode(module._record("what is it?", tuple(map(module._load_image, images))), with_response=False)
     inputs = collate([encoded], pad_id=0).inputs
     padding = list(range(encoder.v_real, model.get_output_embeddings().weight.shape[0]))  # no layer may say these
@@ -164,7 +164,7 @@ def test_a_run_brings_its_student_and_verbalizers(student_folder: Path, teacher_
     # A run without verbalizers takes those of a run that began with the same student, and no others.
     labels = tmp_path / "labels"
     shutil.copytree(teacher_folder, labels / "student")
-    began_with = {**record, "recipe": "sft", "student_digest": weights_digest(trained)}
+    began_with = {**record, "recipe": "sft", "student_digest": ModelRef(trained).digest}
     (labels / "run.json").write_text(json.dumps(began_with))
     for folder in (run, run / "verbalizers"):
         taken = vc.trace(labels, prompt="say", verbalizers=folder, max_new_tokens=2, device="cpu")

@@ -15,8 +15,9 @@ import vlsi_cache as vc
 from vlsi_cache.config.spec import load_spec
 from vlsi_cache.errors import ModelError
 from vlsi_cache.models.backbone import Backbone
-from vlsi_cache.models.load import encoder_folders, load_config, load_model, mend_generation, weights_digest
+from vlsi_cache.models.load import ModelRef
 from vlsi_cache.models.lora import add_lora, experts_of, merge_lora, reach_note
+from vlsi_cache.models.save import mend_generation
 
 from helpers.probe_models import make_model  # isort: skip
 
@@ -41,14 +42,14 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_folder_with_an_adapter_alone_is_its_base_with_it(base: Path) -> None:
     folder = save_adapter(base, base.parent / "adapter", named="../base")
     expected = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(folder))(IDS_BS).logits
-    plain = load_model(base)(IDS_BS).logits
-    found = load_model(folder)
+    plain = ModelRef(base).load()(IDS_BS).logits
+    found = ModelRef(folder).load()
     torch.testing.assert_close(found(IDS_BS).logits, expected, rtol=0, atol=1e-5)
     assert (plain - expected).abs().max() > 0.1
     assert not any("lora" in name for name, _ in found.named_parameters())
-    assert load_config(folder).num_hidden_layers == 3
-    assert encoder_folders(folder)["model"] == str(base)
-    digests = {weights_digest(base), weights_digest(folder), weights_digest(save_adapter(base, folder, seed=1))}
+    assert ModelRef(folder).config.num_hidden_layers == 3
+    assert ModelRef(folder).encoder().name == str(base)
+    digests = {ModelRef(base).digest, ModelRef(folder).digest, ModelRef(save_adapter(base, folder, seed=1)).digest}
     assert len(digests) == 3
 
 
@@ -56,15 +57,15 @@ def test_a_folder_with_an_adapter_alone_is_its_base_with_it(base: Path) -> None:
 def test_an_adapter_beside_the_weights_is_applied_and_hashed(base: Path, tmp_path: Path) -> None:
     folder = tmp_path / "both"
     shutil.copytree(base, folder)
-    before = weights_digest(folder)
-    assert before == weights_digest(base)
+    before = ModelRef(folder).digest
+    assert before == ModelRef(base).digest
     save_adapter(base, folder, named="not/there")
     expected = AutoModelForCausalLM.from_pretrained(folder)(IDS_BS).logits  # transformers applies it without a word
-    torch.testing.assert_close(load_model(folder)(IDS_BS).logits, expected, rtol=0, atol=1e-5)
-    assert weights_digest(folder) != before
+    torch.testing.assert_close(ModelRef(folder).load()(IDS_BS).logits, expected, rtol=0, atol=1e-5)
+    assert ModelRef(folder).digest != before
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(ModelError, match=r"no `adapter_model.safetensors`"):
-        weights_digest(folder)
+        _ = ModelRef(folder).digest
 
 
 def test_an_adapter_teaches_and_learns(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,15 +74,15 @@ def test_an_adapter_teaches_and_learns(base: Path, tmp_path: Path, capsys: pytes
         str(write_spec(tmp_path, folder, num_rows=8)), overrides=["teacher.layers=[1]", "distill.layers=[1]"]
     )
     cache = vc.build_teacher(spec, out=tmp_path / "cache")
-    assert cache.header.fingerprint["teacher.weights"] == weights_digest(folder)
+    assert cache.header.fingerprint["teacher.weights"] == ModelRef(folder).digest
     assert f"merged into the weights of {base}" in capsys.readouterr().err
     run = vc.distill(
         cache, student=str(folder), out=tmp_path / "run", recipe="last", overrides=["distill.sft.fraction=0"]
     )
-    student = load_model(run / "student")
+    student = ModelRef(run / "student").load()
     assert not (run / "student" / "adapter_config.json").exists()
     assert (run / "student" / "tokenizer.json").is_file()
-    assert sum(p.numel() for p in student.parameters()) == sum(p.numel() for p in load_model(base).parameters())
+    assert sum(p.numel() for p in student.parameters()) == sum(p.numel() for p in ModelRef(base).load().parameters())
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])

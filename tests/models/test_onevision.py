@@ -24,7 +24,7 @@ from vlsi_cache.data.collate import collate, collate_prompts
 from vlsi_cache.data.encoder import Encoder, load_encoder
 from vlsi_cache.data.records import read_records
 from vlsi_cache.models.backbone import Backbone
-from vlsi_cache.models.load import load_model
+from vlsi_cache.models.load import ModelRef
 from vlsi_cache.teacher.recompute import recompute
 
 SIDE, GRID = 8, [[8, 8], [8, 16], [16, 8], [16, 16], [8, 24]]
@@ -108,7 +108,7 @@ def processor_of(encoder: Encoder) -> Any:
 @torch.no_grad()
 def test_a_batch_is_what_the_processor_and_the_model_make_of_it(teacher: Path, tmp_path: Path) -> None:
     """Against the real processor on the whole batch at once, and transformers' own hidden states."""
-    encoder, model = load_encoder(teacher), load_model(teacher)
+    encoder, model = load_encoder(teacher), ModelRef(teacher).load()
     records = list(read_records(DataSpec(path=str(write_rows(tmp_path, PICTURES)))))
     samples = [encoder.encode(record) for record in records]
     for record, sample in zip(records, samples, strict=True):
@@ -171,7 +171,7 @@ def test_a_wrong_count_of_the_processor_is_not_believed(
 
 @torch.no_grad()
 def test_a_sample_says_the_same_alone_and_in_a_batch(teacher: Path, tmp_path: Path) -> None:
-    encoder, backbone = load_encoder(teacher), Backbone(load_model(teacher))
+    encoder, backbone = load_encoder(teacher), Backbone(ModelRef(teacher).load())
     records = read_records(DataSpec(path=str(write_rows(tmp_path, PICTURES))))
     samples = [encoder.encode(record) for record in records]
 
@@ -219,7 +219,7 @@ def test_from_rows_to_a_scored_student(teacher: Path, tmp_path: Path) -> None:
     report = recompute(cache, num_samples=18, device="cpu")
     assert report.ok, report
     run = vc.distill(cache, student=str(student), out=tmp_path / "run")
-    before, after = load_model(student), load_model(run / "student")
+    before, after = ModelRef(student).load(), ModelRef(run / "student").load()
     tower = [name for name, _ in before.named_parameters() if "vision_tower" in name]
     changed = {name for name, p in before.named_parameters() if not torch.equal(p, after.get_parameter(name))}
     assert tower

@@ -15,12 +15,13 @@ from helpers.tiny import write_spec
 
 import vlsi_cache as vc
 from vlsi_cache.errors import BatchTooLargeError, ModelError
+from vlsi_cache.io import ahead
 from vlsi_cache.sparse.quantize import encode_levels, undo_descents
 from vlsi_cache.sparse.rows import SparseRows
 from vlsi_cache.sparse.topk import teacher_rows
 from vlsi_cache.teacher import forward as teacher_module
 from vlsi_cache.teacher.build import build_teacher
-from vlsi_cache.teacher.forward import PartBatch, Teacher, ahead, load_teacher
+from vlsi_cache.teacher.forward import PartBatch, Teacher, load_teacher
 from vlsi_cache.teacher.inputs import open_teacher_inputs
 
 NUM_SAMPLES = 16

@@ -13,6 +13,7 @@ from helpers.tokenizers import save_qwen, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 
 import vlsi_cache as vc
+from vlsi_cache.config.sections import Encoding
 from vlsi_cache.data.encoder import load_encoder
 from vlsi_cache.errors import FingerprintMismatchError
 from vlsi_cache.io import checksum
@@ -152,9 +153,8 @@ def test_one_file(there: Path, change: Callable[[Path], None], field: str) -> No
 def test_the_pixel_budget(tmp_path: Path) -> None:
     """Through the encoder's own fingerprint, which the build takes over field by field."""
     folder = str(save_qwen(tmp_path, tiny_tokenizer()))
-    plain, small, large = (
-        load_encoder(folder, **budget).fingerprint() for budget in ({}, {"min_pixels": 300}, {"max_pixels": 3000})
-    )
+    budgets: tuple[dict[str, int], ...] = ({}, {"min_pixels": 300}, {"max_pixels": 3000})
+    plain, small, large = (load_encoder(folder, Encoding(**budget)).fingerprint() for budget in budgets)
     for other, field in ((small, "min_pixels"), (large, "max_pixels")):
         lines = [line for line in differences(plain, other) if f"`{field}`" in line]
         assert lines == [f"`{field}`: the cache has {plain[field]}, this run has {other[field]}"]

@@ -20,7 +20,7 @@ from torch.distributions import Categorical, kl_divergence
 from vlsi_cache.config.sections import InteractSpec, Schedule
 from vlsi_cache.errors import ModelError
 from vlsi_cache.models.backbone import Backbone
-from vlsi_cache.models.load import load_model
+from vlsi_cache.models.load import ModelRef
 from vlsi_cache.models.verbalizer import Verbalizers, build_verbalizers, logit_lens
 from vlsi_cache.sparse import kl
 from vlsi_cache.sparse.kl import LayerRows
@@ -44,7 +44,7 @@ class Case:
 @pytest.fixture
 def case(student_folder: Path) -> Case:
     """Every token of the vocabulary kept, for a student of three layers."""
-    backbone = Backbone(load_model(str(student_folder)))
+    backbone = Backbone(ModelRef(str(student_folder)).load())
     backbone.model.requires_grad_(False)
     torch.manual_seed(0)
     logprobs_LTV = torch.log_softmax(torch.randn(NUM_TEACHER + 1, NUM_TOKENS, VOCABULARY) * 2, -1)

@@ -19,7 +19,7 @@ from torch.distributions import Categorical
 import vlsi_cache as vc
 from vlsi_cache.config.sections import InteractSpec, Schedule
 from vlsi_cache.models.backbone import Backbone, head_of
-from vlsi_cache.models.load import load_model
+from vlsi_cache.models.load import ModelRef
 from vlsi_cache.models.verbalizer import Verbalizers, build_verbalizers
 from vlsi_cache.run_files import read_metrics
 from vlsi_cache.runs.diagnostics import Finding
@@ -63,7 +63,7 @@ class Case:
 @pytest.fixture
 def case(student_folder: Path) -> Case:
     """A student of three layers whose head has more rows than the vocabulary, rows of different widths."""
-    backbone = Backbone(load_model(str(student_folder)))
+    backbone = Backbone(ModelRef(str(student_folder)).load())
     backbone.model.requires_grad_(False)
     torch.manual_seed(0)
     logp_LTV = torch.log_softmax(torch.randn(NUM_TEACHER + 1, NUM_TOKENS, V) * 2, -1)

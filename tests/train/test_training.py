@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import vlsi_cache as vc
 from vlsi_cache.config.sections import Schedule
 from vlsi_cache.errors import DataError, ModelError, SpecError
-from vlsi_cache.models.load import load_model
+from vlsi_cache.models.load import ModelRef
 from vlsi_cache.models.lora import add_lora, train_everything
 from vlsi_cache.run_files import read_metrics
 from vlsi_cache.runtime import seed_step
@@ -103,7 +103,7 @@ def test_a_float32_student_stays_one(cache: Cache, student_folder: Path, tmp_pat
 
 
 def test_the_adapter_is_merged_in_fp32_before_all_weights_train(student_folder: Path) -> None:
-    model = add_lora(load_model(student_folder, dtype="bfloat16"), rank=4, alpha=4.0, dropout=0.0)
+    model = add_lora(ModelRef(student_folder, dtype="bfloat16").load(), rank=4, alpha=4.0, dropout=0.0)
     name = "base_model.model.model.layers.0.self_attn.q_proj"
     linear = model.get_submodule(name)
     torch.manual_seed(0)

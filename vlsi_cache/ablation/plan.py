@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from vlsi_cache.config.sections import CacheSpec
 from vlsi_cache.config.spec import apply_overrides
 from vlsi_cache.errors import SpecError, did_you_mean
-from vlsi_cache.models.load import load_config
+from vlsi_cache.models.load import ModelRef
 from vlsi_cache.store.format import CacheHeader
 from vlsi_cache.train.distill import stage_steps
 from vlsi_cache.train.student import check_settings
@@ -88,7 +88,7 @@ def plan_runs(
     variant, when the default cannot be trained, and when a variant would take another number of steps.
     """
     check_axes(axes)
-    config = load_config(student, trust_remote_code=spec.distill.trust_remote_code)
+    config = ModelRef(student, trust_remote_code=spec.distill.trust_remote_code).config
     resolve = partial(_resolve, spec=spec, header=header, config=config, where=where)
     tables = {axis: [DEFAULT, *BASELINES, *AXES[axis](header, cache)] for axis in axes}
     wanted = _chosen(tables, names)

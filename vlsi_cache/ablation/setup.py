@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 from vlsi_cache.config.sections import CacheSpec
 from vlsi_cache.config.spec import change, spec_from_dict
 from vlsi_cache.data.collate import plan_parts
-from vlsi_cache.data.encoder import load_encoder
 from vlsi_cache.data.records import read_records
 from vlsi_cache.errors import FingerprintMismatchError, SpecError, list_problems
 from vlsi_cache.io import check_folder
-from vlsi_cache.models.load import resolve_model, weights_digest
+from vlsi_cache.models.load import ModelRef, resolve_model
 from vlsi_cache.run_files import read_ablation
 from vlsi_cache.runs.run_dir import LOCK_NAME, differences, whole_spec
 from vlsi_cache.store import reader
@@ -110,7 +109,7 @@ def identity_of(ablation: Ablation) -> dict[str, Any]:
         "cache": "cache" if own else str(ablation.cache_path.resolve()),
         "cache_digest": None if own else reader.open(ablation.cache_path).header.digest,
         "student": ablation.student,
-        "student_digest": weights_digest(ablation.student),
+        "student_digest": ModelRef(ablation.student).digest,
     }
 
 
@@ -174,11 +173,8 @@ def header_to_come(spec: CacheSpec) -> CacheHeader:
 
 def check_student(ablation: Ablation, header: CacheHeader) -> None:
     """Raise ModelError for a student of another vocabulary: no variant could be trained."""
-    encoder = load_encoder(
-        ablation.student,
-        trust_remote_code=ablation.spec.distill.trust_remote_code,
-        **ablation.spec.data.encoding(),
-    )
+    student = ModelRef(ablation.student, trust_remote_code=ablation.spec.distill.trust_remote_code)
+    encoder = student.encoder(ablation.spec.data.encoding())
     check_tokenizer(header, encoder, ablation.student, where=ablation.cache_path)
 
 

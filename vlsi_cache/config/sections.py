@@ -1,6 +1,7 @@
 """The sections of a spec, each with its defaults, bounds and what contradicts what."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -17,6 +18,9 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 BatchReduction = Literal["token", "sample"]
+
+
+PromptMode = Literal["generation", "template"]
 
 
 # Bounds that no model, machine or training comes near: what is beyond them was mistyped.
@@ -373,6 +377,19 @@ class TeacherSpec(Strict):
         return self
 
 
+@dataclass(frozen=True)
+class Encoding:
+    """How rows become tokens and pixels, see `DataSpec`; None: as the model brings it along."""
+
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    template_args: Mapping[str, Any] = field(default_factory=dict)
+    prompt: PromptMode = "generation"
+
+
+AS_IT_IS = Encoding()
+
+
 class DataSpec(Strict):
     """Chat rows: Parquet or JSONL files (`path`: a file, a folder of shards, a glob, or a folder of
     `datasets.save_to_disk`), or an installed generator of rows (`generator`, `options`).
@@ -392,7 +409,7 @@ class DataSpec(Strict):
     max_pixels: Annotated[int, Field(ge=1, le=2**31)] | None = None
     bad_rows: Literal["refuse", "list"] = "refuse"
     template: dict[str, Any] = Field(default_factory=dict)
-    prompt: Literal["generation", "template"] = "generation"
+    prompt: PromptMode = "generation"
 
     @model_validator(mode="after")
     def _one_source(self) -> "DataSpec":
@@ -402,10 +419,9 @@ class DataSpec(Strict):
             raise ValueError("`options` belong to a `generator`, and none is named")
         return self
 
-    def encoding(self) -> dict[str, Any]:
-        """What `load_encoder` is told of how rows become tokens and pixels."""
-        pixels = {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
-        return {**pixels, "template_args": self.template, "prompt": self.prompt}
+    def encoding(self) -> Encoding:
+        """What an encoder is told of this section."""
+        return Encoding(self.min_pixels, self.max_pixels, self.template, self.prompt)
 
 
 class TokensSpec(Strict):

@@ -11,14 +11,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
-from typing import Any, Literal
+from typing import Any
 
+from vlsi_cache.config.sections import PromptMode
 from vlsi_cache.errors import DataError, ModelError, SpecError
 
 from .messages import Message, text_of
 from .records import Record
-
-PromptMode = Literal["generation", "template"]
 
 # Some chat templates print today's date, and a prompt must not depend on the day it was made: theirs is this day.
 _DAY = {"%Y": "2024", "%y": "24", "%m": "07", "%-m": "7", "%B": "July", "%b": "Jul", "%d": "26", "%-d": "26"}

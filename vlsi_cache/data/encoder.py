@@ -9,7 +9,7 @@ Shapes: P prompt tokens, R response tokens, S = P + R.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,10 +17,11 @@ from typing import Any, Literal
 
 import numpy as np
 
+from vlsi_cache.config.sections import AS_IT_IS, Encoding
 from vlsi_cache.errors import DataError, ModelError, RowError, list_problems
 from vlsi_cache.progress import progress, say
 
-from .chat import Chat, PromptMode, Turn, open_chat
+from .chat import Chat, Turn, open_chat
 from .records import Record
 from .values import shown
 from .vision import Vision, load_vision, pixel_path, token_ids
@@ -52,8 +53,7 @@ class Encoder:
         placeholder_ids: Iterable[int],
         *,
         name: str,
-        template_args: Mapping[str, Any] | None = None,
-        prompt: PromptMode = "generation",
+        encoding: Encoding = AS_IT_IS,
     ) -> None:
         self.tokenizer = tokenizer
         self.vision = vision
@@ -63,8 +63,8 @@ class Encoder:
             tokenizer,
             _chat_templates(tokenizer, vision, name),
             name=name,
-            args=template_args or {},
-            mode=prompt,
+            args=encoding.template_args,
+            mode=encoding.prompt,
             placeholder_ids=placeholder_ids,
             sees_pictures=vision is not None,
         )
@@ -232,21 +232,17 @@ class Encoder:
 
 def load_encoder(
     model: str | Path,
+    encoding: Encoding = AS_IT_IS,
     *,
     revision: str | None = None,
     gguf_file: str | None = None,
-    min_pixels: int | None = None,
-    max_pixels: int | None = None,
     trust_remote_code: bool = False,
-    template_args: Mapping[str, Any] | None = None,
-    prompt: PromptMode = "generation",
     config_from: str | None = None,
 ) -> Encoder:
     """The encoder of a model folder, or of a hub id if one is named.
 
-    `template_args` and `prompt` are `data.template` and `data.prompt` of a spec. `config_from` is where the model's
-    configuration lies, for an adapter's folder, which has none. Raises ModelError if a piece is missing, SpecError for
-    an argument that the chat template does not read.
+    `config_from` is where the model's configuration lies, for an adapter's folder, which has none. Raises ModelError if
+    a piece is missing, SpecError for an argument that the chat template does not read.
     """
     from transformers import AutoConfig, AutoTokenizer
 
@@ -257,10 +253,10 @@ def load_encoder(
         config = None if gguf_file else AutoConfig.from_pretrained(config_from or path, **options)
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"the tokenizer of `{path}` cannot be loaded: {error}") from error
-    vision = load_vision(path, config, tokenizer, min_pixels=min_pixels, max_pixels=max_pixels, **options)
+    vision = load_vision(path, config, tokenizer, encoding, **options)
     found = (getattr(config, key, None) for key in _PLACEHOLDER_KEYS if vision is not None)
     placeholders = {index for index in found if index is not None}
-    return Encoder(tokenizer, vision, placeholders, name=path, template_args=template_args, prompt=prompt)
+    return Encoder(tokenizer, vision, placeholders, name=path, encoding=encoding)
 
 
 def fit_rows(

@@ -14,6 +14,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 from PIL import Image
 
+from vlsi_cache.config.sections import Encoding
 from vlsi_cache.errors import DataError, ModelError
 
 from .images import Media
@@ -189,18 +190,16 @@ def _without(ids: Sequence[int], token_id: int) -> list[int]:
     return [index for index in ids if index != token_id]
 
 
-def load_vision(
-    path: str, config: Any, tokenizer: Any, *, min_pixels: int | None, max_pixels: int | None, **options: Any
-) -> Vision | None:
+def load_vision(path: str, config: Any, tokenizer: Any, encoding: Encoding, **options: Any) -> Vision | None:
     """The image side of the model in `path`; None for a text-only model. Raises ModelError if it cannot be loaded."""
     if getattr(config, "vision_config", None) is None:
         return None
     image_processor = _load_image_processor(path, options)
     if "image_grid_thw" not in image_processor.model_input_names:
-        if min_pixels is not None or max_pixels is not None:
+        if encoding.min_pixels is not None or encoding.max_pixels is not None:
             raise ModelError(f"`min_pixels` and `max_pixels` are for the Qwen2-VL family, not for `{path}`")
         return ProcessorVision(_load_processor(path, config, options))
-    size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
+    size = {"shortest_edge": encoding.min_pixels, "longest_edge": encoding.max_pixels}
     old = {key: image_processor.size[key] for key in size}
     image_processor.size = {key: old[key] if value is None else value for key, value in size.items()}
     if image_processor.size["shortest_edge"] > image_processor.size["longest_edge"]:

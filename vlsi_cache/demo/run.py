@@ -17,7 +17,7 @@ from vlsi_cache.errors import CacheCorruptError
 from vlsi_cache.evaluation.scores import evaluate, evaluate_model, kept_result
 from vlsi_cache.io import refuse_url, write_atomically
 from vlsi_cache.models.depth import init_student
-from vlsi_cache.models.load import resolve_model
+from vlsi_cache.models.load import ModelRef, resolve_model
 from vlsi_cache.progress import say
 from vlsi_cache.report.html import write_demo_report
 from vlsi_cache.run_files import read_object, read_run
@@ -104,11 +104,13 @@ def _one_run(cache: Cache, student: Path, out: Path, seed: int, recipe: str, dev
 
 def _teacher_scores(spec: CacheSpec, out: Path, device: str | None) -> dict[str, Any]:
     assert spec.evaluate is not None
-    settings, path = spec.evaluate, resolve_model(spec.teacher.model)
     file = out / "teacher-evaluation.json"
-    options: dict[str, Any] = {"dtype": spec.teacher.dtype, "batch_tokens": spec.run.num_batch_tokens}
-    device = device or spec.run.device
-    scores = read_object(file, AGAIN) if file.is_file() else evaluate_model(path, settings, **options, device=device)
+    if file.is_file():
+        scores = read_object(file, AGAIN)
+    else:
+        teacher = ModelRef(resolve_model(spec.teacher.model), dtype=spec.teacher.dtype)
+        options: dict[str, Any] = {"device": device or spec.run.device, "batch_tokens": spec.run.num_batch_tokens}
+        scores = evaluate_model(teacher, spec.evaluate, **options)
     write_atomically(file, json.dumps(scores, indent=1))
     return scores
 

@@ -4,7 +4,7 @@ Legend: T response tokens, D hidden size, V vocabulary.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,22 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from vlsi_cache.config.sections import CacheSpec, Dtype, EvaluateSpec
+from vlsi_cache.config.sections import AS_IT_IS, CacheSpec, Encoding, EvaluateSpec
 from vlsi_cache.config.spec import change, spec_from_dict
 from vlsi_cache.data.collate import collate, plan_batches
-from vlsi_cache.data.encoder import Encoder, fit_rows, load_encoder
+from vlsi_cache.data.encoder import Encoder, fit_rows
 from vlsi_cache.data.records import Record, read_records
 from vlsi_cache.errors import ModelError, SpecError, list_problems
 from vlsi_cache.io import check_file, refuse_url, write_atomically
 from vlsi_cache.models.backbone import Backbone, head_of
-from vlsi_cache.models.load import (
-    encoder_folders,
-    load_config,
-    load_model,
-    max_positions,
-    resolve_model,
-    weights_digest,
-)
+from vlsi_cache.models.load import ModelRef, resolve_model
 from vlsi_cache.models.probe import checked_backbone
 from vlsi_cache.models.responses import Decoding, respond
 from vlsi_cache.models.verbalizer import Verbalizers, find_folder, load_verbalizers, read_record
@@ -86,15 +79,18 @@ def evaluate(
     given = None if verbalizers is None else find_folder(verbalizers)
     if given is not None:
         read_record(given, [])
-    result = evaluate_model(
+    named = ModelRef(
         str(folder / "student") if run else resolve_model(str(model)),
+        dtype=spec.distill.student_dtype,
+        attn_implementation=spec.distill.attn_implementation,
+        trust_remote_code=trust_remote_code,
+    )
+    result = evaluate_model(
+        named,
         spec.evaluate,
         cache=opened,
         encoding=spec.data.encoding(),
         verbalizers=str(given or own) if given or own.is_dir() else None,
-        dtype=spec.distill.student_dtype,
-        trust_remote_code=trust_remote_code,
-        attn_implementation=spec.distill.attn_implementation,
         device=device or spec.run.device,
         batch_tokens=spec.run.num_batch_tokens,
         limit=limit,
@@ -162,49 +158,32 @@ def _origin_of(given: Path, folder: Path, run: dict[str, Any] | None) -> dict[st
     or on the student it has made (`same_student`)."""
     trained_with = read_record(given, [])["provenance"].get("teacher_digest")
     start = None if run is None else run.get("student_digest") == trained_with
-    student = None if run is None else not start and weights_digest(folder / "student") == trained_with
+    student = None if run is None else not start and ModelRef(folder / "student").digest == trained_with
     known = {"same_start": start, "same_student": student}
     return {"path": str(given.resolve()), "trained_with": trained_with, **known}
 
 
 def evaluate_model(
-    path: str,
+    model: ModelRef,
     settings: EvaluateSpec | None,
     *,
     cache: Cache | None = None,
-    encoding: Mapping[str, Any] | None = None,
+    encoding: Encoding = AS_IT_IS,
     verbalizers: str | None = None,
-    gguf_file: str | None = None,
-    dtype: Dtype = "auto",
-    trust_remote_code: bool = False,
-    attn_implementation: str | None = None,
     device: str | None = None,
     batch_tokens: int = 8192,
     limit: int | None = None,
 ) -> dict[str, Any]:
-    """`evaluate` for a model folder; `limit` takes the first rows only, `batch_tokens` bounds a perplexity batch.
+    """`evaluate` for any model; `limit` takes the first rows only, `batch_tokens` bounds a perplexity batch.
 
     `encoding` (see `DataSpec.encoding`) holds for the rows of the cache; held-out rows have their own.
     """
-
-    def encoder_for(encoding: Mapping[str, Any]) -> Encoder:
-        folders = encoder_folders(path, gguf_file=gguf_file)
-        return load_encoder(**folders, trust_remote_code=trust_remote_code, **encoding)
-
     held_out = None
     if settings is not None:
-        config = load_config(path, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
-        held_out = _held_out_rows(settings, encoder_for(settings.data.encoding()), limit, max_positions(config))
+        held_out = _held_out_rows(settings, model.encoder(settings.data.encoding()), limit, model.max_positions)
     where = pick_device(device)
-    loaded = load_model(
-        path,
-        gguf_file=gguf_file,
-        dtype=dtype,
-        device=str(where),
-        trust_remote_code=trust_remote_code,
-        attn_implementation=attn_implementation,
-    )
-    own = encoder_for(encoding or {}) if held_out is None or cache is not None else held_out.encoder
+    loaded = model.load(str(where))
+    own = model.encoder(encoding) if held_out is None or cache is not None else held_out.encoder
     backbone = checked_backbone(loaded, own)
     spoken = None if verbalizers is None else load_saved_verbalizers(verbalizers, backbone).to(where)
     result = {} if held_out is None else _on_held_out(backbone, spoken, held_out, batch_tokens)

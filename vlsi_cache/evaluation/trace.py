@@ -6,9 +6,8 @@ of its own (VLsI, Figure 3). Verbalizers that attend have no such cache: for the
 Legend: L traced layers (rows of the batch), N tokens said so far, V vocabulary, D hidden size.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,15 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from vlsi_cache.config.sections import AS_IT_IS, Encoding
 from vlsi_cache.config.spec import spec_from_dict
 from vlsi_cache.data.collate import collate
-from vlsi_cache.data.encoder import Encoded, Encoder, load_encoder
+from vlsi_cache.data.encoder import Encoded, Encoder
 from vlsi_cache.data.images import Media, load_media, read_file
 from vlsi_cache.data.records import Record
 from vlsi_cache.errors import DataError, ModelError, SpecError, command_line
 from vlsi_cache.models.backbone import Backbone, LayerSequence, head_of
-from vlsi_cache.models.load import encoder_folders, load_model, max_positions, resolve_model, weights_digest
+from vlsi_cache.models.load import ModelRef, max_positions, resolve_model
 from vlsi_cache.models.probe import checked_backbone
 from vlsi_cache.models.verbalizer import RECORD, Verbalizers, find_folder, load_verbalizers, logit_lens, read_record
 from vlsi_cache.progress import progress
@@ -43,11 +43,11 @@ class _Subject:
     """The model that is traced. `same_start`: its verbalizers are of a run's student before backbone and head were
     trained; `is_run`: a run was named, not a model."""
 
-    path: str
+    model: ModelRef
     verbalizers: str
     same_start: bool
     is_run: bool
-    encoding: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    encoding: Encoding = AS_IT_IS
 
 
 def trace(
@@ -75,16 +75,16 @@ def trace(
         raise SpecError(
             f"nothing to trace: `layers` is {layers}, `max_new_tokens` is {max_new_tokens}; name one at least"
         )
-    subject = _subject(model, None if verbalizers is None else str(verbalizers))
-    encoder = load_encoder(**encoder_folders(subject.path, gguf_file=gguf_file), **subject.encoding)
+    subject = _subject(model, None if verbalizers is None else str(verbalizers), gguf_file)
+    encoder = subject.model.encoder(subject.encoding)
     media = tuple(_load_image(Path(image)) for image in images)
     encoded = encoder.encode(_record(prompt, media), with_response=False)
     where = pick_device(device)
     # What a GGUF file holds is unpacked, and a CPU is slow and no more exact in 16 bits.
     dtype = "float32" if gguf_file or where.type == "cpu" else "auto"
-    backbone = checked_backbone(load_model(subject.path, gguf_file=gguf_file, dtype=dtype, device=str(where)), encoder)
+    backbone = checked_backbone(replace(subject.model, dtype=dtype).load(str(where)), encoder)
     _check_length(encoded, max_new_tokens, backbone)
-    spoken, chosen = _speakers(subject, backbone, layers, gguf_file)
+    spoken, chosen = _speakers(subject, backbone, layers)
     ids_LN, probs_LN = _speak(backbone, spoken, chosen, encoder, encoded, max_new_tokens)
     said = [
         _said(encoder, layer, ids, probs)
@@ -101,7 +101,7 @@ def trace(
     )
 
 
-def _subject(model: Path | str, verbalizers: str | None) -> _Subject:
+def _subject(model: Path | str, verbalizers: str | None, gguf_file: str | None) -> _Subject:
     folder = Path(model).expanduser()
     run = read_run(folder) if (folder / "run.json").exists() else None
     if run is None:
@@ -111,7 +111,7 @@ def _subject(model: Path | str, verbalizers: str | None) -> _Subject:
                 f"--verbalizers DIR is needed for {model}: the folder that train-verbalizers has written, or "
                 f"`{LOGIT_LENS}` for the logit lens"
             )
-        return _Subject(path, verbalizers, same_start=False, is_run=False)
+        return _Subject(ModelRef(path, gguf_file=gguf_file), verbalizers, same_start=False, is_run=False)
     if run["kind"] != "distill":
         there = run["spec"].get("teacher") or {}
         gguf = ["--gguf-file", there["gguf_file"]] if there.get("gguf_file") else []
@@ -130,7 +130,7 @@ def _subject(model: Path | str, verbalizers: str | None) -> _Subject:
     data = spec_from_dict(run["spec"], where=str(folder / "run.json")).data
     made_for = None if given == LOGIT_LENS else _made_for(given)
     return _Subject(
-        str((folder / "student").resolve()),
+        ModelRef(str((folder / "student").resolve()), gguf_file=gguf_file),
         given,
         same_start=is_own or made_for == run.get("student_digest", ""),
         is_run=True,
@@ -169,23 +169,23 @@ def _check_length(encoded: Encoded, max_new_tokens: int, backbone: Backbone) -> 
 
 
 def _speakers(
-    subject: _Subject, backbone: Backbone, layers: Sequence[int | str] | None, gguf_file: str | None
+    subject: _Subject, backbone: Backbone, layers: Sequence[int | str] | None
 ) -> tuple[Verbalizers, list[int]]:
     """The verbalizers of the layers to trace, and these layers in their order; the last one has no verbalizer."""
     last = backbone.num_layers
     numbers = None if layers is None else sorted({last if layer == "last" else int(layer) for layer in layers})
     wrong = [layer for layer in numbers or [] if not 1 <= layer <= last]
     if wrong:
-        raise SpecError(f"no layers {wrong} to trace: {subject.path} has {last} layers, 1 to {last} (`last`)")
+        raise SpecError(f"no layers {wrong} to trace: {subject.model.path} has {last} layers, 1 to {last} (`last`)")
     targets = None if numbers is None else [layer for layer in numbers if layer != last]
     if subject.verbalizers == LOGIT_LENS:
         spoken = logit_lens(backbone, list(range(1, last)) if targets is None else targets)
     else:
-        spoken = _load(subject, backbone, targets, gguf_file)
+        spoken = _load(subject, backbone, targets)
     return spoken.eval(), [*spoken.layers, last] if numbers is None else numbers
 
 
-def _load(subject: _Subject, backbone: Backbone, targets: list[int] | None, gguf_file: str | None) -> Verbalizers:
+def _load(subject: _Subject, backbone: Backbone, targets: list[int] | None) -> Verbalizers:
     folder = find_folder(subject.verbalizers)
     if targets is None:
         record = read_record(folder, []) if (folder / RECORD).is_file() else {"layers": []}
@@ -193,10 +193,9 @@ def _load(subject: _Subject, backbone: Backbone, targets: list[int] | None, gguf
     if subject.same_start:  # head and backbone have been trained since: these are what is looked at
         return load_verbalizers(folder, backbone, targets, check_head=False)
     try:
-        digest = weights_digest(subject.path, gguf_file=gguf_file)
-        return load_verbalizers(folder, backbone, targets, teacher_digest=digest)
+        return load_verbalizers(folder, backbone, targets, teacher_digest=subject.model.digest)
     except ModelError as error:
-        run = Path(subject.path).parent
+        run = Path(subject.model.path).parent
         if subject.is_run:
             raise ModelError(
                 f"{error}; a run's student takes those of another run that began with the same student"
@@ -278,7 +277,7 @@ def _whole_sequences(backbone: Backbone, verbalizers: Verbalizers, encoded: Enco
 
 def _longer(encoded: Encoded, ids_N: np.ndarray) -> Encoded:
     types = encoded.token_types
-    return dataclasses.replace(
+    return replace(
         encoded,
         input_ids=np.concatenate([encoded.input_ids, ids_N]),
         token_types=None if types is None else np.concatenate([types, np.zeros_like(ids_N)]),

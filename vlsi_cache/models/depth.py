@@ -9,11 +9,13 @@ import transformers
 from torch import nn
 
 from vlsi_cache.config.layers import parse_layers
+from vlsi_cache.config.sections import Dtype
 from vlsi_cache.errors import ModelError
 from vlsi_cache.io import check_apart, refuse_url
 
 from .backbone import Backbone
-from .load import Dtype, check_ours, load_model, resolve_model, weights_digest, write_folder
+from .load import ModelRef, resolve_model
+from .save import check_ours, write_folder
 
 RECORD = "init_student.json"
 
@@ -47,23 +49,23 @@ def init_student(
     refuse_url(out, "out")
     layers = decoder_layers(layers) if isinstance(layers, str) else list(layers)
     _check_rising(layers)
-    path, out = str(teacher), Path(out)
-    source = Path(resolve_model(path))
-    if source.is_absolute():  # else a hub id
-        check_apart(out, source)
+    source, out = ModelRef(str(teacher), revision, gguf_file, dtype, trust_remote_code=trust_remote_code), Path(out)
+    folder = Path(resolve_model(source.path))
+    if folder.is_absolute():  # else a hub id
+        check_apart(out, folder)
     check_ours(out, RECORD)
-    model = load_model(path, revision=revision, gguf_file=gguf_file, dtype=dtype, trust_remote_code=trust_remote_code)
+    model = source.load()
     num_source_layers = Backbone(model).num_layers
     keep_layers(model, layers)
     record = {
-        "source": path,
+        "source": source.path,
         "revision": revision,
         "gguf_file": gguf_file,
-        "source_digest": weights_digest(path, revision=revision, gguf_file=gguf_file),
+        "source_digest": source.digest,
         "num_source_layers": num_source_layers,
         "kept_layers": layers,
     }
-    return write_folder(model, path, out, record=RECORD, facts=record, revision=revision, gguf_file=gguf_file)
+    return write_folder(model, source, out, record=RECORD, facts=record)
 
 
 def keep_layers(model: transformers.PreTrainedModel, layers: Sequence[int]) -> None:

@@ -6,34 +6,21 @@ rank, samples are shuffled over windows of `window_parts` parts.
 """
 
 import os
-import queue
-import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from vlsi_cache.errors import DataError
+from vlsi_cache.io import ahead
 
 from .part import Part, Row
 from .reader import RECENT_BYTES, Cache, open
 
-ROWS_AT_A_TIME = 16  # handed over together: a hand-over between threads costs as much as decoding a short row
-
-
-QUEUE_LENGTH = 4
-
-
 READING_THREADS = 2
-
-
-POLL_S = 0.1
-
-
-Handed = list[Row] | BaseException | None
 
 
 @dataclass(frozen=True)
@@ -72,6 +59,7 @@ class PartWindowReader:
         self.wait_s = 0.0
         self._cache = cache
         self._layers = layers
+        self._window_parts = window_parts
         cache.header.layer_indices(layers)  # an unknown layer is an error now, not in a thread
         windows = plan_windows(
             samples_per_part(cache), seed=seed, epoch=epoch, rank=rank, world=world, window_parts=window_parts
@@ -83,49 +71,19 @@ class PartWindowReader:
         return sum(len(window.order) for window in self._windows)
 
     def __iter__(self) -> Iterator[Row]:
-        rows: queue.Queue[Handed] = queue.Queue(QUEUE_LENGTH)
-        stop = threading.Event()
-        worker = threading.Thread(target=self._produce, args=(rows, stop), name="vlsi-cache prefetch", daemon=True)
-        worker.start()
-        try:
-            while (some := self._next(rows)) is not None:
-                yield from some
-        finally:
-            stop.set()
-            worker.join()
-
-    def _next(self, rows: "queue.Queue[Handed]") -> list[Row] | None:
-        began = time.perf_counter()
-        some = rows.get()
-        self.wait_s += time.perf_counter() - began
-        if isinstance(some, BaseException):
-            raise some
-        return some
-
-    def _produce(self, rows: "queue.Queue[Handed]", stop: threading.Event) -> None:
-        """Hand over the rows of one window while the parts of the next are read and decoded."""
+        parts = (part for window in self._windows for part in window.parts)
         # Mapping a file costs nothing: there a second thread would only take the interpreter from the consumer.
         num_threads = 1 if self._cache.header.profile == "fast" else READING_THREADS
-        with ThreadPoolExecutor(num_threads, "vlsi-cache read") as pool:
-            try:
-                pending = self._submit(pool, 0, stop)
-                for number, window in enumerate(self._windows):
-                    parts = {part: loading.result() for part, loading in pending.items()}
-                    pending = self._submit(pool, number + 1, stop)
-                    for at in range(0, len(window.order), ROWS_AT_A_TIME):
-                        some = [parts[part].row(row) for part, row in window.order[at : at + ROWS_AT_A_TIME]]
-                        if not _put(rows, some, stop):
-                            return
-                _put(rows, None, stop)
-            except BaseException as error:  # whatever it is belongs to the consumer
-                _put(rows, error, stop)
-            finally:
-                pool.shutdown(cancel_futures=True)
-
-    def _submit(self, pool: ThreadPoolExecutor, number: int, stop: threading.Event) -> "dict[int, Future[Part]]":
-        if number >= len(self._windows) or stop.is_set():
-            return {}
-        return {part: pool.submit(self._load, part) for part in self._windows[number].parts}
+        # While the rows of one window go out, as many parts as the next one has are read and decoded.
+        with closing(ahead(self._load, parts, num_ahead=self._window_parts, num_threads=num_threads)) as loaded:
+            found: dict[int, Part] = {}
+            for window in self._windows:
+                began = time.perf_counter()
+                found.clear()  # before the next window's parts come in: two windows are in memory, not three
+                found.update((part, next(loaded)) for part in window.parts)
+                self.wait_s += time.perf_counter() - began
+                for part, row in window.order:
+                    yield found[part].row(row)
 
     def _load(self, part: int) -> Part:
         # Decoded whole: many small steps in several threads would wait for each other, not work at the same time.
@@ -173,17 +131,6 @@ def skip_samples(windows: list[Window], start: int) -> list[Window]:
             left.append(Window(window.order[start:]))
         start = max(0, start - len(window.order))
     return left
-
-
-def _put(rows: "queue.Queue[Handed]", some: Handed, stop: threading.Event) -> bool:
-    """Hand over rows, an error or the end; False if nobody wants it any more."""
-    while not stop.is_set():
-        try:
-            rows.put(some, timeout=POLL_S)
-        except queue.Full:
-            continue
-        return True
-    return False
 
 
 class CacheDataset:

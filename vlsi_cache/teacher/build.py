@@ -7,6 +7,8 @@ Legend: T response tokens, L layers (intermediate targets, then the final layer)
 """
 
 import hashlib
+import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import cache as remember
@@ -16,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from vlsi_cache.config.sections import CacheSpec
+from vlsi_cache.config.sections import DEFAULT_BATCH_TOKENS, CacheSpec
 from vlsi_cache.data.collate import plan_batches, plan_parts
 from vlsi_cache.data.encoder import CONTRACT
-from vlsi_cache.errors import SpecError
+from vlsi_cache.errors import BatchTooLargeError, SpecError
 from vlsi_cache.io import refuse_url
 from vlsi_cache.progress import Bar, say
 from vlsi_cache.runs.run_dir import spec_changes_note, versions
@@ -34,14 +36,15 @@ from vlsi_cache.store.teacher_fit import surprise_warning
 from vlsi_cache.store.vocab_order import RankTable, plain_ranks, ranks_by_count
 from vlsi_cache.store.writer import CacheWriter
 
-from .batch_size import find_batch_tokens
-from .forward import PartBatch, Teacher, load_teacher
+from .forward import NO_PART, PartBatch, Teacher, load_teacher
 from .inputs import TeacherInputs, open_teacher_inputs
 
 # Uncompressed bytes of one kept entry, id and value: what `store.part_mib` counts.
 BYTES_PER_ENTRY = {"default": 5, "exact": 8, "fast": 6}
 BYTES_PER_SCALAR = 4
 RANKED_TOKENS = 2048  # response tokens whose rows decide the frequency ranks of the ids
+GAIN = 1.05  # tokens per second that a batch of twice the size must bring
+MOST_TOKENS = 1 << 18  # of a batch whose size is looked for
 
 MadeBatch = tuple[PartBatch, list[SparseRows]]
 
@@ -106,6 +109,63 @@ def settled_batch_tokens(inputs: TeacherInputs, out: Path, find: Callable[[], in
     recorded = int(load_header(out).spec["run"]["batch_tokens"])
     say(f"batch tokens: {recorded} (recorded in {out / HEADER_NAME})")
     return recorded
+
+
+def find_batch_tokens(teacher: Teacher, parts: list[list[int]]) -> int:
+    """The number for these parts on this machine; says which and why. Raises BatchTooLargeError if no sample fits.
+
+    Each try runs the heaviest batch that the build itself would run. A GPU says when its memory is full, but a
+    process that fills the memory of the host is killed: there nothing above the default of every build is tried.
+    """
+    inputs = teacher.inputs
+
+    def speed(batch: list[int]) -> float:
+        prepared = teacher.prepare(PartBatch(NO_PART, batch))  # not timed: a thread does it while the teacher works
+        seconds = []
+        for _ in range(2):  # the first run at a new size pays for memory and compilation
+            started = time.monotonic()
+            teacher.collect(teacher.launch(prepared))
+            seconds.append(time.monotonic() - started)
+        return sum(inputs.lengths(batch)) / min(seconds)
+
+    longest = max(inputs.lengths([i for part in parts for i in part]), default=1)
+    number, reason = grow(
+        lambda tokens: heaviest_batch(inputs, parts, tokens),
+        speed,
+        start=1 << math.ceil(math.log2(longest)),
+        most=DEFAULT_BATCH_TOKENS if teacher.device.type == "cpu" else MOST_TOKENS,
+    )
+    say(f"batch tokens: {number} ({reason})")
+    return number
+
+
+def grow(
+    heaviest: Callable[[int], list[int]], speed: Callable[[list[int]], float], *, start: int, most: int
+) -> tuple[int, str]:
+    """Double the tokens while the memory does and it pays; the last number that was good, and why no larger one."""
+    number, batch = start, heaviest(start)
+    if not batch:
+        return number, "there is no data"
+    tokens_per_s = speed(batch)
+    while True:
+        at, more = f"{tokens_per_s:.0f} tokens/s", heaviest(2 * number)
+        if more == batch:
+            return number, f"{at}; a larger one would not put more samples together"
+        if 2 * number > most:
+            return number, f"{at}; larger ones are not tried"
+        try:
+            faster = speed(more)
+        except BatchTooLargeError:
+            return number, f"{at}; {2 * number} is out of memory"
+        if faster < GAIN * tokens_per_s:
+            return number, f"{at}; {2 * number} is no faster ({faster:.0f} tokens/s)"
+        number, batch, tokens_per_s = 2 * number, more, faster
+
+
+def heaviest_batch(inputs: TeacherInputs, parts: list[list[int]], batch_tokens: int) -> list[int]:
+    """Of all batches that the build would run, the one with the most padded and response tokens."""
+    batches = (batch.indices for batch in _batches(inputs, parts, list(range(len(parts))), batch_tokens))
+    return max(batches, key=lambda b: inputs.padded_tokens(b) + sum(len(inputs.response_ids[i]) for i in b), default=[])
 
 
 def cache_header(inputs: TeacherInputs, parts: list[list[int]], batch_tokens: int | None = None) -> CacheHeader:

@@ -3,53 +3,24 @@
 One thread prepares batches ahead; rows of one batch travel to the host while the next one runs.
 """
 
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from vlsi_cache.data.collate import Batch, collate
 from vlsi_cache.errors import BatchTooLargeError, ModelError, VlsiCacheError
+from vlsi_cache.io import ahead
 from vlsi_cache.models.backbone import Backbone, head_of
 from vlsi_cache.models.verbalizer import Verbalizers
-from vlsi_cache.progress import say
 from vlsi_cache.sparse.head import Head, choose_kernels
 from vlsi_cache.sparse.rows import SparseRows, draw_rows, keyed_uniforms, top_p_widths, truncate
 from vlsi_cache.sparse.topk import sample_uniforms, stack_layers, teacher_rows
 
 from .inputs import TeacherInputs
-
-Item = TypeVar("Item")
-
-
-Result = TypeVar("Result")
-
-
-def ahead(
-    work: Callable[[Item], Result], items: Iterable[Item], *, num_ahead: int = 2
-) -> Generator[Result, None, None]:
-    """`work(item)` of every item, made by one thread up to `num_ahead` items before it is taken.
-
-    An error of the thread comes up where its result would have: everything before it is still good. Leaving early
-    (close the generator) waits for the item at work and no further one.
-    """
-    pool = ThreadPoolExecutor(1, thread_name_prefix="vlsi-cache-ahead")
-    waiting: deque[Future[Result]] = deque()
-    try:
-        for item in items:
-            waiting.append(pool.submit(work, item))
-            if len(waiting) > num_ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
 
 SCANNED_K = 64  # of sampled rows: the likeliest tokens are drawn from directly, the rest through the tail
 
@@ -261,7 +232,6 @@ def is_out_of_memory(error: BaseException) -> bool:
 def load_teacher(inputs: TeacherInputs, *, device: str | None) -> Teacher:
     """Load weights and verbalizers onto the device of the flag, or else of the spec."""
     backbone = inputs.load_backbone(device or inputs.spec.run.device)
-    say(f"teacher: {inputs.model_path} on {backbone.device}")
     compiled = choose_kernels(inputs.spec.run, backbone.device)
     return Teacher(backbone, inputs.load_verbalizers(backbone), inputs, backbone.device, compiled)
 

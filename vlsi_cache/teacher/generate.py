@@ -11,22 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from vlsi_cache.config.sections import CacheSpec, Dtype
+from vlsi_cache.config.sections import CacheSpec
 from vlsi_cache.config.spec import spec_from_dict
-from vlsi_cache.data.encoder import Encoder, fit_rows, load_encoder, too_long
+from vlsi_cache.data.encoder import Encoder, fit_rows, too_long
 from vlsi_cache.data.records import Record, read_records, row_of, with_answer
 from vlsi_cache.data.sources import media_root, read_responses
 from vlsi_cache.data.writing import write_rows
 from vlsi_cache.errors import DataError, FingerprintMismatchError, RowError, SpecError, list_problems
 from vlsi_cache.io import check_file, check_folder, refuse_url, write_atomically
-from vlsi_cache.models.load import (
-    encoder_folders,
-    load_config,
-    load_model,
-    max_positions,
-    resolve_model,
-    weights_digest,
-)
+from vlsi_cache.models.load import ModelRef, resolve_model
 from vlsi_cache.models.responses import Decoding, Response, respond
 from vlsi_cache.progress import progress, say
 from vlsi_cache.run_files import read_batch, read_object, read_run, sealed
@@ -34,59 +27,16 @@ from vlsi_cache.runs.run_dir import LOCK_NAME, check_has_student, differences, l
 from vlsi_cache.runtime import check_device, pick_device, seed_step
 from vlsi_cache.store.commit import publish_new_file
 
-
-@dataclass(frozen=True)
-class Speaker:
-    """A model that is not loaded yet. Only the spec's own teacher may run code of its own, if the spec allows it."""
-
-    path: str
-    dtype: Dtype
-    revision: str | None = None
-    gguf_file: str | None = None
-    attn_implementation: str | None = None
-    trust_remote_code: bool = False
-
-    def digest(self) -> str:
-        return weights_digest(self.path, revision=self.revision, gguf_file=self.gguf_file)
-
-    def encoder(self, spec: CacheSpec) -> Encoder:
-        return load_encoder(
-            **encoder_folders(self.path, revision=self.revision, gguf_file=self.gguf_file),
-            trust_remote_code=self.trust_remote_code,
-            **spec.data.encoding(),
-        )
-
-    def max_positions(self) -> int | None:
-        options = {"revision": self.revision, "gguf_file": self.gguf_file}
-        return max_positions(load_config(self.path, **options, trust_remote_code=self.trust_remote_code))
-
-    def load(self, device: str) -> Any:
-        where = device if device == "auto" else str(pick_device(device))  # auto spreads over all GPUs
-        model = load_model(
-            self.path,
-            revision=self.revision,
-            gguf_file=self.gguf_file,
-            dtype=self.dtype,
-            device=where,
-            trust_remote_code=self.trust_remote_code,
-            attn_implementation=self.attn_implementation,
-        )
-        say(f"model: {self.path} on {model.device}")
-        return model
+from .inputs import teacher_ref
 
 
-def speaker_of(spec: CacheSpec, model: str) -> Speaker:
-    """`teacher`, a distill run's folder (its student), or a model's folder or hub id; raises SpecError, ModelError."""
+def model_named(spec: CacheSpec, model: str) -> ModelRef:
+    """`teacher`, a distill run's folder (its student), or a model's folder or hub id; raises SpecError, ModelError.
+
+    Only the spec's own teacher may run code of its own, if the spec allows it.
+    """
     if model == "teacher":
-        teacher = spec.teacher
-        return Speaker(
-            resolve_model(teacher.model),
-            teacher.dtype,
-            teacher.revision,
-            teacher.gguf_file,
-            teacher.attn_implementation,
-            teacher.trust_remote_code,
-        )
+        return teacher_ref(spec.teacher)
     folder, distill = Path(model), spec.distill
     if (folder / "run.json").exists():
         run = read_run(folder)
@@ -94,7 +44,7 @@ def speaker_of(spec: CacheSpec, model: str) -> Speaker:
         distill = spec_from_dict(run["spec"], where=str(folder / "run.json")).distill
         folder = folder / "student"
     path = str(folder.resolve()) if folder.is_dir() else resolve_model(model)
-    return Speaker(path, distill.student_dtype, attn_implementation=distill.attn_implementation)
+    return ModelRef(path, dtype=distill.student_dtype, attn_implementation=distill.attn_implementation)
 
 
 IDENTITY = ("weights", "settings", "encoder", "source_rows")  # what must be equal to go on with a work folder
@@ -109,7 +59,7 @@ class _Job:
     """What is to be said by whom. An item is (record, number of the sample); a batch is some items."""
 
     out: Path
-    speaker: Speaker
+    model: ModelRef
     encoder: Encoder
     records: list[Record]
     left_out: list[dict[str, str]]
@@ -205,9 +155,9 @@ def _plan(
     limit: int | None,
 ) -> _Job:
     """Read everything but the weights: prompts of similar length come together, all samples of one side by side."""
-    speaker = speaker_of(spec, model)
-    encoder, source = speaker.encoder(spec), read_records(spec.data, limit=limit)
-    limits: dict[str, Any] = {"max_length": spec.data.max_length, "max_positions": speaker.max_positions()}
+    named = model_named(spec, model)
+    encoder, source = named.encoder(spec.data.encoding()), read_records(spec.data, limit=limit)
+    limits: dict[str, Any] = {"max_length": spec.data.max_length, "max_positions": named.max_positions}
     # Whether a row fits is decided by its prompt: the answer that it has goes.
     kept, do_not_fit = fit_rows(source, encoder, **limits, bad_rows=spec.data.bad_rows, with_response=False)
     order = sorted(kept, key=lambda row: (row[1], row[0]))
@@ -220,11 +170,11 @@ def _plan(
         "max_length": spec.data.max_length,
         "batch_size": batch_size,
         "seed": seed,
-        "dtype": speaker.dtype,
+        "dtype": named.dtype,
     }
     return _Job(
         out=out,
-        speaker=speaker,
+        model=named,
         encoder=encoder,
         records=list(source),
         left_out=[*source.skipped, *do_not_fit],
@@ -234,8 +184,8 @@ def _plan(
         limits=limits,
         media_root=media_root(spec.data),
         facts={
-            "model": speaker.path,
-            "weights": speaker.digest(),
+            "model": named.path,
+            "weights": named.digest,
             "settings": settings,
             "encoder": encoder.fingerprint(),
             "num_source_rows": len(source),
@@ -295,7 +245,9 @@ def _speak(job: _Job, *, seed: int, device: str) -> None:
     missing = [number for number in range(len(job.batches)) if not job.batch_file(number).is_file()]
     if not missing:
         return
-    loaded, done = job.speaker.load(device), len(job.batches) - len(missing)
+    loaded = job.model.load(device if device == "auto" else str(pick_device(device)))  # auto: over all GPUs
+    say(f"model: {job.model.path} on {loaded.device}")
+    done = len(job.batches) - len(missing)
     for number in progress(missing, "generate", unit="batch", done=done):
         seed_step(seed, "generate", number)
         records = [job.records[index] for index, _ in job.batches[number]]

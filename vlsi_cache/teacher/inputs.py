@@ -6,19 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from vlsi_cache.config.sections import CacheSpec
-from vlsi_cache.data.encoder import Encoder, fit_rows, load_encoder
+from vlsi_cache.config.sections import CacheSpec, TeacherSpec
+from vlsi_cache.data.encoder import Encoder, fit_rows
 from vlsi_cache.data.records import Record, read_records
 from vlsi_cache.models.backbone import Backbone, check_family, target_layers
-from vlsi_cache.models.load import (
-    adapter_note,
-    encoder_folders,
-    load_config,
-    load_model,
-    max_positions,
-    resolve_model,
-    weights_digest,
-)
+from vlsi_cache.models.load import ModelRef, resolve_model
 from vlsi_cache.models.probe import check_vocabulary, checked_backbone
 from vlsi_cache.models.verbalizer import Verbalizers, find_folder, load_verbalizers, logit_lens, verbalizers_digest
 from vlsi_cache.progress import say
@@ -31,8 +23,7 @@ class TeacherInputs:
     `provenance` is what `generate` says of the responses, if they come from there."""
 
     spec: CacheSpec
-    model_path: str
-    config: Any
+    model: ModelRef
     encoder: Encoder
     records: list[Record]
     num_prompt_N: np.ndarray
@@ -50,10 +41,14 @@ class TeacherInputs:
         """Tokens of a batch of these records once all are as long as the longest."""
         return len(indices) * max(self.lengths(indices))
 
+    @property
+    def layers(self) -> list[int]:
+        """The layers that get rows: the targets, then the final one."""
+        return [*self.target_layers, self.num_model_layers]
+
     @cached_property
     def weights_digest(self) -> str:
-        teacher = self.spec.teacher
-        return weights_digest(self.model_path, revision=teacher.revision, gguf_file=teacher.gguf_file)
+        return self.model.digest
 
     @property
     def verbalizers_path(self) -> str | None:
@@ -68,19 +63,12 @@ class TeacherInputs:
 
     def load_backbone(self, device: str) -> Backbone:
         """The frozen teacher; device `auto` spreads one that is too large over all GPUs."""
-        teacher = self.spec.teacher
-        model = load_model(
-            self.model_path,
-            revision=teacher.revision,
-            gguf_file=teacher.gguf_file,
-            dtype=teacher.dtype,
-            device=device,
-            trust_remote_code=teacher.trust_remote_code,
-            attn_implementation=teacher.attn_implementation,
-        )
-        if note := adapter_note(self.model_path):
+        model = self.model.load(device)
+        if note := self.model.adapter_note:
             say(note)
-        return checked_backbone(model, self.encoder)
+        backbone = checked_backbone(model, self.encoder)
+        say(f"teacher: {self.model.path} on {backbone.device}")
+        return backbone
 
     def load_verbalizers(self, backbone: Backbone) -> Verbalizers:
         if self.verbalizers_path is None:
@@ -88,35 +76,38 @@ class TeacherInputs:
         return load_verbalizers(self.verbalizers_path, backbone, self.target_layers, teacher_digest=self.weights_digest)
 
 
+def teacher_ref(teacher: TeacherSpec) -> ModelRef:
+    """The model that a spec names as its teacher."""
+    return ModelRef(
+        resolve_model(teacher.model),
+        teacher.revision,
+        teacher.gguf_file,
+        teacher.dtype,
+        teacher.attn_implementation,
+        teacher.trust_remote_code,
+    )
+
+
 def open_teacher_inputs(spec: CacheSpec) -> TeacherInputs:
     """Read rows, tokenizer and config; every problem with them comes up here, before any weight is loaded."""
-    teacher = spec.teacher
-    path = resolve_model(teacher.model)
-    config = load_config(
-        path, revision=teacher.revision, gguf_file=teacher.gguf_file, trust_remote_code=teacher.trust_remote_code
-    )
+    model = teacher_ref(spec.teacher)
+    config = model.config
     check_family(config)
-    num_layers = int(config.get_text_config().num_hidden_layers)
-    layers = target_layers(teacher.layers, teacher.num_layers, config, where="teacher.layers")
-    encoder = load_encoder(
-        **encoder_folders(path, revision=teacher.revision, gguf_file=teacher.gguf_file),
-        trust_remote_code=teacher.trust_remote_code,
-        **spec.data.encoding(),
-    )
+    layers = target_layers(spec.teacher.layers, spec.teacher.num_layers, config, where="teacher.layers")
+    encoder = model.encoder(spec.data.encoding())
     check_vocabulary(encoder, getattr(config.get_text_config(), "vocab_size", None))
     records = read_records(spec.data)
-    limits: dict[str, Any] = {"max_length": spec.data.max_length, "max_positions": max_positions(config)}
+    limits: dict[str, Any] = {"max_length": spec.data.max_length, "max_positions": model.max_positions}
     kept, too_long = fit_rows(records, encoder, **limits, bad_rows=spec.data.bad_rows)
     return TeacherInputs(
         spec=spec,
-        model_path=path,
-        config=config,
+        model=model,
         encoder=encoder,
         records=[records[index] for index, _, _ in kept],
         num_prompt_N=np.array([num_prompt for _, num_prompt, _ in kept], dtype=np.int64),
         response_ids=[np.asarray(ids, dtype=np.uint32) for _, _, ids in kept],
         skipped=[*records.skipped, *too_long],
-        num_model_layers=num_layers,
+        num_model_layers=int(config.get_text_config().num_hidden_layers),
         target_layers=layers,
         provenance=records.provenance,
     )

@@ -14,7 +14,6 @@ from torch import nn
 from vlsi_cache.config.sections import CacheSpec
 from vlsi_cache.errors import SpecError
 from vlsi_cache.models.backbone import Backbone
-from vlsi_cache.models.load import empty_model
 from vlsi_cache.models.probe import check_vocabulary
 from vlsi_cache.models.verbalizer import num_parameters
 from vlsi_cache.progress import html_text
@@ -201,13 +200,14 @@ def plan(spec: CacheSpec, *, gpu: str = DEFAULT_GPU) -> Plan:
     inputs = open_teacher_inputs(spec)
     num_tokens = sum(len(ids) for ids in inputs.response_ids)
     layers = [*inputs.target_layers, inputs.num_model_layers]
-    model = _empty_model(inputs)
+    model = inputs.model.empty()
+    check_vocabulary(inputs.encoder, Backbone(model).real_vocab_limit)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     verbalizers = 0 if spec.teacher.verbalizers is None else _verbalizer_parameters(inputs)
     per_layer_token = _bytes_per_layer_token(inputs)
     forward = _forward(inputs, model)
     # One layer's head and its verbalizer after the other, at the response tokens alone.
-    text = inputs.config.get_text_config()
+    text = inputs.model.config.get_text_config()
     heads = 2.0 * num_tokens * (len(layers) * text.vocab_size * text.hidden_size + verbalizers)
     flops = forward.total + heads
     per_weight = torch.finfo(_dtype(inputs)).bits // 8
@@ -224,7 +224,7 @@ def plan(spec: CacheSpec, *, gpu: str = DEFAULT_GPU) -> Plan:
         bytes_per_layer_token=per_layer_token,
         bytes_per_response_token=per_layer_token * len(layers),
         total_bytes=per_layer_token * len(layers) * num_tokens,
-        hidden_state_bytes=2.0 * inputs.config.get_text_config().hidden_size * len(layers) * num_tokens,
+        hidden_state_bytes=2.0 * inputs.model.config.get_text_config().hidden_size * len(layers) * num_tokens,
         teacher_parameters=parameters,
         verbalizer_parameters=verbalizers,
         teacher_memory_bytes=float(parameters * per_weight + verbalizers * 4),
@@ -266,25 +266,18 @@ def _bytes_per_layer_token(inputs: TeacherInputs) -> float:
     return row * rows.select_tokens.expected_share
 
 
-def _empty_model(inputs: TeacherInputs) -> torch.nn.Module:
-    """On the meta device: nothing is allocated. Raises ModelError for a model that a build would refuse."""
-    model = empty_model(inputs.config, trust_remote_code=inputs.spec.teacher.trust_remote_code)
-    check_vocabulary(inputs.encoder, Backbone(model).real_vocab_limit)
-    return model
-
-
 def _forward(inputs: TeacherInputs, model: torch.nn.Module) -> ForwardFlops:
     lengths, vision = inputs.lengths(list(range(len(inputs.records)))), inputs.encoder.vision
     patches: list[int] = []
     for record in inputs.records:
         if vision is not None and record.images:
             sizes = [image.size for image in record.images]
-            patches += picture_patches(vision.image_processor, inputs.config, sizes)
+            patches += picture_patches(vision.image_processor, inputs.model.config, sizes)
     return forward_flops(model, lengths, patches)
 
 
 def _verbalizer_parameters(inputs: TeacherInputs) -> int:
-    text, spec = inputs.config.get_text_config(), inputs.spec.verbalizer
+    text, spec = inputs.model.config.get_text_config(), inputs.spec.verbalizer
     per_layer = num_parameters(
         spec.structure,
         hidden_size=text.hidden_size,
@@ -299,6 +292,6 @@ def _verbalizer_parameters(inputs: TeacherInputs) -> int:
 
 def _dtype(inputs: TeacherInputs) -> torch.dtype:
     if inputs.spec.teacher.dtype == "auto":
-        declared = getattr(inputs.config, "dtype", None)
+        declared = getattr(inputs.model.config, "dtype", None)
         return declared if isinstance(declared, torch.dtype) else torch.float32
     return getattr(torch, inputs.spec.teacher.dtype)

@@ -254,7 +254,6 @@ def _train(inputs: TeacherInputs, out: Path, folder: Path, layers: list[int], *,
     """Train in the run folder `folder`, save into `out`; returns the stage's entry for `run.json`."""
     spec, settings = inputs.spec, inputs.spec.train_verbalizers
     backbone = inputs.load_backbone(device or spec.run.device)
-    say(f"teacher: {inputs.model_path} on {backbone.device}")
 
     def make_feed(num_skip: int) -> Feed:
         num_tokens = [len(ids) for ids in inputs.response_ids]

@@ -23,8 +23,9 @@ from vlsi_cache.config.spec import (
 from vlsi_cache.errors import SpecError
 from vlsi_cache.io import refuse_url
 from vlsi_cache.models.backbone import Backbone
-from vlsi_cache.models.load import STUDENT_RECORD, check_ours, resolve_model, save_student, weights_digest
+from vlsi_cache.models.load import ModelRef, resolve_model
 from vlsi_cache.models.lora import add_lora, checkpoint_activations, merge_lora, reach_note, train_decoder_layers
+from vlsi_cache.models.save import STUDENT_RECORD, check_ours, save_student
 from vlsi_cache.models.verbalizer import Verbalizers, load_verbalizers
 from vlsi_cache.progress import say
 from vlsi_cache.report.html import ensure_report, write_report
@@ -67,7 +68,7 @@ def distill(
     inputs = open_student(opened, spec, path)  # a student that does not fit leaves no run folder behind
     for unused in unused_by_recipe(spec.distill, overrides):  # one script may well run all recipes
         say(f"`--set {unused}` does nothing here: no stage that `recipe: {spec.distill.recipe}` runs looks at it")
-    student_digest = weights_digest(path)
+    student_digest = ModelRef(path).digest
     given = check_verbalizers(spec.distill.verbalizers, inputs.layers, spec.verbalizer, student_digest=student_digest)
     if not (out / "run.json").is_file():
         inputs.check_turns()
@@ -176,7 +177,7 @@ def _run_stages(state: StudentState) -> list[dict[str, Any]]:
     # Head and embeddings may have been trained in fp32; configuration and all tensors agree again.
     save_student(
         trained.to(state.dtype),
-        state.student_path,
+        ModelRef(state.student_path),
         state.run.path / "student",
         end_of_turn=state.encoder.eot_id,
         pad=state.encoder.pad_id,

@@ -9,19 +9,13 @@ from typing import Any
 import torch
 
 from vlsi_cache.config.sections import CacheSpec, DataSpec, DistillSpec, InteractSpec, VerbalizerSpec
-from vlsi_cache.data.encoder import Encoder, load_encoder
+from vlsi_cache.data.encoder import Encoder
 from vlsi_cache.data.records import RecordSet, read_records
 from vlsi_cache.errors import DataError, ModelError, SpecError, list_problems
 from vlsi_cache.models.backbone import Backbone, check_family, target_layers
-from vlsi_cache.models.load import (
-    adapter_note,
-    encoder_folders,
-    load_config,
-    load_model,
-    max_positions,
-    mend_generation,
-)
+from vlsi_cache.models.load import ModelRef, max_positions
 from vlsi_cache.models.probe import check_vocabulary, checked_backbone
+from vlsi_cache.models.save import mend_generation
 from vlsi_cache.models.verbalizer import Verbalizers, find_folder, load_verbalizers, read_record, verbalizers_digest
 from vlsi_cache.progress import progress, say
 from vlsi_cache.runs.checkpoints import Checkpoints
@@ -148,14 +142,14 @@ class StudentInputs:
         distill, where = self.spec.distill, pick_device(device or self.spec.run.device)
         # Without autocast, bf16 weights and the fp32 ones that train would not fit each other.
         has_autocast = where.type == "cuda"
-        model = load_model(
+        named = ModelRef(
             self.path,
             dtype=distill.student_dtype if has_autocast else "float32",
-            device=str(where),
-            trust_remote_code=distill.trust_remote_code,
             attn_implementation=distill.attn_implementation,
+            trust_remote_code=distill.trust_remote_code,
         )
-        if note := adapter_note(self.path):
+        model = named.load(str(where))
+        if note := named.adapter_note:
             say(note)
         checked_backbone(model, self.encoder)
         if mended := mend_generation(model.generation_config):
@@ -238,14 +232,10 @@ def cached_sources(cache: Cache) -> RecordSet:
 def open_student(cache: Cache, spec: CacheSpec, path: str) -> StudentInputs:
     """Read the student's tokenizer and config and check them against the cache; raises ModelError, SpecError."""
     distill = spec.distill
-    encoder = load_encoder(
-        **encoder_folders(path),
-        trust_remote_code=distill.trust_remote_code,
-        **spec.data.encoding(),
-    )
+    named = ModelRef(path, trust_remote_code=distill.trust_remote_code)
+    encoder, config = named.encoder(spec.data.encoding()), named.config
     say_pixels(spec.data, path, trust_remote_code=distill.trust_remote_code)
     check_tokenizer(cache.header, encoder, path, where=cache.path)
-    config = load_config(path, trust_remote_code=distill.trust_remote_code)
     check_family(config)
     check_vocabulary(encoder, getattr(config.get_text_config(), "vocab_size", None))
     layers = check_settings(cache.header, distill, config, where=cache.path)
@@ -256,7 +246,7 @@ def say_pixels(data: DataSpec, path: str, *, trust_remote_code: bool = False) ->
     """Say where the spec's pixel limits take the place of other ones that the student brings along."""
     if data.min_pixels is None and data.max_pixels is None:
         return
-    own = load_encoder(path, trust_remote_code=trust_remote_code).vision
+    own = ModelRef(path, trust_remote_code=trust_remote_code).encoder().vision
     for name in ("min_pixels", "max_pixels"):
         named, brought = getattr(data, name), getattr(own, name, None)
         if named is not None and named != brought:

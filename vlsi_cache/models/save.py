@@ -1,0 +1,139 @@
+"""Model folders that are written here: a trained student, or a student made of a teacher's layers."""
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import transformers
+from torch import nn
+
+from vlsi_cache.errors import ModelError
+from vlsi_cache.io import check_folder, put_back, replacing
+from vlsi_cache.run_files import read_object
+
+from .load import SMALL_FILES, ModelRef, first_line, model_errors, quiet
+from .lora import base_of, is_adapter_alone
+
+STUDENT_RECORD = "vlsi_cache.json"  # in the folder of a trained student: where it comes from
+ENCODER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.jinja",
+    "chat_template.json",
+    "*processor_config.json",
+)
+
+
+def save_student(
+    model: nn.Module,
+    source: ModelRef,
+    out: str | Path,
+    *,
+    end_of_turn: int,
+    pad: int,
+    facts: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a plain folder that `from_pretrained` opens: weights, configuration, tokenizer and processor files.
+
+    The encoder's files are copied from `source`. What the student generates ends with `end_of_turn`, as what it was
+    trained on does. `facts` go into STUDENT_RECORD. `out` is replaced as a whole, and only if it was written here.
+    Raises ModelError for a model that still has an adapter.
+    """
+    if hasattr(model, "peft_config"):
+        raise ModelError("the student still has an adapter; merge it (`merge_lora`) before saving")
+    plain = cast(transformers.PreTrainedModel, model)
+    mend_generation(plain.generation_config)
+    _end_turns(plain.generation_config, end_of_turn, pad)
+    return write_folder(plain, source, Path(out), record=STUDENT_RECORD, facts=facts or {})
+
+
+def write_folder(
+    model: transformers.PreTrainedModel, source: ModelRef, out: Path, *, record: str, facts: Mapping[str, Any]
+) -> Path:
+    """Write model, the encoder files of `source` and the JSON file `record` beside `out`, then put all there at once.
+
+    `record` holds `facts` and the digest of the weights: by it `check_ours` knows the folder again.
+    """
+    check_ours(out, record)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(out) as temporary:
+        temporary.mkdir()
+        with quiet():
+            model.save_pretrained(temporary)
+        _copy_encoder(source, temporary)
+        whole = {**facts, "weights": ModelRef(temporary).digest}
+        (temporary / record).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    return out
+
+
+def check_ours(out: Path, record: str) -> None:
+    """Raise ModelError unless `out` is new, empty, or as we wrote it, together with a file `record`."""
+    put_back(out)
+    check_folder(out)
+    if not out.exists() or not any(out.iterdir()):
+        return
+    if not (out / record).exists():
+        raise ModelError(
+            f"{out} exists and was not written here: it has no {record}; move it away, or name another folder"
+        )
+    written = read_object(out / record, "move the folder away, or name another one")
+    found = ModelRef(out).digest
+    if written.get("weights", found) != found:  # an earlier release did not say
+        raise ModelError(
+            f"{out} holds other weights than were written there ({found}, {record} says {written['weights']}); move it "
+            "away, or name another folder"
+        )
+
+
+def mend_generation(generation: Any) -> list[str]:
+    """Put back to their defaults the generation settings that transformers reads but refuses to write; their names.
+
+    It ignores them itself (a temperature without `do_sample`), so nothing is generated in another way. Raises
+    ModelError for what cannot be mended.
+    """
+    try:
+        generation.validate(strict=True)
+        return []
+    except ValueError as error:
+        names = [name for name in re.findall(r"^- `(\w+)`:", str(error), re.MULTILINE) if hasattr(generation, name)]
+    for name in names:
+        setattr(generation, name, getattr(transformers.GenerationConfig(), name))
+    try:
+        generation.validate(strict=True)
+    except ValueError as error:
+        raise ModelError(
+            f"the student's generation_config.json cannot be saved again: {first_line(error)}; mend it"
+        ) from None
+    return names
+
+
+def _end_turns(generation: Any, end_of_turn: int, pad: int) -> None:
+    """Generation settings of the model's own file keep their other ends; a guess from its configuration does not."""
+    own = generation.eos_token_id
+    ends = [own] if isinstance(own, int) else list(own or [])
+    if generation._from_model_config:
+        ends, generation._from_model_config = [], False  # or some versions would guess again when it is opened
+    if end_of_turn not in ends:
+        ends = [end_of_turn, *ends]
+    generation.eos_token_id = ends if len(ends) > 1 else end_of_turn
+    generation.pad_token_id = pad if generation.pad_token_id is None else generation.pad_token_id
+
+
+def _copy_encoder(source: ModelRef, out: Path) -> None:
+    folder = source.folder(*SMALL_FILES, *([source.gguf_file] if source.gguf_file else []))
+    if source.gguf_file:
+        with quiet(), model_errors(source.path, "its tokenizer cannot be read from the GGUF file"):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), gguf_file=source.gguf_file)
+            tokenizer.save_pretrained(out)
+        return
+    if is_adapter_alone(folder):  # its base's files, then its own over them
+        _copy_encoder(ModelRef(base_of(folder)), out)
+    for file in sorted({file for pattern in ENCODER_FILES for file in folder.glob(pattern) if file.is_file()}):
+        shutil.copyfile(file, out / file.name)
