@@ -15,7 +15,7 @@ from vlsi_cache.errors import ModelError, SpecError
 from vlsi_cache.io import check_file, check_folder
 from vlsi_cache.models import depth as prune_depth
 from vlsi_cache.models import load
-from vlsi_cache.report.html import write_report
+from vlsi_cache.report.pages import write_report
 
 
 @pytest.fixture
