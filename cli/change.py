@@ -9,7 +9,7 @@ import typer
 
 from vlsi_cache.config.layers import parse_layers, shown_layers
 from vlsi_cache.errors import SpecError
-from vlsi_cache.progress import printable, say
+from vlsi_cache.progress import human_bytes, printable, say
 
 from .output import CHANGE, Answer, command, require_cache
 
@@ -53,7 +53,6 @@ def prune(
     The old one stays as it is. Run again after a crash to go on.
     """
     import vlsi_cache as vc
-    from vlsi_cache.report.text import human_bytes
 
     options: dict[str, Any] = {"top_k": top_k, "samples": samples, "min_kept_mass": min_kept_mass, "where": where}
     options |= {"layers": None if layers is None else parse_layers(layers), "tokens": tokens, "profile": profile}
@@ -99,7 +98,6 @@ def merge(
     The old ones stay as they are. Run again after a crash to go on.
     """
     import vlsi_cache as vc
-    from vlsi_cache.report.text import human_bytes
 
     planned = vc.merge(caches, out, dry_run=True)
     facts = {**asdict(planned), "dry_run": dry_run}
@@ -139,7 +137,6 @@ def _confirmed(left: list[str]) -> bool:
 
 
 def _cuts(planned: "PrunePlan") -> str:
-    from vlsi_cache.report.text import human_bytes
 
     named = shown_layers(planned.layers, last=planned.layers[-1])
     layers = f"{len(planned.layers)} of {len(planned.layers) + len(planned.dropped_layers)} layers {named}"

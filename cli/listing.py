@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vlsi_cache.errors import CacheNotFoundError, VlsiCacheError
+from vlsi_cache.progress import human_bytes
 
 NUM_LOOKS, LOOK_AGAIN_S = 3, 0.05
 MARKERS = {"cache.json": "cache", "run.json": "run", "demo.json": "demo", "ablation.json": "ablation"}
@@ -148,7 +149,7 @@ def _size(file: str) -> int:
 
 def listing_table(found: list[dict[str, Any]]) -> str:
     """One line per cache, run, ablation and demo; below them what is wrong with some."""
-    from vlsi_cache.report.text import human_bytes, percent, table
+    from vlsi_cache.report.text import percent, table
 
     rows = [
         [

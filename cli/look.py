@@ -69,16 +69,17 @@ def stats(
 
     Means over response tokens, per layer, and how far the layers are from each other.
     """
+    from vlsi_cache.report.page import check_page
+
     import vlsi_cache as vc
     from vlsi_cache.report.layers import stats_text
-    from vlsi_cache.report.page import check_page
+    from vlsi_cache.report.pages import write_stats_page
+    from vlsi_cache.report.render import check_page
 
     check_page(out)
     found = vc.stats(cache, parts=parts)
     if out is None:
         return Answer(found.as_dict(), lambda: stats_text(found))
-    from vlsi_cache.report.stats_page import write_stats_page
-
     file = write_stats_page(found, out)
     return Answer({**found.as_dict(), "page": file}, lambda: f"{stats_text(found)}\n\npage: {file}")
 
@@ -107,7 +108,8 @@ def trace(
     of a given response, word by word, needs no model: vlsi-cache sample.
     """
     import vlsi_cache as vc
-    from vlsi_cache.report.page import check_page
+    from vlsi_cache.report.pages import write_trace_page
+    from vlsi_cache.report.render import check_page
 
     check_page(out)
     found = vc.trace(
@@ -122,8 +124,6 @@ def trace(
     )
     if out is None:
         return Answer(found.as_dict(), lambda: str(found))
-    from vlsi_cache.report.trace_page import write_trace_page
-
     file = write_trace_page(found, out)
     return Answer({**found.as_dict(), "page": file}, lambda: f"{found}\n\npage: {file}")
 
@@ -142,8 +142,8 @@ def match(
     pushes matches deep by itself. A run that is still going shows what is there.
     """
     import vlsi_cache as vc
-    from vlsi_cache.report.matches import write_match_page, write_match_png
-    from vlsi_cache.report.page import check_page, check_picture
+    from vlsi_cache.report.pages import write_match_page, write_match_png
+    from vlsi_cache.report.render import check_page, check_picture
 
     check_page(out)
     check_picture(png)
@@ -212,7 +212,7 @@ def report(
     ],
 ) -> Answer:
     """Write report.html: figures on one self-contained page."""
-    from vlsi_cache.report.html import write_report
+    from vlsi_cache.report.pages import write_report
 
     file = write_report(path)
     return Answer({"report": file}, f"report: {file}")

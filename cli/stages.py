@@ -236,7 +236,7 @@ def evaluate(
     --spec, --beams or --verbalizers are shown and not kept. Starts again when it is run again.
     """
     import vlsi_cache as vc
-    from vlsi_cache.report.evaluation import evaluation_table
+    from vlsi_cache.report.text import evaluation_table
 
     resolved = vc.load_spec(spec) if spec else None
     result = vc.evaluate(

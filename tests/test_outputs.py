@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 from helpers.fakes import write_cache, write_run
 from helpers.tiny import write_spec
+from vlsi_cache.report.html import write_report
 
 import vlsi_cache as vc
 from vlsi_cache.errors import ModelError, SpecError
 from vlsi_cache.io import check_file, check_folder
 from vlsi_cache.models.load import ModelRef
-from vlsi_cache.report.html import write_report
+from vlsi_cache.report.pages import write_report
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Messages and progress bars on stderr, and text of users' data made safe for a terminal and a page.
+"""What people read: messages and progress bars on stderr, sizes and times, users' texts made safe for a terminal.
 
 A sample's kind or a token may hold codes that colour, move or rename a terminal, or turn the direction of the text.
 """
@@ -11,8 +11,6 @@ import time
 from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Any, TypeVar
-
-__all__ = ["UNSAFE", "html_text", "printable"]
 
 # C0 and C1 controls, marks that turn the direction, line and paragraph separators, halves of surrogate pairs.
 UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -32,9 +30,24 @@ def _written(char: str) -> str:
     return f"\\x{ord(char):02x}" if ord(char) < 0x100 else f"\\u{ord(char):04x}"
 
 
+def human_bytes(num_bytes: float) -> str:
+    """`1234567` -> `1.2 MB`; decimal units, as disks are sold."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(num_bytes) < 999.5:
+            return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.1f} TB"
+
+
+def human_seconds(seconds: float) -> str:
+    """`754` -> `12 min 34 s`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
 LINE_S = 60.0  # between two lines where there is no terminal
-
-
 Item = TypeVar("Item")
 
 

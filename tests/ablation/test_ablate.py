@@ -21,7 +21,7 @@ from vlsi_cache.config.spec import apply_overrides
 from vlsi_cache.errors import DataError, FingerprintMismatchError, ModelError, SpecError
 from vlsi_cache.evaluation.scores import evaluate_model
 from vlsi_cache.models.load import ModelRef
-from vlsi_cache.report import html
+from vlsi_cache.report import pages
 from vlsi_cache.report.ablation import num_failed
 from vlsi_cache.run_files import read_metrics
 from vlsi_cache.store.dataset import PartWindowReader
@@ -37,7 +37,7 @@ def _no_figures() -> Iterator[None]:
     """Drawing takes longer than training these students; the pages have tests of their own."""
     with pytest.MonkeyPatch.context() as patch:
         for page in ("run_page", "ablation_page"):
-            patch.setattr(html, page, lambda _: "")
+            patch.setattr(pages, page, lambda _: "")
         yield
 
 

@@ -20,7 +20,7 @@ from vlsi_cache.report.ablation import (
     remarks,
     table_rows,
 )
-from vlsi_cache.report.html import write_report
+from vlsi_cache.report.pages import write_report
 
 MATCH = {"vlsi": [0.70, 0.80, 0.60], "order": [0.75, 0.79, 0.70], "sft": [0.50, 0.50]}
 NLL = {"vlsi": [1.0, 2.0, 3.0], "order": [1.5, 2.5, 2.0], "sft": [1.0, 2.0]}

@@ -12,7 +12,7 @@ from vlsi_cache_cli.output import Answer, run_guarded
 import vlsi_cache as vc
 from vlsi_cache.errors import DataError
 from vlsi_cache.progress import html_text, printable
-from vlsi_cache.report.html import write_report
+from vlsi_cache.report.pages import write_report
 from vlsi_cache.store.format import sealed_json
 
 NASTY = "\x1b[31m\x1b]0;title\x07\x9b2J\u202egnp\r\n<b>"

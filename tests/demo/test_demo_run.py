@@ -48,7 +48,7 @@ def test_the_whole_demo_and_a_second_run_that_only_shows_it(
 
 
 def test_only_a_build_measured_whole_has_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vlsi_cache.report.html import write_report
+    from vlsi_cache.report.pages import write_report
     from vlsi_cache.store.writer import CacheWriter
 
     monkeypatch.setattr(demo, "WARM_START_STEPS", 4)

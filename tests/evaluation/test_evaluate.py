@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.pages import evaluation_page
 from helpers.tiny import write_spec
 
 import vlsi_cache as vc
@@ -97,7 +98,7 @@ def test_rows_beyond_the_limit_are_not_read(run: Path) -> None:
 
 def test_rows_left_out_are_counted_and_told(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from vlsi_cache.config.spec import spec_from_dict
-    from vlsi_cache.report.evaluation import evaluation_html, evaluation_table
+    from vlsi_cache.report.text import evaluation_table
 
     stored = json.loads((run / "run.json").read_text())["spec"]
     lines = Path(stored["evaluate"]["data"]["path"]).read_text().splitlines()
@@ -112,7 +113,7 @@ def test_rows_left_out_are_counted_and_told(run: Path, capsys: pytest.CaptureFix
     assert "2 held-out rows were left out\n  - row `unreadable`: " in told
     assert re.search(r"row `long`: \d+ tokens, data.max_length is", told)
     assert "held-out samples: 3 (2 left out)" in evaluation_table(result)
-    assert "held-out samples (2 left out)" in "".join(evaluation_html(result))
+    assert "held-out samples (2 left out)" in evaluation_page(result)
 
 
 def test_only_the_model_itself_is_destroyed_by_a_loss_without_a_perplexity(

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.pages import evaluation_page
 from helpers.tiny import make_rows, save_model, write_jsonl, write_spec
 
 import vlsi_cache as vc
@@ -22,7 +23,7 @@ from vlsi_cache.models.backbone import Backbone
 from vlsi_cache.models.load import ModelRef
 from vlsi_cache.models.responses import Decoding, respond
 from vlsi_cache.models.verbalizer import logit_lens
-from vlsi_cache.report.evaluation import evaluation_html, evaluation_table
+from vlsi_cache.report.text import evaluation_table
 from vlsi_cache.run_files import read_evaluation
 from vlsi_cache.store.reader import Cache
 
@@ -158,7 +159,7 @@ def test_a_run_says_what_it_was_measured_with(
     again = vc.evaluate(run, cache=folder / "cache")
     assert (again["cache"]["trained_on"], again["cache"]["num_trained_on"]) == (True, 16)
     assert "NOT HELD OUT: the run was trained on these rows" in evaluation_table(again)
-    text, html = evaluation_table(own), "".join(evaluation_html(own))
+    text, html = evaluation_table(own), evaluation_page(own)
     for shown in (f"{own['cache']['kl']:.4f}", f"{own['cache']['layers']['2'][-1]:.3f}", "same first word"):
         assert shown in text
         assert shown in html
@@ -188,14 +189,14 @@ def test_rows_that_were_trained_on_are_known_by_their_content(
         assert found == {"trained_on": expected > 0, "num_trained_on": expected}
     assert trained_on(trained, on_half, num_samples=3)["num_trained_on"] == len({*list(trained)[:3]} & {*even})
     result = vc.evaluate(run, cache=mixed)
-    for shown in (evaluation_table(result), "".join(evaluation_html(result))):
+    for shown in (evaluation_table(result), evaluation_page(result)):
         assert "NOT HELD OUT: the run was trained on 4 of these rows" in shown
 
     gone, another = {**record, "cache": str(tmp_path / "gone")}, {**record, "cache": str(mixed.path)}
     for of in (gone, another, None):
         assert trained_on(cache, of, num_samples=12) == {"trained_on": None, "num_trained_on": None}
     result["cache"] |= trained_on(mixed, gone, num_samples=8)
-    for shown in (evaluation_table(result), "".join(evaluation_html(result))):
+    for shown in (evaluation_table(result), evaluation_page(result)):
         assert "NOT KNOWN TO BE HELD OUT" in shown
 
 

@@ -25,7 +25,8 @@ from vlsi_cache.evaluation import trace as module
 from vlsi_cache.models.backbone import Backbone
 from vlsi_cache.models.load import ModelRef
 from vlsi_cache.models.verbalizer import build_verbalizers
-from vlsi_cache.report.trace_page import Trace, write_trace_page
+from vlsi_cache.report.example import Trace
+from vlsi_cache.report.pages import write_trace_page
 
 QWEN2_VL = Path(vc.__file__).parent / "demo" / "teacher"
 NUM_NEW = 6

@@ -3,6 +3,10 @@
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
+
+from vlsi_cache.report.pages import run_page
+from vlsi_cache.runs.metrics import RunFiles
 
 VOID = {"meta", "img", "br", "link", "input", "path", "use", "rect"}
 
@@ -57,3 +61,8 @@ def checked(file: Path, *, num_figures: int) -> str:
     assert html.count("<table") == html.count('<div class="scroll"><table')
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", html)
     return html
+
+
+def evaluation_page(result: dict[str, Any]) -> str:
+    """The page of a run that has logged nothing and was evaluated with this result."""
+    return run_page(RunFiles(Path("run"), {"kind": "distill", "status": "done"}, [], result))

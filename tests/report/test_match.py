@@ -15,8 +15,8 @@ from oracles import literal_algorithm_1
 
 import vlsi_cache as vc
 from vlsi_cache.errors import CacheNotFoundError, DataError, SpecError
-from vlsi_cache.report.html import write_report
-from vlsi_cache.report.matches import null_distribution, write_match_page, write_match_png
+from vlsi_cache.report.matches import null_distribution
+from vlsi_cache.report.pages import write_match_page, write_match_png, write_report
 from vlsi_cache.store.format import CacheHeader, sealed_json
 
 TEACHER, STUDENT = [2, 6, 10, 14], [1, 3]

@@ -10,8 +10,7 @@ import pytest
 from helpers.fakes import write_run
 from helpers.pages import checked
 
-from vlsi_cache.report.html import write_report
-from vlsi_cache.report.run_parts import progress_note, progress_rows
+from vlsi_cache.report.pages import progress_note, progress_rows, write_report
 from vlsi_cache.runs.diagnostics import findings_of, interact_findings, verbalizer_findings
 from vlsi_cache.runs.metrics import read_run
 

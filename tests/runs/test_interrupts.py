@@ -17,7 +17,7 @@ from helpers.tiny import write_spec
 import vlsi_cache as vc
 from vlsi_cache.errors import InterruptedRunError
 from vlsi_cache.interrupts import stopping_between_steps, terminating_as_interrupt
-from vlsi_cache.report.html import run_page
+from vlsi_cache.report.pages import run_page
 from vlsi_cache.runs.metrics import read_run
 from vlsi_cache.store.reader import Cache
 

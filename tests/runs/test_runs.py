@@ -16,7 +16,7 @@ import vlsi_cache as vc
 from vlsi_cache.config.sections import CacheSpec
 from vlsi_cache.errors import DiskFullError, FingerprintMismatchError, ModelError, RunBusyError, SpecError
 from vlsi_cache.io import replacing
-from vlsi_cache.report.html import ensure_report, run_page
+from vlsi_cache.report.pages import ensure_report, run_page
 from vlsi_cache.runs import metrics
 from vlsi_cache.runs import run_dir as runs_module
 from vlsi_cache.runs.metrics import read_run

@@ -122,7 +122,7 @@ def _described(ablation: Ablation, plan: AblationPlan, earlier: dict[str, Any]) 
 
 def _run_all(ablation: Ablation, plan: AblationPlan, cache: "Cache", record: dict[str, Any]) -> None:
     """Every run that is not done, seed by seed; then the tables."""
-    from vlsi_cache.report.html import write_report
+    from vlsi_cache.report.pages import write_report
 
     say(f"budget: {record['budget']}")
     jobs = [(seed, run) for seed in ablation.seeds for run in plan.runs.values()]

@@ -19,7 +19,7 @@ from vlsi_cache.io import refuse_url, write_atomically
 from vlsi_cache.models.depth import init_student
 from vlsi_cache.models.load import ModelRef, resolve_model
 from vlsi_cache.progress import say
-from vlsi_cache.report.html import write_demo_report
+from vlsi_cache.report.pages import write_demo_report
 from vlsi_cache.run_files import read_object, read_run
 from vlsi_cache.store.reader import Cache
 from vlsi_cache.teacher.build import build_teacher

@@ -28,8 +28,7 @@ from vlsi_cache.models.load import ModelRef, max_positions, resolve_model
 from vlsi_cache.models.probe import checked_backbone
 from vlsi_cache.models.verbalizer import RECORD, Verbalizers, find_folder, load_verbalizers, logit_lens, read_record
 from vlsi_cache.progress import progress
-from vlsi_cache.report.example import png_of
-from vlsi_cache.report.trace_page import Said, Token, Trace
+from vlsi_cache.report.example import Said, Token, Trace, png_of
 from vlsi_cache.run_files import read_run
 from vlsi_cache.runs.metrics import next_step
 from vlsi_cache.runtime import pick_device

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vlsi_cache.errors import CacheCorruptError, command_line
+from vlsi_cache.progress import human_bytes
 
 from .layers import spaced
-from .text import human_bytes, table
+from .text import table
 
 if TYPE_CHECKING:
     from vlsi_cache.store.format import CacheHeader

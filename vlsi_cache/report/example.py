@@ -1,24 +1,18 @@
-"""One sample of a cache for people: the picture, the question, and what every layer says at every response token.
+"""What layers say, word by word: of a sample of a cache at its response tokens, or left to themselves (a trace).
 
 Shape suffixes: L layers, T response tokens with a row, K kept entries.
 """
 
 import base64
 import io
-import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vlsi_cache.io import write_atomically
-from vlsi_cache.progress import html_text as escape
-from vlsi_cache.runs.metrics import read_json
-
 from .layers import gold_ids, gold_ranks
-from .page import paragraph
-from .text import layer_name
+from .text import table
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -27,7 +21,6 @@ if TYPE_CHECKING:
     from vlsi_cache.store.part import Row
 
 TextOf = Callable[[int], str | None]
-EXAMPLE_NAME = "example.json"
 MAX_TOKENS = 24  # columns of the picture; a longer response is cut, and says so
 PICTURE_WIDTH = 384  # pixels; a larger picture is made smaller
 
@@ -107,58 +100,10 @@ def _rounded(value: float) -> float | None:
 
 def visible(word: str) -> str:
     """A token's text with what is invisible made visible."""
-    return "".join(_visible(char) for char in word) if word.strip(" ") else word.replace(" ", "\u2423") or "\u2205"
-
-
-def _visible(char: str) -> str:
-    return char if char.isprintable() else {"\n": "\u21b5", "\t": "\u21e5"}.get(char, "\ufffd")
-
-
-def save_example(folder: Path, example: dict[str, Any]) -> Path:
-    """Keep an example beside the report that shows it."""
-    file = folder / EXAMPLE_NAME
-    write_atomically(file, json.dumps(example, ensure_ascii=False, indent=1))
-    return file
-
-
-def load_example(folder: Path) -> dict[str, Any] | None:
-    return read_json(folder / EXAMPLE_NAME)
-
-
-def example_html(example: dict[str, Any]) -> str:
-    """Picture, question and answer, and under them the grid of layers and tokens."""
-    pictures = "".join(picture_html(png) for png in example["png"])
-    facts = (("question", "question"), ("answer", "answer of the training row"), ("id", "sample id"))
-    listed = "".join(f"<dt>{name}</dt><dd>{escape(str(example[key]))}</dd>" for key, name in facts if example.get(key))
-    cut = example["num_tokens"] - len(example["tokens"])
-    note = (
-        "Top word of each cached layer, and its probability as the strength of the colour. Framed: the response's word."
-    )
-    more = f" {cut} more tokens are not shown." if cut else ""
-    return (
-        f'<div class="example">{pictures}<dl>{listed}</dl></div>{grid_html(example)}{paragraph(note + more, note=True)}'
-    )
-
-
-def picture_html(png: str) -> str:
-    return f'<img src="data:image/png;base64,{escape(png)}" alt="picture of the sample">'
-
-
-def grid_html(example: dict[str, Any]) -> str:
-    """Response tokens from left to right, the final layer on top."""
-    head = "".join(f'<th class="word">{escape(visible(token))}</th>' for token in example["tokens"])
-    layers, lines = example["layers"], []
-    for layer, cells in reversed(list(zip(layers, example["grid"], strict=True))):
-        lines.append(f"<tr><th>{layer_name(layer, layers)}</th>{''.join(_cell_html(cell) for cell in cells)}</tr>")
-    return f'<div class="scroll"><table class="grid"><tr><th>layer</th>{head}</tr>{"".join(lines)}</table></div>'
-
-
-def _cell_html(cell: dict[str, Any]) -> str:
-    prob, mark = cell["probs"][0], ' class="gold"' if cell["gold_rank"] == 0 else ""
-    logprob = "-inf" if cell["gold_logprob"] is None else f"{cell['gold_logprob']:.2f}"
-    hint = f"entropy {cell['entropy']:.2f} nats, response token: log-prob {logprob}"
-    word = f'<span class="word">{escape(visible(cell["words"][0]))}</span>'
-    return f'<td{mark} style="--p: {prob:.3f}" title="{escape(hint)}">{word}<small>{100 * prob:.0f} %</small></td>'
+    if not word.strip(" "):
+        return word.replace(" ", "\u2423") or "\u2205"
+    shown = {"\n": "\u21b5", "\t": "\u21e5"}
+    return "".join(char if char.isprintable() else shown.get(char, "\ufffd") for char in word)
 
 
 def png_of(image: "Image") -> str:
@@ -168,3 +113,66 @@ def png_of(image: "Image") -> str:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", optimize=True)
     return base64.b64encode(buffer.getvalue()).decode()
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token that a layer has chosen, and the probability it gave it."""
+
+    id: int
+    text: str
+    prob: float
+
+
+@dataclass(frozen=True)
+class Said:
+    """What one layer has answered; `has_ended`: by itself, with an end of turn as the last of its tokens."""
+
+    layer: int
+    text: str
+    tokens: list[Token]
+    has_ended: bool
+
+    @property
+    def mean_prob(self) -> float:
+        """Mean probability of the chosen tokens, the end of turn included."""
+        return sum(token.prob for token in self.tokens) / len(self.tokens)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Greedy answers of some layers to one prompt, shallow to deep; `png`: the pictures, base64."""
+
+    model: str
+    verbalizers: str
+    prompt: str
+    images: list[str]
+    png: list[str]
+    num_layers: int
+    said: list[Said]
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready, without the pixels."""
+        facts = {key: getattr(self, key) for key in ("model", "verbalizers", "prompt", "images", "num_layers")}
+        return {**facts, "layers": [{**asdict(one), "mean_prob": one.mean_prob} for one in self.said]}
+
+    def name(self, layer: int) -> str:
+        """`last` for the model itself."""
+        return "last" if layer == self.num_layers else str(layer)
+
+    def __str__(self) -> str:
+        rows = []
+        for one in self.said:
+            text = visible(one.text) + ("" if one.has_ended else " ...")
+            rows.append([self.name(one.layer), f"{100 * one.mean_prob:.0f}", text])
+        return f"{table(['layer', 'mean probability, %', 'text'], rows)}\n\n{self.note}"
+
+    @property
+    def note(self) -> str:
+        """How to read it."""
+        lens = self.verbalizers == "none"
+        how = "the model's own norm and head make of it (logit lens)" if lens else "its verbalizer says"
+        return (
+            f"each layer answers by itself: the token that {how} is fed back; the mean is over its tokens, the end of "
+            "turn included; three dots: cut at --max-new-tokens"
+        )

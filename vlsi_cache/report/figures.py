@@ -15,7 +15,8 @@ import numpy as np
 from vlsi_cache.progress import printable
 from vlsi_cache.runs.metrics import final_loss, smooth
 
-from .layers import LayerSummary
+from .layers import LayerStats
+from .text import layer_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -256,21 +257,19 @@ def bytes_bars(per_layer_token: Mapping[str, float]) -> str:
         return svg_of(figure, "bytes", "Bytes per array")
 
 
-def layer_figure(summaries: Sequence[LayerSummary]) -> str:
+def layer_figure(layers: Sequence[LayerStats]) -> str:
     """What each cached layer knows: loss on the response and entropy (left), shares of tokens (right)."""
+    names = layer_names([one.layer for one in layers])
+    entropies = [one.entropy["mean"] for one in layers]
+    kept = [100 * one.kept_mass["mean"] for one in layers if one.kept_mass]  # rows of draws have none
+    dots: dict[str, Any] = {"marker": "o", "ms": 4}
     with styled_figure(8.2, 3.0, 2) as (figure, (nats, shares)):
-        names = [str(one.layer) for one in summaries[:-1]] + ["last"]
-        nats.plot(
-            names, [one.gold_nll for one in summaries], color=ACCENT, marker="o", ms=4, label="loss on the response"
-        )
-        nats.plot(names, [one.entropy for one in summaries], color=WARM, marker="o", ms=4, label="entropy")
-        shares.plot(
-            names, [100 * one.top1_agreement for one in summaries], color=ACCENT, marker="o", ms=4,
-            label="same top word as last",
-        )  # fmt: skip
-        if not np.isnan(summaries[-1].kept_mass):  # rows of draws have none
-            kept = [100 * one.kept_mass for one in summaries]
-            shares.plot(names, kept, color=GREEN, marker="o", ms=4, label="kept mass")
+        nats.plot(names, [one.gold_nll for one in layers], color=ACCENT, label="loss on the response", **dots)
+        nats.plot(names, entropies, color=WARM, label="entropy", **dots)
+        agreement = [100 * one.top1_agreement for one in layers]
+        shares.plot(names, agreement, color=ACCENT, label="same top word as last", **dots)
+        if kept:
+            shares.plot(names, kept, color=GREEN, label="kept mass", **dots)
         nats.set(title="nats per token", xlabel="teacher layer", ylabel="nats", ylim=(0, None))
         shares.set(title="shares", xlabel="teacher layer", ylabel="[%]", ylim=(0, 104))
         for axes in (nats, shares):

@@ -1,10 +1,10 @@
-"""Numbers about caches and runs, in numpy.
+"""What the layers of a cache say, in numbers: entropy, loss, ranks, KL; and which layers could go.
 
-Shape suffixes: L layers, T response tokens with a row, K kept entries, S student layers, M teacher layers.
+Shape suffixes: L layers, T response tokens with a row, K kept entries, P bins of positions, B bins of entropies.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,26 +15,21 @@ from vlsi_cache.progress import progress
 from vlsi_cache.sparse.row_kl import kl_sums
 from vlsi_cache.sparse.rows import SparseRows
 
-from .text import percent, table
+from .text import Table, layer_names, percent, table
 
 if TYPE_CHECKING:
     from vlsi_cache.sparse.rows import SparseRows
     from vlsi_cache.store.part import Row
     from vlsi_cache.store.reader import Cache
 
-MAX_SUMMARY_PARTS = 8  # parts that are read for the per-layer summary: enough for stable means, cheap for any size
-
-
-@dataclass(frozen=True)
-class LayerSummary:
-    """Means over response tokens of one cached layer; nats, shares between 0 and 1; `kept_mass` of draws is NaN."""
-
-    layer: int
-    entropy: float
-    kept_mass: float
-    gold_nll: float
-    top1_agreement: float  # share of tokens whose top word is also the top word of the final layer
-    gold_in_top_k: float
+MAX_PARTS = 8  # parts that are read: enough for stable means, cheap for a cache of any size
+FINE, COARSE = 4096, 64  # bins of the quantiles: 0.003 nats for 150,000 words; and of what is drawn
+KL_TOKENS = 512  # tokens of a part that are compared, evenly spaced: all pairs of 20 layers in a second
+MAX_KL_TOKENS = 16384
+ENTROPY_QUANTILES = {"p5": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95": 0.95}
+MASS_QUANTILES = {"p1": 0.01, "p50": 0.5}
+LITTLE_MASS = 0.5  # below this share of kept mass a bound from the kept words says little
+Sums = dict[str, np.ndarray]
 
 
 def gold_ids(row: "Row") -> np.ndarray:
@@ -54,56 +49,11 @@ def ranks_of(rows: "SparseRows", ids_T: np.ndarray) -> np.ndarray:
     return np.where(hits_LTK.any(axis=2), hits_LTK.argmax(axis=2), -1)
 
 
-def layer_summaries(cache: "Cache", *, max_parts: int = MAX_SUMMARY_PARTS) -> list[LayerSummary]:
-    """One summary per cached layer, over evenly spaced parts (all of them in a small cache)."""
-    chosen = spaced(cache.parts, max_parts)
-    sums = np.zeros((5, len(cache.layers)))
-    num_tokens = 0
-    for row in (row for part in chosen for row in cache.read_part(part)):
-        sums += _row_sums(row)
-        num_tokens += row.num_tokens
-    means = sums / max(1, num_tokens)
-    if cache.header.row_kind == "sampled":
-        means[1] = np.nan  # draws have no tail that could be left out
-    return [LayerSummary(layer, *(float(x) for x in means[:, i])) for i, layer in enumerate(cache.layers)]
-
-
 def spaced(items: Sequence[int], num: int) -> list[int]:
     """`num` evenly spaced ones of the items, the first and the last among them; all of them for 0."""
     if not num or num >= len(items):
         return list(items)
     return [items[index] for index in sorted(set(np.linspace(0, len(items) - 1, num).round().astype(int).tolist()))]
-
-
-def _row_sums(row: "Row") -> np.ndarray:
-    top_LT = np.asarray(row.ids_LTK)[:, :, 0]
-    return np.stack(
-        [
-            np.sum(row.entropy_LT, axis=1, dtype=np.float64),
-            np.sum(1.0 - np.asarray(row.tail_mass_LT), axis=1, dtype=np.float64),
-            np.sum(-np.asarray(row.gold_logprob_LT), axis=1, dtype=np.float64),
-            np.sum(top_LT == top_LT[-1:], axis=1),
-            np.sum(gold_ranks(row) >= 0, axis=1),
-        ]
-    )
-
-
-FINE, COARSE = 4096, 64  # bins of the quantiles: 0.003 nats for 150,000 words; and of what is drawn
-
-
-KL_TOKENS = 512  # tokens of a part that are compared, evenly spaced: all pairs of 20 layers in a second
-
-
-MAX_KL_TOKENS = 16384
-
-
-ENTROPY_QUANTILES = {"p5": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95": 0.95}
-
-
-MASS_QUANTILES = {"p1": 0.01, "p50": 0.5}
-
-
-Sums = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -169,31 +119,34 @@ class CacheStats:
         )
 
 
-def cache_stats(cache: "Cache", *, parts: int = MAX_SUMMARY_PARTS) -> CacheStats:
-    """Statistics over `parts` evenly spaced parts (0: all). Raises CacheIncompleteError when there are no rows."""
-    chosen = spaced(cache.parts, parts)
-    edges_P = position_edges(cache)
-    sums: Sums = {}
-    for part in progress(chosen, "stats", unit="part", delay=2):
-        if rows := cache.read_part(part):
-            found = _part_sums(cache, rows, edges_P, kl_tokens_of_part(len(chosen)))
-            sums = {name: array + sums.get(name, 0) for name, array in found.items()}
-    if not sums or not sums["tokens"]:
-        raise CacheIncompleteError(f"`{cache.path}` has no rows in parts {chosen[:4]}: there is nothing to measure yet")
+def cache_stats(cache: "Cache", *, parts: int = MAX_PARTS, with_kl: bool = True) -> CacheStats:
+    """Statistics over `parts` evenly spaced parts (0: all), without the KL of the layers if it is not wanted.
+
+    Raises CacheIncompleteError when there are no rows.
+    """
+    chosen, edges_P = spaced(cache.parts, parts), position_edges(cache)
+    has_kl = with_kl and cache.header.row_kind != "sampled"  # draws have no KL
+    num_compared = kl_tokens_of_part(len(chosen)) if has_kl else 0
+    sums = _sum_over_parts(cache, chosen, lambda rows: _part_sums(cache, rows, edges_P, num_compared))
     return _stats_of(cache, chosen, edges_P, sums)
 
 
-def kl_matrix(cache: "Cache", *, parts: int = MAX_SUMMARY_PARTS) -> tuple[np.ndarray, int]:
+def kl_matrix(cache: "Cache", *, parts: int = MAX_PARTS) -> tuple[np.ndarray, int]:
     """([L, L] mean KL(i || j) over evenly spaced tokens of evenly spaced parts, number of tokens compared)."""
     chosen = spaced(cache.parts, parts)
+    num_compared = kl_tokens_of_part(len(chosen))
+    sums = _sum_over_parts(cache, chosen, lambda rows: _kl_sums(SparseRows.concat(rows), num_compared))
+    return sums["kl"] / sums["tokens"], int(sums["kl_tokens"])
+
+
+def _sum_over_parts(cache: "Cache", chosen: list[int], sums_of: Callable[[list["Row"]], Sums]) -> Sums:
     sums: Sums = {}
     for part in progress(chosen, "stats", unit="part", delay=2):
         if rows := cache.read_part(part):
-            found = _kl_sums(SparseRows.concat(rows), kl_tokens_of_part(len(chosen)))
-            sums = {name: array + sums.get(name, 0) for name, array in found.items()}
-    if not sums or not sums["kl_weight"]:
+            sums = {name: array + sums.get(name, 0) for name, array in sums_of(rows).items()}
+    if not sums or not sums["tokens"]:
         raise CacheIncompleteError(f"`{cache.path}` has no rows in parts {chosen[:4]}: there is nothing to measure yet")
-    return sums["kl"] / sums["kl_weight"], int(sums["kl_tokens"])
+    return sums
 
 
 def kl_tokens_of_part(num_parts: int) -> int:
@@ -234,7 +187,7 @@ def _part_sums(cache: "Cache", samples: "list[Row]", edges_P: np.ndarray, num_co
         "entropy_LB": _histograms(entropy_LT, _max_entropy(cache)),
         "mass_LB": _histograms(mass_LT, 1.0),
     }
-    return sums if cache.header.row_kind == "sampled" else sums | _kl_sums(rows, num_compared)
+    return sums | _kl_sums(rows, num_compared) if num_compared else sums
 
 
 def _kl_sums(rows: SparseRows, num_compared: int) -> Sums:
@@ -242,7 +195,7 @@ def _kl_sums(rows: SparseRows, num_compared: int) -> Sums:
     chosen_T = np.array(spaced(range(rows.num_tokens), num_compared), np.int64)
     sums_LL = kl_sums(rows.select_tokens(chosen_T))
     weight = rows.num_tokens / max(1, len(chosen_T))
-    return {"kl": weight * sums_LL, "kl_weight": np.array(rows.num_tokens), "kl_tokens": np.array(len(chosen_T))}
+    return {"kl": weight * sums_LL, "tokens": np.array(rows.num_tokens), "kl_tokens": np.array(len(chosen_T))}
 
 
 def _max_entropy(cache: "Cache") -> float:
@@ -269,7 +222,7 @@ def _quantile(sums_B: np.ndarray, share: float) -> float:
 
 def _stats_of(cache: "Cache", chosen: list[int], edges_P: np.ndarray, sums: Sums) -> CacheStats:
     top, num_tokens = _max_entropy(cache), int(sums["tokens"])
-    kl_LL = sums["kl"] / sums["kl_weight"] if "kl" in sums else None
+    kl_LL = sums["kl"] / num_tokens if "kl" in sums else None
     coarse_LB = sums["entropy_LB"].reshape(len(cache.layers), COARSE, -1).sum(2)
     with np.errstate(invalid="ignore", divide="ignore"):
         entropy_LP = sums["entropy_LP"] / sums["tokens_P"]
@@ -294,34 +247,36 @@ def _stats_of(cache: "Cache", chosen: list[int], edges_P: np.ndarray, sums: Sums
 def _layers_of(cache: "Cache", sums: Sums, num_tokens: int, kl_LL: np.ndarray | None) -> list[LayerStats]:
     entropy = _quantiles(sums["entropy_LB"], _max_entropy(cache), ENTROPY_QUANTILES)
     mass = _quantiles(sums["mass_LB"], 1.0, MASS_QUANTILES)
-    last = len(cache.layers) - 1
+    last, is_drawn = len(cache.layers) - 1, cache.header.row_kind == "sampled"
+    names = ("entropy", "mass", "nll", "gold_kept", "gold_top", "agree")
+    mean = {name: (sums[name] / num_tokens).tolist() for name in names}
     found = []
     for i, layer in enumerate(cache.layers):
-        nll, kept = float(sums["nll"][i]) / num_tokens, int(sums["gold_kept"][i])
-        is_drawn = cache.header.row_kind == "sampled"
+        nll, num_kept = mean["nll"][i], int(sums["gold_kept"][i])
+        next_kl = None if kl_LL is None or i == last else (float(kl_LL[i, i + 1]), float(kl_LL[i + 1, i]))
         found.append(
             LayerStats(
                 layer=layer,
                 top_k=cache.header.top_k[i],
-                entropy={"mean": float(sums["entropy"][i]) / num_tokens, **entropy[i]},
-                kept_mass=None if is_drawn else {"mean": float(sums["mass"][i]) / num_tokens, **mass[i]},
+                entropy={"mean": mean["entropy"][i], **entropy[i]},
+                kept_mass=None if is_drawn else {"mean": mean["mass"][i], **mass[i]},
                 gold_nll=nll,
                 perplexity=math.exp(nll) if nll < 700 else math.inf,
-                gold_in_top_k=kept / num_tokens,
-                gold_is_top=float(sums["gold_top"][i]) / num_tokens,
-                gold_rank=float(sums["gold_rank"][i]) / kept if kept else None,
-                top1_agreement=float(sums["agree"][i]) / num_tokens,
-                kl_to_next=None if kl_LL is None or i == last else float(kl_LL[i, i + 1]),
-                kl_from_next=None if kl_LL is None or i == last else float(kl_LL[i + 1, i]),
+                gold_in_top_k=mean["gold_kept"][i],
+                gold_is_top=mean["gold_top"][i],
+                gold_rank=float(sums["gold_rank"][i]) / num_kept if num_kept else None,
+                top1_agreement=mean["agree"][i],
+                kl_to_next=next_kl and next_kl[0],
+                kl_from_next=next_kl and next_kl[1],
                 kl_to_last=None if kl_LL is None else float(kl_LL[i, last]),
             )
         )
     return found
 
 
-def stats_rows(stats: CacheStats) -> list[tuple[list[str], list[list[str]]]]:
-    """Head and lines of two tables: what each layer says, and how far it is from others (not for rows of draws)."""
-    names = [str(one.layer) for one in stats.layers[:-1]] + ["last"]
+def stats_rows(stats: CacheStats) -> list[Table]:
+    """Two tables: what each layer says, and how far it is from others (not for rows of draws)."""
+    names = layer_names([one.layer for one in stats.layers])
     heads = ["layer", "k", "entropy", "p5", "p50", "p95", "loss", "perplexity", "word kept", "rank", "as last"]
     lines = []
     for name, one in zip(names, stats.layers, strict=True):
@@ -373,9 +328,6 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-LITTLE_MASS = 0.5  # below this share of kept mass a bound from the kept words says little
-
-
 @dataclass(frozen=True)
 class Drop:
     """One layer in the order of removal: `kl` is its mean KL from `stand_in`, the nearest layer still there."""
@@ -409,7 +361,7 @@ class LayerSuggestion:
 
 
 def suggest_layers(
-    cache: "Cache", *, keep: int | None = None, max_kl: float | None = None, parts: int = MAX_SUMMARY_PARTS
+    cache: "Cache", *, keep: int | None = None, max_kl: float | None = None, parts: int = MAX_PARTS
 ) -> LayerSuggestion:
     """Propose intermediate layers to drop, from the KL between the cached layers (see sparse.compare).
 
@@ -491,7 +443,7 @@ def suggestion_text(suggestion: LayerSuggestion) -> str:
         ]
         for number, one in enumerate(suggestion.order)
     ]
-    left = ",".join([*map(str, suggestion.layers[:-1]), "last"])
+    left = ",".join(layer_names(suggestion.layers))
     lines = [table(["layer", "stand-in", "KL, nats", "kept mass", "proposed"], rows), ""]
     lines += [
         f"mean KL of each layer from its stand-in when its turn comes, on {suggestion.tokens:,} rows; lower bounds"

@@ -14,11 +14,10 @@ from vlsi_cache.io import refuse_url
 from vlsi_cache.runs.diagnostics import Metrics, is_finished
 from vlsi_cache.runs.metrics import RunFiles, match_shares, next_step, read_run, teacher_layers
 
-from . import figures
-from .page import figure, html_table, page, paragraph, section, write_file, write_page
-from .text import table
+from .text import Table, table
 
-__all__ = ["null_distribution"]
+DEFAULT_SHARE = 0.1
+IN_ORDER = ("vlsi", "order")  # modes of matching that keep the order of layers
 
 
 def null_distribution(num_student: int, num_teacher: int, *, mode: str = "vlsi") -> np.ndarray | None:
@@ -41,12 +40,6 @@ def null_distribution(num_student: int, num_teacher: int, *, mode: str = "vlsi")
             match_SL[student, start:stop] += prob / (stop - start)
         starts = {match + 1: prob for match, prob in enumerate(match_SL[student]) if prob}
     return match_SL
-
-
-DEFAULT_SHARE = 0.1
-
-
-IN_ORDER = ("vlsi", "order")  # modes of matching that keep the order of layers
 
 
 @dataclass(frozen=True)
@@ -119,7 +112,7 @@ class Matches:
         steps = [f"{first} to {last}" for first, last in (self.start_steps, self.end_steps)]
         return f"start: steps {steps[0]}, end: steps {steps[1]} of {self.num_steps} (matching {self.mode})"
 
-    def rows(self) -> tuple[list[str], list[list[str]]]:
+    def rows(self) -> Table:
         """Head and rows of the table."""
         columns = {"mean start": self._means(self.start_SM), "mean end": self._means(self.end_SM)}
         if self.null_SM is not None:
@@ -197,7 +190,6 @@ def match(run: Path | str, *, share: float = DEFAULT_SHARE) -> Matches:
 
 def matches_of(run: RunFiles, *, share: float = DEFAULT_SHARE) -> Matches | None:
     """The same for a run that has been read; None when it has no matches."""
-
     lines = [line for line in run.metrics if any(line.get("matched_layers") or [])]
     columns, knows_teacher = teacher_layers(run)
     num = max(1, round(share * len(lines)))
@@ -226,37 +218,6 @@ def matches_of(run: RunFiles, *, share: float = DEFAULT_SHARE) -> Matches | None
         entropy_start=_entropies(lines[:num], lines),
         entropy_end=_entropies(lines[-num:], lines),
     )
-
-
-def matches_html(found: Matches) -> str:
-    """Three heat maps and the table."""
-    caption = f"Share of matches, in percent, of a student layer with a teacher layer; {found.heading}."
-    if found.null_SM is not None:
-        caption += " Only what differs from the map on the right says something about the layers."
-    notes = paragraph(". ".join(f"{line[0].upper()}{line[1:]}" for line in found.notes()) + ".", note=True)
-    return figure(figures.match_map(*_maps(found)), caption) + html_table(*found.rows()) + notes
-
-
-def write_match_page(found: Matches, file: Path) -> Path:
-    """Write one self-contained HTML document in one step; returns the file."""
-    html = page(
-        f"Matched layers of run {Path(found.run).resolve().name}",
-        found.heading,
-        [section("Start, end, and no information", matches_html(found))],
-    )
-    return write_page(file, html)
-
-
-def write_match_png(found: Matches, file: Path) -> Path:
-    """Write the heat maps as a PNG; returns the file."""
-    return write_file(file, figures.match_png(*_maps(found)))
-
-
-def _maps(found: Matches) -> tuple[dict[str, np.ndarray], list[int], list[int]]:
-    maps = {"start of the interaction": found.start_SM, "end of the interaction": found.end_SM}
-    if found.null_SM is not None:
-        maps["no information (null)"] = found.null_SM
-    return maps, found.student_layers, found.teacher_layers
 
 
 def _entropies(chosen: Metrics, lines: Metrics) -> dict[int, float]:

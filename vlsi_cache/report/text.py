@@ -1,10 +1,11 @@
-"""Numbers and tables in plain text."""
+"""Numbers and tables in plain text: the scores of an evaluation and of a demo."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vlsi_cache.progress import printable
 
+Table = tuple[list[str], list[list[str]]]  # head and rows
 RECIPE_NAMES = {"sft": "labels only", "last": "last layer", "vlsi": "all layers"}
 
 
@@ -14,34 +15,15 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     columns = list(zip(headers, *rows, strict=True)) if rows else [(head,) for head in headers]
     widths = [max(map(len, column)) for column in columns]
     right = [bool(rows) and all(_is_number(cell) for cell in column[1:]) for column in columns]
-    lines = [list(headers), ["-" * width for width in widths], *map(list, rows)]
-    return "\n".join(_line(cells, widths, right) for cells in lines)
-
-
-def _line(cells: Sequence[str], widths: Sequence[int], right: Sequence[bool]) -> str:
-    set_cells = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(cells, widths, right, strict=True)]
-    return "  ".join(set_cells).rstrip()
+    lines = []
+    for cells in (headers, ["-" * width for width in widths], *rows):
+        aligned = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(cells, widths, right, strict=True)]
+        lines.append("  ".join(aligned).rstrip())
+    return "\n".join(lines)
 
 
 def _is_number(cell: str) -> bool:
     return cell[:1].isdigit() or cell[:1] in "-." or cell in ("", "n/a")
-
-
-def human_bytes(num_bytes: float) -> str:
-    """`1234567` -> `1.2 MB`; decimal units, as disks are sold."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(num_bytes) < 999.5:
-            return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.1f} TB"
-
-
-def human_seconds(seconds: float) -> str:
-    """`754` -> `12 min 34 s`."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def percent(share: float | None) -> str:
@@ -57,9 +39,9 @@ def mean_and_spread(values: Sequence[float], *, scale: float = 100.0, digits: in
     return mean if len(scaled) == 1 else f"{mean} ({min(scaled):.{digits}f} to {max(scaled):.{digits}f})"
 
 
-def layer_name(layer: int, layers: Sequence[int]) -> str:
-    """`last` for the final layer, else its number."""
-    return "last" if layer == layers[-1] else str(layer)
+def layer_names(layers: Sequence[int]) -> list[str]:
+    """Numbers of the layers, `last` for the final one."""
+    return [*map(str, layers[:-1]), "last"]
 
 
 def kinds_of(scores: Sequence[Mapping[str, Any] | None]) -> list[str]:
@@ -75,26 +57,93 @@ def demo_table(demo: Mapping[str, Any]) -> str:
     return f"{title}\n{table(headers, rows)}"
 
 
-def demo_rows(demo: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of the headline table: kinds of questions, then perplexity and time; one column per recipe."""
+def demo_rows(demo: Mapping[str, Any]) -> Table:
+    """The headline table: kinds of questions, then perplexity and time; one column per recipe."""
     runs, teacher = demo["runs"], demo.get("teacher") or {}
     match = teacher.get("exact_match") or {}
-    kinds = kinds_of([match, *(run["exact_match"] for of in runs.values() for run in of)])
     rows = []
-    for kind in kinds:
-        cells = [mean_and_spread(_values(runs[recipe], kind)) for recipe in demo["recipes"]]
-        rows.append([kind, *cells, mean_and_spread([match[kind]] if kind in match else [])])
-    for key, name in (("perplexity", "perplexity"), ("seconds", "training, s")):
-        cells = [_plain_values(runs[recipe], key) for recipe in demo["recipes"]]
-        rows.append([name, *cells, _plain_values([teacher], key) if key in teacher else ""])
+    for kind in kinds_of([match, *(run["exact_match"] for of in runs.values() for run in of)]):
+        by_recipe = [
+            [run["exact_match"][kind] for run in runs[recipe] if kind in (run["exact_match"] or {})]
+            for recipe in demo["recipes"]
+        ]
+        by_recipe.append([match[kind]] if kind in match else [])
+        rows.append([kind, *map(mean_and_spread, by_recipe)])
+    for key, name, digits in (("perplexity", "perplexity", 3), ("seconds", "training, s", 0)):
+        cells = []
+        for of in (*(runs[recipe] for recipe in demo["recipes"]), [teacher]):
+            values = [run[key] for run in of if run.get(key) is not None]
+            cells.append(mean_and_spread(values, scale=1.0, digits=digits))
+        rows.append([name, *cells[:-1], cells[-1] if key in teacher else ""])
     heads = [f"{recipe} ({RECIPE_NAMES.get(recipe, recipe)})" for recipe in demo["recipes"]]
     return ["questions", *heads, "teacher"], rows
 
 
-def _values(runs: Sequence[Mapping[str, Any]], kind: str) -> list[float]:
-    return [run["exact_match"][kind] for run in runs if kind in (run["exact_match"] or {})]
+def evaluation_table(result: Mapping[str, Any]) -> str:
+    """The content of `evaluation.json` for the terminal."""
+    parts = evaluation_parts(result)
+    lines = [f"held-out samples: {result['num_samples']}{parts['left_out']}"] if "num_samples" in result else []
+    lines += [f"{name}: {result[name]:.4g}" for name in ("perplexity", "nll") if result.get(name) is not None]
+    if parts["kinds"]:
+        rows = [[kind, str(count), f"{100 * share:.1f}"] for kind, count, share in parts["kinds"]]
+        lines += ["", table(["kind", "samples", "exact match, %"], rows)]
+    blocks = ["\n".join(lines), "\n".join(parts["notes"]), parts["layers"] and table(*parts["layers"])]
+    blocks += ["\n".join(parts["teacher"]), parts["divergences"] and table(*parts["divergences"])]
+    return "\n\n".join(block for block in blocks if block)
 
 
-def _plain_values(runs: Sequence[Mapping[str, Any]], key: str) -> str:
-    values = [run[key] for run in runs if run.get(key) is not None]
-    return mean_and_spread(values, scale=1.0, digits=0 if key == "seconds" else 3)
+def evaluation_parts(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What `evaluation.json` says, for the terminal and for a page: sentences, and tables (None where there is none).
+
+    `kinds` are the kinds of questions, each with its number of samples and its share of right answers.
+    """
+    match, counts = result.get("exact_match") or {}, result.get("num_by_kind") or {}
+    nlls, found = result.get("layers") or {}, result.get("cache") or {}
+    divergences = None
+    if found.get("layers"):  # of every verbalized student layer from every cached teacher layer
+        heads = ["KL, nats: student layer", *(f"to {layer}" for layer in found["teacher_layers"][:-1]), "to last"]
+        divergences = heads, [[layer, *(f"{kl:.3f}" for kl in kls)] for layer, kls in found["layers"].items()]
+    return {
+        "left_out": f" ({result['num_skipped']:,} left out)" if result.get("num_skipped") else "",
+        "kinds": [(kind, counts.get(kind, result["num_samples"]), match[kind]) for kind in kinds_of([match])],
+        "notes": _unusual(result),
+        "layers": (["layer", "nats per token"], [[n, f"{nll:.3f}"] for n, nll in nlls.items()]) if nlls else None,
+        "teacher": _teacher_lines(found) if found else [],
+        "divergences": divergences,
+    }
+
+
+def _unusual(result: Mapping[str, Any]) -> list[str]:
+    """Beams, and borrowed verbalizers."""
+    beams, borrowed = result.get("num_beams") or 1, result.get("verbalizers")
+    notes = [f"answers by beam search with {beams} beams"] if beams > 1 else []
+    if borrowed:
+        trained = {
+            True: ", trained on what this run started from",
+            False: ", trained on OTHER weights than it started from",
+        }.get(borrowed.get("same_start"), "")
+        if borrowed.get("same_student"):
+            trained = ", trained on this very student"
+        notes.append(f"layers read through verbalizers of {borrowed['path']}{trained}")
+    return notes
+
+
+def _teacher_lines(found: Mapping[str, Any]) -> list[str]:
+    """How far the model is from the teacher of a cache, and whether that cache's rows are held out."""
+    lines = [
+        f"against the teacher of {found['cache']}: {found['num_samples']:,} samples, {found['num_tokens']:,} tokens",
+        f"KL(teacher || student) of the last layer: {found['kl']:.4f} nats per token "
+        f"(teacher's entropy {found['teacher_entropy']:.4f})",
+    ]
+    if found["top1_agreement"] is not None:
+        lines.append(
+            f"same first word: {percent(found['top1_agreement'])} of tokens; "
+            f"student's mass on the teacher's kept words: {percent(found['mass_on_top_k'])}"
+        )
+    trained, num = found.get("trained_on"), found.get("num_trained_on")  # an earlier release did not count
+    if trained is None:
+        lines.append("NOT KNOWN TO BE HELD OUT: the rows that the model was trained on cannot be looked up")
+    elif trained:
+        part = "" if num in (None, found["num_samples"]) else f"{num:,} of "
+        lines.append(f"NOT HELD OUT: the run was trained on {part}these rows")
+    return lines

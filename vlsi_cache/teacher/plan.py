@@ -16,7 +16,7 @@ from vlsi_cache.errors import SpecError
 from vlsi_cache.models.backbone import Backbone
 from vlsi_cache.models.probe import check_vocabulary
 from vlsi_cache.models.verbalizer import num_parameters
-from vlsi_cache.progress import html_text
+from vlsi_cache.progress import html_text, human_bytes
 from vlsi_cache.train.distill import schedule_steps, shown_steps, stage_steps
 
 from .build import part_tokens
@@ -239,15 +239,6 @@ def plan(spec: CacheSpec, *, gpu: str = DEFAULT_GPU) -> Plan:
         student_steps=stage_steps(spec.distill, len(inputs.records)),
         student_schedule_steps=schedule_steps(spec.distill, len(inputs.records)),
     )
-
-
-def human_bytes(num_bytes: float) -> str:
-    """`1.5 TB` and the like, in powers of 1000."""
-    for unit in ("B", "KB", "MB", "GB", "TB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.3g} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.3g} PB"
 
 
 def shown_widths(top_k: list[int]) -> str:

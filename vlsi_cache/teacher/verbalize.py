@@ -17,7 +17,7 @@ from vlsi_cache.errors import FingerprintMismatchError, SpecError, list_problems
 from vlsi_cache.io import check_folder, refuse_url
 from vlsi_cache.models.verbalizer import whole_layers
 from vlsi_cache.progress import say
-from vlsi_cache.report.html import ensure_report, write_report
+from vlsi_cache.report.pages import ensure_report, write_report
 from vlsi_cache.run_files import read_run
 from vlsi_cache.runs.checkpoints import Checkpoints
 from vlsi_cache.runs.metrics import MetricsLog

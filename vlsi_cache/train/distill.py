@@ -28,7 +28,7 @@ from vlsi_cache.models.lora import add_lora, checkpoint_activations, merge_lora,
 from vlsi_cache.models.save import STUDENT_RECORD, check_ours, save_student
 from vlsi_cache.models.verbalizer import Verbalizers, load_verbalizers
 from vlsi_cache.progress import say
-from vlsi_cache.report.html import ensure_report, write_report
+from vlsi_cache.report.pages import ensure_report, write_report
 from vlsi_cache.runs.run_dir import WHOLE_BATCH, already_done, check_run_folder, finish_run, open_run, python_call
 from vlsi_cache.store import reader
 from vlsi_cache.store.reader import Cache
