@@ -5,10 +5,10 @@ import sys
 from typing import Any
 
 import typer
-from . import ablations, change, look, stages
 
 from vlsi_cache.progress import say
 
+from . import ablations, change, look, stages
 from .output import INTERRUPTED, USAGE, Version
 
 # Libraries that talk on their own; a value the user has set stays.

@@ -21,7 +21,7 @@ from vlsi_cache.report.html import write_report
 @pytest.fixture
 def nothing_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows, tokenizers, models, and parts of caches."""
-    from vlsi_cache.ablation import setup as ablation_setup
+    from vlsi_cache.ablation import runner as ablation_runner
     from vlsi_cache.store.derive import merge, prune
     from vlsi_cache.teacher import build, generate, verbalize
     from vlsi_cache.train import distill
@@ -36,7 +36,7 @@ def nothing_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         (distill, "weights_digest"),
         (generate, "speaker_of"),
         (generate, "read_records"),
-        (ablation_setup, "weights_digest"),
+        (ablation_runner, "weights_digest"),
         (prune_depth, "load_model"),
         (prune, "open_source"),
         (merge, "open_source"),
