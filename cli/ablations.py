@@ -8,7 +8,7 @@ import typer
 from .output import OK, PROBLEMS, STAGES, Answer, command
 from .stages import Device, Sets, SpecName
 
-AXES = ("matching", "operations", "verbalizer", "sft", "loss", "k", "layers")
+AXES = ("matching", "operations", "verbalizer", "sft", "decoding", "loss", "k", "layers")
 
 
 def register(app: typer.Typer) -> None:
@@ -19,7 +19,10 @@ def register(app: typer.Typer) -> None:
 
 def ablate(
     spec: SpecName,
-    axis: Annotated[list[str], typer.Option(metavar="|".join(AXES), help="Which table; repeatable, runs are shared.")],
+    axis: Annotated[
+        list[str],
+        typer.Option(metavar="|".join([*AXES, "FILE.yaml"]), help="Which table; repeatable, runs are shared."),
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Where cache, runs and tables go.")],
     seeds: Annotated[int, typer.Option(min=1, metavar="N", help="Train every variant with N seeds.")] = 1,
     cache: Annotated[
@@ -41,6 +44,9 @@ def ablate(
     that say so. Every student is measured on the spec's held-out rows. Run again after a crash to go on, or to add
     tables, variants and seeds: finished runs are taken. Exit code 1 when a run has diverged; the others are done all
     the same.
+
+    A table of your own is a YAML file: `title`, and `variants`, each with `name`, `what` and a list `set` of KEY=VALUE
+    changes to the spec; the shipped ones in cache_specs/ablations are examples, its README lists the other keys.
     """
     import vlsi_cache as vc
     from vlsi_cache.report.ablation import ablation_text, num_failed
@@ -64,20 +70,18 @@ def ablate(
 
 def _preview(plan: dict[str, Any]) -> str:
     """The variants of every table with their steps, and how much is left to do."""
-    from vlsi_cache.report.ablation import TITLES, label
+    from vlsi_cache.report.ablation import label, title
     from vlsi_cache.report.text import table
 
     blocks = []
-    for name, rows in plan["tables"].items():
-        cells = [[label(row), row["what"], _steps(plan["steps"].get(row["run"]))] for row in rows]
-        reasons = [f"not possible: {label(row)}: {row['reason']}" for row in rows if row["run"] is None]
-        shown = table(["variant", "what", "steps"], cells)
-        blocks.append("\n".join([f"{name}: {TITLES[name]}", shown, *reasons]))
+    for axis, rows in plan["tables"].items():
+        cells, reasons = [], []
+        for row in rows:
+            steps = plan["steps"].get(row["run"], {})
+            parts = ", ".join(f"{stage} {count}" for stage, count in steps.items())
+            cells.append([label(row), row["what"], f"{sum(steps.values())} ({parts})" if steps else "not possible"])
+            if row["run"] is None:
+                reasons.append(f"not possible: {label(row)}: {row['reason']}")
+        blocks.append("\n".join([title(plan, axis), table(["variant", "what", "steps"], cells), *reasons]))
     runs = f"{plan['num_runs']} runs ({len(plan['seeds'])} seed(s)), {plan['num_remaining']} of them remain"
     return "\n\n".join([*blocks, f"{plan['budget']}\n{runs}"])
-
-
-def _steps(steps: dict[str, int] | None) -> str:
-    if steps is None:
-        return "not possible"
-    return f"{sum(steps.values())} ({', '.join(f'{stage} {count}' for stage, count in steps.items())})"

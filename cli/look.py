@@ -69,7 +69,6 @@ def stats(
 
     Means over response tokens, per layer, and how far the layers are from each other.
     """
-    from vlsi_cache.report.page import check_page
 
     import vlsi_cache as vc
     from vlsi_cache.report.layers import stats_text

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from helpers.fakes import write_cache, write_run
 from helpers.tiny import write_spec
-from vlsi_cache.report.html import write_report
 
 import vlsi_cache as vc
 from vlsi_cache.errors import ModelError, SpecError

@@ -151,6 +151,8 @@ class _AblationTables(_Ablation):
     """One that has begun to run."""
 
     tables: dict[str, list[_AblationRow]]
+    titles: dict[str, str] = {}
+    notes: dict[str, str] = {}
     seeds: list[int]
     default: str
     budget: str

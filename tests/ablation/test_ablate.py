@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from helpers.tiny import write_spec
 from safetensors.torch import load_file, save_file
 
 import vlsi_cache as vc
 from vlsi_cache.ablation import runner as ablate_module
 from vlsi_cache.ablation import variants as variants_module
-from vlsi_cache.ablation.plan import AblationPlan, overrides_between, plan_runs
-from vlsi_cache.ablation.variants import AXES
+from vlsi_cache.ablation.variants import PlannedRun, Row, overrides_between, plan_runs, read_axes, shipped_axes
 from vlsi_cache.config.spec import apply_overrides
 from vlsi_cache.errors import DataError, FingerprintMismatchError, ModelError, SpecError
 from vlsi_cache.evaluation.scores import evaluate_model
@@ -80,23 +80,19 @@ def scores(out: Path) -> dict[str, Any]:
     }
 
 
-def plan(spec: vc.CacheSpec, cache: Cache, student: Path, *axes: str, read_rows: bool = True) -> AblationPlan:
-    return plan_runs(
-        spec,
-        cache.header,
-        axes=axes,
-        names=None,
-        student=str(student),
-        cache=cache if read_rows else None,
-        where=cache.path,
-    )
+def plan(
+    spec: vc.CacheSpec, cache: Cache, student: Path, *axes: str, read_rows: bool = True, names: list[str] | None = None
+) -> tuple[dict[str, PlannedRun], dict[str, list[Row]]]:
+    tables, found = read_axes(axes), cache if read_rows else None
+    return plan_runs(spec, tables, cache.header, found, names=names, student=str(student), where=cache.path)
 
 
 def test_every_variant_of_every_table_is_valid(spec: vc.CacheSpec, cache: Cache, student_folder: Path) -> None:
-    planned = plan(spec, cache, student_folder, *AXES)
-    rows = [row for table in planned.tables.values() for row in table]
-    assert {row.names[0] for row in rows if row.reason is not None} == {"deepest-quarter"}
-    assert {row.names for row in rows if len(row.names) > 1} == {
+    runs, tables = plan(spec, cache, student_folder, *shipped_axes())
+    rows = [row for table in tables.values() for row in table]
+    too_wide = {"k-16", "k-32", "k-64"}
+    assert {row["names"][0] for row in rows if row["reason"] is not None} == {"deepest-quarter", *too_wide}
+    assert {tuple(row["names"]) for row in rows if len(row["names"]) > 1} == {
         ("vlsi", "adaptive"),
         ("vlsi", "kld+kld"),
         ("last", "x+kld"),
@@ -106,19 +102,21 @@ def test_every_variant_of_every_table_is_valid(spec: vc.CacheSpec, cache: Cache,
         ("vlsi", "k-8"),
         ("vlsi", "all-layers"),
     }
-    assert all(table[0].names[0] == "vlsi" and table[-1].names[0] == "sft" for table in planned.tables.values())
-    changed = {name: run.spec.distill.interact for name, run in planned.runs.items()}
-    assert {name for name, run in planned.runs.items() if changed[name] == spec.distill.interact} == {
+    assert all(table[0]["names"][0] == "vlsi" and table[-1]["names"][0] == "sft" for table in tables.values())
+    changed = {name: run.spec.distill.interact for name, run in runs.items()}
+    assert {name for name, run in runs.items() if changed[name] == spec.distill.interact} == {
         *("vlsi", "last", "sft", "whole-sft-full", "k-1", "k-4", "every-second", "suggested-half"),
         *("mlp", "mlp-x2", "verb-ffn-x2", "ffn", "ffn-x2", "decoder", "decoder-x2", "plain", "kl_to_final"),
-        *("no-sft", "half-sft", "half-sft-full"),
+        *("no-sft", "half-sft", "half-sft-full", "beams", "no-sft-beams"),
     }
-    equal = {name: sum(run.steps.values()) for name, run in planned.runs.items() if not run.variant.own_steps}
-    assert set(equal.values()) == {5}
-    own_verbalizers = {name for name, run in planned.runs.items() if not run.takes_verbalizers}
-    assert own_verbalizers == {
+    assert {run.num_steps for run in runs.values() if not run.variant.own_steps} == {5}
+    assert {name for name, run in runs.items() if not run.takes_verbalizers} == {
         *("vlsi", "last", "sft", "mlp", "mlp-x2", "verb-ffn-x2", "ffn", "ffn-x2", "decoder", "decoder-x2"),
-        *("plain", "kl_to_final"),
+        *("plain", "kl_to_final", "beams"),
+    }
+    assert {name: run.trained_as for name, run in runs.items() if run.trained_as != name} == {
+        "beams": "vlsi",
+        "no-sft-beams": "no-sft",
     }
 
 
@@ -132,26 +130,117 @@ def test_variants_that_come_to_the_same_share_a_run(
     spec: vc.CacheSpec, cache: Cache, student_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(variants_module, "suggest_layers", lambda _, keep: SimpleNamespace(layers=[2, 4, 5][-keep:]))
-    planned = plan(apply_overrides(spec, ["verbalizer.structure=ffn"]), cache, student_folder, "layers", "verbalizer")
-    names = [row.names for table in planned.tables.values() for row in table]
-    assert ("every-second", "suggested-half") in names
-    assert ("vlsi", "ffn") in names
-    assert {row.run for row in planned.tables["layers"] if row.names[0] == "every-second"} == {"every-second"}
+    structure = apply_overrides(spec, ["verbalizer.structure=ffn"])
+    _, tables = plan(structure, cache, student_folder, "layers", "verbalizer")
+    names = [row["names"] for table in tables.values() for row in table]
+    assert ["every-second", "suggested-half"] in names
+    assert ["vlsi", "ffn"] in names
+    (row,) = (row for row in tables["layers"] if row["names"][0] == "every-second")
+    assert (row["run"], row["what"]) == ("every-second", "every second layer, the deepest among them: 2, 4")
 
 
-def test_what_is_not_possible_says_why(spec: vc.CacheSpec, cache: Cache, student_folder: Path) -> None:
-    planned = plan(spec, cache, student_folder, "layers", read_rows=False)
-    reasons = {row.names[0]: row.reason for row in planned.tables["layers"] if row.reason}
-    assert "at least as many teacher layers" in reasons["deepest-quarter"]
-    assert "finished cache" in reasons["suggested-half"]
-    header = cache.header.model_copy(update={"taus": [1.0], "row_kind": "sampled"})
-    planned = plan_runs(
-        spec, header, axes=["loss", "k"], names=None, student=str(student_folder), cache=None, where=cache.path
+def test_what_is_not_possible_says_why(spec: vc.CacheSpec, cache: Cache, student_folder: Path, tmp_path: Path) -> None:
+    def reasons(found: Cache, *axes: str) -> dict[str, str]:
+        _, tables = plan(spec, found, student_folder, *axes, read_rows=False)
+        return {row["names"][0]: row["reason"] for rows in tables.values() for row in rows if row["reason"]}
+
+    mine = axis_file(tmp_path / "mine.yaml", [{"name": "seventh", "what": "it has five", "layers": [2, 7]}])
+    found = reasons(cache, "layers", "k", str(mine))
+    assert "at least as many teacher layers" in found["deepest-quarter"]
+    assert "finished cache" in found["suggested-half"]
+    assert found["k-64"] == "the cache keeps 8 entries of each row"
+    assert found["seventh"] == "the cache has no intermediate layers [7]; it has [1, 2, 3, 4]"
+    draws: Any = SimpleNamespace(
+        header=cache.header.model_copy(update={"taus": [1.0], "row_kind": "sampled"}), path=cache.path
     )
-    reasons = {row.names[0]: row.reason for rows in planned.tables.values() for row in rows if row.reason}
-    assert "rows.taus=[1.0,2.0]" in reasons["tau-2"]
-    assert "holds draws" in reasons["jsd"]
-    assert "another teacher pass" in reasons["k-4"]
+    found = reasons(draws, "loss", "k")
+    assert "rows.taus=[1.0,2.0]" in found["tau-2"]
+    assert "holds draws" in found["jsd"]
+    assert "another teacher pass" in found["k-4"]
+
+
+def axis_file(file: Path, variants: list[dict[str, Any]], **keys: Any) -> Path:
+    file.write_text(yaml.safe_dump({"title": "my own", "variants": variants, **keys}))
+    return file
+
+
+def test_a_table_of_the_user(spec: vc.CacheSpec, cache: Cache, student_folder: Path, tmp_path: Path) -> None:
+    variants = [
+        {"name": "hot", "what": "fast", "set": ["distill.interact.scale=4"], "recipe": "vlsi"},
+        {"name": "two", "what": "two layers", "layers": [4, 2], "top_k": 4},
+        {"name": "short", "what": "two words", "evaluate": {"max_new_tokens": 2}},
+    ]
+    shared = ["distill.interact.layer_reduction=mean", "distill.interact.scale=3"]
+    mine = axis_file(tmp_path / "mine.yaml", variants, set=shared, note="a note")
+    runs, tables = plan(spec, cache, student_folder, str(mine), "matching", names=["hot", "two", "short", "order"])
+    assert {axis: [row["names"] for row in rows] for axis, rows in tables.items()} == {
+        "mine": [["vlsi"], ["hot"], ["two"], ["short"]],
+        "matching": [["vlsi"], ["order"]],
+    }
+    hot = runs["hot"].spec.distill.interact
+    assert (hot.layer_reduction, hot.scale, runs["two"].spec.distill.interact.scale) == ("mean", 4, 3)
+    assert (runs["two"].layers, runs["two"].top_k, runs["two"].is_cut) == ([2, 4, 5], 4, True)
+    measured = runs["short"].measured_with.evaluate
+    assert measured is not None
+    assert measured.max_new_tokens == 2
+    other = axis_file(tmp_path / "other.yaml", [{"name": "order", "what": "", "set": ["distill.interact.scale=4"]}])
+    with pytest.raises(SpecError, match="two variants of different settings are named `order`"):
+        plan(spec, cache, student_folder, "matching", str(other))
+
+
+def test_the_table_that_the_readme_shows_is_valid(tmp_path: Path) -> None:
+    text = (shipped_axes()["k"].parents[1] / "README.md").read_text(encoding="utf-8")
+    file = tmp_path / "shown.yaml"
+    file.write_text(text.partition("```yaml\n")[2].partition("```")[0])
+    assert [one.name for one in read_axes([str(file)])["shown"].variants] == ["hot", "few", "half"]
+
+
+def test_mistakes_in_a_table_are_listed(tmp_path: Path) -> None:
+    def says(*parts: str, **keys: Any) -> None:
+        values = {"title": "t", "variants": [{"name": "a", "what": "b"}], **keys}
+        (tmp_path / "t.yaml").write_text(yaml.safe_dump(values))
+        with pytest.raises(SpecError) as caught:
+            read_axes([str(tmp_path / "t.yaml")])
+        assert all(part in str(caught.value) for part in (f"axis `{tmp_path}/t.yaml` has", *parts)), caught.value
+
+    one = {"name": "a", "what": "b"}
+    says("2 mistake(s)", "`tittle`: no such key; known here: title, note", "`variants.0.recpe`: no such key; known",
+         tittle="x", variants=[{**one, "recpe": "sft"}])  # fmt: skip
+    says("two variants are named `a`", variants=[one, one])
+    says("every table has `vlsi`", variants=[{**one, "name": "sft"}])
+    says("variants.0.name", variants=[{**one, "name": "../up"}])
+    says("variants.0.evaluate", variants=[{**one, "evaluate": {"data": 1}}])
+    says("variants.0.layers", variants=[{**one, "layers": "every-third"}])
+    says("`variants`", variants=5)
+    (tmp_path / "t.yaml").write_text("title: a\ntitle: b\n")
+    with pytest.raises(SpecError, match=r"`title` is named twice, in line 1 and line 2"):
+        read_axes([str(tmp_path / "t.yaml")])
+    with pytest.raises(SpecError, match=r"nosuch\.yaml` cannot be read: No such file"):
+        read_axes(["nosuch.yaml"])
+    with pytest.raises(SpecError, match="is a URL"):
+        read_axes(["https://somewhere/t.yaml"])
+
+
+def test_one_training_is_measured_in_several_ways(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure, beams = ablate_module.evaluate, []
+
+    def look(run: Path, **options: Any) -> Any:
+        beams.append((run.name, options["spec"].evaluate.num_beams))
+        return measure(run, **options)
+
+    monkeypatch.setattr(ablate_module, "evaluate", look)
+    out = tmp_path / "ablation"
+    record = start(out, axes=["decoding"], variants=["no-sft-beams"])
+    assert beams == [("vlsi", 1), ("no-sft", 5)]
+    assert record["runs"]["no-sft-beams"]["0"]["run"] == "runs/seed-0/no-sft"
+    record = start(out, axes=["sft"], variants=["no-sft"])
+    assert beams[2:] == [("no-sft", 1)]
+    one, five = (record["runs"][name]["0"] for name in ("no-sft", "no-sft-beams"))
+    assert (one["nll"], one["steps"], one["seconds"]) == (five["nll"], five["steps"], five["seconds"])
+    assert sorted(folder.name for folder in (out / "runs" / "seed-0").iterdir()) == ["no-sft", "vlsi"]
+    assert start(out, axes=["decoding", "sft"], variants=["no-sft-beams", "no-sft"], dry_run=True)["num_remaining"] == 0
 
 
 def test_two_variants_with_two_seeds(whole: Path) -> None:
@@ -308,7 +397,7 @@ def test_a_student_is_read_through_the_verbalizers_it_was_trained_with(start: St
 
 def test_rows_of_one_table_add_up(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def train_nothing(ablation: Any, run: Any, *_: Any) -> dict[str, Any]:
-        return {"status": "done", "run": ablation.folder(run.name, 0).name, "steps": 5, "nll": 1.0}
+        return {"status": "done", "run": ablation.folder(run.trained_as, 0).name, "steps": 5, "nll": 1.0}
 
     monkeypatch.setattr(ablate_module, "_one_run", train_nothing)
     out = tmp_path / "ablation"

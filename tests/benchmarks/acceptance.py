@@ -29,8 +29,7 @@ from tiny_models import kl_to_truth, new_model, pretrain
 from transformers import AutoModelForCausalLM
 
 import vlsi_cache as vc
-from vlsi_cache.ablation import variants
-from vlsi_cache.ablation.variants import BASELINES, Variant
+from vlsi_cache.ablation.variants import IN_EVERY_TABLE, read_axes
 from vlsi_cache.config.sections import EvaluateSpec
 from vlsi_cache.evaluation.scores import evaluate_model
 from vlsi_cache.io import write_atomically
@@ -101,6 +100,15 @@ CELLS = {
 }
 
 
+@dataclass(frozen=True)
+class Variant:
+    """One way to train a student: what it changes in the spec."""
+
+    name: str
+    changes: tuple[str, ...]
+    recipe: str = "vlsi"
+
+
 def longer() -> list[Variant]:
     """What might make the layers help for longer: they fade out, or teach only what the student does not know."""
     settings = {
@@ -110,18 +118,22 @@ def longer() -> list[Variant]:
         "mean, fade 0.3-0.7": ("layer_reduction=mean", "layers_full_until=0.3", "layers_zero_from=0.7"),
         FADED: ("layer_reduction=mean", "layers_full_until=0", "layers_zero_from=0.3"),
     }  # fmt: skip
-    found = [Variant(name, "", tuple(f"distill.interact.{one}" for one in keys)) for name, keys in settings.items()]
-    return [*found, Variant(FEWER, "", ("distill.verbalize.steps=1",), recipe="last")]
+    found = [Variant(name, tuple(f"distill.interact.{one}" for one in keys)) for name, keys in settings.items()]
+    return [*found, Variant(FEWER, ("distill.verbalize.steps=1",), recipe="last")]
 
 
-def variants_of(cell: Cell, teacher_cache: Cache) -> list[Variant]:
+def variants_of(cell: Cell) -> list[Variant]:
     """VLsI first, whose verbalizers the others take; every variant once."""
-    tables = {"matching": variants.matching, "operations": variants.operations}
-    known = {one.name: one for one in variants.matching(teacher_cache.header, teacher_cache)}
-    found = [known[VLSI], *BASELINES]
-    found += [replace(known[VLSI], name=name) for name in (WIDE, DENSE) if cell.asserted]
+    tables = {
+        name: [Variant(one.name, one.set, one.recipe) for one in axis.variants]
+        for name, axis in read_axes(["matching", "operations"]).items()
+    }
+    (adaptive,) = (one for one in tables["matching"] if one.name == VLSI)
+    _, *baselines = IN_EVERY_TABLE
+    found = [adaptive, *(Variant(one.name, one.set, one.recipe) for one in baselines)]
+    found += [replace(adaptive, name=name) for name in (WIDE, DENSE) if cell.asserted]
     for table in cell.tables:
-        found += longer() if table == "longer" else tables[table](teacher_cache.header, teacher_cache)
+        found += longer() if table == "longer" else tables[table]
     same = {"kld+kld": VLSI, "x+kld": LAST}  # under another table's name
     return list({one.name: one for one in found if one.name not in same}.values())
 
@@ -175,7 +187,7 @@ def run_seed(work: Path, name: str, cell: Cell, seed: int, tiny: bool) -> dict[s
     runs = folder / name
     scores = {
         variant.name: run_variant(runs, caches.get(variant.name, caches["cache"]), variant, cell, seed)
-        for variant in variants_of(cell, caches["cache"])
+        for variant in variants_of(cell)
     }
     starts = {"start": folder / "student", "end": runs / VLSI / "student"} if cell.asserted else {}
     return {

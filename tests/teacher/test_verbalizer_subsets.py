@@ -25,7 +25,7 @@ from vlsi_cache.models.backbone import Backbone
 from vlsi_cache.models.verbalizer import build_verbalizers
 from vlsi_cache.runs.run_dir import waiting_for
 from vlsi_cache.teacher import verbalize as teacher_verbalize
-from vlsi_cache.teacher.verbalize import choose_layers, subset_name
+from vlsi_cache.teacher.verbalize import choose_layers, loss_table, subset_name
 from vlsi_cache.train import verbalize as verbalize_module
 from vlsi_cache.train.verbalize import layer_losses
 
@@ -166,7 +166,9 @@ def test_who_may_work_in_one_folder(
 ) -> None:
     out = tmp_path / "parts"
     vc.train_verbalizers(spec, out=out, layers="1-2")
-    assert "these layers are not there yet: --layers 3,4" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "these layers are not there yet: --layers 3,4" in said
+    assert f"by share of the training:\n{loss_table(out / 'layers-1-2')}\n" in said
     before = files_of(out)
     with pytest.raises(SpecError, match=r"layers \[2\] belong to .*layers-1-2 already"):
         vc.train_verbalizers(spec, out=out, layers="2-4")
@@ -190,6 +192,23 @@ def test_who_may_work_in_one_folder(
     with pytest.raises(SpecError, match="holds something else"):
         vc.train_verbalizers(spec, out=tmp_path / "mine", layers="3")
     assert [file.name for file in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+
+
+def test_how_the_loss_of_each_layer_has_fallen(tmp_path: Path) -> None:
+    """At each share the mean over the last tenth of the steps until then: 1, 1, 1, 2, 3 and 3 of them."""
+    lines = [
+        {"stage": "verbalize", "step": step, "num_steps": 40, "elapsed_s": step, "loss": 0.0}
+        | {"layers": {"2": 10 - step / 8, "10": None if step == 3 else step / 50}}
+        for step in range(1, 41)
+        if step != 6  # lost by a kill
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [line.split() for line in loss_table(tmp_path).splitlines()] == [
+        ["layer", "10%", "30%", "50%", "70%", "90%", "100%"],
+        ["-----", "----", "----", "----", "----", "----", "----"],
+        ["2", "9.50", "8.50", "7.50", "6.56", "5.62", "5.12"],
+        ["10", "0.08", "0.24", "0.40", "0.55", "0.70", "0.78"],
+    ]
 
 
 def test_a_whole_training_takes_in_layers_that_the_spec_names_later(

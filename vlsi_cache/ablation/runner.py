@@ -2,7 +2,7 @@
 
 DIR/cache                      the cache, unless another one is named
 DIR/caches/NAME                smaller caches cut from it
-DIR/runs/seed-S/NAME           one run for each variant and seed
+DIR/runs/seed-S/NAME           one training for each seed and each variant with settings of its own
 DIR/ablation.json              settings, tables and scores; written again after every run
 DIR/ablation.csv, report.html  the tables, when all has run
 
@@ -12,45 +12,70 @@ the verbalizers that it was trained with, those of a student without any (`last`
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from vlsi_cache.config.sections import CacheSpec
-from vlsi_cache.errors import ModelError
+from vlsi_cache.config.spec import change, spec_from_dict
+from vlsi_cache.data.collate import plan_parts
+from vlsi_cache.data.records import read_records
+from vlsi_cache.errors import FingerprintMismatchError, ModelError, SpecError, list_problems
 from vlsi_cache.evaluation.scores import evaluate
-from vlsi_cache.io import refuse_url, write_atomically
+from vlsi_cache.io import check_folder, refuse_url, write_atomically
+from vlsi_cache.models.load import ModelRef, resolve_model
 from vlsi_cache.progress import say
 from vlsi_cache.report.ablation import ablation_csv, own_steps
-from vlsi_cache.run_files import read_run
-from vlsi_cache.runs.run_dir import locked, versions
+from vlsi_cache.run_files import read_ablation, read_run
+from vlsi_cache.runs.run_dir import LOCK_NAME, differences, locked, versions, whole_spec
 from vlsi_cache.runtime import pick_device
+from vlsi_cache.store import reader
+from vlsi_cache.store.derive.new_cache import check_target
 from vlsi_cache.store.derive.prune import plan_prune, read_cuts, run_prune
-from vlsi_cache.teacher.build import build_teacher
-from vlsi_cache.train.distill import distill, distill_spec
+from vlsi_cache.store.format import CacheHeader
+from vlsi_cache.teacher.build import build_teacher, cache_header, part_tokens
+from vlsi_cache.teacher.inputs import open_teacher_inputs
+from vlsi_cache.train.distill import FIXED_BY_THE_CACHE, distill, distill_spec
+from vlsi_cache.train.student import check_tokenizer
 
-from .plan import AblationPlan, PlannedRun, Row, add_up, overrides_between
-from .setup import (
-    RECORD,
-    Ablation,
-    check_held_out,
-    check_student,
-    finished_cache,
-    header_to_come,
-    identity_of,
-    open_ablation,
-    read_record,
-)
-from .variants import DEFAULT
+from .variants import DEFAULT, Axis, PlannedRun, Row, add_up, overrides_between, plan_runs, read_axes
 
 if TYPE_CHECKING:
     from vlsi_cache.store.reader import Cache
 
-TABLE = "ablation.csv"
+RECORD, TABLE = "ablation.json", "ablation.csv"
+IDENTITY = ("spec", "cache", "cache_digest", "student", "student_digest")
 SECTIONS = ("data", "verbalizer", "distill", "evaluate", "run")  # of the spec, and not of the one in the cache
 SCORES = ("exact_match", "nll", "perplexity", "layers", "num_samples")
+
+
+Runs = dict[str, PlannedRun]  # in the order of training
+Tables = dict[str, list[Row]]
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """What all runs share; `spec` names the student, `cache_path` is where the cache is or will be."""
+
+    out: Path
+    spec: CacheSpec
+    axes: dict[str, Axis]
+    seeds: list[int]
+    cache_path: Path
+    is_own_cache: bool
+    student: str
+    device: str | None
+
+    def folder(self, name: str, seed: int) -> Path:
+        return self.out / "runs" / f"seed-{seed}" / name
+
+    def is_done(self, record: dict[str, Any], run: PlannedRun, seed: int) -> bool:
+        """Whether a run is trained and measured, and its folder still there."""
+        entry = record.get("runs", {}).get(run.name, {}).get(str(seed), {})
+        return entry.get("status") == "done" and (self.folder(run.trained_as, seed) / "run.json").is_file()
 
 
 def ablate(
@@ -67,119 +92,251 @@ def ablate(
 ) -> dict[str, Any]:
     """Train and measure every variant of the tables `axes` with `seeds` seeds into the folder `out`, or go on with it.
 
-    The cache is `out/cache`, built when it is missing, or the one named. Seeds count from `distill.seed`. `variants`
-    leaves out others than these and the default. A run that diverges is recorded as failed, and tried again the next
-    time. Other axes, variants and more seeds may be asked of the same folder: what is finished is taken, and the
-    tables add up.
+    An axis is the name of a shipped table, or a YAML file of the same form. The cache is `out/cache`, built when it is
+    missing, or the one named. Seeds count from `distill.seed`. `variants` leaves out others than these and the default.
+    A run that diverges is recorded as failed, and tried again the next time. Other axes, variants and more seeds may be
+    asked of the same folder: what is finished is taken, and the tables add up.
 
     Returns what `out/ablation.json` holds, or with `dry_run` what there is to do. Raises SpecError,
     FingerprintMismatchError (`out` or the cache is of other settings), RunBusyError, and what build and distill raise.
     """
     refuse_url(out, "out")
-    ablation = open_ablation(
-        spec, axes=axes, out=Path(out), seeds=seeds, cache=cache, student=student, variants=variants, device=device
+    out, tables = Path(out), read_axes(axes)
+    path = _checked_student(spec, out, seeds, student)
+    spec = change(spec, distill=change(spec.distill, student=path).model_dump())
+    ablation = Ablation(
+        out=out,
+        spec=spec,
+        axes=tables,
+        seeds=[spec.distill.seed + number for number in range(seeds)],
+        cache_path=out / "cache" if cache is None else Path(cache),
+        is_own_cache=cache is None,
+        student=path,
+        device=device,
     )
-    identity = identity_of(ablation)
-    record = read_record(ablation.out, identity)
-    found = finished_cache(ablation)
-    header = found.header if found else header_to_come(ablation.spec)
-    check_student(ablation, header)
-    check_held_out(ablation)
-    plan = ablation.plan(header, found)
+    identity = _identity(ablation)
+    record = _read_record(out, identity)
+    found = _finished_cache(ablation)
+    header = found.header if found else _header_to_come(spec)
+    encoder = ModelRef(path, trust_remote_code=spec.distill.trust_remote_code).encoder(spec.data.encoding())
+    check_tokenizer(header, encoder, path, where=ablation.cache_path)  # no variant could be trained
+    assert spec.evaluate is not None
+    read_records(spec.evaluate.data)  # after hours of training nothing could be measured
+    names = None if variants is None else list(variants)
+    plan = partial(plan_runs, spec, tables, names=names, student=path, where=ablation.cache_path)
+    runs, rows = plan(header, found)
     if dry_run:
-        return _preview(ablation, plan, record.get("runs", {}))
-    ablation.out.mkdir(parents=True, exist_ok=True)
-    with locked(ablation.out):
-        for leftover in ablation.out.glob(".ablation.*"):
+        return _preview(ablation, runs, rows, record)
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out):
+        for leftover in out.glob(".ablation.*"):
             leftover.unlink()
-        record = {"runs": {}, **read_record(ablation.out, identity), **identity}  # now that no other process writes it
-        _save(ablation, record)
+        record = {"runs": {}, **_read_record(out, identity), **identity}  # now that no other process writes it
+        _save(out, record)
         if found is None:
-            found = build_teacher(ablation.spec, out=ablation.cache_path, device=device)
-            plan = ablation.plan(found.header, found)
-        record |= _described(ablation, plan, record)
-        _run_all(ablation, plan, found, record)
-        return record
+            found = build_teacher(spec, out=ablation.cache_path, device=device)
+            runs, rows = plan(found.header, found)
+        record |= _described(ablation, runs, rows, record)
+        _run_all(ablation, runs, found, record)
+    return record
 
 
-def _described(ablation: Ablation, plan: AblationPlan, earlier: dict[str, Any]) -> dict[str, Any]:
-    """What the record says beside the scores; tables, rows and seeds of earlier calls stay in it."""
-    before = {axis: [_row(row) for row in rows] for axis, rows in earlier.get("tables", {}).items()}
-    tables = {
-        axis: add_up(rows, before.get(axis, []), plan.names[axis], earlier["runs"])
-        for axis, rows in plan.tables.items()
+def _checked_student(spec: CacheSpec, out: Path, seeds: int, student: str | None) -> str:
+    """Where the student is, after all that can be checked without a cache; raises SpecError and ModelError."""
+    name = student or spec.distill.student
+    if name is None:
+        raise SpecError("no student: give --student FOLDER-OR-ID, or `distill.student` in the spec")
+    if spec.evaluate is None:
+        raise SpecError("nothing to compare the variants on: the spec has no `evaluate:` section")
+    check_folder(out)
+    if out.is_dir() and not (out / RECORD).exists():
+        # An ablation that was killed at its very beginning leaves its lock; a cache may have been built beforehand.
+        ours = (LOCK_NAME, "cache")
+        names = [one.name for one in out.iterdir()]
+        strangers = [one for one in names if one not in ours and not one.startswith(f".{RECORD}.")]
+        if strangers:
+            raise SpecError(f"{out} exists and is no ablation (it holds `{min(strangers)}`); choose another folder")
+    if seeds < 1:
+        raise SpecError(f"`seeds` is {seeds}: at least one is needed")
+    for key in ("recipe", "verbalizers"):
+        value = getattr(spec.distill, key)
+        if value != type(spec.distill).model_fields[key].default:
+            raise SpecError(f"`distill.{key}` is `{value}`, and an ablation decides that itself; leave it out")
+    return resolve_model(name)
+
+
+def _identity(ablation: Ablation) -> dict[str, Any]:
+    """What makes two ablations the same, whatever their tables and the number of their seeds."""
+    own = ablation.is_own_cache
+    return {
+        "spec": ablation.spec.model_dump(mode="json"),
+        "cache": "cache" if own else str(ablation.cache_path.resolve()),
+        "cache_digest": None if own else reader.open(ablation.cache_path).header.digest,
+        "student": ablation.student,
+        "student_digest": ModelRef(ablation.student).digest,
     }
-    tables = {**earlier.get("tables", {}), **_as_json(tables)}
+
+
+def _read_record(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier attempt has left, if any; FingerprintMismatchError when it was another ablation."""
+    file = out / RECORD
+    if not file.exists():
+        return {}
+    record = read_ablation(file)
+    specs = [whole_spec(one["spec"], str(file)) for one in (record, identity)]
+    for spec in specs:
+        del spec["run"]
+    problems = differences(*specs, key="spec")
+    problems += [line for key in IDENTITY[1:] for line in differences(record.get(key), identity[key], key)]
+    if problems:
+        raise FingerprintMismatchError(
+            f"{out} is an ablation of other settings; choose a new folder with -o, or bring the settings back:\n"
+            + list_problems(problems)
+        )
+    return record
+
+
+def _finished_cache(ablation: Ablation) -> "Cache | None":
+    """The cache, which must be of this spec; None where the ablation is to build it or to go on with that."""
+    if ablation.is_own_cache and not (ablation.cache_path / "cache.json").is_file():
+        return None
+    cache = reader.open(ablation.cache_path, allow_incomplete=ablation.is_own_cache)
+    check_target(ablation.out, [cache])
+    stored = spec_from_dict(cache.header.spec, where=str(cache.path)).model_dump(mode="json")
+    wanted = ablation.spec.model_dump(mode="json")
+    other = [line for key in FIXED_BY_THE_CACHE for line in differences(stored[key], wanted[key], key)]
+    if other:
+        raise FingerprintMismatchError(
+            f"the cache {cache.path} was not built from this spec; bring these settings to what it has, or name "
+            f"another cache:\n{list_problems(other)}"
+        )
+    return cache if cache.is_complete else None
+
+
+def _header_to_come(spec: CacheSpec) -> CacheHeader:
+    """What the header of the cache of `spec` will say, without hours of building it."""
+    inputs = open_teacher_inputs(spec)
+    lengths = [len(ids) for ids in inputs.response_ids]
+    return cache_header(inputs, plan_parts(lengths, seed=spec.rows.seed, tokens_per_part=part_tokens(inputs)))
+
+
+def _budget(runs: Runs, tables: Tables) -> str:
+    """The optimizer steps of every variant in `tables`, in words."""
+    default = runs[DEFAULT.name]
+    parts = ", ".join(f"{stage} {count}" for stage, count in default.steps.items())
+    other = ", ".join(f"{name} {count}" for name, count in own_steps(tables, DEFAULT.name).items())
+    told = f", but for {other}" if other else ""
+    size = default.spec.distill.batch_size
+    return f"{default.num_steps} optimizer steps of {size} samples for every variant ({parts}){told}"
+
+
+def _preview(ablation: Ablation, runs: Runs, tables: Tables, record: dict[str, Any]) -> dict[str, Any]:
+    """What there is to do."""
+    jobs = [(run, seed) for seed in ablation.seeds for run in runs.values()]
+    return {
+        "budget": _budget(runs, tables),
+        "seeds": ablation.seeds,
+        "titles": {name: axis.title for name, axis in ablation.axes.items()},
+        "tables": tables,
+        "steps": {name: run.steps for name, run in runs.items()},
+        "num_runs": len(jobs),
+        "num_remaining": sum(not ablation.is_done(record, run, seed) for run, seed in jobs),
+    }
+
+
+def _described(ablation: Ablation, runs: Runs, new: Tables, earlier: dict[str, Any]) -> dict[str, Any]:
+    """What the record says beside the scores; tables, rows and seeds of earlier calls stay in it."""
+    titles, notes, tables = ({**earlier.get(key, {})} for key in ("titles", "notes", "tables"))
+    for name, axis in ablation.axes.items():
+        titles[name], notes[name] = axis.title, axis.note
+        tables[name] = add_up(new[name], tables.get(name, []), axis.names, earlier["runs"])
     return {
         "device": ablation.device or ablation.spec.run.device,
         "versions": versions(),
-        "budget": _budget(plan, tables),
+        "budget": _budget(runs, tables),
         "default": DEFAULT.name,
         "seeds": sorted({*ablation.seeds, *earlier.get("seeds", [])}),
+        "titles": titles,
+        "notes": notes,
         "tables": tables,
     }
 
 
-def _run_all(ablation: Ablation, plan: AblationPlan, cache: "Cache", record: dict[str, Any]) -> None:
+def _run_all(ablation: Ablation, runs: Runs, cache: "Cache", record: dict[str, Any]) -> None:
     """Every run that is not done, seed by seed; then the tables."""
     from vlsi_cache.report.pages import write_report
 
     say(f"budget: {record['budget']}")
-    jobs = [(seed, run) for seed in ablation.seeds for run in plan.runs.values()]
+    jobs = [(seed, run) for seed in ablation.seeds for run in runs.values()]
     for number, (seed, run) in enumerate(jobs, start=1):
-        _save(ablation, record)
-        if _is_done(ablation, record["runs"], run.name, seed):
+        _save(ablation.out, record)
+        if ablation.is_done(record, run, seed):
             continue
         say(f"run {number} of {len(jobs)}: seed {seed}, {run.name} ({run.variant.what})")
         record["runs"].setdefault(run.name, {})[str(seed)] = _one_run(ablation, run, cache, seed)
-    _save(ablation, record)
+    _save(ablation.out, record)
     write_atomically(ablation.out / TABLE, ablation_csv(record))
     write_report(ablation.out)
 
 
 def _one_run(ablation: Ablation, run: PlannedRun, cache: "Cache", seed: int) -> dict[str, Any]:
-    """Train and measure one variant with one seed; one that fails is an entry with its message."""
-    folder, default = ablation.folder(run.name, seed), ablation.folder(DEFAULT.name, seed)
+    """Train one variant with one seed, unless it is trained, and measure it; one that fails is an entry with its
+    message."""
+    folder, default = ablation.folder(run.trained_as, seed), ablation.folder(DEFAULT.name, seed)
     where = {"run": str(folder.relative_to(ablation.out))}
-    ruler = _verbalizers_of(default)
-    if run.name != DEFAULT.name and ruler is None:
-        return _failed(
-            where, f"{default} has left no verbalizers, which the other runs of its seed take or are read by"
-        )
-    source = _cut(ablation, run, cache)
-    changes = _overrides(run, source, seed, ruler if run.takes_verbalizers else None)
+    defaults_verbalizers = _verbalizers_of(default)
     try:
-        distill(source, student=ablation.student, out=folder, overrides=changes, device=ablation.device)
-        scores = _measure(ablation, folder, _verbalizers_of(folder) or _verbalizers_of(default))
+        if run.name != DEFAULT.name and defaults_verbalizers is None:
+            raise ModelError(f"{default} has left no verbalizers, which the other runs of its seed take or are read by")
+        _train(ablation, run, cache, seed, defaults_verbalizers if run.takes_verbalizers else None)
+        measured = evaluate(
+            folder,
+            spec=run.measured_with,
+            verbalizers=_verbalizers_of(folder) or _verbalizers_of(default),
+            device=ablation.device,
+            trust_remote_code=ablation.spec.distill.trust_remote_code,
+        )
     except ModelError as error:
-        return _failed(where, str(error))
+        say(f"failed: {error}")
+        return {**where, "status": "failed", "message": str(error)}
     trained = read_run(folder)
     stages = trained["stages"]
     steps = sum(stage["steps"] for stage in stages)
-    assert steps == sum(run.steps.values()), f"{folder} took {steps} steps, {run.steps} were planned"
+    assert steps == run.num_steps, f"{folder} took {steps} steps, {run.steps} were planned"
     if run.takes_verbalizers:  # the time of training them belongs to every run that has them
         stages += [one for one in read_run(default)["stages"] if one["name"] == "verbalize"]
+    device = pick_device(ablation.device or ablation.spec.run.device)
     return {
         **where,
         "status": "done",
         "steps": steps,
         "seconds": sum(stage["seconds"] for stage in stages),
-        "device": _hardware(ablation.device or ablation.spec.run.device),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "versions": trained["versions"],
-        **scores,
+        **{key: measured[key] for key in SCORES},
     }
 
 
-def _hardware(device: str) -> str:
-    """What it ran on: `cpu`, or the name of the GPU."""
-    where = pick_device(device)
-    return torch.cuda.get_device_name(where) if where.type == "cuda" else where.type
-
-
-def _failed(where: dict[str, str], message: str) -> dict[str, Any]:
-    """The entry of a run that has failed; the next call tries again."""
-    say(f"failed: {message}")
-    return {**where, "status": "failed", "message": message}
+def _train(ablation: Ablation, run: PlannedRun, cache: "Cache", seed: int, verbalizers: Path | None) -> None:
+    """Train one variant into its folder; a smaller cache that it reads is cut when it is first needed."""
+    if run.is_cut:
+        cuts = read_cuts(cache, layers=run.layers, top_k=run.top_k)
+        # It has the parts of the one it is cut from: so every run sees the samples in the same order.
+        cache = run_prune(plan_prune(cache, ablation.out / "caches" / run.trained_as, cuts, keep_parts=True))
+    stored = distill_spec(cache, student=run.spec.distill.student)
+    changes = overrides_between(stored, run.spec, SECTIONS)
+    # The cache may have recorded a number for `auto`; training does not read it.
+    changes = [one for one in changes if not one.startswith("run.batch_tokens=")]
+    if verbalizers is not None:
+        changes.append(f"distill.verbalizers={json.dumps(str(verbalizers.resolve()), ensure_ascii=False)}")
+    folder = ablation.folder(run.trained_as, seed)
+    distill(
+        cache,
+        student=ablation.student,
+        out=folder,
+        overrides=[*changes, f"distill.seed={seed}"],
+        device=ablation.device,
+    )
 
 
 def _verbalizers_of(run: Path) -> Path | None:
@@ -187,72 +344,5 @@ def _verbalizers_of(run: Path) -> Path | None:
     return folder if (folder / "verbalizers.json").is_file() else None
 
 
-def _cut(ablation: Ablation, run: PlannedRun, cache: "Cache") -> "Cache":
-    """The cache that this run reads; a smaller one is made when it is first needed.
-
-    It has the parts of the one it is cut from: so every run sees the samples in the same order.
-    """
-    if not run.is_cut:
-        return cache
-    out = ablation.out / "caches" / run.name
-    cuts = read_cuts(cache, layers=run.variant.layers, top_k=run.variant.top_k)
-    return run_prune(plan_prune(cache, out, cuts, keep_parts=True))
-
-
-def _overrides(run: PlannedRun, cache: "Cache", seed: int, verbalizers: Path | None) -> list[str]:
-    """What turns the spec in the cache into that of the run."""
-    stored = distill_spec(cache, student=run.spec.distill.student)
-    changes = overrides_between(stored, run.spec, SECTIONS)
-    # The cache may have recorded a number for `auto`; training does not read it.
-    changes = [one for one in changes if not one.startswith("run.batch_tokens=")]
-    if verbalizers is not None:
-        changes.append(f"distill.verbalizers={json.dumps(str(verbalizers.resolve()), ensure_ascii=False)}")
-    return [*changes, f"distill.seed={seed}"]
-
-
-def _measure(ablation: Ablation, folder: Path, verbalizers: Path | None) -> dict[str, Any]:
-    """The scores of a trained student."""
-    trusts = ablation.spec.distill.trust_remote_code
-    result = evaluate(
-        folder, spec=ablation.spec, verbalizers=verbalizers, device=ablation.device, trust_remote_code=trusts
-    )
-    return {key: result[key] for key in SCORES}
-
-
-def _is_done(ablation: Ablation, runs: dict[str, Any], name: str, seed: int) -> bool:
-    entry = runs.get(name, {}).get(str(seed))
-    return entry is not None and entry["status"] == "done" and (ablation.folder(name, seed) / "run.json").is_file()
-
-
-def _preview(ablation: Ablation, plan: AblationPlan, runs: dict[str, Any]) -> dict[str, Any]:
-    """What there is to do."""
-    jobs, tables = [(name, seed) for seed in ablation.seeds for name in plan.runs], _as_json(plan.tables)
-    return {
-        "budget": _budget(plan, tables),
-        "seeds": ablation.seeds,
-        "tables": tables,
-        "steps": {name: run.steps for name, run in plan.runs.items()},
-        "num_runs": len(jobs),
-        "num_remaining": sum(not _is_done(ablation, runs, name, seed) for name, seed in jobs),
-    }
-
-
-def _as_json(tables: dict[str, list[Row]]) -> dict[str, list[dict[str, Any]]]:
-    return {axis: [{**asdict(row), "names": list(row.names)} for row in rows] for axis, rows in tables.items()}
-
-
-def _row(stored: dict[str, Any]) -> Row:
-    return Row(**{**stored, "names": tuple(stored["names"])})
-
-
-def _budget(plan: AblationPlan, tables: dict[str, list[dict[str, Any]]]) -> str:
-    default = plan.runs[DEFAULT.name]
-    parts = ", ".join(f"{stage} {count}" for stage, count in default.steps.items())
-    size = default.spec.distill.batch_size
-    other = ", ".join(f"{name} {count}" for name, count in own_steps(tables, DEFAULT.name).items())
-    told = f", but for {other}" if other else ""
-    return f"{plan.num_steps} optimizer steps of {size} samples for every variant ({parts}){told}"
-
-
-def _save(ablation: Ablation, record: dict[str, Any]) -> None:
-    write_atomically(ablation.out / RECORD, json.dumps(record, indent=1))
+def _save(out: Path, record: dict[str, Any]) -> None:
+    write_atomically(out / RECORD, json.dumps(record, indent=1))

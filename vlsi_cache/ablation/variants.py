@@ -1,193 +1,326 @@
-"""The variants of the paper's tables, each as what it changes in a spec. Every table has the two baselines besides.
+"""The tables of an ablation, read from YAML, and what has to be trained and measured for them: each run once.
 
-A variant that this cache or this release cannot give is in its table all the same, with the reason.
+A table is a file of `cache_specs/ablations`, or a file of the user's own. Variants whose settings come to the same
+share a run, within a table and between tables. One that this cache or this release cannot give is in its table all the
+same, with the reason.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, get_args
+import difflib
+import importlib.resources
+import json
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from vlsi_cache.config.sections import InteractSpec, Recipe, Structure
-from vlsi_cache.errors import SpecError
+from pydantic import Field, ValidationError, model_validator
+
+from vlsi_cache.config.plain_yaml import parse_yaml
+from vlsi_cache.config.sections import CacheSpec, Count, Layer, Recipe, Strict
+from vlsi_cache.config.spec import apply_overrides
+from vlsi_cache.errors import SpecError, list_problems
+from vlsi_cache.io import refuse_url
+from vlsi_cache.models.load import ModelRef
 from vlsi_cache.report.layers import suggest_layers
 from vlsi_cache.store.format import CacheHeader
+from vlsi_cache.train.distill import stage_steps
+from vlsi_cache.train.student import check_settings
 
 if TYPE_CHECKING:
     from vlsi_cache.store.reader import Cache
 
-WIDTHS = (1, 4, 8, 16, 32, 64)
+# What of a spec does not decide how the student's verbalizers are trained.
+NOT_OF_VERBALIZERS = {"interact", "sft", "lora", "recipe", "seed"}
+
+Row = dict[str, Any]  # as ablation.json holds it: names, what, run, reason, num_steps
 
 
-@dataclass(frozen=True)
-class Variant:
-    """`changes` are `key=value` overrides, `layers` and `top_k` what a smaller cache keeps of the one at hand.
+class Variant(Strict):
+    """One row of a table. `set` are `key=value` changes of the spec.
 
-    `reason` says why it cannot be trained, where that is known beforehand; `own_steps`: it is about the number of
+    `layers` and `top_k` are what a smaller cache keeps of the one at hand. `evaluate` changes how the trained student
+    answers, so that one training can be measured in several ways. `own_steps`: the variant is about the number of
     steps, and need not take as many as the others.
     """
 
-    name: str
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,63}$")]  # also that of its folder
     what: str
-    changes: tuple[str, ...] = ()
+    set: tuple[str, ...] = ()
     recipe: Recipe = "vlsi"
-    layers: tuple[int, ...] | None = None
-    top_k: int | None = None
-    reason: str | None = None
+    layers: Literal["all", "every-second", "deepest-quarter", "suggested-half"] | tuple[Layer, ...] = "all"
+    top_k: Count | None = None
+    evaluate: dict[Literal["num_beams", "max_new_tokens"], Count] = Field(default_factory=dict)
     own_steps: bool = False
 
 
-DEFAULT = Variant("vlsi", "all layers, with the settings of the spec")
-LAST = Variant("last", "the last layer alone", recipe="last")
-SFT = Variant("sft", "the labels alone", recipe="sft")
-BASELINES = (LAST, SFT)
+DEFAULT = Variant(name="vlsi", what="all layers, with the settings of the spec")
+LAST = Variant(name="last", what="the last layer alone", recipe="last")
+SFT = Variant(name="sft", what="the labels alone", recipe="sft")
+IN_EVERY_TABLE = (DEFAULT, LAST, SFT)
 
 
-def matching(header: CacheHeader, cache: "Cache | None") -> list[Variant]:
-    """Table 4e: how a teacher layer is chosen for each student layer."""
-    del header, cache
-    return [
-        _matching("random", "any layer, equally likely"),
-        _matching("uniform", "every floor(t/s)-th layer; the deepest are never used"),
-        _matching("uniform_stretch", "evenly spaced from the first to the last"),
-        replace(_matching("bottom_k", "the layer of smallest divergence", "bottom_k=1"), name="bottom-1"),
-        replace(_matching("bottom_k", "the three layers of smallest divergence", "bottom_k=3"), name="bottom-3"),
-        _matching("multinomial", "drawn by divergence"),
-        _matching("range", "+ search range"),
-        _matching("order", "+ order preservation"),
-        replace(_matching("vlsi", "+ adaptive temperature"), name="adaptive"),
-        replace(_matching("vlsi", "the temperature as Algorithm 1 prints it", "temperature=printed"), name="printed"),
-        replace(_matching("vlsi", "all layers of the student drawn together", "sampler=joint"), name="joint"),
-        replace(_matching("vlsi", "one match for each sample", "match_unit=sample"), name="per-sample"),
-    ]
+class Axis(Strict):
+    """One table; its `set` holds for all its variants, before their own."""
+
+    title: str
+    note: str = ""
+    set: tuple[str, ...] = ()
+    variants: tuple[Variant, ...]
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> "Axis":
+        names = [one.name for one in (*IN_EVERY_TABLE, *self.variants)]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"two variants are named `{twice[0]}`; every table has `vlsi`, `last` and `sft` already")
+        return self
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all rows."""
+        return [one.name for one in (*IN_EVERY_TABLE, *self.variants)]
 
 
-def operations(header: CacheHeader, cache: "Cache | None") -> list[Variant]:
-    """Table 4d: what is trained at the matched layers, and what at the last one. L2 is over the kept entries."""
-    del header, cache
-    return [
-        _operations("ce+ce", "ce", "ce"),
-        _operations("ce+kld", "ce", "forward_kl"),
-        _operations("kld+ce", "forward_kl", "ce"),
-        _operations("l2+kld", "l2_topk", "forward_kl"),
-        _operations("kld+x", "forward_kl", "none"),
-        Variant("x+kld", "nothing; forward_kl", ("distill.interact.last=forward_kl",), recipe="last"),
-        _operations("ce+x", "ce", "none"),
-        _operations("kld+kld", "forward_kl", "forward_kl"),
-    ]
+def shipped_axes() -> dict[str, Path]:
+    """Names and files of the tables that come with the package."""
+    folder = Path(str(importlib.resources.files("vlsi_cache.cache_specs"))) / "ablations"
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
 
 
-def verbalizer(header: CacheHeader, cache: "Cache | None") -> list[Variant]:
-    """Table 4f on the student's side: the teacher's rows are those of the cache, whichever verbalizers made them."""
-    del header, cache
-    structures = [Variant(name, f"structure {name}", (f"verbalizer.structure={name}",)) for name in get_args(Structure)]
-    return [
-        *structures,
-        Variant("plain", "no residual connection", ("verbalizer.style=plain",)),
-        Variant("kl_to_final", "learns what the model itself says", ("verbalizer.loss=kl_to_final",)),
-    ]
+def read_axes(names: Sequence[str]) -> dict[str, Axis]:
+    """Tables by name: shipped ones, and YAML files under their own name without the ending. Raises SpecError."""
+    shipped, axes = shipped_axes(), {}
+    for name in names:
+        refuse_url(name, "axis")
+        file = shipped.get(name, Path(name))
+        if file.suffix not in (".yaml", ".yml"):
+            raise SpecError(f"no axis `{name}`{_guess(name, shipped)} Known: {', '.join(shipped)}; or a .yaml file")
+        axes[file.stem] = read_axis(file)
+    if not axes or len(axes) < len(names):
+        raise SpecError(f"name each axis once, and at least one: {', '.join(shipped)}; or a .yaml file")
+    return axes
 
 
-def sft(header: CacheHeader, cache: "Cache | None") -> list[Variant]:
-    """Table 4c: how much finetuning follows, and of which weights."""
-    del header, cache
-    return [
-        _sft("no-sft", "no finetuning", "lora+embed_head", 0.0),
-        _sft("half-sft", "stopped half way", "lora+embed_head", 0.5),
-        _sft("whole-sft", "adapter, embeddings and head", "lora+embed_head", 1.0),
-        _sft("half-sft-full", "all weights, stopped half way", "full", 0.5),
-        _sft("whole-sft-full", "all weights", "full", 1.0),
-    ]
-
-
-def loss(header: CacheHeader, cache: "Cache | None") -> list[Variant]:
-    """Other losses from the same rows, at the matched layers and the last one."""
-    del header, cache
-    divergences = ("forward_kl", "reverse_kl", "jsd", "skewed_kl", "l2_topk")
-    return [
-        *(_operations(name, name, name) for name in divergences),
-        _interact("ce-mixed", "half of the last layer's loss is the labels'", "alpha_ce=0.5"),
-        _interact("tau-2", "both sides softened", "tau=2.0"),
-        _interact("layer-mean", "the mean over layers, not the sum", "layer_reduction=mean"),
-        _interact("reliable", "no teacher layer that knows less than the student's", "reliable_only=true"),
-        _interact("fade-out", "matched layers fade out", "layers_full_until=0.3", "layers_zero_from=0.7"),
-        _interact(
-            "mean-faded",
-            "the mean over layers, faded out early: for a pretrained student",
-            "layer_reduction=mean",
-            "layers_full_until=0",
-            "layers_zero_from=0.3",
-        ),
-    ]
-
-
-def k(header: CacheHeader, cache: "Cache | None") -> list[Variant]:
-    """How many entries of each row are kept: smaller caches cut from this one, without another teacher pass."""
-    del cache
-    smaller = [Variant(f"k-{width}", f"top {width}", top_k=width) for width in WIDTHS if width < header.widest]
-    if header.row_kind == "sampled":
-        reason = "the rows are draws from the teacher, and fewer draws need another teacher pass (`rows.num_draws`)"
-        smaller = [replace(one, reason=reason) for one in smaller]
-    return [*smaller, Variant(f"k-{header.widest}", "the cache as it is")]
-
-
-def layers(header: CacheHeader, cache: "Cache | None") -> list[Variant]:
-    """How many teacher layers are kept: smaller caches cut from this one. The last layer always stays."""
-    targets = header.layers[:-1]
-    quarter = targets[-max(1, -(-len(targets) // 4)) :]
-    return [
-        Variant("all-layers", f"layers {_listed(targets)}"),
-        _cut("every-second", targets[::-2][::-1], header),
-        _cut("deepest-quarter", quarter, header),
-        _suggested(header, cache),
-    ]
-
-
-AXES: dict[str, Callable[[CacheHeader, "Cache | None"], list[Variant]]] = {
-    "matching": matching,
-    "operations": operations,
-    "verbalizer": verbalizer,
-    "sft": sft,
-    "loss": loss,
-    "k": k,
-    "layers": layers,
-}
-
-
-def _interact(name: str, what: str, *changes: str) -> Variant:
-    return Variant(name, what, tuple(f"distill.interact.{change}" for change in changes))
-
-
-def _matching(mode: str, what: str, *changes: str) -> Variant:
-    """A way of matching with its own settings at their defaults, whatever the spec says of another way."""
-    keys = ("sampler", "scale", "temperature", "fixed_temperature", "bottom_k")
-    plain = [f"{key}={InteractSpec.model_fields[key].default}" for key in keys]
-    return _interact(mode, what, f"matching={mode}", *plain, *changes)
-
-
-def _operations(name: str, intermediate: str, last: str) -> Variant:
-    what = f"{'nothing' if intermediate == 'none' else intermediate}; {'nothing' if last == 'none' else last}"
-    return _interact(name, what, f"intermediate={intermediate}", f"last={last}")
-
-
-def _sft(name: str, what: str, mode: str, fraction: float) -> Variant:
-    changes = (f"distill.sft.mode={mode}", f"distill.sft.fraction={fraction}")
-    return Variant(name, what, changes, own_steps=True)
-
-
-def _cut(name: str, targets: list[int], header: CacheHeader) -> Variant:
-    return Variant(name, f"layers {_listed(targets)}", layers=(*targets, header.layers[-1]))
-
-
-def _suggested(header: CacheHeader, cache: "Cache | None") -> Variant:
-    """Half of the layers, those that the divergences between the cached layers tell least apart left out."""
-    name, keep = "suggested-half", 1 + len(header.layers) // 2  # as many as every second one, and the last
-    if cache is None:
-        return Variant(name, "known once the cache is built", reason="chosen from the rows of the finished cache")
+def read_axis(file: Path) -> Axis:
+    """A table from its YAML file; raises SpecError that lists all mistakes."""
     try:
-        return _cut(name, suggest_layers(cache, keep=keep).layers[:-1], header)
-    except SpecError as error:
-        return Variant(name, "chosen from the rows", reason=str(error))
+        axis = Axis.model_validate(parse_yaml(file.read_text(encoding="utf-8")))
+    except ValidationError as error:
+        problems = [_describe(dict(problem)) for problem in error.errors()]
+        raise SpecError(f"axis `{file}` has {len(problems)} mistake(s):\n{list_problems(problems)}") from None
+    except OSError as error:
+        raise SpecError(f"axis `{file}` cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise SpecError(f"axis `{file}`: {error}") from None
+    variants = tuple(one.model_copy(update={"set": (*axis.set, *one.set)}) for one in axis.variants)
+    return axis.model_copy(update={"variants": variants})
 
 
-def _listed(targets: list[int]) -> str:
-    return ", ".join(map(str, targets))
+def _describe(problem: dict[str, Any]) -> str:
+    key = ".".join(map(str, problem["loc"])) or "axis"
+    if problem["type"] == "extra_forbidden":
+        known = Axis.model_fields if len(problem["loc"]) == 1 else Variant.model_fields
+        return f"`{key}`: no such key; known here: {', '.join(known)}"
+    return f"`{key}`: {problem['msg'].removeprefix('Value error, ')}"
+
+
+def _guess(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean `{close[0]}`?" if close else "."
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One training and one way to measure it, whatever the seed; `layers` and `top_k` are what its cache holds.
+
+    `trained_as` is the folder of the training, which several ways to measure share.
+    """
+
+    variant: Variant
+    spec: CacheSpec
+    measured_with: CacheSpec
+    trained_as: str
+    layers: list[int]
+    top_k: int
+    is_cut: bool
+    steps: dict[str, int]
+    takes_verbalizers: bool
+
+    @property
+    def name(self) -> str:
+        """Under which the scores are kept."""
+        return self.variant.name
+
+    @property
+    def num_steps(self) -> int:
+        return sum(self.steps.values())
+
+
+def plan_runs(
+    spec: CacheSpec,
+    axes: Mapping[str, Axis],
+    header: CacheHeader,
+    cache: "Cache | None",
+    *,
+    names: Iterable[str] | None,
+    student: str,
+    where: Path,
+) -> tuple[dict[str, PlannedRun], dict[str, list[Row]]]:
+    """The runs in the order of training, and the rows of every table, of the variants in `names` alone unless None.
+
+    The default is always among them and trained first: the others take its verbalizers. `cache` is None where the
+    cache of `header` at `where` is not built yet. Raises SpecError for an unknown variant, when the default cannot be
+    trained, when a variant would take another number of steps, and for two that share a name alone.
+    """
+    wanted = _wanted(axes, names)
+    config = ModelRef(student, trust_remote_code=spec.distill.trust_remote_code).config
+    folders: dict[str, str] = {}  # all settings of a training -> its folder
+    runs: dict[str, PlannedRun] = {}  # all settings of training and measuring -> the run
+    tables: dict[str, list[Row]] = {}
+    for axis, table in axes.items():
+        rows = []
+        for variant in (*IN_EVERY_TABLE, *table.variants):
+            row: Row = {"names": [variant.name], "what": variant.what, "run": None, "reason": None, "num_steps": None}
+            try:
+                layers, top_k = _kept(variant, header, cache)
+                resolved = apply_overrides(spec, [*variant.set, f"distill.recipe={variant.recipe}"])
+                cut = header.model_copy(update={"layers": layers})
+                check_settings(cut, resolved.distill, config, where=where)
+                changes = [f"evaluate.{key}={value}" for key, value in variant.evaluate.items()]
+                measured_with = apply_overrides(spec, changes)
+            except SpecError as error:
+                if variant is DEFAULT:
+                    raise
+                rows.append({**row, "reason": " ".join(str(error).split())})
+                continue
+            settings = f"{layers} {top_k} {resolved.model_dump_json()}"
+            folder = folders.setdefault(settings, variant.name)
+            uses_verbalizers = variant.recipe == "vlsi" and _same_verbalizers(resolved, spec)
+            run = PlannedRun(
+                variant=variant,
+                spec=resolved,
+                measured_with=measured_with,
+                trained_as=folder,
+                layers=layers,
+                top_k=top_k,
+                is_cut=layers != header.layers or top_k < header.widest,
+                steps=stage_steps(resolved.distill, header.num_samples),
+                takes_verbalizers=uses_verbalizers and folder != DEFAULT.name,
+            )
+            run = runs.setdefault(f"{settings} {measured_with.model_dump_json()}", run)
+            if variant.layers != "all":
+                row["what"] += f": {', '.join(map(str, layers[:-1]))}"
+            rows.append({**row, "run": run.name, "num_steps": run.num_steps})
+        tables[axis] = in_order((row for row in rows if row["names"][0] in wanted), table.names)
+    used = {row["run"] for rows in tables.values() for row in rows}
+    planned = {run.name: run for run in runs.values() if run.name in used}
+    _check(planned, runs.values())
+    return planned, tables
+
+
+def _wanted(axes: Mapping[str, Axis], names: Iterable[str] | None) -> set[str]:
+    known = list(dict.fromkeys(name for axis in axes.values() for name in axis.names))
+    if names is None:
+        return set(known)
+    chosen = list(names)
+    for name in chosen:
+        if name not in known:
+            raise SpecError(f"no variant `{name}` of {', '.join(axes)}{_guess(name, known)} Known: {', '.join(known)}")
+    return {DEFAULT.name, *chosen}
+
+
+def _kept(variant: Variant, header: CacheHeader, cache: "Cache | None") -> tuple[list[int], int]:
+    """The cached layers, the last one always among them, and the entries of each row that a variant reads.
+
+    Raises SpecError where the cache does not have them.
+    """
+    targets, last = header.layers[:-1], header.layers[-1]
+    match variant.layers:
+        case "all":
+            kept = targets
+        case "every-second":
+            kept = targets[::-2][::-1]
+        case "deepest-quarter":
+            kept = targets[-max(1, -(-len(targets) // 4)) :]
+        case "suggested-half":  # as many as every second one, and the last
+            if cache is None:
+                raise SpecError("chosen from the rows of the finished cache")
+            kept = suggest_layers(cache, keep=1 + len(header.layers) // 2).layers[:-1]
+        case chosen:
+            unknown = [layer for layer in chosen if layer not in targets]
+            if unknown:
+                raise SpecError(f"the cache has no intermediate layers {unknown}; it has {targets}")
+            kept = [layer for layer in targets if layer in chosen]
+    top_k = variant.top_k or header.widest
+    if top_k > header.widest:
+        raise SpecError(f"the cache keeps {header.widest} entries of each row")
+    if top_k < header.widest and header.row_kind == "sampled":
+        raise SpecError(
+            "the rows are draws from the teacher, and fewer draws need another teacher pass (`rows.num_draws`)"
+        )
+    return [*kept, last], top_k
+
+
+def _same_verbalizers(one: CacheSpec, other: CacheSpec) -> bool:
+    """Whether the student's verbalizers come out the same; they read no teacher rows."""
+    ours, theirs = (spec.distill.model_dump(exclude=NOT_OF_VERBALIZERS) for spec in (one, other))
+    return one.verbalizer == other.verbalizer and ours == theirs
+
+
+def _check(planned: Mapping[str, PlannedRun], runs: Iterable[PlannedRun]) -> None:
+    """One name is one run, and all take the same optimizer steps, those aside that are about their number."""
+    num_steps = planned[DEFAULT.name].num_steps
+    for run in runs:
+        if planned.get(run.name, run) is not run:
+            raise SpecError(f"two variants of different settings are named `{run.name}`; give one another name")
+    for run in planned.values():
+        if run.num_steps != num_steps and not run.variant.own_steps:
+            raise SpecError(
+                f"variant `{run.name}` would take {run.num_steps} optimizer steps ({run.steps}) and `{DEFAULT.name}` "
+                f"{num_steps}: they could not be compared"
+            )
+
+
+def in_order(rows: Iterable[Row], names: Sequence[str]) -> list[Row]:
+    """Rows in the order of the table's `names`, those of one run as one row with all their names, the baselines last.
+
+    A baseline comes before other variants of its settings, so that it gives their row its name.
+    """
+    place = {name: number for number, name in enumerate(names)}
+    merged: dict[str, Row] = {}
+    for row in sorted(rows, key=lambda row: place.get(row["names"][0], len(place))):
+        key = f"reason {row['names'][0]}" if row["run"] is None else f"run {row['run']}"
+        if key in merged:
+            merged[key]["names"].extend(row["names"])
+        else:
+            merged[key] = {**row, "names": list(row["names"])}
+    baselines = {LAST.name, SFT.name}
+    return sorted(merged.values(), key=lambda row: not baselines.isdisjoint(row["names"]))
+
+
+def add_up(rows: list[Row], earlier: Iterable[Row], names: Sequence[str], runs: Collection[str]) -> list[Row]:
+    """The rows of a table together with those of earlier calls that have one of the `runs`, or the reason for none."""
+    taken = {name for row in rows for name in row["names"]}
+    left = [
+        {**row, "names": [name for name in row["names"] if name not in taken]}
+        for row in earlier
+        if row["run"] is None or row["run"] in runs
+    ]
+    return in_order([*rows, *(row for row in left if row["names"])], names)
+
+
+def overrides_between(stored: CacheSpec, wanted: CacheSpec, sections: Iterable[str]) -> list[str]:
+    """`key=value` changes that make these sections of `stored` those of `wanted`."""
+    changes: list[str] = []
+
+    def compare(old: Any, new: Any, key: str) -> None:
+        if isinstance(old, dict) and isinstance(new, dict) and not key.endswith(".options"):  # one leaf, as a whole
+            for name in new:
+                compare(old.get(name), new[name], f"{key}.{name}")
+        elif old != new:
+            # YAML would read an escaped pair of surrogates as two letters.
+            changes.append(f"{key}={json.dumps(new, ensure_ascii=False)}")
+
+    for name in sections:
+        compare(stored.model_dump(mode="json")[name], wanted.model_dump(mode="json")[name], name)
+    return changes

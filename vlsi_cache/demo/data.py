@@ -20,20 +20,10 @@ import numpy as np
 from PIL import Image
 
 SIDE = 64
-
-
 CELL = 16
-
-
 GRID = SIDE // CELL
-
-
 BAR_UNIT = 5
-
-
 AXIS_Y = 48
-
-
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (215, 25, 35),
     "green": (30, 150, 60),
@@ -42,17 +32,9 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "purple": (150, 50, 190),
     "orange": (250, 125, 20),
 }
-
-
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
-
-
 BLACK = (20, 20, 20)
-
-
 WHITE = (255, 255, 255)
-
-
 GREY = (185, 185, 185)
 
 
@@ -69,8 +51,6 @@ _SEGMENTS = [
     "1111111",
     "1111011",
 ]
-
-
 _SEGMENT_BOXES = ((0, 0, 2, 8), (0, 0, 7, 2), (0, 6, 7, 8), (5, 0, 7, 8), (5, 0, 12, 2), (5, 6, 12, 8), (10, 0, 12, 8))
 
 
@@ -218,17 +198,9 @@ SPLITS: dict[str, range] = {"heldout": range(32), "train": range(32, 96), "teach
 
 
 CHART_KINDS = ("bar_value", "bar_extreme", "bar_compare", "bar_difference")
-
-
 SCENE_KINDS = ("count", "colour", "corner", "digit")
-
-
 KINDS = CHART_KINDS + SCENE_KINDS
-
-
 CORNERS = {"top left": 0, "top right": GRID - 1, "bottom left": GRID * (GRID - 1), "bottom right": GRID * GRID - 1}
-
-
 DIRECTIONS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
 
 
@@ -276,10 +248,6 @@ def _draw_scene(rng: random.Random) -> Scene:
         for cell, name, colour in zip(cells, names, colours, strict=True)
     )
     return Scene(marks, focus_colour, focus_shape)
-
-
-def _a(phrase: str) -> str:
-    return f"an {phrase}" if phrase[0] in "aeiou" else f"a {phrase}"
 
 
 def _bar_value(chart: Chart, rng: random.Random) -> Question:
@@ -368,6 +336,7 @@ def _corner(scene: Scene, rng: random.Random) -> Question | None:
         return None
     corner = rng.choice(corners)
     phrase = at[CORNERS[corner]].phrase
+    article = "an" if phrase[0] in "aeiou" else "a"
     text = rng.choice(
         (
             f"Which shape is in the {corner} corner?",
@@ -375,7 +344,7 @@ def _corner(scene: Scene, rng: random.Random) -> Question | None:
             f"Describe the {corner} corner.",
         )
     )
-    return Question("corner", text, f"The {corner} corner shows {_a(phrase)}.", phrase)
+    return Question("corner", text, f"The {corner} corner shows {article} {phrase}.", phrase)
 
 
 def _beside(scene: Scene) -> list[tuple[Mark, str, Mark]]:
@@ -424,10 +393,6 @@ _ASK: dict[str, Callable[[Any, random.Random], Question | None]] = {
 }
 
 
-def _digest(picture: Picture) -> bytes:
-    return hashlib.blake2b(picture.key.encode(), digest_size=16).digest()
-
-
 def pictures(
     *, split: str, seed: int = 0, num_questions: int = 1, kinds: tuple[str, ...] = KINDS
 ) -> Iterator[tuple[Picture, list[Question]]]:
@@ -445,7 +410,7 @@ def pictures(
     while True:
         kind = kinds[index % len(kinds)]
         picture = _draw_chart(rng) if kind in CHART_KINDS else _draw_scene(rng)
-        digest = _digest(picture)
+        digest = hashlib.blake2b(picture.key.encode(), digest_size=16).digest()
         if digest[0] not in SPLITS[split] or digest in seen:
             continue
         first = _ASK[kind](picture, rng)

@@ -61,7 +61,7 @@ def entries(modules: tuple[str, ...] | None = None) -> tuple[Entry, ...]:
     seen: set[str] = set()
     kept = []
     for file in _files(root, modules):
-        for entry in _file_entries(file, _module_name(file.relative_to(root))):
+        for entry in _file_entries(file, ".".join(_names(file.relative_to(root)))):
             keys = {f"name {entry.name}", f"asks {entry.question}", f"says {entry.answer.casefold().rstrip('.')}"}
             if not keys & seen:
                 kept.append(entry)
@@ -77,26 +77,20 @@ def _files(root: Path, modules: tuple[str, ...] | None) -> list[Path]:
     unknown = [name for name in modules or () if name not in tops]
     if unknown:
         raise ValueError(f"no module `{unknown[0]}` in the standard library's sources at {root}")
-    found = [path for name in modules or tops for path in _below(tops[name])]
-    return [file for file in found if _is_public_path(file.relative_to(root))]
-
-
-def _below(path: Path) -> list[Path]:
-    return sorted(path.rglob("*.py")) if path.is_dir() else [path]
+    found = []
+    for name in modules or tops:
+        found += sorted(tops[name].rglob("*.py")) if tops[name].is_dir() else [tops[name]]
+    return [file for file in found if all(_is_public(name) for name in _names(file.relative_to(root)))]
 
 
 def _is_public(name: str) -> bool:
     return not name.startswith("_") and name not in SKIPPED
 
 
-def _is_public_path(path: Path) -> bool:
+def _names(path: Path) -> list[str]:
+    """The packages and the module that a file is: `json/__init__.py` is `json`."""
     names = [*path.parts[:-1], path.stem]
-    return all(_is_public(name) for name in (names[:-1] if path.stem == "__init__" else names))
-
-
-def _module_name(path: Path) -> str:
-    names = [*path.parts[:-1], path.stem]
-    return ".".join(names[:-1] if path.stem == "__init__" else names)
+    return names[:-1] if path.stem == "__init__" else names
 
 
 def _file_entries(file: Path, module: str) -> Iterator[Entry]:

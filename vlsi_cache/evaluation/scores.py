@@ -4,8 +4,6 @@ Legend: T response tokens, D hidden size, V vocabulary.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -74,7 +72,9 @@ def evaluate(
     if spec is None or (spec.evaluate is None and opened is None):
         raise SpecError(_nothing_to_measure(folder))
     if num_beams is not None:
-        spec = _with_beams(spec, num_beams)
+        if spec.evaluate is None or not spec.evaluate.generate:
+            raise SpecError("beams are for answers, and the spec generates none: set `evaluate.generate: true`")
+        spec = change(spec, evaluate={**spec.evaluate.model_dump(), "num_beams": num_beams})
     own = folder / "verbalizers"
     given = None if verbalizers is None else find_folder(verbalizers)
     if given is not None:
@@ -147,12 +147,6 @@ def kept_result(folder: Path) -> dict[str, Any] | None:
     return result if all(key in there and there[key] == value for key, value in own.items()) else None
 
 
-def _with_beams(spec: CacheSpec, num_beams: int) -> CacheSpec:
-    if spec.evaluate is None or not spec.evaluate.generate:
-        raise SpecError("beams are for answers, and the spec generates none: set `evaluate.generate: true`")
-    return change(spec, evaluate={**spec.evaluate.model_dump(), "num_beams": num_beams})
-
-
 def _origin_of(given: Path, folder: Path, run: dict[str, Any] | None) -> dict[str, Any]:
     """Where borrowed verbalizers come from, and whether they were trained on what the run started from (`same_start`)
     or on the student it has made (`same_student`)."""
@@ -178,48 +172,46 @@ def evaluate_model(
 
     `encoding` (see `DataSpec.encoding`) holds for the rows of the cache; held-out rows have their own.
     """
-    held_out = None
-    if settings is not None:
-        held_out = _held_out_rows(settings, model.encoder(settings.data.encoding()), limit, model.max_positions)
     where = pick_device(device)
+    own, records, lengths, num_skipped = None, [], [], 0
+    if settings is not None:  # before the weights are loaded: rows that cannot be read are told at once
+        data = settings.data
+        own = model.encoder(data.encoding())
+        found = read_records(data, limit=limit)
+        limits = {"max_length": data.max_length, "max_positions": model.max_positions}
+        kept, do_not_fit = fit_rows(found, own, **limits, bad_rows=data.bad_rows)
+        skipped = [*found.skipped, *do_not_fit]
+        if skipped:
+            reasons = [f"row `{row['id']}`: {row['reason']}" for row in skipped]
+            say(f"{len(skipped)} held-out rows were left out\n{list_problems(reasons)}")
+        records, num_skipped = [found[index] for index, _, _ in kept], len(skipped)
+        lengths = [num_prompt + len(ids) for _, num_prompt, ids in kept]
     loaded = model.load(str(where))
-    own = model.encoder(encoding) if held_out is None or cache is not None else held_out.encoder
-    backbone = checked_backbone(loaded, own)
+    of_cache = own
+    if own is None or cache is not None:
+        of_cache = model.encoder(encoding)
+    assert of_cache is not None
+    backbone = checked_backbone(loaded, of_cache)
     spoken = None if verbalizers is None else load_saved_verbalizers(verbalizers, backbone).to(where)
-    result = {} if held_out is None else _on_held_out(backbone, spoken, held_out, batch_tokens)
+    result = {}
+    if settings is not None:
+        assert own is not None
+        scores = _on_held_out(backbone, spoken, settings, own, records, plan_batches(lengths, batch_tokens))
+        result = {"num_samples": len(records), "num_skipped": num_skipped, **scores}
     if cache is not None:
-        result["cache"] = against_cache(backbone, spoken, own, cache, batch_tokens=batch_tokens, limit=limit)
+        result["cache"] = against_cache(backbone, spoken, of_cache, cache, batch_tokens=batch_tokens, limit=limit)
     return result
 
 
-@dataclass(frozen=True)
-class _HeldOut:
-    """Held-out rows that can be used, their lengths in tokens, and how many cannot."""
-
-    settings: EvaluateSpec
-    encoder: Encoder
-    records: list[Record]
-    lengths: list[int]
-    num_skipped: int
-
-
-def _held_out_rows(settings: EvaluateSpec, encoder: Encoder, limit: int | None, max_positions: int | None) -> _HeldOut:
-    data = settings.data
-    records = read_records(data, limit=limit)
-    kept, do_not_fit = fit_rows(records, encoder, data.max_length, max_positions=max_positions, bad_rows=data.bad_rows)
-    skipped = [*records.skipped, *do_not_fit]
-    if skipped:
-        reasons = [f"row `{row['id']}`: {row['reason']}" for row in skipped]
-        say(f"{len(skipped)} held-out rows were left out\n{list_problems(reasons)}")
-    lengths = [num_prompt + len(ids) for _, num_prompt, ids in kept]
-    return _HeldOut(settings, encoder, [records[index] for index, _, _ in kept], lengths, len(skipped))
-
-
 def _on_held_out(
-    backbone: Backbone, verbalizers: Verbalizers | None, rows: _HeldOut, batch_tokens: int
+    backbone: Backbone,
+    verbalizers: Verbalizers | None,
+    settings: EvaluateSpec,
+    encoder: Encoder,
+    records: list[Record],
+    batches: list[list[int]],
 ) -> dict[str, Any]:
-    settings, encoder, records = rows.settings, rows.encoder, rows.records
-    nll = mean_nll(backbone, verbalizers, records, plan_batches(rows.lengths, batch_tokens), encoder)
+    nll = mean_nll(backbone, verbalizers, records, batches, encoder)
     # A layer may be read through verbalizers of another model; the model's own loss has a perplexity.
     with np.errstate(over="ignore"):
         scores = {**nll, backbone.num_layers: np.exp(nll[backbone.num_layers])}
@@ -231,8 +223,6 @@ def _on_held_out(
         )
     last = nll.pop(backbone.num_layers)
     return {
-        "num_samples": len(records),
-        "num_skipped": rows.num_skipped,
         "num_by_kind": dict(Counter(record.kind for record in records)),
         "exact_match": exact_match(backbone.model, records, encoder, settings) if settings.generate else None,
         "num_beams": settings.num_beams if settings.generate else None,
@@ -275,22 +265,17 @@ def mean_nll(
 
 
 def exact_match(model: Any, records: list[Record], encoder: Encoder, settings: EvaluateSpec) -> dict[str, float]:
-    """Share of rows whose answer is the reference, white space at the ends aside: `all`, and per kind."""
-    right: Counter[str] = Counter()
-    for record, answer in answers(model, records, encoder, settings):
-        right[record.kind] += answer.strip() == record.answer.strip()
-    counts = Counter(record.kind for record in records)
-    per_kind = {kind: right[kind] / count for kind, count in sorted(counts.items()) if kind}
-    return {"all": sum(right.values()) / len(records), **per_kind}
+    """Share of rows whose answer is the reference, white space at the ends aside: `all`, and per kind.
 
-
-def answers(
-    model: Any, records: list[Record], encoder: Encoder, settings: EvaluateSpec
-) -> Iterator[tuple[Record, str]]:
-    """Answers without sampling, in batches of similar length."""
+    Answers are not sampled, and run in batches of similar length.
+    """
     order = sorted(range(len(records)), key=lambda i: encoder.measure(records[i])[0])
     size, decoding = settings.batch_size, Decoding(settings.max_new_tokens, num_beams=settings.num_beams)
+    right: Counter[str] = Counter()
     for start in progress(range(0, len(order), size), "generate", unit="batch"):
         chosen = [records[i] for i in order[start : start + size]]
         for record, response in zip(chosen, respond(model, encoder, chosen, decoding), strict=True):
-            yield record, encoder.answer(response.ids)
+            right[record.kind] += encoder.answer(response.ids).strip() == record.answer.strip()
+    counts = Counter(record.kind for record in records)
+    per_kind = {kind: right[kind] / count for kind, count in sorted(counts.items()) if kind}
+    return {"all": sum(right.values()) / len(records), **per_kind}

@@ -7,7 +7,6 @@ Legend: T response tokens, L cached teacher layers, K kept entries, V vocabulary
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -24,28 +23,13 @@ from vlsi_cache.models.verbalizer import Verbalizers
 from vlsi_cache.progress import progress, say
 from vlsi_cache.sparse.head import Head, compute_dtype
 from vlsi_cache.sparse.kl import LayerRows, candidate_kl
-from vlsi_cache.sparse.rows import SparseRows
 from vlsi_cache.store import reader
-from vlsi_cache.store.format import CacheHeader
 from vlsi_cache.store.reader import Cache
 from vlsi_cache.train.loader import MicroBatch, Pair, encode_pairs, match_records
 from vlsi_cache.train.probe import agreement
 from vlsi_cache.train.student import cached_sources, check_tokenizer
 
 LOGIT_BYTES = 2**26  # logits that are alive at a time
-
-
-@dataclass
-class _Sums:
-    """Sums over the response tokens met so far."""
-
-    num_samples: int = 0
-    num_tokens: int = 0
-    entropy: float = 0.0
-    kl: float = 0.0
-    agree: int = 0
-    mass: float = 0.0
-    kl_L: dict[int, np.ndarray] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -65,15 +49,66 @@ def against_cache(
     teacher's kept words (both None for rows of draws); `layers`: the KL of each verbalized layer to every cached
     teacher layer. Raises ModelError (another tokenizer), FingerprintMismatchError (the data has changed), DataError.
     """
-    check_tokenizer(cache.header, encoder, encoder.name, where=cache.path)
-    head, sums = head_of(backbone).real(cache.header.v_real), _Sums()
+    header, is_top = cache.header, cache.header.row_kind == "top-k"
+    check_tokenizer(header, encoder, encoder.name, where=cache.path)
+    head = head_of(backbone).real(header.v_real)
+    layers = [] if verbalizers is None else verbalizers.layers
+    capture = partial(backbone.capture, layers=[]) if verbalizers is None else verbalizers.capture
+    # Sums over the response tokens met so far.
+    num_samples, num_tokens, agree = 0, 0, 0
+    entropy, kl, mass = 0.0, 0.0, 0.0
+    kl_by_layer: dict[int, Any] = {}
     for micro in progress(_batches(cache, encoder, verbalizers, batch_tokens, limit), "cache", unit="batch"):
-        sums.num_samples += len(micro.sample_ids)
-        if micro.rows is not None and micro.rows.num_tokens:  # token selection may leave a sample without rows
-            _add(sums, micro, micro.rows, backbone, verbalizers, head, cache.header)
-    if not sums.num_tokens:
-        raise DataError(f"{cache.path}: none of its first {sums.num_samples} samples has a row to compare with")
-    return _means(sums, cache)
+        num_samples += len(micro.sample_ids)
+        rows = micro.rows
+        if rows is None or not rows.num_tokens:  # token selection may leave a sample without rows
+            continue
+        batch = micro.batch.to(backbone.device)
+        hidden: dict[int, Any] = dict(capture(batch.inputs, rows_T=batch.rows_T, positions_T=batch.positions_T))
+        teacher = LayerRows.of(
+            rows.ids_LTK,
+            rows.logprobs_LTK,
+            rows.tail_ids_LTm,
+            rows.tail_mass_LT,
+            rows.entropy_LT,
+            v_real=header.v_real,
+            device=backbone.device,
+        )
+        # The last layer against the last one, then each verbalized layer against all.
+        final, last_TD = teacher.num_layers - 1, hidden.pop(backbone.num_layers)
+        num_tokens += rows.num_tokens
+        kl += float(candidate_kl(last_TD, head, teacher, range(final, final + 1)).matching_MT.double().sum())
+        entropy += float(rows.entropy_LT[-1].sum(dtype=np.float64))
+        if is_top:
+            ids_TK, logprobs_TK = teacher.ids_LTX[final, :, : rows.top_k], teacher.logprobs_LTK[final]
+            more_agree, more_mass = _agreement(last_TD, head, ids_TK, logprobs_TK)
+            agree, mass = agree + more_agree, mass + more_mass
+        for layer in layers:
+            assert verbalizers is not None
+            state_TD = verbalizers.apply(layer, hidden.pop(layer))
+            kl_L = candidate_kl(state_TD, head, teacher).matching_MT.double().sum(1).cpu().numpy()
+            kl_by_layer[layer] = kl_L + kl_by_layer.get(layer, 0.0)
+    if not num_tokens:
+        raise DataError(f"{cache.path}: none of its first {num_samples} samples has a row to compare with")
+    if not np.isfinite([kl, mass, *(value for kl_L in kl_by_layer.values() for value in kl_L)]).all():
+        raise ModelError(
+            f"the model's divergence from the teacher of {cache.path} is not finite: its last updates have destroyed "
+            "it. Train it again in a new folder, with a lower `learning_rate` or a longer `warmup`"
+        )
+    teacher_model = (header.spec.get("teacher") or {}).get("model", "")
+    return {
+        "cache": str(cache.path.resolve()),
+        "cache_digest": header.digest,
+        "teacher": {"model": teacher_model, "weights": header.fingerprint.get("teacher.weights")},
+        "num_samples": num_samples,
+        "num_tokens": num_tokens,
+        "kl": kl / num_tokens,
+        "teacher_entropy": entropy / num_tokens,
+        "top1_agreement": agree / num_tokens if is_top else None,
+        "mass_on_top_k": mass / num_tokens if is_top else None,
+        "teacher_layers": cache.layers,
+        "layers": {str(layer): (kl_L / num_tokens).tolist() for layer, kl_L in kl_by_layer.items()},
+    }
 
 
 def _batches(
@@ -92,48 +127,6 @@ def _batches(
             return
 
 
-def _add(
-    sums: _Sums,
-    micro: MicroBatch,
-    rows: SparseRows,
-    backbone: Backbone,
-    verbalizers: Verbalizers | None,
-    head: Head,
-    header: CacheHeader,
-) -> None:
-    """One batch: the last layer against the last, then each verbalized layer against all."""
-    batch = micro.batch.to(backbone.device)
-    capture = verbalizers.capture if verbalizers is not None else partial(backbone.capture, layers=[])
-    hidden: dict[int, Any] = dict(capture(batch.inputs, rows_T=batch.rows_T, positions_T=batch.positions_T))
-    teacher = _on_device(rows, header, backbone.device)
-    final, last_TD = teacher.num_layers - 1, hidden.pop(backbone.num_layers)
-    kl_1T = candidate_kl(last_TD, head, teacher, range(final, final + 1)).matching_MT
-    sums.num_tokens += rows.num_tokens
-    sums.kl += float(kl_1T.double().sum())
-    sums.entropy += float(rows.entropy_LT[-1].sum(dtype=np.float64))
-    if header.row_kind == "top-k":
-        num_kept = rows.top_k
-        agree, mass = _agreement(last_TD, head, teacher.ids_LTX[final, :, :num_kept], teacher.logprobs_LTK[final])
-        sums.agree, sums.mass = sums.agree + agree, sums.mass + mass
-    for layer in verbalizers.layers if verbalizers is not None else []:
-        assert verbalizers is not None
-        state_TD = verbalizers.apply(layer, hidden.pop(layer))
-        kl_L = candidate_kl(state_TD, head, teacher).matching_MT.double().sum(1).cpu().numpy()
-        sums.kl_L[layer] = kl_L + sums.kl_L.get(layer, np.zeros_like(kl_L))
-
-
-def _on_device(rows: SparseRows, header: CacheHeader, device: torch.device) -> LayerRows:
-    return LayerRows.of(
-        rows.ids_LTK,
-        rows.logprobs_LTK,
-        rows.tail_ids_LTm,
-        rows.tail_mass_LT,
-        rows.entropy_LT,
-        v_real=header.v_real,
-        device=device,
-    )
-
-
 def _agreement(hidden_TD: Tensor, head: Head, ids_TK: Tensor, logprobs_TK: Tensor) -> tuple[int, float]:
     """(tokens whose likeliest word is the teacher's, sum of the mass on the teacher's kept words), in token chunks."""
     agree, mass = 0, 0.0
@@ -148,55 +141,27 @@ def _agreement(hidden_TD: Tensor, head: Head, ids_TK: Tensor, logprobs_TK: Tenso
     return agree, mass
 
 
-def _means(sums: _Sums, cache: Cache) -> dict[str, Any]:
-    num_tokens, is_top = sums.num_tokens, cache.header.row_kind == "top-k"
-    if not np.isfinite([sums.kl, sums.mass, *(kl for kl_L in sums.kl_L.values() for kl in kl_L)]).all():
-        raise ModelError(
-            f"the model's divergence from the teacher of {cache.path} is not finite: its last updates have destroyed "
-            "it. Train it again in a new folder, with a lower `learning_rate` or a longer `warmup`"
-        )
-    teacher = (cache.header.spec.get("teacher") or {}).get("model", "")
-    return {
-        "cache": str(cache.path.resolve()),
-        "cache_digest": cache.header.digest,
-        "teacher": {"model": teacher, "weights": cache.header.fingerprint.get("teacher.weights")},
-        "num_samples": sums.num_samples,
-        "num_tokens": num_tokens,
-        "kl": sums.kl / num_tokens,
-        "teacher_entropy": sums.entropy / num_tokens,
-        "top1_agreement": sums.agree / num_tokens if is_top else None,
-        "mass_on_top_k": sums.mass / num_tokens if is_top else None,
-        "teacher_layers": cache.layers,
-        "layers": {str(layer): (kl_L / num_tokens).tolist() for layer, kl_L in sums.kl_L.items()},
-    }
-
-
 def trained_on(cache: Cache, run: Mapping[str, Any] | None, *, num_samples: int) -> dict[str, Any]:
     """Whether the first `num_samples` rows of a cache are in the one that a run was trained on, whatever their ids.
 
     `num_trained_on`: how many are; `trained_on`: whether any is. Both are None when it is not known: `run` (run.json)
     is None, or its cache cannot be opened, or is another one by now.
     """
-    trained = None if run is None else _cache_of(run, cache)
-    if trained is None:
-        return {"trained_on": None, "num_trained_on": None}
+    unknown = {"trained_on": None, "num_trained_on": None}
+    if run is None:
+        return unknown
+    trained = cache
+    if cache.header.digest != run.get("cache_digest"):
+        try:
+            trained = reader.open(str(run.get("cache")))
+        except VlsiCacheError as error:
+            say(f"not known whether the run was trained on these rows, its own cache cannot be opened: {error}")
+            return unknown
+        if trained.header.digest != run.get("cache_digest"):
+            path = run.get("cache")
+            say(f"not known whether the run was trained on these rows: {path} is another cache now than it was then")
+            return unknown
     theirs = pc.SetLookupOptions(value_set=trained.sample_table()["digest"])
     is_in = pc.call_function("is_in", [cache.sample_table()["digest"][:num_samples]], theirs)
     num = int(is_in.to_numpy().sum())
     return {"trained_on": num > 0, "num_trained_on": num}
-
-
-def _cache_of(run: Mapping[str, Any], measured: Cache) -> Cache | None:
-    """The cache that a run was trained on, which may be the `measured` one; None, and why, where it is not there."""
-    digest, path = run.get("cache_digest"), str(run.get("cache"))
-    if measured.header.digest == digest:
-        return measured
-    try:
-        found = reader.open(path)
-    except VlsiCacheError as error:
-        say(f"not known whether the run was trained on these rows, its own cache cannot be opened: {error}")
-        return None
-    if found.header.digest != digest:
-        say(f"not known whether the run was trained on these rows: {path} is another cache now than it was then")
-        return None
-    return found

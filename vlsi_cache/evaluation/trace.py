@@ -82,13 +82,20 @@ def trace(
     # What a GGUF file holds is unpacked, and a CPU is slow and no more exact in 16 bits.
     dtype = "float32" if gguf_file or where.type == "cpu" else "auto"
     backbone = checked_backbone(replace(subject.model, dtype=dtype).load(str(where)), encoder)
-    _check_length(encoded, max_new_tokens, backbone)
+    limit, wanted = max_positions(backbone.config), encoded.num_prompt + max_new_tokens
+    if limit is not None and wanted > limit:
+        raise DataError(
+            f"the prompt has {encoded.num_prompt} tokens, with {max_new_tokens} new ones {wanted}, and the model has "
+            f"{limit} positions; take a shorter prompt, a smaller picture or a lower --max-new-tokens"
+        )
     spoken, chosen = _speakers(subject, backbone, layers)
     ids_LN, probs_LN = _speak(backbone, spoken, chosen, encoder, encoded, max_new_tokens)
-    said = [
-        _said(encoder, layer, ids, probs)
-        for layer, ids, probs in zip(chosen, ids_LN.tolist(), probs_LN.tolist(), strict=True)
-    ]
+    said = []
+    for layer, ids, probs in zip(chosen, ids_LN.tolist(), probs_LN.tolist(), strict=True):
+        has_ended = encoder.eot_id in ids
+        num = ids.index(encoder.eot_id) + 1 if has_ended else len(ids)
+        tokens = [Token(*one) for one in zip(ids[:num], encoder.token_texts(ids[:num]), probs[:num], strict=True)]
+        said.append(Said(layer=layer, text=encoder.decode(ids[:num]), tokens=tokens, has_ended=has_ended))
     return Trace(
         model=str(model),
         verbalizers=subject.verbalizers,
@@ -127,7 +134,9 @@ def _subject(model: Path | str, verbalizers: str | None, gguf_file: str | None) 
     is_own = verbalizers is None or Path(verbalizers).resolve() == own.resolve()
     given = str(own) if verbalizers is None or is_own else verbalizers
     data = spec_from_dict(run["spec"], where=str(folder / "run.json")).data
-    made_for = None if given == LOGIT_LENS else _made_for(given)
+    made_for = None  # digest of the weights that the verbalizers were trained with
+    if given != LOGIT_LENS and (file := find_folder(given) / RECORD).is_file():
+        made_for = read_record(file.parent, [])["provenance"].get("teacher_digest")
     return _Subject(
         ModelRef(str((folder / "student").resolve()), gguf_file=gguf_file),
         given,
@@ -135,12 +144,6 @@ def _subject(model: Path | str, verbalizers: str | None, gguf_file: str | None) 
         is_run=True,
         encoding=data.encoding(),  # prompts and pictures as the student was trained on
     )
-
-
-def _made_for(verbalizers: str) -> str | None:
-    """Digest of the weights that they were trained with; None where there are no verbalizers."""
-    file = find_folder(verbalizers) / RECORD
-    return read_record(file.parent, [])["provenance"].get("teacher_digest") if file.is_file() else None
 
 
 def _load_image(file: Path) -> Media:
@@ -155,16 +158,6 @@ def _record(prompt: str, media: tuple[Media, ...]) -> Record:
     parts = [{"type": "image"} for _ in media] + [{"type": "text", "text": prompt}]
     turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": []}]
     return Record(id="prompt", messages=turns, images=media, digest="")
-
-
-def _check_length(encoded: Encoded, max_new_tokens: int, backbone: Backbone) -> None:
-    limit = max_positions(backbone.config)
-    wanted = encoded.num_prompt + max_new_tokens
-    if limit is not None and wanted > limit:
-        raise DataError(
-            f"the prompt has {encoded.num_prompt} tokens, with {max_new_tokens} new ones {wanted}, and the model has "
-            f"{limit} positions; take a shorter prompt, a smaller picture or a lower --max-new-tokens"
-        )
 
 
 def _speakers(
@@ -223,7 +216,15 @@ def _speak(
     run = (_whole_sequences if verbalizers.needs_sequence else _with_kv_cache)(backbone, verbalizers, encoded)
     for _ in progress(range(max_new_tokens), "trace", unit="token"):
         states = run(ids_LN)
-        rows = [_entering_head(verbalizers, layer, states[layer], row) for row, layer in enumerate(layers)]
+        rows = []
+        for row, layer in enumerate(layers):  # each has a row of the batch
+            state = states[layer]
+            if isinstance(state, LayerSequence):
+                rows.append(verbalizers.apply(layer, state)[row : row + 1])
+            elif layer in verbalizers.layers:
+                rows.append(verbalizers.apply(layer, state[row : row + 1]))
+            else:
+                rows.append(state[row : row + 1])
         state_LD = torch.cat(rows)
         logits_LV = torch.empty(len(layers), head.num_rows, device=device)
         head.logits_into(logits_LV, state_LD, 0)
@@ -233,13 +234,6 @@ def _speak(
         if has_ended_L.all():
             break
     return ids_LN, probs_LN
-
-
-def _entering_head(verbalizers: Verbalizers, layer: int, state: Tensor | LayerSequence, row: int) -> Tensor:
-    """What enters the head for one layer and its row, [1, D]."""
-    if isinstance(state, LayerSequence):
-        return verbalizers.apply(layer, state)[row : row + 1]
-    return verbalizers.apply(layer, state[row : row + 1]) if layer in verbalizers.layers else state[row : row + 1]
 
 
 def _with_kv_cache(backbone: Backbone, verbalizers: Verbalizers, encoded: Encoded) -> Callable[[Tensor], States]:
@@ -266,26 +260,15 @@ def _whole_sequences(backbone: Backbone, verbalizers: Verbalizers, encoded: Enco
     """The same for verbalizers that attend to all positions: prompt and answer run anew at every step."""
 
     def states(ids_LN: Tensor) -> States:
-        inputs = collate([_longer(encoded, ids.cpu().numpy()) for ids in ids_LN], pad_id=0).inputs
+        longer = []
+        for ids_N in ids_LN.cpu().numpy():
+            types = encoded.token_types
+            types = None if types is None else np.concatenate([types, np.zeros_like(ids_N)])
+            input_ids = np.concatenate([encoded.input_ids, ids_N])
+            longer.append(replace(encoded, input_ids=input_ids, token_types=types))
+        inputs = collate(longer, pad_id=0).inputs
         given = {name: value.to(backbone.device) for name, value in inputs.items()}
         rows_T = torch.arange(len(ids_LN))
         return verbalizers.capture(given, rows_T, torch.full_like(rows_T, given["input_ids"].shape[1] - 1))
 
     return states
-
-
-def _longer(encoded: Encoded, ids_N: np.ndarray) -> Encoded:
-    types = encoded.token_types
-    return replace(
-        encoded,
-        input_ids=np.concatenate([encoded.input_ids, ids_N]),
-        token_types=None if types is None else np.concatenate([types, np.zeros_like(ids_N)]),
-    )
-
-
-def _said(encoder: Encoder, layer: int, ids: list[int], probs: list[float]) -> Said:
-    has_ended = encoder.eot_id in ids
-    num = ids.index(encoder.eot_id) + 1 if has_ended else len(ids)
-    texts = encoder.token_texts(ids[:num])
-    tokens = [Token(*one) for one in zip(ids[:num], texts, probs[:num], strict=True)]
-    return Said(layer=layer, text=encoder.decode(ids[:num]), tokens=tokens, has_ended=has_ended)

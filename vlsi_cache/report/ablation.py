@@ -13,20 +13,10 @@ from .figures import ACCENT, GREY, INK, styled_figure, svg_of
 from .text import table
 
 Record = Mapping[str, Any]  # the content of ablation.json
+Row = Mapping[str, Any]  # of one of its tables
 
 
 SEEDS_FOR_DEVIATION = 3
-
-
-TITLES = {
-    "matching": "choice of teacher layers (Table 4e)",
-    "operations": "loss at the matched layers + at the last one (Table 4d)",
-    "verbalizer": "verbalizers of the student (Table 4f)",
-    "sft": "finetuning after the interaction (Table 4c)",
-    "loss": "losses",
-    "k": "entries kept of each row",
-    "layers": "teacher layers kept",
-}
 
 
 LAYERS_NOTE = (
@@ -35,28 +25,8 @@ LAYERS_NOTE = (
 )
 
 
-NOTES = {
-    "operations": "x: nothing is trained there; l2: variance of the difference of the log-probs over the kept entries. "
-    "x+kld has the verbalizers' steps in the interaction, too.",
-    "sft": "What stops early takes the first steps of the same schedule.",
-    "verbalizer": "The student's side alone: the teacher's rows are what the cache holds.",
-}
-
-
-CSV_HEAD = (
-    "axis",
-    "variant",
-    "seed",
-    "status",
-    "exact_match",
-    "nll",
-    "perplexity",
-    "layer_nll",
-    "steps",
-    "seconds",
-    "run",
-    "message",
-)
+SCORES = ("exact_match", "nll", "perplexity", "layer_nll")
+CSV_HEAD: tuple[str, ...] = ("axis", "variant", "seed", "status", *SCORES, "steps", "seconds", "run", "message")
 
 
 @dataclass(frozen=True)
@@ -77,16 +47,6 @@ METRICS = (
 )
 
 
-@dataclass(frozen=True)
-class Difference:
-    """A variant minus the default, seed by seed: the mean, and in how many of the seeds it is better and worse."""
-
-    mean: float
-    num_better: int
-    num_worse: int
-    num_seeds: int
-
-
 def value_of(entry: Mapping[str, Any], key: str) -> float | None:
     """A score of one run; None where it was not measured or the run has failed."""
     if key == "exact_match":
@@ -105,17 +65,6 @@ def values_by_seed(record: Record, run: str | None, key: str) -> dict[int, float
     return {seed: value for seed, value in found.items() if value is not None}
 
 
-def difference(record: Record, run: str | None, metric: Metric) -> Difference | None:
-    """Of the seeds that both the run and the default have; None where there are none."""
-    ours, default = (values_by_seed(record, name, metric.key) for name in (run, record["default"]))
-    gaps = [ours[seed] - default[seed] for seed in ours if seed in default]
-    if not gaps or run == record["default"]:
-        return None
-    sign = 1 if metric.higher_is_better else -1
-    better, worse = sum(sign * gap > 0 for gap in gaps), sum(sign * gap < 0 for gap in gaps)
-    return Difference(statistics.fmean(gaps), better, worse, len(gaps))
-
-
 def spread_cell(values: Sequence[float], metric: Metric) -> str:
     """`91.2 (90.1 to 92.4, sd 0.9)`; the standard deviation from three seeds on."""
     if not values:
@@ -131,14 +80,20 @@ def spread_cell(values: Sequence[float], metric: Metric) -> str:
     return f"{shown[0]} ({shown[1]} to {shown[2]}{deviation})"
 
 
-def difference_cell(found: Difference | None, metric: Metric) -> str:
-    """`-1.3 (3/3 worse)`: the seeds counted are those that go the way of the mean."""
-    if found is None:
+def difference_cell(record: Record, run: str, metric: Metric) -> str:
+    """A run minus the default, the mean over the seeds that both have: `-1.3 (3/3 worse)`.
+
+    The seeds counted are those that go the way of the mean.
+    """
+    ours, default = (values_by_seed(record, name, metric.key) for name in (run, record["default"]))
+    gaps = [ours[seed] - default[seed] for seed in ours if seed in default]
+    if not gaps or run == record["default"]:
         return ""
-    is_better = (found.mean > 0) == metric.higher_is_better
-    count, word = (found.num_better, "better") if is_better else (found.num_worse, "worse")
-    told = f"{count}/{found.num_seeds} {word}" if found.num_better or found.num_worse else "the same"
-    return f"{metric.scale * found.mean:+.{metric.digits}f} ({told})"
+    mean = statistics.fmean(gaps)
+    same_way = sum((gap > 0) == (mean > 0) for gap in gaps if gap)
+    word = "better" if (mean > 0) == metric.higher_is_better else "worse"
+    told = f"{same_way}/{len(gaps)} {word}" if any(gaps) else "the same"
+    return f"{metric.scale * mean:+.{metric.digits}f} ({told})"
 
 
 def shown_metrics(record: Record) -> list[Metric]:
@@ -148,39 +103,42 @@ def shown_metrics(record: Record) -> list[Metric]:
 
 def table_rows(record: Record, axis: str) -> tuple[list[str], list[list[str]]]:
     """Head and rows of one table; variants that were not possible are not in it."""
-    metrics = shown_metrics(record)
+    metrics, default = shown_metrics(record), record["default"]
     heads = ["variant"]
     for metric in metrics:
-        heads += [metric.title, f"minus {record['default']}"]
-    rows = [
-        [label(row), *_score_cells(record, row["run"], metrics), *_cost_cells(record, row["run"])]
-        for row in record["tables"][axis]
-        if row["run"] is not None
-    ]
+        heads += [metric.title, f"minus {default}"]
+    usual = list(values_by_seed(record, default, "steps").values())
+    rows = []
+    for row in trained_rows(record, axis):
+        cells = [label(row)]
+        for metric in metrics:
+            values = values_by_seed(record, row["run"], metric.key)
+            cells += [spread_cell(list(values.values()), metric), difference_cell(record, row["run"], metric)]
+        steps, seconds = (list(values_by_seed(record, row["run"], key).values()) for key in ("steps", "seconds"))
+        of = f" of {usual[0]:.0f}" if steps and usual and steps[0] != usual[0] else ""
+        cells.append(f"{steps[0]:.0f}{of}" if steps else "n/a")
+        cells.append(f"{statistics.fmean(seconds):.1f}" if seconds else "n/a")
+        rows.append(cells)
     return [*heads, "steps", "training, s"], rows
 
 
-def _score_cells(record: Record, run: str, metrics: Sequence[Metric]) -> list[str]:
-    cells = []
-    for metric in metrics:
-        cells.append(spread_cell(list(values_by_seed(record, run, metric.key).values()), metric))
-        cells.append(difference_cell(difference(record, run, metric), metric))
-    return cells
+def trained_rows(record: Record, axis: str) -> list[Row]:
+    """The rows of a table that have a run."""
+    return [row for row in record["tables"][axis] if row["run"] is not None]
 
 
-def _cost_cells(record: Record, run: str) -> list[str]:
-    steps, seconds = (list(values_by_seed(record, run, key).values()) for key in ("steps", "seconds"))
-    usual = list(values_by_seed(record, record["default"], "steps").values())
-    of = f" of {usual[0]:.0f}" if steps and usual and steps[0] != usual[0] else ""
-    return [f"{steps[0]:.0f}{of}" if steps else "n/a", f"{statistics.fmean(seconds):.1f}" if seconds else "n/a"]
-
-
-def label(row: Mapping[str, Any]) -> str:
+def label(row: Row) -> str:
     """All names of a row: `vlsi = kld+kld`."""
     return " = ".join(row["names"])
 
 
-def own_steps(tables: Mapping[str, Sequence[Mapping[str, Any]]], default: str) -> dict[str, int]:
+def title(record: Record, axis: str) -> str:
+    """`k: entries kept of each row`; an earlier release did not record the titles."""
+    titles = record.get("titles", {})
+    return f"{axis}: {titles[axis]}" if axis in titles else axis
+
+
+def own_steps(tables: Mapping[str, Sequence[Row]], default: str) -> dict[str, int]:
     """Steps of the rows that are about their number and take others than the default."""
     rows = [row for table in tables.values() for row in table if row.get("num_steps")]
     usual = next((row["num_steps"] for row in rows if row["run"] == default), None)
@@ -188,34 +146,27 @@ def own_steps(tables: Mapping[str, Sequence[Mapping[str, Any]]], default: str) -
 
 
 def remarks(record: Record, axis: str) -> list[str]:
-    """What the numbers of a table do not say: what was not possible, what failed, what is still to come."""
-    lines = [NOTES[axis]] if axis in NOTES else []
+    """What the numbers of a table do not say: its note, what was not possible, what failed, what is still to come."""
+    lines = [note] if (note := record.get("notes", {}).get(axis)) else []
+    made: dict[str, dict[str, list[str]]] = {}  # of device and versions: which -> its value -> the runs
     for row in record["tables"][axis]:
         if row["run"] is None:
             lines.append(f"not possible: {label(row)}: {row['reason']}")
             continue
-        entries = record["runs"].get(row["run"], {})
-        lines += [
-            f"failed: {label(row)}, seed {seed}: {entries[str(seed)]['message']}"
-            for seed in record["seeds"]
-            if entries.get(str(seed), {}).get("status") == "failed"
-        ]
-        left = [str(seed) for seed in record["seeds"] if str(seed) not in entries]
-        lines += [f"not run yet: {label(row)}, seed {', '.join(left)}"] if left else []
-    return [*lines, *_not_made_alike(record, axis)]
-
-
-def _not_made_alike(record: Record, axis: str) -> list[str]:
-    """Device and versions that are not the same for all runs of a table: the numbers may differ for that reason."""
-    runs: dict[str, dict[str, list[str]]] = {}  # by what differs and its value
-    for row in record["tables"][axis]:
-        for seed, entry in record["runs"].get(row["run"], {}).items():
-            facts = {"device": entry.get("device"), **(entry.get("versions") or {})}
-            for name, value in facts.items():
+        entries, left = record["runs"].get(row["run"], {}), []
+        for seed in record["seeds"]:
+            entry = entries.get(str(seed))
+            if entry is None:
+                left.append(str(seed))
+                continue
+            if entry["status"] == "failed":
+                lines.append(f"failed: {label(row)}, seed {seed}: {entry['message']}")
+            for name, value in {"device": entry.get("device"), **(entry.get("versions") or {})}.items():
                 if value is not None:  # runs of an earlier release do not say it
-                    runs.setdefault(name, {}).setdefault(value, []).append(f"{label(row)}, seed {seed}")
-    lines = []
-    for name, by_value in runs.items():
+                    made.setdefault(name, {}).setdefault(value, []).append(f"{label(row)}, seed {seed}")
+        if left:
+            lines.append(f"not run yet: {label(row)}, seed {', '.join(left)}")
+    for name, by_value in made.items():  # numbers may differ for the reason that runs were not made alike
         usual, *others = sorted(by_value, key=lambda value: len(by_value[value]), reverse=True)
         told = "".join(f", {value} in {len(by_value[value])} ({'; '.join(by_value[value])})" for value in others)
         lines += [f"not made alike: {name} {usual} in {len(by_value[usual])} run(s){told}"] if others else []
@@ -227,10 +178,14 @@ def ruler_note(record: Record) -> list[str]:
     return [LAYERS_NOTE] if any(one.key == "layer_nll" for one in shown_metrics(record)) else []
 
 
+def runs_of(record: Record) -> set[str]:
+    """All runs of the tables."""
+    return {row["run"] for axis in record["tables"] for row in trained_rows(record, axis)}
+
+
 def num_failed(record: Record) -> int:
     """Runs of the tables that have failed, each counted once."""
-    used = {row["run"] for rows in record["tables"].values() for row in rows if row["run"] is not None}
-    entries = [record["runs"].get(run, {}).get(str(seed), {}) for run in used for seed in record["seeds"]]
+    entries = [record["runs"].get(run, {}).get(str(seed), {}) for run in runs_of(record) for seed in record["seeds"]]
     return sum(entry.get("status") == "failed" for entry in entries)
 
 
@@ -238,27 +193,25 @@ def ablation_text(record: Record) -> str:
     """All tables for the terminal."""
     blocks = ["\n".join([f"{len(record['seeds'])} seed(s), {record['budget']}", *ruler_note(record)])]
     for axis in record["tables"]:
-        heads, rows = table_rows(record, axis)
-        blocks.append("\n".join([f"{axis}: {TITLES[axis]}", table(heads, rows), *remarks(record, axis)]))
+        blocks.append("\n".join([title(record, axis), table(*table_rows(record, axis)), *remarks(record, axis)]))
     return "\n\n".join(blocks)
 
 
 def ablation_csv(record: Record) -> str:
     """One line for each table, variant and seed; numbers as they were measured."""
     buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(CSV_HEAD)
+    writer = csv.DictWriter(buffer, CSV_HEAD, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
     for axis, rows in record["tables"].items():
         for row in rows:
+            where = {"axis": axis, "variant": label(row)}
             if row["run"] is None:
-                line = {"axis": axis, "variant": label(row), "status": "not possible", "message": row["reason"]}
-                writer.writerow([line.get(key, "") for key in CSV_HEAD])
+                writer.writerow({**where, "status": "not possible", "message": row["reason"]})
                 continue
             for seed in record["seeds"]:
                 entry = record["runs"].get(row["run"], {}).get(str(seed), {"status": "not run yet"})
                 scores = {metric.key: value_of(entry, metric.key) for metric in METRICS}
-                line = {**entry, **scores, "axis": axis, "variant": label(row), "seed": seed}
-                writer.writerow(["" if line.get(key) is None else line[key] for key in CSV_HEAD])
+                writer.writerow({**entry, **scores, **where, "seed": seed})
     return buffer.getvalue()
 
 

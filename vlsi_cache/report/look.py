@@ -12,7 +12,7 @@ from vlsi_cache.store.reader import Cache, CachePath, open
 
 from .describe import describe_cache, description_text
 from .example import grid_of
-from .layers import MAX_SUMMARY_PARTS, CacheStats, cache_stats
+from .layers import MAX_PARTS, CacheStats, cache_stats
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def inspect(cache: CachePath) -> Inspection:
     return Inspection(describe_cache(cache.path if isinstance(cache, Cache) else Path(cache)))
 
 
-def stats(cache: CachePath, *, parts: int = MAX_SUMMARY_PARTS) -> CacheStats:
+def stats(cache: CachePath, *, parts: int = MAX_PARTS) -> CacheStats:
     """What the layers say, over `parts` evenly spaced parts (0: all): entropy, loss, ranks, KL, per layer.
 
     Raises CacheIncompleteError when there are no rows yet.

@@ -224,7 +224,7 @@ def _ablation_table(record: dict[str, Any], axis: str) -> dict[str, Any]:
         }
     svg = ablation.ablation_dots(panels, list(drawn), default, name=f"ablation-{axis}") if panels else None
     return {
-        "title": f"{axis}: {ablation.TITLES[axis]}",
+        "title": ablation.title(record, axis),
         "svg": svg,
         "heads": heads,
         "rows": rows,

@@ -18,9 +18,10 @@ from vlsi_cache.io import check_folder, refuse_url
 from vlsi_cache.models.verbalizer import whole_layers
 from vlsi_cache.progress import say
 from vlsi_cache.report.pages import ensure_report, write_report
-from vlsi_cache.run_files import read_run
+from vlsi_cache.report.text import table
+from vlsi_cache.run_files import METRICS, read_metrics, read_run
 from vlsi_cache.runs.checkpoints import Checkpoints
-from vlsi_cache.runs.metrics import MetricsLog
+from vlsi_cache.runs.metrics import MetricsLog, final_loss, layer_curves
 from vlsi_cache.runs.run_dir import (
     LOCK_NAME,
     WHOLE_BATCH,
@@ -173,6 +174,7 @@ def _check_same(folder: Path, record: dict[str, Any], spec: CacheSpec, facts: di
 
 
 KIND = "train-verbalizers"
+SHARES = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)  # of the training: the columns of Appendix B
 
 
 def train_verbalizers(
@@ -186,9 +188,10 @@ def train_verbalizers(
 ) -> Path:
     """Train the teacher's verbalizers into the folder `out`; run again after a kill, it goes on.
 
-    Writes `verbalizers/layer_KKKK.safetensors`, `verbalizers.json`, `metrics.jsonl`, `run.json`, `report.html`. With
-    `layers` (`A:B`, `2,6,10` or numbers), or as `rank` of `world`, it trains these target layers alone, bit by bit as
-    they would be beside the others: several processes may work on one `out`, each in a run folder of its own in it.
+    Writes `verbalizers/layer_KKKK.safetensors`, `verbalizers.json`, `metrics.jsonl`, `run.json`, `report.html`, and
+    says how the loss of each layer has fallen. With `layers` (`A:B`, `2,6,10` or numbers), or as `rank` of `world`, it
+    trains these target layers alone, bit by bit as they would be beside the others: several processes may work on one
+    `out`, each in a run folder of its own in it.
     Raises SpecError, FingerprintMismatchError, RunBusyError.
     """
     refuse_url(out, "out")
@@ -216,6 +219,7 @@ def train_verbalizers(
         else:
             finish_run(run, stages=[_train(inputs, out, run.path, wanted, device=device)])
             write_report(run.path)
+            say(f"loss of each layer, nats per response token, by share of the training:\n{loss_table(run.path)}")
     if chosen is not None:
         say(f"trained: layers {shown_layers(chosen)}; report: {run.path / 'report.html'}")
     trained = trained_layers(out)
@@ -248,6 +252,23 @@ def _opened(
             run = open_run(out / name, KIND, inputs.spec, device=device, call=call, **facts, **own)
             opened = stack.enter_context(run)
         yield opened
+
+
+def loss_table(run: Path) -> str:
+    """The loss of every layer in the course of a training (VLsI, Appendix B), from the log of its run folder.
+
+    At each share of the training stands the mean over the last tenth of the steps until then, in nats per response
+    token.
+    """
+    steps, losses_by_layer = layer_curves(read_metrics(run / METRICS), "verbalize")
+    rows = []
+    for layer, losses in losses_by_layer.items():
+        cells = [str(layer)]
+        for share in SHARES:
+            until = max(steps[0], share * steps[-1])
+            cells.append(f"{final_loss([loss for step, loss in zip(steps, losses, strict=True) if step <= until]):.2f}")
+        rows.append(cells)
+    return table(["layer", *(f"{share:.0%}" for share in SHARES)], rows)
 
 
 def _train(inputs: TeacherInputs, out: Path, folder: Path, layers: list[int], *, device: str | None) -> dict[str, Any]:
