@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -21,6 +21,15 @@ BatchReduction = Literal["token", "sample"]
 
 
 PromptMode = Literal["generation", "template"]
+
+
+BadRows = Literal["refuse", "list"]
+
+
+Style = Literal["residual", "plain"]
+
+
+PreNorm = Literal["rms", "none"]
 
 
 # Bounds that no model, machine or training comes near: what is beyond them was mistyped.
@@ -101,9 +110,9 @@ class VerbalizerSpec(Strict):
     """
 
     structure: Structure = "verb-ffn"
-    style: Literal["residual", "plain"] = "residual"
+    style: Style = "residual"
     final_norm: bool = True
-    pre_norm: Literal["rms", "none"] = "rms"
+    pre_norm: PreNorm = "rms"
     loss: Literal["ce", "kl_to_final"] = "ce"
 
 
@@ -145,7 +154,7 @@ Operation = Literal["forward_kl", "reverse_kl", "jsd", "skewed_kl", "l2_topk", "
 OF_MATCHING = ("matching", "match_unit", "sampler", "reliable_only", "scale", "temperature")
 
 
-DIVERGENCES = frozenset({"forward_kl", "reverse_kl", "jsd", "skewed_kl", "l2_topk"})
+DIVERGENCES = frozenset(get_args(Operation)) - {"ce", "none"}
 
 
 class InteractSpec(Strict):
@@ -399,7 +408,7 @@ class DataSpec(Strict):
     max_length: Annotated[int, Field(ge=8, le=2**24)] = 4096
     min_pixels: Annotated[int, Field(ge=1, le=2**31)] | None = None
     max_pixels: Annotated[int, Field(ge=1, le=2**31)] | None = None
-    bad_rows: Literal["refuse", "list"] = "refuse"
+    bad_rows: BadRows = "refuse"
     template: dict[str, Any] = Field(default_factory=dict)
     prompt: PromptMode = "generation"
 
