@@ -7,6 +7,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from vlsi_cache.config.sections import Encoding
 from vlsi_cache.data.encoder import Encoder, fit_rows
 from vlsi_cache.data.records import Record
 from vlsi_cache.errors import DataError, FingerprintMismatchError, ModelError, SpecError
@@ -233,7 +234,7 @@ def test_answer_outside_an_open_block_is_refused(cores: dict[str, str]) -> None:
 def test_prompt_as_the_template_writes_history(cores: dict[str, str]) -> None:
     for template, header in ((R1, "<|Assistant|>"), (HYBRID, "<think>\n\n</think>\n\n"), (VICUNA, "ASSISTANT:")):
         tokenizer = _tokenizer(cores["byte-level"], template)
-        encoder = Encoder(tokenizer, None, (), name="m", prompt="template")
+        encoder = Encoder(tokenizer, None, (), name="m", encoding=Encoding(prompt="template"))
         row = _row("paris")
         sample = encoder.encode(row)
         whole = tokenizer.apply_chat_template(_conversation(row), tokenize=False).rstrip("\n")
@@ -249,7 +250,7 @@ def test_prompt_as_the_template_writes_history(cores: dict[str, str]) -> None:
 def test_arguments_of_the_template(cores: dict[str, str]) -> None:
     tokenizer = _tokenizer(cores["byte-level"], HYBRID)
     plain = Encoder(tokenizer, None, (), name="m")
-    quick = Encoder(tokenizer, None, (), name="m", template_args={"enable_thinking": False})
+    quick = Encoder(tokenizer, None, (), name="m", encoding=Encoding(template_args={"enable_thinking": False}))
     row = _row("paris")
     asked = tokenizer.apply_chat_template(
         _conversation(row)[:-1], tokenize=False, add_generation_prompt=True, enable_thinking=False
@@ -263,9 +264,9 @@ def test_arguments_of_the_template(cores: dict[str, str]) -> None:
     assert quick.fingerprint()["template_args"] == {"enable_thinking": False}
     assert quick.fingerprint() != plain.fingerprint()
     with pytest.raises(SpecError, match="names `enable_thinkin`, and the chat template of `m` reads `enable_thinking`"):
-        Encoder(tokenizer, None, (), name="m", template_args={"enable_thinkin": False})
+        Encoder(tokenizer, None, (), name="m", encoding=Encoding(template_args={"enable_thinkin": False}))
     with pytest.raises(SpecError, match="names `tokenize`, and the chat template of `m` reads `enable_thinking`"):
-        Encoder(tokenizer, None, (), name="m", template_args={"tokenize": True})
+        Encoder(tokenizer, None, (), name="m", encoding=Encoding(template_args={"tokenize": True}))
 
 
 def test_reasoning_tools_and_tool_calls(cores: dict[str, str]) -> None:

@@ -299,7 +299,7 @@ def test_every_damage_of_a_verbalizer_is_found(change: Any, at: float, tmp_path:
     key = "xxh3" if change is flip else "size"
     for read in (
         lambda: verbalizer_files.load_layer(folder, 2, module, ARCHITECTURE),
-        lambda: verbalizer_files.digests(folder, [1, 2]),
+        lambda: verbalizer_files.verbalizers_digest(folder, [1, 2]),
     ):
         with pytest.raises(CacheCorruptError, match=f"{file} is damaged: its {key} is ") as caught:
             read()

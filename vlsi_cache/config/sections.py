@@ -23,6 +23,15 @@ BatchReduction = Literal["token", "sample"]
 PromptMode = Literal["generation", "template"]
 
 
+BadRows = Literal["refuse", "list"]
+
+
+Style = Literal["residual", "plain"]
+
+
+PreNorm = Literal["rms", "none"]
+
+
 # Bounds that no model, machine or training comes near: what is beyond them was mistyped.
 MAX_LAYERS, MAX_STEPS, MAX_BATCH = 4096, 10**9, 2**20
 
@@ -101,9 +110,9 @@ class VerbalizerSpec(Strict):
     """
 
     structure: Structure = "verb-ffn"
-    style: Literal["residual", "plain"] = "residual"
+    style: Style = "residual"
     final_norm: bool = True
-    pre_norm: Literal["rms", "none"] = "rms"
+    pre_norm: PreNorm = "rms"
     loss: Literal["ce", "kl_to_final"] = "ce"
 
 
@@ -407,7 +416,7 @@ class DataSpec(Strict):
     max_length: Annotated[int, Field(ge=8, le=2**24)] = 4096
     min_pixels: Annotated[int, Field(ge=1, le=2**31)] | None = None
     max_pixels: Annotated[int, Field(ge=1, le=2**31)] | None = None
-    bad_rows: Literal["refuse", "list"] = "refuse"
+    bad_rows: BadRows = "refuse"
     template: dict[str, Any] = Field(default_factory=dict)
     prompt: PromptMode = "generation"
 

@@ -13,11 +13,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from vlsi_cache.config.sections import AS_IT_IS, Encoding
+from vlsi_cache.config.sections import AS_IT_IS, BadRows, Encoding
 from vlsi_cache.errors import DataError, ModelError, RowError, list_problems
 from vlsi_cache.progress import progress, say
 
@@ -71,10 +71,6 @@ class Encoder:
         self.notes: Counter[str] = Counter()  # what `fit_rows` says of the rows read since it began
 
     @property
-    def chat_template(self) -> str:
-        return self.chat.template
-
-    @property
     def eot_id(self) -> int:
         """The token that ends a response."""
         return self.chat.eot_id
@@ -113,7 +109,7 @@ class Encoder:
         return {
             "contract": CONTRACT,
             "tokenizer": _sha256(sorted((index, token) for token, index in self.id_of.items())),
-            "chat_template": _sha256(self.chat_template),
+            "chat_template": _sha256(self.chat.template),
             **({"tool_template": _sha256(templates[True])} if templates[True] != templates[False] else {}),
             "template_args": dict(self.chat.args),
             "prompt": self.chat.mode,
@@ -169,15 +165,12 @@ class Encoder:
         if record.images and self.vision is None:
             raise DataError(f"has {len(record.images)} images, and `{self.name}` is a text-only model")
         turn = self.chat.turn(record) if with_response else Turn(self.chat.prompt(record), "")
-        turn = replace(turn, prompt=self._begun(turn.prompt))
+        if not turn.prompt.startswith(self._bos):  # never two
+            turn = replace(turn, prompt=self._bos + turn.prompt)
         prompt_ids = token_ids(self.tokenizer, turn.prompt)
         response_ids = self._response_ids(turn, prompt_ids) if with_response else []
         self.notes.update(turn.notes)
         return turn, prompt_ids, np.asarray(response_ids, dtype=np.int64)
-
-    def _begun(self, text: str) -> str:
-        """With a beginning-of-sequence token if the tokenizer wants one: never two."""
-        return text if text.startswith(self._bos) else self._bos + text
 
     def _response_ids(self, turn: Turn, prompt_ids: list[int]) -> list[int]:
         ids = token_ids(self.tokenizer, turn.prompt + turn.response)
@@ -211,15 +204,12 @@ class Encoder:
     def _refuse_control_ids(self, ids: Sequence[int], text: str) -> None:
         """Control tokens that the response is read as though its text, and the template, do not write them."""
         unknown = self.tokenizer.unk_token_id
-        found = [index for index in ids[:-1] if index in self._control_set]
+        control = set(self.chat.control.values())
+        found = [index for index in ids[:-1] if index in control]
         written = len(self.chat.control_pattern.findall(text)) - self.chat.writes_eot
         if found and (unknown in found or len(found) > written):
             bad = unknown if unknown in found else found[0]
             raise DataError(f"the response is read as the control token `{self.tokenizer.convert_ids_to_tokens(bad)}`")
-
-    @cached_property
-    def _control_set(self) -> frozenset[int]:
-        return frozenset(self.chat.control.values())
 
     @cached_property
     def _bos(self) -> str:
@@ -265,7 +255,7 @@ def fit_rows(
     max_length: int,
     *,
     max_positions: int | None = None,
-    bad_rows: Literal["refuse", "list"] = "refuse",
+    bad_rows: BadRows = "refuse",
     with_response: bool = True,
 ) -> tuple[list[tuple[int, int, np.ndarray]], list[dict[str, str]]]:
     """Measure all rows: the (index, number of prompt tokens, response ids) that fit, and the {id, reason} that do not.
@@ -293,7 +283,14 @@ def fit_rows(
     counts = [f"{count} of {len(records)} rows: {note}" for note, count in encoder.notes.most_common()]
     for line in [*encoder.chat.remarks, *counts]:
         say(line)
-    _check_fit(len(kept), skipped, problems, encoder.name, bad_rows)
+    if problems and bad_rows == "refuse":
+        advice = "mend them, or leave them out with data.bad_rows: list"
+        raise DataError(
+            f"{len(problems)} rows cannot be encoded for `{encoder.name}`; {advice}\n{list_problems(problems)}"
+        )
+    if not kept:
+        lines = [f"row `{row['id']}`: {row['reason']}" for row in skipped]
+        raise DataError(f"no row is left for `{encoder.name}` out of {len(skipped)}\n{list_problems(lines)}")
     return kept, skipped
 
 
@@ -304,17 +301,6 @@ def too_long(num_tokens: int, max_length: int, max_positions: int | None) -> str
     if max_positions is not None and num_tokens > max_positions:
         return f"{num_tokens} tokens, the model has {max_positions} positions (`max_position_embeddings`)"
     return ""
-
-
-def _check_fit(
-    num_kept: int, skipped: list[dict[str, str]], problems: list[str], name: str, bad_rows: Literal["refuse", "list"]
-) -> None:
-    if problems and bad_rows == "refuse":
-        advice = "mend them, or leave them out with data.bad_rows: list"
-        raise DataError(f"{len(problems)} rows cannot be encoded for `{name}`; {advice}\n{list_problems(problems)}")
-    if not num_kept:
-        lines = [f"row `{row['id']}`: {row['reason']}" for row in skipped]
-        raise DataError(f"no row is left for `{name}` out of {len(skipped)}\n{list_problems(lines)}")
 
 
 def _chat_templates(tokenizer: Any, vision: Vision | None, name: str) -> dict[bool, str]:

@@ -159,16 +159,16 @@ def row_of(record: Record, *, media_root: Path | None = None) -> dict[str, Any]:
     Images come as bytes, wherever the row will lie; with a `media_root`, those that were read from below it come as
     paths relative to it.
     """
-    images = [_entry_of(image, media_root) for image in record.images]
+    images = []
+    for image in record.images:
+        if image.path is None or media_root is None:
+            held: dict[str, Any] = {"bytes": image.read()}
+        else:
+            held = {"path": image.path.relative_to(media_root).as_posix()}
+        images.append({**held, "sha256": image.sha256})
     row = {"id": record.id, "kind": record.kind, "messages": record.messages, "images": images}
     row |= {"tools": record.tools} if record.tools else {}
     return row | ({"chat_template_kwargs": record.template_args} if record.template_args else {})
-
-
-def _entry_of(image: Media, root: Path | None) -> dict[str, Any]:
-    if image.path is None or root is None:
-        return {"bytes": image.read(), "sha256": image.sha256}
-    return {"path": image.path.relative_to(root).as_posix(), "sha256": image.sha256}
 
 
 def _read_row(reading: _Reading, raw: RawRow) -> None:
@@ -218,9 +218,11 @@ def _to_record(raw: RawRow, reading: _Reading, notes: set[str]) -> Record:
         raise DataError(f"is a {type(row).__name__}, must be a mapping with `messages`")
     messages, pictures = _content(row, notes)
     images = tuple(_image(raw, entry, number, reading) for number, entry in enumerate(pictures))
-    tools, template_args = _tools(row), _template_args(row)
+    tools, template_args = _for_template(row, "tools"), _for_template(row, "chat_template_kwargs") or {}
     digest = _digest(messages, images, tools, template_args)
-    return Record(_row_id(row, digest), messages, images, digest, _kind(row), tools, template_args)
+    row_id = _row_id(row, digest)
+    kind = "" if row.get("kind") is None else text_value(row["kind"], "`kind`")
+    return Record(row_id, messages, images, digest, kind, tools, template_args)
 
 
 def _content(row: Mapping[str, Any], notes: set[str]) -> tuple[list[Message], list[Any]]:
@@ -266,29 +268,16 @@ def _row_id(row: Mapping[str, Any], digest: str) -> str:
     return text_value(str(row_id), "`id`")
 
 
-def _kind(row: Mapping[str, Any]) -> str:
-    kind = row.get("kind")
-    return "" if kind is None else text_value(kind, "`kind`")
-
-
-def _tools(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    """What the template is told that the assistant can call."""
-    tools = None if is_empty(row.get("tools")) else given_json(row["tools"], "`tools`")
-    if is_empty(tools):
+def _for_template(row: Mapping[str, Any], key: str) -> Any:
+    """What `tools` or `chat_template_kwargs` of a row hold, also as JSON text; None for nothing."""
+    found = None if is_empty(row.get(key)) else given_json(row[key], f"`{key}`")
+    if is_empty(found):
         return None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+    if key == "tools" and not (isinstance(found, list) and all(isinstance(tool, dict) for tool in found)):
         raise DataError("`tools` must be a list of mappings, one for each tool")
-    return tools
-
-
-def _template_args(row: Mapping[str, Any]) -> dict[str, Any]:
-    key = "chat_template_kwargs"
-    arguments = None if is_empty(row.get(key)) else given_json(row[key], f"`{key}`")
-    if is_empty(arguments):
-        return {}
-    if not isinstance(arguments, dict):
-        raise DataError(f"`{key}` is a {type(arguments).__name__}, must be a mapping of names and values")
-    return arguments
+    if key != "tools" and not isinstance(found, dict):
+        raise DataError(f"`{key}` is a {type(found).__name__}, must be a mapping of names and values")
+    return found
 
 
 def _digest(

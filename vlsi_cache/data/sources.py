@@ -62,10 +62,9 @@ class RawRow(NamedTuple):
 
 def file_rows(path: Path, kind: str, name: str, unread: set[str]) -> Iterator[RawRow]:
     """The rows of one file, called `name` in messages; names of columns that are not read are added to `unread`."""
-    readers = {".parquet": _parquet_rows, ".arrow": _arrow_rows}
     try:
-        if kind in readers:
-            yield from readers[kind](path, name, unread)
+        if kind in (".parquet", ".arrow"):
+            yield from _table_rows(path, kind, name, unread)
         elif kind == ".json":
             yield from _json_rows(path, name)
         else:
@@ -145,47 +144,45 @@ def _next(text: str, position: int) -> int:
     return position
 
 
-def _parquet_rows(path: Path, name: str, unread: set[str]) -> Iterator[RawRow]:
+def _table_rows(path: Path, kind: str, name: str, unread: set[str]) -> Iterator[RawRow]:
     number = 0
-    with pq.ParquetFile(path, buffer_size=_READ_BYTES, pre_buffer=False) as file:
-        columns = _columns(file.schema_arrow.names, path, unread)
-        for group in range(file.num_row_groups):
-            in_group = 0
-            about = file.metadata.row_group(group)
-            can_be_found = about.total_byte_size <= _MAX_GROUP_BYTES
-            for batch in file.iter_batches(_num_rows(about), row_groups=[group], columns=columns):
-                for row in batch.to_pylist():
-                    again = partial(_parquet_again, path, group, in_group, columns) if can_be_found else None
-                    yield RawRow(f"{name} row {number}", _without_nulls(row), again)
-                    number, in_group = number + 1, in_group + 1
+    for chunk, (batches, is_small) in enumerate(_chunks(path, kind, unread)):
+        rows = chain.from_iterable(batch.to_pylist() for batch in batches)
+        for index, row in enumerate(rows):
+            again = partial(_table_again, path, kind, chunk, index) if is_small else None
+            yield RawRow(f"{name} row {number}", _without_nulls(row), again)
+            number += 1
 
 
-def _num_rows(group: Any) -> int:
-    """How many rows of this row group are unpacked at a time."""
-    return max(1, min(BATCH_ROWS, BATCH_BYTES * group.num_rows // max(1, group.total_byte_size)))
-
-
-def _parquet_again(path: Path, group: int, index: int, columns: list[str]) -> Any:
-    with pq.ParquetFile(path, buffer_size=_READ_BYTES, pre_buffer=False) as file:
-        size = _num_rows(file.metadata.row_group(group))
-        for batch in file.iter_batches(size, row_groups=[group], columns=columns):
+def _table_again(path: Path, kind: str, chunk: int, index: int) -> Any:
+    """Row `index` of a chunk; the chunks before it are not unpacked."""
+    for batches, _ in islice(_chunks(path, kind, set()), chunk, chunk + 1):
+        for batch in batches:
             if index < batch.num_rows:
                 return _without_nulls(batch.slice(index, 1).to_pylist()[0])
             index -= batch.num_rows
     raise DataError(f"{path} has fewer rows than when it was read before; start again")
 
 
-def _arrow_rows(path: Path, name: str, unread: set[str]) -> Iterator[RawRow]:
-    number = 0
-    for index, batch in enumerate(_arrow_batches(path)):
-        columns = _columns(batch.schema.names, path, unread)
-        batch = batch.select(columns)
-        size = max(1, min(BATCH_ROWS, BATCH_BYTES * batch.num_rows // max(1, batch.nbytes)))
-        for start in range(0, batch.num_rows, size):
-            for offset, row in enumerate(batch.slice(start, size).to_pylist(), start=start):
-                again = partial(_arrow_again, path, index, offset, columns)
-                yield RawRow(f"{name} row {number}", _without_nulls(row), again)
-                number += 1
+def _chunks(path: Path, kind: str, unread: set[str]) -> Iterator[tuple[Iterator[pa.RecordBatch], bool]]:
+    """Row groups of Parquet or record batches of Arrow: each a few rows at a time, and whether `again` may read it."""
+    if kind == ".parquet":
+        with pq.ParquetFile(path, buffer_size=_READ_BYTES, pre_buffer=False) as file:
+            columns = _columns(file.schema_arrow.names, path, unread)
+            for number in range(file.num_row_groups):
+                group = file.metadata.row_group(number)
+                size = _rows_at_a_time(group.num_rows, group.total_byte_size)
+                batches = file.iter_batches(size, row_groups=[number], columns=columns)
+                yield batches, group.total_byte_size <= _MAX_GROUP_BYTES
+        return
+    for batch in _arrow_batches(path):
+        chosen = batch.select(_columns(batch.schema.names, path, unread))
+        size = _rows_at_a_time(chosen.num_rows, chosen.nbytes)
+        yield map(partial(chosen.slice, length=size), range(0, chosen.num_rows, size)), True
+
+
+def _rows_at_a_time(num_rows: int, num_bytes: int) -> int:
+    return max(1, min(BATCH_ROWS, BATCH_BYTES * num_rows // max(1, num_bytes)))
 
 
 def _arrow_batches(path: Path) -> Iterator[pa.RecordBatch]:
@@ -197,13 +194,6 @@ def _arrow_batches(path: Path) -> Iterator[pa.RecordBatch]:
         else:
             source.seek(0)
             yield from pa.ipc.open_stream(source)
-
-
-def _arrow_again(path: Path, index: int, offset: int, columns: list[str]) -> Any:
-    for number, batch in enumerate(_arrow_batches(path)):
-        if number == index:
-            return _without_nulls(batch.select(columns).slice(offset, 1).to_pylist()[0])
-    raise DataError(f"{path} has fewer rows than when it was read before; start again")
 
 
 def _columns(names: Iterable[str], path: Path, unread: set[str]) -> list[str]:
@@ -224,7 +214,8 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
-# What the names of files end in that are read, see `readers`.
+DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "metadata.json", "config.json")  # beside data, and none
+# What the names of files end in that are read, see `file_rows`.
 KINDS = (".jsonl.gz", ".jsonl.zst", ".jsonl", ".json", ".parquet", ".arrow")
 
 
@@ -314,16 +305,11 @@ def _in_folder(folder: Path) -> Files:
         there = sorted(file for file in folder.iterdir() if not file.name.startswith("."))
     except OSError as error:
         raise DataError(f"`data.path` is {folder}, a folder that cannot be read: {error.strerror}") from None
-    files = [file for file in there if file.is_file() and _suffix(file) in KINDS and not _is_description(file)]
+    files = [file for file in there if file.is_file() and _suffix(file) in KINDS and file.name not in DESCRIPTIONS]
     if not files:
         found = f"only {listed(file.name for file in there)}" if there else "nothing"
         raise DataError(f"`data.path` is {folder}, a folder that holds {found}; {READ}")
     return _shards(files, str(folder), folder.resolve())
-
-
-def _is_description(file: Path) -> bool:
-    """JSON files that stand beside data and are none."""
-    return file.name in ("dataset_info.json", "dataset_infos.json", "metadata.json", "config.json")
 
 
 def _saved_to_disk(folder: Path) -> tuple[Path, ...]:
@@ -398,8 +384,7 @@ def media_root(data: DataSpec) -> Path | None:
 
 def responses_of(data: DataSpec) -> dict[str, Any] | None:
     """What `vlsi-cache generate` wrote about the responses of a Parquet file; None for every other source."""
-    files = find_files(data.path) if data.path is not None else None
-    if files is None or files.kind != ".parquet":
+    if data.path is None or (files := find_files(data.path)).kind != ".parquet":
         return None
     found = [read_responses(path) for path in files.paths]
     if any(one != found[0] for one in found):
@@ -423,7 +408,14 @@ def read_responses(path: Path) -> dict[str, Any] | None:
 
 
 def _generated(name: str, options: dict[str, Any]) -> Iterator[RawRow]:
-    make_rows = _find_generator(name)
+    installed = {point.name: point for point in entry_points(group=GENERATORS)}
+    if name not in installed:
+        names = ", ".join(sorted(installed)) or "none"
+        raise DataError(f"no generator `{name}`; installed: {names} (entry points of the group `{GENERATORS}`)")
+    try:
+        make_rows = installed[name].load()
+    except (ImportError, AttributeError) as error:
+        raise DataError(f"generator `{name}` ({installed[name].value}) cannot be loaded: {error}") from error
     signature = inspect.signature(make_rows)
     try:
         signature.bind(**options)
@@ -437,14 +429,3 @@ def _generated(name: str, options: dict[str, Any]) -> Iterator[RawRow]:
     except Exception as error:  # the generator is foreign code
         reason = f"{type(error).__name__}: {shown(str(error))}"
         raise DataError(f"generator `{name}` failed after {number} rows: {reason}") from error
-
-
-def _find_generator(name: str) -> Callable[..., Iterable[Any]]:
-    installed = {point.name: point for point in entry_points(group=GENERATORS)}
-    if name not in installed:
-        names = ", ".join(sorted(installed)) or "none"
-        raise DataError(f"no generator `{name}`; installed: {names} (entry points of the group `{GENERATORS}`)")
-    try:
-        return installed[name].load()
-    except (ImportError, AttributeError) as error:
-        raise DataError(f"generator `{name}` ({installed[name].value}) cannot be loaded: {error}") from error

@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image
@@ -35,25 +35,6 @@ class Prompt:
     ids_P: np.ndarray
     token_types_P: np.ndarray | None
     media: dict[str, np.ndarray]
-
-
-class Vision(Protocol):
-    """What the encoder asks of either way. Texts come with all special tokens written out."""
-
-    @property
-    def image_processor(self) -> Any: ...
-
-    @property
-    def min_pixels(self) -> int | None: ...
-
-    @property
-    def max_pixels(self) -> int | None: ...
-
-    def num_tokens(self, text: str, images: Sequence[Media]) -> int: ...
-
-    def encode(self, text: str, images: Sequence[Media]) -> Prompt: ...
-
-    def digest(self) -> str: ...
 
 
 def token_ids(tokenizer: Any, text: str) -> list[int]:
@@ -184,6 +165,10 @@ class ProcessorVision:
         arrays = {key: np.asarray(value) for key, value in features.items() if key not in OURS}
         types = arrays.pop("mm_token_type_ids", None)
         return Prompt(arrays.pop("input_ids")[0], None if types is None else types[0], arrays)
+
+
+# What the encoder asks of either way: texts come with all special tokens written out.
+Vision = GridVision | ProcessorVision
 
 
 def _without(ids: Sequence[int], token_id: int) -> list[int]:

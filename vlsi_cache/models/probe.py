@@ -7,7 +7,7 @@ Shapes: T response tokens of both samples, V vocabulary, D hidden size.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
 from numbers import Real
@@ -115,7 +115,8 @@ def _compare(backbone: Backbone, probe: Probe, name: str) -> str:
     raw_TV = _head(backbone, hidden_TD)
     exact = backbone.head_weight.dtype in (torch.float32, torch.float64)
     said = _settle(backbone, raw_TV, own_TV, exact, name, probe)
-    difference = _difference(own_TV, _changed(backbone, _head(backbone, _normed(backbone, last_TD))), exact)
+    normed_TD = backbone.final_norm(last_TD).to(backbone.device)
+    difference = _difference(own_TV, _changed(backbone, _head(backbone, normed_TD)), exact)
     if not difference.is_small:
         raise ModelError(
             f"model `{name}`: something else than `{type(backbone.final_norm).__name__}` stands between its last "
@@ -227,10 +228,6 @@ def _hidden(backbone: Backbone, probe: Probe) -> tuple[Tensor, Tensor]:
     return captured[backbone.num_layers], torch.cat(last)
 
 
-def _normed(backbone: Backbone, state_TD: Tensor) -> Tensor:
-    return backbone.final_norm(state_TD).to(backbone.device)
-
-
 def _head(backbone: Backbone, hidden_TD: Tensor) -> Tensor:
     """What the head gives, before anything is done to it."""
     weight_VD = backbone.head_weight
@@ -264,21 +261,16 @@ def _ratio(raw_TV: Tensor, own_TV: Tensor, exact: bool) -> tuple[float, bool]:
 
 def _named_factor(backbone: Backbone, ratio: float, exact: bool) -> tuple[float, str]:
     """The setting of the configuration that the ratio is, or the inverse of; else the ratio as it was measured."""
-    for value, key in _factors(backbone):
-        if abs(value / ratio - 1) <= (1e-4 if exact else 3e-3):
-            return value, key
-    return float(f"{ratio:.6g}" if exact else f"{ratio:.4g}"), ""
-
-
-def _factors(backbone: Backbone) -> Iterator[tuple[float, str]]:
     for config in (backbone.text_config, backbone.config):
-        settings: Mapping[str, Any] = config.to_dict()
-        for key, value in settings.items():
+        for key, value in config.to_dict().items():
             if not isinstance(value, Real) or not float(value) > 0 or not any(word in key for word in FACTOR_WORDS):
                 continue
-            yield float(value), f"`{key}` {value}"
-            yield 1 / float(value), f"`{key}` 1/{value}"
-            yield float(value) / backbone.hidden_size, f"`{key}` {value}/{backbone.hidden_size}"
+            number, width = float(value), backbone.hidden_size
+            named = {number: value, 1 / number: f"1/{value}", number / width: f"{value}/{width}"}
+            for factor, shown in named.items():
+                if abs(factor / ratio - 1) <= (1e-4 if exact else 3e-3):
+                    return factor, f"`{key}` {shown}"
+    return float(f"{ratio:.6g}" if exact else f"{ratio:.4g}"), ""
 
 
 # Of different lengths, so that the second is padded, with responses of several tokens.

@@ -17,13 +17,14 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from vlsi_cache.config.sections import PreNorm, Structure, Style
 from vlsi_cache.errors import CacheCorruptError, ModelError, command_line
 from vlsi_cache.io import checksum, difference_from, replacing, write_atomically
 from vlsi_cache.run_files import RUN, read_run, read_verbalizers
@@ -145,16 +146,16 @@ def whole_layers(folder: Path) -> list[int]:
     return found
 
 
-def digests(folder: Path, layers: Sequence[int]) -> dict[str, str]:
-    """sha256 of each layer's file."""
+def verbalizers_digest(folder: str | Path, layers: Sequence[int]) -> dict[str, str]:
+    """sha256 of each layer's file (key: the layer as text), which holds weights and architecture."""
+    folder = Path(folder)
     read_record(folder, layers)
     check_layers(folder, layers)
-    return {str(layer): _sha256(layer_file(folder, layer)) for layer in layers}
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    found = {}
+    for layer in layers:
+        with layer_file(folder, layer).open("rb") as stream:
+            found[str(layer)] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return found
 
 
 def _is_of_student(folder: Path) -> bool:
@@ -177,9 +178,6 @@ def _train_again(folder: Path) -> str:
 
 def _canonical(architecture: dict[str, Any]) -> str:
     return json.dumps(architecture, sort_keys=True)
-
-
-Structure = Literal["mlp", "mlp-x2", "verb-ffn", "verb-ffn-x2", "ffn", "ffn-x2", "decoder", "decoder-x2"]
 
 
 NUM_BLOCKS = {
@@ -218,9 +216,9 @@ class Architecture:
     structure: str
     hidden_size: int
     intermediate_size: int
-    style: Literal["residual", "plain"] = "residual"
+    style: Style = "residual"
     final_norm: bool = True
-    pre_norm: Literal["rms", "none"] = "rms"
+    pre_norm: PreNorm = "rms"
     activation: str = "silu"
     norm_eps: float = NORM_EPS
 
@@ -355,21 +353,23 @@ def build_verbalizers(
     layers: Sequence[int],
     *,
     structure: Structure = "verb-ffn",
-    style: Literal["residual", "plain"] = "residual",
+    style: Style = "residual",
     final_norm: bool = True,
-    pre_norm: Literal["rms", "none"] = "rms",
+    pre_norm: PreNorm = "rms",
     seed: int = 0,
 ) -> Verbalizers:
     """Fresh fp32 verbalizers on the backbone's device; a layer starts the same whichever others are built with it."""
+    text = backbone.text_config
+    width = getattr(text, "intermediate_size", 0)
     architecture = Architecture(
         structure=structure,
         hidden_size=backbone.hidden_size,
-        intermediate_size=_whole(getattr(backbone.text_config, "intermediate_size", 0)),
+        intermediate_size=width if isinstance(width, int) else 0,  # some families have none, or one for each layer
         style=style,
         final_norm=final_norm,
         pre_norm=pre_norm,
-        activation=_activation_name(backbone),
-        norm_eps=float(getattr(backbone.text_config, "rms_norm_eps", None) or NORM_EPS),
+        activation=str(getattr(text, "hidden_act", None) or getattr(text, "hidden_activation", None) or "silu"),
+        norm_eps=float(getattr(text, "rms_norm_eps", None) or NORM_EPS),
     )
     with torch.device("meta"):
         verbalizers = Verbalizers(backbone, architecture, layers)
@@ -416,11 +416,6 @@ def load_verbalizers(
     return verbalizers.to(backbone.device).requires_grad_(trainable).train(trainable)
 
 
-def verbalizers_digest(folder: str | Path, layers: Sequence[int]) -> dict[str, str]:
-    """File hash per layer (key: the layer as text); a file holds weights and architecture, so its hash is both."""
-    return digests(Path(folder), layers)
-
-
 def num_parameters(
     structure: str,
     *,
@@ -430,7 +425,7 @@ def num_parameters(
     num_kv_heads: int = 0,
     head_dim: int = 0,
     qkv_bias: bool = False,
-    pre_norm: Literal["rms", "none"] = "none",
+    pre_norm: PreNorm = "none",
 ) -> int:
     """Parameters of one layer's verbalizer, by arithmetic.
 
@@ -475,13 +470,8 @@ def _decoder_layer(backbone: Backbone, layer: int) -> nn.Module:
         ) from None
 
 
-def _whole(value: Any) -> int:
-    """A width of the configuration; 0 where it has none, or one for each layer."""
-    return value if isinstance(value, int) else 0
-
-
 @torch.no_grad()
-def _initialize(verbalizer: nn.Module, style: str, generator: torch.Generator) -> None:
+def _initialize(verbalizer: nn.Module, style: Style, generator: torch.Generator) -> None:
     """Fill every parameter: biases 0, norms 1, matrices random, the last projections 0 in residual style."""
     num_zeroed = 0
     for name, parameter in verbalizer.named_parameters():
@@ -505,11 +495,6 @@ def _compute_in(hidden: Tensor) -> AbstractContextManager[Any]:
     if hidden.dtype in (torch.bfloat16, torch.float16):
         return torch.autocast(hidden.device.type, dtype=hidden.dtype)
     return nullcontext()
-
-
-def _activation_name(backbone: Backbone) -> str:
-    name = getattr(backbone.text_config, "hidden_act", None) or getattr(backbone.text_config, "hidden_activation", None)
-    return str(name or "silu")
 
 
 def _activation(name: str) -> nn.Module:

@@ -68,6 +68,7 @@ def build_teacher(
     parts = plan_parts(
         [len(ids) for ids in inputs.response_ids], seed=spec.rows.seed, tokens_per_part=part_tokens(inputs)
     )
+    # Loaded when it is first asked for, and once: a finished cache is opened without it.
     teacher = remember(lambda: load_teacher(inputs, device=device))
     batch_tokens = settled_batch_tokens(inputs, out, lambda: find_batch_tokens(teacher(), parts))
     if not (out / HEADER_NAME).exists():
@@ -79,6 +80,7 @@ def build_teacher(
         lambda: frequency_ranks(teacher, parts, batch_tokens, first_rows),
         token_texts=lambda: inputs.encoder.token_texts(range(inputs.encoder.v_real)),
     )
+    # From here on the header is on the disk, and it counts: every later attempt must cut the same batches.
     planned = batch_tokens
     if spec.run.batch_tokens == "auto":  # another process may have been the first to record a number
         batch_tokens = int(writer.header.spec["run"]["batch_tokens"])
@@ -88,10 +90,12 @@ def build_teacher(
     if inputs.skipped:
         say(f"{len(inputs.skipped)} rows left out, listed with reasons in {out / 'cache.json'}")
     if missing:
+        # What was made for the frequency ranks are the first batches of part 0, if they were cut as the header says.
         made = first_rows if missing[0] == 0 and batch_tokens == planned else []
         _build_parts(teacher(), parts, missing, writer, batch_tokens, made)
     else:
         say(f"{out} is finished: all {len(parts)} parts are there; nothing to do")
+    # Does nothing while another process still has parts to write: the last one finishes.
     if missing or not (out / TABLE_NAME).is_file():
         writer.finish()
     cache = reader.open(out)
@@ -175,16 +179,17 @@ def cache_header(inputs: TeacherInputs, parts: list[list[int]], batch_tokens: in
     """
     run = inputs.spec.run.with_batch_tokens(batch_tokens or inputs.spec.run.num_batch_tokens)
     spec = inputs.spec.model_copy(update={"run": run})
-    layers = [*inputs.target_layers, inputs.num_model_layers]
+    provenance = inputs.provenance or {}  # of `generate`, without the list of those it left out
+    origin = {name: value for name, value in provenance.items() if name != "left_out"}
     return CacheHeader(
         created_by=f"vlsi-cache {versions()['vlsi-cache']}",
         spec=spec.model_dump(mode="json"),
         contract=CONTRACT,
         fingerprint=fingerprint(inputs),
-        layers=layers,
+        layers=inputs.layers,
         num_model_layers=inputs.num_model_layers,
         row_kind=spec.rows.kind,
-        top_k=spec.rows.widths(len(layers)),
+        top_k=spec.rows.widths(len(inputs.layers)),
         truncated=spec.rows.kind == "sampled" or spec.rows.top_p is not None,
         tail_samples=0 if spec.rows.kind == "sampled" else spec.rows.tail_samples,
         taus=list(spec.rows.taus),
@@ -194,15 +199,8 @@ def cache_header(inputs: TeacherInputs, parts: list[list[int]], batch_tokens: in
         num_samples=len(inputs.records),
         num_response_tokens=sum(len(ids) for ids in inputs.response_ids),
         skipped=inputs.skipped,
-        responses=responses_origin(inputs),
+        responses=[] if inputs.provenance is None else [origin],
     )
-
-
-def responses_origin(inputs: TeacherInputs) -> list[dict[str, Any]]:
-    """What `generate` has written about the responses, without the list of those it left out."""
-    if inputs.provenance is None:
-        return []
-    return [{name: value for name, value in inputs.provenance.items() if name != "left_out"}]
 
 
 def fingerprint(inputs: TeacherInputs) -> dict[str, Any]:
@@ -216,7 +214,7 @@ def fingerprint(inputs: TeacherInputs) -> dict[str, Any]:
         **{f"encoder.{key}": value for key, value in encoder.items()},
         "data.content": hashlib.sha256(content.encode()).hexdigest(),
         "data.num_samples": len(inputs.records),
-        "layers": [*inputs.target_layers, inputs.num_model_layers],
+        "layers": inputs.layers,
         "v_real": inputs.encoder.v_real,
         **inputs.spec.fingerprint_fields(),
     }
@@ -231,7 +229,7 @@ def frequency_ranks(
     makes ids compress; the `fast` profile stores ids as they are. The batches are left in `made`.
     """
     inputs = teacher().inputs
-    v_real, num_layers = inputs.encoder.v_real, teacher().num_layers
+    v_real, num_layers = inputs.encoder.v_real, len(inputs.layers)
     if inputs.spec.store.profile == "fast":
         return plain_ranks(np.arange(v_real), num_layers)
     kept_LV = np.zeros((num_layers, v_real), np.int64)
@@ -274,6 +272,7 @@ def _build_parts(
         closing(teacher.stream(islice(_batches(inputs, parts, missing, batch_tokens), len(made), None))) as stream,
     ):
         for (part, indices), rows in chain(made, stream):
+            # Batches are sorted by length, so records come in another order than their part has.
             found.update(zip(indices, rows, strict=True))
             bar.update(sum(one.num_tokens for one in rows))
             queue.check()  # a write that failed stops the build here and now, with its cause
@@ -325,7 +324,7 @@ def _batches(
 
 def part_tokens(inputs: TeacherInputs) -> int:
     """Response tokens of one part, so that its rows take about `store.part_mib` uncompressed."""
-    rows, num_layers = inputs.spec.rows, len(inputs.target_layers) + 1
+    rows, num_layers = inputs.spec.rows, len(inputs.layers)
     entries = sum(rows.widths(num_layers)) * BYTES_PER_ENTRY[inputs.spec.store.profile]
     scalars = num_layers * (rows.tail_samples + 3 + len(rows.taus)) * BYTES_PER_SCALAR
     per_token = (entries + scalars) * rows.select_tokens.expected_share

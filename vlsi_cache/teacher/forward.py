@@ -16,7 +16,7 @@ from vlsi_cache.errors import BatchTooLargeError, ModelError, VlsiCacheError
 from vlsi_cache.io import ahead
 from vlsi_cache.models.backbone import Backbone, head_of
 from vlsi_cache.models.verbalizer import Verbalizers
-from vlsi_cache.sparse.head import Head, choose_kernels
+from vlsi_cache.sparse.head import choose_kernels
 from vlsi_cache.sparse.rows import SparseRows, draw_rows, keyed_uniforms, top_p_widths, truncate
 from vlsi_cache.sparse.topk import sample_uniforms, stack_layers, teacher_rows
 
@@ -73,6 +73,7 @@ class Teacher:
 
     def stream(self, batches: Iterable[PartBatch]) -> Generator[tuple[PartBatch, list[SparseRows]], None, None]:
         """The rows of many batches, in order; close it to leave early."""
+        # One batch is always behind: its rows travel to the host and are cut there while the GPU runs the next one.
         behind: Launched | None = None
         with closing(ahead(self.prepare, batches)) as ready:
             while True:
@@ -97,6 +98,7 @@ class Teacher:
             batch = collate([encoder.encode(records[i]) for i in work.indices], pad_id=encoder.pad_id)
             uniforms_LTm = torch.from_numpy(self._tail_uniforms(work.indices))
             if self.device.type == "cuda":
+                # From page-locked memory the copy to the GPU runs beside the host; from other memory it blocks.
                 batch, uniforms_LTm = batch.pinned(), uniforms_LTm.pin_memory()
             return Prepared(work, batch, uniforms_LTm)
 
@@ -109,6 +111,8 @@ class Teacher:
             layers = [_to_host(rows) for rows in self._layer_rows(batch, uniforms_LTm)]
             event = None
             if self.device.type == "cuda":
+                # The copies above are only queued. The event comes after them in the stream: once it has happened, the
+                # host may read the rows, however much of the next batch is queued behind it.
                 event = torch.cuda.Event()
                 event.record(torch.cuda.current_stream(self.device))
             return Launched(prepared.work, prepared.batch.num_tokens, layers, event)
@@ -131,7 +135,7 @@ class Teacher:
             yield
         except VlsiCacheError:
             raise
-        except Exception as error:
+        except Exception as error:  # of torch or of the model's own code: neither knows what a sample is
             part = "" if work.part == NO_PART else f"part {work.part}: "
             ids = [self.inputs.records[i].id for i in work.indices]
             names = ", ".join(f"`{name}`" for name in ids[:SHOWN_SAMPLES])
@@ -151,22 +155,9 @@ class Teacher:
             number = int(np.searchsorted(stops, token, side="right"))
             name = self.inputs.records[launched.work.indices[number]].id
             at = token - int(stops[number]) + launched.num_tokens[number]
-            return f"sample `{name}`, response token {at}, layer {self.layers[layer]}"
+            return f"sample `{name}`, response token {at}, layer {self.inputs.layers[layer]}"
 
         return place
-
-    @property
-    def layers(self) -> list[int]:
-        """The layers that get rows, by their number in the model; the final one last."""
-        return [*self.inputs.target_layers, self.inputs.num_model_layers]
-
-    @property
-    def head(self) -> Head:
-        return head_of(self.backbone)
-
-    @property
-    def num_layers(self) -> int:
-        return len(self.inputs.target_layers) + 1
 
     def _tail_uniforms(self, indices: list[int]) -> np.ndarray:
         """float64 [L, T, m], keyed by sample: the draws do not depend on the batch."""
@@ -176,7 +167,7 @@ class Teacher:
                 rows.seed,
                 inputs.records[i].id,
                 num_tokens=len(inputs.response_ids[i]),
-                num_layers=self.num_layers,
+                num_layers=len(self.inputs.layers),
                 num_tail=rows.num_draws if rows.kind == "sampled" else rows.tail_samples,
             )
             for i in indices
@@ -188,7 +179,8 @@ class Teacher:
         spec, inputs = self.inputs.spec.rows, self.inputs
         if spec.kind == "top-k" and spec.top_p is None:
             return rows
-        shape = (self.num_layers, rows.num_tail)
+        # Keyed by sample, token and layer: which draws a token gets depends neither on its batch nor on its part.
+        shape = (len(self.inputs.layers), rows.num_tail)
         uniforms_LTm = np.concatenate(
             [
                 keyed_uniforms(
@@ -207,13 +199,14 @@ class Teacher:
     def _layer_rows(self, batch: Batch, uniforms_LTm: torch.Tensor) -> Iterator[dict[str, torch.Tensor]]:
         inputs, rows = self.inputs, self.inputs.spec.rows
         v_real = inputs.encoder.v_real
-        widths = rows.widths(self.num_layers)
+        widths = rows.widths(len(self.inputs.layers))
+        # `pop`: what a layer takes is free as soon as its rows are made; all layers at once are the largest memory.
         hidden = dict(self.verbalizers.capture(batch.inputs, batch.rows_T, batch.positions_T))
-        for index, layer in enumerate(self.layers):
+        for index, layer in enumerate(inputs.layers):
             state: Any = hidden.pop(layer)
             yield teacher_rows(
                 state if layer == inputs.num_model_layers else self.verbalizers.apply(layer, state),
-                self.head,
+                head_of(self.backbone),
                 batch.gold_T,
                 top_k=min(SCANNED_K, v_real - 1) if rows.kind == "sampled" else widths[index],
                 uniforms_Tm=uniforms_LTm[index],

@@ -3,9 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -109,11 +107,12 @@ def generate(
     if seed and not temperature:
         raise SpecError(f"`seed` {seed} belongs to sampling, and nothing is drawn without a `temperature` above 0")
     job = _plan(spec, Path(out), model, decoding, num_samples, batch_size=batch_size, seed=seed, limit=limit)
+    # Looked at once without the lock, to answer at once, and again with it, since another process may have been faster.
     if not _is_finished(job):
         check_device(device or spec.run.device)
         job.work.mkdir(parents=True, exist_ok=True)
         with locked(job.work):
-            if not _is_finished(job):  # by a process that was there before
+            if not _is_finished(job):
                 facts = _begin(job)
                 _speak(job, seed=seed, device=device or spec.run.device)
                 _write(job, facts)
@@ -158,6 +157,8 @@ def _plan(
     named = model_named(spec, model)
     encoder, source = named.encoder(spec.data.encoding()), read_records(spec.data, limit=limit)
     limits: dict[str, Any] = {"max_length": spec.data.max_length, "max_positions": named.max_positions}
+    # Batches are cut from the whole list before any is done: an attempt that goes on cuts the same ones, and with the
+    # random state keyed by the batch's number it draws the same tokens.
     # Whether a row fits is decided by its prompt: the answer that it has goes.
     kept, do_not_fit = fit_rows(source, encoder, **limits, bad_rows=spec.data.bad_rows, with_response=False)
     order = sorted(kept, key=lambda row: (row[1], row[0]))
@@ -256,30 +257,14 @@ def _speak(job: _Job, *, seed: int, device: str) -> None:
         write_atomically(job.batch_file(number), sealed({"responses": lines}))
 
 
-@dataclass(frozen=True)
-class _Said:
-    """All responses: their ids one after the other, uint32 [T], where each ends, and whether the model ended it."""
-
-    items: list[tuple[int, int]]
-    ids_T: np.ndarray
-    ends: np.ndarray
-    ended: list[bool]
-
-    def __iter__(self) -> Iterator[tuple[tuple[int, int], Response]]:
-        """In the order of the source."""
-        for i in sorted(range(len(self.items)), key=self.items.__getitem__):
-            ids_R = self.ids_T[self.ends[i - 1] if i else 0 : self.ends[i]]
-            yield self.items[i], Response(ids_R.tolist(), self.ended[i])
-
-
 def _write(job: _Job, facts: dict[str, Any]) -> None:
     """Judge all responses, then write those that can be rows, in the order of the source."""
     said = _read_said(job)
     is_row: list[bool] = []
     left_out = list(job.left_out)
     num_changed = 0
-    for item, response in said:
-        record = _named(job, item)
+    for item, said_ids, ended in said:
+        record, response = _named(job, item), Response(said_ids.tolist(), ended)
         ids, reason = _judge(job, record, response)
         is_row.append(not reason)
         if reason:
@@ -295,32 +280,26 @@ def _write(job: _Job, facts: dict[str, Any]) -> None:
     counts = {"source_rows": len(job.records), "generated": len(is_row), "written": sum(is_row)}
     counts |= {"left_out": len(left_out), "retokenised": num_changed}
     temporary = job.work / job.out.name
-    about = {**facts, **_pictures(job), "counts": counts, "left_out": left_out}
-    good = (pair for pair, is_good in zip(said, is_row, strict=True) if is_good)
-    rows = (with_answer(_named(job, item), job.encoder.answer(response.ids)) for item, response in good)
+    has_paths = any(image.path is not None for record in job.records for image in record.images)
+    pictures = {"media_root": str(job.media_root)} if has_paths else {}
+    about = {**facts, **pictures, "counts": counts, "left_out": left_out}
+    good = (one for one, is_good in zip(said, is_row, strict=True) if is_good)
+    rows = (with_answer(_named(job, item), job.encoder.answer(ids.tolist())) for item, ids, _ in good)
     write_rows((row_of(row, media_root=job.media_root) for row in rows), temporary, responses=about)
+    # A link to a new name, never over one: two processes cannot both have written `out`.
     if not publish_new_file(temporary, job.out):
         raise SpecError(f"{job.out} has come into being meanwhile; choose another name with -o")
 
 
-def _pictures(job: _Job) -> dict[str, str]:
-    """The folder that the rows' pictures lie below, where they name some by path."""
-    has_paths = any(image.path is not None for record in job.records for image in record.images)
-    return {"media_root": str(job.media_root)} if has_paths else {}
-
-
-def _read_said(job: _Job) -> _Said:
-    """What the finished batches hold."""
-    ids: list[np.ndarray] = []
-    ends, ended = [np.zeros(1, dtype=np.int64)], []
+def _read_said(job: _Job) -> list[tuple[tuple[int, int], np.ndarray, bool]]:
+    """The items of all finished batches in the order of the source, each with its ids, uint32 [T], and whether the
+    model ended it."""
+    said = []
     for number, batch in enumerate(job.batches):
         lines = read_batch(job.batch_file(number), len(batch))
-        ids.append(np.fromiter(chain.from_iterable(line["ids"] for line in lines), dtype=np.uint32))
-        ends.append(ends[-1][-1] + np.cumsum([len(line["ids"]) for line in lines]))
-        ended += [line["ended"] for line in lines]
-    items = list(chain.from_iterable(job.batches))
-    assert len(items) == len(ended)
-    return _Said(items, np.concatenate(ids), np.concatenate(ends[1:]), ended)
+        ids = (np.array(line["ids"], dtype=np.uint32) for line in lines)
+        said += zip(batch, ids, (line["ended"] for line in lines), strict=True)
+    return sorted(said, key=lambda one: one[0])
 
 
 def _named(job: _Job, item: tuple[int, int]) -> Record:

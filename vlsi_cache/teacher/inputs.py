@@ -95,6 +95,7 @@ def open_teacher_inputs(spec: CacheSpec) -> TeacherInputs:
     check_family(config)
     layers = target_layers(spec.teacher.layers, spec.teacher.num_layers, config, where="teacher.layers")
     encoder = model.encoder(spec.data.encoding())
+    # Before the rows are read, which may take long: nothing of what is refused here depends on them.
     check_vocabulary(encoder, getattr(config.get_text_config(), "vocab_size", None))
     records = read_records(spec.data)
     limits: dict[str, Any] = {"max_length": spec.data.max_length, "max_positions": model.max_positions}

@@ -173,12 +173,12 @@ class Plan:
     def __str__(self) -> str:
         weights = f"{self.teacher_parameters / 1e9:,.3f} B parameters, {self.verbalizer_parameters / 1e9:,.3f} B"
         sizes = f"{self.bytes_per_layer_token:.0f} B per (layer, token), {self.bytes_per_response_token:,.0f} B"
+        widths = f"top-{self.top_k[0]}" if len(set(self.top_k)) == 1 else f"top-k {self.top_k}"
         lines = [
             f"plan of `{self.name}`",
             f"  data       {self.num_samples:,} samples, {self.num_prompt_tokens:,} prompt and "
             f"{self.num_response_tokens:,} response tokens; {self.num_skipped:,} rows left out",
-            f"  rows       {len(self.layers)} layers {self.layers}, {shown_widths(self.top_k)}, "
-            f"{self.tail_samples} tail samples",
+            f"  rows       {len(self.layers)} layers {self.layers}, {widths}, {self.tail_samples} tail samples",
             f"  cache      about {human_bytes(self.total_bytes)} in {self.num_parts} parts: {sizes} per response token",
             f"             (hidden states in bf16 would take {human_bytes(self.hidden_state_bytes)})",
             f"  teacher    {weights} in verbalizers, {human_bytes(self.teacher_memory_bytes)} of memory for weights",
@@ -199,15 +199,19 @@ def plan(spec: CacheSpec, *, gpu: str = DEFAULT_GPU) -> Plan:
     gpu, peak = gpu_peak(gpu)
     inputs = open_teacher_inputs(spec)
     num_tokens = sum(len(ids) for ids in inputs.response_ids)
-    layers = [*inputs.target_layers, inputs.num_model_layers]
+    layers, text = inputs.layers, inputs.model.config.get_text_config()
     model = inputs.model.empty()
     check_vocabulary(inputs.encoder, Backbone(model).real_vocab_limit)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     verbalizers = 0 if spec.teacher.verbalizers is None else _verbalizer_parameters(inputs)
     per_layer_token = _bytes_per_layer_token(inputs)
-    forward = _forward(inputs, model)
+    patches: list[int] = []
+    for record in inputs.records:
+        if inputs.encoder.vision is not None and record.images:
+            sizes = [image.size for image in record.images]
+            patches += picture_patches(inputs.encoder.vision.image_processor, inputs.model.config, sizes)
+    forward = forward_flops(model, inputs.lengths(list(range(len(inputs.records)))), patches)
     # One layer's head and its verbalizer after the other, at the response tokens alone.
-    text = inputs.model.config.get_text_config()
     heads = 2.0 * num_tokens * (len(layers) * text.vocab_size * text.hidden_size + verbalizers)
     flops = forward.total + heads
     per_weight = torch.finfo(_dtype(inputs)).bits // 8
@@ -224,7 +228,7 @@ def plan(spec: CacheSpec, *, gpu: str = DEFAULT_GPU) -> Plan:
         bytes_per_layer_token=per_layer_token,
         bytes_per_response_token=per_layer_token * len(layers),
         total_bytes=per_layer_token * len(layers) * num_tokens,
-        hidden_state_bytes=2.0 * inputs.model.config.get_text_config().hidden_size * len(layers) * num_tokens,
+        hidden_state_bytes=2.0 * text.hidden_size * len(layers) * num_tokens,
         teacher_parameters=parameters,
         verbalizer_parameters=verbalizers,
         teacher_memory_bytes=float(parameters * per_weight + verbalizers * 4),
@@ -241,30 +245,15 @@ def plan(spec: CacheSpec, *, gpu: str = DEFAULT_GPU) -> Plan:
     )
 
 
-def shown_widths(top_k: list[int]) -> str:
-    """`top-64`, or the k of every layer where they differ."""
-    return f"top-{top_k[0]}" if len(set(top_k)) == 1 else f"top-k {top_k}"
-
-
 def _bytes_per_layer_token(inputs: TeacherInputs) -> float:
     """Averaged over layers and over all response tokens, with rows or without; top-p is not known beforehand."""
     rows, profile = inputs.spec.rows, inputs.spec.store.profile
     more = 0.0 if inputs.encoder.v_real <= 65536 else MORE_FOR_LARGE_VOCABULARY[profile]
-    widths = rows.widths(len(inputs.target_layers) + 1)
+    widths = rows.widths(len(inputs.layers))
     num_tail = 0 if rows.kind == "sampled" else rows.tail_samples
     row = sum(widths) / len(widths) * (ENTRY_BYTES[profile] + more) + num_tail * (2 + more)
     row += (3 + len(rows.taus)) * SCALAR_BYTES[profile]
     return row * rows.select_tokens.expected_share
-
-
-def _forward(inputs: TeacherInputs, model: torch.nn.Module) -> ForwardFlops:
-    lengths, vision = inputs.lengths(list(range(len(inputs.records)))), inputs.encoder.vision
-    patches: list[int] = []
-    for record in inputs.records:
-        if vision is not None and record.images:
-            sizes = [image.size for image in record.images]
-            patches += picture_patches(vision.image_processor, inputs.model.config, sizes)
-    return forward_flops(model, lengths, patches)
 
 
 def _verbalizer_parameters(inputs: TeacherInputs) -> int:

@@ -79,11 +79,6 @@ def subset_name(targets: list[int], chosen: list[int]) -> str:
     return PREFIX + ",".join(map(str, chosen))
 
 
-def trained_layers(out: Path) -> list[int]:
-    """Layers that the verbalizers of a training have by now, in files that are what was written."""
-    return whole_layers(out / "verbalizers")
-
-
 def check_folder_of_all(out: Path) -> None:
     """Raise SpecError when a run over all layers would start where subsets are."""
     subsets = _subsets(out)
@@ -103,7 +98,9 @@ def check_shared_folder(out: Path) -> None:
             raise SpecError(
                 f"{out} holds a run of its own (`{whole['kind']}`, {whole['status']}); choose another folder"
             )
-    elif out.is_dir() and any(not _is_ours(entry.name) for entry in out.iterdir()):
+    elif out.is_dir() and any(
+        entry.name not in (LOCK_NAME, "verbalizers") and not entry.name.startswith(PREFIX) for entry in out.iterdir()
+    ):
         raise SpecError(f"{out} exists and holds something else; choose another folder with -o")
 
 
@@ -111,15 +108,15 @@ def check_neighbours(out: Path, name: str, chosen: list[int], spec: CacheSpec, f
     """Raise SpecError when `out` is not for this, or another run there has one of these layers;
     FingerprintMismatchError when another run there has other settings, other data or another teacher."""
     check_shared_folder(out)
-    if (out / "run.json").exists():
-        whole = read_run(out)
-        _check_same(out, whole, spec, facts)
-        _check_apart(out, _layers_of_whole(out, whole), chosen)
-    for folder in _subsets(out):
-        if folder.name != name:
-            record = read_run(folder)
-            _check_same(folder, record, spec, facts)
-            _check_apart(folder, record.get("layers", []), chosen)
+    neighbours = [folder for folder in _subsets(out) if folder.name != name]
+    for folder in [*([out] if (out / "run.json").exists() else []), *neighbours]:
+        record = read_run(folder)
+        _check_same(folder, record, spec, facts)
+        theirs = _layers_of_whole(out, record) if folder == out else record.get("layers", [])
+        if both := [layer for layer in chosen if layer in theirs]:
+            raise SpecError(
+                f"layers {both} belong to {folder} already (it has {theirs}); name others, or delete that folder"
+            )
 
 
 def _layers_of_whole(out: Path, record: dict[str, Any]) -> list[int]:
@@ -128,7 +125,7 @@ def _layers_of_whole(out: Path, record: dict[str, Any]) -> list[int]:
         if "layers" in stage:
             return stage["layers"]
     added = {layer for folder in _subsets(out) for layer in read_run(folder).get("layers", [])}
-    return [layer for layer in trained_layers(out) if layer not in added]
+    return [layer for layer in whole_layers(out / "verbalizers") if layer not in added]
 
 
 def _named(targets: list[int], layers: str | Sequence[int]) -> list[int]:
@@ -144,18 +141,6 @@ def _named(targets: list[int], layers: str | Sequence[int]) -> list[int]:
 
 def _subsets(out: Path) -> list[Path]:
     return sorted(file.parent for file in out.glob(f"{PREFIX}*/run.json"))
-
-
-def _is_ours(name: str) -> bool:
-    return name in (LOCK_NAME, "verbalizers") or name.startswith(PREFIX)
-
-
-def _check_apart(folder: Path, theirs: list[int], ours: list[int]) -> None:
-    both = [layer for layer in ours if layer in theirs]
-    if both:
-        raise SpecError(
-            f"layers {both} belong to {folder} already (it has {theirs}); name others, or delete that folder"
-        )
 
 
 def _check_same(folder: Path, record: dict[str, Any], spec: CacheSpec, facts: dict[str, Any]) -> None:
@@ -214,7 +199,7 @@ def train_verbalizers(
     }
     with _opened(inputs, out, chosen, device=device, facts=facts) as run:
         wanted = chosen or inputs.target_layers
-        if set(wanted) <= set(trained_layers(out)) and already_done(run):
+        if set(wanted) <= set(whole_layers(out / "verbalizers")) and already_done(run):
             ensure_report(run.path)
         else:
             finish_run(run, stages=[_train(inputs, out, run.path, wanted, device=device)])
@@ -222,7 +207,7 @@ def train_verbalizers(
             say(f"loss of each layer, nats per response token, by share of the training:\n{loss_table(run.path)}")
     if chosen is not None:
         say(f"trained: layers {shown_layers(chosen)}; report: {run.path / 'report.html'}")
-    trained = trained_layers(out)
+    trained = whole_layers(out / "verbalizers")
     left = [layer for layer in inputs.target_layers if layer not in trained]
     if left:
         say(f"{out}: these layers are not there yet: --layers {shown_layers(left)}")
@@ -245,7 +230,8 @@ def _opened(
             run = open_run(out, KIND, inputs.spec, device=device, call=call, **facts)
             yield stack.enter_context(run)
             return
-        # Two that start at once must see each other.
+        # Once without the lock, so that a refusal does not wait for it; then with it, since two that start at once must
+        # see each other. The lock of all is let go when the run has a folder and a lock of its own.
         check_neighbours(out, name, chosen, inputs.spec, facts)
         with waiting_for(out):
             check_neighbours(out, name, chosen, inputs.spec, facts)
