@@ -132,6 +132,7 @@ class _AblationRun(_Record):
     perplexity: float | None = None
     exact_match: dict[str, float] | None = None
     layers: dict[str, float] | None = None
+    settings: list[str] = []
 
 
 class _AblationRow(_Record):

@@ -179,13 +179,34 @@ def test_a_table_of_the_user(spec: vc.CacheSpec, cache: Cache, student_folder: P
     }
     hot = runs["hot"].spec.distill.interact
     assert (hot.layer_reduction, hot.scale, runs["two"].spec.distill.interact.scale) == ("mean", 4, 3)
-    assert (runs["two"].layers, runs["two"].top_k, runs["two"].is_cut) == ([2, 4, 5], 4, True)
+    assert (runs["two"].layers, runs["two"].top_k) == ([2, 4, 5], 4)
     measured = runs["short"].measured_with.evaluate
     assert measured is not None
     assert measured.max_new_tokens == 2
     other = axis_file(tmp_path / "other.yaml", [{"name": "order", "what": "", "set": ["distill.interact.scale=4"]}])
     with pytest.raises(SpecError, match="two variants of different settings are named `order`"):
         plan(spec, cache, student_folder, "matching", str(other))
+
+
+def test_a_finished_run_is_not_taken_for_another_one_of_its_name(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ablate_module, "distill", lambda *_, **__: None)
+    monkeypatch.setattr(ablate_module, "_verbalizers_of", lambda _: tmp_path)
+    monkeypatch.setattr(ablate_module, "evaluate", lambda *_, **__: dict.fromkeys(ablate_module.SCORES))
+    stages = [{"name": "interact", "steps": 5, "seconds": 1.0}]
+    monkeypatch.setattr(ablate_module, "read_run", lambda _: {"stages": stages, "versions": {}})
+    mine, out = tmp_path / "mine.yaml", tmp_path / "ablation"
+    variant = {"name": "hot", "what": "", "set": ["distill.interact.scale=4"], "evaluate": {"num_beams": 2}}
+    axis_file(mine, [variant])
+    record = start(out, axes=[str(mine)], variants=["hot"])
+    assert record["runs"]["hot"]["0"]["settings"] == ["distill.interact.scale=4.0", "evaluate.num_beams=2"]
+    assert record["runs"]["vlsi"]["0"]["settings"] == []
+    axis_file(mine, [{**variant, "set": ["distill.interact.scale=5"]}])
+    with pytest.raises(FingerprintMismatchError, match=r"run `hot` .*scale=4\.0, .* there, .*scale=5\.0, .* now"):
+        start(out, axes=[str(mine)], variants=["hot"], dry_run=True)
+    axis_file(mine, [{**variant, "set": ["distill.interact.layer_reduction=sum", "distill.interact.scale=4.0"]}])
+    start(out, axes=[str(mine)], variants=["hot"], dry_run=True)
 
 
 def test_the_table_that_the_readme_shows_is_valid(tmp_path: Path) -> None:
@@ -212,6 +233,8 @@ def test_mistakes_in_a_table_are_listed(tmp_path: Path) -> None:
     says("variants.0.evaluate", variants=[{**one, "evaluate": {"data": 1}}])
     says("variants.0.layers", variants=[{**one, "layers": "every-third"}])
     says("`variants`", variants=5)
+    for change in ("rows.top_k=4", "distill.seed=1", "evaluate.num_beams=2", "distill.trust_remote_code=true", "scale"):
+        says(f"`variants.0.set.0`: `{change}`: write KEY=VALUE with a key of", variants=[{**one, "set": [change]}])
     (tmp_path / "t.yaml").write_text("title: a\ntitle: b\n")
     with pytest.raises(SpecError, match=r"`title` is named twice, in line 1 and line 2"):
         read_axes([str(tmp_path / "t.yaml")])

@@ -125,6 +125,7 @@ def ablate(
     names = None if variants is None else list(variants)
     plan = partial(plan_runs, spec, tables, names=names, student=path, where=ablation.cache_path)
     runs, rows = plan(header, found)
+    _check_settings(out, runs, record)
     if dry_run:
         return _preview(ablation, runs, rows, record)
     out.mkdir(parents=True, exist_ok=True)
@@ -194,6 +195,18 @@ def _read_record(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
             + list_problems(problems)
         )
     return record
+
+
+def _check_settings(out: Path, runs: Runs, record: dict[str, Any]) -> None:
+    """Raise FingerprintMismatchError for a finished run whose variant has changed since; an earlier release did not
+    record the settings."""
+    for name, run in runs.items():
+        for entry in record.get("runs", {}).get(name, {}).values():
+            if entry.get("settings", run.settings) != run.settings:
+                raise FingerprintMismatchError(
+                    f"{out} has a run `{name}` with other settings ({', '.join(entry['settings']) or 'none'} there, "
+                    f"{', '.join(run.settings) or 'none'} now); give the variant another name"
+                )
 
 
 def _finished_cache(ablation: Ablation) -> "Cache | None":
@@ -313,13 +326,14 @@ def _one_run(ablation: Ablation, run: PlannedRun, cache: "Cache", seed: int) -> 
         "seconds": sum(stage["seconds"] for stage in stages),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "versions": trained["versions"],
+        "settings": run.settings,
         **{key: measured[key] for key in SCORES},
     }
 
 
 def _train(ablation: Ablation, run: PlannedRun, cache: "Cache", seed: int, verbalizers: Path | None) -> None:
     """Train one variant into its folder; a smaller cache that it reads is cut when it is first needed."""
-    if run.is_cut:
+    if run.layers != cache.header.layers or run.top_k < cache.header.widest:
         cuts = read_cuts(cache, layers=run.layers, top_k=run.top_k)
         # It has the parts of the one it is cut from: so every run sees the samples in the same order.
         cache = run_prune(plan_prune(cache, ablation.out / "caches" / run.trained_as, cuts, keep_parts=True))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from vlsi_cache.config.plain_yaml import parse_yaml
 from vlsi_cache.config.sections import CacheSpec, Count, Layer, Recipe, Strict
@@ -32,6 +32,20 @@ if TYPE_CHECKING:
 # What of a spec does not decide how the student's verbalizers are trained.
 NOT_OF_VERBALIZERS = {"interact", "sft", "lora", "recipe", "seed"}
 
+# What of `distill` a variant cannot change: the ablation decides it, or the caller alone.
+DECIDED = {f"distill.{key}" for key in ("recipe", "seed", "student", "verbalizers", "trust_remote_code")}
+
+
+def _about_training(change: str) -> str:
+    key, equals, _ = change.partition("=")
+    if not equals or key in DECIDED or not key.startswith(("distill.", "verbalizer.")):
+        raise ValueError(
+            f"`{change}`: write KEY=VALUE with a key of `distill` or `verbalizer`, but not {', '.join(sorted(DECIDED))}"
+        )
+    return change
+
+
+Change = Annotated[str, AfterValidator(_about_training)]
 Row = dict[str, Any]  # as ablation.json holds it: names, what, run, reason, num_steps
 
 
@@ -45,7 +59,7 @@ class Variant(Strict):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,63}$")]  # also that of its folder
     what: str
-    set: tuple[str, ...] = ()
+    set: tuple[Change, ...] = ()
     recipe: Recipe = "vlsi"
     layers: Literal["all", "every-second", "deepest-quarter", "suggested-half"] | tuple[Layer, ...] = "all"
     top_k: Count | None = None
@@ -64,7 +78,7 @@ class Axis(Strict):
 
     title: str
     note: str = ""
-    set: tuple[str, ...] = ()
+    set: tuple[Change, ...] = ()
     variants: tuple[Variant, ...]
 
     @model_validator(mode="after")
@@ -133,7 +147,8 @@ def _guess(name: str, known: Iterable[str]) -> str:
 class PlannedRun:
     """One training and one way to measure it, whatever the seed; `layers` and `top_k` are what its cache holds.
 
-    `trained_as` is the folder of the training, which several ways to measure share.
+    `trained_as` is the folder of the training, which several ways to measure share. `settings` are all that it has
+    otherwise than the spec and the cache of the ablation.
     """
 
     variant: Variant
@@ -142,9 +157,9 @@ class PlannedRun:
     trained_as: str
     layers: list[int]
     top_k: int
-    is_cut: bool
     steps: dict[str, int]
     takes_verbalizers: bool
+    settings: list[str]
 
     @property
     def name(self) -> str:
@@ -203,9 +218,14 @@ def plan_runs(
                 trained_as=folder,
                 layers=layers,
                 top_k=top_k,
-                is_cut=layers != header.layers or top_k < header.widest,
                 steps=stage_steps(resolved.distill, header.num_samples),
                 takes_verbalizers=uses_verbalizers and folder != DEFAULT.name,
+                settings=[
+                    *overrides_between(spec, resolved, ("distill", "verbalizer")),
+                    *([] if layers == header.layers else [f"layers={layers}"]),
+                    *([] if top_k == header.widest else [f"top_k={top_k}"]),
+                    *overrides_between(spec, measured_with, ("evaluate",)),
+                ],
             )
             run = runs.setdefault(f"{settings} {measured_with.model_dump_json()}", run)
             if variant.layers != "all":
