@@ -16,7 +16,7 @@ from vlsi_cache.models.load import resolve_model, weights_digest
 from vlsi_cache.run_files import read_ablation
 from vlsi_cache.runs.run_dir import LOCK_NAME, differences, whole_spec
 from vlsi_cache.store import reader
-from vlsi_cache.store.derive.new_cache import check_target
+from vlsi_cache.store.derive import check_target
 from vlsi_cache.store.format import CacheHeader
 from vlsi_cache.teacher.build import cache_header, part_tokens
 from vlsi_cache.teacher.inputs import open_teacher_inputs

@@ -21,7 +21,7 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from vlsi_cache.errors import ModelError
-from vlsi_cache.io import check_folder, put_back, refuse_url, replacing
+from vlsi_cache.io import check_folder, hash_of, put_back, refuse_url, replacing
 from vlsi_cache.run_files import read_object
 from vlsi_cache.runtime import check_device
 
@@ -53,9 +53,6 @@ ENCODER_FILES = (
     "chat_template.json",
     "*processor_config.json",
 )
-
-
-READ_BYTES = 2**24
 
 
 STUDENT_RECORD = "vlsi_cache.json"  # in the folder of a trained student: what it comes from
@@ -444,11 +441,7 @@ def _file_digest(file: Path) -> str:
     status = file.stat()
     key = (str(file.resolve()), status.st_size, status.st_mtime_ns)
     if key not in _digests:
-        digest = xxhash.xxh3_128()
-        with file.open("rb") as stream:
-            while block := stream.read(READ_BYTES):
-                digest.update(block)
-        _digests[key] = digest.hexdigest()
+        _digests[key], _ = hash_of(file, xxhash.xxh3_128)
     return _digests[key]
 
 

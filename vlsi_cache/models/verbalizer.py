@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vlsi_cache.errors import CacheCorruptError, ModelError, command_line
-from vlsi_cache.io import checksum, difference_from, replacing, write_atomically
+from vlsi_cache.io import checksum, difference_from, hash_of, replacing, write_atomically
 from vlsi_cache.run_files import RUN, read_run, read_verbalizers
 
 from .backbone import Backbone, LayerSequence, head_digest
@@ -149,12 +149,7 @@ def digests(folder: Path, layers: Sequence[int]) -> dict[str, str]:
     """sha256 of each layer's file."""
     read_record(folder, layers)
     check_layers(folder, layers)
-    return {str(layer): _sha256(layer_file(folder, layer)) for layer in layers}
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return {str(layer): hash_of(layer_file(folder, layer), hashlib.sha256)[0] for layer in layers}
 
 
 def _is_of_student(folder: Path) -> bool:
