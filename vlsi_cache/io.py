@@ -30,11 +30,7 @@ Result = TypeVar("Result")
 
 
 READ_BYTES = 1 << 22
-
-
 FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT)
-
-
 ASIDE = ".old-"  # in the name of a folder that another one is taking the place of
 
 
@@ -43,8 +39,6 @@ AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux, as in renameat2(2)
 
 # Libraries that write outside of Python raise errors of their own, with the number in the text.
 _NUMBER_IN_TEXT = re.compile(r"\(os error (\d+)\)")
-
-
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
 
 
@@ -91,14 +85,20 @@ def fsync_tree(folder: Path) -> None:
         fsync_dir(Path(parent))
 
 
-def checksum(path: Path) -> dict[str, int | str]:
-    """`size` and `xxh3` (64 bits, in hex) of what is in a file."""
-    digest, size = xxhash.xxh3_64(), 0
+def hash_of(path: Path, algorithm: Callable[[], Any]) -> tuple[str, int]:
+    """The hash of what is in a file, in hex, and its bytes; `algorithm` is xxhash.xxh3_64, hashlib.sha256 or alike."""
+    digest, size = algorithm(), 0
     with path.open("rb") as file:
         while block := file.read(READ_BYTES):
             digest.update(block)
             size += len(block)
-    return {"size": size, "xxh3": digest.hexdigest()}
+    return digest.hexdigest(), size
+
+
+def checksum(path: Path) -> dict[str, Any]:
+    """`size` and `xxh3` (64 bits, in hex) of what is in a file."""
+    xxh3, size = hash_of(path, xxhash.xxh3_64)
+    return {"size": size, "xxh3": xxh3}
 
 
 def difference_from(recorded: Mapping[str, Any], path: Path) -> str:

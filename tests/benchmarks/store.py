@@ -30,9 +30,8 @@ from vlsi_cache.store.dataset import PartWindowReader
 from vlsi_cache.store.format import CacheHeader
 from vlsi_cache.store.part import Row
 from vlsi_cache.store.reader import Cache
-from vlsi_cache.store.records import PartSamples
 from vlsi_cache.store.vocab_order import plain_ranks, ranks_by_count
-from vlsi_cache.store.writer import CacheWriter
+from vlsi_cache.store.writer import CacheWriter, PartSamples
 
 PROFILES = ("default", "exact", "fast")
 ENTRY_NAMES = ("ids", "levels")

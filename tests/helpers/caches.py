@@ -8,9 +8,8 @@ import numpy as np
 
 from vlsi_cache.sparse.rows import SparseRows
 from vlsi_cache.store.format import CacheHeader
-from vlsi_cache.store.records import PartSamples
 from vlsi_cache.store.vocab_order import RankTable
-from vlsi_cache.store.writer import CacheWriter
+from vlsi_cache.store.writer import CacheWriter, PartSamples
 
 
 @dataclass

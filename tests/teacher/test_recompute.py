@@ -17,8 +17,7 @@ from vlsi_cache.sparse.rows import SparseRows
 from vlsi_cache.store import reader
 from vlsi_cache.store.derive.prune import prune
 from vlsi_cache.store.format import sealed_json
-from vlsi_cache.store.records import PartSamples
-from vlsi_cache.store.writer import CacheWriter
+from vlsi_cache.store.writer import CacheWriter, PartSamples
 from vlsi_cache.teacher.build import build_teacher
 from vlsi_cache.teacher.recompute import recompute
 

@@ -33,7 +33,7 @@ from vlsi_cache.run_files import read_ablation, read_run
 from vlsi_cache.runs.run_dir import LOCK_NAME, differences, locked, versions, whole_spec
 from vlsi_cache.runtime import pick_device
 from vlsi_cache.store import reader
-from vlsi_cache.store.derive.new_cache import check_target
+from vlsi_cache.store.derive import check_target
 from vlsi_cache.store.derive.prune import plan_prune, read_cuts, run_prune
 from vlsi_cache.store.format import CacheHeader
 from vlsi_cache.teacher.build import build_teacher, cache_header, part_tokens

@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 from vlsi_cache.config.sections import AS_IT_IS, Dtype, Encoding
 from vlsi_cache.data.encoder import Encoder, load_encoder
 from vlsi_cache.errors import ModelError
-from vlsi_cache.io import refuse_url
+from vlsi_cache.io import hash_of, refuse_url
 from vlsi_cache.runtime import check_device
 
 from .lora import adapter_files, base_of, has_adapter, is_adapter_alone, merged, without_adapter
@@ -292,11 +292,7 @@ def _file_digest(file: Path) -> str:
     status = file.stat()
     key = (str(file.resolve()), status.st_size, status.st_mtime_ns)
     if key not in _digests:
-        digest = xxhash.xxh3_128()
-        with file.open("rb") as stream:
-            while block := stream.read(READ_BYTES):
-                digest.update(block)
-        _digests[key] = digest.hexdigest()
+        _digests[key], _ = hash_of(file, xxhash.xxh3_128)
     return _digests[key]
 
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from vlsi_cache.config.sections import PreNorm, Structure, Style
 from vlsi_cache.errors import CacheCorruptError, ModelError, command_line
-from vlsi_cache.io import checksum, difference_from, replacing, write_atomically
+from vlsi_cache.io import checksum, difference_from, hash_of, replacing, write_atomically
 from vlsi_cache.run_files import RUN, read_run, read_verbalizers
 
 from .backbone import Backbone, LayerSequence, head_digest
@@ -151,11 +151,7 @@ def verbalizers_digest(folder: str | Path, layers: Sequence[int]) -> dict[str, s
     folder = Path(folder)
     read_record(folder, layers)
     check_layers(folder, layers)
-    found = {}
-    for layer in layers:
-        with layer_file(folder, layer).open("rb") as stream:
-            found[str(layer)] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return found
+    return {str(layer): hash_of(layer_file(folder, layer), hashlib.sha256)[0] for layer in layers}
 
 
 def _is_of_student(folder: Path) -> bool:

@@ -28,8 +28,8 @@ FIRST = 5  # samples, reasons and names that are shown
 def describe_cache(path: Path) -> dict[str, Any]:
     """JSON-ready facts about a cache, finished or not. Raises what opening a cache raises."""
     from vlsi_cache.store.commit import list_tmp
+    from vlsi_cache.store.lineage import surprise_of, surprise_warning
     from vlsi_cache.store.reader import open
-    from vlsi_cache.store.teacher_fit import surprise_of, surprise_warning
 
     cache = open(path, allow_incomplete=True)
     header, surprise = cache.header, surprise_of(cache)

@@ -16,11 +16,7 @@ from vlsi_cache.progress import say
 from vlsi_cache.run_files import CHECKPOINT, read_checkpoint, sealed
 
 STAGES = ("verbalize", "interact", "sft")  # in the order in which a run comes to them
-
-
 NAME = re.compile(rf"({'|'.join(STAGES)})-(\d{{7,}})")
-
-
 TENSORS = "state.safetensors"
 
 

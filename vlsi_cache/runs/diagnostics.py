@@ -16,23 +16,11 @@ from vlsi_cache.progress import say
 from .metrics import RunFiles, curve, layer_curves, read_json
 
 Metrics = Sequence[Mapping[str, Any]]
-
-
 LEAST_STEPS = 20  # a tenth of fewer steps is one or two, and says nothing about a trend
-
-
 LOW_KEPT_MASS = 0.5  # below it the kept words weigh less than the one bucket that holds all others
-
-
 LOW_STUDENT_MASS = 0.05  # of the teacher's: a layer that follows has nearly all of it, a uniform one about k / V
-
-
 FLAT = 0.95  # of the loss at the start: the draws of the layers alone move it by a few percent
-
-
 RISING = 1.1
-
-
 SMALL_NATS = 0.05  # a divergence that starts below it has nowhere to fall
 
 

@@ -33,8 +33,6 @@ from vlsi_cache.runtime import check_device
 from .metrics import next_step
 
 PACKAGES = ("vlsi-cache", "torch", "transformers", "peft", "zarr", "numpy")
-
-
 LOCK_NAME = ".lock"
 
 
@@ -45,8 +43,6 @@ LEFTOVERS = (".*.tmp-*", "verbalizers/.*")
 # What a training records: its loss is that of the whole batch. Where this is not recorded, an earlier release has taken
 # the mean over micro-batches of the mean of each one's tokens, which was another loss for every `micro_batch_size`.
 WHOLE_BATCH = {"loss_reduced_over": "batch"}
-
-
 READ_BY_DISTILL = ("verbalizer", "distill", "evaluate")  # sections that do not decide what is in a cache
 
 

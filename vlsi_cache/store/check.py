@@ -9,11 +9,9 @@ from pathlib import Path
 
 from vlsi_cache import io
 from vlsi_cache.errors import CacheCorruptError, VlsiCacheError
-from vlsi_cache.io import refuse_url
 from vlsi_cache.progress import progress
 
 from . import commit, table
-from .commit import list_tmp
 from .files import FROM_A_COPY, hash_file, load_header, load_part_record, repair_hint, size_problem
 from .format import (
     HEADER_NAME,
@@ -40,8 +38,6 @@ from .header import (
 from .part import load_part
 
 MAX_MISSING = 100  # missing parts that are listed one by one
-
-
 CONTINUE = "run the command that builds the cache again, it continues"
 
 
@@ -83,7 +79,7 @@ class VerifyReport:
 
 def verify(path: str | os.PathLike[str], *, deep: bool = False) -> VerifyReport:
     """Check sizes and the checksum of every chunk (`deep`: also the hash of every file), and what is foreign."""
-    refuse_url(path, "cache")
+    io.refuse_url(path, "cache")
     root = Path(path)
     report = VerifyReport(root, deep)
     if is_interrupted_start(root):
@@ -176,7 +172,7 @@ def _check_files(root: Path, index: int, record: PartRecord, report: VerifyRepor
 def _check_foreign(root: Path, header: CacheHeader, report: VerifyReport, repair: str) -> None:
     for name in _foreign_names(root, header):
         report.problems.append(Problem(name, "is not a part of this cache", repair))
-    dead, alive = list_tmp(root)
+    dead, alive = commit.list_tmp(root)
     report.unfinished = [f"tmp/{name}" for name in (*dead, *alive)]
 
 
@@ -189,19 +185,17 @@ def _foreign_names(root: Path, header: CacheHeader) -> list[str]:
 
 def _check_table(root: Path, header: CacheHeader, report: VerifyReport, repair: str) -> None:
     """What only shows over all parts: ids that repeat, counts that are not those of the plan, a stale table."""
-    from .table import collect, is_current, repeated_id
-
     try:
-        fresh = collect(root, header)
+        fresh = table.collect(root, header)
     except CacheCorruptError as error:
         report.problems.append(Problem(HEADER_NAME, _text(error), FROM_A_COPY))
         return
-    if found := repeated_id(fresh):
+    if found := table.repeated_id(fresh):
         name, parts = found
         what = f"sample {name!r} is in parts {parts}; ids must be unique"
         report.problems.append(Problem(f"parts/{part_name(parts[-1])}/{RECORD_NAME}", what, repair))
         report.bad_parts.append(parts[-1])
-    elif report.num_parts == header.num_parts and not is_current(root, header, fresh):
+    elif report.num_parts == header.num_parts and not table.is_current(root, header, fresh):
         report.problems.append(Problem(TABLE_NAME, "is missing, damaged or older than the parts", repair))
 
 
@@ -246,22 +240,21 @@ def repair(path: str | os.PathLike[str], *, yes: bool = False, deep: bool = True
     io.refuse_url(path, "cache")
     root = Path(path)
     if is_interrupted_start(root):
-        return RepairReport(
-            root, removed=(removed := _sweep(root, yes)), left=_left(root, removed), interrupted_start=True
-        )
+        removed, left = _sweep(root, yes)
+        return RepairReport(root, removed=removed, left=left, interrupted_start=True)
     header = load_header(root)
     found = verify(root, deep=deep)
     bad = {f"parts/{part_name(index)}" for index in found.bad_parts} | set(_foreign_names(root, header))
     quarantined, restored = _repair_vocab(root, header, found)
     for name in sorted(bad):
         _quarantine(root, name)
-    removed = _sweep(root, yes)
+    removed, left = _sweep(root, yes)
     missing = sorted(set(range(header.num_parts)) - set(list_parts(root)))
     rebuild = not missing and not table.is_current(root, header, table.collect(root, header))
     if rebuild:
         table.write_table(root, header)
     quarantined = [*sorted(bad), *quarantined]
-    return RepairReport(root, quarantined, restored, removed, _left(root, removed), missing, rebuild)
+    return RepairReport(root, quarantined, restored, removed, left, missing, rebuild)
 
 
 def _repair_vocab(root: Path, header: CacheHeader, found: VerifyReport) -> tuple[list[str], list[str]]:
@@ -281,12 +274,11 @@ def _repair_vocab(root: Path, header: CacheHeader, found: VerifyReport) -> tuple
     return moved, [*restored, *complete_copies(root, header)]
 
 
-def _sweep(root: Path, yes: bool) -> list[str]:
-    return [f"tmp/{name}" for name in (commit.remove_dead_tmp(root) if yes else [])]
-
-
-def _left(root: Path, removed: list[str]) -> list[str]:
-    return [f"tmp/{name}" for name in commit.list_tmp(root)[0] if f"tmp/{name}" not in removed]
+def _sweep(root: Path, yes: bool) -> tuple[list[str], list[str]]:
+    """What dead processes left in `tmp/`: what is removed now, and what is left there."""
+    removed = commit.remove_dead_tmp(root) if yes else []
+    left = [name for name in commit.list_tmp(root)[0] if name not in removed]
+    return [f"tmp/{name}" for name in removed], [f"tmp/{name}" for name in left]
 
 
 def _quarantine(root: Path, name: str) -> None:

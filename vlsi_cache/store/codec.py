@@ -22,27 +22,14 @@ from numcodecs import blosc  # pyright: ignore[reportAttributeAccessIssue]  (com
 from vlsi_cache.errors import CacheCorruptError, DataError
 
 from .files import read_file
-from .format import ENTRY_ARRAYS, ArraySpec, FileRecord, data_file_name, vocab_specs
-from .vocab_order import RankTable
+from .format import ENTRY_ARRAYS, ArraySpec, FileRecord, data_file_name
 
 CRC_BYTES = 4
-
-
 BLOSC_HEADER = 16
-
-
 BLOSC_LEVEL = 5
-
-
 Check = Callable[[np.ndarray], None] | None
-
-
 Undo = Callable[[np.ndarray], None] | None
-
-
 Known = dict[Path, np.ndarray]  # blocks of memory-mapped files that have been checked
-
-
 SHUFFLES = {"shuffle": blosc.SHUFFLE, "bitshuffle": blosc.BITSHUFFLE}
 
 
@@ -310,8 +297,6 @@ def _c_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
 
 
 NOTHING: Mapping[str, Undo] = {}
-
-
 Arrays = dict[str, Any]  # numpy arrays, or MappedLayers that are sliced like them
 
 
@@ -449,30 +434,3 @@ def _guarded(folder: Path, name: str, read: Callable[[], Any]) -> Any:
     except Exception as error:  # damaged bytes raise whatever the codec they reach raises
         what = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CacheCorruptError(f"`{folder / name}`: {what}", file=folder / name) from error
-
-
-def write_vocab(folder: Path, ranks: RankTable, text: bytes | None, text_offsets: np.ndarray | None) -> None:
-    """Write `vocab/`: the frequency ranks, and the text of every token if there is one."""
-    arrays = {"id_of_rank": ranks.id_of_rank_V, "heads": ranks.heads_LH}
-    if text is not None and text_offsets is not None:
-        arrays |= {"text": np.frombuffer(text, np.uint8), "text_offsets": np.asarray(text_offsets, np.int64)}
-    num_bytes = None if text is None else len(text)
-    write_arrays(folder, arrays, vocab_specs(len(ranks.id_of_rank_V), ranks.heads_LH.shape, num_bytes))
-
-
-def read_vocab(folder: Path, v_real: int, heads: tuple[int, int]) -> RankTable:
-    """The frequency ranks, as they were written."""
-    found = read_samples(folder, vocab_specs(v_real, heads, None), ["id_of_rank", "heads"])
-    return RankTable(found["id_of_rank"], found["heads"])
-
-
-def read_vocab_text(folder: Path, v_real: int) -> tuple[bytes, np.ndarray]:
-    """UTF-8 bytes of all tokens one after the other, and int64 [V + 1] offsets; the caller knows that they exist."""
-    specs = vocab_specs(v_real, (0, 0), 0)
-    offsets = read_samples(folder, specs, ["text_offsets"])["text_offsets"]
-    if offsets[0] or (np.diff(offsets) < 0).any():
-        path = folder / "text_offsets"
-        what = f"`{path}`: offsets must rise from 0, found {offsets[0]} to {offsets.min()}"
-        raise CacheCorruptError(what, file=path)
-    specs = vocab_specs(v_real, (0, 0), int(offsets[-1]))
-    return read_samples(folder, specs, ["text"])["text"].tobytes(), offsets

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlsi_cache.errors import DiskFullError
-from vlsi_cache.io import fsync_dir, is_disk_full
+from vlsi_cache.io import fsync_dir, is_disk_full, remove
 
 RESERVE_BYTES = 1 << 20  # metadata, directories and the commit record of a part
 STALE_S = 86400.0  # an unfinished file of another host counts as abandoned after this
@@ -75,14 +75,6 @@ def tmp_path(root: Path, what: str, suffix: str = "") -> Iterator[Path]:
     finally:
         remove(root / "tmp" / name)
         _live.discard(name)
-
-
-def remove(path: Path) -> None:
-    """Remove a file or folder; what is already gone is fine."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def list_tmp(root: Path) -> tuple[list[str], list[str]]:

@@ -1,5 +1,9 @@
 """A cache as a torch data set, and whole epochs in shuffled order at the speed of whole parts.
 
+There is one order, `plan_windows`. `PartWindowReader` gives the rows in it, read ahead in threads: `distill` trains on
+it, and it is the fastest for a loop of your own. `PartWindowSampler` gives the same order as indices, for a torch
+DataLoader over a `CacheDataset`.
+
 The shuffled parts of an epoch form one sequence of samples, and every rank takes an equal stretch of it: ranks are
 disjoint, complete and equal to within one sample, and each part is read by one rank (at a boundary by two). Inside a
 rank, samples are shuffled over windows of `window_parts` parts.

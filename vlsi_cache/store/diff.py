@@ -1,6 +1,7 @@
 """What differs between two caches: where they come from, which samples they hold, and what their rows say.
 
-Shape suffixes: L layers, T response tokens with a row, K kept entries of one cache, E entries that both keep.
+Shape suffixes: L layers, T response tokens with a row, K kept entries of one cache, E entries that both keep, U entries
+that either keeps.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -11,7 +12,7 @@ import numpy as np
 
 from vlsi_cache.errors import SpecError, list_problems
 from vlsi_cache.sparse.rows import SparseRows
-from vlsi_cache.store.derive.new_cache import CachePath
+from vlsi_cache.store.reader import CachePath
 
 from .format import IDENTITY_FIELDS
 from .header import differences
@@ -44,6 +45,18 @@ class LayerDiff:
     def is_equal(self) -> bool:
         largest = self.max_dlogp, self.max_dtail, self.max_dentropy
         return not any(largest) and not self.only_a and not self.only_b and self.same_top1 == (self.num_tokens > 0)
+
+
+@dataclass(frozen=True)
+class Entries:
+    """The U entries of one layer that either of two rows keeps: token of each, and its log-prob in both, float64.
+
+    A row that does not keep an entry has -inf there.
+    """
+
+    token_U: np.ndarray
+    logp_aU: np.ndarray
+    logp_bU: np.ndarray
 
 
 @dataclass
@@ -148,25 +161,25 @@ def _compare_rows(found: CacheDiff, one: Row, other: Row) -> None:
     found.tokens_only_b += other.num_tokens - len(positions)
     a, b = one.select_tokens(mine), other.select_tokens(theirs)
     for row, layer in enumerate(found.layers):
-        _add_layer(layer, a.layer(row), b.layer(row))
+        if len(positions):
+            add_layer(layer, a.layer(row), b.layer(row))
 
 
-def _add_layer(sums: LayerDiff, a: SparseRows, b: SparseRows) -> None:
-    num_tokens = a.num_tokens
-    if not num_tokens:
-        return
-    (key_a, logp_a), (key_b, logp_b) = _entries(a), _entries(b)
-    _, in_a, in_b = np.intersect1d(key_a, key_b, assume_unique=True, return_indices=True)
-    logp_aE, logp_bE, token_E = logp_a[in_a], logp_b[in_b], key_a[in_a] >> 32
+def add_layer(sums: LayerDiff, a: SparseRows, b: SparseRows) -> Entries:
+    """Add the rows of one layer over the same tokens, at least one, to `sums`; all entries that either row keeps."""
+    entries = joined_entries(a, b)
+    in_aU, in_bU = np.isfinite(entries.logp_aU), np.isfinite(entries.logp_bU)
+    common_U = in_aU & in_bU
+    token_E, logp_aE, logp_bE = (array[common_U] for array in (entries.token_U, entries.logp_aU, entries.logp_bU))
     dlogp_E = np.abs(logp_aE - logp_bE)
     p_aE = np.exp(logp_aE)
     bucket_aT, bucket_bT = (_bucket(rows, token_E, np.exp(logp_E)) for rows, logp_E in ((a, logp_aE), (b, logp_bE)))
     kl = (p_aE * (logp_aE - logp_bE)).sum() + (bucket_aT * np.log(bucket_aT / bucket_bT)).sum()
     dtail_T, dentropy_T = (np.abs(getattr(a, n)[0] - getattr(b, n)[0]) for n in ("tail_mass_LT", "entropy_LT"))
-    sums.num_tokens += num_tokens
+    sums.num_tokens += a.num_tokens
     sums.num_common += len(dlogp_E)
-    sums.only_a += len(key_a) - len(dlogp_E)
-    sums.only_b += len(key_b) - len(dlogp_E)
+    sums.only_a += int((in_aU & ~in_bU).sum())
+    sums.only_b += int((in_bU & ~in_aU).sum())
     sums.same_top1 += float((a.ids_LTK[0, :, 0] == b.ids_LTK[0, :, 0]).sum())
     sums.mean_dlogp += float(dlogp_E.sum())
     sums.mean_kl += float(kl)
@@ -175,14 +188,22 @@ def _add_layer(sums: LayerDiff, a: SparseRows, b: SparseRows) -> None:
     sums.max_dlogp = max(sums.max_dlogp, float(dlogp_E.max(initial=0)))
     sums.max_dtail = max(sums.max_dtail, float(dtail_T.max()))
     sums.max_dentropy = max(sums.max_dentropy, float(dentropy_T.max()))
+    return entries
 
 
-def _entries(rows: SparseRows) -> tuple[np.ndarray, np.ndarray]:
-    """All entries of one layer as keys, token << 32 | id, and their log-probs."""
-    logp_TK = rows.logprobs_LTK[0].astype(np.float64)
-    kept_TK = np.isfinite(logp_TK)
-    token_T1 = np.arange(rows.num_tokens, dtype=np.int64)[:, None]
-    return ((token_T1 << 32) | rows.ids_LTK[0].astype(np.int64))[kept_TK], logp_TK[kept_TK]
+def joined_entries(a: SparseRows, b: SparseRows) -> Entries:
+    """The entries of one layer that `a` or `b` keeps, by token and then by id."""
+    found = []
+    for rows in (a, b):
+        logp_TK = rows.logprobs_LTK[0].astype(np.float64)
+        kept_TK = np.isfinite(logp_TK)
+        token_T1 = np.arange(rows.num_tokens, dtype=np.int64)[:, None]
+        found.append((((token_T1 << 32) | rows.ids_LTK[0].astype(np.int64))[kept_TK], logp_TK[kept_TK]))
+    key_U = np.union1d(found[0][0], found[1][0])
+    logp_2U = np.full((2, len(key_U)), -np.inf)
+    for logp_U, (key_E, logp_E) in zip(logp_2U, found, strict=True):
+        logp_U[np.searchsorted(key_U, key_E)] = logp_E
+    return Entries(key_U >> 32, logp_2U[0], logp_2U[1])
 
 
 def _bucket(rows: SparseRows, token_E: np.ndarray, p_E: np.ndarray) -> np.ndarray:

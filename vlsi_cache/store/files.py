@@ -4,9 +4,8 @@ import os
 import stat
 from pathlib import Path
 
-import xxhash
-
 from vlsi_cache.errors import CacheCorruptError, command_line
+from vlsi_cache.io import checksum
 
 from .format import (
     FORMAT_VERSION,
@@ -211,10 +210,4 @@ def refuse_elsewhere(root: Path, path: Path) -> None:
 def hash_file(path: Path) -> FileRecord:
     """Size and xxh3-64 of a file."""
     refuse_special(path)
-    digest = xxhash.xxh3_64()
-    size = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-            size += len(block)
-    return FileRecord(size=size, xxh3=digest.hexdigest())
+    return FileRecord(**checksum(path))

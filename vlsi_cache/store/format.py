@@ -32,39 +32,19 @@ from pydantic import (
 from vlsi_cache.errors import CacheCorruptError, SpecError, validation_message
 
 MAX_PARTS = 1_000_000  # six digits, as in their names
-
-
 MAX_LAYERS = 4096
-
-
 MAX_TAUS = 64
-
-
 MAX_TAIL = 1 << 16
-
-
 MAX_WIDTH = 1 << 31
-
-
 MAX_VOCABULARY = 1 << 24
-
-
 MAX_RANKS = 1 << 28  # layers times tokens: what the table of ids by rank takes
-
-
 MAX_COUNT = 1 << 48  # samples, tokens, entries, bytes of a file
-
-
 MAX_DEPTH = 100  # caches made of caches made of caches
 
 
 # Blosc packs a constant block of 2 MiB into some 80 bytes; no honest array shrinks more.
 MAX_SHRINK = 1 << 16
-
-
 SECTIONS = ("teacher", "data", "rows", "store", "train_verbalizers", "distill", "evaluate", "run")
-
-
 _PRUNED = re.compile(r"prune\.\d{1,9}\.\w+")
 
 
@@ -150,20 +130,10 @@ def _want(values: dict[str, Any], name: str, kind: type, where: str) -> None:
 
 
 FORMAT_VERSION = 1
-
-
 HEADER_NAME = "cache.json"
-
-
 RECORD_NAME = "part.json"
-
-
 TABLE_NAME = "samples.parquet"
-
-
 VOCAB_NAME = "vocab"
-
-
 VOCAB_COPY_NAME = "vocab-copy"
 
 
@@ -187,11 +157,7 @@ IDENTITY_FIELDS = (
 
 
 Record = TypeVar("Record", bound="StrictRecord")
-
-
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
-
-
 OfLayers = Field(max_length=MAX_LAYERS)
 
 
@@ -411,14 +377,8 @@ def as_record(model: type[Record], value: dict[str, Any], path: Path) -> Record:
 
 
 SAMPLE_ARRAYS = ("offsets", "response_offsets", "response_ids", "positions")
-
-
 ENTRY_ARRAYS = ("ids", "levels", "logprob_gaps", "logprobs", "counts")
-
-
 SCALAR_ARRAYS = ("lse", "entropy", "gold_logprob", "tail_mass")
-
-
 SUMMARY_ARRAYS = ("entropy", "gold_logprob", "tail_mass")
 
 
@@ -426,17 +386,9 @@ KIB, MIB = 1 << 10, 1 << 20
 
 
 CHUNK_TOKENS = 65536  # keeps a chunk far below the 2 GiB that blosc can take
-
-
 CHUNK_ENTRIES = MIB
-
-
 MAPPED_TOKENS = 1024  # of the `fast` profile: one checksum a block, so the first look at a token reads little more
-
-
 VALUE_ARRAY = {"default": "levels", "exact": "logprob_gaps", "fast": "logprobs"}
-
-
 VALUE_DTYPE = {"levels": "uint8", "logprob_gaps": "uint32", "logprobs": "float16"}
 
 

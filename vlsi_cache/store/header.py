@@ -18,10 +18,9 @@ from vlsi_cache.errors import CacheCorruptError, FingerprintMismatchError, SpecE
 from vlsi_cache.io import check_folder
 
 from . import commit
-from .codec import read_vocab, read_vocab_text, write_vocab
 from .files import hash_file, load_header, refuse_elsewhere, repair_hint
 from .format import HEADER_NAME, IDENTITY_FIELDS, VOCAB_COPY_NAME, VOCAB_NAME, CacheHeader, FileRecord, sealed_json
-from .vocab_order import RankTable
+from .vocab_order import RankTable, read_vocab, read_vocab_text, write_vocab
 
 VOCAB_NAMES = (VOCAB_NAME, VOCAB_COPY_NAME)
 
@@ -141,11 +140,7 @@ def _file_names(folder: Path) -> list[str]:
 
 
 MAX_SHOWN = 120  # characters of a differing fingerprint value in a message
-
-
 Ranks = RankTable | Callable[[], RankTable]
-
-
 TokenTexts = Callable[[], Sequence[str]] | None
 
 

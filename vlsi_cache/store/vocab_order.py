@@ -1,15 +1,20 @@
 """Token ids as frequency ranks: small numbers compress, and every layer says other words.
 
-All layers share one order of the vocabulary; each has a head of its own in front of it.
+All layers share one order of the vocabulary; each has a head of its own in front of it. `vocab/` keeps both, and the
+texts of the tokens for people.
 Shape suffixes: L layers, V vocabulary, H ids in a head.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import xxhash
 
-from vlsi_cache.errors import SpecError
+from vlsi_cache.errors import CacheCorruptError, SpecError
+
+from .codec import read_samples, write_arrays
+from .format import vocab_specs
 
 NUM_HEAD = 2048  # a longer head saves less than a thousandth of the ids
 
@@ -84,3 +89,30 @@ def ranks_by_count(kept_LV: np.ndarray, said_V: np.ndarray) -> RankTable:
     place_V[order_V] = ids_V
     heads = [np.lexsort((place_V, -kept_V))[: min(NUM_HEAD, len(ids_V))] for kept_V in kept_LV]
     return RankTable(order_V.astype(np.uint32), np.stack(heads).astype(np.uint32))
+
+
+def write_vocab(folder: Path, ranks: RankTable, text: bytes | None, text_offsets: np.ndarray | None) -> None:
+    """Write `vocab/`: the frequency ranks, and the text of every token if there is one."""
+    arrays = {"id_of_rank": ranks.id_of_rank_V, "heads": ranks.heads_LH}
+    if text is not None and text_offsets is not None:
+        arrays |= {"text": np.frombuffer(text, np.uint8), "text_offsets": np.asarray(text_offsets, np.int64)}
+    num_bytes = None if text is None else len(text)
+    write_arrays(folder, arrays, vocab_specs(len(ranks.id_of_rank_V), ranks.heads_LH.shape, num_bytes))
+
+
+def read_vocab(folder: Path, v_real: int, heads: tuple[int, int]) -> RankTable:
+    """The frequency ranks, as they were written."""
+    found = read_samples(folder, vocab_specs(v_real, heads, None), ["id_of_rank", "heads"])
+    return RankTable(found["id_of_rank"], found["heads"])
+
+
+def read_vocab_text(folder: Path, v_real: int) -> tuple[bytes, np.ndarray]:
+    """UTF-8 bytes of all tokens one after the other, and int64 [V + 1] offsets; the caller knows that they exist."""
+    specs = vocab_specs(v_real, (0, 0), 0)
+    offsets = read_samples(folder, specs, ["text_offsets"])["text_offsets"]
+    if offsets[0] or (np.diff(offsets) < 0).any():
+        path = folder / "text_offsets"
+        what = f"`{path}`: offsets must rise from 0, found {offsets[0]} to {offsets.min()}"
+        raise CacheCorruptError(what, file=path)
+    specs = vocab_specs(v_real, (0, 0), int(offsets[-1]))
+    return read_samples(folder, specs, ["text"])["text"].tobytes(), offsets

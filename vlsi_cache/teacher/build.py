@@ -30,11 +30,10 @@ from vlsi_cache.store import reader
 from vlsi_cache.store.files import load_header
 from vlsi_cache.store.format import HEADER_NAME, TABLE_NAME, CacheHeader
 from vlsi_cache.store.header import check_root
+from vlsi_cache.store.lineage import surprise_warning
 from vlsi_cache.store.reader import Cache
-from vlsi_cache.store.records import PartSamples
-from vlsi_cache.store.teacher_fit import surprise_warning
 from vlsi_cache.store.vocab_order import RankTable, plain_ranks, ranks_by_count
-from vlsi_cache.store.writer import CacheWriter
+from vlsi_cache.store.writer import CacheWriter, PartSamples
 
 from .forward import NO_PART, PartBatch, Teacher, load_teacher
 from .inputs import TeacherInputs, open_teacher_inputs

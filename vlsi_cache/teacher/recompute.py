@@ -1,7 +1,7 @@
 """Does the teacher still say what the cache holds? Random samples go through it again and are compared row by row.
 
 No checksum sees a row that was wrong when it was written, or that was rewritten with a new checksum; this does.
-Shape suffixes: L layers, T response tokens with a row, K kept entries, W ids that either row keeps.
+Shape suffixes: L layers, T response tokens with a row, U entries that either row keeps.
 
 A kept entry is compared in the unit its profile stores: a level (`default`), a nat (`exact`, `fast`), a draw (sampled
 rows). It may be off by
@@ -14,7 +14,7 @@ quantised entries into the tail, the tail mass by `PRUNED_TAIL` more.
 
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from vlsi_cache.config.spec import change, spec_from_dict
 from vlsi_cache.errors import DataError, FingerprintMismatchError, list_problems
 from vlsi_cache.progress import progress
 from vlsi_cache.sparse.rows import SparseRows, truncate
+from vlsi_cache.store.diff import Entries, LayerDiff, add_layer
 from vlsi_cache.store.format import CacheHeader, response_digest
 from vlsi_cache.store.header import differences
 from vlsi_cache.store.lineage import data_specs
@@ -42,24 +43,31 @@ MAX_SHOWN = 10
 
 
 @dataclass
-class LayerCheck:
+class LayerCheck(LayerDiff):
     """One layer over all samples; `worst` is the largest error in units of what is allowed, fine up to 1."""
 
-    layer: int
-    num_tokens: int = 0
-    max_dlogp: float = 0.0
-    num_same_top: int = 0
-    max_dtail: float = 0.0
-    max_dentropy: float = 0.0
     worst: float = 0.0
 
     @property
     def top1_agreement(self) -> float:
-        return self.num_same_top / max(1, self.num_tokens)
+        return self.same_top1 / max(1, self.num_tokens)
 
     @property
     def ok(self) -> bool:
         return self.worst <= 1
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "layer": self.layer,
+            "num_tokens": self.num_tokens,
+            "max_dlogp": self.max_dlogp,
+            "num_same_top": int(self.same_top1),
+            "max_dtail": self.max_dtail,
+            "max_dentropy": self.max_dentropy,
+            "worst": self.worst,
+            "top1_agreement": self.top1_agreement,
+            "ok": self.ok,
+        }
 
 
 @dataclass
@@ -77,8 +85,7 @@ class RecomputeReport:
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready, with what is derived."""
-        derived = [{"top1_agreement": one.top1_agreement, "ok": one.ok} for one in self.layers]
-        layers = [asdict(one) | more for one, more in zip(self.layers, derived, strict=True)]
+        layers = [one.as_dict() for one in self.layers]
         return {"ok": self.ok, "num_samples": self.num_samples, "layers": layers, "changed": self.changed}
 
     def __str__(self) -> str:
@@ -179,64 +186,43 @@ def _compare(checks: Sequence[LayerCheck], row: Row, now: SparseRows, header: Ca
     noise = NOISE.get(str(teacher.backbone.head_weight.dtype), NOISE_OF_HALF)
     was_pruned = header.profile == "default" and bool(header.parents)
     tail_limit = noise + (PRUNED_TAIL if was_pruned else 0.0)
-    for number, check in enumerate(checks):
-        stored, again = row.layer(number), now.layer(number)
-        dtail = float(np.abs(stored.tail_mass_LT - again.tail_mass_LT).max(initial=0))
-        dentropy = float(np.abs(stored.entropy_LT - again.entropy_LT).max(initial=0))
-        check.num_tokens += row.num_tokens
-        check.num_same_top += int((stored.ids_LTK[0, :, 0] == again.ids_LTK[0, :, 0]).sum())
-        check.max_dtail = max(check.max_dtail, dtail)
-        check.max_dentropy = max(check.max_dentropy, dentropy)
-        check.worst = max(check.worst, dtail / tail_limit, dentropy / noise)
-        for token in range(row.num_tokens):
-            logp_W, again_W = _joined(stored, again, token)
-            common_W = np.isfinite(logp_W) & np.isfinite(again_W)
-            dlogp = float(np.abs(logp_W[common_W] - again_W[common_W]).max(initial=0))
-            check.max_dlogp = max(check.max_dlogp, dlogp)
-            check.worst = max(check.worst, _entry_error(logp_W, again_W, header, noise))
+    for number, check in enumerate(checks if row.num_tokens else ()):
+        entries = add_layer(check, row.layer(number), now.layer(number))
+        worst = check.max_dtail / tail_limit, check.max_dentropy / noise, _entry_error(entries, header, noise)
+        check.worst = max(check.worst, *worst)
 
 
-def _joined(stored: SparseRows, again: SparseRows, token: int) -> tuple[np.ndarray, np.ndarray]:
-    """Log-probs float64 [W] of all ids that one of two rows keeps; -inf in the row that does not keep it."""
-    kept = []
-    for rows in (stored, again):
-        logp_K = rows.logprobs_LTK[0, token].astype(np.float64)
-        is_entry_K = np.isfinite(logp_K)
-        kept.append((rows.ids_LTK[0, token][is_entry_K], logp_K[is_entry_K]))
-    ids_W = np.union1d(kept[0][0], kept[1][0])
-    out = np.full((2, len(ids_W)), -np.inf)
-    for out_W, (ids_K, logp_K) in zip(out, kept, strict=True):
-        out_W[np.searchsorted(ids_W, ids_K)] = logp_K
-    return out[0], out[1]
-
-
-def _entry_error(logp_W: np.ndarray, again_W: np.ndarray, header: CacheHeader, noise: float) -> float:
+def _entry_error(entries: Entries, header: CacheHeader, noise: float) -> float:
     """The largest error of an entry in units of what is allowed."""
-    one_W, other_W = _in_units(logp_W, header), _in_units(again_W, header)
-    one_W, other_W = _filled(one_W, other_W), _filled(other_W, one_W)
-    allowed_W = _allowed(np.maximum(one_W, other_W), header, noise)
-    return float((np.abs(one_W - other_W) / allowed_W).max(initial=0))
+    one_U, other_U = (_in_units(logp_U, header) for logp_U in (entries.logp_aU, entries.logp_bU))
+    one_U, other_U = (
+        _filled(own_U, against_U, entries.token_U) for own_U, against_U in ((one_U, other_U), (other_U, one_U))
+    )
+    allowed_U = _allowed(np.maximum(one_U, other_U), header, noise)
+    return float((np.abs(one_U - other_U) / allowed_U).max(initial=0))
 
 
-def _filled(own_W: np.ndarray, other_W: np.ndarray) -> np.ndarray:
+def _filled(own_U: np.ndarray, other_U: np.ndarray, token_U: np.ndarray) -> np.ndarray:
     """What a row does not keep is at most as likely as the last entry it keeps."""
-    known_W = np.isfinite(own_W)
-    return np.where(known_W, own_W, np.minimum(other_W, own_W[known_W].min(initial=np.inf)))
+    known_U = np.isfinite(own_U)
+    last_T = np.full(token_U.max(initial=-1) + 1, np.inf)
+    np.minimum.at(last_T, token_U[known_U], own_U[known_U])
+    return np.where(known_U, own_U, np.minimum(other_U, last_T[token_U]))
 
 
-def _in_units(logp_W: np.ndarray, header: CacheHeader) -> np.ndarray:
+def _in_units(logp_U: np.ndarray, header: CacheHeader) -> np.ndarray:
     """Levels or nats, with -inf where there is no entry; draws, with 0."""
     if header.row_kind == "sampled":
-        return np.exp(logp_W) * header.widest
+        return np.exp(logp_U) * header.widest
     if header.profile == "default":
-        return np.where(np.isfinite(logp_W), 255 * np.exp(logp_W / 4), -np.inf)
-    return logp_W
+        return np.where(np.isfinite(logp_U), 255 * np.exp(logp_U / 4), -np.inf)
+    return logp_U
 
 
-def _allowed(values_W: np.ndarray, header: CacheHeader, noise: float) -> np.ndarray:
+def _allowed(values_U: np.ndarray, header: CacheHeader, noise: float) -> np.ndarray:
     """A level of v is p = (v / 255)^4, so a nat is v / 4 levels; a draw moves with the edges of all others."""
     if header.row_kind == "sampled":
-        return np.full(values_W.shape, STORED["sampled"] + noise * header.widest / 2)
+        return np.full(values_U.shape, STORED["sampled"] + noise * header.widest / 2)
     if header.profile == "default":
-        return STORED["default"] + noise * values_W / 4
-    return np.full(values_W.shape, STORED[header.profile] + noise)
+        return STORED["default"] + noise * values_U / 4
+    return np.full(values_U.shape, STORED[header.profile] + noise)

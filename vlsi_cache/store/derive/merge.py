@@ -23,7 +23,7 @@ from vlsi_cache.store.part import Part
 from vlsi_cache.store.reader import Cache, open
 from vlsi_cache.store.writer import CacheWriter
 
-from .new_cache import CachePath, check_room, check_target, open_source, token_texts
+from . import CachePath, check_room, check_target, open_source, token_texts
 from .slice import in_memory, stored_samples
 
 # fields of the fingerprint that only say which samples a cache holds, and from where

@@ -27,7 +27,7 @@ from vlsi_cache.store.reader import Cache, open
 from vlsi_cache.store.vocab_order import RankTable, plain_ranks
 from vlsi_cache.store.writer import CacheWriter
 
-from .new_cache import CachePath, check_room, check_target, open_source, token_texts
+from . import CachePath, check_room, check_target, open_source, token_texts
 from .select import (
     PartTokens,
     SampleIds,

@@ -43,11 +43,7 @@ COLUMNS = {
 
 
 TEXT_COLUMNS = ("id", "kind", "source")
-
-
 MAX_CHARACTERS = 10_000
-
-
 OPERATORS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Eq: operator.eq,
     ast.NotEq: operator.ne,

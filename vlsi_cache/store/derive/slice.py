@@ -14,7 +14,7 @@ from vlsi_cache.store.codec import Arrays, MappedLayers
 from vlsi_cache.store.encoding import decode_values, encode_values, padded, stored_scalar
 from vlsi_cache.store.format import SCALAR_ARRAYS, CacheHeader, layered_names, value_array
 from vlsi_cache.store.part import Part
-from vlsi_cache.store.records import PartSamples
+from vlsi_cache.store.writer import PartSamples
 
 
 @dataclass(frozen=True)
