@@ -12,15 +12,16 @@ from vlsi_cache.config.layers import parse_layers
 from vlsi_cache.errors import SpecError
 from vlsi_cache.progress import printable
 
-from .output import LOOK, OK, PROBLEMS, Answer, command, require_cache
+from .output import OK, PROBLEMS, Answer, require_cache
 
+if TYPE_CHECKING:
+    import numpy as np
+    from rich.table import Table
+    from rich.text import Text
+
+TOKEN_WIDTH, CELL_WIDTH = 22, 17  # characters of the response's column and of a layer's, padding included
+WORD_WIDTH = 9
 CachePath = Annotated[Path, typer.Argument(metavar="CACHE", help="Folder of a cache.")]
-
-
-def register(app: typer.Typer) -> None:
-    """Add the reading commands to `app`."""
-    for name, function, example in COMMANDS:
-        command(app, name, panel=LOOK, example=f"vlsi-cache {example}")(function)
 
 
 def ls(
@@ -53,7 +54,6 @@ def sample(
     The words come from the cache, each after the response so far: no model and no tokenizer is needed. A cache that is
     still being built will do. What a layer says when it is left to itself: vlsi-cache trace.
     """
-
     grid = sample_grid(cache, sample_id, top=top, layers=layers, tokens=tokens)
     return Answer(grid, lambda: grid_text(grid), is_styled=True)
 
@@ -227,7 +227,7 @@ def specs() -> Answer:
     return Answer(found, lambda: table(["spec", "what it is"], rows))
 
 
-COMMANDS = (
+COMMANDS = (  # name, function, example
     ("ls", ls, "ls caches"),
     ("inspect", inspect, "inspect caches/demo"),
     ("sample", sample, "sample caches/demo 5f0c2a --top 3"),
@@ -239,20 +239,6 @@ COMMANDS = (
     ("report", report, "report runs/a"),
     ("specs", specs, "specs"),
 )
-
-
-if TYPE_CHECKING:
-    import numpy as np
-    from rich.table import Table
-
-
-CELL_WIDTH = 17  # characters of a layer's column, its padding included
-
-
-TOKEN_WIDTH = 22
-
-
-WORD_WIDTH = 9
 
 
 def sample_grid(path: Path, sample_id: str, *, top: int, layers: str | None, tokens: str | None) -> dict[str, Any]:
@@ -341,7 +327,7 @@ def _block(grid: dict[str, Any], start: int, stop: int) -> "Table":
     return table
 
 
-def _cell(grid: dict[str, Any], index: int, t: int) -> Any:
+def _cell(grid: dict[str, Any], index: int, t: int) -> "Text":
     """The top words, and under them in grey the numbers of the distribution."""
     from rich.text import Text
 
