@@ -14,13 +14,6 @@ from vlsi_cache.progress import printable
 
 from .output import OK, PROBLEMS, Answer, require_cache
 
-if TYPE_CHECKING:
-    import numpy as np
-    from rich.table import Table
-    from rich.text import Text
-
-TOKEN_WIDTH, CELL_WIDTH = 22, 17  # characters of the response's column and of a layer's, padding included
-WORD_WIDTH = 9
 CachePath = Annotated[Path, typer.Argument(metavar="CACHE", help="Folder of a cache.")]
 
 
@@ -54,6 +47,7 @@ def sample(
     The words come from the cache, each after the response so far: no model and no tokenizer is needed. A cache that is
     still being built will do. What a layer says when it is left to itself: vlsi-cache trace.
     """
+
     grid = sample_grid(cache, sample_id, top=top, layers=layers, tokens=tokens)
     return Answer(grid, lambda: grid_text(grid), is_styled=True)
 
@@ -241,6 +235,20 @@ COMMANDS = (  # name, function, example
 )
 
 
+if TYPE_CHECKING:
+    import numpy as np
+    from rich.table import Table
+
+
+CELL_WIDTH = 17  # characters of a layer's column, its padding included
+
+
+TOKEN_WIDTH = 22
+
+
+WORD_WIDTH = 9
+
+
 def sample_grid(path: Path, sample_id: str, *, top: int, layers: str | None, tokens: str | None) -> dict[str, Any]:
     """JSON-ready: the sample's tokens and what the layers say, see report.example.grid_of."""
     from vlsi_cache.report.example import grid_of
@@ -327,7 +335,7 @@ def _block(grid: dict[str, Any], start: int, stop: int) -> "Table":
     return table
 
 
-def _cell(grid: dict[str, Any], index: int, t: int) -> "Text":
+def _cell(grid: dict[str, Any], index: int, t: int) -> Any:
     """The top words, and under them in grey the numbers of the distribution."""
     from rich.text import Text
 

@@ -98,11 +98,11 @@ class Matches:
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        arrays = {"start": self.start_SM, "end": self.end_SM, "null": self.null_SM}
         distances = None
         if self.null_SM is not None:
             found = {"start": self.distance(self.start_SM), "end": self.distance(self.end_SM), "chance": self.chance()}
             distances = {name: distance_S.tolist() for name, distance_S in found.items() if distance_S is not None}
+        arrays = {"start": self.start_SM, "end": self.end_SM, "null": self.null_SM}
         keys = ("run", "mode", "sampler", "student_layers", "teacher_layers", "num_matches", "num_steps", "is_finished")
         return {
             **{key: getattr(self, key) for key in keys},
