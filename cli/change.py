@@ -11,18 +11,12 @@ from vlsi_cache.config.layers import parse_layers, shown_layers
 from vlsi_cache.errors import SpecError
 from vlsi_cache.progress import human_bytes, printable, say
 
-from .output import CHANGE, Answer, command, require_cache
+from .output import Answer, require_cache
 
 if TYPE_CHECKING:
     from vlsi_cache.store.derive.prune import PrunePlan
 
 CachePath = Annotated[Path, typer.Argument(metavar="CACHE", help="Folder of a cache.")]
-
-
-def register(app: typer.Typer) -> None:
-    """Add the changing commands to `app`."""
-    for name, function, example in COMMANDS:
-        command(app, name, panel=CHANGE, example=f"vlsi-cache {example}")(function)
 
 
 def prune(
@@ -149,7 +143,7 @@ def _cuts(planned: "PrunePlan") -> str:
     return f"{layers}, {entries}, {samples}, {tokens}, {profile}; {sizes} (saved: {saved})"
 
 
-COMMANDS = (
+COMMANDS = (  # name, function, example
     ("prune", prune, "prune caches/demo -o caches/small --layers 2,4,last --top-k 8"),
     ("merge", merge, "merge caches/a caches/b -o caches/both"),
     ("repair", repair, "repair caches/demo"),

@@ -12,15 +12,9 @@ from vlsi_cache.config.layers import parse_layers
 from vlsi_cache.errors import SpecError
 from vlsi_cache.progress import printable
 
-from .output import LOOK, OK, PROBLEMS, Answer, command, require_cache
+from .output import OK, PROBLEMS, Answer, require_cache
 
 CachePath = Annotated[Path, typer.Argument(metavar="CACHE", help="Folder of a cache.")]
-
-
-def register(app: typer.Typer) -> None:
-    """Add the reading commands to `app`."""
-    for name, function, example in COMMANDS:
-        command(app, name, panel=LOOK, example=f"vlsi-cache {example}")(function)
 
 
 def ls(
@@ -230,7 +224,7 @@ def specs() -> Answer:
     return Answer(found, lambda: table(["spec", "what it is"], rows))
 
 
-COMMANDS = (
+COMMANDS = (  # name, function, example
     ("ls", ls, "ls caches"),
     ("inspect", inspect, "inspect caches/demo"),
     ("sample", sample, "sample caches/demo 5f0c2a --top 3"),

@@ -9,7 +9,7 @@ import typer
 from vlsi_cache.progress import say
 
 from . import ablations, change, look, stages
-from .output import INTERRUPTED, USAGE, Version
+from .output import CHANGE, INTERRUPTED, LOOK, STAGES, USAGE, Version, add_commands
 
 # Libraries that talk on their own; a value the user has set stays.
 QUIET_LIBRARIES = {
@@ -37,10 +37,10 @@ def root(version: Version = False) -> None:
     del version  # its callback has ended the command
 
 
-stages.register(app)
+add_commands(app, stages.COMMANDS, panel=STAGES)
 ablations.register(app)
-look.register(app)
-change.register(app)
+add_commands(app, look.COMMANDS, panel=LOOK)
+add_commands(app, change.COMMANDS, panel=CHANGE)
 
 
 def main() -> int:

@@ -13,7 +13,7 @@ import shlex
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -85,6 +85,12 @@ def command(app: typer.Typer, name: str, *, panel: str, example: str) -> Callabl
         return function
 
     return register
+
+
+def add_commands(app: typer.Typer, commands: Iterable[tuple[str, Callable[..., Answer], str]], *, panel: str) -> None:
+    """Register functions by their names, each with the words of its example, under one heading of the help."""
+    for name, function, example in commands:
+        command(app, name, panel=panel, example=f"vlsi-cache {example}")(function)
 
 
 def _with_local_paths(function: Callable[..., Answer], values: dict[str, Any]) -> Answer:

@@ -9,7 +9,7 @@ import typer
 from vlsi_cache.errors import SpecError, command_line
 from vlsi_cache.progress import say
 
-from .output import STAGES, Answer, command
+from .output import Answer
 
 if TYPE_CHECKING:
     from vlsi_cache.config.sections import DataSpec
@@ -20,12 +20,6 @@ Sets = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Change the spec, e.g. rows.top_k=32; repeatable."),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: what the spec says.")]
-
-
-def register(app: typer.Typer) -> None:
-    """Add the stage commands to `app`, in the order in which they are run."""
-    for name, function, example in COMMANDS:
-        command(app, name, panel=STAGES, example=f"vlsi-cache {example}")(function)
 
 
 def plan(
@@ -287,7 +281,7 @@ def _report_in(folder: Path | str) -> Path | None:
     return file if file.is_file() else None
 
 
-COMMANDS = (
+COMMANDS = (  # in the order in which they are run; name, function, example
     ("plan", plan, "plan demo --set rows.top_k=32"),
     ("generate", generate, "generate demo -o rows.parquet --temperature 1 --num-samples 2"),
     ("train-verbalizers", train_verbalizers, "train-verbalizers demo -o runs/verbalizers"),

@@ -15,10 +15,9 @@ from vlsi_cache.errors import CacheCorruptError, command_line
 from vlsi_cache.progress import human_bytes
 
 from .layers import spaced
-from .text import table
+from .text import layer_names, table
 
 if TYPE_CHECKING:
-    from vlsi_cache.store.format import CacheHeader
     from vlsi_cache.store.reader import Cache
 
 MEASURED_PARTS = 4  # parts whose shard indices are read: their layers are alike, and each costs a dozen open files
@@ -87,67 +86,60 @@ def _sum(cache: "Cache", column: str) -> int:
 
 def _bytes(cache: "Cache") -> dict[str, Any]:
     """Bytes per array of all parts, exact, and per layer as the measured parts have them."""
-    stored = cache.bytes_by_array()
-    total, measured = sum(stored.values()), spaced(cache.parts, MEASURED_PARTS)
-    layer_sizes, num_tokens, num_entries = _measure(cache, measured)
-    num_tokens = max(1, num_tokens)
+    stored, measured = cache.bytes_by_array(), spaced(cache.parts, MEASURED_PARTS)
+    sizes, num_tokens, num_entries = _measure(cache, measured)
+    layer_bytes = []
+    for index, layer in enumerate(cache.layers):
+        of_layer = {name: float(size_L[index]) for name, size_L in sizes.items()}
+        total = sum(of_layer.values())
+        layer_bytes.append(
+            {
+                "layer": layer,
+                "top_k": cache.header.top_k[index],
+                "bytes": round(total * cache.num_tokens / num_tokens),
+                "bytes_per_token": total / num_tokens,
+                "by_array": {name: size / num_tokens for name, size in of_layer.items()},
+            }
+        )
     return {
         "size_bytes": stored,
         "vocab_bytes": sum(file.lstat().st_size for file in (cache.path / "vocab").rglob("*") if file.is_file()),
         "bytes_per_layer_token": cache.bytes_per_layer_token(),
-        "bytes_per_token": total / max(1, cache.num_tokens),
-        "bytes_per_response_token": total / max(1, _sum(cache, "num_response_tokens")),
+        "bytes_per_token": sum(stored.values()) / max(1, cache.num_tokens),
+        "bytes_per_response_token": sum(stored.values()) / max(1, _sum(cache, "num_response_tokens")),
         "raw_bytes": _raw_bytes(cache, num_entries / num_tokens),
         "measured_parts": measured,
-        "layer_bytes": [
-            {
-                "layer": layer,
-                "top_k": cache.header.top_k[index],
-                "bytes": round(
-                    sum(float(of_L[index]) for of_L in layer_sizes.values()) * cache.num_tokens / num_tokens
-                ),
-                "bytes_per_token": sum(float(of_L[index]) for of_L in layer_sizes.values()) / num_tokens,
-                "by_array": {name: float(of_L[index]) / num_tokens for name, of_L in layer_sizes.items()},
-            }
-            for index, layer in enumerate(cache.layers)
-        ],
+        "layer_bytes": layer_bytes,
     }
 
 
 def _measure(cache: "Cache", parts: Sequence[int]) -> tuple[dict[str, np.ndarray], int, int]:
-    """(bytes [L] of every layered array, response tokens, entries) of these parts."""
-    from vlsi_cache.store.format import layered_names
-
-    sizes = {name: np.zeros(len(cache.layers)) for name in layered_names(cache.header)}
-    num_tokens = num_entries = 0
-    for part in parts:
-        found, tokens, entries = _measure_part(cache.path, cache.header, part)
-        sizes = {name: sizes_L + found[name] for name, sizes_L in sizes.items()}
-        num_tokens, num_entries = num_tokens + tokens, num_entries + entries
-    return sizes, num_tokens, num_entries
-
-
-def _measure_part(root: Path, header: "CacheHeader", part: int) -> tuple[dict[str, np.ndarray], int, int]:
+    """(bytes [L] of every layered array, response tokens, 1 at least, entries) of these parts."""
     from vlsi_cache.store.codec import layer_bytes, read_layered
     from vlsi_cache.store.files import check_part_files, load_part_record
     from vlsi_cache.store.format import data_file_name, layered_names, part_dir, part_specs
 
-    record, folder = load_part_record(root, header, part), part_dir(root, part)
-    check_part_files(root, part, record)
-    specs, entries_L = part_specs(header, record), np.zeros(len(header.layers))
-    if header.is_ragged:
-        every = range(len(header.layers))
-        entries_L = read_layered(folder, specs, ["kept"], every)["kept"].sum(1, dtype=np.int64)
-    found = {}
-    for name in layered_names(header):
-        found[name] = np.zeros(len(header.layers))
-        if specs[name].size_bytes:
+    root, header = cache.path, cache.header
+    sizes = {name: np.zeros(len(header.layers)) for name in layered_names(header)}
+    num_tokens = num_entries = 0
+    for part in parts:
+        record, folder = load_part_record(root, header, part), part_dir(root, part)
+        check_part_files(root, part, record)
+        specs, entries_L = part_specs(header, record), np.zeros(len(header.layers))
+        if header.is_ragged:
+            kept_LT = read_layered(folder, specs, ["kept"], range(len(header.layers)))["kept"]
+            entries_L = kept_LT.sum(1, dtype=np.int64)
+        for name in sizes:
+            if not specs[name].size_bytes:
+                continue
             file = folder / data_file_name(name, specs[name])
             try:
-                found[name] = layer_bytes(file, specs[name], entries_L)
+                sizes[name] += layer_bytes(file, specs[name], entries_L)
             except ValueError as error:
                 raise CacheCorruptError(f"`{file}`: {error}; run: {command_line('verify', root)}") from error
-    return found, record.num_tokens, record.num_entries
+        num_tokens += record.num_tokens
+        num_entries += record.num_entries
+    return sizes, max(1, num_tokens), num_entries
 
 
 def _raw_bytes(cache: "Cache", entries_per_token: float) -> dict[str, int]:
@@ -230,16 +222,11 @@ def rows_text(facts: dict[str, Any]) -> str:
 
 def _array_table(facts: dict[str, Any]) -> str:
     sizes, per, raw = facts["size_bytes"], facts["bytes_per_layer_token"], facts["raw_bytes"]
-    rows = [
-        [
-            name,
-            human_bytes(size),
-            human_bytes(raw[name]) if name in raw else "",
-            f"{100 * size / raw[name]:.0f} %" if raw.get(name) else "",
-            f"{per[name]:.2f}",
-        ]
-        for name, size in sizes.items()
-    ]
+    rows = []
+    for name, size in sizes.items():
+        uncompressed = human_bytes(raw[name]) if name in raw else ""
+        share = f"{100 * size / raw[name]:.0f} %" if raw.get(name) else ""
+        rows.append([name, human_bytes(size), uncompressed, share, f"{per[name]:.2f}"])
     rows.append(["total", human_bytes(sum(sizes.values())), human_bytes(sum(raw.values())), "", f"{per['total']:.2f}"])
     return table(["array", "stored", "raw", "stored/raw", "bytes per (layer, token)"], rows)
 
@@ -249,20 +236,15 @@ def _layer_table(facts: dict[str, Any]) -> str:
     if not measured:
         return ""
     whole = max(1e-9, sum(one["bytes_per_token"] for one in of_layer))
-    rows = [
-        [
-            "last" if one["layer"] == facts["layers"][-1] else str(one["layer"]),
-            str(one["top_k"]),
-            f"{one['bytes_per_token']:.2f}",
-            f"{100 * one['bytes_per_token'] / whole:.1f} %",
-            human_bytes(one["bytes"]),
-        ]
-        for one in of_layer
-    ]
-    is_all = len(measured) == facts["parts_done"]
-    note = "" if is_all else f"\nlayers: measured on {len(measured)} evenly spaced parts of {facts['parts_done']}"
-    size = "stored" if is_all else "stored, about"
-    return table(["layer", "k", "bytes per token", "share", size], rows) + note
+    rows = []
+    for name, one in zip(layer_names(facts["layers"]), of_layer, strict=True):
+        per_token = one["bytes_per_token"]
+        share = f"{100 * per_token / whole:.1f} %"
+        rows.append([name, str(one["top_k"]), f"{per_token:.2f}", share, human_bytes(one["bytes"])])
+    if len(measured) == facts["parts_done"]:
+        return table(["layer", "k", "bytes per token", "share", "stored"], rows)
+    note = f"layers: measured on {len(measured)} evenly spaced parts of {facts['parts_done']}"
+    return f"{table(['layer', 'k', 'bytes per token', 'share', 'stored, about'], rows)}\n{note}"
 
 
 def _skipped_lines(facts: dict[str, Any]) -> list[str]:

@@ -23,21 +23,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLUMN_PX = 950  # of the page's text column, 62rem without its padding
-
+MAX_NUMBERED = 12  # columns up to which every cell carries its number
+MAX_LABELS = 25
+MAX_SHARE = 20  # percent of a layer's tokens in one bin, from where the colour is full
 
 # Colours that the page replaces by its own; any other colour stays as it is.
 INK, MUTED, LINE = "#1f2328", "#656d76", "#d1d9e0"
-
-
 PAGE_COLOURS = {INK: "var(--ink)", MUTED: "var(--muted)", LINE: "var(--line)"}
-
-
 ACCENT, WARM, GREY, GREEN = "#3d7fd6", "#dd8a2c", "#8b929b", "#2f9e74"
-
-
 RECIPE_COLOURS = {"sft": GREY, "last": WARM, "vlsi": ACCENT}
-
-
+DASHED = (0, (3, 2))
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "vlsi-cache",  # ids that depend on the content alone: the same data give the same page
@@ -67,11 +62,9 @@ STYLE: dict[Any, Any] = {
     "figure.constrained_layout.w_pad": 0.08,
 }
 
-
-Scores = Mapping[str, Mapping[str, Sequence[float]]]
-
-
-Curves = Mapping[str, Mapping[str, tuple[Sequence[int], Sequence[float]]]]
+Scores = Mapping[str, Mapping[str, Sequence[float]]]  # recipe -> kind of question -> one value a seed
+Curves = Mapping[str, Mapping[str, tuple[Sequence[int], Sequence[float]]]]  # stage -> label -> steps, values
+Maps = Mapping[str, np.ndarray]  # title -> shares [S, M]
 
 
 @dataclass(frozen=True)
@@ -103,25 +96,21 @@ def accuracy_bars(scores: Scores, kinds: Sequence[str], teacher: Mapping[str, fl
         centres, width = np.arange(len(kinds)), 0.8 / max(1, len(scores))
         for index, (recipe, of_kind) in enumerate(scores.items()):
             x = centres + (index - (len(scores) - 1) / 2) * width
-            _bars(axes, x, [of_kind.get(kind, ()) for kind in kinds], width, recipe)
+            seeds = [100 * np.asarray(of_kind.get(kind) or [np.nan]) for kind in kinds]
+            colour = RECIPE_COLOURS.get(recipe, GREEN)
+            axes.bar(x, [values.mean() for values in seeds], width * 0.9, color=colour, label=recipe)
+            if any(len(values) > 1 for values in seeds):
+                low, high = [values.min() for values in seeds], [values.max() for values in seeds]
+                axes.vlines(x, low, high, color=INK, lw=1.1)
         if teacher:
             y = [100 * teacher.get(kind, np.nan) for kind in kinds]
-            axes.hlines(y, centres - 0.43, centres + 0.43, color=INK, lw=1.4, linestyles=(0, (3, 2)), label="teacher")
+            axes.hlines(y, centres - 0.43, centres + 0.43, color=INK, lw=1.4, linestyles=DASHED, label="teacher")
         axes.set_xticks(centres, [kind.replace("_", "\n") for kind in kinds])
         axes.set(ylim=(0, 100), ylabel="exact match [%]", xlim=(-0.55, len(kinds) - 0.45))
         axes.tick_params(axis="x", length=0)
         axes.grid(axis="y")
         figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=len(scores) + 1)
         return svg_of(figure, "accuracy", "Exact match per kind of question and recipe")
-
-
-def _bars(axes: "Axes", x: np.ndarray, values: Sequence[Sequence[float]], width: float, recipe: str) -> None:
-    means = np.array([100 * np.mean(v) if len(v) else np.nan for v in values])
-    axes.bar(x, means, width * 0.9, color=RECIPE_COLOURS.get(recipe, GREEN), label=recipe)
-    if any(len(v) > 1 for v in values):
-        low = [100 * min(v) if len(v) else np.nan for v in values]
-        high = [100 * max(v) if len(v) else np.nan for v in values]
-        axes.vlines(x, low, high, color=INK, lw=1.1)
 
 
 def loss_curves(curves: Curves, *, unit: str = "nats per token") -> str:
@@ -180,7 +169,7 @@ def probe_curves(panels: Sequence[Panel], steps: Sequence[int], layers: Sequence
     rows, colours = -(-len(panels) // 3), _shades(len(layers))
     with styled_figure(9.6, 2.5 * rows + 0.4, 3, rows=rows) as (figure, axes_list):
         for axes, panel in zip(axes_list, panels, strict=False):
-            for of_layer, style in ((panel.teacher, (0, (3, 2))), (panel.student, "-")):
+            for of_layer, style in ((panel.teacher, DASHED), (panel.student, "-")):
                 for layer, values in of_layer.items():
                     colour = colours[list(layers).index(layer)]
                     axes.plot(steps, values, color=colour, lw=1.4, ls=style)
@@ -191,12 +180,9 @@ def probe_curves(panels: Sequence[Panel], steps: Sequence[int], layers: Sequence
             axes.set_axis_off()
         names = [*map(str, layers[:-1]), "last"]
         lines = [Line2D([], [], color=colour, lw=1.6, label=name) for colour, name in zip(colours, names, strict=True)]
-        lines.append(Line2D([], [], color=MUTED, lw=1.4, ls=(0, (3, 2)), label="teacher"))
+        lines.append(Line2D([], [], color=MUTED, lw=1.4, ls=DASHED, label="teacher"))
         figure.legend(handles=lines, loc="outside upper left", ncols=len(lines), handlelength=1.4)
         return svg_of(figure, "probes", "Student layers beside their teacher layers over the interaction")
-
-
-Maps = Mapping[str, np.ndarray]
 
 
 def match_map(maps: Maps, student_layers: Sequence[int], teacher_layers: Sequence[int]) -> str:
@@ -218,27 +204,30 @@ def _match_figure(maps: Maps, student_layers: Sequence[int], teacher_layers: Seq
     width = max(3.2, 0.9 + 0.27 * len(teacher_layers))
     height = max(2.3, 1.5 + 0.26 * len(student_layers))
     with styled_figure(width * len(maps), height, len(maps), sharey=True) as (figure, panels):
-        for axes, (title, share) in zip(panels, maps.items(), strict=True):
-            _heat_map(axes, share, student_layers, teacher_layers)
+        for axes, (title, share_SM) in zip(panels, maps.items(), strict=True):
+            visible_SM = np.ma.masked_less(share_SM, 0.005)
+            axes.pcolormesh(visible_SM, cmap=_transparent_to_accent(0.85), vmin=0, vmax=1, edgecolors="none")
+            if len(teacher_layers) <= MAX_NUMBERED:
+                for (s, m), share in np.ndenumerate(share_SM):
+                    if share >= 0.005:
+                        axes.text(m + 0.5, s + 0.5, f"{100 * share:.0f}", ha="center", va="center", fontsize=8.5)
+            shown = some_ticks(len(teacher_layers), 14)
+            axes.set_xticks(np.array(shown) + 0.5, [str(teacher_layers[index]) for index in shown])
+            axes.set_yticks(np.arange(len(student_layers)) + 0.5, [str(layer) for layer in student_layers])
+            axes.tick_params(length=0)
+            axes.set(xlim=(0, len(teacher_layers)), ylim=(len(student_layers), 0))
             axes.set(title=title, xlabel="teacher layer")
+            axes.spines[["top", "right"]].set_visible(True)
         panels[0].set_ylabel("student layer")
         yield figure
 
 
-def _heat_map(axes: "Axes", share_SM: np.ndarray, rows: Sequence[int], columns: Sequence[int]) -> None:
-    from matplotlib.colors import LinearSegmentedColormap, to_rgba
+def _transparent_to_accent(opacity: float) -> Any:
+    """Shades of a heat map that let the page's own colour through."""
+    from matplotlib.colors import LinearSegmentedColormap, to_rgb
 
-    shades = LinearSegmentedColormap.from_list("shades", [(*to_rgba(ACCENT)[:3], 0.0), (*to_rgba(ACCENT)[:3], 0.85)])
-    axes.pcolormesh(np.ma.masked_less(share_SM, 0.005), cmap=shades, vmin=0, vmax=1, edgecolors="none")
-    for (s, m), share in np.ndenumerate(share_SM):
-        if share >= 0.005 and len(columns) <= 12:
-            axes.text(m + 0.5, s + 0.5, f"{100 * share:.0f}", ha="center", va="center", fontsize=8.5)
-    shown = some_ticks(len(columns), 14)
-    axes.set_xticks(np.array(shown) + 0.5, [str(columns[index]) for index in shown])
-    axes.set_yticks(np.arange(len(rows)) + 0.5, [str(layer) for layer in rows])
-    axes.tick_params(length=0)
-    axes.set(xlim=(0, len(columns)), ylim=(len(rows), 0))
-    axes.spines[["top", "right"]].set_visible(True)
+    colour = to_rgb(ACCENT)
+    return LinearSegmentedColormap.from_list("shades", [(*colour, 0.0), (*colour, opacity)])
 
 
 def bytes_bars(per_layer_token: Mapping[str, float]) -> str:
@@ -315,15 +304,6 @@ def svg_of(figure: "Figure", name: str, label: str) -> str:
     return printable(text.replace("<svg", f'<svg role="img" aria-label="{label}" style="width: {width:.0f}px"', 1))
 
 
-MAX_NUMBERED = 12  # columns up to which every cell carries its number
-
-
-MAX_LABELS = 25
-
-
-MAX_SHARE = 20  # percent of a layer's tokens in one bin, from where the colour is full
-
-
 def kl_map(kl_LL: np.ndarray, names: Sequence[str]) -> str:
     """Mean KL of the layer of the row from the layer of the column."""
     size = 1.2 + min(7.2, max(2.6, 0.42 * len(names)))
@@ -372,14 +352,11 @@ def _height(names: Sequence[str]) -> float:
 
 def _draw(figure: Any, axes: "Axes", values_RC: np.ndarray, *, unit: str, root: bool = False, **options: Any) -> None:
     """The cells as one small picture, with the scale beside it; NaN is left free."""
-    from matplotlib.colors import LinearSegmentedColormap, PowerNorm, to_rgba
+    from matplotlib.colors import PowerNorm
 
-    colour = to_rgba(ACCENT)[:3]
-    shades = LinearSegmentedColormap.from_list("shades", [(*colour, 0.0), (*colour, 0.9)])
     norm = PowerNorm(0.5 if root else 1.0, vmin=0, vmax=max(1e-9, float(np.nanmax(values_RC))))
-    image = axes.imshow(
-        np.ma.masked_invalid(values_RC), cmap=shades, norm=norm, aspect="auto", interpolation="none", **options
-    )
+    options |= {"cmap": _transparent_to_accent(0.9), "norm": norm, "aspect": "auto", "interpolation": "none"}
+    image = axes.imshow(np.ma.masked_invalid(values_RC), **options)
     bar = figure.colorbar(image, ax=axes, pad=0.015, fraction=0.05, aspect=18)
     bar.set_label(unit)
     bar.ax.tick_params(length=0)

@@ -208,16 +208,18 @@ def _histograms(values_LT: np.ndarray, top: float) -> np.ndarray:
 
 
 def _quantiles(counts_LB: np.ndarray, top: float, wanted: dict[str, float]) -> list[dict[str, float]]:
-    """Quantiles of every layer, linear inside a bin."""
-    sums_LB = np.concatenate([np.zeros((len(counts_LB), 1)), np.cumsum(counts_LB, axis=1)], axis=1)
-    return [{name: _quantile(sums_B, share) * top / FINE for name, share in wanted.items()} for sums_B in sums_LB]
-
-
-def _quantile(sums_B: np.ndarray, share: float) -> float:
-    """Where the running sums reach this share of their end, in bins."""
-    wanted = share * sums_B[-1]
-    right = int(np.searchsorted(sums_B, wanted))
-    return right - float((sums_B[right] - wanted) / (sums_B[right] - sums_B[right - 1]))
+    """Quantiles of every layer: where the running sums reach a share of their end, linear inside a bin."""
+    found = []
+    for counts_B in counts_LB:
+        sums_B = np.concatenate([[0.0], np.cumsum(counts_B)])
+        quantiles = {}
+        for name, share in wanted.items():
+            target = share * sums_B[-1]
+            right = int(np.searchsorted(sums_B, target))
+            missing = float((sums_B[right] - target) / (sums_B[right] - sums_B[right - 1]))
+            quantiles[name] = (right - missing) * top / FINE
+        found.append(quantiles)
+    return found
 
 
 def _stats_of(cache: "Cache", chosen: list[int], edges_P: np.ndarray, sums: Sums) -> CacheStats:
@@ -372,7 +374,14 @@ def suggest_layers(
 
     Raises SpecError for rows of draws, which have no KL, and for impossible limits.
     """
-    _check(cache, keep, max_kl)
+    if cache.header.row_kind == "sampled":
+        raise SpecError(
+            f"`{cache.path}` holds rows of draws, whose KL is not defined: no layer can be proposed; name the layers"
+        )
+    if keep is not None and not 1 <= keep <= len(cache.layers):
+        raise SpecError(f"`keep` is {keep}: of {len(cache.layers)} cached layers 1 to {len(cache.layers)} can be kept")
+    if max_kl is not None and not max_kl >= 0:
+        raise SpecError(f"`max_kl` is {max_kl}: it is a KL in nats and cannot be below 0")
     kl_LL, num_tokens = kl_matrix(cache, parts=parts)
     mass_L, order = _kept_mass(cache, parts), removal_order(kl_LL)
     if keep is not None:
@@ -420,42 +429,22 @@ def _kept_mass(cache: "Cache", parts: int) -> np.ndarray:
     return 1.0 - np.asarray(tails_L)
 
 
-def _check(cache: "Cache", keep: int | None, max_kl: float | None) -> None:
-    if cache.header.row_kind == "sampled":
-        raise SpecError(
-            f"`{cache.path}` holds rows of draws, whose KL is not defined: no layer can be proposed; name the layers"
-        )
-    if keep is not None and not 1 <= keep <= len(cache.layers):
-        raise SpecError(f"`keep` is {keep}: of {len(cache.layers)} cached layers 1 to {len(cache.layers)} can be kept")
-    if max_kl is not None and not max_kl >= 0:
-        raise SpecError(f"`max_kl` is {max_kl}: it is a KL in nats and cannot be below 0")
-
-
 def suggestion_text(suggestion: LayerSuggestion) -> str:
     """The order of removal as a table, and what it comes to."""
-    rows = [
-        [
-            str(one.layer),
-            str(one.stand_in),
-            f"{one.kl:.3f}",
-            percent(one.kept_mass),
-            "drop" if number < suggestion.num_dropped else "",
-        ]
-        for number, one in enumerate(suggestion.order)
-    ]
-    left = ",".join(layer_names(suggestion.layers))
+    rows = []
+    for number, one in enumerate(suggestion.order):
+        proposed = "drop" if number < suggestion.num_dropped else ""
+        rows.append([str(one.layer), str(one.stand_in), f"{one.kl:.3f}", percent(one.kept_mass), proposed])
     lines = [table(["layer", "stand-in", "KL, nats", "kept mass", "proposed"], rows), ""]
-    lines += [
+    lines.append(
         f"mean KL of each layer from its stand-in when its turn comes, on {suggestion.tokens:,} rows; lower bounds"
-    ]
-    little = [one.layer for one in suggestion.order if one.kept_mass < LITTLE_MASS]
-    if little:
-        lines += [
-            f"layers {', '.join(map(str, sorted(little)))} keep less than half of their mass: their KL may be far more"
-        ]
+    )
+    if little := sorted(one.layer for one in suggestion.order if one.kept_mass < LITTLE_MASS):
+        names = ", ".join(map(str, little))
+        lines.append(f"layers {names} keep less than half of their mass: their KL may be far more")
     if suggestion.num_dropped:
-        lines += [f"dropped layers are at most {suggestion.worst_kl:.3f} nats from the nearest layer that is left"]
-        lines += [f"what is left: --layers {left}"]
+        lines.append(f"dropped layers are at most {suggestion.worst_kl:.3f} nats from the nearest layer that is left")
+        lines.append(f"what is left: --layers {','.join(layer_names(suggestion.layers))}")
     else:
-        lines += ["nothing is dropped: name how many layers to keep, or how many nats a drop may cost"]
+        lines.append("nothing is dropped: name how many layers to keep, or how many nats a drop may cost")
     return "\n".join(lines)

@@ -88,6 +88,10 @@ class Matches:
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
+        distances = None
+        if self.null_SM is not None:
+            found = {"start": self.distance(self.start_SM), "end": self.distance(self.end_SM), "chance": self.chance()}
+            distances = {name: distance_S.tolist() for name, distance_S in found.items() if distance_S is not None}
         arrays = {"start": self.start_SM, "end": self.end_SM, "null": self.null_SM}
         keys = ("run", "mode", "student_layers", "teacher_layers", "num_matches", "num_steps", "is_finished")
         return {
@@ -95,13 +99,9 @@ class Matches:
             "steps": {"start": list(self.start_steps), "end": list(self.end_steps)},
             "shares": {name: None if x is None else x.tolist() for name, x in arrays.items()},
             "mean_layer": {name: None if x is None else self.means(x).tolist() for name, x in arrays.items()},
-            "distance_from_null": None if self.null_SM is None else self._distances(),
+            "distance_from_null": distances,
             "sampling_entropy": {"start": self.entropy_start, "end": self.entropy_end},
         }
-
-    def _distances(self) -> dict[str, list[float]]:
-        found = {"start": self.distance(self.start_SM), "end": self.distance(self.end_SM), "chance": self.chance()}
-        return {name: distance_S.tolist() for name, distance_S in found.items() if distance_S is not None}
 
     def __str__(self) -> str:
         return "\n\n".join([self.heading, table(*self.rows()), "\n".join(self.notes())])
@@ -114,19 +114,21 @@ class Matches:
 
     def rows(self) -> Table:
         """Head and rows of the table."""
-        columns = {"mean start": self._means(self.start_SM), "mean end": self._means(self.end_SM)}
+        columns = {"mean start": self.means(self.start_SM), "mean end": self.means(self.end_SM)}
         if self.null_SM is not None:
-            columns["mean null"] = self._means(self.null_SM)
-            for name, share_SM in (("start", self.start_SM), ("end", self.end_SM)):
-                columns[f"TV {name}"] = [f"{x:.3f}" for x in self.distance(share_SM)]
-            chance_S = self.chance()
-            if chance_S is not None:
-                columns["TV chance"] = [f"{x:.3f}" for x in chance_S]
+            columns |= {"mean null": self.means(self.null_SM)}
+            columns |= {"TV start": self.distance(self.start_SM), "TV end": self.distance(self.end_SM)}
+            if (chance_S := self.chance()) is not None:
+                columns["TV chance"] = chance_S
+        cells = {}
+        for name, values_S in columns.items():
+            digits = 2 if name.startswith("mean") else 3
+            cells[name] = [f"{x:.{digits}f}" for x in values_S]
         if self.entropy_start and self.entropy_end:
-            for name, entropy in (("start", self.entropy_start), ("end", self.entropy_end)):
-                columns[f"entropy {name}"] = [f"{entropy[s]:.2f}" if s in entropy else "" for s in self.student_layers]
-        cells = zip(map(str, self.student_layers), *columns.values(), strict=True)
-        return ["layer", *columns], [list(row) for row in cells]
+            for name, entropy in (("entropy start", self.entropy_start), ("entropy end", self.entropy_end)):
+                cells[name] = [f"{entropy[s]:.2f}" if s in entropy else "" for s in self.student_layers]
+        rows = zip(map(str, self.student_layers), *cells.values(), strict=True)
+        return ["layer", *cells], [list(row) for row in rows]
 
     def notes(self) -> list[str]:
         """What the columns mean, and what is missing."""
@@ -141,14 +143,12 @@ class Matches:
                 f"matching {self.mode} draws nothing: every student layer has one teacher layer from the start"
             )
         else:
-            counted = f"{self.num_matches} match{'es' if self.num_matches != 1 else ''}"
             deep = "; keeping the order alone pushes matches deep" if self.mode in IN_ORDER else ""
             lines.append(f"null: what uniform sampling would give{deep}")
-            chance = (
-                ""
-                if self.chance() is None
-                else f"; chance: what {counted}, as at the end, would show of it on average if the null were true"
-            )
+            chance = ""
+            if self.chance() is not None:
+                counted = f"{self.num_matches} match{'es' if self.num_matches != 1 else ''}"
+                chance = f"; chance: what {counted}, as at the end, would show of it on average if the null were true"
             lines.append(f"TV: total variation distance from the null, 0 the same, 1 nothing in common{chance}")
         if self.entropy_start and self.entropy_end:
             lines.append(
@@ -158,9 +158,6 @@ class Matches:
         if not self.is_finished:
             lines.append("the stage is not finished: the end is the end of what is there")
         return lines
-
-    def _means(self, share_SM: np.ndarray) -> list[str]:
-        return [f"{x:.2f}" for x in self.means(share_SM)]
 
 
 def match(run: Path | str, *, share: float = DEFAULT_SHARE) -> Matches:
