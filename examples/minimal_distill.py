@@ -22,10 +22,9 @@ from torch.utils.data import DataLoader
 import vlsi_cache as vc
 from vlsi_cache.config.sections import Schedule
 from vlsi_cache.config.spec import spec_from_dict
-from vlsi_cache.data.encoder import load_encoder
 from vlsi_cache.data.records import read_records
 from vlsi_cache.models.backbone import Backbone
-from vlsi_cache.models.load import load_model
+from vlsi_cache.models.load import ModelRef
 from vlsi_cache.models.lora import text_linears
 from vlsi_cache.models.verbalizer import build_verbalizers
 from vlsi_cache.sparse.kl import LayerRows, candidate_kl
@@ -35,11 +34,11 @@ from vlsi_cache.train.loader import MicroBatch, encode_pairs
 
 def main(cache_path: str, student: str) -> dict[str, list[float]]:
     """Distil the student, whose weights are left in memory only; returns the loss of every step by stage."""
-    cache = vc.open(cache_path)
+    cache = vc.open_cache(cache_path)
     spec = spec_from_dict(cache.header.spec, where=cache_path)  # as the cache was built, with the schedules in it
     distill, v_real = spec.distill, cache.header.v_real
-    model = load_model(student, dtype="float32", device="cpu")  # frozen
-    encoder = load_encoder(student, **spec.data.encoding())
+    named = ModelRef(student)
+    model, encoder = named.load("cpu"), named.encoder(spec.data.encoding())  # every weight is frozen, in float32
     records = {record.id: record for record in read_records(spec.data)}
 
     def batches(stage_seed: int, layers: list[int]) -> Iterator[MicroBatch]:

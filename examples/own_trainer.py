@@ -22,9 +22,9 @@ from vlsi_cache.data.records import read_records
 
 def main(cache_path: str, student: str, out: str, *, epochs: int = 1, batch_size: int = 8) -> list[float]:
     """Train for some epochs and save the student into `out`; returns the loss of every step, in nats per token."""
-    cache = vc.open(cache_path)
+    cache = vc.open_cache(cache_path)
     data = spec_from_dict(cache.header.spec, where=cache_path).data
-    encoder = load_encoder(student, **data.encoding())
+    encoder = load_encoder(student, data.encoding())
     records = {record.id: record for record in read_records(data)}
     model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)

@@ -32,7 +32,6 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 PACKAGE = re.compile(r"package:(?P<name>[A-Za-z_]\w*)(?P<folder>(?:/[^/]+)*)/?")
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
-READ_BYTES = 2**24
 
 _digests: dict[tuple[str, int, int], str] = {}  # of files, by path, size and time of the last change
 
