@@ -201,3 +201,11 @@ def reads_a_message(tree: ast.AST) -> bool:
                 if node.func.attr in ("search", "match", "fullmatch", "findall", "finditer", "split", "sub"):
                     return True
     return False
+
+
+def test_the_readme_s_tree_has_every_file_and_no_other() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    tree = text.split("```\nvlsi_cache/\n")[1].split("\ncli/")[0]
+    named = re.findall(r"^ +(\w+\.py)  ", tree, flags=re.MULTILINE)
+    there = [file.name for file in PACKAGE.rglob("*.py") if file.name != "__init__.py" and file.parent.name != "derive"]
+    assert sorted(named) == sorted(there)

@@ -154,10 +154,11 @@ def _run_stages(state: StudentState) -> list[dict[str, Any]]:
     steps, whole = stage_steps(distill, len(state.cache)), schedule_steps(distill, len(state.cache))
     say(f"{distill.recipe}: {shown_steps(steps, whole)} steps of {distill.batch_size} samples")
     verbalizers = None
+    # Before the adapter is there: verbalizers learn to read the student as it comes.
     if "verbalize" in steps:
         verbalizers, entry = _verbalize(state, steps["verbalize"])
         stages.append(entry)
-    torch.manual_seed(distill.seed)
+    torch.manual_seed(distill.seed)  # the adapter starts from the same weights in every attempt
     adapts = "interact" in steps and distill.interact.mode == "lora"
     uses_lora = adapts or ("sft" in steps and distill.sft.mode == "lora+embed_head")
     if uses_lora and (note := reach_note(state.model, distill.lora.dropout)):
@@ -172,6 +173,7 @@ def _run_stages(state: StudentState) -> list[dict[str, Any]]:
         stages.append(interact(state, model, verbalizers, num_steps=steps["interact"]))
     if "sft" in steps:
         stages.append(sft(state, model, num_steps=whole["sft"], stop=steps["sft"]))
+    # What is saved is a plain model: the adapter is folded into the weights.
     trained = merge_lora(model) if uses_lora else model
     refuse_destroyed(trained.named_parameters(), stages[-1]["name"])
     # Head and embeddings may have been trained in fp32; configuration and all tensors agree again.

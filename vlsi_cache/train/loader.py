@@ -71,6 +71,7 @@ def shuffled_records(
 ) -> Iterator[Sample]:
     """All records, with their numbers of response tokens, in a new order every epoch, for ever, from the `num_skip`-th
     on."""
+    # A resumed run begins in the middle of an epoch, at the sample where it stopped.
     epoch, start = divmod(num_skip, len(records))
     while True:
         order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(len(records))
@@ -216,6 +217,7 @@ class Feed:
     def _work(self) -> None:
         try:
             while not self._stop.is_set():
+                # Records and rows of the whole batch; pictures are decoded a micro-batch at a time.
                 samples = [next(self._samples) for _ in range(self._batch_size)]
                 for place in range(0, self._batch_size, self._micro_batch_size):
                     self._put(self._encode(samples, place))
@@ -262,6 +264,7 @@ def encode_pairs(pairs: Sequence[Pair], encoder: Encoder) -> MicroBatch:
 
 def _tokens_with_rows(batch: Batch, rows: Sequence[Row]) -> Batch:
     """The batch at the response tokens that have rows: where teacher and student are compared."""
+    # Token selection (`rows.select_tokens`) may have kept rows of some response tokens only.
     starts = np.cumsum([0, *batch.num_tokens[:-1]])
     index_T = np.concatenate([start + row.positions_T for start, row in zip(starts, rows, strict=True)])
     return batch.at(torch.from_numpy(index_T.astype(np.int64)), [row.num_tokens for row in rows])

@@ -38,6 +38,7 @@ def make_grouped_optimizer(groups: Mapping[str, Iterable[nn.Parameter]], schedul
 
 def learning_rate(schedule: Schedule, step: int, num_steps: int) -> float:
     """Rate of step `step` (from 0): linear warm-up, then a cosine down to the final rate."""
+    # Rounded up, so that any warm-up at all is one step at least.
     num_warmup = math.ceil(schedule.warmup * num_steps)
     if step < num_warmup:
         return schedule.learning_rate * (step + 1) / num_warmup
@@ -48,6 +49,7 @@ def learning_rate(schedule: Schedule, step: int, num_steps: int) -> float:
 
 def clip_gradients(optimizer: torch.optim.Optimizer, schedule: Schedule, stage: str, step: int, num_steps: int) -> None:
     """Clip each group of parameters to its own norm; raises ModelError for a gradient that is not finite."""
+    # Each group has a norm of its own: one layer with a large gradient does not shrink the steps of the others.
     for group in optimizer.param_groups:
         norm = nn.utils.clip_grad_norm_(group["params"], schedule.clip_norm)
         if not torch.isfinite(norm):
@@ -75,5 +77,5 @@ def optimizer_step(optimizer: torch.optim.Optimizer, schedule: Schedule, step: i
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=True)  # their memory is free while the next batch runs forward
     return rate

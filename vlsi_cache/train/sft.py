@@ -66,6 +66,7 @@ def sft(state: StudentState, model: Any, *, num_steps: int, stop: int) -> dict[s
     distill, checkpoints, log = state.spec.distill, state.checkpoints, state.log
     schedule = distill.sft.schedule
     first, newest = checkpoints.step_of("sft"), checkpoints.latest()
+    # The adapter as the interaction has left it: what trains from here on is another set of weights.
     if newest and newest[0] == "interact":
         checkpoints.load(*newest, model, None)
     if distill.sft.mode == "full":
@@ -84,7 +85,7 @@ def sft(state: StudentState, model: Any, *, num_steps: int, stop: int) -> dict[s
         for step in range(first, stop):
             started, waited, tokens = time.monotonic(), feed.wait_s, 0
             losses: list[torch.Tensor] = []
-            seed_step(distill.seed, "sft", step)
+            seed_step(distill.seed, "sft", step)  # dropout is that of the step, whether resumed or not
             for micro in feed.take(num_micro):
                 batch = micro.batch
                 tokens += len(batch.gold_T)
@@ -101,6 +102,7 @@ def sft(state: StudentState, model: Any, *, num_steps: int, stop: int) -> dict[s
                     )
                 loss.backward()
                 losses.append(loss.detach())
+            # Gradients of all micro-batches have been added up: their shares make the loss that of the whole batch.
             clip_gradients(optimizer, schedule, "sft", step, num_steps)
             rate = optimizer_step(optimizer, schedule, step, num_steps)
 
@@ -109,7 +111,7 @@ def sft(state: StudentState, model: Any, *, num_steps: int, stop: int) -> dict[s
                 stage="sft",
                 step=step + 1,
                 num_steps=num_steps,
-                loss=float(torch.stack(losses).sum()),
+                loss=float(torch.stack(losses).sum()),  # waits for the device, once a step
                 learning_rate=rate,
                 tokens_per_s=tokens / seconds,
                 data_wait_pct=100 * (feed.wait_s - waited) / seconds,

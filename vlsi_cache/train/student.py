@@ -97,6 +97,7 @@ class StudentInputs:
     @cached_property
     def records(self) -> RecordSet:
         sections = data_sections(self.cache.header)
+        # A merged cache was built from several sources of rows, which are read again one by one.
         if len(sections) < 2:
             return read_records(self.spec.data)
         if any(getattr(self.spec.data, name) != sections[0].get(name) for name in SOURCE_KEYS):
@@ -111,6 +112,7 @@ class StudentInputs:
 
         Every other one is compared when it is read.
         """
+        # The first part is enough to tell a wrong tokenizer or template before hours of training.
         by_id, contract = match_records(self.cache, self.records), self.cache.header.contract
         for row in self.cache.read_part(self.cache.parts[0], [])[:CHECKED_RESPONSES]:
             record = by_id[row.sample_id]

@@ -55,7 +55,7 @@ def verbalize(
         for step in range(first, num_steps):
             started, waited, tokens = time.monotonic(), feed.wait_s, 0
             losses: list[LayerLoss] = []
-            seed_step(settings.seed, "verbalize", step)
+            seed_step(settings.seed, "verbalize", step)  # dropout is that of the step, whether resumed or not
             for micro in feed.take(num_micro):
                 tokens += len(micro.batch.gold_T)
                 losses += layer_losses(
@@ -70,6 +70,7 @@ def verbalize(
             clip_gradients(optimizer, stage.schedule, "verbalize", step, num_steps)
             rate = optimizer_step(optimizer, stage.schedule, step, num_steps)
 
+            # [micro-batches x layers] on the device, read once a step.
             trained, nll = (
                 torch.stack(column).view(num_micro, -1).sum(0).tolist() for column in zip(*losses, strict=True)
             )
@@ -115,6 +116,7 @@ def layer_losses(
     head = head_of(backbone).real(v_real)
     with torch.no_grad(), autocast(backbone.device):
         wants_final = loss == "kl_to_final"
+        # Nothing below the verbalizers trains, so the backbone runs without a graph.
         hidden = dict(verbalizers.capture(batch.inputs, batch.rows_T, batch.positions_T, with_final=wants_final))
         final_TD: Any = hidden.pop(backbone.num_layers, None)
         own = head_output(final_TD, head, compiled=compiled) if wants_final else None
@@ -125,5 +127,5 @@ def layer_losses(
                 trained = nll = linear_cross_entropy(state_TD, head, batch.gold_T, share_T=share_T, compiled=compiled)
             else:
                 trained, nll = kl_to_output(state_TD, head, batch.gold_T, own, share_T=share_T, compiled=compiled)
-        trained.backward()
+        trained.backward()  # at once: the logits of this layer are gone before the next layer's exist
         yield LayerLoss(trained.detach(), nll.detach())
