@@ -8,6 +8,7 @@ the two renames `put_back` gives it its name again.
 import ctypes
 import errno
 import glob
+import math
 import os
 import re
 import shutil
@@ -24,19 +25,11 @@ import xxhash
 from .errors import DiskFullError, SpecError
 
 Item = TypeVar("Item")
-
-
 Result = TypeVar("Result")
-
-
 READ_BYTES = 1 << 22
 FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT)
 ASIDE = ".old-"  # in the name of a folder that another one is taking the place of
-
-
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux, as in renameat2(2)
-
-
 # Libraries that write outside of Python raise errors of their own, with the number in the text.
 _NUMBER_IN_TEXT = re.compile(r"\(os error (\d+)\)")
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
@@ -264,3 +257,12 @@ def ahead(
             yield waiting.popleft().result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def with_null(value: Any) -> Any:
+    """A JSON value with null for numbers that are not finite: JSON has none, and other readers would refuse them."""
+    if isinstance(value, dict):
+        return {key: with_null(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [with_null(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

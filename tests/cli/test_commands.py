@@ -25,8 +25,6 @@ STAGES += ["init-student", "demo", "ablate"]
 
 
 LOOK = ["ls", "inspect", "sample", "stats", "trace", "match", "verify", "diff", "report", "specs"]
-
-
 COMMANDS = [*STAGES, *LOOK, "prune", "merge", "repair"]
 
 

@@ -12,11 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import vlsi_cache as vc
-from vlsi_cache.config.sections import CacheSpec, DistillSpec, InteractSpec, RunSpec, Schedule
+from vlsi_cache.config.sections import CacheSpec, DistillSpec, InteractSpec, Schedule
 from vlsi_cache.config.spec import apply_overrides, change, spec_from_dict, unused_by_recipe
 from vlsi_cache.errors import SpecError
 from vlsi_cache.sparse.divergences import Divergence
-from vlsi_cache.sparse.head import Kernels
 from vlsi_cache.sparse.matching import Matching
 
 MINIMAL = {
@@ -318,7 +317,6 @@ def test_the_weight_of_the_layers_fades(tmp_path: Path) -> None:
 
 def test_the_spec_s_choices_are_those_of_the_code() -> None:
     fields = InteractSpec.model_fields
-    assert get_args(RunSpec.model_fields["kernels"].annotation) == get_args(Kernels)
     for key in ("temperature", "scale", "fixed_temperature", "bottom_k"):
         assert fields[key].default == getattr(Matching(), key)
     assert (fields["beta"].default, fields["skew"].default) == (Divergence().beta, Divergence().skew)

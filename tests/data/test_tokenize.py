@@ -53,8 +53,6 @@ def record(folder: Path, answer: str = "A cat.", *, ask: str = "What?", sizes: A
 
 
 SIZES = [(), ((32, 32),), ((17, 90),), ((640, 480),), ((5, 5),), ((40, 24), (64, 64), (9, 30))]
-
-
 ANSWERS = [
     "A cat.",
     "x",
@@ -214,8 +212,6 @@ def test_fit_rows(text_only: Encoder, tmp_path: Path) -> None:
 
 
 LLAMA_SPECIAL = ("<pad>", "<|begin_of_text|>", "<|eot_id|>", "<|end_of_text|>", "<|start_header_id|>")
-
-
 LLAMA_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}\n{{ m['content'] | trim }}<|eot_id|>"
     "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant\n{% endif %}"

@@ -21,17 +21,9 @@ from vlsi_cache.store.vocab_order import plain_ranks
 from vlsi_cache.store.writer import CacheWriter, PartSamples
 
 V, K, M, NUM_DRAWS = 60, 5, 2, 8
-
-
 LAYERS = [1, 2, 3, 4]
-
-
 WORDS = ["the", "red", "bar", " is", "blue", "two", "<b>", "\n", " ", "3", "4", "top", "left", ".", "<|im_end|>"]
-
-
 KINDS = ("bar_value", "colour", "count")
-
-
 SPEC = {"name": "fake", "description": "made-up <rows>", "teacher": {"model": "/nowhere/at/all"}}
 
 

@@ -18,11 +18,7 @@ from transformers import (
 )
 
 NUM_LAYERS, HIDDEN_SIZE, VOCAB_SIZE = 5, 32, 61
-
-
 IMAGE_TOKEN, VIDEO_TOKEN, VISION_START, VISION_END = 57, 58, 59, 60
-
-
 DECODER = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": HIDDEN_SIZE,
@@ -98,6 +94,4 @@ def tiny_inputs(family: str) -> dict[str, Tensor]:
 
 
 ROWS_T = torch.tensor([0, 0, 0, 1, 1])
-
-
 POSITIONS_T = torch.tensor([11, 12, 13, 11, 12])

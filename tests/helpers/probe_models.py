@@ -15,8 +15,6 @@ from vlsi_cache.models.backbone import Backbone, head_of
 from vlsi_cache.models.probe import Probe
 
 VOCAB_SIZE, NUM_LAYERS = 300, 3
-
-
 PLAIN = {
     "hidden_size": 16,
     "intermediate_size": 32,
@@ -24,23 +22,11 @@ PLAIN = {
     "num_attention_heads": 2,
     "initializer_range": 0.3,
 }
-
-
 GROUPED = {**PLAIN, "num_key_value_heads": 1}
-
-
 WIDE = {**GROUPED, "head_dim": 8}
-
-
 MAMBA = {"mamba_chunk_size": 8, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 4, "mamba_n_groups": 1}
-
-
 EXPERTS = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
-
-
 GPT2 = {"n_embd": 16, "n_layer": NUM_LAYERS, "n_head": 2}
-
-
 FAMILIES: dict[str, dict[str, Any]] = {
     "bamba": {**GROUPED, **MAMBA, "attn_layer_indices": [1]},
     "bloom": {"hidden_size": 16, "n_layer": NUM_LAYERS, "n_head": 2},
@@ -167,8 +153,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "layers_block_type": ["mamba", "hybrid", "mamba"],
     },
 }
-
-
 LENGTHS, NUM_RESPONSE = (11, 7), (4, 2)
 
 

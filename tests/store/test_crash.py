@@ -206,8 +206,6 @@ KILL_AT_RANDOM = """
         finished += 1
     print(kills, finished)
 """
-
-
 WRITER = """
     import sys
     from pathlib import Path

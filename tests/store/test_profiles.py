@@ -16,8 +16,6 @@ from vlsi_cache.store.encoding import encode_rows
 from vlsi_cache.store.writer import CacheWriter
 
 SCALARS = ("lse_LTn", "entropy_LT", "gold_logprob_LT", "tail_mass_LT")
-
-
 # absolute error of a probability p: one level is 1/255 of p^(1/4); half a unit of float16 at the log-prob
 ERROR_OF_P = {"default": 0.02, "exact": 0.0, "fast": 2e-3}
 

@@ -14,8 +14,6 @@ from vlsi_cache.errors import SpecError
 from vlsi_cache.store.reader import Cache
 
 PLAIN = ["distill.lora.rank=64", "distill.lora.alpha=64"]  # the defaults, not those of the spec
-
-
 LAYERS = ["distill.interact.mode=layers", "distill.sft.mode=full", *PLAIN]
 
 

@@ -34,8 +34,6 @@ from vlsi_cache.train.interact import Targets, micro_batch
 from vlsi_cache.train.probe import is_due, probe
 
 NUM_TOKENS, V, NUM_TEACHER, K, NUM_TAIL = 9, 60, 4, 6, 3
-
-
 Matches = dict[int, tuple[torch.Tensor, torch.Tensor | None]]
 
 

@@ -50,8 +50,6 @@ RECORD, TABLE = "ablation.json", "ablation.csv"
 IDENTITY = ("spec", "cache", "cache_digest", "student", "student_digest")
 SECTIONS = ("data", "verbalizer", "distill", "evaluate", "run")  # of the spec, and not of the one in the cache
 SCORES = ("exact_match", "nll", "perplexity", "layers", "num_samples")
-
-
 Runs = dict[str, PlannedRun]  # in the order of training
 Tables = dict[str, list[Row]]
 

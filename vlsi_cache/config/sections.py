@@ -9,48 +9,21 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from vlsi_cache.errors import SpecError
 
 Recipe = Literal["vlsi", "last", "sft"]
-
-
 Structure = Literal["mlp", "mlp-x2", "verb-ffn", "verb-ffn-x2", "ffn", "ffn-x2", "decoder", "decoder-x2"]
-
-
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-
-
 BatchReduction = Literal["token", "sample"]
-
-
 PromptMode = Literal["generation", "template"]
-
-
+Kernels = Literal["auto", "eager", "compiled"]
 BadRows = Literal["refuse", "list"]
-
-
 Style = Literal["residual", "plain"]
-
-
 PreNorm = Literal["rms", "none"]
-
-
 # Bounds that no model, machine or training comes near: what is beyond them was mistyped.
 MAX_LAYERS, MAX_STEPS, MAX_BATCH = 4096, 10**9, 2**20
-
-
 Count = Annotated[int, Field(ge=1, le=MAX_BATCH)]
-
-
 Factor = Annotated[float, Field(gt=0, le=1e6)]
-
-
 Layer = Annotated[int, Field(ge=1, le=MAX_LAYERS)]
-
-
 TargetLayers = Literal["auto"] | Annotated[tuple[Layer, ...], Field(max_length=MAX_LAYERS)]
-
-
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-
-
 Batched = TypeVar("Batched", "TrainVerbalizersSpec", "DistillSpec")
 
 
@@ -154,11 +127,7 @@ MatchingMode = Literal[
     "vlsi", "order", "range", "multinomial", "bottom_k", "uniform", "uniform_stretch", "random"
 ]  # fmt: skip
 Temperature = Literal["normalized", "printed", "fixed"]
-
-
 OF_MATCHING = ("matching", "scale", "temperature")
-
-
 # Options of earlier releases with the values that changed nothing; docs/log.md has what they were measured to do.
 REMOVED = {"match_unit": "batch", "sampler": "greedy", "reliable_only": False}
 DIVERGENCES = frozenset(get_args(DivergenceName))
@@ -540,7 +509,7 @@ class RunSpec(Strict):
 
     device: str = "auto"
     batch_tokens: Literal["auto"] | Annotated[int, Field(ge=1, le=2**31)] = DEFAULT_BATCH_TOKENS
-    kernels: Literal["auto", "eager", "compiled"] = "auto"
+    kernels: Kernels = "auto"
 
     @property
     def num_batch_tokens(self) -> int:

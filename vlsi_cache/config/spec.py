@@ -40,8 +40,6 @@ __all__ = [
 ]
 
 OF_TOP_K = ("top_k", "top_p", "min_k", "tail_samples")
-
-
 LENGTH = ("steps", "epochs")
 
 
@@ -108,14 +106,8 @@ def _is_set(key: str, set_keys: list[str]) -> bool:
 
 
 Section = TypeVar("Section", bound=Strict)
-
-
 MAX_FILE_BYTES = 1 << 18
-
-
 GIVE = "give a .yaml file"
-
-
 PATH_KEYS = frozenset({"path", "media_root", "model", "verbalizers", "student"})
 
 

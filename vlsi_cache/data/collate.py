@@ -12,8 +12,6 @@ import torch
 from .encoder import Encoded
 
 IGNORE_INDEX = -100
-
-
 # PaliGemma's `token_type_ids` are 0 on the prompt, which sees all of itself, and 1 on what sees only what came before.
 CAUSAL = 1
 

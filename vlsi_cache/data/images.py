@@ -27,15 +27,9 @@ from .values import shown
 # The formats that are read. Pillow knows more, but some of them start programs (EPS), hold no picture of their own or
 # are decoded by code that few have tried. Its JPEG reader reads MPO too.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-
-
 _KNOWN = "PNG, JPEG, WebP, GIF, BMP and TIFF are read"
-
-
 # How their files begin: a text that is no path is a picture in base64 if it begins so.
 _BEGINNINGS = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*")
-
-
 # Pillow clips these to white when it converts them to 8 bit.
 _DEEP_MODES = ("I", "F")
 

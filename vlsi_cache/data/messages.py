@@ -12,16 +12,10 @@ from vlsi_cache.errors import DataError
 from .values import given_json, is_empty, listed, parse_json, shown, text_value
 
 Note = Callable[[str], None]
-
-
 # What is read of a row. Everything else is named in the log.
 COLUMNS = ("id", "kind", "system", "messages", "conversations", "image", "images", "tools", "chat_template_kwargs")
-
-
 # Media that no model here is given: rows with them are refused.
 UNSUPPORTED = ("video", "videos", "audio", "audios")
-
-
 _SPEAKERS = {
     "system": "system",
     "human": "user",
@@ -32,15 +26,9 @@ _SPEAKERS = {
     "tool": "tool",
     "observation": "tool",
 }
-
-
 # Columns of other kinds of data, and the message that would say the same.
 _QUESTIONS = ("prompt", "instruction", "question", "query", "input", "problem")
-
-
 _ANSWERS = ("completion", "chosen", "response", "output", "answer", "solution")
-
-
 _WANTED = 'write `messages`: [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]'
 
 
@@ -110,21 +98,11 @@ def _calls(value: Any, where: str) -> list[dict[str, Any]]:
 
 
 Message = dict[str, Any]
-
-
 ROLES = ("system", "user", "assistant", "tool")
-
-
 # Names that others give to `reasoning_content`: vLLM and OpenRouter, and the chat template of gpt-oss.
 _REASONING = ("reasoning_content", "reasoning", "thinking")
-
-
 _TEXT_KEYS = ("name", "tool_call_id")
-
-
 _KEYS = ("role", "content", *_REASONING, "tool_calls", *_TEXT_KEYS, "weight", "train")
-
-
 # Where a picture of its own can stand in a part.
 _PICTURE_KEYS = ("image", "image_url", "url", "path", "bytes", "base64")
 

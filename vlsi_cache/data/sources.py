@@ -33,22 +33,12 @@ from .messages import COLUMNS, UNSUPPORTED, refuse_columns
 from .values import listed, parse_json, printable, shown
 
 BATCH_BYTES = 8 << 20  # of rows that are unpacked at a time
-
-
 BATCH_ROWS = 256
-
-
 # A row of a larger row group is not read again: the group would have to be unpacked from its start for each.
 _MAX_GROUP_BYTES = 128 << 20
-
-
 _READ_BYTES = 1 << 20
-
-
 # What the libraries raise for files that are damaged or cannot be read.
 READ_ERRORS = (pa.ArrowException, OSError, EOFError, zlib.error, UnicodeDecodeError)
-
-
 _SPOKEN = {".parquet": "Parquet", ".arrow": "Arrow", ".jsonl.gz": "gzip", ".jsonl.zst": "Zstandard", ".json": "JSON"}
 
 
@@ -217,14 +207,10 @@ def _without_nulls(value: Any) -> Any:
 DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "metadata.json", "config.json")  # beside data, and none
 # What the names of files end in that are read, see `file_rows`.
 KINDS = (".jsonl.gz", ".jsonl.zst", ".jsonl", ".json", ".parquet", ".arrow")
-
-
 READ = (
     "read are .parquet, .jsonl, .jsonl.gz, .jsonl.zst, .json and .arrow files, folders of such shards, globs such as "
     "data/train-*.parquet, and folders of datasets.save_to_disk"
 )
-
-
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.")
 
 
@@ -351,8 +337,6 @@ def _shards(files: list[Path], path: str, root: Path) -> Files:
 
 
 GENERATORS = "vlsi_cache.generators"
-
-
 RESPONSES_KEY = b"vlsi_cache.responses"  # of the Parquet schema's metadata
 
 

@@ -13,8 +13,6 @@ from vlsi_cache.progress import printable as escaped
 _MAX_SHOWN = 120  # characters of one value in a message
 _MAX_BITS = 256  # of a whole number
 _MAX_DEPTH = 64  # of nested lists and mappings that a chat template may be given
-
-
 # One line, whatever is in the text.
 printable = partial(escaped, keep="")
 

@@ -36,8 +36,6 @@ SHAPES = ("circle", "square", "triangle", "cross", "ring")
 BLACK = (20, 20, 20)
 WHITE = (255, 255, 255)
 GREY = (185, 185, 185)
-
-
 # Seven segments: top, top left, top right, middle, bottom left, bottom right, bottom.
 _SEGMENTS = [
     "1110111",
@@ -195,8 +193,6 @@ def to_png(pixels_HWC: np.ndarray) -> bytes:
 
 # Of 256 digest values, the range that belongs to the split; "teacher" is what the demo teacher was trained on.
 SPLITS: dict[str, range] = {"heldout": range(32), "train": range(32, 96), "teacher": range(96, 256)}
-
-
 CHART_KINDS = ("bar_value", "bar_extreme", "bar_compare", "bar_difference")
 SCENE_KINDS = ("count", "colour", "corner", "digit")
 KINDS = CHART_KINDS + SCENE_KINDS

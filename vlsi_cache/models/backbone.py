@@ -23,15 +23,9 @@ from vlsi_cache.errors import ModelError, SpecError
 from vlsi_cache.sparse.head import Head
 
 Kept = TypeVar("Kept")
-
-
 # What a configuration says is done to logits after the head: a first guess, which `probe.py` holds against the model.
 MULTIPLIES, DIVIDES, CAPS = "logit_scale", "logits_scaling", "final_logit_softcapping"
-
-
 LAYER_LISTS = ("layers", "h", "blocks")
-
-
 FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "final_norm", "norm_f", "ln_f", "embedding_norm")
 
 
@@ -40,8 +34,6 @@ FINAL_NORMS += ("layer_norm", "ln_out", "out_norm")
 
 # Between their layers runs more than one hidden state per token, so none of them can be read through the head.
 SEVERAL_STREAMS = ("altup_num_inputs", "hc_mult")
-
-
 # LLaVA-OneVision-7B: 28 layers, but the paper's targets are those of the 24-layer 0.5B model.
 PAPER_LAYERS = {("llava_onevision", 28, 3): [4, 12, 20]}
 

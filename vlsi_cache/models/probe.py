@@ -30,20 +30,10 @@ from vlsi_cache.progress import say
 from .backbone import Backbone
 
 MAX_DIFFERENCE = 1e-3  # nats, of what is likelier than LIKELY, for weights in fp32
-
-
 MAX_KL = 0.01  # nats, mean over the probe, for weights in 16 bits: there the model's own logits are rounded by 0.06
-
-
 LIKELY = -12.0
-
-
 FACTOR_WORDS = ("scale", "scaling", "mult", "factor", "divisor", "base")  # in the name of what multiplies logits
-
-
 FORWARD_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ImportError, AssertionError)
-
-
 _checked: "WeakSet[nn.Module]" = WeakSet()
 
 
@@ -275,17 +265,9 @@ def _named_factor(backbone: Backbone, ratio: float, exact: bool) -> tuple[float,
 
 # Of different lengths, so that the second is padded, with responses of several tokens.
 QUESTIONS = ("probe: which of these two comes first, and why?", "probe?")
-
-
 ANSWERS = ("the second one, because it is shorter.", "one.")
-
-
 PICTURE_SIZE = (56, 56)
-
-
 PICTURE_TOKENS = 512  # a prompt with a small picture that is longer is not worth its time
-
-
 NAMED_TOKENS = 3
 
 

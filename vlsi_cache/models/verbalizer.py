@@ -33,17 +33,9 @@ from .backbone import Backbone, LayerSequence, head_digest
 from .load import own_memory, resolve_model
 
 FORMAT_VERSION = 1
-
-
 RECORD = "verbalizers.json"
-
-
 ADDED_LATER = ("loss",)  # to the provenance
-
-
 FROM_WHERE = "a teacher's come from vlsi-cache train-verbalizers, a student's from a distill run of recipe `vlsi`"
-
-
 HEADER_KEY = "verbalizer"  # one key: the order of several in a safetensors header is not fixed
 
 
@@ -186,17 +178,9 @@ NUM_BLOCKS = {
     "decoder": 1,
     "decoder-x2": 2,
 }
-
-
 LOGIT_LENS = "logit-lens"
-
-
 LAST_PROJECTIONS = frozenset({"down_proj", "o_proj"})
-
-
 PLAIN_STD = 0.02
-
-
 NORM_EPS = 1e-6
 
 

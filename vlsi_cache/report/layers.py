@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vlsi_cache.errors import CacheIncompleteError, SpecError
+from vlsi_cache.io import with_null
 from vlsi_cache.progress import progress
 from vlsi_cache.sparse.row_kl import kl_sums
 from vlsi_cache.sparse.rows import SparseRows
@@ -97,7 +98,7 @@ class CacheStats:
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready; what is not a number is None."""
         matrix = None if self.kl_LL is None else {"tokens": self.kl_tokens, "kl": self.kl_LL.tolist()}
-        return _finite(
+        return with_null(
             {
                 "path": self.path,
                 "row_kind": self.row_kind,
@@ -319,15 +320,6 @@ def big_number(value: float) -> str:
 
 def _number(value: float | None) -> str:
     return "" if value is None or not math.isfinite(value) else f"{value:.3f}"
-
-
-def _finite(value: Any) -> Any:
-    """The same JSON value with None for what JSON has no number for."""
-    if isinstance(value, dict):
-        return {key: _finite(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import numpy as np
 
 from vlsi_cache import run_files
 from vlsi_cache.errors import CacheNotFoundError, VlsiCacheError
-from vlsi_cache.io import write_atomically
+from vlsi_cache.io import with_null, write_atomically
 from vlsi_cache.progress import Bar, say
 from vlsi_cache.run_files import read_metrics
 
@@ -48,7 +48,7 @@ class MetricsLog:
         assert self._file is not None
         assert self._bar is not None
         metrics["elapsed_s"] = round(time.monotonic() - self._started, 3)
-        self._file.write(json.dumps(_with_null(metrics)) + "\n")
+        self._file.write(json.dumps(with_null(metrics)) + "\n")
         self._file.flush()
         speed, waited = int(metrics["tokens_per_s"]), metrics["data_wait_pct"]
         self._bar.note(f"loss={metrics['loss']:.3f}, tok/s={speed}, data={waited:.0f}%")
@@ -69,15 +69,6 @@ class MetricsLog:
             self._file.close()
         if self._bar is not None:
             self._bar.close()
-
-
-def _with_null(value: Any) -> Any:
-    """The same with null for numbers that are not finite: JSON has none, and readers of the log would refuse them."""
-    if isinstance(value, dict):
-        return {key: _with_null(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [_with_null(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass(frozen=True)

@@ -34,12 +34,8 @@ from .metrics import next_step
 
 PACKAGES = ("vlsi-cache", "torch", "transformers", "peft", "zarr", "numpy")
 LOCK_NAME = ".lock"
-
-
 # What a kill can leave behind of files and folders that get their name at the end.
 LEFTOVERS = (".*.tmp-*", "verbalizers/.*")
-
-
 # What a training records: its loss is that of the whole batch. Where this is not recorded, an earlier release has taken
 # the mean over micro-batches of the mean of each one's tokens, which was another loss for every `micro_batch_size`.
 WHOLE_BATCH = {"loss_reduced_over": "batch"}

@@ -8,18 +8,17 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from vlsi_cache.config.sections import RunSpec
+from vlsi_cache.config.sections import Kernels, RunSpec
 from vlsi_cache.errors import DataError, ModelError
 from vlsi_cache.progress import say
 
 __all__ = [
     "Head",
-    "Kernels",
     "compute_dtype",
     "fused",
     "normalized",
@@ -138,9 +137,6 @@ def product_into(out_TB: Tensor, left_TD: Tensor, right_DB: Tensor) -> None:
 def _is_half_on_gpu(factor: Tensor) -> bool:
     # There the product of 16-bit numbers is summed and written in fp32; no such product exists on a CPU.
     return factor.is_cuda and factor.dtype.itemsize == 2
-
-
-Kernels = Literal["auto", "eager", "compiled"]
 
 
 Function = TypeVar("Function", bound=Callable)

@@ -40,8 +40,6 @@ MAX_VOCABULARY = 1 << 24
 MAX_RANKS = 1 << 28  # layers times tokens: what the table of ids by rank takes
 MAX_COUNT = 1 << 48  # samples, tokens, entries, bytes of a file
 MAX_DEPTH = 100  # caches made of caches made of caches
-
-
 # Blosc packs a constant block of 2 MiB into some 80 bytes; no honest array shrinks more.
 MAX_SHRINK = 1 << 16
 SECTIONS = ("teacher", "data", "rows", "store", "train_verbalizers", "distill", "evaluate", "run")
@@ -135,8 +133,6 @@ RECORD_NAME = "part.json"
 TABLE_NAME = "samples.parquet"
 VOCAB_NAME = "vocab"
 VOCAB_COPY_NAME = "vocab-copy"
-
-
 # what must be equal for two builds to write into one cache, beside every field of the fingerprint
 IDENTITY_FIELDS = (
     "format_version",
@@ -154,8 +150,6 @@ IDENTITY_FIELDS = (
     "num_response_tokens",
     "id_of_rank_xxh3",
 )
-
-
 Record = TypeVar("Record", bound="StrictRecord")
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 OfLayers = Field(max_length=MAX_LAYERS)
@@ -380,11 +374,7 @@ SAMPLE_ARRAYS = ("offsets", "response_offsets", "response_ids", "positions")
 ENTRY_ARRAYS = ("ids", "levels", "logprob_gaps", "logprobs", "counts")
 SCALAR_ARRAYS = ("lse", "entropy", "gold_logprob", "tail_mass")
 SUMMARY_ARRAYS = ("entropy", "gold_logprob", "tail_mass")
-
-
 KIB, MIB = 1 << 10, 1 << 20
-
-
 CHUNK_TOKENS = 65536  # keeps a chunk far below the 2 GiB that blosc can take
 CHUNK_ENTRIES = MIB
 MAPPED_TOKENS = 1024  # of the `fast` profile: one checksum a block, so the first look at a token reads little more
@@ -405,8 +395,6 @@ class Codec:
 
 
 BYTES, STORED = Codec("shuffle"), Codec(None)
-
-
 # Measured on real rows (tests/benchmarks/results): ids and levels are a fifth smaller than with plain byte shuffle.
 CODECS = {
     "ids": Codec("bitshuffle", MIB),

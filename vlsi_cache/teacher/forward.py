@@ -23,11 +23,7 @@ from vlsi_cache.sparse.topk import sample_uniforms, stack_layers, teacher_rows
 from .inputs import TeacherInputs
 
 SCANNED_K = 64  # of sampled rows: the likeliest tokens are drawn from directly, the rest through the tail
-
-
 SHOWN_SAMPLES = 5
-
-
 NO_PART = -1
 
 

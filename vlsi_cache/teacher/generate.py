@@ -46,8 +46,6 @@ def model_named(spec: CacheSpec, model: str) -> ModelRef:
 
 
 IDENTITY = ("weights", "settings", "encoder", "source_rows")  # what must be equal to go on with a work folder
-
-
 # What may lie in a work folder: its lock, the plan, the batches, the rows, and what a kill leaves of these.
 WORK_NAMES = re.compile(rf"{re.escape(LOCK_NAME)}|\.?(plan\.json|batch-\d+\.json|.+\.parquet)(\.tmp-[0-9a-f]+)?")
 

@@ -34,8 +34,6 @@ GPUS = {
     "MI300X": 1307.0,
     "RTX 4090": 165.0,
 }
-
-
 DEFAULT_GPU, UTILISATION = "H100", 0.4
 
 
@@ -123,11 +121,7 @@ def _active(module: nn.Module, config: Any, without: Collection[int] = ()) -> di
 # Compressed bytes by profile, measured on SmolLM2-135M at k = 64 (49,152 tokens): of a kept entry (id and value), of a
 # scalar. Ids of a vocabulary above 65,536 take about a quarter of a byte more where they are compressed (not measured).
 ENTRY_BYTES = {"default": 1.54, "exact": 3.55, "fast": 4.0}
-
-
 SCALAR_BYTES = {"default": 2.3, "exact": 3.3, "fast": 4.0}
-
-
 MORE_FOR_LARGE_VOCABULARY = {"default": 0.27, "exact": 0.27, "fast": 2.0}
 
 

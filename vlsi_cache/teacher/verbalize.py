@@ -43,12 +43,8 @@ from vlsi_cache.train.verbalize import verbalize
 from .inputs import TeacherInputs, open_teacher_inputs
 
 PREFIX = "layers-"
-
-
 # What decides a verbalizer's weights, beside the digests of teacher and data; a node may see the data elsewhere.
 COMPARED = ("train_verbalizers", "verbalizer", "teacher")
-
-
 NOT_COMPARED = ("layers", "num_layers", "verbalizers")
 
 

@@ -75,11 +75,7 @@ def take_verbalizers(folder: str, into: Path, backbone: Backbone, layers: list[i
 
 
 SOURCE_KEYS = ("path", "media_root", "generator", "options", "limit")
-
-
 CHECKED_RESPONSES = 32  # before a student's weights are loaded
-
-
 STAGE_SEEDS = {"verbalize": 1, "interact": 2, "sft": 3}  # each stage sees the data in an order of its own
 
 

@@ -143,8 +143,6 @@ def group_parts(sizes: Sequence[int], target: int) -> list[list[int]]:
 
 
 Profile = Literal["default", "exact", "fast"]
-
-
 # the others would have to invent bits (default -> exact) or an order of the vocabulary (from fast)
 CONVERSIONS = {("default", "fast"), ("exact", "default"), ("exact", "fast")}
 

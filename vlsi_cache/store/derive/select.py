@@ -40,8 +40,6 @@ COLUMNS = {
     "kept_mass": "kept_mass",
     "part": "part",
 }
-
-
 TEXT_COLUMNS = ("id", "kind", "source")
 MAX_CHARACTERS = 10_000
 OPERATORS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
@@ -52,8 +50,6 @@ OPERATORS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Gt: operator.gt,
     ast.GtE: operator.ge,
 }
-
-
 Value = np.ndarray | str | int | float | list[Any]
 
 
