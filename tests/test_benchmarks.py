@@ -91,7 +91,7 @@ def test_resident_peak_starts_anew(scripts: dict[str, Any]) -> None:
 
 
 def student(scripts: dict[str, Any]) -> Any:
-    shape = scripts["cases"].Shape(40, 16, 310, v_real=301, top_k=8, num_tail=2)
+    shape = scripts["cases"].Shape(40, 16, 310, vocab_size=301, top_k=8, num_tail=2)
     return scripts["cases"].student_case(shape, CPU, 3).first(40, torch.float64)
 
 
@@ -117,7 +117,7 @@ def test_dense_peer_sees_the_same_kept_entries(scripts: dict[str, Any]) -> None:
 
 
 def test_teacher_peers_agree_with_ours(scripts: dict[str, Any]) -> None:
-    shape = scripts["cases"].Shape(40, 16, 310, v_real=301, top_k=8, num_tail=2)
+    shape = scripts["cases"].Shape(40, 16, 310, vocab_size=301, top_k=8, num_tail=2)
     case, peers = scripts["cases"].teacher_case(shape, CPU), scripts["peers"]
     want = scripts["ours"].teacher(case)
     names = ("ids_TK", "logprobs_TK", "tail_ids_Tm", "lse_Tn", "entropy_T", "gold_logprob_T", "tail_mass_T")

@@ -32,7 +32,7 @@ def test_a_second_run_never_overwrites_a_finished_part(tmp_path: Path) -> None:
     case, root = standard_case(), tmp_path / "c"
     before = file_bytes(build(root, case))
     times = {file: file.stat().st_mtime_ns for file in root.rglob("*") if file.is_file()}
-    writer = CacheWriter.create_or_resume(root, header_of(case), case.ranks)
+    writer = CacheWriter.create_or_resume(root, header_of(case), case.vocab_order)
     other = standard_case(seed=1)
     assert [writer.write_part(index, other.parts[index]) for index in range(3)] == [False] * 3
     assert file_bytes(root) == before
@@ -48,7 +48,7 @@ from helpers.caches import header_of, standard_case
 from vlsi_cache import io
 from vlsi_cache.store.writer import CacheWriter
 case = standard_case()
-writer = CacheWriter.create_or_resume({str(tmp_path / "c")!r}, header_of(case), case.ranks)
+writer = CacheWriter.create_or_resume({str(tmp_path / "c")!r}, header_of(case), case.vocab_order)
 for index in (0, 1):
     writer.write_part(index, case.parts[index])
 io.fsync_tree = lambda _: os._exit(9)
@@ -74,17 +74,17 @@ def test_a_reader_is_told_nothing_but_the_path(tmp_path: Path, name: str) -> Non
 
 @pytest.mark.parametrize("profile", ["default", "exact", "fast"])
 def test_ids_above_two_to_the_seventeenth_do_not_wrap(tmp_path: Path, profile: str) -> None:
-    v_real, shown = 200_003, [0, 65_535, 65_536, 131_071, 131_072, 131_073, 200_002]
-    case = make_case([[1]], ["a"], v_real=v_real, num_layers=1, top_k=len(shown), num_tail=1)
+    vocab_size, shown = 200_003, [0, 65_535, 65_536, 131_071, 131_072, 131_073, 200_002]
+    case = make_case([[1]], ["a"], vocab_size=vocab_size, num_layers=1, top_k=len(shown), num_tail=1)
     rows = case.parts[0].rows
     assert rows is not None
     ids = np.array(shown)[None, None]
     rows = replace(rows, ids_LTK=ids, tail_ids_LTm=np.array([[[151_935]]]))
     case = replace(case, parts=[replace(case.parts[0], rows=rows, response_ids=[np.array([151_645], np.uint32)])])
     if profile == "fast":
-        case = replace(case, id_of_rank=np.arange(v_real), num_head=0)
+        case = replace(case, id_of_rank=np.arange(vocab_size), num_head=0)
     header = header_of(case).model_copy(update={"profile": profile})
-    writer = CacheWriter.create_or_resume(tmp_path / "c", header, case.ranks)
+    writer = CacheWriter.create_or_resume(tmp_path / "c", header, case.vocab_order)
     writer.write_part(0, case.parts[0])
     assert writer.finish()
     row = reader.open(tmp_path / "c")["a"]
@@ -98,7 +98,7 @@ def seen_facts(spec_file: Path) -> str:
     inputs, case = open_teacher_inputs(vc.load_spec(spec_file)), standard_case()
     facts = [
         fingerprint(inputs), [r.digest for r in inputs.records], cache_header(inputs, [[0]]).digest,
-        header_of(case).digest, case.ranks.digest, sample_uniforms(0, "a", 2, 2, 2).tolist(),
+        header_of(case).digest, case.vocab_order.digest, sample_uniforms(0, "a", 2, 2, 2).tolist(),
     ]  # fmt: skip
     return json.dumps(facts)
 
@@ -135,7 +135,7 @@ def test_that_a_name_exists_does_not_mean_that_it_is_done(tmp_path: Path, what: 
             (place / "zarr.json").write_bytes((tmp_path / "aside" / "zarr.json").read_bytes())
     with pytest.raises(CacheCorruptError, match=r"000001\.zarr/part\.json` is missing; run: vlsi-cache repair"):
         reader.open(root)
-    writer = CacheWriter.create_or_resume(root, header_of(case), case.ranks)
+    writer = CacheWriter.create_or_resume(root, header_of(case), case.vocab_order)
     with pytest.raises(CacheCorruptError, match=r"000001\.zarr"):
         writer.finish()
     assert not verify(root).ok
@@ -146,7 +146,7 @@ def test_that_a_name_exists_does_not_mean_that_it_is_done(tmp_path: Path, what: 
 @pytest.mark.parametrize("field", ["logprobs_LTK", "lse_LTn", "entropy_LT", "gold_logprob_LT", "tail_mass_LT"])
 def test_rows_that_are_not_numbers_are_refused_and_not_skipped(tmp_path: Path, field: str) -> None:
     case = standard_case()
-    writer = CacheWriter.create_or_resume(tmp_path / "c", header_of(case), case.ranks)
+    writer = CacheWriter.create_or_resume(tmp_path / "c", header_of(case), case.vocab_order)
     values = getattr(case.parts[1].rows, field).copy()
     values[0, 3] = np.nan
     part = replace(case.parts[1], rows=replace(case.parts[1].rows, **{field: values}))  # type: ignore[type-var]
@@ -174,15 +174,15 @@ def test_another_shuffle_seed_does_not_pass(tmp_path: Path, teacher_folder: Path
 
 def test_a_resumed_build_cannot_mix_two_configurations(tmp_path: Path) -> None:
     case, root = standard_case(), tmp_path / "c"
-    writer = CacheWriter.create_or_resume(root, header_of(case), case.ranks)
+    writer = CacheWriter.create_or_resume(root, header_of(case), case.vocab_order)
     writer.write_part(0, case.parts[0])
     for changes in ({"profile": "exact"}, {"tail_samples": 1}, {"fingerprint": {"teacher": "other"}}):
         with pytest.raises(FingerprintMismatchError, match=r"the cache has .*, this run has"):
-            CacheWriter.create_or_resume(root, header_of(case).model_copy(update=changes), case.ranks)
+            CacheWriter.create_or_resume(root, header_of(case).model_copy(update=changes), case.vocab_order)
     # and a part that was made for another configuration is noticed even if somebody copies it in
     other = replace(case, parts=case.parts)
     foreign = CacheWriter.create_or_resume(
-        tmp_path / "other", header_of(other).model_copy(update={"fingerprint": {"teacher": "other"}}), other.ranks
+        tmp_path / "other", header_of(other).model_copy(update={"fingerprint": {"teacher": "other"}}), other.vocab_order
     )
     foreign.write_part(1, case.parts[1])
     (tmp_path / "other" / "parts" / "000001.zarr").rename(root / "parts" / "000001.zarr")
@@ -221,27 +221,27 @@ def test_every_sample_of_a_batch_has_its_own_draws(tmp_path: Path, teacher_folde
 
 def test_padding_rows_of_the_head_never_get_mass(tmp_path: Path) -> None:
     """152064 rows for 151936 tokens, in small: the padding has the largest logits of all and appears nowhere."""
-    v_real, padding = 300, 128
+    vocab_size, padding = 300, 128
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(7, 16, generator=generator)
-    head = torch.randn(v_real + padding, 16, generator=generator)
+    head = torch.randn(vocab_size + padding, 16, generator=generator)
     gold = torch.arange(7)
-    head[v_real:] = 100 * hidden.sum(0)
-    options = {"top_k": 20, "uniforms_Tm": np.random.default_rng(0).random((7, 50)), "v_real": v_real}
+    head[vocab_size:] = 100 * hidden.sum(0)
+    options = {"top_k": 20, "uniforms_Tm": np.random.default_rng(0).random((7, 50)), "vocab_size": vocab_size}
     padded = teacher_rows(hidden, head, gold, **options)  # type: ignore[arg-type]
-    bare = teacher_rows(hidden, head[:v_real].clone(), gold, **options)  # type: ignore[arg-type]
+    bare = teacher_rows(hidden, head[:vocab_size].clone(), gold, **options)  # type: ignore[arg-type]
     for name, values in padded.items():
         torch.testing.assert_close(values, bare[name], rtol=0, atol=0)
-    assert int(padded["ids_TK"].max()) < v_real
-    assert int(padded["tail_ids_Tm"].max()) < v_real
+    assert int(padded["ids_TK"].max()) < vocab_size
+    assert int(padded["tail_ids_Tm"].max()) < vocab_size
     mass = padded["logprobs_TK"].double().exp().sum(1) + padded["tail_mass_T"]
     torch.testing.assert_close(mass, torch.ones_like(mass), rtol=0, atol=1e-5)
     # and through a build: the head of this teacher has 128 rows more than its tokenizer has tokens
     teacher = save_model(tmp_path / "teacher", num_layers=5, hidden=32, seed=1, padding=128)
     cache = build_teacher(vc.load_spec(write_spec(tmp_path, teacher, num_rows=6)), out=tmp_path / "c")
     head_rows = json.loads((teacher / "config.json").read_text())["vocab_size"]
-    assert cache.header.v_real == head_rows - 128
-    assert max(int(cache[name].ids_LTK.max()) for name in cache) < cache.header.v_real
+    assert cache.header.vocab_size == head_rows - 128
+    assert max(int(cache[name].ids_LTK.max()) for name in cache) < cache.header.vocab_size
 
 
 @pytest.mark.parametrize("name", ["plain-default", "plain-fast", "per-layer-exact"])
@@ -267,7 +267,7 @@ def test_a_lost_chunk_does_not_read_as_zeros(tmp_path: Path, name: str, content:
 def test_two_processes_that_write_the_same_part_lose_no_rows(tmp_path: Path) -> None:
     """Both have written it, one renames first: one part, whole, and nothing of the other is left."""
     variant, root = plain("default"), tmp_path / "c"
-    writers = [CacheWriter.create_or_resume(root, variant.header, variant.case.ranks) for _ in range(2)]
+    writers = [CacheWriter.create_or_resume(root, variant.header, variant.case.vocab_order) for _ in range(2)]
     inner: list[bool] = []
 
     def race(tmp: Path, target: Path) -> bool:

@@ -26,7 +26,7 @@ from vlsi_cache.store.reader import Cache
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device(os.environ.get("VLSI_CACHE_TEST_DEVICE", "cuda"))
-NUM_TOKENS, HIDDEN, VOCAB, V_REAL, TOP_K = 256, 256, 20_032, 20_000, 32
+NUM_TOKENS, HIDDEN, VOCAB, VOCAB_SIZE, TOP_K = 256, 256, 20_032, 20_000, 32
 
 
 @contextmanager
@@ -53,7 +53,14 @@ def rows_of(hidden_TD: Tensor, weight_VD: Tensor, **options: bool) -> dict[str, 
     uniforms_Tm = torch.from_numpy(sample_uniforms(0, "x", NUM_TOKENS, 1, 4)[0]).to(DEVICE)
     gold_T = torch.arange(NUM_TOKENS, device=DEVICE)
     return teacher_rows(
-        hidden_TD, weight_VD, gold_T, top_k=TOP_K, uniforms_Tm=uniforms_Tm, v_real=V_REAL, taus=(1.0, 2.0), **options
+        hidden_TD,
+        weight_VD,
+        gold_T,
+        top_k=TOP_K,
+        uniforms_Tm=uniforms_Tm,
+        vocab_size=VOCAB_SIZE,
+        taus=(1.0, 2.0),
+        **options,
     )
 
 
@@ -68,7 +75,7 @@ def candidates(num: int) -> LayerRows:
     stacked = {name: torch.stack([one[name] for one in made]).cpu() for name in made[0]}
     return LayerRows.of(
         stacked["ids_TK"], stacked["logprobs_TK"], stacked["tail_ids_Tm"], stacked["tail_mass_T"],
-        stacked["entropy_T"], v_real=V_REAL, device=DEVICE,
+        stacked["entropy_T"], vocab_size=VOCAB_SIZE, device=DEVICE,
     )  # fmt: skip
 
 
@@ -78,7 +85,7 @@ def test_teacher_rows_are_those_of_float64_and_wait_for_nothing(compiled: bool) 
     rows_of(hidden_TD, weight_VD, compiled=compiled)  # compiles
     with nothing_waits():
         rows = rows_of(hidden_TD, weight_VD, compiled=compiled)
-    log_TV = (hidden_TD.double() @ weight_VD[:V_REAL].double().T).log_softmax(1)
+    log_TV = (hidden_TD.double() @ weight_VD[:VOCAB_SIZE].double().T).log_softmax(1)
     torch.testing.assert_close(rows["logprobs_TK"].double(), log_TV.gather(1, rows["ids_TK"]), rtol=1e-4, atol=1e-4)
     assert torch.allclose(rows["logprobs_TK"].double(), log_TV.topk(TOP_K).values, rtol=1e-4, atol=1e-4)
     kept_T = log_TV.gather(1, rows["ids_TK"]).exp().sum(1)

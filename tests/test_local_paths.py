@@ -36,7 +36,7 @@ def calls(url: str) -> dict[str, Any]:
         "open": lambda: vc.open(url),
         "verify": lambda: verify(url),
         "repair": lambda: vc.repair(url),
-        "write": lambda: CacheWriter.create_or_resume(url, header_of(case), case.ranks),
+        "write": lambda: CacheWriter.create_or_resume(url, header_of(case), case.vocab_order),
         "build": lambda: vc.build_teacher(spec, out=url),
         "train": lambda: vc.train_verbalizers(spec, out=url),
         "generate": lambda: vc.generate(spec, out=f"{url}.parquet"),

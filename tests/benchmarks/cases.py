@@ -21,21 +21,23 @@ SHARED = 0.8  # correlation of the student's logits with the teacher's
 
 @dataclass(frozen=True)
 class Shape:
-    """`v_real` tokens of a head of `vocab` rows; `vocab` if it is 0."""
+    """`vocab_size` tokens of a head of `vocab` rows; `vocab` if it is 0."""
 
     num_tokens: int
     hidden: int
     vocab: int
-    v_real: int = 0
+    vocab_size: int = 0
     top_k: int = 64
     num_tail: int = 4
 
     @property
     def num_real(self) -> int:
-        return self.v_real or self.vocab
+        return self.vocab_size or self.vocab
 
     def __str__(self) -> str:
-        return f"T{self.num_tokens} d{self.hidden} V{self.vocab}" + (f" ({self.v_real} real)" if self.v_real else "")
+        return f"T{self.num_tokens} d{self.hidden} V{self.vocab}" + (
+            f" ({self.vocab_size} real)" if self.vocab_size else ""
+        )
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class TeacherCase:
     gold_T: Tensor
     uniforms_Tm: Tensor
     top_k: int
-    v_real: int
+    vocab_size: int
 
     def first(self, num_tokens: int, dtype: torch.dtype) -> "TeacherCase":
         t = slice(num_tokens)
@@ -69,7 +71,7 @@ class StudentCase:
     tail_ids_MTm: Tensor
     tail_mass_MT: Tensor
     entropy_MT: Tensor
-    v_real: int
+    vocab_size: int
 
     def candidates(self, num: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         rows = (self.ids_MTK, self.logprobs_MTK, self.tail_ids_MTm, self.tail_mass_MT, self.entropy_MT)
@@ -116,7 +118,7 @@ def student_case(
     teacher = teacher_case(replace(shape, hidden=small), device)
     rows = teacher_rows(
         teacher.hidden_TD, teacher.weight_VD, teacher.gold_T, top_k=shape.top_k, uniforms_Tm=teacher.uniforms_Tm,
-        v_real=shape.num_real,
+        vocab_size=shape.num_real,
     )  # fmt: skip
     draw = torch.Generator(device).manual_seed(1)
     rest = shape.hidden - small
@@ -135,7 +137,7 @@ def student_case(
         tail_ids_MTm=to_device_async["tail_ids_Tm"],
         tail_mass_MT=to_device_async["tail_mass_T"],
         entropy_MT=to_device_async["entropy_T"],
-        v_real=shape.num_real,
+        vocab_size=shape.num_real,
     )
 
 

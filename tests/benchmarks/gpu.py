@@ -45,9 +45,9 @@ class Sizes:
     compiler: str = "inductor"
 
 
-PAPER = Sizes(teacher=Shape(2048, 8192, 152064, v_real=151657), student=Shape(4096, 1536, 151936))
+PAPER = Sizes(teacher=Shape(2048, 8192, 152064, vocab_size=151657), student=Shape(4096, 1536, 151936))
 TINY = Sizes(
-    teacher=Shape(32, 48, 640, v_real=601, top_k=8, num_tail=2),
+    teacher=Shape(32, 48, 640, vocab_size=601, top_k=8, num_tail=2),
     student=Shape(32, 32, 640, top_k=8, num_tail=2),
     gradient_tokens=16,
     teacher_layers=2,

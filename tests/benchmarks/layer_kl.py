@@ -42,7 +42,7 @@ def layer_kls(caches: Mapping[str, Cache], student: Path, run: Path) -> dict[str
 def _over_batches(state: Any, verbalizers_folder: str) -> np.ndarray:
     backbone = Backbone(state.model)
     verbalizers = load_verbalizers(verbalizers_folder, backbone, state.layers, check_head=False)
-    head = head_of(backbone).real(state.encoder.v_real)
+    head = head_of(backbone).real(state.encoder.vocab_size)
     sums_SL, num_tokens = np.zeros((len(state.layers), len(state.teacher_layers) - 1)), 0
     with feed(state) as batches:
         for micro in islice(iter(batches.next, None), NUM_BATCHES):

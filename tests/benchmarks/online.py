@@ -33,7 +33,7 @@ class Teacher:
         inputs = open_teacher_inputs(read_spec(folder))
         self.backbone = inputs.load_backbone(device)
         self.verbalizers = inputs.load_verbalizers(self.backbone)
-        self.v_real = inputs.encoder.v_real
+        self.vocab_size = inputs.encoder.vocab_size
 
     @torch.no_grad()
     def probs(self, batch: Batch, marks: list[float]) -> tuple[Tensor, Tensor]:
@@ -41,8 +41,8 @@ class Teacher:
         layers, last = self.verbalizers.layers, self.backbone.num_layers
         hidden: dict[int, Any] = dict(self.verbalizers.capture(batch.inputs, batch.rows_T, batch.positions_T))
         marks.append(now(self.backbone.device))
-        num_tokens, weight_VD = len(batch.gold_T), self.backbone.head_weight[: self.v_real]
-        p_LTV = torch.empty(len(layers) + 1, num_tokens, self.v_real, device=self.backbone.device)
+        num_tokens, weight_VD = len(batch.gold_T), self.backbone.head_weight[: self.vocab_size]
+        p_LTV = torch.empty(len(layers) + 1, num_tokens, self.vocab_size, device=self.backbone.device)
         entropy_LT = torch.empty(p_LTV.shape[:2], device=self.backbone.device)
         for index, layer in enumerate([*layers, last]):
             state_TD = hidden[layer] if layer == last else self.verbalizers.apply(layer, hidden[layer])
@@ -70,7 +70,7 @@ def online_step(teacher: Teacher, student: Trained, batch: Batch, step: int, mar
     terms, gradients = [], []
     for layer in [last, *layers]:
         leaf_TD = hidden[layer].detach().requires_grad_()
-        logq_TV = student_logq(student.verbalizers, student.backbone, layer, leaf_TD, teacher.v_real)
+        logq_TV = student_logq(student.verbalizers, student.backbone, layer, leaf_TD, teacher.vocab_size)
         match = num_teacher
         if layer != last:
             match = int(search.draw(window_kl(p_LTV, entropy_LT, search.range, logq_TV.detach()))[0])
@@ -85,10 +85,12 @@ def online_step(teacher: Teacher, student: Trained, batch: Batch, step: int, mar
     return np.array(terms)
 
 
-def student_logq(verbalizers: Verbalizers, backbone: Backbone, layer: int, hidden_TD: Tensor, v_real: int) -> Tensor:
+def student_logq(
+    verbalizers: Verbalizers, backbone: Backbone, layer: int, hidden_TD: Tensor, vocab_size: int
+) -> Tensor:
     with autocast(hidden_TD.device):
         state_TD = hidden_TD if layer == backbone.num_layers else verbalizers.apply(layer, hidden_TD)
-        return (state_TD @ backbone.head_weight[:v_real].T).float().log_softmax(-1)
+        return (state_TD @ backbone.head_weight[:vocab_size].T).float().log_softmax(-1)
 
 
 def window_kl(p_LTV: Tensor, entropy_LT: Tensor, window: range, logq_TV: Tensor) -> Tensor:
@@ -105,6 +107,6 @@ def dense_values(teacher: Teacher, student: Trained, batch: Batch) -> dict[str, 
         hidden: dict[int, Any] = dict(student.verbalizers.capture(batch.inputs, batch.rows_T, batch.positions_T))
     rows = []
     for layer in [*student.verbalizers.layers, student.backbone.num_layers]:
-        logq_TV = student_logq(student.verbalizers, student.backbone, layer, hidden[layer], teacher.v_real)
+        logq_TV = student_logq(student.verbalizers, student.backbone, layer, hidden[layer], teacher.vocab_size)
         rows.append(window_kl(p_LTV, entropy_LT, range(len(p_LTV)), logq_TV).tolist())
     return {"matching": rows, "trained": rows}

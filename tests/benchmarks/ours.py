@@ -15,12 +15,12 @@ Compiled = bool | None  # None: whatever the function does by itself
 def teacher(case: TeacherCase, compiled: Compiled = None) -> dict[str, Tensor]:
     return teacher_rows(
         case.hidden_TD, case.weight_VD, case.gold_T, top_k=case.top_k, uniforms_Tm=case.uniforms_Tm,
-        v_real=case.v_real, block=16384, compiled=bool(compiled),
+        vocab_size=case.vocab_size, block=16384, compiled=bool(compiled),
     )  # fmt: skip
 
 
 def compare(hidden_TD: Tensor, case: StudentCase, num: int, compiled: Compiled = None) -> CandidateKL:
-    rows = LayerRows.of(*case.candidates(num), v_real=case.v_real, device=hidden_TD.device)
+    rows = LayerRows.of(*case.candidates(num), vocab_size=case.vocab_size, device=hidden_TD.device)
     return candidate_kl(hidden_TD, case.weight_VD, rows, compiled=bool(compiled))
 
 

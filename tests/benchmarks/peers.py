@@ -26,14 +26,14 @@ StudentForm = Callable[[StudentCase, int], tuple[Tensor, Tensor]]
 
 def whole_row(case: TeacherCase) -> tuple[Tensor, Tensor]:
     """Top-k ids and log-probs alone, from [T, V] logits (rounded to the model's dtype)."""
-    z_TV = _logits(case.hidden_TD, case.weight_VD, case.v_real)
+    z_TV = _logits(case.hidden_TD, case.weight_VD, case.vocab_size)
     values_TK, ids_TK = z_TV.topk(case.top_k)
     return ids_TK, values_TK - z_TV.logsumexp(1, keepdim=True)
 
 
 def whole_row_all(case: TeacherCase) -> tuple[Tensor, ...]:
     """Everything that is stored of a row, from [T, V] logits (rounded to the model's dtype)."""
-    z_TV = _logits(case.hidden_TD, case.weight_VD, case.v_real)
+    z_TV = _logits(case.hidden_TD, case.weight_VD, case.vocab_size)
     values_TK, ids_TK = z_TV.topk(case.top_k)
     lse_T1 = z_TV.logsumexp(1, keepdim=True)
     gold_T = (z_TV.gather(1, case.gold_T[:, None]) - lse_T1)[:, 0]
@@ -53,7 +53,7 @@ def token_chunks(case: TeacherCase, size: int = 32) -> tuple[Tensor, ...]:
 
 def _tokens_of(case: TeacherCase, start: int, stop: int) -> TeacherCase:
     hidden_TD, gold_T, uniforms_Tm = (x[start:stop] for x in (case.hidden_TD, case.gold_T, case.uniforms_Tm))
-    return TeacherCase(hidden_TD, case.weight_VD, gold_T, uniforms_Tm, case.top_k, case.v_real)
+    return TeacherCase(hidden_TD, case.weight_VD, gold_T, uniforms_Tm, case.top_k, case.vocab_size)
 
 
 # Student layer
@@ -100,7 +100,7 @@ def checkpointed_chunks(case: StudentCase, num: int, size: int = 128) -> tuple[T
 def dense_kl_div(case: StudentCase, num: int) -> tuple[Tensor, Tensor]:
     """F.kl_div on rows made dense (kept entries, the tail spread evenly), one log-softmax for all candidates."""
     hidden_TD = case.hidden_TD.detach().requires_grad_()
-    logq_TV = _logits(hidden_TD, case.weight_VD, case.v_real).log_softmax(1)
+    logq_TV = _logits(hidden_TD, case.weight_VD, case.vocab_size).log_softmax(1)
     with torch.no_grad():
         others = [F.kl_div(logq_TV, _dense(case, i), reduction="batchmean") for i in range(1, num)]
     loss = F.kl_div(logq_TV, _dense(case, 0), reduction="batchmean")
@@ -117,11 +117,11 @@ def liger_jsd(case: StudentCase, num: int, compiled: bool = False) -> tuple[Tens
 
     loss_of = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=compiled)
     hidden_TD = case.hidden_TD.detach().requires_grad_()
-    teacher_VR, labels_T = case.teacher_weight_VR[: case.v_real], case.ids_MTK[0, :, 0]
+    teacher_VR, labels_T = case.teacher_weight_VR[: case.vocab_size], case.ids_MTK[0, :, 0]
     values, gradient_TD = [], hidden_TD
     for i in reversed(range(num)):
         loss = loss_of(
-            hidden_TD, case.weight_VD[: case.v_real], case.teacher_hidden_TR.roll(i, 0), teacher_VR, labels_T
+            hidden_TD, case.weight_VD[: case.vocab_size], case.teacher_hidden_TR.roll(i, 0), teacher_VR, labels_T
         )
         (gradient_TD,) = torch.autograd.grad(loss, hidden_TD)
         values.append(loss.detach())
@@ -137,7 +137,7 @@ def liger_kl_div(case: StudentCase, num: int) -> tuple[Tensor, Tensor]:
     hidden_TD = case.hidden_TD.detach().requires_grad_()
     values, gradient_TD = [], hidden_TD
     for i in reversed(range(num)):
-        loss = LigerFusedLinearKLDivLoss()(hidden_TD, case.weight_VD[: case.v_real], _dense(case, i))
+        loss = LigerFusedLinearKLDivLoss()(hidden_TD, case.weight_VD[: case.vocab_size], _dense(case, i))
         (gradient_TD,) = torch.autograd.grad(loss, hidden_TD)
         values.append(loss.detach())
     return torch.stack(values[::-1]), gradient_TD
@@ -153,7 +153,7 @@ def liger_missing() -> str:
 
 def _picked_logprobs(hidden_TD: Tensor, case: StudentCase, num: int, tokens: slice = slice(None)) -> Tensor:
     """Log-probs at all ids, kept and drawn, [M, T, K + m]."""
-    logq_TV = _logits(hidden_TD[tokens], case.weight_VD, case.v_real).log_softmax(1)
+    logq_TV = _logits(hidden_TD[tokens], case.weight_VD, case.vocab_size).log_softmax(1)
     ids_MTX = torch.cat([case.ids_MTK, case.tail_ids_MTm], 2)[:num, tokens]
     picked_TX = logq_TV.gather(1, ids_MTX.transpose(0, 1).flatten(1))
     return picked_TX.view(-1, *ids_MTX.shape[::2]).transpose(0, 1)
@@ -176,8 +176,8 @@ def _values_and_loss(logq_MTX: Tensor, case: StudentCase, num: int) -> tuple[Ten
 def _dense(case: StudentCase, candidate: int) -> Tensor:
     """The row as probabilities of all tokens, fp32 (fp64 for an oracle)."""
     ids_TK, tail_T = case.ids_MTK[candidate], case.tail_mass_MT[candidate]
-    spread_T1 = tail_T[:, None] / (case.v_real - ids_TK.shape[1])
-    return spread_T1.repeat(1, case.v_real).scatter_(1, ids_TK, case.logprobs_MTK[candidate].exp())
+    spread_T1 = tail_T[:, None] / (case.vocab_size - ids_TK.shape[1])
+    return spread_T1.repeat(1, case.vocab_size).scatter_(1, ids_TK, case.logprobs_MTK[candidate].exp())
 
 
 # Head with gradient
@@ -209,7 +209,7 @@ def _head_gradients(case: HeadCase, loss_of: Callable[[Tensor, Tensor], Tensor])
     return torch.autograd.grad(loss_of(hidden_TD, weight_VD), (hidden_TD, weight_VD))
 
 
-def _logits(hidden_TD: Tensor, weight_VD: Tensor, v_real: int) -> Tensor:
+def _logits(hidden_TD: Tensor, weight_VD: Tensor, vocab_size: int) -> Tensor:
     """Logits of the real vocabulary as plain code has them: rounded to the model's dtype, then turned to fp32."""
-    z_TV = (hidden_TD @ weight_VD.T)[:, :v_real]  # an odd number of rows would slow the product down
+    z_TV = (hidden_TD @ weight_VD.T)[:, :vocab_size]  # an odd number of rows would slow the product down
     return z_TV if z_TV.dtype == torch.float64 else z_TV.float()

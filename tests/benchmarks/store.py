@@ -30,7 +30,7 @@ from vlsi_cache.store.dataset import PartWindowReader
 from vlsi_cache.store.format import CacheHeader
 from vlsi_cache.store.part import Row
 from vlsi_cache.store.reader import Cache
-from vlsi_cache.store.vocab_order import plain_ranks, ranks_by_count
+from vlsi_cache.store.vocab_order import one_order, order_by_count
 from vlsi_cache.store.writer import CacheWriter, PartSamples
 
 PROFILES = ("default", "exact", "fast")
@@ -101,7 +101,7 @@ def synthetic_parts(
     length: int = 146,
     num_layers: int = 8,
     top_k: int = 64,
-    v_real: int = 49152,
+    vocab_size: int = 49152,
     num_tail: int = 4,
 ) -> list[PartSamples]:
     """Zipf-like ids and log-probs: no statement about bytes, only about speed."""
@@ -109,7 +109,7 @@ def synthetic_parts(
     parts = []
     for part in range(num_parts):
         LT = (num_layers, per_part * length)
-        ids = (rng.pareto(0.7, (*LT, top_k + num_tail)) * 20).astype(np.int64) % v_real
+        ids = (rng.pareto(0.7, (*LT, top_k + num_tail)) * 20).astype(np.int64) % vocab_size
         logprobs = -np.sort(rng.gamma(6.0, 0.9, (*LT, top_k)), axis=-1).astype(np.float32)
         logprobs -= np.log(np.exp(logprobs.astype(np.float64)).sum(-1, keepdims=True) * 1.2).clip(0).astype(np.float32)
         rows = SparseRows(
@@ -122,12 +122,12 @@ def synthetic_parts(
             tail_mass_LT=(1 - np.exp(logprobs).sum(-1)).clip(0, 1).astype(np.float32),
         )
         names = [f"{part}-{i}" for i in range(per_part)]
-        response = [rng.integers(0, v_real, length).astype(np.uint32) for _ in names]
+        response = [rng.integers(0, vocab_size, length).astype(np.uint32) for _ in names]
         parts.append(PartSamples(names, [""] * per_part, names, response, rows))
     return parts
 
 
-def write_cache(root: Path, parts: list[PartSamples], profile: str, *, v_real: int = 49152) -> float:
+def write_cache(root: Path, parts: list[PartSamples], profile: str, *, vocab_size: int = 49152) -> float:
     """Write all parts; seconds for the parts alone."""
     rows = parts[0].rows
     assert rows is not None
@@ -137,17 +137,17 @@ def write_cache(root: Path, parts: list[PartSamples], profile: str, *, v_real: i
         num_model_layers=rows.num_layers,
         top_k=[rows.top_k] * rows.num_layers,
         tail_samples=rows.num_tail,
-        v_real=v_real,
+        vocab_size=vocab_size,
         profile=profile,  # type: ignore[arg-type]
         num_parts=len(parts),
         num_samples=sum(len(part.sample_ids) for part in parts),
         num_response_tokens=sum(len(ids) for part in parts for ids in part.response_ids),
     )
-    kept = np.stack([np.bincount(ids.ravel(), minlength=v_real) for ids in rows.ids_LTK[:, :2048]])
-    ranks = plain_ranks(np.arange(v_real), rows.num_layers)
+    kept = np.stack([np.bincount(ids.ravel(), minlength=vocab_size) for ids in rows.ids_LTK[:, :2048]])
+    vocab_order = one_order(np.arange(vocab_size), rows.num_layers)
     if profile != "fast":
-        ranks = ranks_by_count(kept, np.zeros(v_real, np.int64))
-    writer = CacheWriter.create_or_resume(root, header, ranks)
+        vocab_order = order_by_count(kept, np.zeros(vocab_size, np.int64))
+    writer = CacheWriter.create_or_resume(root, header, vocab_order)
     began = time.perf_counter()
     for index, part in enumerate(parts):
         writer.write_part(index, part)
@@ -351,9 +351,9 @@ def opening(num_samples: int, folder: Path) -> list[str]:
     for num in (n for n in (1_000, 30_000, 1_000_000) if n <= num_samples):
         root = folder / f"many-{num}"
         per_part = min(num, 1000)
-        shape = {"num_layers": 2, "top_k": 8, "v_real": 5000, "num_tail": 1, "length": 4}
+        shape = {"num_layers": 2, "top_k": 8, "vocab_size": 5000, "num_tail": 1, "length": 4}
         (template,) = synthetic_parts(num_parts=1, per_part=per_part, **shape)
-        write_s = write_cache(root, [renamed(template, i) for i in range(num // per_part)], "default", v_real=5000)
+        write_s = write_cache(root, [renamed(template, i) for i in range(num // per_part)], "default", vocab_size=5000)
         chosen = np.random.default_rng(0).integers(0, num, 20)
         names = ",".join(f"part-{i // per_part}-sample-{i % per_part}" for i in chosen)
         command = [sys.executable, "-c", OPEN_AND_LOOK, str(root), names]

@@ -223,8 +223,8 @@ def verbalize_step(state: StudentState) -> Step:
     update = updating(make_grouped_optimizer(groups, spec.distill.verbalize), spec.distill.verbalize)
 
     def step(micro: MicroBatch) -> list[float]:
-        v_real = state.encoder.v_real
-        losses = list(layer_losses(backbone, verbalizers, micro.batch, micro.share_T, loss="ce", v_real=v_real))
+        vocab_size = state.encoder.vocab_size
+        losses = list(layer_losses(backbone, verbalizers, micro.batch, micro.share_T, loss="ce", vocab_size=vocab_size))
         update()
         return torch.stack([loss.nll for loss in losses]).tolist()
 

@@ -23,7 +23,7 @@ import torch
 import vlsi_cache as vc
 from vlsi_cache.data.collate import padding_share, plan_batches, plan_parts
 from vlsi_cache.sparse.topk import teacher_rows
-from vlsi_cache.store.vocab_order import plain_ranks
+from vlsi_cache.store.vocab_order import one_order
 from vlsi_cache.store.writer import CacheWriter
 from vlsi_cache.teacher import build
 from vlsi_cache.teacher.forward import Teacher, load_teacher
@@ -68,7 +68,7 @@ def row_works(num_tokens: int, hidden_size: int, vocab: int) -> list[Callable[[]
     gold_T = torch.randint(vocab, (num_tokens,), generator=generator)
     uniforms_Tm = torch.rand(num_tokens, NUM_TAIL, dtype=torch.float64, generator=generator)
     out_TV = torch.empty(num_tokens, vocab)
-    rows = partial(teacher_rows, hidden_TD, weight_VD, gold_T, top_k=TOP_K, uniforms_Tm=uniforms_Tm, v_real=vocab)
+    rows = partial(teacher_rows, hidden_TD, weight_VD, gold_T, top_k=TOP_K, uniforms_Tm=uniforms_Tm, vocab_size=vocab)
     return [lambda: torch.mm(hidden_TD, weight_VD.T, out=out_TV), rows, partial(rows, compiled=True)]
 
 
@@ -123,8 +123,8 @@ def build_costs(name: str, sets: list[str], rounds: int) -> list[str]:
 def write(teacher: Teacher, parts: list[list[int]]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         inputs = teacher.inputs
-        ranks = plain_ranks(np.arange(inputs.encoder.v_real), teacher.num_layers)
-        writer = CacheWriter.create_or_resume(Path(folder) / "cache", build.cache_header(inputs, parts), ranks)
+        vocab_order = one_order(np.arange(inputs.encoder.vocab_size), teacher.num_layers)
+        writer = CacheWriter.create_or_resume(Path(folder) / "cache", build.cache_header(inputs, parts), vocab_order)
         build._build_parts(teacher, parts, list(range(len(parts))), writer, inputs.spec.run.batch_tokens)
 
 

@@ -133,7 +133,7 @@ def test_pixel_budget(qwen: Encoder, tmp_path: Path) -> None:
 
 
 def test_vocabulary(qwen: Encoder) -> None:
-    assert qwen.v_real == len(qwen.tokenizer) == max(qwen.id_of.values()) + 1
+    assert qwen.vocab_size == len(qwen.tokenizer) == max(qwen.id_of.values()) + 1
     assert qwen.pixel_path == ("torchvision" if find_spec("torchvision") else "pil")
     assert qwen.pad_id == qwen.id_of["<|endoftext|>"]
 
@@ -391,7 +391,7 @@ def test_smollm2(tmp_path: Path) -> None:
         "<|im_start|>user\nHow are you?<|im_end|>\n<|im_start|>assistant\nFine, \U0001f408!<|im_end|>"
     )
     assert set(encoder.control_ids) == {"<|im_start|>", "<|im_end|>", "<|endoftext|>"}
-    assert (encoder.eot_id, encoder.v_real) == (encoder.id_of["<|im_end|>"], 49152)
+    assert (encoder.eot_id, encoder.vocab_size) == (encoder.id_of["<|im_end|>"], 49152)
     assert sample.response_ids[-1] == encoder.eot_id
     assert encoder.decode(sample.response_ids) == row.answer
     assert encoder.measure(row)[0] == sample.num_prompt

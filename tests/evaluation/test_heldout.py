@@ -44,7 +44,7 @@ def spec_path(folder: Path, teacher_folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def cache(folder: Path, spec_path: Path, teacher_folder: Path) -> Cache:
     """Held-out rows with every word of the vocabulary: what is measured on it is exact."""
-    whole = [f"rows.top_k={load_encoder(teacher_folder).v_real}", "rows.tail_samples=0"]
+    whole = [f"rows.top_k={load_encoder(teacher_folder).vocab_size}", "rows.tail_samples=0"]
     changes = [*HELD_OUT, f"data.path={folder / 'heldout.jsonl'}", *whole]
     return vc.build_teacher(vc.load_spec(spec_path, overrides=changes), out=folder / "heldout")
 
@@ -71,7 +71,7 @@ def logprobs_of(path: Path, records: Any, encoder: Encoder, layer: int | None = 
         with torch.no_grad():
             output: Any = model(**batch.inputs, output_hidden_states=True)
             logits = output.logits if layer is None else lens(model, output.hidden_states[layer])
-        found.append(logits[0, batch.positions_T, : encoder.v_real].log_softmax(-1))
+        found.append(logits[0, batch.positions_T, : encoder.vocab_size].log_softmax(-1))
     return torch.cat(found)
 
 
@@ -227,26 +227,26 @@ def test_one_beam_is_greedy_and_a_wide_one_is_exhaustive(student_folder: Path, s
     encoder, model = load_encoder(student_folder), ModelRef(student_folder).load()
     records = read_records(vc.load_spec(spec_path).data)[:6]
     greedy = respond(model, encoder, records, Decoding(2))
-    best = [respond(model, encoder, [record], Decoding(2, num_beams=encoder.v_real))[0] for record in records]
+    best = [respond(model, encoder, [record], Decoding(2, num_beams=encoder.vocab_size))[0] for record in records]
     assert best != greedy  # or this test says little
     for record, first, other in zip(records, greedy, best, strict=True):
         prompt = encoder.encode(record, with_response=False).input_ids.tolist()
         first_V = next_logprobs(model, encoder, [prompt])[0]
-        then_VV = next_logprobs(model, encoder, [[*prompt, word] for word in range(encoder.v_real)])
+        then_VV = next_logprobs(model, encoder, [[*prompt, word] for word in range(encoder.vocab_size)])
         top = int(first_V.argmax())
         expected = [] if top == encoder.eot_id else [top, int(then_VV[top].argmax())]
         assert first.ended is (encoder.eot_id in [top, *expected])
         assert first.ids == [word for word in expected if word != encoder.eot_id]
         scores_VV = (first_V[:, None] + then_VV) / 2  # the mean over the tokens, as beams are compared
         scores_VV[encoder.eot_id] = -torch.inf  # ends there
-        word, second = divmod(int(scores_VV.argmax()), encoder.v_real)
+        word, second = divmod(int(scores_VV.argmax()), encoder.vocab_size)
         ids = [] if first_V[encoder.eot_id] > scores_VV.max() else [word, second]
         assert other.ids == [word for word in ids if word != encoder.eot_id]
 
 
 def next_logprobs(model: Any, encoder: Encoder, prompts: list[list[int]]) -> torch.Tensor:
     with torch.no_grad():
-        logits = model(input_ids=torch.tensor(prompts)).logits[:, -1, : encoder.v_real]
+        logits = model(input_ids=torch.tensor(prompts)).logits[:, -1, : encoder.vocab_size]
     return logits.log_softmax(-1)
 
 

@@ -60,7 +60,7 @@ def naive(folder: Path, verbalizers: Path, layer: int | None, prompt: str, image
     model, encoder = ModelRef(folder).load(), load_encoder(folder)
     encoded = encoder.encode(module._record(prompt, tuple(map(module._load_image, images))), with_response=False)
     inputs = collate([encoded], pad_id=0).inputs
-    norm, head_VD = Backbone(model).final_norm, model.get_output_embeddings().weight[: encoder.v_real]
+    norm, head_VD = Backbone(model).final_norm, model.get_output_embeddings().weight[: encoder.vocab_size]
     ids, probs = [], []
     while len(ids) < NUM_NEW and encoder.eot_id not in ids:
         said_1S = torch.tensor([ids], dtype=torch.long)
@@ -116,7 +116,7 @@ def test_the_last_layer_is_greedy_generation(family: str, teacher_folder: Path, 
     model, encoder = ModelRef(folder).load(), load_encoder(folder)
     encoded = encoder.encode(module._record("what is it?", tuple(map(module._load_image, images))), with_response=False)
     inputs = collate([encoded], pad_id=0).inputs
-    padding = list(range(encoder.v_real, model.get_output_embeddings().weight.shape[0]))  # no layer may say these
+    padding = list(range(encoder.vocab_size, model.get_output_embeddings().weight.shape[0]))  # no layer may say these
     options = {"do_sample": False, "eos_token_id": encoder.eot_id, "pad_token_id": 0, "suppress_tokens": padding}
     expected = model.generate(**inputs, max_new_tokens=12, **options)[0, encoded.num_prompt :].tolist()
     found = vc.trace(

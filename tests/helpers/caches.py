@@ -8,7 +8,7 @@ import numpy as np
 
 from vlsi_cache.sparse.rows import SparseRows
 from vlsi_cache.store.format import CacheHeader
-from vlsi_cache.store.vocab_order import RankTable
+from vlsi_cache.store.vocab_order import VocabOrder
 from vlsi_cache.store.writer import CacheWriter, PartSamples
 
 
@@ -24,25 +24,25 @@ class Case:
     num_head: int = 3
 
     @property
-    def ranks(self) -> RankTable:
+    def vocab_order(self) -> VocabOrder:
         """The table, and heads of three ids for each layer."""
         heads = [np.roll(self.id_of_rank, -layer)[: self.num_head] for layer in range(self.num_layers)]
-        return RankTable(self.id_of_rank, np.stack(heads))
+        return VocabOrder(self.id_of_rank, np.stack(heads))
 
 
 def make_rows(
-    rng: np.random.Generator, v_real: int, num_layers: int, num_tokens: int, top_k: int, m: int
+    rng: np.random.Generator, vocab_size: int, num_layers: int, num_tokens: int, top_k: int, m: int
 ) -> SparseRows:
     """Random rows that keep what real ones keep: descending, distinct ids, tail draws outside the kept ids."""
     LT = (num_layers, num_tokens)
     p_LTK = np.sort(rng.random((*LT, top_k)), axis=-1)[..., ::-1]
     tail_LT = rng.uniform(0.01, 0.5, LT).astype(np.float32)
     p_LTK = p_LTK / p_LTK.sum(-1, keepdims=True) * (1 - tail_LT[..., None])
-    start_LT1 = rng.integers(0, v_real, (*LT, 1))
+    start_LT1 = rng.integers(0, vocab_size, (*LT, 1))
     return SparseRows(
-        ids_LTK=(start_LT1 + np.arange(top_k)) % v_real,
+        ids_LTK=(start_LT1 + np.arange(top_k)) % vocab_size,
         logprobs_LTK=np.log(p_LTK).astype(np.float32),
-        tail_ids_LTm=(start_LT1 + top_k + rng.integers(0, v_real - top_k, (*LT, m))) % v_real,
+        tail_ids_LTm=(start_LT1 + top_k + rng.integers(0, vocab_size - top_k, (*LT, m))) % vocab_size,
         lse_LTn=rng.normal(10, 3, (*LT, 1)).astype(np.float32),
         entropy_LT=rng.uniform(0, 5, LT).astype(np.float32),
         gold_logprob_LT=-rng.uniform(0, 9, LT).astype(np.float32),
@@ -54,7 +54,7 @@ def make_case(
     lengths: list[list[int]],
     names: list[str],
     *,
-    v_real: int = 100,
+    vocab_size: int = 100,
     num_layers: int = 4,
     top_k: int = 6,
     num_tail: int = 2,
@@ -65,10 +65,10 @@ def make_case(
     left, parts = iter(names), []
     for part in lengths:
         ids = [next(left) for _ in part]
-        rows = make_rows(rng, v_real, num_layers, sum(part), top_k, num_tail)
-        response = [rng.integers(0, v_real, length).astype(np.uint32) for length in part]
+        rows = make_rows(rng, vocab_size, num_layers, sum(part), top_k, num_tail)
+        response = [rng.integers(0, vocab_size, length).astype(np.uint32) for length in part]
         parts.append(PartSamples(ids, ["kind"] * len(ids), [f"digest-{name}" for name in ids], response, rows))
-    return Case(parts, rng.permutation(v_real), num_layers, top_k, num_tail)
+    return Case(parts, rng.permutation(vocab_size), num_layers, top_k, num_tail)
 
 
 def header_of(case: Case) -> CacheHeader:
@@ -79,7 +79,7 @@ def header_of(case: Case) -> CacheHeader:
         num_model_layers=case.num_layers,
         top_k=[case.top_k] * case.num_layers,
         tail_samples=case.num_tail,
-        v_real=len(case.id_of_rank),
+        vocab_size=len(case.id_of_rank),
         num_parts=len(case.parts),
         num_samples=sum(len(part.sample_ids) for part in case.parts),
         num_response_tokens=sum(len(ids) for part in case.parts for ids in part.response_ids),
@@ -93,7 +93,7 @@ def standard_case(seed: int = 0) -> Case:
 
 def build(root: Path, case: Case) -> Path:
     """Build or continue the cache of `case` at `root`."""
-    writer = CacheWriter.create_or_resume(root, header_of(case), case.ranks)
+    writer = CacheWriter.create_or_resume(root, header_of(case), case.vocab_order)
     for index in writer.missing_parts():
         writer.write_part(index, case.parts[index])
     assert writer.finish()

@@ -17,7 +17,7 @@ from vlsi_cache.store.files import load_header, load_part_record
 from vlsi_cache.store.format import CacheHeader, part_dir, sealed_json
 from vlsi_cache.store.header import load_vocab
 from vlsi_cache.store.reader import open as open_cache
-from vlsi_cache.store.vocab_order import plain_ranks
+from vlsi_cache.store.vocab_order import one_order
 from vlsi_cache.store.writer import CacheWriter, PartSamples
 
 V, K, M, NUM_DRAWS = 60, 5, 2, 8
@@ -79,15 +79,15 @@ def write_cache(
         truncated=rows != "top-k",
         top_k=[width] * len(LAYERS),
         tail_samples=0 if rows == "sampled" else M,
-        v_real=V,
+        vocab_size=V,
         profile=profile,
         num_parts=num_parts,
         num_samples=len(responses),
         num_response_tokens=sum(map(len, responses)),
         skipped=[{"id": f"long-{n}", "reason": f"prompt <too> long: {400 + n} tokens"} for n in range(skipped)],
     )
-    ranks = plain_ranks(np.arange(V), len(LAYERS))
-    writer = CacheWriter.create_or_resume(path, header, ranks, token_texts=token_texts if texts else None)
+    vocab_order = one_order(np.arange(V), len(LAYERS))
+    writer = CacheWriter.create_or_resume(path, header, vocab_order, token_texts=token_texts if texts else None)
     for part in range(num_parts if num_written is None else num_written):
         chosen = responses[3 * part : 3 * part + 3]
         positions = [np.arange(0, len(ids), every, dtype=np.uint32) for ids in chosen]

@@ -16,7 +16,7 @@ PROFILES = ("default", "exact", "fast")
 
 
 def build_with(root: Path, case: Case, header: CacheHeader) -> reader.Cache:
-    writer = CacheWriter.create_or_resume(root, header, case.ranks)
+    writer = CacheWriter.create_or_resume(root, header, case.vocab_order)
     for index in writer.missing_parts():
         writer.write_part(index, case.parts[index])
     assert writer.finish()

@@ -12,7 +12,7 @@ from vlsi_cache.sparse.rows import draw_rows, truncate
 from vlsi_cache.store.format import CacheHeader
 from vlsi_cache.store.writer import CacheWriter
 
-V_REAL, NUM_LAYERS, NUM_DRAWS = 100, 3, 20
+VOCAB_SIZE, NUM_LAYERS, NUM_DRAWS = 100, 3, 20
 LENGTHS, NAMES = [[5, 1], [3, 4, 2]], list("abcde")
 PROFILES = ("default", "exact", "fast")
 
@@ -28,9 +28,9 @@ class Variant:
 
 def plain(profile: str, lengths: list[list[int]] = LENGTHS) -> Variant:
     names = NAMES[: sum(map(len, lengths))]
-    case = make_case(lengths, names, v_real=V_REAL, num_layers=NUM_LAYERS, top_k=6, num_tail=2)
+    case = make_case(lengths, names, vocab_size=VOCAB_SIZE, num_layers=NUM_LAYERS, top_k=6, num_tail=2)
     if profile == "fast":
-        case = replace(case, id_of_rank=np.arange(V_REAL), num_head=0)
+        case = replace(case, id_of_rank=np.arange(VOCAB_SIZE), num_head=0)
     return Variant(case, header_of(case).model_copy(update={"profile": profile}))
 
 
@@ -55,7 +55,7 @@ def _cut(variant: Variant, widths: Callable[[int], np.ndarray], changes: dict[st
 
 
 def sampled(profile: str) -> Variant:
-    case = make_case(LENGTHS, NAMES, v_real=V_REAL, num_layers=NUM_LAYERS, top_k=6, num_tail=NUM_DRAWS)
+    case = make_case(LENGTHS, NAMES, vocab_size=VOCAB_SIZE, num_layers=NUM_LAYERS, top_k=6, num_tail=NUM_DRAWS)
     rng, parts = np.random.default_rng(2), []
     for part in case.parts:
         assert part.rows is not None
@@ -69,12 +69,14 @@ def chosen(profile: str) -> Variant:
     """Only some response tokens have rows; the cache carries the texts of its tokens."""
     variant, rng, parts, total = plain(profile), np.random.default_rng(3), [], 0
     for part in variant.case.parts:
-        ids = [rng.integers(0, V_REAL, len(one) + 3).astype(np.uint32) for one in part.response_ids]
+        ids = [rng.integers(0, VOCAB_SIZE, len(one) + 3).astype(np.uint32) for one in part.response_ids]
         at = [np.sort(rng.choice(len(one) + 3, len(one), replace=False)) for one in part.response_ids]
         total += sum(map(len, ids))
         parts.append(replace(part, response_ids=ids, positions=at))
     header = variant.header.model_copy(update={"num_response_tokens": total})
-    return Variant(replace(variant.case, parts=parts), header, lambda: [f"<{token} \u00e9>" for token in range(V_REAL)])
+    return Variant(
+        replace(variant.case, parts=parts), header, lambda: [f"<{token} \u00e9>" for token in range(VOCAB_SIZE)]
+    )
 
 
 KINDS: dict[str, Callable[[str], Variant]] = {
@@ -93,7 +95,7 @@ def variant_of(name: str) -> Variant:
 
 
 def build_variant(root: Path, variant: Variant) -> Path:
-    writer = CacheWriter.create_or_resume(root, variant.header, variant.case.ranks, token_texts=variant.texts)
+    writer = CacheWriter.create_or_resume(root, variant.header, variant.case.vocab_order, token_texts=variant.texts)
     for index in writer.missing_parts():
         writer.write_part(index, variant.case.parts[index])
     assert writer.finish()

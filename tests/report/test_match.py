@@ -123,7 +123,7 @@ def test_modes_that_draw_nothing_have_no_null(tmp_path: Path) -> None:
 def test_without_the_teacher_layers_there_is_no_null(tmp_path: Path) -> None:
     """A run of an earlier release, which only its cache can tell what could be matched."""
     layers = [*TEACHER, 20]
-    counts = {"num_parts": 1, "num_samples": 1, "num_response_tokens": 1, "v_real": 50, "tail_samples": 0}
+    counts = {"num_parts": 1, "num_samples": 1, "num_response_tokens": 1, "vocab_size": 50, "tail_samples": 0}
     header = CacheHeader(fingerprint={}, layers=layers, num_model_layers=20, top_k=[4] * 5, **counts)
     cache = tmp_path / "cache"
     cache.mkdir()

@@ -114,11 +114,11 @@ def test_a_loss_that_falls_or_is_small_or_short_is_fine() -> None:
 
 def test_verbalizers_worse_than_a_uniform_guess() -> None:
     edge = math.log(1000)
-    (found,) = verbalizer_findings(verbalize_lines(edge + 0.5, edge - 1), v_real=1000)
+    (found,) = verbalizer_findings(verbalize_lines(edge + 0.5, edge - 1), vocab_size=1000)
     assert "uniform guess would (6.9 nats per token, ln V): layer 1 7.5." in found.text
     assert "distill.verbalize" in found.text
-    assert verbalizer_findings(verbalize_lines(edge - 0.5, edge - 1), v_real=1000) == []
-    assert verbalizer_findings(verbalize_lines(edge + 0.5, edge, last=30), v_real=1000) == []
+    assert verbalizer_findings(verbalize_lines(edge - 0.5, edge - 1), vocab_size=1000) == []
+    assert verbalizer_findings(verbalize_lines(edge + 0.5, edge, last=30), vocab_size=1000) == []
 
 
 def write_lines(run: Path, lines: list[dict[str, Any]]) -> None:

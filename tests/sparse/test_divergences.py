@@ -99,7 +99,7 @@ class Case:
         head = {names[key]: value for key, value in self.head_options.items()}
         return sparse_kl(
             self.hidden_TD, self.weight_VD, self.rows, divergence=divergence, tau=tau, taus=(1.0, 2.0),
-            weights_T=weights_T, v_real=40, **head,
+            weights_T=weights_T, vocab_size=40, **head,
         )  # fmt: skip
 
     def expected(self, divergence: Divergence, tau: float = 1.0) -> Tensor:
@@ -163,7 +163,7 @@ def test_the_bucket_lies_between_zero_and_dense(
     divergence = Divergence(name, beta=share, skew=share)
     rows = LayerRows.of(
         case.rows.ids_LTK, case.rows.logprobs_LTK, case.rows.tail_ids_LTm, case.rows.tail_mass_LT,
-        case.rows.entropy_LT, v_real=40,
+        case.rows.entropy_LT, vocab_size=40,
     )  # fmt: skip
     found_T = candidate_kl(case.hidden_TD, Head(case.weight_VD, scale), rows, divergence=divergence).choose(0).tokens_T
     dense_T = reference(divergence, Categorical(logits=case.teacher_TV), Categorical(logits=case.logits_TV()))
@@ -270,7 +270,7 @@ def test_every_token_may_choose_its_own_candidate() -> None:
     hidden_TD, weight_VD = torch.randn(5, 8, requires_grad=True), torch.randn(30, 8)
     log_MTV = torch.randn(3, 5, 30).log_softmax(-1)
     logprobs, ids = log_MTV.topk(4)
-    rows = LayerRows.of(ids, logprobs, ids[..., :0], 1 - logprobs.exp().sum(-1), torch.ones(3, 5), v_real=30)
+    rows = LayerRows.of(ids, logprobs, ids[..., :0], 1 - logprobs.exp().sum(-1), torch.ones(3, 5), vocab_size=30)
     candidates = candidate_kl(hidden_TD, weight_VD, rows)
     index_T = torch.tensor([2, 0, 1, 1, 2])
     expected = torch.stack([candidates.choose(int(index)).tokens_T[t] for t, index in enumerate(index_T)])
@@ -285,20 +285,20 @@ def test_a_window_is_the_same_as_those_layers_alone() -> None:
     hidden_TD, weight_VD = torch.randn(5, 8), torch.randn(30, 8)
     logprobs, ids = torch.randn(6, 5, 30).log_softmax(-1).topk(4)
     arrays = (ids, logprobs, torch.randint(30, (6, 5, 2)), 1 - logprobs.exp().sum(-1), torch.ones(6, 5))
-    whole = LayerRows.of(*arrays, v_real=30, block=7)
-    alone = LayerRows.of(*(array[2:5] for array in arrays), v_real=30, block=7)
+    whole = LayerRows.of(*arrays, vocab_size=30, block=7)
+    alone = LayerRows.of(*(array[2:5] for array in arrays), vocab_size=30, block=7)
     window = candidate_kl(hidden_TD, weight_VD, whole, range(2, 5))
     torch.testing.assert_close(window.matching_MT, candidate_kl(hidden_TD, weight_VD, alone).matching_MT)
 
 
 def test_many_layers_and_blocks_are_indexed_without_overflow() -> None:
     torch.manual_seed(0)
-    num_layers, v_real = 21, 40_000
-    ids = torch.randint(v_real, (num_layers, 3, 5))
-    ids[..., 0] = v_real - 1
-    hidden_TD, weight_VD = torch.randn(3, 4), torch.randn(v_real, 4)
+    num_layers, vocab_size = 21, 40_000
+    ids = torch.randint(vocab_size, (num_layers, 3, 5))
+    ids[..., 0] = vocab_size - 1
+    hidden_TD, weight_VD = torch.randn(3, 4), torch.randn(vocab_size, 4)
     zeros = torch.zeros(num_layers, 3)
-    rows = LayerRows.of(ids, ids - ids - 1.0, ids[..., :0], zeros, zeros, v_real=v_real, block=16)
+    rows = LayerRows.of(ids, ids - ids - 1.0, ids[..., :0], zeros, zeros, vocab_size=vocab_size, block=16)
     assert rows.index.slots_N.dtype == rows.index.order_N.dtype == torch.int32
     found = candidate_kl(hidden_TD, weight_VD, rows).matching_MT
     logq_TV = (hidden_TD @ weight_VD.T).log_softmax(1)

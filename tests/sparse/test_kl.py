@@ -37,7 +37,7 @@ class Case:
     def rows(self, *, block: int = 13) -> LayerRows:
         return LayerRows.of(
             self.ids_MTK, self.logprobs_MTK, self.tail_ids_MTm, self.tail_mass_MT, self.entropy_MT,
-            v_real=self.dense_MTV.shape[2], block=block,
+            vocab_size=self.dense_MTV.shape[2], block=block,
         )  # fmt: skip
 
     def candidates(self, *, block: int = 13, window: range | None = None, **options: Any) -> CandidateKL:
@@ -272,7 +272,7 @@ def test_nothing_of_the_vocabulary_s_size_is_allocated():
     ids_MTx = torch.randint(8000, (2, 64, 10))
     rows = LayerRows.of(
         ids_MTx[..., :6], torch.full((2, 64, 6), -2.0), ids_MTx[..., 6:], torch.full((2, 64), 0.2), torch.ones(2, 64),
-        v_real=8000, block=512,
+        vocab_size=8000, block=512,
     )  # fmt: skip
     with LargestTensor() as sizes:
         candidate_kl(hidden_TD, weight_VD, rows).loss(1).backward()
@@ -291,7 +291,7 @@ def test_sparse_kl_takes_numpy_and_torch_rows_of_any_layer():
     for row in (SimpleNamespace(**arrays), numpy_row):
         for layer in (-1, 0, 1):
             wanted = case.candidates(share_T=weights_T / 10).loss(layer % 3)
-            found = sparse_kl(case.hidden_TD, case.weight_VD, row, layer=layer, weights_T=weights_T, v_real=50)
+            found = sparse_kl(case.hidden_TD, case.weight_VD, row, layer=layer, weights_T=weights_T, vocab_size=50)
             torch.testing.assert_close(found, wanted)
 
 
@@ -319,7 +319,9 @@ def test_errors_name_the_values():
         (torch.ones(4), r"`weights_T` has shape \[4\], there are 5"),
     ):
         with pytest.raises(DataError, match=message):
-            sparse_kl(case.hidden_TD, case.weight_VD, SimpleNamespace(**case.arrays()), weights_T=weights_T, v_real=50)
+            sparse_kl(
+                case.hidden_TD, case.weight_VD, SimpleNamespace(**case.arrays()), weights_T=weights_T, vocab_size=50
+            )
     with pytest.raises(DataError, match=r"`share_T` has shape \[4\], there are 5"):
         case.candidates(share_T=torch.ones(4))
     case.ids_MTK[0, 0, 0] = 50

@@ -9,9 +9,9 @@ from vlsi_cache.errors import DataError
 from vlsi_cache.sparse.rows import SHAPES, SparseRows
 
 
-def make_rows(num_layers: int = 2, num_tokens: int = 3, v_real: int = 10) -> SparseRows:
+def make_rows(num_layers: int = 2, num_tokens: int = 3, vocab_size: int = 10) -> SparseRows:
     rng = np.random.default_rng(0)
-    probs_LTV = rng.dirichlet(np.ones(v_real), (num_layers, num_tokens))
+    probs_LTV = rng.dirichlet(np.ones(vocab_size), (num_layers, num_tokens))
     order_LTV = np.argsort(-probs_LTV, axis=-1, kind="stable")
     probs_LTV = np.take_along_axis(probs_LTV, order_LTV, -1)
     return SparseRows(
@@ -32,7 +32,7 @@ def changed(rows: SparseRows, name: str, where: tuple[int, ...], value: float) -
 
 
 def test_every_field_has_a_declared_shape():
-    assert [*SHAPES, "v_real", "taus"] == [field.name for field in fields(SparseRows)]
+    assert [*SHAPES, "vocab_size", "taus"] == [field.name for field in fields(SparseRows)]
 
 
 def test_sizes_and_valid_rows():

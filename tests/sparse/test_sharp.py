@@ -69,7 +69,7 @@ def errors(name: DivergenceName, teacher_tail: float, student_tail: float) -> tu
         lse_LTn=torch.zeros(1, NUM_TOKENS, 1),
     )
     hidden_TD.requires_grad_()
-    found = sparse_kl(hidden_TD, weight_VD, row, divergence=Divergence(name), v_real=NUM_IDS)
+    found = sparse_kl(hidden_TD, weight_VD, row, divergence=Divergence(name), vocab_size=NUM_IDS)
     (found_TD,) = torch.autograd.grad(found, hidden_TD)
     of_value = abs(found.item() - wanted.item()) / wanted.item()
     return of_value, ((found_TD.double() - wanted_TD).norm() / wanted_TD.norm()).item()
@@ -115,7 +115,7 @@ def test_a_tempered_tail_is_right_though_the_kept_log_probs_are_rounded(tau: flo
         rounded_TK = (logprobs_TK + noise * torch.randn(64, NUM_KEPT, generator=generator)).clamp(max=0)
         rows = LayerRows.of(
             ids_TK[None], rounded_TK.sort(1, descending=True).values.float()[None], ids_TK[None, :, :0],
-            tail_T.float()[None], torch.ones(1, 64), lse_Tn[None], v_real=NUM_IDS, tau=tau, taus=(1.0, tau),
+            tail_T.float()[None], torch.ones(1, 64), lse_Tn[None], vocab_size=NUM_IDS, tau=tau, taus=(1.0, tau),
         )  # fmt: skip
         found_T = rows.tail_mass_LT[0].double()
         assert (found_T > 0).all() == (wanted_T > TINY).all()

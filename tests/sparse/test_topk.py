@@ -30,7 +30,7 @@ def uniforms(num_tokens: int, num_tail: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("num_tokens", "vocab", "v_real", "top_k", "block"),
+    ("num_tokens", "vocab", "vocab_size", "top_k", "block"),
     [
         (7, 1000, 1000, 5, 96),
         (5, 1000, 937, 64, 200),
@@ -41,17 +41,17 @@ def uniforms(num_tokens: int, num_tail: int) -> np.ndarray:
 )
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_rows_equal_the_dense_distribution(
-    num_tokens: int, vocab: int, v_real: int, top_k: int, block: int, has_bias: bool
+    num_tokens: int, vocab: int, vocab_size: int, top_k: int, block: int, has_bias: bool
 ):
     hidden_TD, weight_VD, gold_T = make_teacher(num_tokens, 16, vocab)
-    weight_VD[v_real:] += 100.0  # padding rows that would win every place
-    gold_T %= v_real
+    weight_VD[vocab_size:] += 100.0  # padding rows that would win every place
+    gold_T %= vocab_size
     bias_V = torch.randn(vocab, generator=torch.Generator().manual_seed(vocab)) * has_bias
     rows = teacher_rows(
         hidden_TD, Head(weight_VD, bias_V=bias_V if has_bias else None), gold_T, top_k=top_k,
-        uniforms_Tm=uniforms(num_tokens, 3), v_real=v_real, taus=(1.0, 2.0, 0.5), block=block,
+        uniforms_Tm=uniforms(num_tokens, 3), vocab_size=vocab_size, taus=(1.0, 2.0, 0.5), block=block,
     )  # fmt: skip
-    logits_TV = (hidden_TD @ weight_VD.T + bias_V)[:, :v_real].double()
+    logits_TV = (hidden_TD @ weight_VD.T + bias_V)[:, :vocab_size].double()
     dense = Categorical(logits=logits_TV)
     order_TV = logits_TV.argsort(dim=1, descending=True, stable=True)
     close = {"rtol": 2e-5, "atol": 2e-5, "check_dtype": False}
@@ -65,7 +65,7 @@ def test_rows_equal_the_dense_distribution(
         rows["tail_mass_T"], dense.probs.gather(1, order_TV[:, top_k:]).sum(1), rtol=1e-4, atol=0, check_dtype=False
     )
     assert not (rows["tail_ids_Tm"][..., None] == rows["ids_TK"][:, None]).any()
-    assert 0 <= int(rows["tail_ids_Tm"].min()) <= int(rows["tail_ids_Tm"].max()) < v_real
+    assert 0 <= int(rows["tail_ids_Tm"].min()) <= int(rows["tail_ids_Tm"].max()) < vocab_size
     assert all(rows[name].dtype == (torch.int64 if "ids" in name else torch.float32) for name in rows)
 
 
@@ -76,7 +76,7 @@ def test_ties_go_to_the_lowest_id(levels: int, top_k: int, block: int):
     logits_V = torch.randint(levels, (2500, 1), generator=torch.Generator().manual_seed(levels)).float()
     hidden_TD = torch.tensor([[1.0], [-1.0], [0.0]])
     rows = teacher_rows(
-        hidden_TD, logits_V, torch.zeros(3, dtype=torch.long), top_k=top_k, uniforms_Tm=uniforms(3, 2), v_real=2411,
+        hidden_TD, logits_V, torch.zeros(3, dtype=torch.long), top_k=top_k, uniforms_Tm=uniforms(3, 2), vocab_size=2411,
         block=block,
     )  # fmt: skip
     order = np.argsort(-(hidden_TD @ logits_V[:2411].T).numpy(), axis=1, kind="stable")
@@ -92,7 +92,7 @@ def test_tail_samples_follow_the_complement(block: int, spread: float):
     bias_V = torch.randn(vocab, generator=torch.Generator().manual_seed(1))
     head = Head(weight_VD, bias_V=bias_V)
     rows = teacher_rows(
-        hidden_TD, head, gold_T, top_k=top_k, uniforms_Tm=uniforms(2, num_draws), v_real=vocab, block=block
+        hidden_TD, head, gold_T, top_k=top_k, uniforms_Tm=uniforms(2, num_draws), vocab_size=vocab, block=block
     )
     tail_TV = (hidden_TD @ weight_VD.T + bias_V).double().softmax(1).scatter(1, rows["ids_TK"], 0.0)
     tail_TV /= tail_TV.sum(1, keepdim=True)
@@ -110,7 +110,7 @@ def test_tail_samples_follow_the_complement(block: int, spread: float):
 def test_extreme_uniforms_stay_outside_the_top_k():
     hidden_TD, weight_VD, gold_T = make_teacher(6, 8, 500)
     edges_Tm = np.tile([0.0, 2.0**-53, 1 - 2.0**-53, 0.5], (6, 1))
-    rows = teacher_rows(hidden_TD, weight_VD, gold_T % 490, top_k=9, uniforms_Tm=edges_Tm, v_real=490, block=64)
+    rows = teacher_rows(hidden_TD, weight_VD, gold_T % 490, top_k=9, uniforms_Tm=edges_Tm, vocab_size=490, block=64)
     assert not (rows["tail_ids_Tm"][..., None] == rows["ids_TK"][:, None]).any()
     assert int(rows["tail_ids_Tm"].max()) < 490
 
@@ -124,7 +124,7 @@ def test_rows_do_not_depend_on_the_batch():
 
     def rows_of(part: slice) -> dict[str, Tensor]:
         return teacher_rows(
-            hidden_TD[part], weight_VD, gold_T[part], top_k=7, uniforms_Tm=uniforms_Tm[part], v_real=650, block=128
+            hidden_TD[part], weight_VD, gold_T[part], top_k=7, uniforms_Tm=uniforms_Tm[part], vocab_size=650, block=128
         )
 
     together = rows_of(slice(0, 9))
@@ -137,7 +137,7 @@ def test_rows_do_not_depend_on_the_batch():
 
 def test_rows_do_not_depend_on_how_many_tokens_are_summed_at_a_time(monkeypatch: pytest.MonkeyPatch):
     hidden_TD, weight_VD, gold_T = make_teacher(7, 8, 500)
-    asked = {"top_k": 9, "uniforms_Tm": uniforms(7, 4), "v_real": 490, "taus": (1.0, 2.0), "block": 128}
+    asked = {"top_k": 9, "uniforms_Tm": uniforms(7, 4), "vocab_size": 490, "taus": (1.0, 2.0), "block": 128}
     together = teacher_rows(hidden_TD, weight_VD, gold_T % 490, **asked)
     monkeypatch.setattr(topk, "_tokens_at_a_time", lambda _: 3)
     for name, value in teacher_rows(hidden_TD, weight_VD, gold_T % 490, **asked).items():
@@ -148,7 +148,7 @@ def test_a_tail_without_mass_gives_the_lowest_free_id():
     weight_VD = torch.full((100, 1), -1.0)
     weight_VD[[0, 1, 50]] = 1.0
     rows = teacher_rows(
-        torch.full((2, 1), 400.0), weight_VD, torch.tensor([0, 50]), top_k=3, uniforms_Tm=uniforms(2, 2), v_real=100
+        torch.full((2, 1), 400.0), weight_VD, torch.tensor([0, 50]), top_k=3, uniforms_Tm=uniforms(2, 2), vocab_size=100
     )
     assert rows["tail_mass_T"].tolist() == [0.0, 0.0]
     assert rows["ids_TK"].tolist() == [[0, 1, 50]] * 2
@@ -159,7 +159,13 @@ def test_a_tiny_tail_mass_is_accurate():
     weight_VD = torch.zeros(200, 1)
     weight_VD[7] = 1.0
     rows = teacher_rows(
-        torch.tensor([[40.0]]), weight_VD, torch.tensor([7]), top_k=2, uniforms_Tm=uniforms(1, 1), v_real=200, block=64
+        torch.tensor([[40.0]]),
+        weight_VD,
+        torch.tensor([7]),
+        top_k=2,
+        uniforms_Tm=uniforms(1, 1),
+        vocab_size=200,
+        block=64,
     )
     assert rows["tail_mass_T"].item() == pytest.approx(198 * math.exp(-40), rel=1e-5)
     assert rows["entropy_T"].item() == pytest.approx(199 * 41 * math.exp(-40), rel=1e-2)
@@ -169,7 +175,7 @@ def test_a_tiny_tail_mass_is_accurate():
 def test_bf16_is_computed_in_fp32(head_dtype: torch.dtype):
     hidden_TD, weight_VD, gold_T = make_teacher(6, 32, 3000)
     hidden_TD, weight_VD = hidden_TD.bfloat16(), weight_VD.to(head_dtype)
-    asked = {"top_k": 16, "uniforms_Tm": uniforms(6, 2), "v_real": 2900, "block": 512}
+    asked = {"top_k": 16, "uniforms_Tm": uniforms(6, 2), "vocab_size": 2900, "block": 512}
     with torch.autocast("cpu", dtype=torch.bfloat16):
         rows = teacher_rows(hidden_TD, weight_VD, gold_T % 2900, **asked)
     dense = Categorical(logits=hidden_TD.double() @ weight_VD[:2900].double().T)
@@ -185,23 +191,23 @@ def test_bf16_is_computed_in_fp32(head_dtype: torch.dtype):
 
 def test_everything_kept_no_tail_and_no_tokens():
     hidden_TD, weight_VD, gold_T = make_teacher(3, 4, 40)
-    rows = teacher_rows(hidden_TD, weight_VD, gold_T, top_k=40, uniforms_Tm=uniforms(3, 0), v_real=40)
+    rows = teacher_rows(hidden_TD, weight_VD, gold_T, top_k=40, uniforms_Tm=uniforms(3, 0), vocab_size=40)
     assert rows["tail_ids_Tm"].shape == (3, 0)
     assert rows["tail_mass_T"].tolist() == [0.0] * 3
     torch.testing.assert_close(rows["logprobs_TK"].exp().sum(1), torch.ones(3))
-    none = teacher_rows(hidden_TD[:0], weight_VD, gold_T[:0], top_k=4, uniforms_Tm=uniforms(0, 2), v_real=40)
+    none = teacher_rows(hidden_TD[:0], weight_VD, gold_T[:0], top_k=4, uniforms_Tm=uniforms(0, 2), vocab_size=40)
     assert none["ids_TK"].shape == (0, 4)
     assert none["tail_ids_Tm"].shape == (0, 2)
 
 
 def test_requests_that_cannot_be_met():
     hidden_TD, weight_VD, gold_T = make_teacher(2, 4, 50)
-    asked = {"top_k": 4, "uniforms_Tm": uniforms(2, 1), "v_real": 50}
+    asked = {"top_k": 4, "uniforms_Tm": uniforms(2, 1), "vocab_size": 50}
     for wrong, error, message in [
         ({"top_k": 51}, SpecError, "`top_k` is 51, it must be from 1 to the 50 tokens"),
         ({"top_k": 0}, SpecError, "`top_k` is 0"),
         ({"top_k": 50}, SpecError, "keeps the whole vocabulary"),
-        ({"v_real": 51}, ModelError, "`v_real` is 51, the head has 50 rows"),
+        ({"vocab_size": 51}, ModelError, "`vocab_size` is 51, the head has 50 rows"),
         ({"taus": (1.0, 0.0)}, SpecError, "positive temperatures"),
         ({"uniforms_Tm": uniforms(3, 1)}, ModelError, "2 hidden states, but gold ids of shape"),
     ]:
@@ -214,7 +220,7 @@ def test_requests_that_cannot_be_met():
 @pytest.mark.parametrize("gold", [-1, 47, 48, 63, 10**6])
 def test_a_gold_id_outside_the_real_vocabulary_is_refused_with_its_place(gold: int):
     hidden_TD, weight_VD, gold_T = make_teacher(3, 4, 50)
-    asked = {"top_k": 4, "uniforms_Tm": uniforms(3, 1), "v_real": 47, "block": 32}
+    asked = {"top_k": 4, "uniforms_Tm": uniforms(3, 1), "vocab_size": 47, "block": 32}
     fine = teacher_rows(hidden_TD, weight_VD, gold_T % 47, **asked)
     bad = teacher_rows(hidden_TD, weight_VD, torch.tensor([0, 46, gold]), **asked)
     stack_layers([fine])
@@ -226,7 +232,7 @@ def test_a_gold_id_outside_the_real_vocabulary_is_refused_with_its_place(gold: i
 @pytest.mark.parametrize("place", ["hidden", "weight"])
 def test_logits_that_are_not_finite_are_refused_with_their_place(value: float, place: str):
     hidden_TD, weight_VD, gold_T = make_teacher(3, 4, 300)
-    asked = {"top_k": 2, "uniforms_Tm": uniforms(3, 1), "v_real": 300, "block": 128}
+    asked = {"top_k": 2, "uniforms_Tm": uniforms(3, 1), "vocab_size": 300, "block": 128}
     fine = teacher_rows(hidden_TD, weight_VD, gold_T, **asked)
     (hidden_TD if place == "hidden" else weight_VD)[1, 0] = value
     bad = teacher_rows(hidden_TD, weight_VD, gold_T, **asked)
@@ -243,7 +249,7 @@ def test_no_value_is_read_on_the_host(kept: int, dtype: torch.dtype):
     """A tensor without values: whatever would wait for a GPU to learn one raises here."""
     hidden_TD, weight_VD, gold_T = make_teacher(7, 8, 5000)
     uniforms_Tm = torch.from_numpy(uniforms(7, 3))
-    asked = {"top_k": kept, "v_real": 4990, "block": 2048, "taus": (1.0, 2.0)}
+    asked = {"top_k": kept, "vocab_size": 4990, "block": 2048, "taus": (1.0, 2.0)}
     hidden_TD, weight_VD = hidden_TD.to(dtype), weight_VD.to(dtype)
     real = teacher_rows(hidden_TD, weight_VD, gold_T % 4990, uniforms_Tm=uniforms_Tm, **asked)
     with FakeTensorMode() as mode:
@@ -270,7 +276,7 @@ def test_signed_zeros_and_extremes_are_ordered_as_floats_are():
 def test_nothing_of_the_vocabulary_s_size_is_allocated():
     hidden_TD, weight_VD, gold_T = make_teacher(64, 8, 8000)
     with LargestTensor() as sizes:
-        teacher_rows(hidden_TD, weight_VD, gold_T, top_k=8, uniforms_Tm=uniforms(64, 4), v_real=8000, block=512)
+        teacher_rows(hidden_TD, weight_VD, gold_T, top_k=8, uniforms_Tm=uniforms(64, 4), vocab_size=8000, block=512)
     assert 64 * 512 <= sizes.largest <= max(2 * 64 * 512, weight_VD.numel())
     assert sizes.largest < 64 * 8000 / 4
 
@@ -294,7 +300,7 @@ def test_stacked_layers_are_valid_rows():
     hidden_TD, weight_VD, gold_T = make_teacher(4, 8, 90)
     uniforms_LTm = sample_uniforms(0, "x", 4, 2, 3)
     layers = [
-        teacher_rows(scale * hidden_TD, weight_VD, gold_T % 80, top_k=6, uniforms_Tm=uniforms_Tm, v_real=80)
+        teacher_rows(scale * hidden_TD, weight_VD, gold_T % 80, top_k=6, uniforms_Tm=uniforms_Tm, vocab_size=80)
         for scale, uniforms_Tm in zip((0.5, 1.0), uniforms_LTm, strict=True)
     ]
     rows = stack_layers(layers)
@@ -308,7 +314,13 @@ def test_compiled_sums_are_the_eager_ones():
         pytest.skip(f"no compiler: {reason}")
     for num_tokens in (6, 9):  # one compilation serves both
         hidden_TD, weight_VD, gold_T = make_teacher(num_tokens, 16, 900)
-        asked = {"top_k": 7, "uniforms_Tm": uniforms(num_tokens, 3), "v_real": 870, "taus": (1.0, 2.0), "block": 256}
+        asked = {
+            "top_k": 7,
+            "uniforms_Tm": uniforms(num_tokens, 3),
+            "vocab_size": 870,
+            "taus": (1.0, 2.0),
+            "block": 256,
+        }
         eager = teacher_rows(hidden_TD, weight_VD, gold_T % 870, **asked)
         for name, value in teacher_rows(hidden_TD, weight_VD, gold_T % 870, **asked, compiled=True).items():
             torch.testing.assert_close(value, eager[name], rtol=1e-6, atol=2e-6, msg=name)

@@ -73,7 +73,7 @@ def test_the_loss_on_draws_is_unbiased_in_value_and_gradient() -> None:
     logits = torch.tensor([0.3, -0.5, 1.0, 0.0, 0.2, -1.0], dtype=torch.float64)
     hidden_TD = logits.repeat(num, 1).requires_grad_()
     layer_rows = LayerRows.of(
-        rows.ids_LTK, rows.logprobs_LTK, rows.tail_ids_LTm, rows.tail_mass_LT, rows.entropy_LT, v_real=6
+        rows.ids_LTK, rows.logprobs_LTK, rows.tail_ids_LTm, rows.tail_mass_LT, rows.entropy_LT, vocab_size=6
     )
     candidates = candidate_kl(hidden_TD, torch.eye(6, dtype=torch.float64), layer_rows)
     q = logits.softmax(0).numpy()

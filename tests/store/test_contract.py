@@ -66,5 +66,5 @@ def test_rows_know_the_vocabulary_and_the_temperatures(tmp_path: Path) -> None:
     cache = reader.open(tmp_path / "c")
     row = cache["sample-0"]
     for rows in (row, row.layer(-1), row.tokens(slice(1)), row.padded_to(9), SparseRows.concat([row, row])):
-        assert (rows.v_real, rows.taus) == (100, (1.0,))
-    assert {(one.v_real, one.taus) for one in cache.read_part(1, ["last"])} == {(100, (1.0,))}
+        assert (rows.vocab_size, rows.taus) == (100, (1.0,))
+    assert {(one.vocab_size, one.taus) for one in cache.read_part(1, ["last"])} == {(100, (1.0,))}

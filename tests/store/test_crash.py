@@ -138,7 +138,7 @@ def test_killed_between_the_rank_table_and_the_header(tmp_path: Path, monkeypatc
     with pytest.raises(CacheNotFoundError, match="the start of a cache, interrupted before its first part: run"):
         reader.open(root)
     build(root, replace(case, id_of_rank=case.id_of_rank[::-1]))
-    assert reader.open(root).ranks.digest == case.ranks.digest
+    assert reader.open(root).vocab_order.digest == case.vocab_order.digest
     assert file_bytes(root / "parts") == file_bytes(build(tmp_path / "whole", case) / "parts")
     assert str(repair(root)) == "nothing to repair"
 
@@ -224,7 +224,7 @@ def keep_building(root: Path, rank: int) -> None:
     from vlsi_cache.store.writer import CacheWriter
 
     case = many_parts()
-    writer = CacheWriter.create_or_resume(root, header_of(case), case.ranks)
+    writer = CacheWriter.create_or_resume(root, header_of(case), case.vocab_order)
     for index in writer.missing_parts(rank, 2):
         writer.write_part(index, case.parts[index])
     writer.finish()

@@ -329,7 +329,7 @@ def test_only_dead_leftovers_are_removed(root: Path, case: Case) -> None:
     for name in names.values():
         (root / "tmp" / name).mkdir()
     os.utime(root / "tmp" / names["old"], (0, 0))
-    CacheWriter.create_or_resume(root, header_of(case), case.ranks)
+    CacheWriter.create_or_resume(root, header_of(case), case.vocab_order)
     left = {key for key, name in names.items() if (root / "tmp" / name).exists()}
     assert left == {"alive", "elsewhere", "foreign"}
 

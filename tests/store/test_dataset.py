@@ -104,33 +104,35 @@ def test_a_row_of_a_cache_knows_its_vocabulary_and_temperatures(root: Path) -> N
     from torch.nn import functional as F
 
     cache = vc.open(root)
-    row, v_real, width = cache["s0"], cache.header.v_real, cache["s0"].top_k
+    row, vocab_size, width = cache["s0"], cache.header.vocab_size, cache["s0"].top_k
     torch.manual_seed(0)
-    hidden_TD, weight_VD = torch.randn(row.num_tokens, 8), torch.randn(v_real + 30, 8)
-    weight_VD[v_real:] *= 20  # padding rows that would take nearly all of the probability
+    hidden_TD, weight_VD = torch.randn(row.num_tokens, 8), torch.randn(vocab_size + 30, 8)
+    weight_VD[vocab_size:] *= 20  # padding rows that would take nearly all of the probability
     # The bucketed KL of the last layer, written down: the kept ids and one bucket for the rest of the vocabulary.
-    q_TV = F.softmax((hidden_TD @ weight_VD[:v_real].T).double(), 1)
+    q_TV = F.softmax((hidden_TD @ weight_VD[:vocab_size].T).double(), 1)
     ids_TK = torch.from_numpy(row.ids_LTK[-1].astype("int64"))
     logp_TK, tail_T = torch.from_numpy(row.logprobs_LTK[-1]).double(), torch.from_numpy(row.tail_mass_LT[-1]).double()
     q_TK = q_TV.gather(1, ids_TK)
     kept_T = torch.where(logp_TK.exp() > 0, logp_TK.exp() * (logp_TK - q_TK.log()), 0.0).sum(1)
     wanted = (kept_T + tail_T * (tail_T.log() - (1 - q_TK.sum(1)).log())).mean().item()
-    assert width < v_real
+    assert width < vocab_size
     for carried in (row, vc.CacheDataset(cache)[list(cache).index("s0")], row.layer(-1)):
-        said = {} if hasattr(carried, "v_real") else {"v_real": v_real}
+        said = {} if hasattr(carried, "vocab_size") else {"vocab_size": vocab_size}
         assert vc.sparse_kl(hidden_TD, weight_VD, carried, **said).item() == pytest.approx(wanted, rel=1e-4)
-    assert vc.sparse_kl(hidden_TD, vc.Head(weight_VD), row, v_real=v_real).item() == pytest.approx(wanted, rel=1e-4)
+    assert vc.sparse_kl(hidden_TD, vc.Head(weight_VD), row, vocab_size=vocab_size).item() == pytest.approx(
+        wanted, rel=1e-4
+    )
     capped = vc.sparse_kl(hidden_TD, weight_VD, row, logit_scale=0.5, logit_cap=3.0)
     assert vc.sparse_kl(hidden_TD, vc.Head(weight_VD, 0.5, 3.0), row).item() == capped.item() != pytest.approx(wanted)
 
     with pytest.raises(
-        DataError, match=rf"do not carry the size of their vocabulary, and the head's {v_real + 30} rows"
+        DataError, match=rf"do not carry the size of their vocabulary, and the head's {vocab_size + 30} rows"
     ):
-        vc.sparse_kl(hidden_TD, weight_VD, replace(row.layer(-1), v_real=None))
-    with pytest.raises(DataError, match=rf"`v_real` is {v_real - 1}, and these rows carry {v_real}"):
-        vc.sparse_kl(hidden_TD, weight_VD, row, v_real=v_real - 1)
-    with pytest.raises(ModelError, match=rf"`v_real` is {v_real}, the head has {v_real - 1} rows"):
-        vc.sparse_kl(hidden_TD, weight_VD[: v_real - 1], row)
+        vc.sparse_kl(hidden_TD, weight_VD, replace(row.layer(-1), vocab_size=None))
+    with pytest.raises(DataError, match=rf"`vocab_size` is {vocab_size - 1}, and these rows carry {vocab_size}"):
+        vc.sparse_kl(hidden_TD, weight_VD, row, vocab_size=vocab_size - 1)
+    with pytest.raises(ModelError, match=rf"`vocab_size` is {vocab_size}, the head has {vocab_size - 1} rows"):
+        vc.sparse_kl(hidden_TD, weight_VD[: vocab_size - 1], row)
     grid = list(map(float, cache.header.taus))
     with pytest.raises(DataError, match=re.escape(f"`tau` is 3.0, and the rows hold {grid} only")):
         vc.sparse_kl(hidden_TD, weight_VD, row, tau=3.0)

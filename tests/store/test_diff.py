@@ -113,7 +113,7 @@ def test_samples_tokens_and_responses(built: Path, tmp_path: Path) -> None:
 
 
 def test_caches_with_nothing_in_common(built: Path, tmp_path: Path) -> None:
-    other = build(tmp_path / "other", make_case([[1]], ["\u00e9 one token"], num_layers=5, v_real=50))
+    other = build(tmp_path / "other", make_case([[1]], ["\u00e9 one token"], num_layers=5, vocab_size=50))
     found = diff(built, other)
     assert (found.num_common, found.num_compared) == (0, 0)
     assert "no rows to compare" in str(found)
@@ -135,7 +135,7 @@ def test_other_ranks_and_profiles_alone(tmp_path: Path) -> None:
 
 def test_caches_that_cannot_be_compared(built: Path, tmp_path: Path) -> None:
     case = standard_case()
-    CacheWriter.create_or_resume(tmp_path / "half", header_of(case), case.ranks).write_part(0, case.parts[0])
+    CacheWriter.create_or_resume(tmp_path / "half", header_of(case), case.vocab_order).write_part(0, case.parts[0])
     with pytest.raises(CacheIncompleteError):
         diff(built, tmp_path / "half")
     with pytest.raises(CacheNotFoundError):

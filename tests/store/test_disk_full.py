@@ -100,7 +100,7 @@ def test_full_at_any_byte(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyP
 def test_a_full_disk_reaches_who_makes_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case, root = standard_case(), tmp_path / "c"
     want = file_bytes(build(tmp_path / "whole", case) / "parts")
-    cache = CacheWriter.create_or_resume(root, header_of(case), case.ranks)
+    cache = CacheWriter.create_or_resume(root, header_of(case), case.vocab_order)
 
     def make_rows() -> None:
         with cache.in_background() as queue:
@@ -123,7 +123,7 @@ def test_a_full_disk_reaches_who_makes_the_rows(tmp_path: Path, monkeypatch: pyt
 
 def test_leaving_the_queue_raises_the_error_of_the_last_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = standard_case()
-    cache = CacheWriter.create_or_resume(tmp_path / "c", header_of(case), case.ranks)
+    cache = CacheWriter.create_or_resume(tmp_path / "c", header_of(case), case.vocab_order)
     with (
         full_disk(tmp_path / "c", 3000, monkeypatch),
         pytest.raises(DiskFullError, match=MESSAGE),
@@ -141,7 +141,7 @@ from dataclasses import replace
 from helpers.caches import header_of, standard_case
 from vlsi_cache.store.writer import CacheWriter
 case = standard_case()
-writer = CacheWriter.create_or_resume({str(tmp_path / "c")!r}, header_of(case), case.ranks)
+writer = CacheWriter.create_or_resume({str(tmp_path / "c")!r}, header_of(case), case.vocab_order)
 rows = case.parts[0].rows
 with writer.in_background() as queue:
     queue.put(0, replace(case.parts[0], rows=replace(rows, entropy_LT=rows.entropy_LT * float("nan"))))
@@ -156,7 +156,7 @@ with writer.in_background() as queue:
 
 def test_an_error_of_the_caller_is_not_hidden_and_its_parts_are_kept(tmp_path: Path) -> None:
     case = standard_case()
-    cache = CacheWriter.create_or_resume(tmp_path / "c", header_of(case), case.ranks)
+    cache = CacheWriter.create_or_resume(tmp_path / "c", header_of(case), case.vocab_order)
 
     def stop() -> None:
         with cache.in_background() as queue:
@@ -170,7 +170,7 @@ def test_an_error_of_the_caller_is_not_hidden_and_its_parts_are_kept(tmp_path: P
 
 def test_no_more_than_two_parts_wait_for_a_slow_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case([[1]] * 12, [f"s{index}" for index in range(12)])
-    cache = CacheWriter.create_or_resume(tmp_path / "c", header_of(case), case.ranks)
+    cache = CacheWriter.create_or_resume(tmp_path / "c", header_of(case), case.vocab_order)
     written: list[int] = []
     handed = 0
 

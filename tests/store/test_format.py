@@ -139,11 +139,11 @@ def test_tensorstore_opens_the_same_arrays(tmp_path: Path, name: str) -> None:
 
 
 def test_the_text_names_every_field_and_array() -> None:
-    from vlsi_cache.store import format as layout
     from vlsi_cache.store import format as schema
 
     text = Path(schema.__file__).with_name("FORMAT.md").read_text(encoding="utf-8")
-    names = {*layout.CacheHeader.model_fields, *layout.PartRecord.model_fields, *schema.SAMPLE_ARRAYS}
+    fields = {schema.STORED_NAMES.get(name, name) for name in schema.CacheHeader.model_fields}
+    names = {*fields, *schema.PartRecord.model_fields, *schema.SAMPLE_ARRAYS}
     names |= {*schema.ENTRY_ARRAYS, *schema.SCALAR_ARRAYS, "kept", "tail_ids", "heads", "text", "text_offsets"}
     assert sorted(name for name in names if f"`{name}`" not in text) == []
     identity = text.split("an object with the keys `fingerprint`, ")[1].split(".\n")[0].strip("`").split("`, `")

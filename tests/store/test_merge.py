@@ -85,7 +85,7 @@ def test_rows_are_those_of_the_sources(tmp_path: Path, profile: str, kind: str) 
     merged = merge(caches, tmp_path / "both")
     assert_holds(merged, *caches)
     assert merged.header.id_of_rank_xxh3 == caches[0].header.id_of_rank_xxh3
-    assert (caches[0].ranks.digest != caches[1].ranks.digest) == (profile != "fast")
+    assert (caches[0].vocab_order.digest != caches[1].vocab_order.digest) == (profile != "fast")
     assert merged.header.num_parts == 6
     if kind == "one width":  # of the first cache nothing changes, not even the bytes
         data = [
@@ -100,7 +100,7 @@ def test_header_lineage_and_data(tmp_path: Path) -> None:
     before = [file_bytes(cache.path) for cache in (one, other)]
     plan = merge([one.path, str(other.path)], tmp_path / "both", dry_run=True)
     assert not (tmp_path / "both").exists()
-    assert (plan.num_samples, plan.num_parts, plan.reranked) == (12, 6, [other.path])
+    assert (plan.num_samples, plan.num_parts, plan.reordered) == (12, 6, [other.path])
     merged = merge([one.path, other.path], tmp_path / "both")
     prints = merged.header.fingerprint
     assert prints["teacher"] == "tiny"
@@ -172,7 +172,7 @@ def test_another_teacher_or_other_settings(tmp_path: Path) -> None:
 def test_sources_and_targets_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one, other = two(tmp_path)
     case = named_case("h", 4)
-    CacheWriter.create_or_resume(tmp_path / "half", header_of(case), case.ranks).write_part(0, case.parts[0])
+    CacheWriter.create_or_resume(tmp_path / "half", header_of(case), case.vocab_order).write_part(0, case.parts[0])
     (tmp_path / "thesis.tex").write_text("mine")
     for caches, out, error, message in (
         ([one], "both", SpecError, "at least two caches, got 1"),
@@ -227,7 +227,9 @@ def test_an_epoch_reads_every_sample(tmp_path: Path) -> None:
 
 def test_token_texts_are_kept(tmp_path: Path) -> None:
     case = named_case("t", 0)
-    writer = CacheWriter.create_or_resume(tmp_path / "t", header_of(case), case.ranks, token_texts=lambda: ["x"] * 100)
+    writer = CacheWriter.create_or_resume(
+        tmp_path / "t", header_of(case), case.vocab_order, token_texts=lambda: ["x"] * 100
+    )
     for index in writer.missing_parts():
         writer.write_part(index, case.parts[index])
     writer.finish()

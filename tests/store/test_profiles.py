@@ -48,10 +48,12 @@ def assert_same(cache: reader.Cache, case: Case, *, error: float) -> None:
 
 
 @pytest.mark.parametrize("profile", PROFILES)
-@pytest.mark.parametrize(("v_real", "top_k", "num_tail"), [(100, 6, 2), (70_000, 300, 0), (70_000, 1, 3), (9, 8, 1)])
-def test_rows_come_back(tmp_path: Path, profile: str, v_real: int, top_k: int, num_tail: int) -> None:
+@pytest.mark.parametrize(
+    ("vocab_size", "top_k", "num_tail"), [(100, 6, 2), (70_000, 300, 0), (70_000, 1, 3), (9, 8, 1)]
+)
+def test_rows_come_back(tmp_path: Path, profile: str, vocab_size: int, top_k: int, num_tail: int) -> None:
     lengths = [[5, 1], [3, 4, 2], [1100]]
-    case = make_case(lengths, list("abcdef"), v_real=v_real, top_k=top_k, num_tail=num_tail, num_layers=3)
+    case = make_case(lengths, list("abcdef"), vocab_size=vocab_size, top_k=top_k, num_tail=num_tail, num_layers=3)
     case = rank_table(case, profile)
     cache = build_with(tmp_path / "c", case, header_of(case).model_copy(update={"profile": profile}))
     assert_same(cache, case, error=ERROR_OF_P[profile])
@@ -118,10 +120,10 @@ def test_plain_zarr_reads_the_same_arrays(tmp_path: Path, profile: str) -> None:
 
 def test_arrays_that_are_too_short_are_refused_and_not_filled_up(tmp_path: Path) -> None:
     case = make_case([[5, 3]], ["a", "b"])
-    writer = CacheWriter.create_or_resume(tmp_path / "c", header_of(case), case.ranks)
+    writer = CacheWriter.create_or_resume(tmp_path / "c", header_of(case), case.vocab_order)
     rows = case.parts[0].rows
     assert rows is not None
-    arrays = encode_rows(writer.header, case.ranks.ranks_LV(writer.header.id_dtype), rows.tokens(slice(0, 6)))
+    arrays = encode_rows(writer.header, case.vocab_order.places_LV(writer.header.id_dtype), rows.tokens(slice(0, 6)))
     with pytest.raises(DataError, match=r"`ids` is \(4, 6, 6\), this part needs \(4, 8, 6\)"):
         writer.write_encoded(0, case.parts[0], arrays)
     assert writer.missing_parts() == [0]

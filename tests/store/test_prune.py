@@ -22,7 +22,7 @@ from vlsi_cache.store import commit, reader
 from vlsi_cache.store.derive.prune import group_parts, prune
 from vlsi_cache.store.derive.slice import cut_part
 from vlsi_cache.store.format import CacheHeader
-from vlsi_cache.store.vocab_order import plain_ranks
+from vlsi_cache.store.vocab_order import one_order
 from vlsi_cache.store.writer import CacheWriter
 
 # of a probability mass that was summed over stored values instead of the teacher's own
@@ -199,7 +199,7 @@ def test_targets_that_are_refused(cache_dir: Path, tmp_path: Path) -> None:
 
 def test_sources_that_are_refused(tmp_path: Path) -> None:
     case = standard_case()
-    writer = CacheWriter.create_or_resume(tmp_path / "half", header_of(case), case.ranks)
+    writer = CacheWriter.create_or_resume(tmp_path / "half", header_of(case), case.vocab_order)
     writer.write_part(1, case.parts[1])
     with pytest.raises(CacheNotFoundError):
         prune(tmp_path / "nowhere", tmp_path / "new", top_k=2)
@@ -230,7 +230,7 @@ def test_redrawn_tails_depend_on_nothing_else(cache_dir: Path, tmp_path: Path) -
 
 def test_tails_stay_unbiased_after_two_prunes(tmp_path: Path) -> None:
     """The second cut must not use the uniforms of the first: its draws would depend on them."""
-    case = make_case([[20_000]], ["a"], v_real=6, num_layers=1, top_k=3, num_tail=2)
+    case = make_case([[20_000]], ["a"], vocab_size=6, num_layers=1, top_k=3, num_tail=2)
     p = np.array([0.4, 0.2, 0.1, 0.15, 0.1, 0.05])
     rng, rows = np.random.default_rng(0), case.parts[0].rows
     assert rows is not None
@@ -272,8 +272,8 @@ def test_another_profile(tmp_path: Path, kind: str, old: str, new: str) -> None:
             np.testing.assert_array_equal(got.logprobs_LTK, want.logprobs_LTK.astype(np.float16))
     if old == "exact":  # nothing is lost on the way: the same as a build
         target = header.model_copy(update={"profile": new})
-        ranks = plain_ranks(np.arange(len(case.id_of_rank)), 3) if new == "fast" else case.ranks
-        writer = CacheWriter.create_or_resume(tmp_path / "want", target, ranks)
+        vocab_order = one_order(np.arange(len(case.id_of_rank)), 3) if new == "fast" else case.vocab_order
+        writer = CacheWriter.create_or_resume(tmp_path / "want", target, vocab_order)
         for index in writer.missing_parts():
             writer.write_part(index, case.parts[index])
         writer.finish()
@@ -351,7 +351,7 @@ def test_other_cuts_are_refused_with_both_values(cache_dir: Path, tmp_path: Path
     ):
         prune(cache_dir, out, top_k=3, where="part < 1")
     case = standard_case(seed=1)
-    changed = build_with(tmp_path / "other", case, header_of(case))  # other ranks, so other stored ids
+    changed = build_with(tmp_path / "other", case, header_of(case))  # another order, so other stored ids
     with pytest.raises(FingerprintMismatchError, match=r"prune.1.source"):
         prune(changed, out, top_k=3, where="part < 2")
     assert file_bytes(out / "parts") == before
@@ -361,7 +361,7 @@ def test_other_cuts_are_refused_with_both_values(cache_dir: Path, tmp_path: Path
 def test_lineage_and_token_texts(tmp_path: Path) -> None:
     case = standard_case()
     writer = CacheWriter.create_or_resume(
-        tmp_path / "c", header_of(case), case.ranks, token_texts=lambda: [f"\u00e9{i}" for i in range(100)]
+        tmp_path / "c", header_of(case), case.vocab_order, token_texts=lambda: [f"\u00e9{i}" for i in range(100)]
     )
     for index in writer.missing_parts():
         writer.write_part(index, case.parts[index])

@@ -27,7 +27,7 @@ from vlsi_cache.sparse.rows import redraw_tail
 from vlsi_cache.store import commit, reader
 from vlsi_cache.store.check import verify
 from vlsi_cache.store.format import list_parts, response_digest
-from vlsi_cache.store.vocab_order import plain_ranks
+from vlsi_cache.store.vocab_order import one_order
 from vlsi_cache.store.writer import CacheWriter
 
 QUANTISATION = 0.016  # largest error of a probability on the u8 fourth-root scale, 4 * 0.5 / 255, and rescaling
@@ -53,10 +53,12 @@ def cases(draw: st.DrawFn) -> Case:
     lengths = draw(st.lists(st.lists(st.integers(1, 6), max_size=4), min_size=1, max_size=2))
     num = sum(map(len, lengths))
     names = draw(st.lists(st.text(max_size=12), min_size=num, max_size=num, unique=True))
-    v_real = draw(st.sampled_from([40, 65536, 65537]))
+    vocab_size = draw(st.sampled_from([40, 65536, 65537]))
     num_layers, top_k, num_tail = draw(st.integers(1, 4)), draw(st.integers(1, 9)), draw(st.integers(0, 3))
     seed = draw(st.integers(0, 2**32))
-    return make_case(lengths, names, v_real=v_real, num_layers=num_layers, top_k=top_k, num_tail=num_tail, seed=seed)
+    return make_case(
+        lengths, names, vocab_size=vocab_size, num_layers=num_layers, top_k=top_k, num_tail=num_tail, seed=seed
+    )
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -165,34 +167,36 @@ def test_fingerprint_mismatch_lists_every_field_with_both_values(cache_dir: Path
     values["fingerprint"] = {"teacher": "other", "new": [1, 2]}
     values["tail_samples"] = 9
     with pytest.raises(FingerprintMismatchError) as error:
-        CacheWriter.create_or_resume(cache_dir, type(header_of(case))(**values), case.ranks)
+        CacheWriter.create_or_resume(cache_dir, type(header_of(case))(**values), case.vocab_order)
     for text in ('"tiny"', '"other"', "nothing", "[1, 2]", "`tail_samples`: the cache has 2, this run has 9"):
         assert text in str(error.value)
 
 
 def test_a_cache_keeps_its_rank_table(cache_dir: Path, case: Case) -> None:
-    writer = CacheWriter.create_or_resume(cache_dir, header_of(case), plain_ranks(case.id_of_rank[::-1], 4))
-    assert writer.ranks.digest == case.ranks.digest
+    writer = CacheWriter.create_or_resume(cache_dir, header_of(case), one_order(case.id_of_rank[::-1], 4))
+    assert writer.vocab_order.digest == case.vocab_order.digest
 
 
 def test_long_values_show_where_they_part(tmp_path: Path, case: Case) -> None:
     long = {"files": [f"hash{i}" for i in range(100)]}
     changed = {"files": [*long["files"][:-1], "else"]}
     header = header_of(case)
-    CacheWriter.create_or_resume(tmp_path / "c", header.model_copy(update={"fingerprint": long}), case.ranks)
+    CacheWriter.create_or_resume(tmp_path / "c", header.model_copy(update={"fingerprint": long}), case.vocab_order)
     with pytest.raises(FingerprintMismatchError, match=r"hash99.*else"):
-        CacheWriter.create_or_resume(tmp_path / "c", header.model_copy(update={"fingerprint": changed}), case.ranks)
+        CacheWriter.create_or_resume(
+            tmp_path / "c", header.model_copy(update={"fingerprint": changed}), case.vocab_order
+        )
 
 
 def test_folder_of_something_else_is_refused(tmp_path: Path, case: Case) -> None:
     (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(SpecError, match=r"not empty and not a cache: it holds \['thesis.tex'\]"):
-        CacheWriter.create_or_resume(tmp_path, header_of(case), case.ranks)
+        CacheWriter.create_or_resume(tmp_path, header_of(case), case.vocab_order)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_bad_rows_are_refused(tmp_path: Path, case: Case) -> None:
-    writer = CacheWriter.create_or_resume(tmp_path / "c", header_of(case), case.ranks)
+    writer = CacheWriter.create_or_resume(tmp_path / "c", header_of(case), case.vocab_order)
     part = case.parts[0]
 
     def changed(**arrays: np.ndarray) -> object:
@@ -226,7 +230,7 @@ def test_a_sample_in_two_parts_is_refused(tmp_path: Path) -> None:
 
 def test_missing_parts_own_first(tmp_path: Path) -> None:
     case = make_case([[1]] * 7, [str(i) for i in range(7)])
-    writer = CacheWriter.create_or_resume(tmp_path / "c", header_of(case), case.ranks)
+    writer = CacheWriter.create_or_resume(tmp_path / "c", header_of(case), case.vocab_order)
     writer.write_part(4, case.parts[4])
     assert writer.missing_parts(rank=1, world=3) == [1, 2, 5, 0, 3, 6]
     assert writer.write_part(4, case.parts[4]) is False
@@ -235,7 +239,7 @@ def test_missing_parts_own_first(tmp_path: Path) -> None:
 
 def test_incomplete_and_absent_caches_say_what_to_do(tmp_path: Path, case: Case) -> None:
     root = tmp_path / "c"
-    writer = CacheWriter.create_or_resume(root, header_of(case), case.ranks)
+    writer = CacheWriter.create_or_resume(root, header_of(case), case.vocab_order)
     writer.write_part(1, case.parts[1])
     with pytest.raises(CacheIncompleteError, match=rf"1 of 3 parts .*vlsi-cache build-teacher SPEC -o {root}"):
         reader.open(root)
@@ -269,7 +273,7 @@ def test_newer_format_is_refused(cache_dir: Path) -> None:
 
 def test_full_disk_stops_with_what_is_missing(tmp_path: Path, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     root = tmp_path / "c"
-    writer = CacheWriter.create_or_resume(root, header_of(case), case.ranks)
+    writer = CacheWriter.create_or_resume(root, header_of(case), case.vocab_order)
     usage = type("usage", (), {"free": 1000})
     with monkeypatch.context() as patch:
         patch.setattr(commit.shutil, "disk_usage", lambda _: usage)

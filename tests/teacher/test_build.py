@@ -191,7 +191,7 @@ def test_no_logits_of_prompt_tokens_or_of_several_layers_exist(spec_file: Path) 
     with Largest() as largest:
         teacher.rows(indices)
     weights = {tuple(p.shape) for p in teacher.backbone.model.parameters()}
-    wide = [s for s in largest.shapes - weights if s and s[-1] >= inputs.encoder.v_real]
+    wide = [s for s in largest.shapes - weights if s and s[-1] >= inputs.encoder.vocab_size]
     assert wide, "the response tokens' logits of one layer must have been seen"
     assert max(int(np.prod(s[:-1])) for s in wide) <= num_response < num_positions
 

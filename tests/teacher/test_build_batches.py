@@ -101,7 +101,7 @@ def test_rows_do_not_depend_on_batch_or_block(
     blocks = rows_in_batches(teacher, 3)
     # A draw goes through the groups of a block and then its runners-up: other blocks give other draws of the same tail.
     assert_same_rows(alone, blocks, same_draws=False)
-    blocks.validate(teacher.inputs.encoder.v_real)
+    blocks.validate(teacher.inputs.encoder.vocab_size)
 
 
 def test_the_comparison_of_rows_notices_a_difference(tiny: Teacher) -> None:

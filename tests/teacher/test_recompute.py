@@ -73,7 +73,7 @@ def test_a_merged_cache_whose_sources_use_the_same_ids(spec_file: Path, tmp_path
 def rewritten(source: Path, target: Path, change: Any) -> reader.Cache:
     """A cache of the same header whose rows went through `change` before they were written: every checksum is right."""
     cache = reader.open(source)
-    writer = CacheWriter.create_or_resume(target, cache.header, cache.ranks)
+    writer = CacheWriter.create_or_resume(target, cache.header, cache.vocab_order)
     for index in cache.parts:
         record, rows = cache.part_record(index), cache.read_part(index)
         names = ("ids_LTK", "logprobs_LTK", "tail_ids_LTm", "lse_LTn", "entropy_LT", "gold_logprob_LT", "tail_mass_LT")

@@ -250,7 +250,7 @@ def test_the_logits_of_one_layer_are_alive_at_a_time(loss: str) -> None:
     def peak_bytes(layers: list[int]) -> tuple[int, int]:
         verbalizers = build_verbalizers(backbone, layers)
         with PeakMemory() as memory:
-            losses = list(layer_losses(backbone, verbalizers, batch, share_T, loss=loss, v_real=1024))
+            losses = list(layer_losses(backbone, verbalizers, batch, share_T, loss=loss, vocab_size=1024))
         assert len(losses) == len(layers)
         return memory.peak_bytes, sum(p.grad.nbytes for p in verbalizers.parameters() if p.grad is not None)
 

@@ -134,7 +134,7 @@ def run_student_stage(
             partial(state.feed, "verbalize"),
             Stage(spec.distill, spec.distill.verbalize, num_steps, state.checkpoints, state.log, compiled=False),
             architecture=spec.verbalizer,
-            v_real=state.encoder.v_real,
+            vocab_size=state.encoder.vocab_size,
         )
     elif stage == "interact":
         train_decoder_layers(model)
@@ -187,17 +187,17 @@ def test_verbalizers_learn_from_the_whole_batch(
     changes = [f"{section}.batch_reduction={reduction}", f"verbalizer.loss={loss}"]
     found = {size: run_stage(setup, stage, tmp_path / f"{size}", size, changes) for size in SIZES}
     check_same(found)
-    v_real = setup.cache.header.v_real
+    vocab_size = setup.cache.header.vocab_size
     with torch.no_grad():
         responses = setup.responses(load_double(setup.teacher if stage == "teacher" else setup.student))
     nll, trained = {}, 0.0
     for layer in [1, 2, 3, 4] if stage == "teacher" else [1, 2]:
-        logprobs = [layers[layer - 1][:, :v_real].log_softmax(1) for _, layers, _ in responses]
+        logprobs = [layers[layer - 1][:, :vocab_size].log_softmax(1) for _, layers, _ in responses]
         golds = [ids for ids, _, _ in responses]
         losses = [-logp_TV.gather(1, ids[:, None])[:, 0] for logp_TV, ids in zip(logprobs, golds, strict=True)]
         nll[str(layer)] = float(reduced(losses, reduction))
         if loss == "kl_to_final":
-            own = [Categorical(logits=layers[-1][:, :v_real]) for _, layers, _ in responses]
+            own = [Categorical(logits=layers[-1][:, :vocab_size]) for _, layers, _ in responses]
             losses = [kl_divergence(p, Categorical(logits=q)) for p, q in zip(own, logprobs, strict=True)]
         trained += float(reduced(losses, reduction))
     for one in found.values():
@@ -210,13 +210,13 @@ def test_layers_learn_from_the_whole_batch(reduction: str, setup: Setup, tmp_pat
     changes = [f"distill.batch_reduction={reduction}", "distill.interact.matching=uniform"]
     found = {size: run_stage(setup, "interact", tmp_path / f"{size}", size, changes) for size in SIZES}
     check_same(found)
-    v_real, model = setup.cache.header.v_real, load_double(setup.student)
+    vocab_size, model = setup.cache.header.vocab_size, load_double(setup.student)
     with torch.no_grad():
         teacher = setup.responses(load_double(setup.teacher))
     values: dict[tuple[int, int], list[Tensor]] = {(1, 1): [], (2, 3): [], (3, 5): []}  # student and teacher layer
     for (_, students, with_rows_T), (_, teachers, _) in zip(setup.responses(model), teacher, strict=True):
         for (layer, target), losses in values.items():
-            logits = (x[with_rows_T, :v_real] for x in (teachers[target - 1], students[layer - 1]))
+            logits = (x[with_rows_T, :vocab_size] for x in (teachers[target - 1], students[layer - 1]))
             p, q = (Categorical(logits=x, validate_args=False) for x in logits)  # there may be no token
             losses.append(kl_divergence(p, q))
     first, second, last = (reduced(losses, reduction) for losses in values.values())

@@ -51,7 +51,7 @@ def case(student_folder: Path) -> Case:
     ordered, ids = logprobs_LTV.sort(-1, descending=True)
     zeros_LT = torch.zeros(NUM_TEACHER + 1, NUM_TOKENS)
     entropy_LT = Categorical(logits=logprobs_LTV).entropy()
-    layers = LayerRows.of(ids, ordered, ids[..., :0], zeros_LT, entropy_LT, v_real=VOCABULARY)
+    layers = LayerRows.of(ids, ordered, ids[..., :0], zeros_LT, entropy_LT, vocab_size=VOCABULARY)
     gold_T = torch.randint(VOCABULARY, (NUM_TOKENS,))
     targets = Targets(layers, gold_T, torch.full((NUM_TOKENS,), 1 / NUM_TOKENS))
     hidden = {k: torch.randn(NUM_TOKENS, backbone.hidden_size, requires_grad=True) for k in (1, 2, 3)}

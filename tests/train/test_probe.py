@@ -81,7 +81,7 @@ def case(student_folder: Path) -> Case:
         gold_logprob_LT=gold_LT.numpy(),
         tail_mass_LT=tail_LT.numpy(),
     )
-    layers = LayerRows.of(ids_LTK, logprobs_LTK, drawn_LTm, tail_LT, entropy_LT, v_real=V)
+    layers = LayerRows.of(ids_LTK, logprobs_LTK, drawn_LTm, tail_LT, entropy_LT, vocab_size=V)
     targets = Targets(layers, gold_T, torch.full((NUM_TOKENS,), 1 / NUM_TOKENS))
     verbalizers = build_verbalizers(backbone, [1, 2], style="plain").requires_grad_(False)
     hidden = {k: torch.randn(NUM_TOKENS, backbone.hidden_size, requires_grad=True) for k in (1, 2, 3)}
@@ -189,10 +189,12 @@ def test_a_run_is_the_same_with_and_without_probes(
     cache = vc.build_teacher(vc.load_spec(write_spec(tmp_path, teacher_folder)), out=tmp_path / "cache")
     options = {"student": str(student_folder), "overrides": ["distill.lora.dropout=0.1"]}
     monkeypatch.setattr(interact_module, "interact_findings", lambda _: [Finding("low_kept_mass", "too low")])
-    monkeypatch.setattr(verbalize_module, "verbalizer_findings", lambda _, v_real: [Finding("raw", f"ln {v_real}")])
+    monkeypatch.setattr(
+        verbalize_module, "verbalizer_findings", lambda _, vocab_size: [Finding("raw", f"ln {vocab_size}")]
+    )
     with_probes = vc.distill(cache, out=tmp_path / "with", **options)
     said = capfd.readouterr().err
-    assert (said.count("warning: too low"), said.count(f"warning: ln {cache.header.v_real}")) == (1, 1)
+    assert (said.count("warning: too low"), said.count(f"warning: ln {cache.header.vocab_size}")) == (1, 1)
     monkeypatch.setattr(interact_module, "is_due", lambda *_: False)
     without = vc.distill(cache, out=tmp_path / "without", **options)
     clock = {"elapsed_s", "tokens_per_s", "data_wait_pct", "memory_gib"}

@@ -96,7 +96,7 @@ class Encoder:
         return self.eot_id if pad_id is None else int(pad_id)
 
     @cached_property
-    def v_real(self) -> int:
+    def vocab_size(self) -> int:
         """Rows of the head that stand for a token: the highest id + 1, which is len(tokenizer) where ids have no gap.
 
         Heads have more rows than that (padding, not the same in every size of a family).

@@ -250,7 +250,7 @@ def mean_nll(
     """Negative log-likelihood in nats per response token over the real vocabulary, by layer; the final one last."""
     layers = verbalizers.layers if verbalizers is not None else []
     sums: dict[int, float] = defaultdict(float)
-    num_tokens, head = 0, head_of(backbone).real(encoder.v_real)
+    num_tokens, head = 0, head_of(backbone).real(encoder.vocab_size)
     for indices in progress(batches, "perplexity", unit="batch"):
         batch = collate([encoder.encode(records[i]) for i in indices], pad_id=encoder.pad_id).to(backbone.device)
         capture = verbalizers.capture if verbalizers is not None else partial(backbone.capture, layers=[])

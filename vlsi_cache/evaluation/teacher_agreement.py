@@ -51,7 +51,7 @@ def against_cache(
     """
     header, is_top = cache.header, cache.header.row_kind == "top-k"
     check_tokenizer(header, encoder, encoder.name, where=cache.path)
-    head = head_of(backbone).real(header.v_real)
+    head = head_of(backbone).real(header.vocab_size)
     layers = [] if verbalizers is None else verbalizers.layers
     capture = partial(backbone.capture, layers=[]) if verbalizers is None else verbalizers.capture
     # Sums over the response tokens met so far.
@@ -71,7 +71,7 @@ def against_cache(
             rows.tail_ids_LTm,
             rows.tail_mass_LT,
             rows.entropy_LT,
-            v_real=header.v_real,
+            vocab_size=header.vocab_size,
             device=backbone.device,
         )
         # The last layer against the last one, then each verbalized layer against all.

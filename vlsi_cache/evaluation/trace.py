@@ -209,7 +209,7 @@ def _speak(
     max_new_tokens: int,
 ) -> tuple[Tensor, Tensor]:
     """Ids and probabilities that the layers say, [L, N]; what stands behind an end of turn is meaningless."""
-    head, device = head_of(backbone).real(encoder.v_real), backbone.device
+    head, device = head_of(backbone).real(encoder.vocab_size), backbone.device
     ids_LN = torch.empty(len(layers), 0, dtype=torch.long, device=device)
     probs_LN = torch.empty(len(layers), 0, device=device)
     has_ended_L = torch.zeros(len(layers), dtype=torch.bool, device=device)

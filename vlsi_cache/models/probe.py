@@ -282,15 +282,16 @@ def checked_backbone(model: Any, encoder: Encoder) -> Backbone:
 
 def check_vocabulary(encoder: Encoder, num_rows: int | None) -> None:
     """Raise ModelError where the tokenizer has ids that no row of the embedding stands for."""
-    if num_rows is None or encoder.v_real <= num_rows:
+    if num_rows is None or encoder.vocab_size <= num_rows:
         return
     above = sorted(index for index in encoder.id_of.values() if index >= num_rows)
     texts = ", ".join(f"`{text}`" for text in encoder.tokenizer.convert_ids_to_tokens(above[:NAMED_TOKENS]))
     more = f" and {len(above) - NAMED_TOKENS} more" if len(above) > NAMED_TOKENS else ""
     raise ModelError(
-        f"model `{encoder.name}`: its tokenizer has ids up to {encoder.v_real - 1} and its embedding {num_rows} rows: "
-        f"{texts}{more} stand for nothing. Resize the embedding (`model.resize_token_embeddings({encoder.v_real})`) "
-        "and save the model again, or take these tokens out of the tokenizer"
+        f"model `{encoder.name}`: its tokenizer has ids up to {encoder.vocab_size - 1} and its embedding {num_rows} "
+        f"rows: {texts}{more} stand for nothing. Resize the embedding "
+        f"(`model.resize_token_embeddings({encoder.vocab_size})`) and save the model again, or take these tokens out "
+        "of the tokenizer"
     )
 
 

@@ -60,7 +60,7 @@ def respond(model: Any, encoder: Encoder, records: Sequence[Record], decoding: D
 
 def _config(model: Any, encoder: Encoder, decoding: Decoding) -> GenerationConfig:
     drawn = {"temperature": decoding.temperature, "top_k": 0, "top_p": decoding.top_p} if decoding.temperature else {}
-    padding = list(range(encoder.v_real, model.get_output_embeddings().weight.shape[0]))
+    padding = list(range(encoder.vocab_size, model.get_output_embeddings().weight.shape[0]))
     return GenerationConfig(
         do_sample=bool(drawn),
         **drawn,

@@ -58,7 +58,7 @@ def describe_cache(path: Path) -> dict[str, Any]:
         "tail_samples": header.tail_samples,
         "taus": header.taus,
         "profile": header.profile,
-        "v_real": header.v_real,
+        "v_real": header.vocab_size,
         "token_texts": header.text_xxh3 is not None,
         "select_tokens": (header.spec.get("rows") or {}).get("select_tokens"),
         **_bytes(cache),

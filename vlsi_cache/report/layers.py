@@ -200,7 +200,7 @@ def _kl_sums(rows: SparseRows, num_compared: int) -> Sums:
 
 
 def _max_entropy(cache: "Cache") -> float:
-    return max(1e-6, math.log(cache.header.v_real))
+    return max(1e-6, math.log(cache.header.vocab_size))
 
 
 def _histograms(values_LT: np.ndarray, top: float) -> np.ndarray:

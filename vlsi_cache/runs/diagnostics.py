@@ -32,19 +32,19 @@ class Finding:
     text: str
 
 
-def verbalizer_findings(metrics: Metrics, *, v_real: int) -> list[Finding]:
+def verbalizer_findings(metrics: Metrics, *, vocab_size: int) -> list[Finding]:
     """Layers that say the response worse than a uniform guess after the training of their verbalizers."""
     if not is_finished(metrics, "verbalize"):
         return []
     _, layers = layer_curves(metrics, "verbalize")
     ends = {layer: _tenths(values)[1] for layer, values in layers.items()}
-    worse = [f"layer {layer} {nats:.1f}" for layer, nats in ends.items() if nats > math.log(v_real)]
+    worse = [f"layer {layer} {nats:.1f}" for layer, nats in ends.items() if nats > math.log(vocab_size)]
     if not worse:
         return []
     text = (
         "after their training the verbalizers say the response worse than a uniform guess would "
-        f"({math.log(v_real):.1f} nats per token, ln V): {', '.join(worse)}. They are barely trained: raise the steps "
-        "or the learning rate (`distill.verbalize` of a student, `train_verbalizers.schedule` of the teacher)"
+        f"({math.log(vocab_size):.1f} nats per token, ln V): {', '.join(worse)}. They are barely trained: raise the "
+        "steps or the learning rate (`distill.verbalize` of a student, `train_verbalizers.schedule` of the teacher)"
     )
     return [Finding("verbalizers_worse_than_uniform", text)]
 
@@ -62,8 +62,8 @@ def findings_of(run: RunFiles) -> list[Finding]:
     """All findings of a run folder; without the size of the vocabulary, which its cache knows, some are left out."""
     header = read_json(Path(run.record.get("cache") or "") / "cache.json") or {}
     stages = [stage for stage in run.record.get("stages") or [] if "v_real" in stage]
-    v_real = header.get("v_real") or (stages[0]["v_real"] if stages else None)
-    found = verbalizer_findings(run.metrics, v_real=v_real) if v_real else []
+    vocab_size = header.get("v_real") or (stages[0]["v_real"] if stages else None)
+    found = verbalizer_findings(run.metrics, vocab_size=vocab_size) if vocab_size else []
     return [*found, *interact_findings(run.metrics)]
 
 

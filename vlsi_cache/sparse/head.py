@@ -56,14 +56,14 @@ class Head:
         """A head, or the weight [V, D] of one that changes its logits in no way."""
         return head if isinstance(head, Head) else cls(head)
 
-    def real(self, v_real: int) -> "Head":
+    def real(self, vocab_size: int) -> "Head":
         """The rows of the real vocabulary; heads may have padding rows behind it."""
-        if not 0 < v_real <= self.num_rows:
-            raise ModelError(f"`v_real` is {v_real}, the head has {self.num_rows} rows")
-        if v_real == self.num_rows:
+        if not 0 < vocab_size <= self.num_rows:
+            raise ModelError(f"`vocab_size` is {vocab_size}, the head has {self.num_rows} rows")
+        if vocab_size == self.num_rows:
             return self
-        bias_V = None if self.bias_V is None else self.bias_V[:v_real]
-        return Head(self.weight_VD[:v_real], self.scale, self.cap, bias_V)
+        bias_V = None if self.bias_V is None else self.bias_V[:vocab_size]
+        return Head(self.weight_VD[:vocab_size], self.scale, self.cap, bias_V)
 
     @property
     def num_rows(self) -> int:

@@ -42,7 +42,7 @@ def sparse_kl(
     tau: float = 1.0,
     taus: Sequence[float] | None = None,
     weights_T: Tensor | None = None,
-    v_real: int | None = None,
+    vocab_size: int | None = None,
     logit_scale: float = 1.0,
     logit_cap: float | None = None,
     head_bias_V: Tensor | None = None,
@@ -55,35 +55,35 @@ def sparse_kl(
     `logit_cap`, for one whose head has a bias `head_bias_V`, or give a `vlsi_cache.Head`.
 
     `row` is a row of a cache, which knows its vocabulary and its temperatures; rows behind that vocabulary in the head
-    are padding and take no part. Any other object with the attributes of `SparseRows` (numpy or torch) needs `v_real`,
-    and `taus` for a `tau` other than 1. `layer` indexes its layers, `weights_T` weighs tokens. `tau` softens both sides
-    and must be one of the row's temperatures; value and gradient are those of tau^2 times the divergence. Rows of draws
-    (`rows.kind: sampled`) estimate forward_kl alone. Raises DataError, ModelError, SpecError.
+    are padding and take no part. Any other object with the attributes of `SparseRows` (numpy or torch) needs
+    `vocab_size`, and `taus` for a `tau` other than 1. `layer` indexes its layers, `weights_T` weighs tokens. `tau`
+    softens both sides and must be one of the row's temperatures; value and gradient are those of tau^2 times the
+    divergence. Rows of draws (`rows.kind: sampled`) estimate forward_kl alone. Raises DataError, ModelError, SpecError.
 
     >>> import torch
     >>> from vlsi_cache.sparse.topk import sample_uniforms, stack_layers, teacher_rows
     >>> head_VD, gold_T = torch.eye(8), torch.tensor([1, 2])
     >>> uniforms_LTm = sample_uniforms(0, "sample-id", 2, 1, 4)
-    >>> teacher = teacher_rows(3 * head_VD[gold_T], head_VD, gold_T, top_k=4, uniforms_Tm=uniforms_LTm[0], v_real=8)
+    >>> teacher = teacher_rows(3 * head_VD[gold_T], head_VD, gold_T, top_k=4, uniforms_Tm=uniforms_LTm[0], vocab_size=8)
     >>> row = stack_layers([teacher])
     >>> hidden_TD = torch.zeros(2, 8, requires_grad=True)
-    >>> loss = sparse_kl(hidden_TD, head_VD, row, v_real=8)
+    >>> loss = sparse_kl(hidden_TD, head_VD, row, vocab_size=8)
     >>> loss.backward()
     >>> round(loss.item(), 3), hidden_TD.grad.argmin(1).tolist()
     (1.005, [1, 2])
     """
     head = _scaled(head, logit_scale, logit_cap, head_bias_V)
-    v_real = _known("v_real", v_real, getattr(row, "v_real", None))
-    if v_real is None:
+    vocab_size = _known("vocab_size", vocab_size, getattr(row, "vocab_size", None))
+    if vocab_size is None:
         raise DataError(
             f"these rows do not carry the size of their vocabulary, and the head's {head.num_rows} rows may have "
-            "padding among them: say `v_real` (`cache.header.v_real`)"
+            "padding among them: say `vocab_size` (`cache.header.vocab_size`)"
         )
     grid = _known("taus", taus if taus is None else tuple(taus), getattr(row, "taus", None)) or (1.0,)
     num_layers = len(row.ids_LTK)
     if not -num_layers <= layer < num_layers:
         raise DataError(f"`layer` is {layer}, and the rows have {num_layers} layers")
-    head = head.real(v_real)
+    head = head.real(vocab_size)
     rows = LayerRows.of(
         row.ids_LTK[layer][None],
         row.logprobs_LTK[layer][None],
@@ -91,7 +91,7 @@ def sparse_kl(
         row.tail_mass_LT[layer][None],
         row.entropy_LT[layer][None],
         row.lse_LTn[layer][None],
-        v_real=head.num_rows,
+        vocab_size=head.num_rows,
         tau=tau,
         taus=grid,
         device=hidden_TD.device,
@@ -130,7 +130,7 @@ class LayerRows:
     tail_mass_LT: Tensor
     entropy_LT: Tensor
     index: BlockIndex
-    v_real: int
+    vocab_size: int
     tau: float
 
     @classmethod
@@ -143,7 +143,7 @@ class LayerRows:
         entropy_LT: Tensor | np.ndarray,
         lse_LTn: Tensor | np.ndarray | None = None,
         *,
-        v_real: int,
+        vocab_size: int,
         tau: float = 1.0,
         taus: Sequence[float] = (1.0,),
         device: torch.device | str = "cpu",
@@ -151,7 +151,7 @@ class LayerRows:
     ) -> "LayerRows":
         """Arrays of the cache (numpy or torch), to_device_async to the student's device.
 
-        Raises DataError for shapes that do not fit together, ids outside `v_real`, and a `tau` outside `taus`.
+        Raises DataError for shapes that do not fit together, ids outside `vocab_size`, and a `tau` outside `taus`.
         """
         device = torch.device(device)
         ids, tails = (_tensor(array).int() for array in (ids_LTK, tail_ids_LTm))
@@ -160,11 +160,11 @@ class LayerRows:
         )
         _check_shapes(ids, logprobs, tails, mass, entropy)
         if tau != 1.0:
-            logprobs, mass = _tempered(logprobs, mass, lse_LTn, tau, taus, v_real)
+            logprobs, mass = _tempered(logprobs, mass, lse_LTn, tau, taus, vocab_size)
         ids_LTX = torch.cat([ids, tails], -1)
         on_device_LTX = to_device_async(ids_LTX, device)
-        index = BlockIndex.of(ids_LTX, on_device_LTX, v_real=v_real, block=block or default_block(device))
-        return cls(on_device_LTX, logprobs, mass, entropy, index, v_real, tau)
+        index = BlockIndex.of(ids_LTX, on_device_LTX, vocab_size=vocab_size, block=block or default_block(device))
+        return cls(on_device_LTX, logprobs, mass, entropy, index, vocab_size, tau)
 
     @property
     def num_layers(self) -> int:
@@ -199,7 +199,7 @@ def candidate_kl(
     Nothing is read back from the device. With a head that requires a gradient, one loss can be taken and its logits are
     made again in the backward pass. Raises DataError or ModelError.
     """
-    head, hidden_TD = Head.of(head).real(rows.v_real), operand(hidden_TD)
+    head, hidden_TD = Head.of(head).real(rows.vocab_size), operand(hidden_TD)
     head.check(hidden_TD)
     if rows.num_tokens != hidden_TD.shape[0]:
         raise DataError(f"{hidden_TD.shape[0]} student hidden states, but rows of {rows.num_tokens} response tokens")
@@ -300,7 +300,7 @@ def _tempered(
     lse_LTn: Tensor | np.ndarray | None,
     tau: float,
     taus: Sequence[float],
-    v_real: int,
+    vocab_size: int,
 ) -> tuple[Tensor, Tensor]:
     """Log-probs and tail mass at another temperature of the grid, from the log-sum-exp that is stored for it."""
     if tau not in taus or 1.0 not in taus:
@@ -314,12 +314,12 @@ def _tempered(
     lse = to_device_async(_tensor(lse_LTn), logprobs_LTK.device).double()
     shift_LT = lse[..., list(taus).index(1.0)] / tau - lse[..., list(taus).index(tau)]
     tempered_LTK = (logprobs_LTK.double() / tau + shift_LT[..., None]).clamp(max=0)
-    tail_LT = _tempered_tail(logprobs_LTK.double(), tail_mass_LT.double(), tempered_LTK, shift_LT, tau, v_real)
+    tail_LT = _tempered_tail(logprobs_LTK.double(), tail_mass_LT.double(), tempered_LTK, shift_LT, tau, vocab_size)
     return tempered_LTK.to(logprobs_LTK.dtype), tail_LT.to(logprobs_LTK.dtype)
 
 
 def _tempered_tail(
-    logprobs_LTK: Tensor, tail_mass_LT: Tensor, tempered_LTK: Tensor, shift_LT: Tensor, tau: float, v_real: int
+    logprobs_LTK: Tensor, tail_mass_LT: Tensor, tempered_LTK: Tensor, shift_LT: Tensor, tau: float, vocab_size: int
 ) -> Tensor:
     """What the kept log-probs leave of 1; but they are rounded, so it stays within what the stored tail mass allows.
 
@@ -328,7 +328,7 @@ def _tempered_tail(
     """
     is_entry_LTK = logprobs_LTK != -math.inf
     last_LT = logprobs_LTK.masked_fill(~is_entry_LTK, 0.0).amin(-1)
-    log_others_LT = (v_real - is_entry_LTK.sum(-1)).clamp(min=1).double().log()
+    log_others_LT = (vocab_size - is_entry_LTK.sum(-1)).clamp(min=1).double().log()
     log_tail_LT = tail_mass_LT.log()
     each_LT = torch.minimum(torch.maximum(last_LT, log_tail_LT - log_others_LT), log_tail_LT)
     few_LT = torch.where(log_tail_LT > -math.inf, log_tail_LT + (1 / tau - 1) * each_LT + shift_LT, -math.inf)

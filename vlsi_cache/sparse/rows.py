@@ -40,7 +40,7 @@ class SparseRows:
 
     Kept entries come in descending probability, ties by the lowest id. `logprobs_LTK` is never renormalised;
     -inf marks padding. Tail samples are draws with replacement from the distribution outside the top-k.
-    `v_real` is the size of the real vocabulary and `taus` the temperatures of `lse_LTn`, where they are known: rows
+    `vocab_size` is the size of the real vocabulary and `taus` the temperatures of `lse_LTn`, where they are known: rows
     that come from a cache carry them.
     """
 
@@ -51,7 +51,7 @@ class SparseRows:
     entropy_LT: np.ndarray
     gold_logprob_LT: np.ndarray
     tail_mass_LT: np.ndarray
-    v_real: int | None = field(default=None, kw_only=True)
+    vocab_size: int | None = field(default=None, kw_only=True)
     taus: tuple[float, ...] | None = field(default=None, kw_only=True)
 
     @property
@@ -95,7 +95,7 @@ class SparseRows:
         return self._with({name: getattr(self, name)[:, index_T] for name in SHAPES})
 
     def _with(self, arrays: dict[str, np.ndarray]) -> "SparseRows":
-        return SparseRows(**arrays, v_real=self.v_real, taus=self.taus)
+        return SparseRows(**arrays, vocab_size=self.vocab_size, taus=self.taus)
 
     def padded_to(self, width: int) -> "SparseRows":
         """The same rows with `width` entries: padding is id 0 with log-prob -inf."""
@@ -107,7 +107,7 @@ class SparseRows:
 
     @staticmethod
     def concat(rows: Sequence["SparseRows"]) -> "SparseRows":
-        """Join rows of equal L, m, n, `v_real` and `taus` along the tokens; rows of smaller K are padded."""
+        """Join rows of equal L, m, n, `vocab_size` and `taus` along the tokens; rows of smaller K are padded."""
         if not rows:
             raise DataError("no rows to concatenate")
         widest = max(row.top_k for row in rows)
@@ -116,19 +116,21 @@ class SparseRows:
             found = {(getattr(row, name).shape[0], *getattr(row, name).shape[2:]) for row in rows}
             if len(found) > 1:
                 raise DataError(f"`{name}` of the rows to concatenate differ in shape outside the tokens: {found}")
-        if len(origins := {(row.v_real, row.taus) for row in rows}) > 1:
-            raise DataError(f"the rows to concatenate differ in (v_real, taus): {sorted(map(str, origins))}")
+        if len(origins := {(row.vocab_size, row.taus) for row in rows}) > 1:
+            raise DataError(f"the rows to concatenate differ in (vocab_size, taus): {sorted(map(str, origins))}")
         joined = {name: np.concatenate([getattr(row, name) for row in rows], axis=1) for name in SHAPES}
         return rows[0]._with(joined)
 
-    def validate(self, v_real: int) -> None:
-        """Raise DataError naming the first layer index and token that is wrong; `v_real` is the real vocabulary."""
+    def validate(self, vocab_size: int) -> None:
+        """Raise DataError naming the first layer index and token that is wrong; `vocab_size` is the real vocabulary."""
         self._check_shapes()
         for name in ("lse_LTn", "entropy_LT", "tail_mass_LT"):
             _refuse(~np.isfinite(getattr(self, name)), self, name, "is not finite")
         for name in ("ids_LTK", "tail_ids_LTm"):
             ids = getattr(self, name)
-            _refuse((ids < 0) | (ids >= v_real), self, name, f"is outside the real vocabulary of {v_real} tokens")
+            _refuse(
+                (ids < 0) | (ids >= vocab_size), self, name, f"is outside the real vocabulary of {vocab_size} tokens"
+            )
         for name in ("logprobs_LTK", "gold_logprob_LT"):
             _refuse(np.isnan(getattr(self, name)), self, name, "is not a number")
             _refuse(getattr(self, name) > 0, self, name, "is above 0, so it is no log-prob")

@@ -47,12 +47,12 @@ def teacher_rows(
     *,
     top_k: int,
     uniforms_Tm: np.ndarray | Tensor,
-    v_real: int,
+    vocab_size: int,
     taus: Sequence[float] = (1.0,),
     block: int = 16384,
     compiled: bool = False,
 ) -> dict[str, Tensor]:
-    """The sparse rows of one layer, over the first `v_real` rows of the head (or of its weight).
+    """The sparse rows of one layer, over the first `vocab_size` rows of the head (or of its weight).
 
     `hidden_TD` is what enters the head. Logits are fp32 for any dtype and ties go to the lowest id. A tail whose mass
     underflows to 0 has nothing to draw from: its samples are the lowest id outside the top-k, of weight 0.
@@ -66,14 +66,14 @@ def teacher_rows(
     `gold_logprob_T`, `tail_mass_T`, all float32 but the ids. Raises SpecError or ModelError.
     """
     uniforms_Tm = torch.as_tensor(uniforms_Tm, dtype=torch.float64, device=hidden_TD.device)
-    head = Head.of(head).real(v_real)
+    head = Head.of(head).real(vocab_size)
     head.check(hidden_TD)
-    _check_request(gold_ids_T, top_k, uniforms_Tm, v_real, taus, hidden_TD.shape[0])
+    _check_request(gold_ids_T, top_k, uniforms_Tm, vocab_size, taus, hidden_TD.shape[0])
     if hidden_TD.dtype == torch.float64:
         hidden_TD = hidden_TD.float()
     # Autocast would turn the fp32 products into bf16 behind our back.
     with torch.no_grad(), torch.autocast(hidden_TD.device.type, enabled=False):
-        width = math.ceil(max(min(block, v_real), top_k + 1) / GROUP) * GROUP
+        width = math.ceil(max(min(block, vocab_size), top_k + 1) / GROUP) * GROUP
         scan = _scan(hidden_TD, head, gold_ids_T.to(hidden_TD.device), top_k, tuple(taus), width, compiled)
         rows, inside_TCK, scale_TC = _finish(scan, top_k)
         rows["tail_ids_Tm"] = _draw(scan, hidden_TD, head, uniforms_Tm, inside_TCK, scale_TC, rows["ids_TK"])
@@ -129,16 +129,16 @@ class _Scan:
 
 
 def _check_request(
-    gold_T: Tensor, top_k: int, uniforms_Tm: Tensor, v_real: int, taus: Sequence[float], num_tokens: int
+    gold_T: Tensor, top_k: int, uniforms_Tm: Tensor, vocab_size: int, taus: Sequence[float], num_tokens: int
 ) -> None:
-    if not 1 <= top_k <= v_real:
-        raise SpecError(f"`top_k` is {top_k}, it must be from 1 to the {v_real} tokens of the real vocabulary")
+    if not 1 <= top_k <= vocab_size:
+        raise SpecError(f"`top_k` is {top_k}, it must be from 1 to the {vocab_size} tokens of the real vocabulary")
     if uniforms_Tm.ndim != 2 or uniforms_Tm.shape[0] != num_tokens or gold_T.shape != (num_tokens,):
         raise ModelError(
             f"{num_tokens} hidden states, but gold ids of shape {list(gold_T.shape)} "
             f"and uniforms of shape {list(uniforms_Tm.shape)}"
         )
-    if top_k == v_real and uniforms_Tm.shape[1]:
+    if top_k == vocab_size and uniforms_Tm.shape[1]:
         raise SpecError(f"`top_k` {top_k} keeps the whole vocabulary: no tail is left for tail samples, ask for 0")
     if not taus or min(taus) <= 0:
         raise SpecError(f"`taus` must be positive temperatures, found {list(taus)}")
@@ -147,8 +147,8 @@ def _check_request(
 def _scan(
     hidden_TD: Tensor, head: Head, gold_T: Tensor, top_k: int, taus: tuple[float, ...], width: int, compiled: bool
 ) -> _Scan:
-    num_tokens, v_real = hidden_TD.shape[0], head.num_rows
-    num_blocks = math.ceil(v_real / width)
+    num_tokens, vocab_size = hidden_TD.shape[0], head.num_rows
+    num_blocks = math.ceil(vocab_size / width)
     buffer = hidden_TD.new_empty(num_tokens * width, dtype=torch.float32)
     scan = _Scan(
         values_TCK=buffer.new_empty((num_tokens, num_blocks, top_k)),
@@ -160,8 +160,8 @@ def _scan(
         gold_T=buffer.new_full((num_tokens,), math.nan),
         taus=taus,
     )
-    for index, start in enumerate(range(0, v_real, width)):
-        real = min(width, v_real - start)
+    for index, start in enumerate(range(0, vocab_size, width)):
+        real = min(width, vocab_size - start)
         # Contiguous also where the block is narrow: CUDA writes a mixed product into nothing else.
         z_TB = head.logits_into(buffer[: num_tokens * real].view(num_tokens, real), hidden_TD, start)
         offset_T = gold_T - start

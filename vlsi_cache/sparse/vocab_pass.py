@@ -70,13 +70,13 @@ class BlockIndex:
     ends: list[int]  # where the entries of each (block, row) end
 
     @classmethod
-    def of(cls, ids_LTX: Tensor, on_device_LTX: Tensor, *, v_real: int, block: int) -> "BlockIndex":
+    def of(cls, ids_LTX: Tensor, on_device_LTX: Tensor, *, vocab_size: int, block: int) -> "BlockIndex":
         """From int32 ids, twice: those on the CPU cost a GPU no synchronisation. Raises DataError for unknown ids."""
         num_layers, num_tokens, per_token = ids_LTX.shape
         low, high = (int(x) for x in torch.aminmax(ids_LTX)) if ids_LTX.numel() else (0, 0)
-        if low < 0 or high >= v_real:
-            raise DataError(f"token ids go from {low} to {high}, outside the real vocabulary of {v_real} tokens")
-        num_blocks = math.ceil(v_real / block)
+        if low < 0 or high >= vocab_size:
+            raise DataError(f"token ids go from {low} to {high}, outside the real vocabulary of {vocab_size} tokens")
+        num_blocks = math.ceil(vocab_size / block)
         layers_L11 = torch.arange(num_layers, device=ids_LTX.device, dtype=torch.int32)[:, None, None]
         counts = torch.bincount(
             (ids_LTX // block * num_layers + layers_L11).flatten(), minlength=num_blocks * num_layers
@@ -89,7 +89,7 @@ class BlockIndex:
         tokens_T1 = torch.arange(num_tokens, device=on_device_LTX.device, dtype=torch.int32)[:, None]
         slots_LTX = (on_device_LTX % block).add_(tokens_T1 * block)
         # The last block is narrower.
-        slots_LTX.sub_((on_device_LTX >= last) * (tokens_T1 * (last + block - v_real)))
+        slots_LTX.sub_((on_device_LTX >= last) * (tokens_T1 * (last + block - vocab_size)))
         return cls(block, (num_layers, num_tokens, per_token), order_N, slots_LTX.flatten()[order_N], ends)
 
     def window(self, rows: range) -> "IndexWindow":

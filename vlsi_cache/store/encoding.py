@@ -45,9 +45,9 @@ def check_sample_arrays(folder: Path, header: CacheHeader, record: PartRecord, a
                 file=folder / name,
             )
     ids = arrays["response_ids"]
-    if ids.size and int(ids.max()) >= header.v_real:
+    if ids.size and int(ids.max()) >= header.vocab_size:
         path = folder / "response_ids"
-        raise CacheCorruptError(f"`{path}`: id {ids.max()}, the vocabulary is {header.v_real}", file=path)
+        raise CacheCorruptError(f"`{path}`: id {ids.max()}, the vocabulary is {header.vocab_size}", file=path)
     positions_T = arrays["positions"].astype(np.int64)
     rows_S = np.array(record.sample_tokens, np.int64)
     sample_T = np.repeat(np.arange(len(rows_S)), rows_S)
@@ -105,8 +105,8 @@ def check_entries(folder: Path, header: CacheHeader, arrays: Mapping[str, Any], 
 
 def check_block(header: CacheHeader, name: str, values_TK: np.ndarray) -> None:
     """ValueError for ids outside the vocabulary, or log-probs that are none, in a block of a memory-mapped array."""
-    if name == "ids" and values_TK.size and int(values_TK.max()) >= header.v_real:
-        raise ValueError(f"id {values_TK.max()}, the vocabulary is {header.v_real}")
+    if name == "ids" and values_TK.size and int(values_TK.max()) >= header.vocab_size:
+        raise ValueError(f"id {values_TK.max()}, the vocabulary is {header.vocab_size}")
     if name == "logprobs" and values_TK.size:
         token = _first_bad(header, values_TK.reshape(-1), values_TK.shape[1], undone=False)
         if token is not None:
@@ -201,7 +201,7 @@ def by_layer(table_LV: np.ndarray, index_LTx: np.ndarray) -> np.ndarray:
     """`table_LV[l, index_LTx[l]]` for every layer."""
     out_LTx = np.empty(index_LTx.shape, table_LV.dtype)
     for table_V, index_Tx, out_Tx in zip(table_LV, index_LTx, out_LTx, strict=True):
-        np.take(table_V, index_Tx, out=out_Tx, mode="clip")  # ids and ranks are checked where they enter
+        np.take(table_V, index_Tx, out=out_Tx, mode="clip")  # ids and places are checked where they enter
     return out_LTx
 
 
@@ -266,7 +266,7 @@ def undone_values(header: CacheHeader, values_LTK: np.ndarray, tail_mass_LT: np.
 def padded(
     header: CacheHeader, flat: dict[str, list[np.ndarray]], kept_LT: np.ndarray, spans: Sequence[tuple[int, int]]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(ranks [L, T, K], stored values [L, T, K], mask of what is an entry) of entries `spans[l]` of each layer.
+    """(places [L, T, K], stored values [L, T, K], mask of what is an entry) of entries `spans[l]` of each layer.
 
     K is the width of the widest of these rows, `kept_LT` their widths.
     """
@@ -280,9 +280,9 @@ def padded(
     return both[0], both[1], mask_LTK
 
 
-def check_ranks(header: CacheHeader, arrays: Arrays) -> None:
+def check_places(header: CacheHeader, arrays: Arrays) -> None:
     """ValueError when a rank is outside the vocabulary. Memory-mapped arrays are checked where they are sliced."""
     for name in ("ids", "tail_ids"):
         for piece in arrays[name] if isinstance(arrays.get(name), list) else [arrays.get(name)]:
-            if isinstance(piece, np.ndarray) and piece.size and int(piece.max()) >= header.v_real:
-                raise ValueError(f"`{name}`: rank {piece.max()}, the vocabulary is {header.v_real}")
+            if isinstance(piece, np.ndarray) and piece.size and int(piece.max()) >= header.vocab_size:
+                raise ValueError(f"`{name}`: place {piece.max()}, the vocabulary is {header.vocab_size}")

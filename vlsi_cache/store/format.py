@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import numpy as np
 import xxhash
 from pydantic import (
+    AliasChoices,
     BaseModel,
     ConfigDict,
     Field,
@@ -37,7 +38,7 @@ MAX_TAUS = 64
 MAX_TAIL = 1 << 16
 MAX_WIDTH = 1 << 31
 MAX_VOCABULARY = 1 << 24
-MAX_RANKS = 1 << 28  # layers times tokens: what the table of ids by rank takes
+MAX_PLACES = 1 << 28  # layers times tokens: what the table of ids by their place takes
 MAX_COUNT = 1 << 48  # samples, tokens, entries, bytes of a file
 MAX_DEPTH = 100  # caches made of caches made of caches
 # Blosc packs a constant block of 2 MiB into some 80 bytes; no honest array shrinks more.
@@ -54,14 +55,16 @@ def shown(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def check_numbers(layers: Sequence[int], top_k: Sequence[int], taus: Sequence[float], v_real: int, widest: int) -> None:
+def check_numbers(
+    layers: Sequence[int], top_k: Sequence[int], taus: Sequence[float], vocab_size: int, widest: int
+) -> None:
     """Raise ValueError for layers, widths or temperatures that no cache can have."""
     if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= MAX_COUNT:
         raise ValueError(f"`layers` must be distinct and ascending, got {shown(list(layers))}")
-    if not 1 <= v_real <= MAX_VOCABULARY or v_real * len(layers) > MAX_RANKS:
+    if not 1 <= vocab_size <= MAX_VOCABULARY or vocab_size * len(layers) > MAX_PLACES:
         raise ValueError(
-            f"impossible: v_real {v_real} with {len(layers)} layers; at most {MAX_VOCABULARY} tokens, and {MAX_RANKS} "
-            "ranks of all layers"
+            f"impossible: v_real {vocab_size} with {len(layers)} layers; at most {MAX_VOCABULARY} tokens, and "
+            f"{MAX_PLACES} places in the vocabulary order of all layers"
         )
     if len(top_k) != len(layers) or not all(1 <= k <= widest for k in top_k):
         raise ValueError(f"`top_k` must be 1 to {widest} for each of {len(layers)} layers, got {shown(list(top_k))}")
@@ -143,13 +146,14 @@ IDENTITY_FIELDS = (
     "truncated",
     "tail_samples",
     "taus",
-    "v_real",
+    "vocab_size",
     "profile",
     "num_parts",
     "num_samples",
     "num_response_tokens",
     "id_of_rank_xxh3",
 )
+STORED_NAMES = {"vocab_size": "v_real"}  # fields of `cache.json` that go by another word here
 Record = TypeVar("Record", bound="StrictRecord")
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 OfLayers = Field(max_length=MAX_LAYERS)
@@ -191,7 +195,7 @@ class CacheHeader(StrictRecord):
     truncated: bool = False
     tail_samples: Annotated[int, Field(ge=0, le=MAX_TAIL)]
     taus: Annotated[list[float], Field(max_length=MAX_TAUS)] = [1.0]
-    v_real: int
+    vocab_size: int = Field(validation_alias=AliasChoices("v_real", "vocab_size"))
     profile: Literal["default", "exact", "fast"] = "default"
     num_parts: Annotated[int, Field(ge=0, le=MAX_PARTS)]
     num_samples: Count
@@ -207,7 +211,11 @@ class CacheHeader(StrictRecord):
     @model_validator(mode="after")
     def _counts_make_sense(self) -> "CacheHeader":
         check_numbers(
-            self.layers, self.top_k, self.taus, self.v_real, self.v_real if self.row_kind == "top-k" else MAX_WIDTH
+            self.layers,
+            self.top_k,
+            self.taus,
+            self.vocab_size,
+            self.vocab_size if self.row_kind == "top-k" else MAX_WIDTH,
         )
         if self.layers[-1] != self.num_model_layers:
             raise ValueError(
@@ -215,8 +223,8 @@ class CacheHeader(StrictRecord):
             )
         if self.row_kind == "sampled" and (self.tail_samples or not self.truncated):
             raise ValueError("sampled rows have no tail samples and differ in width: `truncated` must be true")
-        if self.num_head_ranks > self.v_real:
-            raise ValueError(f"impossible: num_head_ranks {self.num_head_ranks} of {self.v_real} tokens")
+        if self.num_head_ranks > self.vocab_size:
+            raise ValueError(f"impossible: num_head_ranks {self.num_head_ranks} of {self.vocab_size} tokens")
         check_origin(
             spec=self.spec,
             fingerprint=self.fingerprint,
@@ -231,7 +239,8 @@ class CacheHeader(StrictRecord):
         """These came after the first caches of this format: a header that does without is what it always was."""
         unused = {"responses"} if not self.responses else set()
         unused |= {"contract"} if self.contract == 1 else set()
-        return {name: value for name, value in dump(self).items() if name not in unused}
+        stored = {STORED_NAMES.get(name, name): value for name, value in dump(self).items()}
+        return {name: value for name, value in stored.items() if name not in unused}
 
     @property
     def widest(self) -> int:
@@ -246,14 +255,14 @@ class CacheHeader(StrictRecord):
     @property
     def digest(self) -> str:
         """SHA-256 over the fingerprint and the identity fields; every part carries it, so a foreign part is noticed."""
-        identity = {name: getattr(self, name) for name in IDENTITY_FIELDS}
+        identity = {STORED_NAMES.get(name, name): getattr(self, name) for name in IDENTITY_FIELDS}
         if self.contract != 1:
             identity["contract"] = self.contract
         return hashlib.sha256(canonical_json({"fingerprint": self.fingerprint, **identity})).hexdigest()
 
     @property
     def id_dtype(self) -> np.dtype:
-        return np.dtype(np.uint16 if self.v_real <= 65536 else np.uint32)
+        return np.dtype(np.uint16 if self.vocab_size <= 65536 else np.uint32)
 
     def layer_indices(self, layers: Iterable[int | str] | None) -> list[int]:
         """Rows of the layer axis for model layer numbers (or "last"); None is all of them."""
@@ -485,11 +494,11 @@ def part_specs(header: CacheHeader, record: PartRecord) -> dict[str, ArraySpec]:
     )
 
 
-def vocab_specs(v_real: int, heads: tuple[int, int], num_text_bytes: int | None) -> dict[str, ArraySpec]:
+def vocab_specs(vocab_size: int, heads: tuple[int, int], num_text_bytes: int | None) -> dict[str, ArraySpec]:
     """The arrays of `vocab/`; the texts of the tokens may be missing."""
-    specs = {"id_of_rank": _whole((v_real,), "uint32"), "heads": _whole(heads, "uint32")}
+    specs = {"id_of_rank": _whole((vocab_size,), "uint32"), "heads": _whole(heads, "uint32")}
     if num_text_bytes is not None:
-        specs |= {"text": _whole((num_text_bytes,), "uint8"), "text_offsets": _whole((v_real + 1,), "int64")}
+        specs |= {"text": _whole((num_text_bytes,), "uint8"), "text_offsets": _whole((vocab_size + 1,), "int64")}
     return specs
 
 

@@ -1,7 +1,7 @@
 """The head of a cache: `cache.json`, the files of `vocab/`, and their second copy `vocab-copy/`.
 
-Without the vocabulary order no rank becomes a token id. `cache.json` says how long every file is and what it hashes to,
-so that either copy can be judged by itself, and what is broken in the one is taken from the other.
+Without the vocabulary order no stored number becomes a token id. `cache.json` says how long every file is and what it
+hashes to, so that either copy can be judged by itself, and what is broken in the one is taken from the other.
 """
 
 import json
@@ -20,21 +20,21 @@ from vlsi_cache.io import check_folder
 from . import commit
 from .files import hash_file, load_header, refuse_elsewhere, repair_hint
 from .format import HEADER_NAME, IDENTITY_FIELDS, VOCAB_COPY_NAME, VOCAB_NAME, CacheHeader, FileRecord, sealed_json
-from .vocab_order import RankTable, read_vocab, read_vocab_text, write_vocab
+from .vocab_order import VocabOrder, read_vocab, read_vocab_text, write_vocab
 
 VOCAB_NAMES = (VOCAB_NAME, VOCAB_COPY_NAME)
 
 
-def load_vocab(root: Path, header: CacheHeader) -> RankTable:
-    """The frequency ranks, checked against cache.json."""
+def load_vocab(root: Path, header: CacheHeader) -> VocabOrder:
+    """The order of the vocabulary, checked against cache.json."""
     try:
-        ranks = read_vocab(root / VOCAB_NAME, header.v_real, (len(header.layers), header.num_head_ranks))
+        vocab_order = read_vocab(root / VOCAB_NAME, header.vocab_size, (len(header.layers), header.num_head_ranks))
     except CacheCorruptError as error:
         error.hint = error.hint or repair_hint(root)
         raise
-    _check_vocab(root, "id_of_rank", ranks.digest, header.id_of_rank_xxh3)
+    _check_vocab(root, "id_of_rank", vocab_order.digest, header.id_of_rank_xxh3)
     try:
-        return ranks.checked(len(header.layers), header.v_real)
+        return vocab_order.checked(len(header.layers), header.vocab_size)
     except SpecError as error:
         raise CacheCorruptError(f"`{root / VOCAB_NAME}`: {error}", file=root / VOCAB_NAME) from error
 
@@ -42,7 +42,7 @@ def load_vocab(root: Path, header: CacheHeader) -> RankTable:
 def load_texts(root: Path, header: CacheHeader) -> tuple[bytes, np.ndarray]:
     """Text of all tokens as UTF-8, and the offset of each, int64 [V + 1]; checked against cache.json."""
     try:
-        text, offsets = read_vocab_text(root / VOCAB_NAME, header.v_real)
+        text, offsets = read_vocab_text(root / VOCAB_NAME, header.vocab_size)
     except CacheCorruptError as error:
         error.hint = error.hint or repair_hint(root)
         raise
@@ -140,14 +140,14 @@ def _file_names(folder: Path) -> list[str]:
 
 
 MAX_SHOWN = 120  # characters of a differing fingerprint value in a message
-Ranks = RankTable | Callable[[], RankTable]
+OrderOrMaker = VocabOrder | Callable[[], VocabOrder]
 TokenTexts = Callable[[], Sequence[str]] | None
 
 
 def publish_header(
-    root: Path, header: CacheHeader, ranks: Ranks, token_texts: TokenTexts
-) -> tuple[CacheHeader, RankTable]:
-    """Create the cache at `root` or join the one that is there; its header and its frequency ranks.
+    root: Path, header: CacheHeader, vocab_order: OrderOrMaker, token_texts: TokenTexts
+) -> tuple[CacheHeader, VocabOrder]:
+    """Create the cache at `root` or join the one that is there; its header and its order of the vocabulary.
 
     Raises FingerprintMismatchError with every field that differs, SpecError when the folder is something else.
     """
@@ -157,7 +157,7 @@ def publish_header(
     else:
         root.mkdir(parents=True, exist_ok=True)
         _refuse_foreign_directory(root)
-    table = _publish_vocab(root, header, ranks, token_texts)
+    table = _publish_vocab(root, header, vocab_order, token_texts)
     if not (root / HEADER_NAME).exists():
         _create_header(root, header, table)
     stored = load_header(root)
@@ -169,11 +169,11 @@ def publish_header(
     return stored, table
 
 
-def _create_header(root: Path, header: CacheHeader, table: RankTable) -> None:
+def _create_header(root: Path, header: CacheHeader, table: VocabOrder) -> None:
     complete = {
         "id_of_rank_xxh3": table.digest,
         "num_head_ranks": table.heads_LH.shape[1],
-        "text_xxh3": _text_digest(root, header.v_real),
+        "text_xxh3": _text_digest(root, header.vocab_size),
         "vocab_files": vocab_files(root),
     }
     with commit.tmp_path(root, HEADER_NAME) as tmp, commit.disk_full_is_an_error(root, 0):
@@ -205,13 +205,13 @@ def _refuse_foreign_directory(root: Path) -> None:
         )
 
 
-def _publish_vocab(root: Path, header: CacheHeader, ranks: Ranks, token_texts: TokenTexts) -> RankTable:
-    """Write `vocab/` unless it is there; the ranks that are there in the end."""
-    v_real, num_layers = header.v_real, len(header.layers)
+def _publish_vocab(root: Path, header: CacheHeader, vocab_order: OrderOrMaker, token_texts: TokenTexts) -> VocabOrder:
+    """Write `vocab/` unless it is there; the order that is there in the end."""
+    vocab_size, num_layers = header.vocab_size, len(header.layers)
     if not (root / VOCAB_NAME).exists():
-        table = (ranks if isinstance(ranks, RankTable) else ranks()).checked(num_layers, v_real)
+        table = (vocab_order if isinstance(vocab_order, VocabOrder) else vocab_order()).checked(num_layers, vocab_size)
         _refuse_other_table(root, table)
-        text, offsets = _joined(token_texts, v_real)
+        text, offsets = _joined(token_texts, vocab_size)
         need_bytes = table.id_of_rank_V.nbytes + table.heads_LH.nbytes + len(text or b"")
         commit.check_free_space(root, need_bytes)
         with commit.tmp_path(root, VOCAB_NAME) as tmp, commit.disk_full_is_an_error(root, need_bytes):
@@ -220,14 +220,14 @@ def _publish_vocab(root: Path, header: CacheHeader, ranks: Ranks, token_texts: T
             commit.publish_dir(tmp, root / VOCAB_NAME)
     try:
         heads = num_layers, num_head_ranks(root)
-        return read_vocab(root / VOCAB_NAME, v_real, heads).checked(num_layers, v_real)
+        return read_vocab(root / VOCAB_NAME, vocab_size, heads).checked(num_layers, vocab_size)
     except (CacheCorruptError, SpecError) as error:
         what = f"`{root / VOCAB_NAME}` is damaged ({error})"
         raise CacheCorruptError(what, file=root / VOCAB_NAME, hint=_remedy(root)) from error
 
 
-def _refuse_other_table(root: Path, table: RankTable) -> None:
-    """A lost table may only be made again if it comes out the same: the parts hold its ranks."""
+def _refuse_other_table(root: Path, table: VocabOrder) -> None:
+    """A lost table may only be made again if it comes out the same: the parts hold places in it."""
     if (root / HEADER_NAME).exists() and (wanted := load_header(root).id_of_rank_xxh3) != table.digest:
         raise CacheCorruptError(
             f"`{root / VOCAB_NAME}` is lost, and the table made anew is another (xxh3 {table.digest}, cache.json says "
@@ -254,20 +254,20 @@ def num_head_ranks(root: Path) -> int:
         raise CacheCorruptError(f"`{path}` cannot be read: {error}", file=path) from error
 
 
-def _joined(token_texts: TokenTexts, v_real: int) -> tuple[bytes | None, np.ndarray | None]:
+def _joined(token_texts: TokenTexts, vocab_size: int) -> tuple[bytes | None, np.ndarray | None]:
     if token_texts is None:
         return None, None
     texts = token_texts()
-    if len(texts) != v_real:
-        raise SpecError(f"{len(texts)} token texts for a vocabulary of {v_real}")
+    if len(texts) != vocab_size:
+        raise SpecError(f"{len(texts)} token texts for a vocabulary of {vocab_size}")
     pieces = [text.encode("utf-8", "replace") for text in texts]
     return b"".join(pieces), np.concatenate([[0], np.cumsum([len(piece) for piece in pieces])]).astype(np.int64)
 
 
-def _text_digest(root: Path, v_real: int) -> str | None:
+def _text_digest(root: Path, vocab_size: int) -> str | None:
     if not (root / VOCAB_NAME / "text").is_dir():
         return None
-    return xxhash.xxh3_64_hexdigest(read_vocab_text(root / VOCAB_NAME, v_real)[0])
+    return xxhash.xxh3_64_hexdigest(read_vocab_text(root / VOCAB_NAME, vocab_size)[0])
 
 
 def _compare(root: Path, stored: CacheHeader, asked: CacheHeader) -> None:

@@ -20,7 +20,7 @@ from .encoding import (
     by_layer,
     check_block,
     check_entries,
-    check_ranks,
+    check_places,
     check_sample_arrays,
     check_scalars,
     decode_values,
@@ -44,7 +44,7 @@ from .format import (
 
 @dataclass(frozen=True)
 class Row(SparseRows):
-    """One sample: its sparse rows, and what ties them to the training record. `v_real` and `taus` are the cache's."""
+    """One sample: its sparse rows, and what ties them to the training record; `vocab_size`, `taus` are the cache's."""
 
     sample_id: str
     kind: str
@@ -59,7 +59,7 @@ class Part:
 
     `arrays` holds the layered arrays [L, T, ...] of the layer rows that were asked for; where rows differ in width, one
     array per layer for the entries, and their offsets by token under `edges` [L, T + 1]. `id_of_rank_LV` is of the
-    same layers; None when ranks are ids. `is_undone`: see encoding.UNDO; otherwise everything is as on the disk.
+    same layers; None when ids are stored. `is_undone`: see encoding.UNDO; otherwise everything is as on the disk.
     """
 
     header: CacheHeader
@@ -116,7 +116,7 @@ class Part:
             digest=record.digests[index],
             response_ids_R=response_ids_R,
             positions_T=arrays["positions"][tokens],
-            v_real=self.header.v_real,
+            vocab_size=self.header.vocab_size,
             taus=tuple(self.header.taus),
         )
 
@@ -139,10 +139,10 @@ class Part:
         logprobs_LTK = decode_values(self.header, stored_LTK, tail_mass_LT, mask_LTK)
         return np.where(mask_LTK, self._ids(ranks_LTK), 0), logprobs_LTK
 
-    def _ids(self, ranks: np.ndarray) -> np.ndarray:
+    def _ids(self, places: np.ndarray) -> np.ndarray:
         if self.id_of_rank_LV is not None:
-            return by_layer(self.id_of_rank_LV, ranks)
-        return ranks
+            return by_layer(self.id_of_rank_LV, places)
+        return places
 
     def check(self) -> None:
         """What reading does not look at, or not before it is needed: blocks of memory-mapped arrays, the metadata for
@@ -247,7 +247,7 @@ def _read_ragged(folder: Path, header: CacheHeader, specs: dict[str, ArraySpec],
 def _check_values(folder: Path, header: CacheHeader, arrays: Arrays, *, undone: bool) -> None:
     """Values that no writer produces."""
     try:
-        check_ranks(header, arrays)
+        check_places(header, arrays)
     except ValueError as error:
         raise CacheCorruptError(f"`{folder}`: {error}", file=folder) from None
     check_scalars(folder, arrays)

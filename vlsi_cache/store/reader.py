@@ -33,7 +33,7 @@ from .format import HEADER_NAME, CacheHeader, PartRecord, list_parts, part_dir
 from .header import is_interrupted_start, load_texts, load_vocab
 from .lineage import resume_command
 from .part import Part, Row, load_part
-from .vocab_order import RankTable
+from .vocab_order import VocabOrder
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -62,7 +62,7 @@ class Cache(Mapping[str, Row]):
         self._order: np.ndarray | None = None
         self._parts: OrderedDict[tuple[int, tuple[int, ...], bool], Part] = OrderedDict()
         self._known: Known = {}
-        self._ranks: RankTable | None = None
+        self._vocab_order: VocabOrder | None = None
         self._ids_LV: np.ndarray | None = None
         self._texts: tuple[bytes, np.ndarray] | None = None
         self._lock = threading.RLock()
@@ -89,12 +89,12 @@ class Cache(Mapping[str, Row]):
         return len(self.parts) == self.header.num_parts
 
     @property
-    def ranks(self) -> RankTable:
-        """What turns frequency ranks into token ids, checked against cache.json."""
+    def vocab_order(self) -> VocabOrder:
+        """What turns stored numbers into token ids, checked against cache.json."""
         with self._lock:
-            if self._ranks is None:
-                self._ranks = load_vocab(self.path, self.header)
-            return self._ranks
+            if self._vocab_order is None:
+                self._vocab_order = load_vocab(self.path, self.header)
+            return self._vocab_order
 
     def token_text(self, token: int) -> str | None:
         """The text of a token, from the cache itself; None when the cache carries no texts."""
@@ -180,7 +180,7 @@ class Cache(Mapping[str, Row]):
             if key in self._parts:
                 self._parts.move_to_end(key)
                 return self._parts[key]
-        ids_LV = self._ids_of_ranks()
+        ids_LV = self._ids_by_place()
         chosen_LV = None if ids_LV is None else ids_LV[list(key[1])]
         part = load_part(self.path, self.header, index, key[1], chosen_LV, undone=undone, known=self._known)
         if keep:
@@ -190,11 +190,11 @@ class Cache(Mapping[str, Row]):
                     self._parts.popitem(last=False)
         return part
 
-    def _ids_of_ranks(self) -> np.ndarray | None:
-        """uint32 [L, V]; None when every rank is its own id, as in the `fast` profile."""
+    def _ids_by_place(self) -> np.ndarray | None:
+        """uint32 [L, V]; None when every place is its own id, as in the `fast` profile."""
         with self._lock:
-            if self._ids_LV is None and not self.ranks.is_identity:
-                self._ids_LV = self.ranks.ids_LV()
+            if self._ids_LV is None and not self.vocab_order.is_identity:
+                self._ids_LV = self.vocab_order.ids_LV()
             return self._ids_LV
 
     def sample_table(self) -> "pa.Table":

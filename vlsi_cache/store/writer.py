@@ -34,8 +34,8 @@ from .format import (
     response_digest,
     sealed_json,
 )
-from .header import Ranks, TokenTexts, publish_header
-from .vocab_order import RankTable
+from .header import OrderOrMaker, TokenTexts, publish_header
+from .vocab_order import VocabOrder
 
 MAX_WAITING_PARTS = 2  # finished parts that wait for the disk before whoever makes them has to
 
@@ -66,35 +66,35 @@ class PartSamples:
 class CacheWriter:
     """The writing side of one cache directory; make one with `create_or_resume`."""
 
-    def __init__(self, root: Path, header: CacheHeader, ranks: RankTable) -> None:
+    def __init__(self, root: Path, header: CacheHeader, vocab_order: VocabOrder) -> None:
         self.path = root
         self.header = header
-        self.ranks = ranks
-        self._rank_of_id_LV = ranks.ranks_LV(header.id_dtype)
+        self.vocab_order = vocab_order
+        self._place_of_id_LV = vocab_order.places_LV(header.id_dtype)
 
     @classmethod
     def create_or_resume(
         cls,
         path: str | Path,
         header: CacheHeader,
-        ranks: Ranks,
+        vocab_order: OrderOrMaker,
         *,
         token_texts: TokenTexts = None,
     ) -> "CacheWriter":
         """Create the cache at `path`, or continue the one that is there.
 
-        `ranks`, or a function that makes them when they are needed, turn token ids into small numbers; a cache that has
-        some keeps them. `token_texts` makes the texts of the V tokens, for people. Raises
+        `vocab_order`, or a function that makes it when it is needed, turns token ids into small numbers; a cache that
+        has one keeps it. `token_texts` makes the texts of the V tokens, for people. Raises
         FingerprintMismatchError with every differing field when the cache there is another one, SpecError when the
         directory is something else.
         """
         io.refuse_url(path, "cache")
         root = Path(path)
         with commit.disk_full_is_an_error(root, 0):
-            stored, table_of_ranks = publish_header(root, header, ranks, token_texts)
+            stored, order = publish_header(root, header, vocab_order, token_texts)
             (root / "parts").mkdir(exist_ok=True)
         commit.remove_dead_tmp(root)
-        return cls(root, stored, table_of_ranks)
+        return cls(root, stored, order)
 
     def missing_parts(self, rank: int = 0, world: int = 1) -> list[int]:
         """Parts not yet committed: the own ones (p % world == rank) first, then those nobody has done so far."""
@@ -115,7 +115,7 @@ class CacheWriter:
             return False
         check_samples(self.header, index, samples)
         assert samples.rows is not None
-        return self.write_encoded(index, samples, encode_rows(self.header, self._rank_of_id_LV, samples.rows))
+        return self.write_encoded(index, samples, encode_rows(self.header, self._place_of_id_LV, samples.rows))
 
     def write_encoded(self, index: int, samples: PartSamples, layered: Arrays) -> bool:
         """Commit part `index` from layered arrays that are already in their disk form, layer axis first."""
@@ -290,8 +290,10 @@ def _value_problems(header: CacheHeader, samples: PartSamples) -> list[str]:
     problems = _width_problems(header, samples.rows)
     for name in ("ids_LTK", "tail_ids_LTm"):
         ids = getattr(samples.rows, name)
-        if ids.size and (ids.min() < 0 or ids.max() >= header.v_real):
-            problems.append(f"`{name}` holds {ids.min()} to {ids.max()}, the vocabulary is 0 to {header.v_real - 1}")
+        if ids.size and (ids.min() < 0 or ids.max() >= header.vocab_size):
+            problems.append(
+                f"`{name}` holds {ids.min()} to {ids.max()}, the vocabulary is 0 to {header.vocab_size - 1}"
+            )
     for name in ("logprobs_LTK", "lse_LTn", "entropy_LT", "gold_logprob_LT", "tail_mass_LT"):
         values = getattr(samples.rows, name)
         bad = np.isnan(values) if "logprob" in name else ~np.isfinite(values)  # a log-prob may be -inf

@@ -32,7 +32,7 @@ from vlsi_cache.store.format import HEADER_NAME, TABLE_NAME, CacheHeader
 from vlsi_cache.store.header import check_root
 from vlsi_cache.store.lineage import surprise_warning
 from vlsi_cache.store.reader import Cache
-from vlsi_cache.store.vocab_order import RankTable, plain_ranks, ranks_by_count
+from vlsi_cache.store.vocab_order import VocabOrder, one_order, order_by_count
 from vlsi_cache.store.writer import CacheWriter, PartSamples
 
 from .forward import NO_PART, PartBatch, Teacher, load_teacher
@@ -41,7 +41,7 @@ from .inputs import TeacherInputs, open_teacher_inputs
 # Uncompressed bytes of one kept entry, id and value: what `store.part_mib` counts.
 BYTES_PER_ENTRY = {"default": 5, "exact": 8, "fast": 6}
 BYTES_PER_SCALAR = 4
-RANKED_TOKENS = 2048  # response tokens whose rows decide the frequency ranks of the ids
+COUNTED_TOKENS = 2048  # response tokens whose rows decide the order of the vocabulary
 GAIN = 1.05  # tokens per second that a batch of twice the size must bring
 MOST_TOKENS = 1 << 18  # of a batch whose size is looked for
 
@@ -76,8 +76,8 @@ def build_teacher(
     writer = CacheWriter.create_or_resume(
         out,
         cache_header(inputs, parts, batch_tokens),
-        lambda: frequency_ranks(teacher, parts, batch_tokens, first_rows),
-        token_texts=lambda: inputs.encoder.token_texts(range(inputs.encoder.v_real)),
+        lambda: order_of_first_rows(teacher, parts, batch_tokens, first_rows),
+        token_texts=lambda: inputs.encoder.token_texts(range(inputs.encoder.vocab_size)),
     )
     # From here on the header is on the disk, and it counts: every later attempt must cut the same batches.
     planned = batch_tokens
@@ -89,7 +89,7 @@ def build_teacher(
     if inputs.skipped:
         say(f"{len(inputs.skipped)} rows left out, listed with reasons in {out / 'cache.json'}")
     if missing:
-        # What was made for the frequency ranks are the first batches of part 0, if they were cut as the header says.
+        # The rows that gave the vocabulary order are the first batches of part 0, if they were cut as the header says.
         made = first_rows if missing[0] == 0 and batch_tokens == planned else []
         _build_parts(teacher(), parts, missing, writer, batch_tokens, made)
     else:
@@ -192,7 +192,7 @@ def cache_header(inputs: TeacherInputs, parts: list[list[int]], batch_tokens: in
         truncated=spec.rows.kind == "sampled" or spec.rows.top_p is not None,
         tail_samples=0 if spec.rows.kind == "sampled" else spec.rows.tail_samples,
         taus=list(spec.rows.taus),
-        v_real=inputs.encoder.v_real,
+        vocab_size=inputs.encoder.vocab_size,
         profile=spec.store.profile,
         num_parts=len(parts),
         num_samples=len(inputs.records),
@@ -214,39 +214,39 @@ def fingerprint(inputs: TeacherInputs) -> dict[str, Any]:
         "data.content": hashlib.sha256(content.encode()).hexdigest(),
         "data.num_samples": len(inputs.records),
         "layers": inputs.layers,
-        "v_real": inputs.encoder.v_real,
+        "v_real": inputs.encoder.vocab_size,
         **inputs.spec.fingerprint_fields(),
     }
 
 
-def frequency_ranks(
+def order_of_first_rows(
     teacher: Callable[[], Teacher], parts: list[list[int]], batch_tokens: int, made: list[MadeBatch]
-) -> RankTable:
+) -> VocabOrder:
     """Ids by how often the teacher keeps them in the first batches of the first part, in each layer.
 
-    Ids it does not keep there follow by their count in the data set's responses, then by id. Small ranks are what
+    Ids it does not keep there follow by their count in the data set's responses, then by id. Small places are what
     makes ids compress; the `fast` profile stores ids as they are. The batches are left in `made`.
     """
     inputs = teacher().inputs
-    v_real, num_layers = inputs.encoder.v_real, len(inputs.layers)
+    vocab_size, num_layers = inputs.encoder.vocab_size, len(inputs.layers)
     if inputs.spec.store.profile == "fast":
-        return plain_ranks(np.arange(v_real), num_layers)
-    kept_LV = np.zeros((num_layers, v_real), np.int64)
+        return one_order(np.arange(vocab_size), num_layers)
+    kept_LV = np.zeros((num_layers, vocab_size), np.int64)
     with closing(teacher().stream(_first_batches(inputs, parts, batch_tokens))) as stream:
         for batch, found in stream:
             made.append((batch, found))
             for rows in found:
                 for kept_V, ids_TK, logprobs_TK in zip(kept_LV, rows.ids_LTK, rows.logprobs_LTK, strict=True):
-                    kept_V += np.bincount(ids_TK[np.isfinite(logprobs_TK)], minlength=v_real)
-    said_V = np.bincount(np.concatenate([np.zeros(0, np.uint32), *inputs.response_ids]), minlength=v_real)
-    return ranks_by_count(kept_LV, said_V)
+                    kept_V += np.bincount(ids_TK[np.isfinite(logprobs_TK)], minlength=vocab_size)
+    said_V = np.bincount(np.concatenate([np.zeros(0, np.uint32), *inputs.response_ids]), minlength=vocab_size)
+    return order_by_count(kept_LV, said_V)
 
 
 def _first_batches(inputs: TeacherInputs, parts: list[list[int]], batch_tokens: int) -> Iterator[PartBatch]:
-    """As many of the first part's batches as have RANKED_TOKENS response tokens."""
+    """As many of the first part's batches as have COUNTED_TOKENS response tokens."""
     num_tokens = 0
     for batch in _batches(inputs, parts, [0] if parts else [], batch_tokens):
-        if num_tokens >= RANKED_TOKENS:
+        if num_tokens >= COUNTED_TOKENS:
             return
         num_tokens += sum(len(inputs.response_ids[i]) for i in batch.indices)
         yield batch

@@ -194,7 +194,7 @@ class Teacher:
 
     def _layer_rows(self, batch: Batch, uniforms_LTm: torch.Tensor) -> Iterator[dict[str, torch.Tensor]]:
         inputs, rows = self.inputs, self.inputs.spec.rows
-        v_real = inputs.encoder.v_real
+        vocab_size = inputs.encoder.vocab_size
         widths = rows.widths(len(self.inputs.layers))
         # `pop`: what a layer takes is free as soon as its rows are made; all layers at once are the largest memory.
         hidden = dict(self.verbalizers.capture(batch.inputs, batch.rows_T, batch.positions_T))
@@ -204,10 +204,10 @@ class Teacher:
                 state if layer == inputs.num_model_layers else self.verbalizers.apply(layer, state),
                 head_of(self.backbone),
                 batch.gold_T,
-                top_k=min(SCANNED_K, v_real - 1) if rows.kind == "sampled" else widths[index],
+                top_k=min(SCANNED_K, vocab_size - 1) if rows.kind == "sampled" else widths[index],
                 uniforms_Tm=uniforms_LTm[index],
                 taus=rows.taus,
-                v_real=v_real,
+                vocab_size=vocab_size,
                 compiled=self.compiled,
             )
 

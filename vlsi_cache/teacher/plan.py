@@ -242,7 +242,7 @@ def plan(spec: CacheSpec, *, gpu: str = DEFAULT_GPU) -> Plan:
 def _bytes_per_layer_token(inputs: TeacherInputs) -> float:
     """Averaged over layers and over all response tokens, with rows or without; top-p is not known beforehand."""
     rows, profile = inputs.spec.rows, inputs.spec.store.profile
-    more = 0.0 if inputs.encoder.v_real <= 65536 else MORE_FOR_LARGE_VOCABULARY[profile]
+    more = 0.0 if inputs.encoder.vocab_size <= 65536 else MORE_FOR_LARGE_VOCABULARY[profile]
     widths = rows.widths(len(inputs.layers))
     num_tail = 0 if rows.kind == "sampled" else rows.tail_samples
     row = sum(widths) / len(widths) * (ENTRY_BYTES[profile] + more) + num_tail * (2 + more)

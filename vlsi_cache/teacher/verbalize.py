@@ -283,7 +283,7 @@ def _train(inputs: TeacherInputs, out: Path, folder: Path, layers: list[int], *,
                 choose_kernels(spec.run, backbone.device),
             ),
             architecture=spec.verbalizer,
-            v_real=inputs.encoder.v_real,
+            vocab_size=inputs.encoder.vocab_size,
         )
     facts = {"teacher_digest": inputs.weights_digest, "model": spec.teacher.model, "loss": spec.verbalizer.loss}
     # The run over all layers holds the folder already.

@@ -205,7 +205,7 @@ def _verbalize(state: StudentState, num_steps: int) -> tuple[Verbalizers, dict[s
         lambda num_skip: state.feed("verbalize", num_skip),
         Stage(distill, distill.verbalize, num_steps, state.checkpoints, state.log, state.compiled),
         architecture=state.spec.verbalizer,
-        v_real=state.encoder.v_real,
+        vocab_size=state.encoder.vocab_size,
     )
     facts = {"teacher_digest": state.run.record["student_digest"], "model": state.student_path}
     verbalizers.save(folder, provenance={**facts, "loss": state.spec.verbalizer.loss})

@@ -112,7 +112,7 @@ def interact(state: StudentState, model: Any, verbalizers: Verbalizers | None, *
                     hidden, targets, backbone, verbalizers, settings, rng, layer_weight, state.compiled
                 )
                 if probed is None and is_due(step, num_steps):
-                    head = head_of(backbone).real(header.v_real)
+                    head = head_of(backbone).real(header.vocab_size)
                     matches = {
                         term.layer: (term.target_n[0], term.match_logits_M)
                         for term in terms
@@ -167,7 +167,7 @@ def targets_of(micro: MicroBatch, header: CacheHeader, settings: InteractSpec, d
         cached.tail_mass_LT,
         cached.entropy_LT,
         cached.lse_LTn,
-        v_real=header.v_real,
+        vocab_size=header.vocab_size,
         tau=settings.tau,
         taus=header.taus,
         device=device,
@@ -195,7 +195,7 @@ def micro_batch(
     if backbone.head_weight.requires_grad:
         raise ModelError("the head trains: while layers are compared through it, in stage interact, it must be frozen")
     rows, gold_T, share_T = targets.rows, targets.gold_T, targets.share_T
-    head, device, final = head_of(backbone).real(rows.v_real), share_T.device, rows.num_layers - 1
+    head, device, final = head_of(backbone).real(rows.vocab_size), share_T.device, rows.num_layers - 1
     at_last, at_layers = _divergence(settings.last, settings), _divergence(settings.intermediate, settings)
     matching = _matching(settings)
     gradients: dict[int, Tensor] = {}

@@ -301,10 +301,10 @@ def _check_interact(header: CacheHeader, interact: InteractSpec, recipe: str, wh
 def check_tokenizer(header: CacheHeader, encoder: Encoder, path: str, *, where: Path) -> None:
     """Raise ModelError unless the student at `path` has the vocabulary of the cache at `where`."""
     cached, own = str(header.fingerprint.get("encoder.tokenizer")), str(encoder.fingerprint()["tokenizer"])
-    if cached != own or header.v_real != encoder.v_real:
+    if cached != own or header.vocab_size != encoder.vocab_size:
         raise ModelError(
             f"student {path} has another tokenizer than the teacher of {where}: "
-            f"{encoder.v_real} tokens, map {own[:12]}, against {header.v_real} tokens, map {cached[:12]}. "
+            f"{encoder.vocab_size} tokens, map {own[:12]}, against {header.vocab_size} tokens, map {cached[:12]}. "
             "Rows are over token ids, so both must share one vocabulary; choose a student of the teacher's family"
         )
 

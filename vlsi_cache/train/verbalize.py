@@ -35,7 +35,7 @@ def verbalize(
     stage: Stage,
     *,
     architecture: VerbalizerSpec,
-    v_real: int,
+    vocab_size: int,
 ) -> tuple[Verbalizers, dict[str, Any]]:
     """Train verbalizers of `layers`; `make_feed(num_skip)` gives the data from any sample on.
 
@@ -64,7 +64,7 @@ def verbalize(
                     micro.batch,
                     micro.share_T,
                     loss=architecture.loss,
-                    v_real=v_real,
+                    vocab_size=vocab_size,
                     compiled=stage.compiled,
                 )
             clip_gradients(optimizer, stage.schedule, "verbalize", step, num_steps)
@@ -90,8 +90,8 @@ def verbalize(
                 checkpoints.save("verbalize", step + 1, verbalizers, optimizer)
                 signals.end_here()
     refuse_destroyed(verbalizers.named_parameters(), "verbalize")
-    warn_of(verbalizer_findings(read_metrics(log.path), v_real=v_real))
-    entry = {"name": "verbalize", "steps": num_steps, "seconds": log.stage_seconds("verbalize"), "v_real": v_real}
+    warn_of(verbalizer_findings(read_metrics(log.path), vocab_size=vocab_size))
+    entry = {"name": "verbalize", "steps": num_steps, "seconds": log.stage_seconds("verbalize"), "v_real": vocab_size}
     return verbalizers, entry
 
 
@@ -109,11 +109,11 @@ def layer_losses(
     share_T: torch.Tensor,
     *,
     loss: str,
-    v_real: int,
+    vocab_size: int,
     compiled: bool = False,
 ) -> Iterator[LayerLoss]:
     """The loss of each layer, the sum over the tokens by their shares; its gradient is left in the verbalizer."""
-    head = head_of(backbone).real(v_real)
+    head = head_of(backbone).real(vocab_size)
     with torch.no_grad(), autocast(backbone.device):
         wants_final = loss == "kl_to_final"
         # Nothing below the verbalizers trains, so the backbone runs without a graph.

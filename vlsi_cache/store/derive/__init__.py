@@ -40,4 +40,4 @@ def token_texts(source: Cache) -> Callable[[], list[str]] | None:
     """What writes the token texts of `source` again; None when it has none."""
     if source.header.text_xxh3 is None:
         return None
-    return lambda: [source.token_text(token) or "" for token in range(source.header.v_real)]
+    return lambda: [source.token_text(token) or "" for token in range(source.header.vocab_size)]

@@ -41,7 +41,7 @@ class MergePlan:
     num_samples: int
     num_tokens: int
     num_parts: int
-    reranked: list[Path]
+    reordered: list[Path]
     estimated_bytes: int
 
 
@@ -53,7 +53,7 @@ def merge(caches: Sequence[CachePath], out: str | os.PathLike[str], *, dry_run: 
     """Write a new cache at `out` with the samples of all `caches`, in this order; run again, it continues.
 
     They must hold different samples and come from the same teacher with the same settings; only their data may differ.
-    Rows are stored as they are, their ids under the frequency ranks of the first cache. With `dry_run` only the plan is
+    Rows are stored as they are, their ids in the vocabulary order of the first cache. With `dry_run` only the plan is
     made. Raises FingerprintMismatchError with every field that differs, DataError for samples in two of the caches.
     """
     check_root(Path(out))
@@ -75,7 +75,7 @@ def _run(sources: list[Cache], plan: MergePlan) -> Cache:
     check_room(plan.out, need_bytes)
     first = sources[0]
     writer = CacheWriter.create_or_resume(
-        plan.out, _merged_header(sources), first.ranks, token_texts=token_texts(first)
+        plan.out, _merged_header(sources), first.vocab_order, token_texts=token_texts(first)
     )
     maps = {source.path: _rank_map(source, writer) for source in sources}
     for number in progress(writer.missing_parts(), "merge", unit="part", delay=2):
@@ -89,7 +89,7 @@ def _run(sources: list[Cache], plan: MergePlan) -> Cache:
 
 
 def _plan(sources: list[Cache], out: Path) -> MergePlan:
-    ranks = sources[0].header.id_of_rank_xxh3
+    order = sources[0].header.id_of_rank_xxh3
     return MergePlan(
         sources=[source.path for source in sources],
         out=out,
@@ -97,7 +97,7 @@ def _plan(sources: list[Cache], out: Path) -> MergePlan:
         num_samples=sum(source.num_samples for source in sources),
         num_tokens=sum(source.num_tokens for source in sources),
         num_parts=sum(len(source.parts) for source in sources),
-        reranked=[source.path for source in sources if source.header.id_of_rank_xxh3 != ranks],
+        reordered=[source.path for source in sources if source.header.id_of_rank_xxh3 != order],
         estimated_bytes=sum(sum(source.bytes_by_array().values()) for source in sources),
     )
 
@@ -171,13 +171,13 @@ def _merged_header(sources: list[Cache]) -> CacheHeader:
 
 def _rank_map(source: Cache, writer: CacheWriter) -> np.ndarray | None:
     """[L, V]: the new rank of every rank of `source`; None when it stays."""
-    if source.ranks.digest == writer.ranks.digest:
+    if source.vocab_order.digest == writer.vocab_order.digest:
         return None
-    return by_layer(writer.ranks.ranks_LV(writer.header.id_dtype), source.ranks.ids_LV())
+    return by_layer(writer.vocab_order.places_LV(writer.header.id_dtype), source.vocab_order.ids_LV())
 
 
 def _as_stored(part: Part, map_LV: np.ndarray | None) -> Arrays:
-    """The layered arrays of a whole part as a writer takes them, ids under their new ranks."""
+    """The layered arrays of a whole part as a writer takes them, ids by their place in the new order."""
     arrays = {name: part.arrays[name] for name in layered_names(part.header)}
     if map_LV is not None:
         for name in {"ids", "tail_ids"} & arrays.keys():

@@ -24,7 +24,7 @@ from vlsi_cache.store.header import check_root
 from vlsi_cache.store.lineage import lineage
 from vlsi_cache.store.part import Part
 from vlsi_cache.store.reader import Cache, open
-from vlsi_cache.store.vocab_order import RankTable, plain_ranks
+from vlsi_cache.store.vocab_order import VocabOrder, one_order
 from vlsi_cache.store.writer import CacheWriter
 
 from . import CachePath, check_room, check_target, open_source, token_texts
@@ -193,7 +193,7 @@ class Job:
     plan: PrunePlan
     source: Cache
     header: CacheHeader
-    ranks: RankTable
+    vocab_order: VocabOrder
     rule: TokenRule | None
     chosen: dict[int, np.ndarray]
     groups: list[list[int]]
@@ -267,7 +267,7 @@ def run_prune(job: Job) -> Cache:
     source, out = job.source, job.plan.out
     done = set(list_parts(out))
     check_room(out, sum(size for index, size in enumerate(job.group_bytes) if index not in done))
-    writer = CacheWriter.create_or_resume(out, job.header, job.ranks, token_texts=token_texts(source))
+    writer = CacheWriter.create_or_resume(out, job.header, job.vocab_order, token_texts=token_texts(source))
     generation = len(earlier_cuts(source.header, "top_k"))
     for index in progress(writer.missing_parts(), "prune", unit="part", delay=2):
         if part_dir(out, index).exists():  # another process was faster
@@ -344,12 +344,12 @@ def plan_prune(source: Cache, out: Path, cuts: Cuts, *, keep_parts: bool = False
         estimated_bytes=sum(one.left for one in spent) + metadata * len(groups),
         saved_bytes={**saved, "parts": metadata * (len(parts) - len(groups))},
     )
-    identity = plain_ranks(np.arange(header.v_real), len(new.layers))
+    identity = one_order(np.arange(header.vocab_size), len(new.layers))
     return Job(
         plan=plan,
         source=source,
         header=new,
-        ranks=identity if new.profile == "fast" else source.ranks.select(cuts.rows),
+        vocab_order=identity if new.profile == "fast" else source.vocab_order.select(cuts.rows),
         rule=cuts.rule,
         chosen=chosen,
         groups=[[parts[i] for i in group] for group in groups],
@@ -383,7 +383,7 @@ def _checked_profile(header: CacheHeader, profile: str | None) -> Profile:
         if (header.profile, profile) in CONVERSIONS and name == profile:
             return name
     allowed = [new for old, new in sorted(CONVERSIONS) if old == header.profile]
-    why = "`exact` needs bits that are not stored" if profile == "exact" else "it has no frequency ranks"
+    why = "`exact` needs bits that are not stored" if profile == "exact" else "it has no order of the vocabulary"
     raise SpecError(
         f"profile `{profile}`: this cache is `{header.profile}`, and "
         f"{f'can only become {allowed}' if allowed else 'cannot become another'}"

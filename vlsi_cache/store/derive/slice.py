@@ -106,7 +106,7 @@ def _cut_layer(
 
 
 def _entries(part: Part, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Ranks [T, K] and stored values [T, K] of one layer, and the width of every row."""
+    """OrderOrMaker [T, K] and stored values [T, K] of one layer, and the width of every row."""
     names = ("ids", value_array(part.header))
     if not part.header.is_ragged:
         ids_TK, stored_TK = (part.arrays[name][row] for name in names)
