@@ -36,7 +36,7 @@ def main(cache_path: str, student: str) -> dict[str, list[float]]:
     """Distil the student, whose weights are left in memory only; returns the loss of every step by stage."""
     cache = vc.open_cache(cache_path)
     spec = spec_from_dict(cache.header.spec, where=cache_path)  # as the cache was built, with the schedules in it
-    distill, vocab_size = spec.distill, cache.header.vocab_size
+    distill = spec.distill
     named = ModelRef(student)
     model, encoder = named.load("cpu"), named.encoder(spec.data.encoding())  # every weight is frozen, in float32
     records = {record.id: record for record in read_records(spec.data)}
@@ -56,7 +56,7 @@ def main(cache_path: str, student: str) -> dict[str, list[float]]:
 
     # Verbalize: head and backbone are frozen, each verbalizer has the cross-entropy of its own layer.
     backbone = Backbone(model)
-    head_VD = backbone.head_weight[:vocab_size]
+    head_VD = backbone.head_weight[: cache.header.vocab_size]
     architecture = spec.verbalizer.model_dump(exclude={"loss"})
     verbalizers = build_verbalizers(backbone, list(distill.layers), **architecture, seed=distill.seed)
     groups = [{"params": list(one.parameters())} for one in verbalizers.by_layer.values()]
@@ -82,14 +82,7 @@ def main(cache_path: str, student: str) -> dict[str, list[float]]:
     for step, (update, batch) in enumerate(steps([{"params": trained}], distill.interact.schedule, batch_source)):
         inputs, rows = batch.batch, batch.rows
         hidden = verbalizers.capture(inputs.inputs, inputs.rows_T, inputs.positions_T)
-        teacher = LayerRows.of(
-            rows.ids_LTK,
-            rows.logprobs_LTK,
-            rows.tail_ids_LTm,
-            rows.tail_mass_LT,
-            rows.entropy_LT,
-            vocab_size=vocab_size,
-        )
+        teacher = LayerRows.of(rows)
         final = teacher.num_layers - 1
         last = candidate_kl(hidden[backbone.num_layers], head_VD, teacher, range(final, final + 1)).loss()
         total = distill.interact.lambda_last * last

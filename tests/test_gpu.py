@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import vlsi_cache as vc
+from tests.helpers.rows import layer_rows
 from vlsi_cache.sparse.cross_entropy import linear_cross_entropy
 from vlsi_cache.sparse.head import Head
 from vlsi_cache.sparse.kl import LayerRows, candidate_kl
@@ -49,18 +50,17 @@ def states(scale: float = 3.0) -> tuple[Tensor, Tensor]:
     return hidden_TD.to(DEVICE, torch.bfloat16), weight_VD.to(DEVICE, torch.bfloat16)
 
 
-def rows_of(hidden_TD: Tensor, weight_VD: Tensor, **options: bool) -> dict[str, Tensor]:
+def rows_of(hidden_TD: Tensor, weight_VD: Tensor, *, compiled: bool = False) -> dict[str, Tensor]:
     uniforms_Tm = torch.from_numpy(sample_uniforms(0, "x", NUM_TOKENS, 1, 4)[0]).to(DEVICE)
     gold_T = torch.arange(NUM_TOKENS, device=DEVICE)
     return teacher_rows(
         hidden_TD,
-        weight_VD,
+        Head(weight_VD, compiled=compiled),
         gold_T,
         top_k=TOP_K,
         uniforms_Tm=uniforms_Tm,
         vocab_size=VOCAB_SIZE,
         taus=(1.0, 2.0),
-        **options,
     )
 
 
@@ -73,7 +73,7 @@ def candidates(num: int) -> LayerRows:
         noise_TD = torch.randn(NUM_TOKENS, HIDDEN, generator=draw).to(DEVICE, torch.bfloat16)
         made.append(rows_of(hidden_TD + noise_TD, weight_VD))
     stacked = {name: torch.stack([one[name] for one in made]).cpu() for name in made[0]}
-    return LayerRows.of(
+    return layer_rows(
         stacked["ids_TK"], stacked["logprobs_TK"], stacked["tail_ids_Tm"], stacked["tail_mass_T"],
         stacked["entropy_T"], vocab_size=VOCAB_SIZE, device=DEVICE,
     )  # fmt: skip
@@ -99,7 +99,7 @@ def test_the_loss_has_float64_s_gradient_within_1e_3_and_waits_for_nothing(compi
 
     def gradient(hidden_TD: Tensor, weight_VD: Tensor) -> tuple[Tensor, Tensor]:
         leaf_TD = hidden_TD.detach().requires_grad_()
-        found = candidate_kl(leaf_TD, Head(weight_VD), rows, range(1, 5), compiled=compiled)
+        found = candidate_kl(leaf_TD, Head(weight_VD, compiled=compiled), rows, range(1, 5))
         loss = found.loss(found.matching_M.argmin())
         assert loss.grad_fn is not None
         exact_TD = loss.grad_fn.saved_tensors[0]  # before it is rounded to the dtype of the hidden states

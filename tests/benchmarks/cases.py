@@ -73,10 +73,15 @@ class StudentCase:
     entropy_MT: Tensor
     vocab_size: int
 
-    def candidates(self, num: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        rows = (self.ids_MTK, self.logprobs_MTK, self.tail_ids_MTm, self.tail_mass_MT, self.entropy_MT)
-        ids_MTK, logprobs_MTK, tail_ids_MTm, tail_mass_MT, entropy_MT = (x[:num] for x in rows)
-        return ids_MTK, logprobs_MTK, tail_ids_MTm, tail_mass_MT, entropy_MT
+    def candidates(self, num: int) -> dict[str, Tensor]:
+        """The first `num` teacher layers, by the names that a cache gives the arrays."""
+        return {
+            "ids_LTK": self.ids_MTK[:num],
+            "logprobs_LTK": self.logprobs_MTK[:num],
+            "tail_ids_LTm": self.tail_ids_MTm[:num],
+            "tail_mass_LT": self.tail_mass_MT[:num],
+            "entropy_LT": self.entropy_MT[:num],
+        }
 
     def first(self, num_tokens: int, dtype: torch.dtype) -> "StudentCase":
         """The first tokens, models in `dtype`; the rows are fp32 as they come from a cache (fp64 for an oracle)."""

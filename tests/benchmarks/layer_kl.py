@@ -18,9 +18,8 @@ from vlsi_cache.models.backbone import Backbone, head_of
 from vlsi_cache.models.verbalizer import load_verbalizers
 from vlsi_cache.run_files import read_run
 from vlsi_cache.runs.run_dir import Run
-from vlsi_cache.sparse.kl import candidate_kl
+from vlsi_cache.sparse.kl import LayerRows, candidate_kl
 from vlsi_cache.store.reader import Cache
-from vlsi_cache.train.interact import targets_of
 from vlsi_cache.train.student import open_student
 
 NUM_BATCHES = 16
@@ -47,7 +46,7 @@ def _over_batches(state: Any, verbalizers_folder: str) -> np.ndarray:
     with feed(state) as batches:
         for micro in islice(iter(batches.next, None), NUM_BATCHES):
             batch = micro.batch
-            rows = targets_of(micro, state.cache.header, state.spec.distill.interact, state.device).rows
+            rows = LayerRows.of(micro.rows, tau=state.spec.distill.interact.tau, device=state.device)
             hidden = verbalizers.capture(batch.inputs, rows_T=batch.rows_T, positions_T=batch.positions_T)
             window = range(rows.num_layers - 1)
             for s, layer in enumerate(state.layers):

@@ -38,9 +38,8 @@ from students import (
 from vlsi_cache.config.sections import CacheSpec
 from vlsi_cache.models.backbone import head_of
 from vlsi_cache.runtime import autocast
-from vlsi_cache.sparse.kl import candidate_kl
+from vlsi_cache.sparse.kl import LayerRows, candidate_kl
 from vlsi_cache.teacher.build import build_teacher
-from vlsi_cache.train.interact import targets_of
 from vlsi_cache.train.loader import MicroBatch
 
 SCRIPT = Path(__file__).name
@@ -164,7 +163,7 @@ def built(folder: Path, device: str) -> Answer:
 def sparse_values(student: Trained, micro: MicroBatch) -> Answer:
     """The same from the cache: the unbiased estimate that matching uses, and the ghost value that is trained."""
     state, batch = student.state, micro.batch
-    rows = targets_of(micro, state.cache.header, state.spec.distill.interact, state.device).rows
+    rows = LayerRows.of(micro.rows, tau=state.spec.distill.interact.tau, device=state.device)
     with autocast(state.device):
         hidden: dict[int, Any] = dict(student.verbalizers.capture(batch.inputs, batch.rows_T, batch.positions_T))
         matching, trained = [], []

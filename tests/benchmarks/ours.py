@@ -1,5 +1,7 @@
 """The project's functions as the benchmarks call them: the one place to change when they change."""
 
+from types import SimpleNamespace
+
 import torch
 from cases import HeadCase, StudentCase, TeacherCase
 from torch import Tensor
@@ -14,14 +16,14 @@ Compiled = bool | None  # None: whatever the function does by itself
 
 def teacher(case: TeacherCase, compiled: Compiled = None) -> dict[str, Tensor]:
     return teacher_rows(
-        case.hidden_TD, case.weight_VD, case.gold_T, top_k=case.top_k, uniforms_Tm=case.uniforms_Tm,
-        vocab_size=case.vocab_size, block=16384, compiled=bool(compiled),
+        case.hidden_TD, Head(case.weight_VD, compiled=bool(compiled)), case.gold_T, top_k=case.top_k,
+        uniforms_Tm=case.uniforms_Tm, vocab_size=case.vocab_size, block=16384,
     )  # fmt: skip
 
 
 def compare(hidden_TD: Tensor, case: StudentCase, num: int, compiled: Compiled = None) -> CandidateKL:
-    rows = LayerRows.of(*case.candidates(num), vocab_size=case.vocab_size, device=hidden_TD.device)
-    return candidate_kl(hidden_TD, case.weight_VD, rows, compiled=bool(compiled))
+    rows = LayerRows.of(SimpleNamespace(**case.candidates(num)), vocab_size=case.vocab_size, device=hidden_TD.device)
+    return candidate_kl(hidden_TD, Head(case.weight_VD, compiled=bool(compiled)), rows)
 
 
 def student(case: StudentCase, num: int, compiled: Compiled = None) -> tuple[Tensor, Tensor]:

@@ -161,7 +161,8 @@ def _picked_logprobs(hidden_TD: Tensor, case: StudentCase, num: int, tokens: sli
 
 def _values_and_loss(logq_MTX: Tensor, case: StudentCase, num: int) -> tuple[Tensor, Tensor]:
     """The unbiased value of every candidate and the ghost KL of the first, mean over the tokens."""
-    _, logp_MTK, _, tail_MT, entropy_MT = case.candidates(num)
+    rows = case.candidates(num)
+    logp_MTK, tail_MT, entropy_MT = rows["logprobs_LTK"], rows["tail_mass_LT"], rows["entropy_LT"]
     top_k = logp_MTK.shape[2]
     with torch.no_grad():
         kept_MTK, drawn_MTm = logq_MTX[..., :top_k], logq_MTX[..., top_k:]

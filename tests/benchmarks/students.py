@@ -23,10 +23,11 @@ from vlsi_cache.models.lora import add_lora, checkpoint_activations, train_head_
 from vlsi_cache.models.verbalizer import Verbalizers, build_verbalizers
 from vlsi_cache.runs.run_dir import Run
 from vlsi_cache.runtime import autocast
+from vlsi_cache.sparse.kl import LayerRows
 from vlsi_cache.sparse.matching import match_rng
 from vlsi_cache.store import reader
 from vlsi_cache.teacher.inputs import open_teacher_inputs
-from vlsi_cache.train.interact import losses_of, micro_batch, targets_of
+from vlsi_cache.train.interact import Targets, losses_of, micro_batch
 from vlsi_cache.train.loader import Feed, MicroBatch, cached_records
 from vlsi_cache.train.optim import clip_gradients, make_grouped_optimizer, make_optimizer, optimizer_step
 from vlsi_cache.train.sft import pick_liger, response_loss
@@ -165,9 +166,10 @@ def cached_step(trained: Trained, micro: MicroBatch, step: int) -> Any:
     state, settings, batch = trained.state, trained.state.spec.distill.interact, micro.batch
     with autocast(state.device):
         hidden = trained.verbalizers.capture(batch.inputs, rows_T=batch.rows_T, positions_T=batch.positions_T)
-    targets = targets_of(micro, state.cache.header, settings, state.device)
+    targets = Targets(LayerRows.of(micro.rows, tau=settings.tau, device=state.device), batch.gold_T, micro.share_T)
+    head = head_of(trained.backbone).real(state.cache.header.vocab_size)
     rng = match_rng(state.spec.distill.seed, step, 0)
-    terms = micro_batch(hidden, targets, trained.backbone, trained.verbalizers, settings, rng)
+    terms = micro_batch(hidden, targets, head, trained.verbalizers, settings, rng)
     losses_of([(micro, terms)], settings, state.teacher_layers)
     trained.update()
     return np.array([[float(term.loss), int(term.target_n)] for term in terms if term.target_n is not None])
@@ -222,9 +224,10 @@ def verbalize_step(state: StudentState) -> Step:
     groups = {f"layer {layer}": verbalizers.by_layer[str(layer)].parameters() for layer in state.layers}
     update = updating(make_grouped_optimizer(groups, spec.distill.verbalize), spec.distill.verbalize)
 
+    head = head_of(backbone).real(state.encoder.vocab_size)
+
     def step(micro: MicroBatch) -> list[float]:
-        vocab_size = state.encoder.vocab_size
-        losses = list(layer_losses(backbone, verbalizers, micro.batch, micro.share_T, loss="ce", vocab_size=vocab_size))
+        losses = list(layer_losses(verbalizers, head, micro.batch, micro.share_T, loss="ce"))
         update()
         return torch.stack([loss.nll for loss in losses]).tolist()
 

@@ -22,6 +22,7 @@ import torch
 
 import vlsi_cache as vc
 from vlsi_cache.data.collate import padding_share, plan_batches, plan_parts
+from vlsi_cache.sparse.head import Head
 from vlsi_cache.sparse.topk import teacher_rows
 from vlsi_cache.store.vocab_order import one_order
 from vlsi_cache.store.writer import CacheWriter
@@ -68,8 +69,20 @@ def row_works(num_tokens: int, hidden_size: int, vocab: int) -> list[Callable[[]
     gold_T = torch.randint(vocab, (num_tokens,), generator=generator)
     uniforms_Tm = torch.rand(num_tokens, NUM_TAIL, dtype=torch.float64, generator=generator)
     out_TV = torch.empty(num_tokens, vocab)
-    rows = partial(teacher_rows, hidden_TD, weight_VD, gold_T, top_k=TOP_K, uniforms_Tm=uniforms_Tm, vocab_size=vocab)
-    return [lambda: torch.mm(hidden_TD, weight_VD.T, out=out_TV), rows, partial(rows, compiled=True)]
+    rows = partial(
+        teacher_rows,
+        hidden_TD,
+        head=weight_VD,
+        gold_ids_T=gold_T,
+        top_k=TOP_K,
+        uniforms_Tm=uniforms_Tm,
+        vocab_size=vocab,
+    )
+    return [
+        lambda: torch.mm(hidden_TD, weight_VD.T, out=out_TV),
+        rows,
+        partial(rows, head=Head(weight_VD, compiled=True)),
+    ]
 
 
 def fastest(works: list[Callable[[], object]], rounds: int, clock: Callable[[], float]) -> list[float]:

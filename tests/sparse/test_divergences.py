@@ -16,11 +16,12 @@ from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 from torch.nn import functional as F
 
+from tests.helpers.rows import layer_rows
 from vlsi_cache.errors import DataError, ModelError, SpecError
 from vlsi_cache.sparse.cross_entropy import head_output, kl_to_output, linear_cross_entropy
 from vlsi_cache.sparse.divergences import Bucketed, Divergence
 from vlsi_cache.sparse.head import Head
-from vlsi_cache.sparse.kl import LayerRows, candidate_kl, sparse_kl
+from vlsi_cache.sparse.kl import candidate_kl, sparse_kl
 
 NAMES = ("forward_kl", "reverse_kl", "jsd", "skewed_kl", "l2_topk")
 BOUNDED = NAMES[:-1]  # data processing does not hold for the l2
@@ -95,12 +96,11 @@ class Case:
         return z_TV * scale if cap is None else cap * torch.tanh(z_TV * scale / cap)
 
     def loss(self, divergence: Divergence, tau: float = 1.0, weights_T: Tensor | None = None) -> Tensor:
-        names = {"scale": "logit_scale", "cap": "logit_cap", "bias_V": "head_bias_V"}
-        head = {names[key]: value for key, value in self.head_options.items()}
-        return sparse_kl(
-            self.hidden_TD, self.weight_VD, self.rows, divergence=divergence, tau=tau, taus=(1.0, 2.0),
-            weights_T=weights_T, vocab_size=40, **head,
-        )  # fmt: skip
+        rows, options = (
+            SimpleNamespace(**{**vars(self.rows), "taus": (1.0, 2.0)}),
+            {"tau": tau, "weights_T": weights_T, "vocab_size": 40},
+        )
+        return sparse_kl(self.hidden_TD, self.head, rows, divergence=divergence, **options)
 
     def expected(self, divergence: Divergence, tau: float = 1.0) -> Tensor:
         """tau^2 times the divergence of every token."""
@@ -161,7 +161,7 @@ def test_the_bucket_lies_between_zero_and_dense(
 ) -> None:
     case = Case(seed=seed, top_k=top_k, spread=spread, scale=scale)
     divergence = Divergence(name, beta=share, skew=share)
-    rows = LayerRows.of(
+    rows = layer_rows(
         case.rows.ids_LTK, case.rows.logprobs_LTK, case.rows.tail_ids_LTm, case.rows.tail_mass_LT,
         case.rows.entropy_LT, vocab_size=40,
     )  # fmt: skip
@@ -270,7 +270,7 @@ def test_every_token_may_choose_its_own_candidate() -> None:
     hidden_TD, weight_VD = torch.randn(5, 8, requires_grad=True), torch.randn(30, 8)
     log_MTV = torch.randn(3, 5, 30).log_softmax(-1)
     logprobs, ids = log_MTV.topk(4)
-    rows = LayerRows.of(ids, logprobs, ids[..., :0], 1 - logprobs.exp().sum(-1), torch.ones(3, 5), vocab_size=30)
+    rows = layer_rows(ids, logprobs, ids[..., :0], 1 - logprobs.exp().sum(-1), torch.ones(3, 5), vocab_size=30)
     candidates = candidate_kl(hidden_TD, weight_VD, rows)
     index_T = torch.tensor([2, 0, 1, 1, 2])
     expected = torch.stack([candidates.choose(int(index)).tokens_T[t] for t, index in enumerate(index_T)])
@@ -285,8 +285,8 @@ def test_a_window_is_the_same_as_those_layers_alone() -> None:
     hidden_TD, weight_VD = torch.randn(5, 8), torch.randn(30, 8)
     logprobs, ids = torch.randn(6, 5, 30).log_softmax(-1).topk(4)
     arrays = (ids, logprobs, torch.randint(30, (6, 5, 2)), 1 - logprobs.exp().sum(-1), torch.ones(6, 5))
-    whole = LayerRows.of(*arrays, vocab_size=30, block=7)
-    alone = LayerRows.of(*(array[2:5] for array in arrays), vocab_size=30, block=7)
+    whole = layer_rows(*arrays, vocab_size=30, block=7)
+    alone = layer_rows(*(array[2:5] for array in arrays), vocab_size=30, block=7)
     window = candidate_kl(hidden_TD, weight_VD, whole, range(2, 5))
     torch.testing.assert_close(window.matching_MT, candidate_kl(hidden_TD, weight_VD, alone).matching_MT)
 
@@ -298,7 +298,7 @@ def test_many_layers_and_blocks_are_indexed_without_overflow() -> None:
     ids[..., 0] = vocab_size - 1
     hidden_TD, weight_VD = torch.randn(3, 4), torch.randn(vocab_size, 4)
     zeros = torch.zeros(num_layers, 3)
-    rows = LayerRows.of(ids, ids - ids - 1.0, ids[..., :0], zeros, zeros, vocab_size=vocab_size, block=16)
+    rows = layer_rows(ids, ids - ids - 1.0, ids[..., :0], zeros, zeros, vocab_size=vocab_size, block=16)
     assert rows.index.slots_N.dtype == rows.index.order_N.dtype == torch.int32
     found = candidate_kl(hidden_TD, weight_VD, rows).matching_MT
     logq_TV = (hidden_TD @ weight_VD.T).log_softmax(1)
@@ -317,7 +317,7 @@ def test_compiled_equals_eager() -> None:
     case = Case(cap=3.0)
     gold_T = torch.arange(4)
     (eager_TD,) = torch.autograd.grad(linear_cross_entropy(case.hidden_TD, case.weight_VD, gold_T), case.hidden_TD)
-    compiled = linear_cross_entropy(case.hidden_TD, case.weight_VD, gold_T, block=16, compiled=True)
+    compiled = linear_cross_entropy(case.hidden_TD, Head(case.weight_VD, compiled=True), gold_T, block=16)
     torch.testing.assert_close(torch.autograd.grad(compiled, case.hidden_TD)[0], eager_TD)
 
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
+from tests.helpers.rows import layer_rows
 from vlsi_cache.errors import DataError
 from vlsi_cache.sparse import kl, vocab_pass
 from vlsi_cache.sparse.head import Head
@@ -35,7 +36,7 @@ class Case:
     entropy_MT: Tensor
 
     def rows(self, *, block: int = 13) -> LayerRows:
-        return LayerRows.of(
+        return layer_rows(
             self.ids_MTK, self.logprobs_MTK, self.tail_ids_MTm, self.tail_mass_MT, self.entropy_MT,
             vocab_size=self.dense_MTV.shape[2], block=block,
         )  # fmt: skip
@@ -270,7 +271,7 @@ def test_fp32_gradient_holds_where_the_student_s_tail_is_small():
 def test_nothing_of_the_vocabulary_s_size_is_allocated():
     hidden_TD, weight_VD = torch.randn(64, 8, requires_grad=True), torch.randn(8000, 8)
     ids_MTx = torch.randint(8000, (2, 64, 10))
-    rows = LayerRows.of(
+    rows = layer_rows(
         ids_MTx[..., :6], torch.full((2, 64, 6), -2.0), ids_MTx[..., 6:], torch.full((2, 64), 0.2), torch.ones(2, 64),
         vocab_size=8000, block=512,
     )  # fmt: skip

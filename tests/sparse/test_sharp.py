@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.helpers.rows import layer_rows
 from vlsi_cache.config.sections import DivergenceName
 from vlsi_cache.sparse.divergences import Divergence
-from vlsi_cache.sparse.kl import LayerRows, sparse_kl
+from vlsi_cache.sparse.kl import sparse_kl
 
 NUM_IDS, NUM_KEPT, NUM_TOKENS = 2000, 8, 32
 NAMES: tuple[DivergenceName, ...] = ("forward_kl", "reverse_kl", "jsd", "skewed_kl", "l2_topk")
@@ -113,7 +114,7 @@ def test_a_tempered_tail_is_right_though_the_kept_log_probs_are_rounded(tau: flo
     lse_Tn = torch.stack([(logits_TV / t).logsumexp(1) for t in (1.0, tau)], 1)
     for noise in (0.0, 3e-3):  # of a quantised log-prob
         rounded_TK = (logprobs_TK + noise * torch.randn(64, NUM_KEPT, generator=generator)).clamp(max=0)
-        rows = LayerRows.of(
+        rows = layer_rows(
             ids_TK[None], rounded_TK.sort(1, descending=True).values.float()[None], ids_TK[None, :, :0],
             tail_T.float()[None], torch.ones(1, 64), lse_Tn[None], vocab_size=NUM_IDS, tau=tau, taus=(1.0, tau),
         )  # fmt: skip

@@ -322,7 +322,7 @@ def test_compiled_sums_are_the_eager_ones():
             "block": 256,
         }
         eager = teacher_rows(hidden_TD, weight_VD, gold_T % 870, **asked)
-        for name, value in teacher_rows(hidden_TD, weight_VD, gold_T % 870, **asked, compiled=True).items():
+        for name, value in teacher_rows(hidden_TD, Head(weight_VD, compiled=True), gold_T % 870, **asked).items():
             torch.testing.assert_close(value, eager[name], rtol=1e-6, atol=2e-6, msg=name)
 
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from vlsi_cache.sparse.kl import LayerRows, candidate_kl
+from tests.helpers.rows import layer_rows
+from vlsi_cache.sparse.kl import candidate_kl
 from vlsi_cache.sparse.rows import (
     SparseRows,
     draw_rows,
@@ -72,10 +73,10 @@ def test_the_loss_on_draws_is_unbiased_in_value_and_gradient() -> None:
     rows = draw_rows(rows_of(num, 3, 8), keyed_uniforms("u", (1, num, 8)))
     logits = torch.tensor([0.3, -0.5, 1.0, 0.0, 0.2, -1.0], dtype=torch.float64)
     hidden_TD = logits.repeat(num, 1).requires_grad_()
-    layer_rows = LayerRows.of(
+    given = layer_rows(
         rows.ids_LTK, rows.logprobs_LTK, rows.tail_ids_LTm, rows.tail_mass_LT, rows.entropy_LT, vocab_size=6
     )
-    candidates = candidate_kl(hidden_TD, torch.eye(6, dtype=torch.float64), layer_rows)
+    candidates = candidate_kl(hidden_TD, torch.eye(6, dtype=torch.float64), given)
     q = logits.softmax(0).numpy()
     dense = float((P * np.log(P / q)).sum())
     assert candidates.matching_M.item() == pytest.approx(dense, abs=0.01)

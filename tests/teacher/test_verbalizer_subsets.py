@@ -21,7 +21,7 @@ from vlsi_cache.config.sections import CacheSpec
 from vlsi_cache.data.collate import Batch
 from vlsi_cache.errors import FingerprintMismatchError, ModelError, SpecError
 from vlsi_cache.models import verbalizer as verbalizer_files
-from vlsi_cache.models.backbone import Backbone
+from vlsi_cache.models.backbone import Backbone, head_of
 from vlsi_cache.models.verbalizer import build_verbalizers
 from vlsi_cache.runs.run_dir import waiting_for
 from vlsi_cache.teacher import verbalize as teacher_verbalize
@@ -250,7 +250,7 @@ def test_the_logits_of_one_layer_are_alive_at_a_time(loss: str) -> None:
     def peak_bytes(layers: list[int]) -> tuple[int, int]:
         verbalizers = build_verbalizers(backbone, layers)
         with PeakMemory() as memory:
-            losses = list(layer_losses(backbone, verbalizers, batch, share_T, loss=loss, vocab_size=1024))
+            losses = list(layer_losses(verbalizers, head_of(backbone), batch, share_T, loss=loss))
         assert len(losses) == len(layers)
         return memory.peak_bytes, sum(p.grad.nbytes for p in verbalizers.parameters() if p.grad is not None)
 

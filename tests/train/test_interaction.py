@@ -17,13 +17,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.distributions import Categorical, kl_divergence
 
+from tests.helpers.rows import layer_rows
 from vlsi_cache.config.sections import InteractSpec, Schedule
 from vlsi_cache.errors import ModelError
-from vlsi_cache.models.backbone import Backbone
+from vlsi_cache.models.backbone import Backbone, head_of
 from vlsi_cache.models.load import ModelRef
 from vlsi_cache.models.verbalizer import Verbalizers, build_verbalizers, logit_lens
 from vlsi_cache.sparse import kl
-from vlsi_cache.sparse.kl import LayerRows
 from vlsi_cache.sparse.matching import Matching, SearchRange, match_rng
 from vlsi_cache.train import interact as module
 from vlsi_cache.train.interact import Targets, Term, losses_of, matches_of, micro_batch
@@ -51,7 +51,7 @@ def case(student_folder: Path) -> Case:
     ordered, ids = logprobs_LTV.sort(-1, descending=True)
     zeros_LT = torch.zeros(NUM_TEACHER + 1, NUM_TOKENS)
     entropy_LT = Categorical(logits=logprobs_LTV).entropy()
-    layers = LayerRows.of(ids, ordered, ids[..., :0], zeros_LT, entropy_LT, vocab_size=VOCABULARY)
+    layers = layer_rows(ids, ordered, ids[..., :0], zeros_LT, entropy_LT, vocab_size=VOCABULARY)
     gold_T = torch.randint(VOCABULARY, (NUM_TOKENS,))
     targets = Targets(layers, gold_T, torch.full((NUM_TOKENS,), 1 / NUM_TOKENS))
     hidden = {k: torch.randn(NUM_TOKENS, backbone.hidden_size, requires_grad=True) for k in (1, 2, 3)}
@@ -62,7 +62,9 @@ def run(case: Case, changes: dict[str, Any] | None = None, **options: Any) -> li
     settings = InteractSpec(schedule=Schedule(steps=1), **{"lambda_last": 0.5, **(changes or {})})
     verbalizers = options.pop("verbalizers", case.verbalizers)
     rng = match_rng(3, 0, 0)
-    return micro_batch(case.hidden, case.targets, case.backbone, verbalizers, settings, rng, **options)
+    return micro_batch(
+        case.hidden, case.targets, head_of(case.backbone).real(VOCABULARY), verbalizers, settings, rng, **options
+    )
 
 
 def result(terms: list[Term], sample_ids: list[str], num_tokens: list[int]) -> Any:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributions import Categorical
 
 import vlsi_cache as vc
+from tests.helpers.rows import layer_rows
 from vlsi_cache.config.sections import InteractSpec, Schedule
 from vlsi_cache.models.backbone import Backbone, head_of
 from vlsi_cache.models.load import ModelRef
@@ -24,7 +25,7 @@ from vlsi_cache.models.verbalizer import Verbalizers, build_verbalizers
 from vlsi_cache.run_files import read_metrics
 from vlsi_cache.runs.diagnostics import Finding
 from vlsi_cache.sparse.divergences import Bucketed
-from vlsi_cache.sparse.kl import FORWARD_KL, LayerRows
+from vlsi_cache.sparse.kl import FORWARD_KL
 from vlsi_cache.sparse.matching import match_rng
 from vlsi_cache.sparse.rows import SparseRows
 from vlsi_cache.train import interact as interact_module
@@ -49,7 +50,7 @@ class Case:
     def terms(self, **changes: Any) -> Matches:
         settings = InteractSpec(schedule=Schedule(steps=1), **changes)
         rng = match_rng(3, 0, 0)
-        terms = micro_batch(self.hidden, self.targets, self.backbone, self.verbalizers, settings, rng)
+        terms = micro_batch(self.hidden, self.targets, head_of(self.backbone).real(V), self.verbalizers, settings, rng)
         matched = [term for term in terms if term.layer in (1, 2) and term.target_n is not None]
         return {term.layer: (term.target_n[0], term.match_logits_M) for term in matched}
 
@@ -81,7 +82,7 @@ def case(student_folder: Path) -> Case:
         gold_logprob_LT=gold_LT.numpy(),
         tail_mass_LT=tail_LT.numpy(),
     )
-    layers = LayerRows.of(ids_LTK, logprobs_LTK, drawn_LTm, tail_LT, entropy_LT, vocab_size=V)
+    layers = layer_rows(ids_LTK, logprobs_LTK, drawn_LTm, tail_LT, entropy_LT, vocab_size=V)
     targets = Targets(layers, gold_T, torch.full((NUM_TOKENS,), 1 / NUM_TOKENS))
     verbalizers = build_verbalizers(backbone, [1, 2], style="plain").requires_grad_(False)
     hidden = {k: torch.randn(NUM_TOKENS, backbone.hidden_size, requires_grad=True) for k in (1, 2, 3)}

@@ -65,15 +65,7 @@ def against_cache(
             continue
         batch = micro.batch.to(backbone.device)
         hidden: dict[int, Any] = dict(capture(batch.inputs, rows_T=batch.rows_T, positions_T=batch.positions_T))
-        teacher = LayerRows.of(
-            rows.ids_LTK,
-            rows.logprobs_LTK,
-            rows.tail_ids_LTm,
-            rows.tail_mass_LT,
-            rows.entropy_LT,
-            vocab_size=header.vocab_size,
-            device=backbone.device,
-        )
+        teacher = LayerRows.of(rows, device=backbone.device)
         # The last layer against the last one, then each verbalized layer against all.
         final, last_TD = teacher.num_layers - 1, hidden.pop(backbone.num_layers)
         num_tokens += rows.num_tokens

@@ -410,9 +410,9 @@ def _check_head(model: Any) -> None:
         raise ModelError(f"`{name}`: its language head is offloaded; load the model with more memory for its device")
 
 
-def head_of(backbone: Backbone) -> Head:
-    """The model's head with what it does to its logits."""
-    return Head(backbone.head_weight, backbone.logit_scale, backbone.logit_cap, backbone.head_bias)
+def head_of(backbone: Backbone, *, compiled: bool = False) -> Head:
+    """The model's head with what it does to its logits; `compiled` as `sparse.head.Head` has it."""
+    return Head(backbone.head_weight, backbone.logit_scale, backbone.logit_cap, backbone.head_bias, compiled)
 
 
 def target_layers(layers: TargetLayers, num_targets: int, config: Any, *, where: str) -> list[int]:

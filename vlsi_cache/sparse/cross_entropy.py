@@ -23,7 +23,6 @@ def linear_cross_entropy(
     *,
     share_T: Tensor | None = None,
     block: int | None = None,
-    compiled: bool = False,
 ) -> Tensor:
     """Cross-entropy in nats of `softmax(head(hidden))` with the ids `gold_T`; no logits [T, V] are kept.
 
@@ -36,7 +35,7 @@ def linear_cross_entropy(
     if gold_T.shape != hidden_TD.shape[:1] or not len(gold_T):
         raise DataError(f"{hidden_TD.shape[0]} hidden states, but gold ids of shape {list(gold_T.shape)}")
     picker = OneId(gold_T, block or default_block(hidden_TD.device))
-    vocab_pass, share_T = VocabPass(hidden_TD, head, picker, compiled=compiled), shares(share_T, hidden_TD)
+    vocab_pass, share_T = VocabPass(hidden_TD, head, picker), shares(share_T, hidden_TD)
     ids_T1, is_entry_T1 = gold_T[:, None], torch.ones_like(gold_T, dtype=torch.bool)[:, None]
     return vocab_pass.attach(
         -token_sum(vocab_pass.logq[0, :, 0], share_T), ids_T1, vocab_pass.logq[0], -share_T[:, None], is_entry_T1
@@ -51,7 +50,7 @@ class HeadOutput(NamedTuple):
     mean_TD: Tensor  # sum_j p_j W_j
 
 
-def head_output(hidden_TD: Tensor, head: Head, *, compiled: bool = False) -> HeadOutput:
+def head_output(hidden_TD: Tensor, head: Head) -> HeadOutput:
     """One pass over the vocabulary for `kl_to_output`; nothing of it requires a gradient.
 
     Raises ModelError for a head that does, or with a soft cap.
@@ -61,7 +60,7 @@ def head_output(hidden_TD: Tensor, head: Head, *, compiled: bool = False) -> Hea
         leaf_TD = operand(hidden_TD).detach().requires_grad_()
     picker = OneId(torch.zeros(len(leaf_TD), dtype=torch.long, device=leaf_TD.device), default_block(leaf_TD.device))
     with torch.enable_grad():
-        vocab_pass = VocabPass(leaf_TD, head, picker, compiled=compiled)
+        vocab_pass = VocabPass(leaf_TD, head, picker)
     assert vocab_pass.mean_TD is not None
     return HeadOutput(leaf_TD.detach(), vocab_pass.lse_T, vocab_pass.mean_TD)
 
@@ -73,7 +72,6 @@ def kl_to_output(
     target: HeadOutput,
     *,
     share_T: Tensor | None = None,
-    compiled: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """KL(target || head(hidden)) over the whole vocabulary in nats, differentiable in the hidden states.
 
@@ -87,7 +85,7 @@ def kl_to_output(
     _check_plain(head)
     hidden_TD = operand(hidden_TD)
     head.check(hidden_TD)
-    vocab_pass = VocabPass(hidden_TD, head, OneId(gold_T, default_block(hidden_TD.device)), compiled=compiled)
+    vocab_pass = VocabPass(hidden_TD, head, OneId(gold_T, default_block(hidden_TD.device)))
     with full_precision(hidden_TD.device):
         share_T, dtype = shares(share_T, hidden_TD), vocab_pass.lse_T.dtype
         moved_TD = (hidden_TD.to(dtype) - target.hidden_TD.to(dtype)) * head.scale

@@ -7,7 +7,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar, cast
 
 import torch
@@ -43,13 +43,15 @@ class Head:
     """A language head: `logits = cap * tanh(scale * (hidden @ weight.T + bias) / cap)`, without tanh if no cap.
 
     `scale` is Cohere's `logit_scale` or the inverse of Granite's `logits_scaling`, `cap` Gemma's
-    `final_logit_softcapping`, `bias` what Phi, GPT-J and CodeGen add.
+    `final_logit_softcapping`, `bias` what Phi, GPT-J and CodeGen add. `compiled`: the sums over a block of logits
+    run as one fused kernel of torch.compile.
     """
 
     weight_VD: Tensor
     scale: float = 1.0
     cap: float | None = None
     bias_V: Tensor | None = None
+    compiled: bool = False
 
     @classmethod
     def of(cls, head: "Head | Tensor") -> "Head":
@@ -63,7 +65,7 @@ class Head:
         if vocab_size == self.num_rows:
             return self
         bias_V = None if self.bias_V is None else self.bias_V[:vocab_size]
-        return Head(self.weight_VD[:vocab_size], self.scale, self.cap, bias_V)
+        return replace(self, weight_VD=self.weight_VD[:vocab_size], bias_V=bias_V)
 
     @property
     def num_rows(self) -> int:

@@ -15,13 +15,13 @@ V vocabulary, D hidden size, n temperatures (taus).
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vlsi_cache.errors import DataError, ModelError
+from vlsi_cache.errors import DataError
 
 from .divergences import Bucketed, Divergence
 from .head import Head, normalized, operand, shares, token_sum
@@ -40,25 +40,21 @@ def sparse_kl(
     layer: int = -1,
     divergence: Divergence = FORWARD_KL,
     tau: float = 1.0,
-    taus: Sequence[float] | None = None,
     weights_T: Tensor | None = None,
     vocab_size: int | None = None,
-    logit_scale: float = 1.0,
-    logit_cap: float | None = None,
-    head_bias_V: Tensor | None = None,
 ) -> Tensor:
     """Divergence of a student from one cached teacher layer, in nats, for any trainer: a scalar, mean over the tokens.
 
     `hidden_TD` is what enters the student's head at the response tokens and gets the gradient; so does the head if it
     requires one (its logits are then made a second time in the backward pass). Backward takes one scalar. `head` is its
-    weight [V, D]; for a model that scales or caps its logits (Cohere, Granite, Gemma 2) also say `logit_scale` and
-    `logit_cap`, for one whose head has a bias `head_bias_V`, or give a `vlsi_cache.Head`.
+    weight [V, D], or a `vlsi_cache.Head` for a model that scales or caps its logits (Cohere, Granite, Gemma 2) or whose
+    head has a bias (Phi, GPT-J).
 
     `row` is a row of a cache, which knows its vocabulary and its temperatures; rows behind that vocabulary in the head
-    are padding and take no part. Any other object with the attributes of `SparseRows` (numpy or torch) needs
-    `vocab_size`, and `taus` for a `tau` other than 1. `layer` indexes its layers, `weights_T` weighs tokens. `tau`
-    softens both sides and must be one of the row's temperatures; value and gradient are those of tau^2 times the
-    divergence. Rows of draws (`rows.kind: sampled`) estimate forward_kl alone. Raises DataError, ModelError, SpecError.
+    are padding and take no part. Any other object with the attributes of `SparseRows` (numpy or torch) will do; one
+    without `vocab_size` needs the argument. `layer` indexes its layers, `weights_T` weighs tokens. `tau` softens both
+    sides and must be one of the row's `taus`; value and gradient are those of tau^2 times the divergence. Rows of draws
+    (`rows.kind: sampled`) estimate forward_kl alone. Raises DataError, ModelError, SpecError.
 
     >>> import torch
     >>> from vlsi_cache.sparse.topk import sample_uniforms, stack_layers, teacher_rows
@@ -72,50 +68,16 @@ def sparse_kl(
     >>> round(loss.item(), 3), hidden_TD.grad.argmin(1).tolist()
     (1.005, [1, 2])
     """
-    head = _scaled(head, logit_scale, logit_cap, head_bias_V)
-    vocab_size = _known("vocab_size", vocab_size, getattr(row, "vocab_size", None))
-    if vocab_size is None:
-        raise DataError(
-            f"these rows do not carry the size of their vocabulary, and the head's {head.num_rows} rows may have "
-            "padding among them: say `vocab_size` (`cache.header.vocab_size`)"
-        )
-    grid = _known("taus", taus if taus is None else tuple(taus), getattr(row, "taus", None)) or (1.0,)
     num_layers = len(row.ids_LTK)
     if not -num_layers <= layer < num_layers:
         raise DataError(f"`layer` is {layer}, and the rows have {num_layers} layers")
-    head = head.real(vocab_size)
+    # No divergence on the bucketed support needs the tail samples.
+    only = slice(layer % num_layers, layer % num_layers + 1)
     rows = LayerRows.of(
-        row.ids_LTK[layer][None],
-        row.logprobs_LTK[layer][None],
-        row.tail_ids_LTm[layer][None, :, :0],  # no divergence on the bucketed support needs them
-        row.tail_mass_LT[layer][None],
-        row.entropy_LT[layer][None],
-        row.lse_LTn[layer][None],
-        vocab_size=head.num_rows,
-        tau=tau,
-        taus=grid,
-        device=hidden_TD.device,
+        row, layers=only, vocab_size=vocab_size, tau=tau, with_tail_samples=False, device=hidden_TD.device
     )
     share_T = None if weights_T is None else normalized(weights_T, hidden_TD)
     return candidate_kl(hidden_TD, head, rows, divergence=divergence, share_T=share_T).loss(0)
-
-
-def _scaled(head: Tensor | Head, scale: float, cap: float | None, bias_V: Tensor | None) -> Head:
-    if isinstance(head, Head):
-        if scale != 1.0 or cap is not None or bias_V is not None:
-            raise ModelError(
-                "`logit_scale`, `logit_cap` and `head_bias_V` belong to a head's weight; this `Head` has its own"
-            )
-        return head
-    return Head(head, scale, cap, bias_V)
-
-
-def _known(name: str, said: Any, carried: Any) -> Any:
-    """What is said and what the row carries, which must not contradict each other."""
-    carried = tuple(carried) if name == "taus" and carried is not None else carried
-    if said is not None and carried is not None and said != carried:
-        raise DataError(f"`{name}` is {said}, and these rows carry {carried}; leave `{name}` out")
-    return carried if said is None else said
 
 
 @dataclass(frozen=True)
@@ -136,35 +98,35 @@ class LayerRows:
     @classmethod
     def of(
         cls,
-        ids_LTK: Tensor | np.ndarray,
-        logprobs_LTK: Tensor | np.ndarray,
-        tail_ids_LTm: Tensor | np.ndarray,
-        tail_mass_LT: Tensor | np.ndarray,
-        entropy_LT: Tensor | np.ndarray,
-        lse_LTn: Tensor | np.ndarray | None = None,
+        rows: Any,
         *,
-        vocab_size: int,
+        layers: slice = slice(None),
+        vocab_size: int | None = None,
         tau: float = 1.0,
-        taus: Sequence[float] = (1.0,),
+        with_tail_samples: bool = True,
         device: torch.device | str = "cpu",
         block: int | None = None,
     ) -> "LayerRows":
-        """Arrays of the cache (numpy or torch), to_device_async to the student's device.
+        """`SparseRows`, or any object with their attributes (numpy or torch), on the student's device.
 
-        Raises DataError for shapes that do not fit together, ids outside `vocab_size`, and a `tau` outside `taus`.
+        `vocab_size` is needed where the rows do not carry it. Raises DataError for shapes that do not fit together, ids
+        outside the vocabulary, and a `tau` that is none of the rows' `taus`.
         """
-        device = torch.device(device)
-        ids, tails = (_tensor(array).int() for array in (ids_LTK, tail_ids_LTm))
-        logprobs, mass, entropy = (
-            to_device_async(_tensor(array), device) for array in (logprobs_LTK, tail_mass_LT, entropy_LT)
+        device, vocab_size = torch.device(device), _vocab_size(rows, vocab_size)
+        ids_LTK, tails_LTm = _tensor(rows.ids_LTK[layers]).int(), _tensor(rows.tail_ids_LTm[layers]).int()
+        tails_LTm = tails_LTm if with_tail_samples else tails_LTm[..., :0]
+        logprobs_LTK, mass_LT, entropy_LT = (
+            to_device_async(_tensor(array[layers]), device)
+            for array in (rows.logprobs_LTK, rows.tail_mass_LT, rows.entropy_LT)
         )
-        _check_shapes(ids, logprobs, tails, mass, entropy)
+        _check_shapes(ids_LTK, logprobs_LTK, tails_LTm, mass_LT, entropy_LT)
         if tau != 1.0:
-            logprobs, mass = _tempered(logprobs, mass, lse_LTn, tau, taus, vocab_size)
-        ids_LTX = torch.cat([ids, tails], -1)
+            lse_LTn, taus = rows.lse_LTn[layers], getattr(rows, "taus", None) or (1.0,)
+            logprobs_LTK, mass_LT = _tempered(logprobs_LTK, mass_LT, lse_LTn, tau, taus, vocab_size)
+        ids_LTX = torch.cat([ids_LTK, tails_LTm], -1)
         on_device_LTX = to_device_async(ids_LTX, device)
         index = BlockIndex.of(ids_LTX, on_device_LTX, vocab_size=vocab_size, block=block or default_block(device))
-        return cls(on_device_LTX, logprobs, mass, entropy, index, vocab_size, tau)
+        return cls(on_device_LTX, logprobs_LTK, mass_LT, entropy_LT, index, vocab_size, tau)
 
     @property
     def num_layers(self) -> int:
@@ -190,7 +152,6 @@ def candidate_kl(
     *,
     divergence: Divergence = FORWARD_KL,
     share_T: Tensor | None = None,
-    compiled: bool = False,
 ) -> "CandidateKL":
     """Compare one student layer with the teacher layers `window` of `rows` (all by default) in one pass.
 
@@ -204,7 +165,7 @@ def candidate_kl(
     if rows.num_tokens != hidden_TD.shape[0]:
         raise DataError(f"{hidden_TD.shape[0]} student hidden states, but rows of {rows.num_tokens} response tokens")
     window = range(rows.num_layers) if window is None else window
-    vocab_pass = VocabPass(hidden_TD, head, rows.index.window(window), tau=rows.tau, compiled=compiled)
+    vocab_pass = VocabPass(hidden_TD, head, rows.index.window(window), tau=rows.tau)
     return CandidateKL(vocab_pass, rows, window, shares(share_T, hidden_TD), divergence)
 
 
@@ -280,6 +241,19 @@ class CandidateKL:
         return tokens_T.detach(), s_TK
 
 
+def _vocab_size(rows: Any, said: int | None) -> int:
+    """The vocabulary of the rows, which what the caller says must not contradict."""
+    carried = getattr(rows, "vocab_size", None)
+    if said is not None and carried is not None and said != carried:
+        raise DataError(f"`vocab_size` is {said}, and these rows carry {carried}; leave `vocab_size` out")
+    if said is None and carried is None:
+        raise DataError(
+            "these rows do not carry the size of their vocabulary, and the rows of a head may have padding among them: "
+            "say `vocab_size` (`cache.header.vocab_size`)"
+        )
+    return cast(int, said or carried)
+
+
 def _at(x_MTx: Tensor, index_T: Tensor) -> Tensor:
     """x[index_T[t], t] for every token."""
     index_1Tx = index_T.view(1, -1, *[1] * (x_MTx.ndim - 2)).expand(1, *x_MTx.shape[1:])
@@ -297,7 +271,7 @@ def _tensor(array: Tensor | np.ndarray) -> Tensor:
 def _tempered(
     logprobs_LTK: Tensor,
     tail_mass_LT: Tensor,
-    lse_LTn: Tensor | np.ndarray | None,
+    lse_LTn: Tensor | np.ndarray,
     tau: float,
     taus: Sequence[float],
     vocab_size: int,
@@ -308,9 +282,10 @@ def _tempered(
             f"`tau` is {tau}, and the rows hold {list(taus)} only: the tail at another temperature cannot be known "
             f"from the top-k; build a cache with `rows.taus` [1.0, {tau}]"
         )
-    if lse_LTn is None or lse_LTn.shape[-1] != len(taus):
-        shape = None if lse_LTn is None else list(lse_LTn.shape)
-        raise DataError(f"`lse_LTn` has shape {shape}, and there are {len(taus)} temperatures {list(taus)}")
+    if lse_LTn.shape[-1] != len(taus):
+        raise DataError(
+            f"`lse_LTn` has shape {list(lse_LTn.shape)}, and there are {len(taus)} temperatures {list(taus)}"
+        )
     lse = to_device_async(_tensor(lse_LTn), logprobs_LTK.device).double()
     shift_LT = lse[..., list(taus).index(1.0)] / tau - lse[..., list(taus).index(tau)]
     tempered_LTK = (logprobs_LTK.double() / tau + shift_LT[..., None]).clamp(max=0)

@@ -50,14 +50,12 @@ def teacher_rows(
     vocab_size: int,
     taus: Sequence[float] = (1.0,),
     block: int = 16384,
-    compiled: bool = False,
 ) -> dict[str, Tensor]:
     """The sparse rows of one layer, over the first `vocab_size` rows of the head (or of its weight).
 
     `hidden_TD` is what enters the head. Logits are fp32 for any dtype and ties go to the lowest id. A tail whose mass
     underflows to 0 has nothing to draw from: its samples are the lowest id outside the top-k, of weight 0.
-    Peak memory is about T * block * 8 bytes and the outputs; `block` should be many times `top_k`. `compiled` fuses
-    the sums over a block (`kernels.py`).
+    Peak memory is about T * block * 8 bytes and the outputs; `block` should be many times `top_k`.
 
     No value is read on the host, so that a GPU is never waited for: what is wrong in the values (logits that are not
     finite, gold ids outside the vocabulary) is found by `stack_layers`.
@@ -74,7 +72,7 @@ def teacher_rows(
     # Autocast would turn the fp32 products into bf16 behind our back.
     with torch.no_grad(), torch.autocast(hidden_TD.device.type, enabled=False):
         width = math.ceil(max(min(block, vocab_size), top_k + 1) / GROUP) * GROUP
-        scan = _scan(hidden_TD, head, gold_ids_T.to(hidden_TD.device), top_k, tuple(taus), width, compiled)
+        scan = _scan(hidden_TD, head, gold_ids_T.to(hidden_TD.device), top_k, tuple(taus), width)
         rows, inside_TCK, scale_TC = _finish(scan, top_k)
         rows["tail_ids_Tm"] = _draw(scan, hidden_TD, head, uniforms_Tm, inside_TCK, scale_TC, rows["ids_TK"])
     return rows
@@ -144,9 +142,7 @@ def _check_request(
         raise SpecError(f"`taus` must be positive temperatures, found {list(taus)}")
 
 
-def _scan(
-    hidden_TD: Tensor, head: Head, gold_T: Tensor, top_k: int, taus: tuple[float, ...], width: int, compiled: bool
-) -> _Scan:
+def _scan(hidden_TD: Tensor, head: Head, gold_T: Tensor, top_k: int, taus: tuple[float, ...], width: int) -> _Scan:
     num_tokens, vocab_size = hidden_TD.shape[0], head.num_rows
     num_blocks = math.ceil(vocab_size / width)
     buffer = hidden_TD.new_empty(num_tokens * width, dtype=torch.float32)
@@ -172,7 +168,7 @@ def _scan(
         z_TB = pad(z_TB, (0, missing), value=NO_LOGIT) if missing else z_TB
         step = _tokens_at_a_time(z_TB)
         for t in (slice(first, first + step) for first in range(0, num_tokens, step)):
-            _scan_block(scan, t, index, z_TB[t], compiled)
+            _scan_block(scan, t, index, z_TB[t], head.compiled)
     return scan
 
 

@@ -152,22 +152,21 @@ class VocabPass:
         picker: Picker,
         *,
         tau: float = 1.0,
-        compiled: bool = False,
     ) -> None:
         self.hidden_TD, self.head, self.tau = hidden_TD, head, tau
         self.grows_head = torch.is_grad_enabled() and head.requires_grad
         wants_mean = torch.is_grad_enabled() and hidden_TD.requires_grad and not self.grows_head
         with full_precision(hidden_TD.device):
-            self._run(picker, wants_mean, compiled)
+            self._run(picker, wants_mean)
 
-    def _run(self, picker: Picker, wants_mean: bool, compiled: bool) -> None:
+    def _run(self, picker: Picker, wants_mean: bool) -> None:
         hidden_TD, head = self.hidden_TD, self.head
         self.block = min(picker.block, head.num_rows)
         # On a GPU the probabilities enter the second product in bf16; what this loses on the chosen ids
         # is put back by `_rounding`.
         self.rounds = wants_mean and _rounds_probs(hidden_TD)
         probs_dtype = hidden_TD.dtype if self.rounds else compute_dtype(hidden_TD)
-        online_softmax = fused(_online_softmax, compiled=compiled)
+        online_softmax = fused(_online_softmax, compiled=head.compiled)
         num_tokens, dtype = hidden_TD.shape[0], compute_dtype(hidden_TD)
         max_T1 = hidden_TD.new_full((num_tokens, 1), -math.inf, dtype=dtype)
         sum_T1 = torch.zeros_like(max_T1)

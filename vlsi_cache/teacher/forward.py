@@ -202,13 +202,12 @@ class Teacher:
             state: Any = hidden.pop(layer)
             yield teacher_rows(
                 state if layer == inputs.num_model_layers else self.verbalizers.apply(layer, state),
-                head_of(self.backbone),
+                head_of(self.backbone, compiled=self.compiled),
                 batch.gold_T,
                 top_k=min(SCANNED_K, vocab_size - 1) if rows.kind == "sampled" else widths[index],
                 uniforms_Tm=uniforms_LTm[index],
                 taus=rows.taus,
                 vocab_size=vocab_size,
-                compiled=self.compiled,
             )
 
 

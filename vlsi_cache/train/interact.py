@@ -31,9 +31,9 @@ from vlsi_cache.runs.diagnostics import interact_findings, warn_of
 from vlsi_cache.runtime import autocast, memory_gib, seed_step
 from vlsi_cache.sparse.cross_entropy import linear_cross_entropy
 from vlsi_cache.sparse.divergences import Divergence
+from vlsi_cache.sparse.head import Head
 from vlsi_cache.sparse.kl import LayerRows, candidate_kl
 from vlsi_cache.sparse.matching import Matching, SearchRange, match_rng
-from vlsi_cache.store.format import CacheHeader
 
 from .loader import MicroBatch
 from .optim import clip_gradients, make_optimizer, optimizer_step
@@ -88,6 +88,7 @@ def interact(state: StudentState, model: Any, verbalizers: Verbalizers | None, *
         checkpoints.load("interact", first, model, optimizer)
     log.start_stage("interact", step=first, num_steps=num_steps)
     num_micro = distill.batch_size // distill.micro_batch_size
+    head = head_of(backbone, compiled=state.compiled).real(header.vocab_size)
     capture = verbalizers.capture if verbalizers is not None else partial(backbone.capture, layers=[])
     with state.feed("interact", first * distill.batch_size) as feed, stopping_between_steps() as signals:
         for step in range(first, num_steps):
@@ -106,13 +107,11 @@ def interact(state: StudentState, model: Any, verbalizers: Verbalizers | None, *
                 num_tokens += len(batch.gold_T)
                 with autocast(state.device):
                     hidden = capture(batch.inputs, rows_T=batch.rows_T, positions_T=batch.positions_T)
-                targets = targets_of(micro, header, settings, state.device)
+                rows = LayerRows.of(cached, tau=settings.tau, device=state.device)
+                targets = Targets(rows, batch.gold_T, micro.share_T)
                 rng = match_rng(distill.seed, step, micro.place)
-                terms += micro_batch(
-                    hidden, targets, backbone, verbalizers, settings, rng, layer_weight, state.compiled
-                )
+                terms += micro_batch(hidden, targets, head, verbalizers, settings, rng, layer_weight)
                 if probed is None and is_due(step, num_steps):
-                    head = head_of(backbone).real(header.vocab_size)
                     matches = {
                         term.layer: (term.target_n[0], term.match_logits_M)
                         for term in terms
@@ -120,7 +119,7 @@ def interact(state: StudentState, model: Any, verbalizers: Verbalizers | None, *
                     }
                     is_sampled = header.row_kind == "sampled"
                     probed = probe(hidden, head, verbalizers, matches, cached, batch.gold_T, is_sampled=is_sampled)
-                del hidden, targets
+                del hidden, rows, targets
             # From here on the host waits for the device.
             losses = losses_of(results, settings, state.teacher_layers)
             clip_gradients(optimizer, settings.schedule, "interact", step, num_steps)
@@ -156,46 +155,27 @@ def interact(state: StudentState, model: Any, verbalizers: Verbalizers | None, *
     return {"name": "interact", "steps": num_steps, "seconds": log.stage_seconds("interact")}
 
 
-def targets_of(micro: MicroBatch, header: CacheHeader, settings: InteractSpec, device: torch.device) -> Targets:
-    """The teacher's side of a micro-batch, made ready on the device once for all student layers."""
-    cached = micro.rows
-    assert cached is not None
-    rows = LayerRows.of(
-        cached.ids_LTK,
-        cached.logprobs_LTK,
-        cached.tail_ids_LTm,
-        cached.tail_mass_LT,
-        cached.entropy_LT,
-        cached.lse_LTn,
-        vocab_size=header.vocab_size,
-        tau=settings.tau,
-        taus=header.taus,
-        device=device,
-    )
-    return Targets(rows, micro.batch.gold_T, micro.share_T)
-
-
 def micro_batch(
     hidden: Mapping[int, Tensor | LayerSequence],
     targets: Targets,
-    backbone: Backbone,
+    head: Head,
     verbalizers: Verbalizers | None,
     settings: InteractSpec,
     rng: np.random.Generator,
     layer_weight: float = 1.0,
-    compiled: bool = False,
 ) -> list[Term]:
     """Step back through what `hidden` came from, with what the micro-batch adds to the loss of the whole batch.
 
     That is lambda_last * last + layer_weight * (sum or mean of the layers), each a sum over the tokens by their shares.
-    `hidden` is by layer: [T, D], or sequences for verbalizers that need them. With no verbalizers, or a weight of 0,
-    only the last layer is left. The terms come back in the order last layer, target layers; nothing is read from the
-    device. Raises ModelError for a head that trains.
+    `hidden` is by layer, the model's last one among them: [T, D], or sequences for verbalizers that need them. `head`
+    has the rows of the real vocabulary alone. With no verbalizers, or a weight of 0, only the last layer is left. The
+    terms come back in the order last layer, target layers; nothing is read from the device. Raises ModelError for a
+    head that trains.
     """
-    if backbone.head_weight.requires_grad:
+    if head.requires_grad:
         raise ModelError("the head trains: while layers are compared through it, in stage interact, it must be frozen")
     rows, gold_T, share_T = targets.rows, targets.gold_T, targets.share_T
-    head, device, final = head_of(backbone).real(rows.vocab_size), share_T.device, rows.num_layers - 1
+    device, final, last = share_T.device, rows.num_layers - 1, max(hidden)
     at_last, at_layers = _divergence(settings.last, settings), _divergence(settings.intermediate, settings)
     matching = _matching(settings)
     gradients: dict[int, Tensor] = {}
@@ -203,7 +183,7 @@ def micro_batch(
 
     def cross_entropy(state_TD: Tensor) -> Tensor:
         with autocast(device):
-            return linear_cross_entropy(state_TD, head, gold_T, share_T=share_T, compiled=compiled)
+            return linear_cross_entropy(state_TD, head, gold_T, share_T=share_T)
 
     def add(term: Term, leaf: Tensor, weight: float) -> None:
         """Step back as far as the hidden states that the term stands on."""
@@ -214,7 +194,6 @@ def micro_batch(
         terms.append(term._replace(loss=term.loss.detach()))
 
     # The last layer speaks through the head alone.
-    last = backbone.num_layers
     if settings.lambda_last and settings.last != "none":
         _, leaf = cut(hidden[last])
         if at_last is None:
@@ -223,7 +202,7 @@ def micro_batch(
         else:
             with autocast(device):
                 only = range(final, final + 1)
-                kl = candidate_kl(leaf, head, rows, only, divergence=at_last, share_T=share_T, compiled=compiled)
+                kl = candidate_kl(leaf, head, rows, only, divergence=at_last, share_T=share_T)
             loss, tokens_T = kl.choose(0)
             if settings.alpha_ce:
                 loss = (1 - settings.alpha_ce) * loss + settings.alpha_ce * cross_entropy(leaf)
@@ -248,7 +227,7 @@ def micro_batch(
         with autocast(device):
             window = search.range
             # Every candidate teacher layer in one pass over the vocabulary.
-            kl = candidate_kl(state_TD, head, rows, window, divergence=at_layers, share_T=share_T, compiled=compiled)
+            kl = candidate_kl(state_TD, head, rows, window, divergence=at_layers, share_T=share_T)
         target_n, match_logits_M = search.draw(kl.matching_M)
         chosen = [kl.choose(target - window.start) for target in target_n]
         loss, tokens = torch.stack([one.value for one in chosen]).mean(), torch.cat([one.tokens_T for one in chosen])

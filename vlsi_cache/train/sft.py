@@ -29,14 +29,13 @@ def response_loss(
     share_T: torch.Tensor,
     *,
     with_liger: bool,
-    compiled: bool = False,
 ) -> torch.Tensor:
     """Cross-entropy in nats, the sum over the tokens by their shares, of which no logits [T, V] are kept.
 
     With Liger all shares must be the same.
     """
     if not with_liger:
-        return linear_cross_entropy(hidden_TD, head, gold_T, share_T=share_T, compiled=compiled)
+        return linear_cross_entropy(hidden_TD, head, gold_T, share_T=share_T)
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss  # pyright: ignore[reportMissingImports]
 
     # In fp32 it adds up what the chunks give the head; by default it would do so in the dtype of the weight.
@@ -94,11 +93,10 @@ def sft(state: StudentState, model: Any, *, num_steps: int, stop: int) -> dict[s
                     state_TD = hidden[backbone.num_layers]
                     loss = response_loss(
                         state_TD,
-                        head_of(backbone),
+                        head_of(backbone, compiled=state.compiled),
                         batch.gold_T,
                         micro.share_T,
                         with_liger=with_liger,
-                        compiled=state.compiled,
                     )
                 loss.backward()
                 losses.append(loss.detach())

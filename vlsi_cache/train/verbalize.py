@@ -23,6 +23,7 @@ from vlsi_cache.run_files import read_metrics
 from vlsi_cache.runs.diagnostics import verbalizer_findings, warn_of
 from vlsi_cache.runtime import autocast, memory_gib, seed_step
 from vlsi_cache.sparse.cross_entropy import head_output, kl_to_output, linear_cross_entropy
+from vlsi_cache.sparse.head import Head
 
 from .loader import Feed
 from .optim import Stage, clip_gradients, make_grouped_optimizer, optimizer_step, refuse_destroyed
@@ -50,6 +51,7 @@ def verbalize(
     if first:
         checkpoints.load("verbalize", first, verbalizers, optimizer)
     log.start_stage("verbalize", step=first, num_steps=num_steps)
+    head = head_of(backbone, compiled=stage.compiled).real(vocab_size)
     num_micro = settings.batch_size // settings.micro_batch_size
     with make_feed(first * settings.batch_size) as feed, stopping_between_steps() as signals:
         for step in range(first, num_steps):
@@ -58,15 +60,7 @@ def verbalize(
             seed_step(settings.seed, "verbalize", step)  # dropout is that of the step, whether resumed or not
             for micro in feed.take(num_micro):
                 tokens += len(micro.batch.gold_T)
-                losses += layer_losses(
-                    backbone,
-                    verbalizers,
-                    micro.batch,
-                    micro.share_T,
-                    loss=architecture.loss,
-                    vocab_size=vocab_size,
-                    compiled=stage.compiled,
-                )
+                losses += layer_losses(verbalizers, head, micro.batch, micro.share_T, loss=architecture.loss)
             clip_gradients(optimizer, stage.schedule, "verbalize", step, num_steps)
             rate = optimizer_step(optimizer, stage.schedule, step, num_steps)
 
@@ -103,29 +97,22 @@ class LayerLoss(NamedTuple):
 
 
 def layer_losses(
-    backbone: Backbone,
-    verbalizers: Verbalizers,
-    batch: Batch,
-    share_T: torch.Tensor,
-    *,
-    loss: str,
-    vocab_size: int,
-    compiled: bool = False,
+    verbalizers: Verbalizers, head: Head, batch: Batch, share_T: torch.Tensor, *, loss: str
 ) -> Iterator[LayerLoss]:
     """The loss of each layer, the sum over the tokens by their shares; its gradient is left in the verbalizer."""
-    head = head_of(backbone).real(vocab_size)
-    with torch.no_grad(), autocast(backbone.device):
+    device = share_T.device
+    with torch.no_grad(), autocast(device):
         wants_final = loss == "kl_to_final"
         # Nothing below the verbalizers trains, so the backbone runs without a graph.
         hidden = dict(verbalizers.capture(batch.inputs, batch.rows_T, batch.positions_T, with_final=wants_final))
-        final_TD: Any = hidden.pop(backbone.num_layers, None)
-        own = head_output(final_TD, head, compiled=compiled) if wants_final else None
+        final_TD: Any = hidden.pop(max(hidden)) if wants_final else None
+        own = head_output(final_TD, head) if wants_final else None
     for layer in verbalizers.layers:
-        with autocast(backbone.device):
+        with autocast(device):
             state_TD = verbalizers.apply(layer, hidden.pop(layer))
             if own is None:
-                trained = nll = linear_cross_entropy(state_TD, head, batch.gold_T, share_T=share_T, compiled=compiled)
+                trained = nll = linear_cross_entropy(state_TD, head, batch.gold_T, share_T=share_T)
             else:
-                trained, nll = kl_to_output(state_TD, head, batch.gold_T, own, share_T=share_T, compiled=compiled)
+                trained, nll = kl_to_output(state_TD, head, batch.gold_T, own, share_T=share_T)
         trained.backward()  # at once: the logits of this layer are gone before the next layer's exist
         yield LayerLoss(trained.detach(), nll.detach())
