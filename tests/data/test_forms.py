@@ -42,8 +42,8 @@ def read(rows: list[Any], folder: Path, suffix: str = "jsonl", **options: Any) -
 def read_one(row: Any, folder: Path) -> Record:
     (folder / "a.png").write_bytes(PNG)
     (folder / "b.png").write_bytes(OTHER)
-    (record,) = read([row], folder)
-    return record
+    """The record of the row's last response."""
+    return read([row], folder)[-1]
 
 
 def reason_of(row: Any, folder: Path) -> str:
@@ -96,7 +96,9 @@ def test_digest_holds_all_that_a_template_is_given(tmp_path: Path) -> None:
         changed(1, tool_calls=[{**CALL, "id": "1"}]),
         changed(2, tool_call_id="2"),
     ]
-    digests = [record.digest for record in read([{**row, "id": str(i)} for i, row in enumerate(rows)], tmp_path)]
+    digests = [
+        record.digest for record in read([{**row, "id": str(i)} for i, row in enumerate(rows)], tmp_path, turns="last")
+    ]
     assert len(set(digests[:3])) == 1
     assert len(set(digests)) == 7
 
@@ -124,7 +126,7 @@ def test_digests_of_earlier_caches(tmp_path: Path) -> None:
             "images": [{"bytes": bitmap}],
         },
     ]
-    assert {record.id: record.digest for record in read(rows, tmp_path)} == EARLIER
+    assert {record.id: record.digest for record in read(rows, tmp_path, turns="last")} == EARLIER
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
@@ -137,7 +139,9 @@ def test_rows_of_records_read_back(suffix: str, tmp_path: Path) -> None:
     assert [(r.messages, r.tools, r.template_args) for r in again] == [
         (r.messages, r.tools, r.template_args) for r in records
     ]
-    assert again[1].images[0].read() == PNG
+    assert [(r.id, r.row) for r in again] == [(r.id, r.id) for r in records]  # a row of its own for each response
+    assert [r.id for r in records] == ["agent/1", "agent/2", "seen", "plain"]
+    assert again[2].images[0].read() == PNG
 
 
 def test_another_answer_has_no_old_reasoning(tmp_path: Path) -> None:
@@ -219,11 +223,11 @@ def test_sharegpt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         {"role": "tool", "content": "a cat"},
         TELL,
     ]
-    (record,) = read([{"conversations": turns}], tmp_path)
+    record = read([{"conversations": turns}], tmp_path)[-1]
     assert record.messages == read_one({"messages": messages}, tmp_path).messages
     assert "rows.jsonl: rows are read as ShareGPT `conversations` (1 row)" in capsys.readouterr().err
-    assert read([{"conversations": json.dumps(turns)}], tmp_path)[0].messages == record.messages
-    assert read([{"conversations": messages}], tmp_path)[0].messages == record.messages
+    assert read([{"conversations": json.dumps(turns)}], tmp_path)[-1].messages == record.messages
+    assert read([{"conversations": messages}], tmp_path)[-1].messages == record.messages
 
 
 def test_messages_as_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

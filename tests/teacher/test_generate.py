@@ -160,13 +160,15 @@ def test_everything_before_the_last_answer_stays(
 ) -> None:
     messages = [turn("user", "one"), turn("assistant", "two"), turn("user", "three"), turn("assistant", "four")]
     write_jsonl(tmp_path / "rows.jsonl", [{"id": "a", "system": "be \u00e9", "kind": "k", "messages": messages}])
-    say_instead(monkeypatch, {"a": Response([70, 71], True)})
+    say_instead(monkeypatch, {"a/1": Response([70, 72], True), "a/2": Response([70, 71], True)})
     spec = vc.load_spec(spec_file)
     generate(spec, out=tmp_path / "out.parquet")
-    old, new = read_records(spec.data)[0], records_of(tmp_path / "out.parquet")[0]
-    assert new.prompt_messages == old.prompt_messages
-    assert [message["role"] for message in new.messages] == ["system", "user", "assistant", "user", "assistant"]
-    assert (new.id, new.kind, new.answer != old.answer) == ("a", "k", True)
+    old, new = read_records(spec.data), records_of(tmp_path / "out.parquet")
+    # Each answer in a row of its own, in which what was said before is history and not learned again.
+    assert [(one.id, one.row, one.kind) for one in new] == [("a/1", "a/1", "k"), ("a/2", "a/2", "k")]
+    assert [one.prompt_messages for one in new] == [one.prompt_messages for one in old]
+    assert [message["role"] for message in new[1].messages] == ["system", "user", "assistant", "user", "assistant"]
+    assert all(one.answer != other.answer for one, other in zip(new, old, strict=True))
 
 
 def test_pictures_go_along(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ Recipe = Literal["vlsi", "last", "sft"]
 Structure = Literal["mlp", "mlp-x2", "verb-ffn", "verb-ffn-x2", "ffn", "ffn-x2", "decoder", "decoder-x2"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 BatchReduction = Literal["token", "sample"]
+Turns = Literal["all", "last"]
 PromptMode = Literal["generation", "template"]
 Kernels = Literal["auto", "eager", "compiled"]
 BadRows = Literal["refuse", "list"]
@@ -372,6 +373,8 @@ class DataSpec(Strict):
     """Chat rows: Parquet or JSONL files (`path`: a file, a folder of shards, a glob, or a folder of
     `datasets.save_to_disk`), or an installed generator of rows (`generator`, `options`).
 
+    `turns`: which of the assistant's turns are learned: `all`, each a sample of its own with the prompt that it has at
+    inference, or the `last` one of every row.
     `template`: arguments for the chat template (`{enable_thinking: false}`). `prompt`: where the prompt of a trained
     answer ends: `generation`, as the template ends it at inference; `template`, where the answer begins in the whole
     conversation ("train as the template writes history").
@@ -388,6 +391,7 @@ class DataSpec(Strict):
     bad_rows: BadRows = "refuse"
     template: dict[str, Any] = Field(default_factory=dict)
     prompt: PromptMode = "generation"
+    turns: Turns = "all"
 
     @model_validator(mode="after")
     def _one_source(self) -> "DataSpec":

@@ -157,10 +157,19 @@ def spec_from_dict(values: dict[str, Any], *, where: str) -> CacheSpec:
     """The spec stored in a cache or run; raises SpecError that names `where`."""
     if not isinstance(values, dict):
         raise SpecError(f"the spec in {where} is a {type(values).__name__}, not a section of keys")
+    if "data" in values:
+        values = {**values, "data": stored_data(values["data"])}
+    if isinstance(values.get("evaluate"), dict) and "data" in values["evaluate"]:
+        values["evaluate"] = {**values["evaluate"], "data": stored_data(values["evaluate"]["data"])}
     problems = _validate(values)
     if problems:
         raise SpecError(f"the spec in {where} has {len(problems)} mistake(s):\n{list_problems(problems, limit=30)}")
     return CacheSpec.model_validate(values)
+
+
+def stored_data(section: Any) -> Any:
+    """A `data` section that a cache or run has stored; before there was `turns`, only last turns were learned."""
+    return {"turns": "last", **section} if isinstance(section, dict) else section
 
 
 def apply_overrides(spec: CacheSpec, overrides: Iterable[str]) -> CacheSpec:

@@ -7,6 +7,7 @@ Every reading that is not a plain one is noted, so that it can be told.
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+from vlsi_cache.config.sections import Turns
 from vlsi_cache.errors import DataError
 
 from .values import given_json, is_empty, listed, parse_json, shown, text_value
@@ -116,8 +117,8 @@ def check_messages(turns: list[Any], note: Note) -> tuple[list[Message], list[bo
     return [message for message, _ in checked], [may_learn for _, may_learn in checked]
 
 
-def learned_turn(messages: list[Message], may_learn: list[bool], note: Note) -> int:
-    """Index of the turn that is learned: the assistant's last one, but for those that are not to be learned."""
+def learned_turns(messages: list[Message], may_learn: list[bool], turns: Turns, note: Note) -> list[int]:
+    """Indices of the turns that are learned: the assistant's, all or the last one, but for those not to be learned."""
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     learned = [index for index in answers if may_learn[index]]
     if not answers:
@@ -128,14 +129,23 @@ def learned_turn(messages: list[Message], may_learn: list[bool], note: Note) -> 
         note("rows end before turns of `weight: 0` or `train: false`, which are not learned")
     elif answers[-1] != len(messages) - 1:
         raise DataError(f"the last message is of role `{messages[-1]['role']}`, must be the assistant's")
-    if learned[-1] == 0:
-        raise DataError("has no message before the response")
-    response = messages[learned[-1]]
+    if turns == "last" or len(learned) == 1:
+        _check_response(messages, learned[-1], "the response", "")
+        return learned[-1:]
+    advice = "; mend it, give it `train: false`, or take the last turns alone with `data.turns: last`"
+    for number, index in enumerate(learned, start=1):
+        _check_response(messages, index, f"response {number} of {len(learned)}", advice)
+    return learned
+
+
+def _check_response(messages: list[Message], index: int, name: str, advice: str) -> None:
+    response = messages[index]
+    if index == 0:
+        raise DataError(f"has no message before {name}{advice}")
     if any(part["type"] == "image" for part in response["content"]):
-        raise DataError("the response holds an image")
+        raise DataError(f"{name} holds an image{advice}")
     if not text_of(response).strip() and "tool_calls" not in response:
-        raise DataError("the response is empty")
-    return learned[-1]
+        raise DataError(f"{name} is empty{advice}")
 
 
 def as_parts(content: Any) -> Any:

@@ -3,9 +3,10 @@
 A row: `messages` [{role, content}], where content is a string or parts {"type": "text", "text": ...} and
 {"type": "image"}; `images`, one per image part and in their order: a path, or {path | bytes, sha256}; optional `id`,
 `system`, `kind`, and what a chat template is given: `tools`, `chat_template_kwargs`, and in messages
-`reasoning_content`, `tool_calls`, `name`, `tool_call_id`. The assistant's last message is the response, but for those
-of `weight: 0` or `train: false`. What other tools write is read too, see `forms`, `messages` and `pictures`; how rows
-were read, and the names of columns that are not, are told once.
+`reasoning_content`, `tool_calls`, `name`, `tool_call_id`. Each message of the assistant is a response that is learned
+(with `data.turns: last` the last one alone), but for those of `weight: 0` or `train: false`: a row of n responses
+becomes n records, `ID/1` to `ID/n`, each of the messages up to its response. What other tools write is read too, see
+`sources`, `messages` and `images`; how rows were read, and the names of columns that are not, are told once.
 """
 
 import hashlib
@@ -17,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
-from vlsi_cache.config.sections import DataSpec
+from vlsi_cache.config.sections import DataSpec, Turns
 from vlsi_cache.config.spec import change
 from vlsi_cache.errors import DataError, list_problems
 from vlsi_cache.progress import progress, say
@@ -30,7 +31,7 @@ from .messages import (
     as_parts,
     check_messages,
     image_parts,
-    learned_turn,
+    learned_turns,
     text_of,
     turns_of,
 )
@@ -55,9 +56,10 @@ _MAX_ID_BITS = 256  # of an id that is a number
 
 @dataclass(frozen=True)
 class Record:
-    """One checked row; content is always a list of parts, and `system` has become the first message.
+    """One response that is learned, and what comes before it; content is always a list of parts.
 
-    The last message is the assistant turn that is learned. Messages may also hold `reasoning_content`, `tool_calls`,
+    The last message is that response; `system` has become the first one. `row` is the id of the row: `id` itself, where
+    the row has one response. Messages may also hold `reasoning_content`, `tool_calls`,
     `name` and `tool_call_id`, as the chat template is given them; `tools` and `template_args` (the row's
     `chat_template_kwargs`) are what else it is given.
     """
@@ -69,6 +71,7 @@ class Record:
     kind: str = ""
     tools: list[dict[str, Any]] | None = None
     template_args: dict[str, Any] = field(default_factory=dict)
+    row: str = ""
 
     @property
     def prompt_messages(self) -> list[dict[str, Any]]:
@@ -114,6 +117,7 @@ class _Reading:
     """What reading one source has met so far."""
 
     root: Path | None
+    turns: Turns
     records: list[Record] = field(default_factory=list)
     problems: list[tuple[str, str, str]] = field(default_factory=list)  # id, where, reason
     first_of: dict[str, tuple[str, bool]] = field(default_factory=dict)  # of an id: where, and whether it was given
@@ -131,7 +135,7 @@ def read_records(data: DataSpec, *, limit: int | None = None) -> RecordSet:
     if limit is not None:
         data = change(data, limit=limit if data.limit is None else min(limit, data.limit))
     source = data.path or f"generator {data.generator}"
-    reading = _Reading(media_root(data))
+    reading = _Reading(media_root(data), data.turns)
     num_rows = 0
     for raw in progress(raw_rows(data, reading.unread), "read rows", unit="row", delay=2):
         num_rows += 1
@@ -166,7 +170,9 @@ def row_of(record: Record, *, media_root: Path | None = None) -> dict[str, Any]:
         else:
             held = {"path": image.path.relative_to(media_root).as_posix()}
         images.append({**held, "sha256": image.sha256})
-    row = {"id": record.id, "kind": record.kind, "messages": record.messages, "images": images}
+    # Only the last message is this record's response: what the assistant has said before is history.
+    history = [{**one, "train": False} if one["role"] == "assistant" else one for one in record.prompt_messages]
+    row = {"id": record.id, "kind": record.kind, "messages": [*history, record.messages[-1]], "images": images}
     row |= {"tools": record.tools} if record.tools else {}
     return row | ({"chat_template_kwargs": record.template_args} if record.template_args else {})
 
@@ -174,9 +180,10 @@ def row_of(record: Record, *, media_root: Path | None = None) -> dict[str, Any]:
 def _read_row(reading: _Reading, raw: RawRow) -> None:
     row, notes = raw.row, set[str]()
     try:
-        record = _to_record(raw, reading, notes)
-        _check_id(reading, raw.where, record, is_given=row.get("id") is not None)
-        reading.records.append(record)
+        records = _to_records(raw, reading, notes)
+        for name in dict.fromkeys([records[0].row, *(record.id for record in records)]):
+            _check_id(reading, raw.where, name, is_given=row.get("id") is not None)
+        reading.records += records
     except DataError as error:
         row_id = row.get("id") if isinstance(row, Mapping) else None
         name = row_id if isinstance(row_id, str) and row_id else raw.where if row_id is None else shown(row_id)
@@ -186,12 +193,12 @@ def _read_row(reading: _Reading, raw: RawRow) -> None:
         reading.unread |= {str(key) for key in row if key not in COLUMNS and key not in UNSUPPORTED}
 
 
-def _check_id(reading: _Reading, where: str, record: Record, *, is_given: bool) -> None:
-    first, was_given = reading.first_of.setdefault(record.id, (where, is_given))
+def _check_id(reading: _Reading, where: str, name: str, *, is_given: bool) -> None:
+    first, was_given = reading.first_of.setdefault(name, (where, is_given))
     if first == where:
         return
     if is_given or was_given:
-        raise DataError(f"id `{shown(record.id)}` was used before, at {first}")
+        raise DataError(f"id `{shown(name)}` was used before, at {first}")
     raise DataError(f"is the same row as {first} and has no `id`; drop one of them, or give each an `id`")
 
 
@@ -209,24 +216,32 @@ def _all_problems(source: str, reading: _Reading, num_rows: int) -> str:
     return f"{source}: {len(lines)} of {num_rows} rows cannot be used; {advice}\n{list_problems(lines)}"
 
 
-def _to_record(raw: RawRow, reading: _Reading, notes: set[str]) -> Record:
-    """The record of a row; raises DataError with the first thing that is wrong."""
+def _to_records(raw: RawRow, reading: _Reading, notes: set[str]) -> list[Record]:
+    """The records of a row, one for each response; raises DataError with the first thing that is wrong."""
     row = raw.row
     if isinstance(row, DataError):
         raise row
     if not isinstance(row, Mapping):
         raise DataError(f"is a {type(row).__name__}, must be a mapping with `messages`")
-    messages, pictures = _content(row, notes)
+    messages, pictures, ends = _content(row, reading.turns, notes)
     images = tuple(_image(raw, entry, number, reading) for number, entry in enumerate(pictures))
     tools, template_args = _for_template(row, "tools"), _for_template(row, "chat_template_kwargs") or {}
-    digest = _digest(messages, images, tools, template_args)
-    row_id = _row_id(row, digest)
+    row_id = _row_id(row, _digest(messages, images, tools, template_args))
     kind = "" if row.get("kind") is None else text_value(row["kind"], "`kind`")
-    return Record(row_id, messages, images, digest, kind, tools, template_args)
+    if len(ends) > 1:
+        notes.add("each of the assistant's turns is a sample, `ID/1`, `ID/2`, ...")
+    records = []
+    for number, end in enumerate(ends, start=1):
+        name = f"{row_id}/{number}" if len(ends) > 1 else row_id
+        said = messages[: end + 1]
+        seen = images[: sum(1 for _ in image_parts(said))]
+        digest = _digest(said, seen, tools, template_args)
+        records.append(Record(name, said, seen, digest, kind, tools, template_args, row_id))
+    return records
 
 
-def _content(row: Mapping[str, Any], notes: set[str]) -> tuple[list[Message], list[Any]]:
-    """The messages up to the turn that is learned, and the pictures in them, one for each image part."""
+def _content(row: Mapping[str, Any], turns: Turns, notes: set[str]) -> tuple[list[Message], list[Any], list[int]]:
+    """The messages up to the last response, the pictures in them, one for each image part, and where responses are."""
     for key in UNSUPPORTED:
         if not is_empty(row.get(key)):
             raise DataError(f"has `{key}`, which {'are' if key.endswith('s') else 'is'} not supported yet")
@@ -237,22 +252,23 @@ def _content(row: Mapping[str, Any], notes: set[str]) -> tuple[list[Message], li
         messages.insert(0, {"role": "system", "content": as_parts(text_value(row["system"], "`system`"))})
         may_learn.insert(0, False)
     pictures = place_pictures(messages, row, notes.add)
-    messages = messages[: learned_turn(messages, may_learn, notes.add) + 1]
-    return messages, pictures[: sum(1 for _ in image_parts(messages))]
+    learned = learned_turns(messages, may_learn, turns, notes.add)
+    messages = messages[: learned[-1] + 1]
+    return messages, pictures[: sum(1 for _ in image_parts(messages))], learned
 
 
 def _image(raw: RawRow, entry: Any, number: int, reading: _Reading) -> Media:
-    again = None if raw.again is None else partial(_read_again, raw.again, raw.where, number)
+    again = None if raw.again is None else partial(_read_again, raw.again, raw.where, number, reading.turns)
     try:
         return load_media(entry, root=reading.root, known=reading.known, again=again, shelf=reading.shelf)
     except DataError as error:
         raise DataError(f"image {number} {error}") from None
 
 
-def _read_again(row_again: Callable[[], Any], where: str, number: int) -> bytes:
+def _read_again(row_again: Callable[[], Any], where: str, number: int, turns: Turns) -> bytes:
     """The bytes of picture `number` of the row at `where`, out of the file that it was read from."""
     try:
-        return bytes_of(_content(row_again(), set())[1][number])
+        return bytes_of(_content(row_again(), turns, set())[1][number])
     except (*READ_ERRORS, DataError, LookupError, AttributeError, TypeError) as error:  # it is another file now
         raise DataError(f"image {number} of {where} cannot be read again: {shown(str(error))}; start again") from None
 

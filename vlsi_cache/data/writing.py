@@ -30,6 +30,7 @@ _MESSAGE = pa.struct(
         ("tool_calls", pa.string()),  # JSON: their arguments are of no one schema
         ("name", pa.string()),
         ("tool_call_id", pa.string()),
+        ("train", pa.bool_()),
     ]
 )
 _SCHEMA = pa.schema(

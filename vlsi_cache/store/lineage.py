@@ -17,6 +17,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from vlsi_cache.config.sections import DataSpec
+from vlsi_cache.config.spec import stored_data
 from vlsi_cache.errors import SpecError, command_line
 
 from .format import CacheHeader
@@ -54,7 +55,7 @@ def data_sections(header: CacheHeader) -> list[dict[str, Any]]:
 def data_specs(header: CacheHeader, where: Path) -> list[DataSpec]:
     """The same as specs; SpecError for a section that is none."""
     try:
-        return [DataSpec.model_validate(section) for section in data_sections(header)]
+        return [DataSpec.model_validate(stored_data(section)) for section in data_sections(header)]
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in first["loc"])

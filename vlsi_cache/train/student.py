@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from vlsi_cache.config.sections import CacheSpec, DataSpec, DistillSpec, InteractSpec, VerbalizerSpec
+from vlsi_cache.config.spec import stored_data
 from vlsi_cache.data.encoder import Encoder
 from vlsi_cache.data.records import RecordSet, read_records
 from vlsi_cache.errors import DataError, ModelError, SpecError, list_problems
@@ -74,7 +75,7 @@ def take_verbalizers(folder: str, into: Path, backbone: Backbone, layers: list[i
     return verbalizers
 
 
-SOURCE_KEYS = ("path", "media_root", "generator", "options", "limit")
+SOURCE_KEYS = ("path", "media_root", "generator", "options", "limit", "turns")
 CHECKED_RESPONSES = 32  # before a student's weights are loaded
 STAGE_SEEDS = {"verbalize": 1, "interact": 2, "sft": 3}  # each stage sees the data in an order of its own
 
@@ -96,7 +97,7 @@ class StudentInputs:
         # A merged cache was built from several sources of rows, which are read again one by one.
         if len(sections) < 2:
             return read_records(self.spec.data)
-        if any(getattr(self.spec.data, name) != sections[0].get(name) for name in SOURCE_KEYS):
+        if any(getattr(self.spec.data, name) != stored_data(sections[0]).get(name) for name in SOURCE_KEYS):
             raise SpecError(
                 f"{self.cache.path} was merged from {len(sections)} sources of rows, each read from where it was: "
                 f"leave {', '.join(f'`data.{name}`' for name in SOURCE_KEYS)} as they are"

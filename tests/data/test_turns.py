@@ -1,0 +1,113 @@
+"""Every response of a row is learned, with the prompt that the chat template gives it at inference."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from tests.helpers.tiny import write_jsonl
+from vlsi_cache.config.sections import DataSpec
+from vlsi_cache.config.spec import stored_data
+from vlsi_cache.data.records import Record, read_records
+from vlsi_cache.errors import DataError
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, bytes]:
+    folder = tmp_path_factory.mktemp("images")
+    for colour in ("red", "blue"):
+        Image.new("RGB", (16, 16), colour).save(folder / f"{colour}.png")
+    return (folder / "red.png").read_bytes(), (folder / "blue.png").read_bytes()
+
+
+def turns(*said: str, **last: Any) -> list[dict[str, Any]]:
+    """Messages of user and assistant in turns; `last` goes into the last one."""
+    messages: list[dict[str, Any]] = [
+        {"role": "assistant" if number % 2 else "user", "content": words} for number, words in enumerate(said)
+    ]
+    return [*messages[:-1], {**messages[-1], **last}]
+
+
+def read(folder: Path, *rows: dict[str, Any], **options: Any) -> list[Record]:
+    write_jsonl(folder / "rows.jsonl", list(rows))
+    return list(read_records(DataSpec(path=str(folder / "rows.jsonl"), **options)))
+
+
+def test_each_response_is_the_row_cut_behind_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = ["a?", "a.", "b?", "b.", "c?", "c."]
+    records = read(tmp_path, {"id": "x", "kind": "k", "system": "s", "messages": turns(*said)})
+    assert [(one.id, one.row, one.kind, one.answer) for one in records] == [
+        ("x/1", "x", "k", "a."),
+        ("x/2", "x", "k", "b."),
+        ("x/3", "x", "k", "c."),
+    ]
+    for number, record in enumerate(records, start=1):
+        (cut,) = read(tmp_path, {"id": "x", "system": "s", "messages": turns(*said[: 2 * number])}, turns="last")
+        assert (record.messages, record.digest) == (cut.messages, cut.digest)
+    assert "each of the assistant's turns is a sample, `ID/1`, `ID/2`, ... (1 row)" in capsys.readouterr().err
+
+
+def test_a_row_of_one_response_keeps_its_id(tmp_path: Path) -> None:
+    messages = turns("a?", "a.", "b?", "b.")
+    messages[1]["train"] = False
+    plain = {"id": "one", "messages": turns("a?", "a.")}
+    records = read(tmp_path, plain, {"id": "two", "messages": messages}, {"messages": turns("c?", "c.", "d?", "d.")})
+    assert [one.id for one in records[:2]] == ["one", "two"]
+    # Without an id the name is the digest of the whole row.
+    assert [one.id for one in records[2:]] == [f"{records[3].digest[:16]}/1", f"{records[3].digest[:16]}/2"]
+    assert [one.id for one in read(tmp_path, plain, turns="last")] == ["one"]
+
+
+def test_the_last_turn_alone_is_as_before(tmp_path: Path) -> None:
+    row = {"id": "x", "messages": turns("a?", "a.", "b?", "b.")}
+    every, last = read(tmp_path, row), read(tmp_path, row, turns="last")
+    assert [one.id for one in last] == ["x"]
+    assert (last[0].messages, last[0].digest) == (every[1].messages, every[1].digest)
+    # Caches of an earlier release do not say `turns`, and hold last turns.
+    assert stored_data({"path": "rows.jsonl"}) == {"path": "rows.jsonl", "turns": "last"}
+    assert stored_data({"path": "rows.jsonl", "turns": "all"}) == {"path": "rows.jsonl", "turns": "all"}
+
+
+def test_turns_that_are_not_learned(tmp_path: Path) -> None:
+    messages = turns("a?", "a.", "b?", "b.", "c?", "c.", weight=0)
+    records = read(tmp_path, {"id": "x", "messages": messages})
+    assert [(one.id, one.answer) for one in records] == [("x/1", "a."), ("x/2", "b.")]
+
+
+def test_pictures_are_those_seen_so_far(tmp_path: Path, images: tuple[bytes, bytes]) -> None:
+    for name, data in zip("ab", images, strict=True):
+        (tmp_path / f"{name}.png").write_bytes(data)
+    messages = turns("<image>a?", "a.", "<image>b?", "b.")
+    first, second = read(tmp_path, {"id": "x", "images": ["a.png", "b.png"], "messages": messages})
+    assert [one.read() for one in first.images] == [images[0]]
+    assert [one.read() for one in second.images] == list(images)
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        (turns("a?", "", "b?", "b."), "response 1 of 2 is empty; mend it, give it `train: false`, or"),
+        (turns("a?", "a.", "b?", " "), "response 2 of 2 is empty; mend it"),
+        (turns("x", "a.", "b?", "b.")[1:], "has no message before response 1 of 2; mend it, give it `train: false`"),
+        (turns("a?", "a.", "b?", [{"type": "image"}]), "response 2 of 2 holds an image"),  # type: ignore[arg-type]
+        (turns("a?", "a.", "b?"), "the last message is of role `user`"),
+    ],
+)
+def test_a_response_that_cannot_be_learned_is_named(
+    tmp_path: Path, messages: list[dict[str, Any]], message: str, images: tuple[bytes, bytes]
+) -> None:
+    (tmp_path / "a.png").write_bytes(images[0])
+    row = {"id": "x", "messages": messages}
+    if "image" in message:
+        row["images"] = ["a.png"]
+    with pytest.raises(DataError, match=message):
+        read(tmp_path, row)
+
+
+def test_a_name_that_a_turn_would_get_is_taken(tmp_path: Path) -> None:
+    row = {"id": "x", "messages": turns("a?", "a.", "b?", "b.")}
+    with pytest.raises(DataError, match=r"id `x/2` was used before, at rows.jsonl:1"):
+        read(tmp_path, row, {"id": "x/2", "messages": turns("c?", "c.")})
+    with pytest.raises(DataError, match=r"id `x` was used before, at rows.jsonl:1"):
+        read(tmp_path, row, {"id": "x", "messages": turns("c?", "c.")})
