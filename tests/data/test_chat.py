@@ -189,7 +189,7 @@ def test_token_across_the_border(cores: dict[str, str], capfd: pytest.CaptureFix
     encoder = Encoder(_tokenizer(cores["byte-level"], THINKING), None, (), name="m")
     rows = [_row("paris"), _row("paris", reasoning_content="because")]
     kept, _ = fit_rows(rows, encoder, 1000)
-    tokens = [encoder.tokenizer.convert_ids_to_tokens(ids.tolist()) for _, _, ids in kept]
+    tokens = [encoder.tokenizer.convert_ids_to_tokens(ids.tolist()) for ids in (one.response_ids for one in kept)]
     assert tokens[0][:2] == ["\u010a", "</think>"]
     assert "because" in "".join(tokens[1])
     assert "1 of 2 rows: a token stands half in their prompt" in capfd.readouterr().err
@@ -326,7 +326,7 @@ def test_template_without_end_of_turn(cores: dict[str, str], capfd: pytest.Captu
     template = "{% for m in messages %}### {{ m['role'] }}:\n{{ m['content'] }}\n\n{% endfor %}{{ '### assistant:\n' }}"
     encoder = Encoder(_tokenizer(cores["byte-level"], template), None, (), name="m")
     (kept, *_), _ = fit_rows([_row("paris")], encoder, 1000)
-    assert encoder.tokenizer.decode(kept[2]) == "paris</s>"
+    assert encoder.tokenizer.decode(kept.response_ids) == "paris</s>"
     assert "writes no end of turn: responses end with `</s>`" in capfd.readouterr().err
 
 
@@ -353,7 +353,7 @@ def test_rows_beyond_the_positions_are_listed(cores: dict[str, str]) -> None:
     rows = [_row("paris"), _row("paris " * 40)]
     kept, skipped = fit_rows(rows, encoder, 1000, max_positions=60)
     num_tokens = len(encoder.encode(rows[1]).input_ids)
-    assert [index for index, _, _ in kept] == [0]
+    assert [one.index for one in kept] == [0]
     assert skipped[0]["reason"] == f"{num_tokens} tokens, the model has 60 positions (`max_position_embeddings`)"
 
 

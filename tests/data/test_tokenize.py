@@ -200,13 +200,13 @@ def test_fit_rows(text_only: Encoder, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"1 rows cannot be encoded for `.*`; mend them.*\n.*row `bad`: the response"):
         fit_rows(records, text_only, 150)
     kept, skipped = fit_rows(records, text_only, 150, bad_rows="list")
-    assert [index for index, _, _ in kept] == [0, 3]
+    assert [one.index for one in kept] == [0, 3]
     assert kept[0][1:] == (text_only.measure(records[0])[0], pytest.approx(text_only.measure(records[0])[1]))
     num_tokens = len(text_only.encode(records[1]).input_ids)
     assert skipped[0] == {"id": "long", "reason": f"{num_tokens} tokens, data.max_length is 150"}
     assert skipped[1]["reason"].startswith("the response holds")
     exact = len(text_only.encode(records[0]).input_ids)
-    assert [i for i, _, _ in fit_rows([records[0]], text_only, exact)[0]] == [0]
+    assert [one.index for one in fit_rows([records[0]], text_only, exact)[0]] == [0]
     with pytest.raises(DataError, match=f"no row is left for .* out of 1\n.*{exact} tokens, data.max_length is"):
         fit_rows([records[0]], text_only, exact - 1)
 

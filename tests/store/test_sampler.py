@@ -30,18 +30,23 @@ def cache(root: Path) -> Cache:
 
 @settings(deadline=None)
 @given(
-    counts=st.lists(st.integers(0, 9), max_size=9),
+    sizes_of_units=st.lists(st.lists(st.integers(1, 3), max_size=5), max_size=9),
     world=st.integers(1, 12),
     window_parts=st.integers(1, 5),
     epoch=st.integers(0, 3),
     start=st.integers(0, 20),
 )
-def test_ranks_cover_everything_once(counts: list[int], world: int, window_parts: int, epoch: int, start: int) -> None:
-    num_samples = dict(enumerate(counts))
-    everything = [(part, row) for part, count in enumerate(counts) for row in range(count)]
+def test_ranks_cover_everything_once(
+    sizes_of_units: list[list[int]], world: int, window_parts: int, epoch: int, start: int
+) -> None:
+    units = {
+        part: [range(sum(sizes[:i]), sum(sizes[: i + 1])) for i in range(len(sizes))]
+        for part, sizes in enumerate(sizes_of_units)
+    }
+    everything = [(part, row) for part, sizes in enumerate(sizes_of_units) for row in range(sum(sizes))]
     found, sizes = [], []
     for rank in range(world):
-        plan = plan_windows(num_samples, seed=1, epoch=epoch, rank=rank, world=world, window_parts=window_parts)
+        plan = plan_windows(units, seed=1, epoch=epoch, rank=rank, world=world, window_parts=window_parts)
         order = [sample for window in plan for sample in window.order]
         assert all(len(window.parts) <= window_parts for window in plan)
         assert [sample for window in skip_samples(plan, start) for sample in window.order] == order[start:]
@@ -49,6 +54,11 @@ def test_ranks_cover_everything_once(counts: list[int], world: int, window_parts
         sizes.append(len(order))
     assert sorted(found) == everything
     assert max(sizes) - min(sizes) <= 1
+    # Turns of a conversation follow each other, but for those between two ranks.
+    split = sum(
+        found.index((p, row)) + 1 != found.index((p, row + 1)) for p in units for u in units[p] for row in u[:-1]
+    )
+    assert split < world
 
 
 def test_rows_are_those_of_the_cache_and_start_resumes(cache: Cache) -> None:

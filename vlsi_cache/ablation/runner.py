@@ -21,7 +21,6 @@ import torch
 
 from vlsi_cache.config.sections import CacheSpec
 from vlsi_cache.config.spec import change, spec_from_dict
-from vlsi_cache.data.collate import plan_parts
 from vlsi_cache.data.records import read_records
 from vlsi_cache.errors import FingerprintMismatchError, ModelError, SpecError, list_problems
 from vlsi_cache.evaluation.scores import evaluate
@@ -36,7 +35,7 @@ from vlsi_cache.store import reader
 from vlsi_cache.store.derive import check_target
 from vlsi_cache.store.derive.prune import plan_prune, read_cuts, run_prune
 from vlsi_cache.store.format import CacheHeader
-from vlsi_cache.teacher.build import build_teacher, cache_header, part_tokens
+from vlsi_cache.teacher.build import build_teacher, cache_header, parts_of
 from vlsi_cache.teacher.inputs import open_teacher_inputs
 from vlsi_cache.train.distill import FIXED_BY_THE_CACHE, distill, distill_spec
 from vlsi_cache.train.student import check_tokenizer
@@ -227,8 +226,7 @@ def _finished_cache(ablation: Ablation) -> "Cache | None":
 def _header_to_come(spec: CacheSpec) -> CacheHeader:
     """What the header of the cache of `spec` will say, without hours of building it."""
     inputs = open_teacher_inputs(spec)
-    lengths = [len(ids) for ids in inputs.response_ids]
-    return cache_header(inputs, plan_parts(lengths, seed=spec.rows.seed, tokens_per_part=part_tokens(inputs)))
+    return cache_header(inputs, parts_of(inputs))
 
 
 def _budget(runs: Runs, tables: Tables) -> str:

@@ -1,15 +1,16 @@
-"""Samples as one batch of tensors, and where in it the hidden states of the response lie.
+"""Samples as one batch of tensors, and where in it the hidden states of the responses lie.
 
-Shapes: B samples, S positions (padded on the right), T response tokens of all samples one after another.
+Shapes: B sequences, S positions (padded on the right), T response tokens of all samples one after another.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import numpy as np
 import torch
 
-from .encoder import Encoded
+from .encoder import Encoded, Measured, sequences
 
 IGNORE_INDEX = -100
 # PaliGemma's `token_type_ids` are 0 on the prompt, which sees all of itself, and 1 on what sees only what came before.
@@ -49,15 +50,19 @@ class Batch:
         return replace(self, num_tokens=num_tokens, **chosen)
 
 
-def collate(samples: Sequence[Encoded], *, pad_id: int, device: str | torch.device = "cpu") -> Batch:
-    """Pad on the right: then the positions of a sample are the same in every batch."""
-    lengths = [len(sample.response_ids) for sample in samples]
-    inputs = _inputs(samples, [len(sample.input_ids) for sample in samples], pad_id=pad_id, left=False)
-    rows_T = np.repeat(np.arange(len(samples)), lengths)
+def collate(sequences: Sequence[Encoded], *, pad_id: int, device: str | torch.device = "cpu") -> Batch:
+    """Pad on the right: then the positions of a sample are the same in every batch.
+
+    `rows_T` are the sequences, one or several samples each; `num_tokens` has one number for every sample.
+    """
+    inputs = _inputs(sequences, [len(one.input_ids) for one in sequences], pad_id=pad_id, left=False)
+    spans = [(row, span) for row, one in enumerate(sequences) for span in one.spans]
+    lengths = [len(span.response_ids) for _, span in spans]
+    rows_T = np.repeat([row for row, _ in spans], lengths)
     # Hidden position P - 1 + t predicts response token t (shifted by one, as in any causal model).
-    starts_T = np.repeat([sample.num_prompt - 1 for sample in samples], lengths)
+    starts_T = np.repeat([span.num_prompt - 1 for _, span in spans], lengths)
     positions_T = starts_T + np.concatenate([np.arange(length) for length in lengths])
-    gold_T = np.concatenate([sample.response_ids for sample in samples])
+    gold_T = np.concatenate([span.response_ids for _, span in spans])
     labels_BS = np.full(inputs["input_ids"].shape, IGNORE_INDEX, dtype=np.int64)
     labels_BS[rows_T, positions_T + 1] = gold_T
     tensors = (torch.from_numpy(array) for array in (rows_T, positions_T, gold_T, labels_BS))
@@ -115,22 +120,32 @@ def _join(arrays: list[np.ndarray]) -> torch.Tensor:
 PADDED_SHARE = 8  # about what one more batch costs, in batches: doubling a good batch gains a few percent
 
 
-def plan_parts(num_tokens_N: Sequence[int], *, seed: int, tokens_per_part: int) -> list[list[int]]:
+def plan_parts(
+    num_tokens_N: Sequence[int], *, seed: int, tokens_per_part: int, rows: Sequence[str] | None = None
+) -> list[list[int]]:
     """Deal all samples, in an order drawn from `seed`, into parts of at most `tokens_per_part` tokens.
 
-    A longer sample is a part of its own. Raw Philox words are sorted instead of shuffling with a numpy Generator,
-    whose streams may change between numpy versions: the same seed must give the same cache for ever.
+    Neighbours of one row (`rows`, by sample) stay together. What is longer is a part of its own. Raw Philox words are
+    sorted instead of shuffling with a numpy Generator, whose streams may change between numpy versions: the same seed
+    must give the same cache for ever.
     """
-    keys_N = np.random.Philox(seed).random_raw(len(num_tokens_N)) if len(num_tokens_N) else np.zeros(0)
+    units = together(range(len(num_tokens_N)) if rows is None else rows)
+    keys_N = np.random.Philox(seed).random_raw(len(units)) if units else np.zeros(0)
     parts: list[list[int]] = []
     room = 0
-    for index in np.argsort(keys_N, kind="stable").tolist():
-        if not parts or num_tokens_N[index] > room:
+    for number in np.argsort(keys_N, kind="stable").tolist():
+        num_tokens = sum(num_tokens_N[index] for index in units[number])
+        if not parts or num_tokens > room:
             parts.append([])
             room = tokens_per_part
-        parts[-1].append(index)
-        room -= num_tokens_N[index]
+        parts[-1] += units[number]
+        room -= num_tokens
     return parts
+
+
+def together(rows: Iterable[object]) -> list[list[int]]:
+    """The places of neighbours that are equal, one list for each run of them."""
+    return [[index for index, _ in run] for _, run in groupby(enumerate(rows), key=lambda pair: pair[1])]
 
 
 def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
@@ -149,6 +164,13 @@ def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
             longest, padding = lengths[index], 0
         batches[-1].append(index)
     return batches
+
+
+def plan_sample_batches(measured: Sequence[Measured], batch_tokens: int) -> list[list[int]]:
+    """Places of samples by batch, as `plan_batches` has them; samples that go on from one another stay together."""
+    runs = sequences([one.goes_on for one in measured], range(len(measured)))
+    batches = plan_batches([measured[run[-1]].num_tokens for run in runs], batch_tokens)
+    return [[index for number in batch for index in runs[number]] for batch in batches]
 
 
 def padding_share(lengths: Sequence[int], batches: Sequence[Sequence[int]]) -> float:

@@ -9,11 +9,12 @@ Shapes: P prompt tokens, R response tokens, S = P + R.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -32,15 +33,64 @@ _PLACEHOLDER_KEYS = ("image_token_id", "image_token_index", "video_token_id", "v
 _STRADDLES = "a token stands half in their prompt and half in their response: the response is read as it goes on"
 
 
+class Span(NamedTuple):
+    """A response in a sequence: its ids int64 [R] stand behind `num_prompt` tokens."""
+
+    num_prompt: int
+    response_ids: np.ndarray
+
+
 @dataclass(frozen=True)
 class Encoded:
-    """One sample, on the CPU: int64 ids, and the model's own media arrays. `input_ids` is prompt, then response."""
+    """One sequence, on the CPU: int64 ids, and the model's own media arrays. `input_ids` is prompt, then response.
+
+    `earlier` are the samples that it holds as well: all of their tokens are its first ones.
+    """
 
     input_ids: np.ndarray
     num_prompt: int
     response_ids: np.ndarray
     token_types: np.ndarray | None = None
     media: dict[str, np.ndarray] = field(default_factory=dict)
+    earlier: tuple[Span, ...] = ()
+
+    @property
+    def spans(self) -> list[Span]:
+        """All samples of the sequence, in order."""
+        return [*self.earlier, Span(self.num_prompt, self.response_ids)]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A sample that fits: its place among the records, its tokens, and whether it goes on where the last one ended."""
+
+    index: int
+    num_prompt: int
+    response_ids: np.ndarray
+    goes_on: bool
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_prompt + len(self.response_ids)
+
+
+def sequences(goes_on: Sequence[bool], indices: Sequence[int]) -> list[list[int]]:
+    """Those of the samples `indices` that run together, in order: each goes on where its left neighbour has ended."""
+    found: list[list[int]] = []
+    for index in indices:
+        if found and goes_on[index] and found[-1][-1] == index - 1:
+            found[-1].append(index)
+        else:
+            found.append([index])
+    return found
+
+
+class _Text(NamedTuple):
+    """The texts of a sample, the ids of its prompt with placeholders not expanded, and those of its response [R]."""
+
+    turn: Turn
+    prompt_ids: list[int]
+    response_ids: np.ndarray
 
 
 class Encoder:
@@ -54,8 +104,10 @@ class Encoder:
         *,
         name: str,
         encoding: Encoding = AS_IT_IS,
+        rope_limit: int | None = None,
     ) -> None:
         self.tokenizer = tokenizer
+        self.rope_limit = rope_limit  # a longer sequence has another rope, in all of its tokens
         self.vision = vision
         self.name = name
         self.id_of = dict(tokenizer.get_vocab())
@@ -124,27 +176,80 @@ class Encoder:
 
         Raises DataError if the row cannot be encoded for this model.
         """
-        try:
-            turn, prompt_ids, response_ids = self._read(record, with_response)
-            if self.vision is None:
-                return len(prompt_ids), response_ids
-            return self.vision.num_tokens(turn.prompt, record.images), response_ids
-        except DataError as error:
-            raise RowError(f"row `{shown(record.id)}`: {error}", reason=str(error)) from None
+        with _naming(record):
+            text = self._read(record, with_response)
+            return self._num_prompt(record, text), text.response_ids
+
+    def measure_all(self, records: Iterable[Record], *, with_response: bool = True) -> Iterator[Measured | RowError]:
+        """`measure` of many records, in order; of what cannot be encoded the error.
+
+        A sample goes on where one before it ended if `encode_all` puts both into one sequence.
+        """
+        before: tuple[Record, _Text] | None = None
+        for index, record in enumerate(records):
+            try:
+                with _naming(record):
+                    text = self._read(record, with_response)
+                    num_prompt = self._num_prompt(record, text)
+            except RowError as error:
+                yield error
+                continue
+            yield Measured(
+                index, num_prompt, text.response_ids, before is not None and self._goes_on(*before, record, text)
+            )
+            before = (record, text)
 
     def encode(self, record: Record, *, with_response: bool = True) -> Encoded:
         """Ids and pixels of one sample, or of its prompt as the model sees it at inference; raises DataError."""
-        try:
-            turn, prompt_ids, response_ids = self._read(record, with_response)
-            if self.vision is None:
-                ids_P, types_P, media = np.asarray(prompt_ids, dtype=np.int64), None, {}
-            else:
-                prompt = self.vision.encode(turn.prompt, record.images)
-                ids_P, types_P, media = prompt.ids_P, prompt.token_types_P, prompt.media
-        except DataError as error:
-            raise RowError(f"row `{shown(record.id)}`: {error}", reason=str(error)) from None
+        with _naming(record):
+            return self._encoded(record, self._read(record, with_response))
+
+    def encode_all(self, records: Sequence[Record]) -> list[Encoded]:
+        """Ids and pixels of some samples, as few sequences: turns of a row that go on from each other are one.
+
+        The samples come in the same order. Raises DataError.
+        """
+        texts = []
+        for record in records:
+            with _naming(record):
+                texts.append(self._read(record, True))
+        found: list[Encoded] = []
+        earlier: list[Span] = []
+        for index, (record, text) in enumerate(zip(records, texts, strict=True)):
+            with _naming(record):
+                if index + 1 < len(records) and self._goes_on(record, text, records[index + 1], texts[index + 1]):
+                    earlier.append(Span(self._num_prompt(record, text), text.response_ids))
+                    continue
+                found.append(replace(self._encoded(record, text), earlier=tuple(earlier)))
+                earlier = []
+        return found
+
+    def _encoded(self, record: Record, text: _Text) -> Encoded:
+        response_ids = text.response_ids
+        if self.vision is None:
+            ids_P, types_P, media = np.asarray(text.prompt_ids, dtype=np.int64), None, {}
+        else:
+            prompt = self.vision.encode(text.turn.prompt, record.images)
+            ids_P, types_P, media = prompt.ids_P, prompt.token_types_P, prompt.media
         types_S = None if types_P is None else np.concatenate([types_P, np.zeros_like(response_ids)])
         return Encoded(np.concatenate([ids_P, response_ids]), len(ids_P), response_ids, types_S, media)
+
+    def _num_prompt(self, record: Record, text: _Text) -> int:
+        if self.vision is None:
+            return len(text.prompt_ids)
+        return self.vision.num_tokens(text.turn.prompt, record.images)
+
+    def _goes_on(self, record: Record, text: _Text, later: Record, longer: _Text) -> bool:
+        """Whether the tokens of `later` begin with all those of `record`, and what the model sees there is the same."""
+        whole = [*text.prompt_ids, *text.response_ids.tolist()]
+        if record.row != later.row or not record.row or longer.prompt_ids[: len(whole)] != whole:
+            return False
+        if self.vision is not None:
+            # Some processors prepare a picture otherwise where there are more of them.
+            same_pictures = self.vision.takes_pictures_alone or len(record.images) == len(later.images)
+            if not (self.vision.shares_prompts and same_pictures):
+                return False
+        return self.rope_limit is None or self._num_prompt(later, longer) + len(longer.response_ids) <= self.rope_limit
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of a response up to its end of turn, if it has one."""
@@ -160,8 +265,7 @@ class Encoder:
         """The content of a generated response: `decode` without what the template itself writes around an answer."""
         return self.chat.answer_of(self.decode(ids))
 
-    def _read(self, record: Record, with_response: bool) -> tuple[Turn, list[int], np.ndarray]:
-        """The texts of a row, the ids of its prompt with placeholders not expanded, and those of its response [R]."""
+    def _read(self, record: Record, with_response: bool) -> _Text:
         if record.images and self.vision is None:
             raise DataError(f"has {len(record.images)} images, and `{self.name}` is a text-only model")
         turn = self.chat.turn(record) if with_response else Turn(self.chat.prompt(record), "")
@@ -170,7 +274,7 @@ class Encoder:
         prompt_ids = token_ids(self.tokenizer, turn.prompt)
         response_ids = self._response_ids(turn, prompt_ids) if with_response else []
         self.notes.update(turn.notes)
-        return turn, prompt_ids, np.asarray(response_ids, dtype=np.int64)
+        return _Text(turn, prompt_ids, np.asarray(response_ids, dtype=np.int64))
 
     def _response_ids(self, turn: Turn, prompt_ids: list[int]) -> list[int]:
         ids = token_ids(self.tokenizer, turn.prompt + turn.response)
@@ -228,10 +332,12 @@ def load_encoder(
     gguf_file: str | None = None,
     trust_remote_code: bool = False,
     config_from: str | None = None,
+    rope_limit: int | None = None,
 ) -> Encoder:
     """The encoder of a model folder, or of a hub id if one is named.
 
-    `config_from` is where the model's configuration lies, for an adapter's folder, which has none. Raises ModelError if
+    `config_from` is where the model's configuration lies, for an adapter's folder, which has none. Turns that end
+    behind `rope_limit`, where the rope of some models changes, are sequences of their own. Raises ModelError if
     a piece is missing, SpecError for an argument that the chat template does not read.
     """
     from transformers import AutoConfig, AutoTokenizer
@@ -246,7 +352,7 @@ def load_encoder(
     vision = load_vision(path, config, tokenizer, encoding, **options)
     found = (getattr(config, key, None) for key in _PLACEHOLDER_KEYS if vision is not None)
     placeholders = {index for index in found if index is not None}
-    return Encoder(tokenizer, vision, placeholders, name=path, encoding=encoding)
+    return Encoder(tokenizer, vision, placeholders, name=path, encoding=encoding, rope_limit=rope_limit)
 
 
 def fit_rows(
@@ -257,29 +363,26 @@ def fit_rows(
     max_positions: int | None = None,
     bad_rows: BadRows = "refuse",
     with_response: bool = True,
-) -> tuple[list[tuple[int, int, np.ndarray]], list[dict[str, str]]]:
-    """Measure all rows: the (index, number of prompt tokens, response ids) that fit, and the {id, reason} that do not.
+) -> tuple[list[Measured], list[dict[str, str]]]:
+    """Measure all samples: those that fit, and the {id, reason} of those that do not.
 
     A row, or its prompt alone, fits in `max_length` tokens and in the model's `max_positions` (None: no end). No row is
     ever cut. What the chat template does with rows that a user may not expect is said once, with counts. Raises
     DataError if none fits, or (unless `bad_rows` is "list") if one cannot be encoded.
     """
     encoder.notes.clear()
-    kept: list[tuple[int, int, np.ndarray]] = []
+    kept: list[Measured] = []
     skipped: list[dict[str, str]] = []
     problems: list[str] = []
-    for index, record in enumerate(progress(records, "measure rows", unit="row", delay=2)):
-        try:
-            num_prompt, response_ids = encoder.measure(record, with_response=with_response)
-        except RowError as error:
-            problems.append(str(error))
-            skipped.append({"id": record.id, "reason": error.reason})
-            continue
-        num_tokens = num_prompt + len(response_ids)
-        if reason := too_long(num_tokens, max_length, max_positions):
+    shown_records = progress(records, "measure rows", unit="row", delay=2)
+    for record, found in zip(records, encoder.measure_all(shown_records, with_response=with_response), strict=True):
+        if isinstance(found, RowError):
+            problems.append(str(found))
+            skipped.append({"id": record.id, "reason": found.reason})
+        elif reason := too_long(found.num_tokens, max_length, max_positions):
             skipped.append({"id": record.id, "reason": reason})
         else:
-            kept.append((index, num_prompt, response_ids))
+            kept.append(found)
     counts = [f"{count} of {len(records)} rows: {note}" for note, count in encoder.notes.most_common()]
     for line in [*encoder.chat.remarks, *counts]:
         say(line)
@@ -292,6 +395,15 @@ def fit_rows(
         lines = [f"row `{row['id']}`: {row['reason']}" for row in skipped]
         raise DataError(f"no row is left for `{encoder.name}` out of {len(skipped)}\n{list_problems(lines)}")
     return kept, skipped
+
+
+@contextmanager
+def _naming(record: Record) -> Iterator[None]:
+    """Errors say which row it was."""
+    try:
+        yield
+    except DataError as error:
+        raise RowError(f"row `{shown(record.id)}`: {error}", reason=str(error)) from None
 
 
 def too_long(num_tokens: int, max_length: int, max_positions: int | None) -> str:

@@ -45,6 +45,9 @@ def token_ids(tokenizer: Any, text: str) -> list[int]:
 class GridVision:
     """Qwen2-VL and its kin: one placeholder becomes t*h*w / merge_size^2 image tokens."""
 
+    takes_pictures_alone = True
+    shares_prompts = True
+
     def __init__(self, tokenizer: Any, image_processor: Any, image_token_id: int) -> None:
         self.tokenizer = tokenizer
         self.image_processor = image_processor
@@ -98,12 +101,15 @@ class ProcessorVision:
 
     min_pixels = None
     max_pixels = None
+    takes_pictures_alone = False
 
     def __init__(self, processor: Any) -> None:
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.image_processor = processor.image_processor
         self.image_token_id = getattr(processor, "image_token_id", None)
+        # Token types of a prompt say that it sees all of itself (PaliGemma): what goes on from it is another prompt.
+        self.shares_prompts = "token_type_ids" not in processor.model_input_names
         self._known: dict[tuple[tuple[int, int], ...], int] = {}
         self._checks_left = CHECKED_SIZES if hasattr(processor, "_get_num_multimodal_tokens") else NEVER
 

@@ -13,7 +13,7 @@ import torch
 
 from vlsi_cache.config.sections import AS_IT_IS, CacheSpec, Encoding, EvaluateSpec
 from vlsi_cache.config.spec import change, spec_from_dict
-from vlsi_cache.data.collate import collate, plan_batches
+from vlsi_cache.data.collate import collate, plan_sample_batches
 from vlsi_cache.data.encoder import Encoder, fit_rows
 from vlsi_cache.data.records import Record, read_records
 from vlsi_cache.errors import ModelError, SpecError, list_problems
@@ -173,7 +173,7 @@ def evaluate_model(
     `encoding` (see `DataSpec.encoding`) holds for the rows of the cache; held-out rows have their own.
     """
     where = pick_device(device)
-    own, records, lengths, num_skipped = None, [], [], 0
+    own, records, batches, num_skipped = None, [], [], 0
     if settings is not None:  # before the weights are loaded: rows that cannot be read are told at once
         data = settings.data
         own = model.encoder(data.encoding())
@@ -184,8 +184,8 @@ def evaluate_model(
         if skipped:
             reasons = [f"row `{row['id']}`: {row['reason']}" for row in skipped]
             say(f"{len(skipped)} held-out rows were left out\n{list_problems(reasons)}")
-        records, num_skipped = [found[index] for index, _, _ in kept], len(skipped)
-        lengths = [num_prompt + len(ids) for _, num_prompt, ids in kept]
+        records, num_skipped = [found[one.index] for one in kept], len(skipped)
+        batches = plan_sample_batches(kept, batch_tokens)
     loaded = model.load(str(where))
     of_cache = own
     if own is None or cache is not None:
@@ -196,7 +196,7 @@ def evaluate_model(
     result = {}
     if settings is not None:
         assert own is not None
-        scores = _on_held_out(backbone, spoken, settings, own, records, plan_batches(lengths, batch_tokens))
+        scores = _on_held_out(backbone, spoken, settings, own, records, batches)
         result = {"num_samples": len(records), "num_skipped": num_skipped, **scores}
     if cache is not None:
         result["cache"] = against_cache(backbone, spoken, of_cache, cache, batch_tokens=batch_tokens, limit=limit)
@@ -252,7 +252,7 @@ def mean_nll(
     sums: dict[int, float] = defaultdict(float)
     num_tokens, head = 0, head_of(backbone).real(encoder.vocab_size)
     for indices in progress(batches, "perplexity", unit="batch"):
-        batch = collate([encoder.encode(records[i]) for i in indices], pad_id=encoder.pad_id).to(backbone.device)
+        batch = collate(encoder.encode_all([records[i] for i in indices]), pad_id=encoder.pad_id).to(backbone.device)
         capture = verbalizers.capture if verbalizers is not None else partial(backbone.capture, layers=[])
         hidden: dict[int, Any] = dict(capture(batch.inputs, rows_T=batch.rows_T, positions_T=batch.positions_T))
         for layer in [*layers, backbone.num_layers]:

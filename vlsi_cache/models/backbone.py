@@ -81,7 +81,7 @@ class Backbone:
         self.layers_name = _named(self.decoder, LAYER_LISTS, nn.ModuleList, "list of decoder layers", self._inner)
         self._ropes: list[Any] = [module for module in self.decoder.modules() if _grows(module)]
         self._offsets: list[Any] = [module for module in self._inner.modules() if hasattr(module, "rope_deltas")]
-        self._rope_kind, self.rope_limit = _rope_of(self.text_config)
+        self._rope_kind, self.rope_limit = rope_of(self.text_config)
         self._norm_name = _named(self.decoder, FINAL_NORMS, nn.Module, "final norm", self._inner)
 
     @property
@@ -356,7 +356,7 @@ def check_family(config: Any) -> None:
             )
 
 
-def _rope_of(text_config: Any) -> tuple[str, int | None]:
+def rope_of(text_config: Any) -> tuple[str, int | None]:
     """The kind of a rope that looks at the longest row of a batch, and the length at which it changes."""
     ropes = getattr(text_config, "rope_parameters", None) or getattr(text_config, "rope_scaling", None) or {}
     kinds = [ropes, *(value for value in ropes.values() if isinstance(value, dict))]

@@ -26,6 +26,7 @@ from vlsi_cache.errors import ModelError
 from vlsi_cache.io import hash_of, refuse_url
 from vlsi_cache.runtime import check_device
 
+from .backbone import rope_of
 from .lora import adapter_files, base_of, has_adapter, is_adapter_alone, merged, without_adapter
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -71,7 +72,8 @@ class ModelRef:
 
     def encoder(self, encoding: Encoding = AS_IT_IS) -> Encoder:
         """Tokenizer, chat template and image processor; those of an adapter without a tokenizer are its base's."""
-        options = {"gguf_file": self.gguf_file, "trust_remote_code": self.trust_remote_code}
+        options: dict[str, Any] = {"gguf_file": self.gguf_file, "trust_remote_code": self.trust_remote_code}
+        options["rope_limit"] = rope_of(self.config.get_text_config())[1]
         base = None if self.gguf_file else self._base_of(self.folder(*SMALL_FILES))
         if base is None:
             return load_encoder(resolve_model(self.path), encoding, revision=self.revision, **options)

@@ -66,7 +66,7 @@ class PartWindowReader:
         self._window_parts = window_parts
         cache.header.layer_indices(layers)  # an unknown layer is an error now, not in a thread
         windows = plan_windows(
-            samples_per_part(cache), seed=seed, epoch=epoch, rank=rank, world=world, window_parts=window_parts
+            units_per_part(cache), seed=seed, epoch=epoch, rank=rank, world=world, window_parts=window_parts
         )
         self._windows = skip_samples(windows, start)
 
@@ -100,30 +100,53 @@ def check_place(*, rank: int, world: int, window_parts: int, start: int) -> None
         raise DataError(f"impossible: rank {rank} of {world}, window_parts {window_parts}, start {start}")
 
 
-def samples_per_part(cache: Cache) -> dict[int, int]:
-    """Number of samples of every committed part."""
-    counts = np.bincount(cache.sample_table()["part"].to_numpy(), minlength=1)
-    return {part: int(counts[part]) if part < len(counts) else 0 for part in cache.parts}
+Units = dict[int, list[range]]
 
 
-def plan_windows(
-    num_samples: dict[int, int], *, seed: int, epoch: int, rank: int, world: int, window_parts: int
-) -> list[Window]:
+def units_per_part(cache: Cache) -> Units:
+    """The rows of every committed part that stay together when samples are shuffled: turns of one conversation.
+
+    They lie side by side and are called `ID/1`, `ID/2`, ... in caches over all turns (`data.turns: all`).
+    """
+    table = cache.sample_table()
+    counts = np.bincount(table["part"].to_numpy(), minlength=1)
+    num_samples = {part: int(counts[part]) if part < len(counts) else 0 for part in cache.parts}
+    if (cache.header.spec.get("data") or {}).get("turns") != "all":
+        return {part: [range(row, row + 1) for row in range(num)] for part, num in num_samples.items()}
+    units: Units = {part: [] for part in cache.parts}
+    before: tuple[int, str, int] | None = None  # part, row's id and number of the turn
+    for part, row, name in zip(*(table[key].to_pylist() for key in ("part", "row", "id")), strict=True):
+        own, _, number = name.rpartition("/")
+        turn = (part, own, int(number)) if own and number.isascii() and number.isdigit() else None
+        if turn is not None and before is not None and turn[:2] == before[:2] and turn[2] > before[2]:
+            units[part][-1] = range(units[part][-1].start, row + 1)
+        else:
+            units[part].append(range(row, row + 1))
+        before = turn
+    return units
+
+
+def plan_windows(units: Units, *, seed: int, epoch: int, rank: int, world: int, window_parts: int) -> list[Window]:
     """The windows of one rank: a function of the arguments alone, no file is read."""
-    parts = np.random.default_rng([seed, epoch]).permutation(sorted(num_samples)).tolist()
+    parts = np.random.default_rng([seed, epoch]).permutation(sorted(units)).tolist()
+    num_samples = {part: sum(map(len, units[part])) for part in parts}
     total = sum(num_samples.values())
     low, high = rank * total // world, (rank + 1) * total // world
     spans, first = [], 0
     for part in parts:
-        begin, end = max(low, first), min(high, first + num_samples[part])
-        if begin < end:
-            spans.append([(part, row - first) for row in range(begin, end)])
+        own = range(max(low - first, 0), min(high - first, num_samples[part]))
+        if own:
+            # A rank may end in the middle of a unit, whose other samples are the next rank's.
+            cut = (range(max(unit.start, own.start), min(unit.stop, own.stop)) for unit in units[part])
+            spans.append([(part, unit) for unit in cut if unit])
         first += num_samples[part]
     rng = np.random.default_rng([seed, epoch, rank, world])
     windows = []
     for at in range(0, len(spans), window_parts):
-        samples = [sample for span in spans[at : at + window_parts] for sample in span]
-        windows.append(Window([samples[i] for i in rng.permutation(len(samples))]))
+        found = [unit for span in spans[at : at + window_parts] for unit in span]
+        windows.append(
+            Window([(part, row) for part, unit in (found[i] for i in rng.permutation(len(found))) for row in unit])
+        )
     return windows
 
 
@@ -209,7 +232,7 @@ class PartWindowSampler:
     ) -> None:
         check_place(rank=rank, world=world, window_parts=window_parts, start=start)
         opened = cache._cache if isinstance(cache, CacheDataset) else cache
-        self._num_samples = samples_per_part(opened)
+        self._units = units_per_part(opened)
         self._place = {"seed": seed, "rank": rank, "world": world, "window_parts": window_parts}
         self._epoch, self._start = epoch, start
 
@@ -226,6 +249,7 @@ class PartWindowSampler:
         return iter(self._order())
 
     def _order(self) -> list[int]:
-        first = dict(zip(self._num_samples, np.cumsum([0, *self._num_samples.values()]).tolist(), strict=False))
-        windows = skip_samples(plan_windows(self._num_samples, epoch=self._epoch, **self._place), self._start)
+        num_samples = [sum(map(len, units)) for units in self._units.values()]
+        first = dict(zip(self._units, np.cumsum([0, *num_samples]).tolist(), strict=False))
+        windows = skip_samples(plan_windows(self._units, epoch=self._epoch, **self._place), self._start)
         return [first[part] + row for window in windows for part, row in window.order]

@@ -64,9 +64,7 @@ def build_teacher(
     out = Path(out)
     check_root(out)
     inputs = open_teacher_inputs(spec)
-    parts = plan_parts(
-        [len(ids) for ids in inputs.response_ids], seed=spec.rows.seed, tokens_per_part=part_tokens(inputs)
-    )
+    parts = parts_of(inputs)
     # Loaded when it is first asked for, and once: a finished cache is opened without it.
     teacher = remember(lambda: load_teacher(inputs, device=device))
     batch_tokens = settled_batch_tokens(inputs, out, lambda: find_batch_tokens(teacher(), parts))
@@ -317,8 +315,19 @@ def _batches(
 ) -> Iterator[PartBatch]:
     """Records of some parts that go through the teacher together: planned from the data alone, never across parts."""
     for part in chosen:
+        together = inputs.sequences(parts[part])
         for batch in plan_batches(inputs.lengths(parts[part]), batch_tokens):
-            yield PartBatch(part, [parts[part][j] for j in batch])
+            yield PartBatch(part, [index for j in batch for index in together[j]])
+
+
+def parts_of(inputs: TeacherInputs) -> list[list[int]]:
+    """The records of every part; all turns of a row are in one."""
+    return plan_parts(
+        [len(ids) for ids in inputs.response_ids],
+        seed=inputs.spec.rows.seed,
+        tokens_per_part=part_tokens(inputs),
+        rows=[record.row or record.id for record in inputs.records],
+    )
 
 
 def part_tokens(inputs: TeacherInputs) -> int:

@@ -159,8 +159,8 @@ def _plan(
     # random state keyed by the batch's number it draws the same tokens.
     # Whether a row fits is decided by its prompt: the answer that it has goes.
     kept, do_not_fit = fit_rows(source, encoder, **limits, bad_rows=spec.data.bad_rows, with_response=False)
-    order = sorted(kept, key=lambda row: (row[1], row[0]))
-    items = [(index, number) for index, _, _ in order for number in range(num_samples)]
+    order = sorted(kept, key=lambda one: (one.num_prompt, one.index))
+    items = [(one.index, number) for one in order for number in range(num_samples)]
     settings = {
         "temperature": decoding.temperature,
         "top_p": decoding.top_p,

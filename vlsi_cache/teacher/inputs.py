@@ -1,5 +1,6 @@
 """The teacher's side of a spec, opened once: encoder, records that fit, target layers; the weights only when asked."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from vlsi_cache.config.sections import CacheSpec, TeacherSpec
-from vlsi_cache.data.encoder import Encoder, fit_rows
+from vlsi_cache.data.encoder import Encoder, fit_rows, sequences
 from vlsi_cache.data.records import Record, read_records
 from vlsi_cache.models.backbone import Backbone, check_family, target_layers
 from vlsi_cache.models.load import ModelRef, resolve_model
@@ -19,7 +20,8 @@ from vlsi_cache.progress import say
 @dataclass(frozen=True)
 class TeacherInputs:
     """`records[i]` has `num_prompt_N[i]` prompt tokens and the response ids `response_ids[i]` (uint32, with the
-    end-of-turn token). `target_layers` are intermediate layers; the final one comes on top.
+    end-of-turn token); where `goes_on[i]`, its tokens begin with all of those of the record before.
+    `target_layers` are intermediate layers; the final one comes on top.
     `provenance` is what `generate` says of the responses, if they come from there."""
 
     spec: CacheSpec
@@ -28,18 +30,25 @@ class TeacherInputs:
     records: list[Record]
     num_prompt_N: np.ndarray
     response_ids: list[np.ndarray]
+    goes_on: list[bool]
     skipped: list[dict[str, str]]
     num_model_layers: int
     target_layers: list[int]
     provenance: dict[str, Any] | None = None
 
-    def lengths(self, indices: list[int]) -> list[int]:
-        """Tokens of some records, prompt and response."""
-        return [int(self.num_prompt_N[i]) + len(self.response_ids[i]) for i in indices]
+    def sequences(self, indices: Sequence[int]) -> list[list[int]]:
+        """The records that run together as one sequence: turns of a row, which begin with one another."""
+        return sequences(self.goes_on, indices)
 
-    def padded_tokens(self, indices: list[int]) -> int:
-        """Tokens of a batch of these records once all are as long as the longest."""
-        return len(indices) * max(self.lengths(indices))
+    def lengths(self, indices: Sequence[int]) -> list[int]:
+        """Tokens of the sequences of some records, prompt and response."""
+        last = [sequence[-1] for sequence in self.sequences(indices)]
+        return [int(self.num_prompt_N[i]) + len(self.response_ids[i]) for i in last]
+
+    def padded_tokens(self, indices: Sequence[int]) -> int:
+        """Tokens of a batch of these records once all sequences are as long as the longest."""
+        lengths = self.lengths(indices)
+        return len(lengths) * max(lengths)
 
     @property
     def layers(self) -> list[int]:
@@ -104,9 +113,10 @@ def open_teacher_inputs(spec: CacheSpec) -> TeacherInputs:
         spec=spec,
         model=model,
         encoder=encoder,
-        records=[records[index] for index, _, _ in kept],
-        num_prompt_N=np.array([num_prompt for _, num_prompt, _ in kept], dtype=np.int64),
-        response_ids=[np.asarray(ids, dtype=np.uint32) for _, _, ids in kept],
+        records=[records[one.index] for one in kept],
+        num_prompt_N=np.array([one.num_prompt for one in kept], dtype=np.int64),
+        response_ids=[np.asarray(one.response_ids, dtype=np.uint32) for one in kept],
+        goes_on=[one.goes_on for one in kept],
         skipped=[*records.skipped, *too_long],
         num_model_layers=int(config.get_text_config().num_hidden_layers),
         target_layers=layers,

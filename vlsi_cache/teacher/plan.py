@@ -200,11 +200,12 @@ def plan(spec: CacheSpec, *, gpu: str = DEFAULT_GPU) -> Plan:
     verbalizers = 0 if spec.teacher.verbalizers is None else _verbalizer_parameters(inputs)
     per_layer_token = _bytes_per_layer_token(inputs)
     patches: list[int] = []
-    for record in inputs.records:
+    everything = range(len(inputs.records))
+    for record in (inputs.records[sequence[-1]] for sequence in inputs.sequences(everything)):
         if inputs.encoder.vision is not None and record.images:
             sizes = [image.size for image in record.images]
             patches += picture_patches(inputs.encoder.vision.image_processor, inputs.model.config, sizes)
-    forward = forward_flops(model, inputs.lengths(list(range(len(inputs.records)))), patches)
+    forward = forward_flops(model, inputs.lengths(everything), patches)
     # One layer's head and its verbalizer after the other, at the response tokens alone.
     heads = 2.0 * num_tokens * (len(layers) * text.vocab_size * text.hidden_size + verbalizers)
     flops = forward.total + heads

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vlsi_cache.config.sections import BatchReduction
-from vlsi_cache.data.collate import Batch, collate
+from vlsi_cache.data.collate import Batch, collate, together
 from vlsi_cache.data.encoder import CONTRACT, Encoder
 from vlsi_cache.data.records import Record, RecordSet
 from vlsi_cache.errors import CacheCorruptError, FingerprintMismatchError, command_line
@@ -70,13 +71,15 @@ def shuffled_records(
     records: Sequence[Record], num_tokens: Sequence[int], *, seed: int, num_skip: int = 0
 ) -> Iterator[Sample]:
     """All records, with their numbers of response tokens, in a new order every epoch, for ever, from the `num_skip`-th
-    on."""
+    on; turns of a row follow each other."""
+    units = together(record.row or record.id for record in records)
     # A resumed run begins in the middle of an epoch, at the sample where it stopped.
     epoch, start = divmod(num_skip, len(records))
     while True:
-        order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(len(records))
+        shuffled = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(len(units))
+        order = [index for number in shuffled for index in units[number]]
         for index in order[start:]:
-            yield Sample(records[int(index)], None, num_tokens[int(index)])
+            yield Sample(records[index], None, num_tokens[index])
         epoch, start = epoch + 1, 0
 
 
@@ -249,11 +252,11 @@ class Feed:
 
 def encode_pairs(pairs: Sequence[Pair], encoder: Encoder) -> MicroBatch:
     """Records and their rows as one batch on the CPU, at the tokens that have rows; the response ids are compared."""
-    encoded = [encoder.encode(record) for record, _ in pairs]
+    encoded = encoder.encode_all([record for record, _ in pairs])
     rows: list[Row] = []
-    for (record, row), one in zip(pairs, encoded, strict=True):
+    for (record, row), span in zip(pairs, chain.from_iterable(one.spans for one in encoded), strict=True):
         if row is not None:
-            check_response_ids(record, one.response_ids, row, encoder)
+            check_response_ids(record, span.response_ids, row, encoder)
             rows.append(row)
     batch = collate(encoded, pad_id=encoder.pad_id)
     if rows and rows[0].num_layers:
