@@ -22,7 +22,8 @@ from vlsi_cache.models.backbone import Backbone, head_of
 from vlsi_cache.models.load import ModelRef, resolve_model
 from vlsi_cache.models.probe import checked_backbone
 from vlsi_cache.models.responses import Decoding, respond
-from vlsi_cache.models.verbalizer import Verbalizers, find_folder, load_verbalizers, read_record
+from vlsi_cache.models.verbalizer import Verbalizers, load_verbalizers
+from vlsi_cache.models.verbalizer_files import find_folder, read_record
 from vlsi_cache.progress import progress, say
 from vlsi_cache.run_files import EVALUATION as RESULT
 from vlsi_cache.run_files import read_evaluation, read_run, sealed

@@ -12,7 +12,8 @@ from vlsi_cache.data.records import Record, read_records
 from vlsi_cache.models.backbone import Backbone, check_family, target_layers
 from vlsi_cache.models.load import ModelRef, resolve_model
 from vlsi_cache.models.probe import check_vocabulary, checked_backbone
-from vlsi_cache.models.verbalizer import Verbalizers, find_folder, load_verbalizers, logit_lens, verbalizers_digest
+from vlsi_cache.models.verbalizer import Verbalizers, load_verbalizers, logit_lens
+from vlsi_cache.models.verbalizer_files import find_folder, verbalizers_digest
 from vlsi_cache.progress import say
 
 
