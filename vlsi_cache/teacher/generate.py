@@ -17,7 +17,7 @@ from vlsi_cache.data.sources import media_root, read_responses
 from vlsi_cache.data.writing import write_rows
 from vlsi_cache.errors import DataError, FingerprintMismatchError, RowError, SpecError, list_problems
 from vlsi_cache.io import check_file, check_folder, refuse_url, write_atomically
-from vlsi_cache.models.load import ModelRef, resolve_model
+from vlsi_cache.models.load import ModelRef, max_positions, resolve_model
 from vlsi_cache.models.responses import Decoding, Response, respond
 from vlsi_cache.progress import progress, say
 from vlsi_cache.run_files import read_batch, read_object, read_run, sealed
@@ -154,7 +154,7 @@ def _plan(
     """Read everything but the weights: prompts of similar length come together, all samples of one side by side."""
     named = model_named(spec, model)
     encoder, source = named.encoder(spec.data.encoding()), read_records(spec.data, limit=limit)
-    limits: dict[str, Any] = {"max_length": spec.data.max_length, "max_positions": named.max_positions}
+    limits: dict[str, Any] = {"max_length": spec.data.max_length, "max_positions": max_positions(named.config)}
     # Batches are cut from the whole list before any is done: an attempt that goes on cuts the same ones, and with the
     # random state keyed by the batch's number it draws the same tokens.
     # Whether a row fits is decided by its prompt: the answer that it has goes.
