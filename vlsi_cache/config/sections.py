@@ -1,8 +1,8 @@
 """The sections of a spec, each with its defaults, bounds and what contradicts what."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -18,13 +18,14 @@ BadRows = Literal["refuse", "list"]
 Style = Literal["residual", "plain"]
 PreNorm = Literal["rms", "none"]
 # Bounds that no model, machine or training comes near: what is beyond them was mistyped.
-MAX_LAYERS, MAX_STEPS, MAX_BATCH = 4096, 10**9, 2**20
-Count = Annotated[int, Field(ge=1, le=MAX_BATCH)]
+MAX_LAYERS = 4096
+Count = Annotated[int, Field(ge=1, le=2**20)]
+Steps = Annotated[int, Field(ge=1, le=10**9)]
+Share = Annotated[float, Field(ge=0, le=1)]
 Factor = Annotated[float, Field(gt=0, le=1e6)]
 Layer = Annotated[int, Field(ge=1, le=MAX_LAYERS)]
 TargetLayers = Literal["auto"] | Annotated[tuple[Layer, ...], Field(max_length=MAX_LAYERS)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Batched = TypeVar("Batched", "TrainVerbalizersSpec", "DistillSpec")
 
 
 class Strict(BaseModel):
@@ -45,11 +46,25 @@ class Strict(BaseModel):
                     raise ValueError(f"`{key}` is read as {one}, and yes or no is no value of it")
         return values
 
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Self:
+        for problem in self._contradictions():
+            raise ValueError(problem)
+        return self
+
+    def _contradictions(self) -> Iterator[str]:
+        """Of a section, what contradicts what in it; the first of them is told."""
+        return iter(())
+
+    def changed(self, keys: Iterable[str]) -> list[str]:
+        """Those of `keys` that have not their default."""
+        return [key for key in keys if getattr(self, key) != type(self).model_fields[key].default]
+
 
 class Schedule(Strict):
     """Length and learning rate of one training stage: `steps` or `epochs`; one epoch when neither is named."""
 
-    steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] | None = None
+    steps: Steps | None = None
     epochs: Factor | None = None
     learning_rate: Annotated[float, Field(gt=0, le=100)] = 1e-4
     final_learning_rate: Annotated[float, Field(ge=0, le=100)] = 1e-6
@@ -89,14 +104,6 @@ class VerbalizerSpec(Strict):
     loss: Literal["ce", "kl_to_final"] = "ce"
 
 
-def _check_batches(spec: Batched) -> Batched:
-    if spec.batch_size % spec.micro_batch_size:
-        raise ValueError(
-            f"`batch_size` {spec.batch_size} is not a multiple of `micro_batch_size` {spec.micro_batch_size}"
-        )
-    return spec
-
-
 class TrainVerbalizersSpec(Strict):
     """Training of the teacher's verbalizers, each by the loss of its layer; everything else is frozen.
 
@@ -107,10 +114,16 @@ class TrainVerbalizersSpec(Strict):
     batch_size: Count = 256
     micro_batch_size: Count = 4
     batch_reduction: BatchReduction = "token"
-    checkpoint_steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] = 200
+    checkpoint_steps: Steps = 200
     seed: Seed = 0
 
-    _whole_micro_batches = model_validator(mode="after")(_check_batches)
+    def _contradictions(self) -> Iterator[str]:
+        yield from _broken_batches(self)
+
+
+def _broken_batches(spec: "TrainVerbalizersSpec | DistillSpec") -> Iterator[str]:
+    if spec.batch_size % spec.micro_batch_size:
+        yield f"`batch_size` {spec.batch_size} is not a multiple of `micro_batch_size` {spec.micro_batch_size}"
 
 
 class LoraSpec(Strict):
@@ -123,14 +136,12 @@ class LoraSpec(Strict):
 
 DivergenceName = Literal["forward_kl", "reverse_kl", "jsd", "skewed_kl", "l2_topk"]
 Operation = DivergenceName | Literal["ce", "none"]
-MatchingMode = Literal[
-    "vlsi", "order", "range", "multinomial", "bottom_k", "uniform", "uniform_stretch", "random"
-]  # fmt: skip
+MatchingMode = Literal["vlsi", "order", "range", "multinomial", "bottom_k", "uniform", "uniform_stretch", "random"]
 Temperature = Literal["normalized", "printed", "fixed"]
-OF_MATCHING = ("matching", "scale", "temperature")
 # Options of earlier releases with the values that changed nothing; docs/log.md has what they were measured to do.
 REMOVED = {"match_unit": "batch", "sampler": "greedy", "reliable_only": False}
 DIVERGENCES = frozenset(get_args(DivergenceName))
+OF_OPERATIONS = {"beta": {"jsd"}, "skew": {"skewed_kl"}, "tau": DIVERGENCES}
 
 
 class InteractSpec(Strict):
@@ -158,14 +169,14 @@ class InteractSpec(Strict):
     beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
     skew: Annotated[float, Field(gt=0, lt=1)] = 0.1
     tau: Annotated[float, Field(gt=0, le=1e3)] = 1.0
-    alpha_ce: Annotated[float, Field(ge=0, le=1)] = 0.0
+    alpha_ce: Share = 0.0
     matching: MatchingMode = "vlsi"
     scale: Factor = 2.0
     temperature: Temperature = "normalized"
     fixed_temperature: Factor = 1.0
     bottom_k: Layer = 1
-    layers_full_until: Annotated[float, Field(ge=0, le=1)] = 1.0
-    layers_zero_from: Annotated[float, Field(ge=0, le=1)] = 1.0
+    layers_full_until: Share = 1.0
+    layers_zero_from: Share = 1.0
 
     @model_validator(mode="before")
     @classmethod
@@ -178,48 +189,40 @@ class InteractSpec(Strict):
             raise ValueError(f"`{'`, `'.join(changed)}` are no longer there: no measurement has found a use for them")
         return {key: value for key, value in values.items() if key not in REMOVED}
 
-    @model_validator(mode="after")
-    def _nothing_is_ignored(self) -> "InteractSpec":
-        adaptive = {"scale": 2.0, "temperature": "normalized", "fixed_temperature": 1.0}
-        changed = [key for key, default in adaptive.items() if getattr(self, key) != default]
-        if self.matching != "vlsi" and changed:
-            raise ValueError(f"`{'`, `'.join(changed)}` belong to `matching: vlsi`, and it is `{self.matching}`")
-        if self.temperature == "fixed" and self.scale != 2.0:
-            raise ValueError("`scale` belongs to the adaptive temperatures, and `temperature` is `fixed`")
-        if self.temperature != "fixed" and self.fixed_temperature != 1.0:
-            raise ValueError(f"`fixed_temperature` belongs to `temperature: fixed`, and it is `{self.temperature}`")
-        if self.matching != "bottom_k" and self.bottom_k != 1:
-            raise ValueError(f"`bottom_k` belongs to `matching: bottom_k`, and it is `{self.matching}`")
+    def _contradictions(self) -> Iterator[str]:
+        adaptive = self.changed(("scale", "temperature", "fixed_temperature"))
+        if self.matching != "vlsi" and adaptive:
+            yield f"`{'`, `'.join(adaptive)}` belong to `matching: vlsi`, and it is `{self.matching}`"
+        if self.temperature == "fixed" and self.changed(["scale"]):
+            yield "`scale` belongs to the adaptive temperatures, and `temperature` is `fixed`"
+        if self.temperature != "fixed" and self.changed(["fixed_temperature"]):
+            yield f"`fixed_temperature` belongs to `temperature: fixed`, and it is `{self.temperature}`"
+        if self.matching != "bottom_k" and self.changed(["bottom_k"]):
+            yield f"`bottom_k` belongs to `matching: bottom_k`, and it is `{self.matching}`"
         if self.layers_full_until > self.layers_zero_from:
-            raise ValueError("`layers_full_until` lies behind `layers_zero_from`")
+            yield "`layers_full_until` lies behind `layers_zero_from`"
+        of_matching = ("matching", "scale", "temperature")
         if not self.lambda_last:
-            self._nothing_changed(("last", "alpha_ce"), "with `lambda_last: 0`")
+            yield from self._idle(("last", "alpha_ce"), "with `lambda_last: 0`")
         if not self.layers_zero_from:
-            self._nothing_changed((*OF_MATCHING, "intermediate", "layer_reduction"), "with `layers_zero_from: 0`")
-        self._nothing_belongs_to_another_operation()
+            yield from self._idle((*of_matching, "intermediate", "layer_reduction"), "with `layers_zero_from: 0`")
+        for key in self.changed(OF_OPERATIONS):
+            if OF_OPERATIONS[key].isdisjoint({self.intermediate, self.last}):
+                yield f"`{key}` belongs to {', '.join(sorted(OF_OPERATIONS[key]))}, and none is trained"
+        if self.alpha_ce and self.last not in DIVERGENCES:
+            yield f"`alpha_ce` mixes the labels into a divergence, and `last` is `{self.last}`"
+        if self.intermediate not in DIVERGENCES:
+            fading = () if self.intermediate == "ce" else ("layer_reduction", "layers_full_until", "layers_zero_from")
+            yield from self._idle((*of_matching, *fading), f"with `intermediate: {self.intermediate}`")
         if not self.trains_last and (self.intermediate == "none" or self.layers_zero_from < 1):
-            raise ValueError(
+            yield (
                 "the last layer is not trained (`last`, `lambda_last`), and the intermediate ones are not, or not to "
                 "the end (`intermediate`, `layers_zero_from`): there would be steps with nothing to train"
             )
-        return self
 
-    def _nothing_belongs_to_another_operation(self) -> None:
-        used = {self.intermediate, self.last}
-        for key, names in {"beta": {"jsd"}, "skew": {"skewed_kl"}, "tau": DIVERGENCES}.items():
-            if getattr(self, key) != type(self).model_fields[key].default and not used & names:
-                raise ValueError(f"`{key}` belongs to {', '.join(sorted(names))}, and none is trained")
-        if self.alpha_ce and self.last not in DIVERGENCES:
-            raise ValueError(f"`alpha_ce` mixes the labels into a divergence, and `last` is `{self.last}`")
-        if self.intermediate in DIVERGENCES:
-            return
-        of_layers = () if self.intermediate == "ce" else ("layer_reduction", "layers_full_until", "layers_zero_from")
-        self._nothing_changed((*OF_MATCHING, *of_layers), f"with `intermediate: {self.intermediate}`")
-
-    def _nothing_changed(self, keys: Iterable[str], where: str) -> None:
-        changed = [key for key in keys if getattr(self, key) != type(self).model_fields[key].default]
-        if changed:
-            raise ValueError(f"`{'`, `'.join(changed)}` do nothing {where}")
+    def _idle(self, keys: Iterable[str], where: str) -> Iterator[str]:
+        if changed := self.changed(keys):
+            yield f"`{'`, `'.join(changed)}` do nothing {where}"
 
     @property
     def trains_last(self) -> bool:
@@ -243,7 +246,7 @@ class SftSpec(Strict):
 
     schedule: Schedule = Schedule(epochs=1)
     mode: Literal["lora+embed_head", "full"] = "lora+embed_head"
-    fraction: Annotated[float, Field(ge=0, le=1)] = 1.0
+    fraction: Share = 1.0
 
     def steps_left_out(self, num_steps: int) -> int:
         """How many of the schedule's `num_steps` are not run; one is run at least, unless `fraction` is 0."""
@@ -280,54 +283,35 @@ class DistillSpec(Strict):
     interact: InteractSpec = InteractSpec()
     sft: SftSpec = SftSpec()
     lora: LoraSpec = LoraSpec()
-    checkpoint_steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] = 200
+    checkpoint_steps: Steps = 200
     window_parts: Count = 4
     seed: Seed = 0
 
-    @model_validator(mode="after")
-    def _verbalizers_are_taken(self) -> "DistillSpec":
+    def _contradictions(self) -> Iterator[str]:
         if self.verbalizers is not None and self.recipe != "vlsi":
-            raise ValueError(f"`verbalizers` belong to `recipe: vlsi`, and it is `{self.recipe}`")
-        return self
-
-    @model_validator(mode="after")
-    def _layers_are_named_once(self) -> "DistillSpec":
-        if self.layers != "auto" and self.num_layers not in (
-            type(self).model_fields["num_layers"].default,
-            len(self.layers),
-        ):
-            raise ValueError(
+            yield f"`verbalizers` belong to `recipe: vlsi`, and it is `{self.recipe}`"
+        if self.layers != "auto" and self.changed(["num_layers"]) and self.num_layers != len(self.layers):
+            yield (
                 f"`layers` names {len(self.layers)} layers, `num_layers` is {self.num_layers}; drop one, or say "
                 "`layers: auto` for so many evenly spaced ones"
             )
-        return self
-
-    _whole_micro_batches = model_validator(mode="after")(_check_batches)
-
-    @model_validator(mode="after")
-    def _something_trains(self) -> "DistillSpec":
+        yield from _broken_batches(self)
         if self.recipe == "last" and not self.interact.trains_last:
-            raise ValueError("`recipe: last` trains the last layer alone, and `interact` leaves it out")
+            yield "`recipe: last` trains the last layer alone, and `interact` leaves it out"
         if self.recipe == "sft" and not self.sft.fraction:
-            raise ValueError("`recipe: sft` is supervised finetuning alone, and `sft.fraction: 0` leaves it out")
-        return self
-
-    @model_validator(mode="after")
-    def _weights_stay_trained(self) -> "DistillSpec":
+            yield "`recipe: sft` is supervised finetuning alone, and `sft.fraction: 0` leaves it out"
         if self.recipe == "sft" or self.interact.mode != "layers":
-            return self
+            return
         if self.sft.fraction and self.sft.mode != "full":
-            raise ValueError(
+            yield (
                 f"`interact.mode: layers` trains the weights themselves, and `sft.mode: {self.sft.mode}` an adapter on "
                 "them; say `sft.mode: full`"
             )
-        changed = [key for key, default in LoraSpec() if getattr(self.lora, key) != default]
-        if changed:
-            raise ValueError(
+        if changed := self.lora.changed(LoraSpec.model_fields):
+            yield (
                 f"`lora.{'`, `lora.'.join(changed)}` belong to an adapter, and `interact.mode: layers` trains none; "
                 "leave `lora` as it is"
             )
-        return self
 
 
 DEFAULT_BATCH_TOKENS = 8192
@@ -346,13 +330,11 @@ class TeacherSpec(Strict):
     num_layers: Annotated[int, Field(ge=0, le=MAX_LAYERS)] = 0
     verbalizers: str | None = None
 
-    @model_validator(mode="after")
-    def _layers_are_named_once(self) -> "TeacherSpec":
+    def _contradictions(self) -> Iterator[str]:
         if self.layers == "auto" and self.num_layers == 0:
-            raise ValueError("name the target layers: `layers: [2, 6, ...]`, or `num_layers: 7` to space them evenly")
+            yield "name the target layers: `layers: [2, 6, ...]`, or `num_layers: 7` to space them evenly"
         if self.layers != "auto" and self.num_layers not in (0, len(self.layers)):
-            raise ValueError(f"`layers` names {len(self.layers)} layers, `num_layers` is {self.num_layers}; drop one")
-        return self
+            yield f"`layers` names {len(self.layers)} layers, `num_layers` is {self.num_layers}; drop one"
 
 
 @dataclass(frozen=True)
@@ -389,13 +371,11 @@ class DataSpec(Strict):
     template: dict[str, Any] = Field(default_factory=dict)
     prompt: PromptMode = "generation"
 
-    @model_validator(mode="after")
-    def _one_source(self) -> "DataSpec":
+    def _contradictions(self) -> Iterator[str]:
         if (self.path is None) == (self.generator is None):
-            raise ValueError("name exactly one source: `path` (.jsonl or .parquet files) or `generator`")
+            yield "name exactly one source: `path` (.jsonl or .parquet files) or `generator`"
         if self.options and self.generator is None:
-            raise ValueError("`options` belong to a `generator`, and none is named")
-        return self
+            yield "`options` belong to a `generator`, and none is named"
 
     def encoding(self) -> Encoding:
         """What an encoder is told of this section."""
@@ -413,11 +393,9 @@ class TokensSpec(Strict):
     entropy_top: Annotated[float, Field(gt=0, le=1)] | None = None
     random: Annotated[float, Field(gt=0, le=1)] | None = None
 
-    @model_validator(mode="after")
-    def _one_rule(self) -> "TokensSpec":
+    def _contradictions(self) -> Iterator[str]:
         if len([rule for rule in (self.entropy_above, self.entropy_top, self.random) if rule is not None]) > 1:
-            raise ValueError("name one of `entropy_above`, `entropy_top` and `random`")
-        return self
+            yield "name one of `entropy_above`, `entropy_top` and `random`"
 
     @property
     def expected_share(self) -> float:
@@ -443,20 +421,18 @@ class RowsSpec(Strict):
     select_tokens: TokensSpec = TokensSpec()
     seed: Seed = 0
 
-    @model_validator(mode="after")
-    def _consistent(self) -> "RowsSpec":
+    def _contradictions(self) -> Iterator[str]:
         if self.taus[:1] != (1.0,) or len(set(self.taus)) != len(self.taus):
-            raise ValueError("`taus` starts with 1.0 (the log-probs are stored at 1.0) and names no value twice")
+            yield "`taus` starts with 1.0 (the log-probs are stored at 1.0) and names no value twice"
         smallest = self.top_k if isinstance(self.top_k, int) else min(self.top_k, default=0)
         if smallest < 1:
-            raise ValueError("`top_k` is a number, or a list with one number for each cached layer")
+            yield "`top_k` is a number, or a list with one number for each cached layer"
         if self.min_k > smallest:
-            raise ValueError(f"`min_k` {self.min_k} is above `top_k` {smallest}")
+            yield f"`min_k` {self.min_k} is above `top_k` {smallest}"
         if self.top_p is None and self.min_k > 1:
-            raise ValueError("`min_k` belongs to `top_p`, and none is named")
+            yield "`min_k` belongs to `top_p`, and none is named"
         if self.kind == "sampled" and self.top_p is not None:
-            raise ValueError("`top_p` belongs to `kind: top-k`")
-        return self
+            yield "`top_p` belongs to `kind: top-k`"
 
     def widths(self, num_layers: int) -> list[int]:
         """The largest number of entries of each of `num_layers` cached layers."""
@@ -492,11 +468,9 @@ class EvaluateSpec(Strict):
     max_new_tokens: Count = 64
     batch_size: Count = 16
 
-    @model_validator(mode="after")
-    def _beams_search_answers(self) -> "EvaluateSpec":
+    def _contradictions(self) -> Iterator[str]:
         if not self.generate and self.num_beams > 1:
-            raise ValueError("`num_beams` searches answers, and `generate: false` asks for none")
-        return self
+            yield "`num_beams` searches answers, and `generate: false` asks for none"
 
 
 class RunSpec(Strict):
@@ -540,14 +514,14 @@ class CacheSpec(Strict):
     @classmethod
     def _held_out_rows_are_rendered_alike(cls, values: Any) -> Any:
         """Held-out rows take `data.template` and `data.prompt` where `evaluate.data` names none of its own."""
-        if not isinstance(values, Mapping):
+        try:
+            data, held_out = values["data"], values["evaluate"]["data"]
+        except (KeyError, TypeError):
             return values
-        data, evaluate = values.get("data"), values.get("evaluate")
-        held_out = evaluate.get("data") if isinstance(evaluate, Mapping) else None
-        if not isinstance(data, Mapping) or not isinstance(evaluate, Mapping) or not isinstance(held_out, Mapping):
+        if not isinstance(data, Mapping) or not isinstance(held_out, Mapping):
             return values
         alike = {key: data[key] for key in ("template", "prompt") if key in data}
-        return {**values, "evaluate": {**evaluate, "data": {**alike, **held_out}}}
+        return {**values, "evaluate": {**values["evaluate"], "data": {**alike, **held_out}}}
 
     def fingerprint_fields(self) -> dict[str, Any]:
         """The settings that decide the bytes of a cache, by their dotted key."""
