@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vlsi_cache.config.sections import DivergenceName
+from vlsi_cache.config.training import DivergenceName
 from vlsi_cache.sparse.divergences import Divergence
 from vlsi_cache.sparse.kl import LayerRows, sparse_kl
 

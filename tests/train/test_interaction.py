@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.distributions import Categorical, kl_divergence
 
-from vlsi_cache.config.sections import InteractSpec, Schedule
+from vlsi_cache.config.training import InteractSpec, Schedule
 from vlsi_cache.errors import ModelError
 from vlsi_cache.models.backbone import Backbone
 from vlsi_cache.models.load import ModelRef

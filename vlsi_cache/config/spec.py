@@ -19,7 +19,8 @@ from vlsi_cache.errors import SpecError, did_you_mean, list_problems, validation
 from vlsi_cache.io import refuse_url, url_problem
 
 from .plain_yaml import parse_yaml, plain_problems, short
-from .sections import OF_OPERATIONS, CacheSpec, DistillSpec, InteractSpec, Strict
+from .sections import CacheSpec
+from .training import OF_OPERATIONS, DistillSpec, InteractSpec, Strict
 
 OF_TOP_K = ("top_k", "top_p", "min_k", "tail_samples")
 LENGTH = ("steps", "epochs")

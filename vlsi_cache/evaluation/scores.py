@@ -21,7 +21,6 @@ from vlsi_cache.io import check_file, refuse_url, write_atomically
 from vlsi_cache.models.backbone import Backbone, head_of
 from vlsi_cache.models.load import ModelRef, max_positions, resolve_model
 from vlsi_cache.models.probe import checked_backbone
-from vlsi_cache.models.responses import Decoding, respond
 from vlsi_cache.models.verbalizer import Verbalizers, load_verbalizers
 from vlsi_cache.models.verbalizer_files import find_folder, read_record
 from vlsi_cache.progress import progress, say
@@ -32,6 +31,7 @@ from vlsi_cache.runtime import pick_device
 from vlsi_cache.sparse.cross_entropy import linear_cross_entropy
 from vlsi_cache.store import reader
 from vlsi_cache.store.reader import Cache
+from vlsi_cache.teacher.generate import Decoding, respond
 
 from .teacher_agreement import against_cache, trained_on
 

@@ -18,7 +18,7 @@ import xxhash
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from vlsi_cache.config.sections import TargetLayers
+from vlsi_cache.config.training import TargetLayers
 from vlsi_cache.errors import ModelError, SpecError
 from vlsi_cache.sparse.head import Head
 

@@ -20,7 +20,8 @@ import xxhash
 from huggingface_hub import snapshot_download
 from transformers.utils import logging as transformers_logging
 
-from vlsi_cache.config.sections import AS_IT_IS, Dtype, Encoding
+from vlsi_cache.config.sections import AS_IT_IS, Encoding
+from vlsi_cache.config.training import Dtype
 from vlsi_cache.data.encoder import Encoder, load_encoder
 from vlsi_cache.errors import ModelError
 from vlsi_cache.io import hash_of, refuse_url

@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 
 from vlsi_cache.config.layers import parse_layers
-from vlsi_cache.config.sections import Dtype
+from vlsi_cache.config.training import Dtype
 from vlsi_cache.errors import ModelError
 from vlsi_cache.io import check_apart, check_folder, put_back, refuse_url, replacing
 from vlsi_cache.run_files import read_object

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from vlsi_cache.config.sections import PreNorm, Structure, Style
+from vlsi_cache.config.training import PreNorm, Structure, Style
 from vlsi_cache.errors import ModelError
 
 from .backbone import Backbone, LayerSequence, head_digest

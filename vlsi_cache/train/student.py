@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from vlsi_cache.config.sections import CacheSpec, DataSpec, DistillSpec, InteractSpec, VerbalizerSpec
+from vlsi_cache.config.sections import CacheSpec, DataSpec
+from vlsi_cache.config.training import DistillSpec, InteractSpec, VerbalizerSpec
 from vlsi_cache.data.encoder import Encoder
 from vlsi_cache.data.records import RecordSet, read_records
 from vlsi_cache.errors import DataError, ModelError, SpecError, list_problems
