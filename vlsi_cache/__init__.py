@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vlsi_cache.ablation.runner import ablate
-    from vlsi_cache.config.sections import CacheSpec, DistillSpec
+    from vlsi_cache.config.sections import CacheSpec
     from vlsi_cache.config.spec import load_spec
+    from vlsi_cache.config.training import DistillSpec
     from vlsi_cache.evaluation.scores import evaluate
     from vlsi_cache.evaluation.trace import trace
-    from vlsi_cache.models.depth import init_student
+    from vlsi_cache.models.save import init_student
     from vlsi_cache.report.look import inspect, sample, stats
     from vlsi_cache.report.matches import match
     from vlsi_cache.report.run_view import open_run
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 _HOME = {
     "CacheDataset": "store.dataset",
     "CacheSpec": "config.sections",
-    "DistillSpec": "config.sections",
+    "DistillSpec": "config.training",
     "Divergence": "sparse.divergences",
     "Head": "sparse.head",
     "PartWindowReader": "store.dataset",
@@ -46,7 +47,7 @@ _HOME = {
     "distill": "train.distill",
     "evaluate": "evaluation.scores",
     "generate": "teacher.generate",
-    "init_student": "models.depth",
+    "init_student": "models.save",
     "inspect": "report.look",
     "load_spec": "config.spec",
     "match": "report.matches",

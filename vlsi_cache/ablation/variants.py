@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from vlsi_cache.config.plain_yaml import parse_yaml
-from vlsi_cache.config.sections import CacheSpec, Count, Layer, Recipe, Strict
+from vlsi_cache.config.sections import CacheSpec
 from vlsi_cache.config.spec import apply_overrides
+from vlsi_cache.config.training import Count, Layer, Recipe, Strict
 from vlsi_cache.errors import SpecError, list_problems
 from vlsi_cache.io import refuse_url
 from vlsi_cache.models.load import ModelRef

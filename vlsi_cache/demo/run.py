@@ -16,8 +16,8 @@ from vlsi_cache.data.records import read_records
 from vlsi_cache.errors import CacheCorruptError
 from vlsi_cache.evaluation.scores import evaluate, evaluate_model, kept_result
 from vlsi_cache.io import refuse_url, write_atomically
-from vlsi_cache.models.depth import init_student
 from vlsi_cache.models.load import ModelRef, resolve_model
+from vlsi_cache.models.save import init_student
 from vlsi_cache.progress import say
 from vlsi_cache.report.pages import write_demo_report
 from vlsi_cache.run_files import read_object, read_run

@@ -19,10 +19,10 @@ from vlsi_cache.data.records import Record, read_records
 from vlsi_cache.errors import ModelError, SpecError, list_problems
 from vlsi_cache.io import check_file, refuse_url, write_atomically
 from vlsi_cache.models.backbone import Backbone, head_of
-from vlsi_cache.models.load import ModelRef, resolve_model
+from vlsi_cache.models.load import ModelRef, max_positions, resolve_model
 from vlsi_cache.models.probe import checked_backbone
-from vlsi_cache.models.responses import Decoding, respond
-from vlsi_cache.models.verbalizer import Verbalizers, find_folder, load_verbalizers, read_record
+from vlsi_cache.models.verbalizer import Verbalizers, load_verbalizers
+from vlsi_cache.models.verbalizer_files import find_folder, read_record
 from vlsi_cache.progress import progress, say
 from vlsi_cache.run_files import EVALUATION as RESULT
 from vlsi_cache.run_files import read_evaluation, read_run, sealed
@@ -31,6 +31,7 @@ from vlsi_cache.runtime import pick_device
 from vlsi_cache.sparse.cross_entropy import linear_cross_entropy
 from vlsi_cache.store import reader
 from vlsi_cache.store.reader import Cache
+from vlsi_cache.teacher.generate import Decoding, respond
 
 from .teacher_agreement import against_cache, trained_on
 
@@ -178,7 +179,7 @@ def evaluate_model(
         data = settings.data
         own = model.encoder(data.encoding())
         found = read_records(data, limit=limit)
-        limits = {"max_length": data.max_length, "max_positions": model.max_positions}
+        limits = {"max_length": data.max_length, "max_positions": max_positions(model.config)}
         kept, do_not_fit = fit_rows(found, own, **limits, bad_rows=data.bad_rows)
         skipped = [*found.skipped, *do_not_fit]
         if skipped:

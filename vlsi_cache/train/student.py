@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from vlsi_cache.config.sections import CacheSpec, DataSpec, DistillSpec, InteractSpec, VerbalizerSpec
+from vlsi_cache.config.sections import CacheSpec, DataSpec
+from vlsi_cache.config.training import DistillSpec, InteractSpec, VerbalizerSpec
 from vlsi_cache.data.encoder import Encoder
 from vlsi_cache.data.records import RecordSet, read_records
 from vlsi_cache.errors import DataError, ModelError, SpecError, list_problems
@@ -16,7 +17,8 @@ from vlsi_cache.models.backbone import Backbone, check_family, target_layers
 from vlsi_cache.models.load import ModelRef, max_positions
 from vlsi_cache.models.probe import check_vocabulary, checked_backbone
 from vlsi_cache.models.save import mend_generation
-from vlsi_cache.models.verbalizer import Verbalizers, find_folder, load_verbalizers, read_record, verbalizers_digest
+from vlsi_cache.models.verbalizer import Verbalizers, load_verbalizers
+from vlsi_cache.models.verbalizer_files import find_folder, read_record, verbalizers_digest
 from vlsi_cache.progress import progress, say
 from vlsi_cache.runs.checkpoints import Checkpoints
 from vlsi_cache.runs.metrics import MetricsLog
