@@ -67,7 +67,7 @@ def stats(
     import vlsi_cache as vc
     from vlsi_cache.report.layers import stats_text
     from vlsi_cache.report.pages import write_stats_page
-    from vlsi_cache.report.render import check_page
+    from vlsi_cache.report.text import check_page
 
     check_page(out)
     found = vc.stats(cache, parts=parts)
@@ -102,7 +102,7 @@ def trace(
     """
     import vlsi_cache as vc
     from vlsi_cache.report.pages import write_trace_page
-    from vlsi_cache.report.render import check_page
+    from vlsi_cache.report.text import check_page
 
     check_page(out)
     found = vc.trace(
@@ -136,7 +136,7 @@ def match(
     """
     import vlsi_cache as vc
     from vlsi_cache.report.pages import write_match_page, write_match_png
-    from vlsi_cache.report.render import check_page, check_picture
+    from vlsi_cache.report.text import check_page, check_picture
 
     check_page(out)
     check_picture(png)
@@ -288,7 +288,7 @@ def _block(grid: dict[str, Any], start: int, stop: int) -> "Table":
     from rich.table import Table
     from rich.text import Text
 
-    from vlsi_cache.report.example import visible
+    from vlsi_cache.report.text import visible
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     table.add_column("", justify="right", style="dim")
@@ -305,7 +305,7 @@ def _cell(grid: dict[str, Any], index: int, t: int) -> Any:
     """The top words, and under them in grey the numbers of the distribution."""
     from rich.text import Text
 
-    from vlsi_cache.report.example import visible
+    from vlsi_cache.report.text import visible
 
     cell, gold = grid["grid"][index][t], grid["token_ids"][t]
     text = Text()

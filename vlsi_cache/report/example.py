@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vlsi_cache.errors import SpecError
+from vlsi_cache.store.reader import Cache, CachePath, open
+
 from .layers import gold_ids, gold_ranks
-from .text import table
+from .text import table, visible
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -23,6 +26,75 @@ if TYPE_CHECKING:
 TextOf = Callable[[int], str | None]
 MAX_TOKENS = 24  # columns of the picture; a longer response is cut, and says so
 PICTURE_WIDTH = 384  # pixels; a larger picture is made smaller
+
+
+@dataclass(frozen=True)
+class SampleGrid:
+    """What every layer says at the response tokens of one sample.
+
+    `grid[l][t]` holds for layer `layers[l]` and token `tokens[t]` (id `token_ids[t]`, response token `positions[t]`):
+    `ids`, `words` and `probs` of its top words, `entropy` in nats, `tail_mass`, `gold_logprob` and `gold_rank`, from 0.
+    """
+
+    id: str
+    kind: str
+    row_kind: str
+    final_layer: int
+    has_texts: bool
+    num_response_tokens: int
+    layers: list[int]
+    top_k: int
+    num_tokens: int
+    positions: list[int]
+    token_ids: list[int]
+    tokens: list[str]
+    grid: list[list[dict[str, Any]]]
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+
+def sample(
+    cache: CachePath,
+    sample_id: str,
+    *,
+    top: int = 1,
+    layers: Sequence[int | str] | None = None,
+    tokens: str | None = None,
+) -> SampleGrid:
+    """The `top` words of every layer at every response token of a sample; `tokens` are those to show, `A:B`.
+
+    Raises SampleNotFoundError; SpecError for `layers` or `tokens` that are not there.
+    """
+    opened = cache if isinstance(cache, Cache) else open(cache, allow_incomplete=True)
+    numbers = [opened.layers[index] for index in opened.header.layer_indices(layers)]
+    row = opened.row(sample_id, layers)
+    shown = slice(None) if tokens is None else _rows_at(row.positions_T, tokens, sample_id)
+    return SampleGrid(
+        id=row.sample_id,
+        kind=row.kind,
+        row_kind=opened.header.row_kind,
+        final_layer=opened.layers[-1],
+        has_texts=opened.header.text_xxh3 is not None,
+        num_response_tokens=len(row.response_ids_R),
+        **grid_of(row, layers=numbers, text=opened.token_text, top=top, tokens=shown),
+    )
+
+
+def _rows_at(positions_T: np.ndarray, tokens: str, sample_id: str) -> slice:
+    """The rows of response tokens A to B - 1, from `A:B`, `A:`, `:B` or `A`."""
+    first, colon, last = (part.strip() for part in tokens.partition(":"))
+    if not all(part.isdecimal() or (colon and not part) for part in (first, last or first)):
+        raise SpecError(f"--tokens {tokens}: write A:B with response token numbers from 0, for instance 0:20")
+    start = int(first or 0)
+    stop = int(last) if last else (None if colon else start + 1)
+    low = int(positions_T.searchsorted(start))
+    high = len(positions_T) if stop is None else int(positions_T.searchsorted(stop))
+    if low >= high:
+        known = f"{positions_T[0]} to {positions_T[-1]}" if len(positions_T) else "none"
+        raise SpecError(f"--tokens {tokens}: sample {sample_id!r} has no rows there; its response tokens are {known}")
+    return slice(low, high)
 
 
 def example_of(
@@ -96,14 +168,6 @@ def _cell(row: "Row", layer: int, t: int, top: int, rank: int, word: Callable[[i
 
 def _rounded(value: float) -> float | None:
     return round(float(value), 6) if np.isfinite(value) else None
-
-
-def visible(word: str) -> str:
-    """A token's text with what is invisible made visible."""
-    if not word.strip(" "):
-        return word.replace(" ", "\u2423") or "\u2205"
-    shown = {"\n": "\u21b5", "\t": "\u21e5"}
-    return "".join(char if char.isprintable() else shown.get(char, "\ufffd") for char in word)
 
 
 def png_of(image: "Image") -> str:

@@ -6,7 +6,7 @@ Shape suffixes: L layers, T response tokens with a row, K kept entries, P bins o
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -15,13 +15,10 @@ from vlsi_cache.io import with_null
 from vlsi_cache.progress import progress
 from vlsi_cache.sparse.row_kl import kl_sums
 from vlsi_cache.sparse.rows import SparseRows
+from vlsi_cache.store.part import Row
+from vlsi_cache.store.reader import Cache, CachePath, open
 
 from .text import Table, layer_names, percent, table
-
-if TYPE_CHECKING:
-    from vlsi_cache.sparse.rows import SparseRows
-    from vlsi_cache.store.part import Row
-    from vlsi_cache.store.reader import Cache
 
 MAX_PARTS = 8  # parts that are read: enough for stable means, cheap for a cache of any size
 FINE, COARSE = 4096, 64  # bins of the quantiles: 0.003 nats for 150,000 words; and of what is drawn
@@ -33,17 +30,17 @@ LITTLE_MASS = 0.5  # below this share of kept mass a bound from the kept words s
 Sums = dict[str, np.ndarray]
 
 
-def gold_ids(row: "Row") -> np.ndarray:
+def gold_ids(row: Row) -> np.ndarray:
     """[T]: the response token that each row of the cache is about."""
     return np.asarray(row.response_ids_R)[np.asarray(row.positions_T)].astype(np.int64)
 
 
-def gold_ranks(row: "Row") -> np.ndarray:
+def gold_ranks(row: Row) -> np.ndarray:
     """[L, T]: rank of the response token among the kept entries, from 0; -1 when it is not among them."""
     return ranks_of(row, gold_ids(row))
 
 
-def ranks_of(rows: "SparseRows", ids_T: np.ndarray) -> np.ndarray:
+def ranks_of(rows: SparseRows, ids_T: np.ndarray) -> np.ndarray:
     """[L, T]: rank of a token id among the kept entries, from 0; -1 when it is not among them."""
     hits_LTK = np.asarray(rows.ids_LTK).astype(np.int64) == ids_T[None, :, None]
     hits_LTK &= np.isfinite(rows.logprobs_LTK)  # padding has an id too
@@ -120,11 +117,12 @@ class CacheStats:
         )
 
 
-def cache_stats(cache: "Cache", *, parts: int = MAX_PARTS, with_kl: bool = True) -> CacheStats:
-    """Statistics over `parts` evenly spaced parts (0: all), without the KL of the layers if it is not wanted.
+def cache_stats(cache: CachePath, *, parts: int = MAX_PARTS, with_kl: bool = True) -> CacheStats:
+    """What the layers say, over `parts` evenly spaced parts (0: all): entropy, loss, ranks, and KL if it is wanted.
 
-    Raises CacheIncompleteError when there are no rows.
+    The cache may be unfinished. Raises CacheIncompleteError when there are no rows yet.
     """
+    cache = cache if isinstance(cache, Cache) else open(cache, allow_incomplete=True)
     chosen, edges_P = spaced(cache.parts, parts), position_edges(cache)
     has_kl = with_kl and cache.header.row_kind != "sampled"  # draws have no KL
     num_compared = kl_tokens_of_part(len(chosen)) if has_kl else 0
@@ -132,7 +130,7 @@ def cache_stats(cache: "Cache", *, parts: int = MAX_PARTS, with_kl: bool = True)
     return _stats_of(cache, chosen, edges_P, sums)
 
 
-def kl_matrix(cache: "Cache", *, parts: int = MAX_PARTS) -> tuple[np.ndarray, int]:
+def kl_matrix(cache: Cache, *, parts: int = MAX_PARTS) -> tuple[np.ndarray, int]:
     """([L, L] mean KL(i || j) over evenly spaced tokens of evenly spaced parts, number of tokens compared)."""
     chosen = spaced(cache.parts, parts)
     num_compared = kl_tokens_of_part(len(chosen))
@@ -140,7 +138,7 @@ def kl_matrix(cache: "Cache", *, parts: int = MAX_PARTS) -> tuple[np.ndarray, in
     return sums["kl"] / sums["tokens"], int(sums["kl_tokens"])
 
 
-def _sum_over_parts(cache: "Cache", chosen: list[int], sums_of: Callable[[list["Row"]], Sums]) -> Sums:
+def _sum_over_parts(cache: Cache, chosen: list[int], sums_of: Callable[[list[Row]], Sums]) -> Sums:
     sums: Sums = {}
     for part in progress(chosen, "stats", unit="part", delay=2):
         if rows := cache.read_part(part):
@@ -155,7 +153,7 @@ def kl_tokens_of_part(num_parts: int) -> int:
     return max(1, min(KL_TOKENS, MAX_KL_TOKENS // max(1, num_parts)))
 
 
-def position_edges(cache: "Cache") -> np.ndarray:
+def position_edges(cache: Cache) -> np.ndarray:
     """First positions of the bins: one by one, then two for every doubling."""
     longest = int(cache.sample_table()["num_response_tokens"].to_numpy().max(initial=1))
     edges, at = [0, 1], 2
@@ -165,7 +163,7 @@ def position_edges(cache: "Cache") -> np.ndarray:
     return np.array([edge for edge in edges if edge < max(1, longest)])
 
 
-def _part_sums(cache: "Cache", samples: "list[Row]", edges_P: np.ndarray, num_compared: int) -> Sums:
+def _part_sums(cache: Cache, samples: list[Row], edges_P: np.ndarray, num_compared: int) -> Sums:
     rows = SparseRows.concat(samples)
     gold_T = np.concatenate([gold_ids(row) for row in samples])
     positions_T = np.concatenate([np.asarray(row.positions_T, np.int64) for row in samples])
@@ -199,7 +197,7 @@ def _kl_sums(rows: SparseRows, num_compared: int) -> Sums:
     return {"kl": weight * sums_LL, "tokens": np.array(rows.num_tokens), "kl_tokens": np.array(len(chosen_T))}
 
 
-def _max_entropy(cache: "Cache") -> float:
+def _max_entropy(cache: Cache) -> float:
     return max(1e-6, math.log(cache.header.vocab_size))
 
 
@@ -223,7 +221,7 @@ def _quantiles(counts_LB: np.ndarray, top: float, wanted: dict[str, float]) -> l
     return found
 
 
-def _stats_of(cache: "Cache", chosen: list[int], edges_P: np.ndarray, sums: Sums) -> CacheStats:
+def _stats_of(cache: Cache, chosen: list[int], edges_P: np.ndarray, sums: Sums) -> CacheStats:
     top, num_tokens = _max_entropy(cache), int(sums["tokens"])
     kl_LL = sums["kl"] / num_tokens if "kl" in sums else None
     coarse_LB = sums["entropy_LB"].reshape(len(cache.layers), COARSE, -1).sum(2)
@@ -247,7 +245,7 @@ def _stats_of(cache: "Cache", chosen: list[int], edges_P: np.ndarray, sums: Sums
     )
 
 
-def _layers_of(cache: "Cache", sums: Sums, num_tokens: int, kl_LL: np.ndarray | None) -> list[LayerStats]:
+def _layers_of(cache: Cache, sums: Sums, num_tokens: int, kl_LL: np.ndarray | None) -> list[LayerStats]:
     entropy = _quantiles(sums["entropy_LB"], _max_entropy(cache), ENTROPY_QUANTILES)
     mass = _quantiles(sums["mass_LB"], 1.0, MASS_QUANTILES)
     last, is_drawn = len(cache.layers) - 1, cache.header.row_kind == "sampled"
@@ -355,7 +353,7 @@ class LayerSuggestion:
 
 
 def suggest_layers(
-    cache: "Cache", *, keep: int | None = None, max_kl: float | None = None, parts: int = MAX_PARTS
+    cache: Cache, *, keep: int | None = None, max_kl: float | None = None, parts: int = MAX_PARTS
 ) -> LayerSuggestion:
     """Propose intermediate layers to drop, from the KL between the cached layers (see sparse.compare).
 
@@ -413,7 +411,7 @@ def _nearest(kl_LL: np.ndarray, i: int, left: Sequence[int]) -> tuple[int, float
     return min(((j, float(kl_LL[i, j])) for j in (*after, *before)), key=lambda one: one[1])
 
 
-def _kept_mass(cache: "Cache", parts: int) -> np.ndarray:
+def _kept_mass(cache: Cache, parts: int) -> np.ndarray:
     """[L]: mean kept mass over the parts that are read, from their records."""
     records = [cache.part_record(part) for part in spaced(cache.parts, parts)]
     means = [(record.summary["tail_mass"], record.num_tokens) for record in records if record.num_tokens]

@@ -19,8 +19,18 @@ from .describe import response_text
 from .example import MAX_TOKENS, Trace, grid_of
 from .layers import CacheStats, LayerStats, big_number, cache_stats, stats_notes, stats_rows
 from .matches import Matches, matches_of
-from .render import render, write_file, write_page
-from .text import RECIPE_NAMES, Table, demo_rows, evaluation_parts, kinds_of, layer_names, percent
+from .text import (
+    RECIPE_NAMES,
+    Table,
+    demo_rows,
+    evaluation_parts,
+    kinds_of,
+    layer_names,
+    percent,
+    render,
+    write_file,
+    write_page,
+)
 
 if TYPE_CHECKING:
     from vlsi_cache.store.reader import Cache
