@@ -4,7 +4,7 @@ Shape suffixes: L layers, T response tokens with a row, K kept entries, P bins o
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from vlsi_cache.sparse.rows import SparseRows
 from vlsi_cache.store.part import Row
 from vlsi_cache.store.reader import Cache, CachePath, open
 
-from .text import Table, layer_names, percent, table
+from .text import Table, layer_names, lines_of, percent, render, table
 
 MAX_PARTS = 8  # parts that are read: enough for stable means, cheap for a cache of any size
 FINE, COARSE = 4096, 64  # bins of the quantiles: 0.003 nats for 150,000 words; and of what is drawn
@@ -126,26 +126,14 @@ def cache_stats(cache: CachePath, *, parts: int = MAX_PARTS, with_kl: bool = Tru
     chosen, edges_P = spaced(cache.parts, parts), position_edges(cache)
     has_kl = with_kl and cache.header.row_kind != "sampled"  # draws have no KL
     num_compared = kl_tokens_of_part(len(chosen)) if has_kl else 0
-    sums = _sum_over_parts(cache, chosen, lambda rows: _part_sums(cache, rows, edges_P, num_compared))
-    return _stats_of(cache, chosen, edges_P, sums)
-
-
-def kl_matrix(cache: Cache, *, parts: int = MAX_PARTS) -> tuple[np.ndarray, int]:
-    """([L, L] mean KL(i || j) over evenly spaced tokens of evenly spaced parts, number of tokens compared)."""
-    chosen = spaced(cache.parts, parts)
-    num_compared = kl_tokens_of_part(len(chosen))
-    sums = _sum_over_parts(cache, chosen, lambda rows: _kl_sums(SparseRows.concat(rows), num_compared))
-    return sums["kl"] / sums["tokens"], int(sums["kl_tokens"])
-
-
-def _sum_over_parts(cache: Cache, chosen: list[int], sums_of: Callable[[list[Row]], Sums]) -> Sums:
     sums: Sums = {}
     for part in progress(chosen, "stats", unit="part", delay=2):
         if rows := cache.read_part(part):
-            sums = {name: array + sums.get(name, 0) for name, array in sums_of(rows).items()}
+            more = _part_sums(cache, rows, edges_P, num_compared)
+            sums = {name: array + sums.get(name, 0) for name, array in more.items()}
     if not sums or not sums["tokens"]:
         raise CacheIncompleteError(f"`{cache.path}` has no rows in parts {chosen[:4]}: there is nothing to measure yet")
-    return sums
+    return _stats_of(cache, chosen, edges_P, sums)
 
 
 def kl_tokens_of_part(num_parts: int) -> int:
@@ -172,7 +160,7 @@ def _part_sums(cache: Cache, samples: list[Row], edges_P: np.ndarray, num_compar
     top_LT = np.asarray(rows.ids_LTK)[:, :, 0]
     entropy_LT = np.asarray(rows.entropy_LT, np.float64)
     mass_LT = 1.0 - np.asarray(rows.tail_mass_LT, np.float64)
-    sums = {
+    sums: Sums = {
         "tokens": np.array(rows.num_tokens),
         "entropy": entropy_LT.sum(1),
         "mass": mass_LT.sum(1),
@@ -186,15 +174,11 @@ def _part_sums(cache: Cache, samples: list[Row], edges_P: np.ndarray, num_compar
         "entropy_LB": _histograms(entropy_LT, _max_entropy(cache)),
         "mass_LB": _histograms(mass_LT, 1.0),
     }
-    return sums | _kl_sums(rows, num_compared) if num_compared else sums
-
-
-def _kl_sums(rows: SparseRows, num_compared: int) -> Sums:
-    """KL of some tokens, in the weight of all tokens of the part."""
-    chosen_T = np.array(spaced(range(rows.num_tokens), num_compared), np.int64)
-    sums_LL = kl_sums(rows.select_tokens(chosen_T))
-    weight = rows.num_tokens / max(1, len(chosen_T))
-    return {"kl": weight * sums_LL, "tokens": np.array(rows.num_tokens), "kl_tokens": np.array(len(chosen_T))}
+    if num_compared:  # some tokens, in the weight of all tokens of the part
+        chosen_T = np.array(spaced(range(rows.num_tokens), num_compared), np.int64)
+        weight = rows.num_tokens / max(1, len(chosen_T))
+        sums |= {"kl": weight * kl_sums(rows.select_tokens(chosen_T)), "kl_tokens": np.array(len(chosen_T))}
+    return sums
 
 
 def _max_entropy(cache: Cache) -> float:
@@ -296,12 +280,7 @@ def stats_rows(stats: CacheStats) -> list[Table]:
 
 def stats_notes(stats: CacheStats) -> list[str]:
     """What was read, and what the columns are."""
-    some = "all" if len(stats.parts) == stats.num_parts else f"{len(stats.parts)} evenly spaced"
-    notes = [f"{stats.num_tokens:,} rows a layer from {some} of {stats.num_parts} parts; entropy, loss and KL in nats"]
-    notes += ["word kept, rank: is the response's word among the kept ones, and at which place where it is"]
-    if stats.kl_LL is None:
-        return [*notes, "the rows are draws: they have no kept mass and no KL, so these columns are left out"]
-    return [*notes, f"KL: lower bound from the kept words and one bucket for the rest, on {stats.kl_tokens:,} rows"]
+    return lines_of("stats_notes.txt", stats=stats)
 
 
 def stats_text(stats: CacheStats) -> str:
@@ -372,8 +351,9 @@ def suggest_layers(
         raise SpecError(f"`keep` is {keep}: of {len(cache.layers)} cached layers 1 to {len(cache.layers)} can be kept")
     if max_kl is not None and not max_kl >= 0:
         raise SpecError(f"`max_kl` is {max_kl}: it is a KL in nats and cannot be below 0")
-    kl_LL, num_tokens = kl_matrix(cache, parts=parts)
-    mass_L, order = _kept_mass(cache, parts), removal_order(kl_LL)
+    stats = cache_stats(cache, parts=parts)
+    assert stats.kl_LL is not None  # the rows are no draws
+    kl_LL, mass_L, order = stats.kl_LL, _kept_mass(cache, parts), removal_order(stats.kl_LL)
     if keep is not None:
         num_dropped = len(cache.layers) - keep
     else:
@@ -388,7 +368,7 @@ def suggest_layers(
         order=[Drop(cache.layers[i], cache.layers[j], kl, float(mass_L[i])) for i, j, kl in order],
         num_dropped=num_dropped,
         worst_kl=max((_nearest(kl_LL, i, left)[1] for i in gone), default=0.0),
-        tokens=num_tokens,
+        tokens=stats.kl_tokens,
         keep=keep,
         max_kl=max_kl,
     )
@@ -425,16 +405,10 @@ def suggestion_text(suggestion: LayerSuggestion) -> str:
     for number, one in enumerate(suggestion.order):
         proposed = "drop" if number < suggestion.num_dropped else ""
         rows.append([str(one.layer), str(one.stand_in), f"{one.kl:.3f}", percent(one.kept_mass), proposed])
-    lines = [table(["layer", "stand-in", "KL, nats", "kept mass", "proposed"], rows), ""]
-    lines.append(
-        f"mean KL of each layer from its stand-in when its turn comes, on {suggestion.tokens:,} rows; lower bounds"
+    return render(
+        "suggestion.txt",
+        found=suggestion,
+        order=table(["layer", "stand-in", "KL, nats", "kept mass", "proposed"], rows),
+        little=sorted(one.layer for one in suggestion.order if one.kept_mass < LITTLE_MASS),
+        left=layer_names(suggestion.layers),
     )
-    if little := sorted(one.layer for one in suggestion.order if one.kept_mass < LITTLE_MASS):
-        names = ", ".join(map(str, little))
-        lines.append(f"layers {names} keep less than half of their mass: their KL may be far more")
-    if suggestion.num_dropped:
-        lines.append(f"dropped layers are at most {suggestion.worst_kl:.3f} nats from the nearest layer that is left")
-        lines.append(f"what is left: --layers {','.join(layer_names(suggestion.layers))}")
-    else:
-        lines.append("nothing is dropped: name how many layers to keep, or how many nats a drop may cost")
-    return "\n".join(lines)

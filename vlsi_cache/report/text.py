@@ -3,6 +3,8 @@
 Every page is one file with everything inside, so that it needs no network. jinja2 is imported when it is used.
 """
 
+import math
+import statistics
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -44,13 +46,27 @@ def percent(share: float | None) -> str:
     return "n/a" if share is None or share != share else f"{100 * share:.1f} %"
 
 
-def mean_and_spread(values: Sequence[float], *, scale: float = 100.0, digits: int = 1) -> str:
-    """Mean, and smallest to largest when there are several: `91.2 (90.1 to 92.4)`."""
+def mean(values: Sequence[float]) -> float:
+    """NaN where there are none."""
+    return sum(values) / len(values) if values else math.nan
+
+
+def mean_and_spread(
+    values: Sequence[float], *, scale: float = 100.0, digits: int = 1, seeds_for_deviation: int | None = None
+) -> str:
+    """Mean, and smallest to largest when there are several: `91.2 (90.1 to 92.4)`.
+
+    From `seeds_for_deviation` values on also the standard deviation: `91.2 (90.1 to 92.4, sd 0.9)`.
+    """
     if not values:
         return "n/a"
-    scaled = [scale * value for value in values]
-    mean = f"{sum(scaled) / len(scaled):.{digits}f}"
-    return mean if len(scaled) == 1 else f"{mean} ({min(scaled):.{digits}f} to {max(scaled):.{digits}f})"
+    shown = [f"{scale * value:.{digits}f}" for value in (statistics.fmean(values), min(values), max(values))]
+    if len(values) == 1:
+        return shown[0]
+    deviation = ""
+    if seeds_for_deviation is not None and len(values) >= seeds_for_deviation:
+        deviation = f", sd {scale * statistics.stdev(values):.{digits}f}"
+    return f"{shown[0]} ({shown[1]} to {shown[2]}{deviation})"
 
 
 def layer_names(layers: Sequence[int]) -> list[str]:
@@ -69,6 +85,11 @@ def visible(word: str) -> str:
 def render(template: str, **content: Any) -> str:
     """A page (`.html`) or a text (`.txt`) from its template; what the template asks for is in `content`."""
     return _templates().get_template(template).render(content)
+
+
+def lines_of(template: str, **content: Any) -> list[str]:
+    """The lines of a text from its template."""
+    return render(template, **content).splitlines()
 
 
 @cache
@@ -93,6 +114,7 @@ def _templates() -> "Environment":
         "bytes": human_bytes,
         "percent": percent,
         "seconds": human_seconds,
+        "mean": mean,
         "some": _some,
         "short": short,
         "sentence": lambda text: text[0].upper() + text[1:],
@@ -224,44 +246,12 @@ def evaluation_parts(result: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "left_out": f" ({result['num_skipped']:,} left out)" if result.get("num_skipped") else "",
         "kinds": [(kind, counts.get(kind, result["num_samples"]), match[kind]) for kind in kinds_of([match])],
-        "notes": _unusual(result),
+        "notes": lines_of(
+            "evaluation_notes.txt", beams=result.get("num_beams") or 1, borrowed=result.get("verbalizers")
+        ),
         "layers": (["layer", "nats per token"], [[n, f"{nll:.3f}"] for n, nll in nlls.items()]) if nlls else None,
-        "teacher": _teacher_lines(found) if found else [],
+        "teacher": lines_of("teacher_notes.txt", found=found, num_trained_on=found.get("num_trained_on"))
+        if found
+        else [],
         "divergences": divergences,
     }
-
-
-def _unusual(result: Mapping[str, Any]) -> list[str]:
-    """Beams, and borrowed verbalizers."""
-    beams, borrowed = result.get("num_beams") or 1, result.get("verbalizers")
-    notes = [f"answers by beam search with {beams} beams"] if beams > 1 else []
-    if borrowed:
-        trained = {
-            True: ", trained on what this run started from",
-            False: ", trained on OTHER weights than it started from",
-        }.get(borrowed.get("same_start"), "")
-        if borrowed.get("same_student"):
-            trained = ", trained on this very student"
-        notes.append(f"layers read through verbalizers of {borrowed['path']}{trained}")
-    return notes
-
-
-def _teacher_lines(found: Mapping[str, Any]) -> list[str]:
-    """How far the model is from the teacher of a cache, and whether that cache's rows are held out."""
-    lines = [
-        f"against the teacher of {found['cache']}: {found['num_samples']:,} samples, {found['num_tokens']:,} tokens",
-        f"KL(teacher || student) of the last layer: {found['kl']:.4f} nats per token "
-        f"(teacher's entropy {found['teacher_entropy']:.4f})",
-    ]
-    if found["top1_agreement"] is not None:
-        lines.append(
-            f"same first word: {percent(found['top1_agreement'])} of tokens; "
-            f"student's mass on the teacher's kept words: {percent(found['mass_on_top_k'])}"
-        )
-    trained, num = found.get("trained_on"), found.get("num_trained_on")  # an earlier release did not count
-    if trained is None:
-        lines.append("NOT KNOWN TO BE HELD OUT: the rows that the model was trained on cannot be looked up")
-    elif trained:
-        part = "" if num in (None, found["num_samples"]) else f"{num:,} of "
-        lines.append(f"NOT HELD OUT: the run was trained on {part}these rows")
-    return lines
