@@ -11,9 +11,11 @@ if TYPE_CHECKING:
     from vlsi_cache.evaluation.scores import evaluate
     from vlsi_cache.evaluation.trace import trace
     from vlsi_cache.models.save import init_student
-    from vlsi_cache.report.look import inspect, sample, stats
+    from vlsi_cache.report.describe import inspect
+    from vlsi_cache.report.example import sample
+    from vlsi_cache.report.layers import cache_stats as stats
     from vlsi_cache.report.matches import match
-    from vlsi_cache.report.run_view import open_run
+    from vlsi_cache.run_files import open_run
     from vlsi_cache.sparse.divergences import Divergence
     from vlsi_cache.sparse.head import Head
     from vlsi_cache.sparse.kl import sparse_kl
@@ -48,24 +50,24 @@ _HOME = {
     "evaluate": "evaluation.scores",
     "generate": "teacher.generate",
     "init_student": "models.save",
-    "inspect": "report.look",
+    "inspect": "report.describe",
     "load_spec": "config.spec",
     "match": "report.matches",
     "merge": "store.derive.merge",
     "open": "store.reader",
     "open_cache": "store.reader",
-    "open_run": "report.run_view",
+    "open_run": "run_files",
     "plan": "teacher.plan",
     "prune": "store.derive.prune",
     "repair": "store.check",
-    "sample": "report.look",
+    "sample": "report.example",
     "sparse_kl": "sparse.kl",
-    "stats": "report.look",
+    "stats": "report.layers",
     "trace": "evaluation.trace",
     "train_verbalizers": "teacher.verbalize",
     "verify": "store.check",
 }
-_OTHER_NAME = {"open_cache": "open"}  # where a name is another one at home
+_OTHER_NAME = {"open_cache": "open", "stats": "cache_stats"}  # where a name is another one at home
 
 # `vc.open` is `vc.open_cache`; a star import leaves it out, so that `open` stays Python's.
 __all__ = [

@@ -193,7 +193,11 @@ def evaluate_model(
         of_cache = model.encoder(encoding)
     assert of_cache is not None
     backbone = checked_backbone(loaded, of_cache)
-    spoken = None if verbalizers is None else load_saved_verbalizers(verbalizers, backbone).to(where)
+    spoken = None
+    if verbalizers is not None:
+        layers = sorted(int(name) for name in read_record(Path(verbalizers), [])["layers"])
+        # The head may have been trained since: a layer is read through the head of the model that is measured.
+        spoken = load_verbalizers(verbalizers, backbone, layers, check_head=False).to(where)
     result = {}
     if settings is not None:
         assert own is not None
@@ -231,13 +235,6 @@ def _on_held_out(
         "perplexity": float(np.exp(last)),
         "layers": {str(layer): value for layer, value in nll.items()},
     }
-
-
-def load_saved_verbalizers(folder: str, backbone: Backbone) -> Verbalizers:
-    """All verbalizers that a folder holds."""
-    layers = [int(name) for name in read_record(Path(folder), [])["layers"]]
-    # The head may have been trained since: what a layer says is read through the head of the model that is measured.
-    return load_verbalizers(folder, backbone, sorted(layers), check_head=False)
 
 
 @torch.inference_mode()
