@@ -147,7 +147,7 @@ def test_the_text_names_every_field_and_array() -> None:
     names |= {*schema.ENTRY_ARRAYS, *schema.SCALAR_ARRAYS, "kept", "tail_ids", "heads", "text", "text_offsets"}
     assert sorted(name for name in names if f"`{name}`" not in text) == []
     identity = text.split("an object with the keys `fingerprint`, ")[1].split(".\n")[0].strip("`").split("`, `")
-    assert identity == list(layout.IDENTITY_FIELDS)
+    assert identity == list(schema.IDENTITY_FIELDS)
 
 
 def test_the_row_of_the_text_is_the_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -239,8 +239,8 @@ class CacheHeader(StrictRecord):
         """These came after the first caches of this format: a header that does without is what it always was."""
         unused = {"responses"} if not self.responses else set()
         unused |= {"contract"} if self.contract == 1 else set()
-        stored = {STORED_NAMES.get(name, name): value for name, value in dump(self).items()}
-        return {name: value for name, value in stored.items() if name not in unused}
+        fields: dict[str, Any] = dump(self)
+        return {STORED_NAMES.get(name, name): value for name, value in fields.items() if name not in unused}
 
     @property
     def widest(self) -> int:
