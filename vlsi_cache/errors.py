@@ -94,6 +94,11 @@ class CacheCorruptError(VlsiCacheError, OSError):
 
     exit_code = 3
 
+    @classmethod
+    def at(cls, path: str | os.PathLike[str], what: str, *, hint: str | None = None) -> "CacheCorruptError":
+        """The error about `path` with which the message begins; `what` follows it: ` is missing`, `: id 7 of 5`."""
+        return cls(f"`{path}`{what}", file=path, hint=hint)
+
 
 class FingerprintMismatchError(VlsiCacheError, ValueError):
     """What is on disk was made from something else than what is asked for now."""

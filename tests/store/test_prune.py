@@ -18,7 +18,7 @@ from vlsi_cache.errors import (
     SpecError,
 )
 from vlsi_cache.sparse.rows import draw_rows, truncate
-from vlsi_cache.store import commit, reader
+from vlsi_cache.store import files, reader
 from vlsi_cache.store.derive.prune import group_parts, prune
 from vlsi_cache.store.derive.slice import cut_part
 from vlsi_cache.store.format import CacheHeader
@@ -333,7 +333,7 @@ def test_the_plan_says_what_saves_what(cache_dir: Path, tmp_path: Path) -> None:
 def test_no_room_is_known_before_anything_is_written(
     cache_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(commit.shutil, "disk_usage", lambda _: type("usage", (), {"free": 1000}))
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: type("usage", (), {"free": 1000}))
     with pytest.raises(DiskFullError, match="1000 are free"):
         prune(cache_dir, tmp_path / "new", top_k=2)
     assert not (tmp_path / "new").exists()

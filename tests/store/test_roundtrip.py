@@ -24,7 +24,7 @@ from vlsi_cache.errors import (
     SpecError,
 )
 from vlsi_cache.sparse.rows import redraw_tail
-from vlsi_cache.store import commit, reader
+from vlsi_cache.store import files, reader
 from vlsi_cache.store.check import verify
 from vlsi_cache.store.format import list_parts, response_digest
 from vlsi_cache.store.vocab_order import one_order
@@ -276,7 +276,7 @@ def test_full_disk_stops_with_what_is_missing(tmp_path: Path, case: Case, monkey
     writer = CacheWriter.create_or_resume(root, header_of(case), case.vocab_order)
     usage = type("usage", (), {"free": 1000})
     with monkeypatch.context() as patch:
-        patch.setattr(commit.shutil, "disk_usage", lambda _: usage)
+        patch.setattr(files.shutil, "disk_usage", lambda _: usage)
         with pytest.raises(DiskFullError, match=r"1000 are free, \d+ .*run the same command again, it continues"):
             writer.write_part(0, case.parts[0])
 

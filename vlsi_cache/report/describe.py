@@ -26,9 +26,8 @@ FIRST = 5  # samples, reasons and names that are shown
 
 def describe_cache(path: Path) -> dict[str, Any]:
     """JSON-ready facts about a cache, finished or not. Raises what opening a cache raises."""
-    from vlsi_cache.store.commit import list_tmp
-    from vlsi_cache.store.lineage import surprise_of, surprise_warning
-    from vlsi_cache.store.reader import open
+    from vlsi_cache.store.files import list_tmp
+    from vlsi_cache.store.reader import open, surprise_of, surprise_warning
 
     cache = open(path, allow_incomplete=True)
     header, surprise = cache.header, surprise_of(cache)
@@ -115,9 +114,10 @@ def _bytes(cache: "Cache") -> dict[str, Any]:
 
 def _measure(cache: "Cache", parts: Sequence[int]) -> tuple[dict[str, np.ndarray], int, int]:
     """(bytes [L] of every layered array, response tokens, 1 at least, entries) of these parts."""
+    from vlsi_cache.store.arrays import data_file_name, layered_names, part_specs
     from vlsi_cache.store.codec import layer_bytes, read_layered
     from vlsi_cache.store.files import check_part_files, load_part_record
-    from vlsi_cache.store.format import data_file_name, layered_names, part_dir, part_specs
+    from vlsi_cache.store.format import part_dir
 
     root, header = cache.path, cache.header
     sizes = {name: np.zeros(len(header.layers)) for name in layered_names(header)}
@@ -144,7 +144,7 @@ def _measure(cache: "Cache", parts: Sequence[int]) -> tuple[dict[str, np.ndarray
 
 def _raw_bytes(cache: "Cache", entries_per_token: float) -> dict[str, int]:
     """Bytes of every array before compression; where rows are cut by mass, after the measured parts."""
-    from vlsi_cache.store.format import array_specs
+    from vlsi_cache.store.arrays import array_specs
 
     header, samples = cache.header, cache.sample_table()
     num_tokens = cache.num_tokens

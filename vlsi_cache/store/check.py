@@ -11,8 +11,17 @@ from vlsi_cache import io
 from vlsi_cache.errors import CacheCorruptError, VlsiCacheError
 from vlsi_cache.progress import progress
 
-from . import commit, table
-from .files import FROM_A_COPY, hash_file, load_header, load_part_record, repair_hint, size_problem
+from . import table
+from .files import (
+    FROM_A_COPY,
+    hash_file,
+    list_tmp,
+    load_header,
+    load_part_record,
+    remove_dead_tmp,
+    repair_hint,
+    size_problem,
+)
 from .format import (
     HEADER_NAME,
     RECORD_NAME,
@@ -25,17 +34,17 @@ from .format import (
     part_dir,
     part_name,
 )
-from .header import (
+from .header import is_interrupted_start
+from .part import load_part
+from .vocab_order import (
     VOCAB_NAMES,
     complete_copies,
-    is_interrupted_start,
     load_texts,
     load_vocab,
     publish_files,
     vocab_problems,
     whole_files,
 )
-from .part import load_part
 
 MAX_MISSING = 100  # missing parts that are listed one by one
 CONTINUE = "run the command that builds the cache again, it continues"
@@ -172,7 +181,7 @@ def _check_files(root: Path, index: int, record: PartRecord, report: VerifyRepor
 def _check_foreign(root: Path, header: CacheHeader, report: VerifyReport, repair: str) -> None:
     for name in _foreign_names(root, header):
         report.problems.append(Problem(name, "is not a part of this cache", repair))
-    dead, alive = commit.list_tmp(root)
+    dead, alive = list_tmp(root)
     report.unfinished = [f"tmp/{name}" for name in (*dead, *alive)]
 
 
@@ -276,8 +285,8 @@ def _repair_vocab(root: Path, header: CacheHeader, found: VerifyReport) -> tuple
 
 def _sweep(root: Path, yes: bool) -> tuple[list[str], list[str]]:
     """What dead processes left in `tmp/`: what is removed now, and what is left there."""
-    removed = commit.remove_dead_tmp(root) if yes else []
-    left = [name for name in commit.list_tmp(root)[0] if name not in removed]
+    removed = remove_dead_tmp(root) if yes else []
+    left = [name for name in list_tmp(root)[0] if name not in removed]
     return [f"tmp/{name}" for name in removed], [f"tmp/{name}" for name in left]
 
 

@@ -21,8 +21,9 @@ from numcodecs import blosc  # pyright: ignore[reportAttributeAccessIssue]  (com
 
 from vlsi_cache.errors import CacheCorruptError, DataError
 
+from .arrays import ENTRY_ARRAYS, ArraySpec, data_file_name
 from .files import read_file
-from .format import ENTRY_ARRAYS, ArraySpec, FileRecord, data_file_name
+from .format import FileRecord
 
 CRC_BYTES = 4
 BLOSC_HEADER = 16
@@ -278,16 +279,14 @@ class MappedLayers:
             if self._is_known[block]:
                 return
             if self.path.stat().st_size != self._file_bytes:  # touching a page behind the end would kill the process
-                what = f"`{self.path}`: the file has changed its size since it was opened"
-                raise CacheCorruptError(what, file=self.path)
+                raise CacheCorruptError.at(self.path, ": the file has changed its size since it was opened")
             for layer in (layer for layer in self._layers if not self._known_BL[block, layer]):
                 try:
                     checked(self._stored_BLc[block, layer])
                     if self._check_values is not None:
                         self._check_values(self._values_BLt[block, layer, : self.shape[1] - block * self._tokens])
                 except ValueError as error:
-                    what = f"`{self.path}`: block {block}, layer row {layer}: {error}"
-                    raise CacheCorruptError(what, file=self.path) from None
+                    raise CacheCorruptError.at(self.path, f": block {block}, layer row {layer}: {error}") from None
                 self._known_BL[block, layer] = True
             self._is_known[block] = True
 
@@ -433,4 +432,4 @@ def _guarded(folder: Path, name: str, read: Callable[[], Any]) -> Any:
         raise
     except Exception as error:  # damaged bytes raise whatever the codec they reach raises
         what = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CacheCorruptError(f"`{folder / name}`: {what}", file=folder / name) from error
+        raise CacheCorruptError.at(folder / name, f": {what}") from error

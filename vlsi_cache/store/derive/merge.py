@@ -14,11 +14,11 @@ import numpy as np
 
 from vlsi_cache.errors import DataError, FingerprintMismatchError, SpecError, list_problems
 from vlsi_cache.progress import progress
+from vlsi_cache.store.arrays import layered_names, value_array
 from vlsi_cache.store.codec import Arrays
 from vlsi_cache.store.encoding import by_layer
-from vlsi_cache.store.format import IDENTITY_FIELDS, CacheHeader, layered_names, list_parts, part_dir, value_array
-from vlsi_cache.store.header import check_root, differences
-from vlsi_cache.store.lineage import lineage, merged_responses
+from vlsi_cache.store.format import IDENTITY_FIELDS, CacheHeader, list_parts, part_dir
+from vlsi_cache.store.header import check_root, differences, lineage, merged_responses
 from vlsi_cache.store.part import Part
 from vlsi_cache.store.reader import Cache, open
 from vlsi_cache.store.writer import CacheWriter

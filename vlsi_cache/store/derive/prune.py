@@ -10,18 +10,9 @@ import numpy as np
 
 from vlsi_cache.errors import SpecError
 from vlsi_cache.progress import progress
-from vlsi_cache.store.format import (
-    VALUE_ARRAY,
-    VALUE_DTYPE,
-    CacheHeader,
-    PartRecord,
-    layered_names,
-    list_parts,
-    part_dir,
-    value_array,
-)
-from vlsi_cache.store.header import check_root
-from vlsi_cache.store.lineage import lineage
+from vlsi_cache.store.arrays import VALUE_ARRAY, VALUE_DTYPE, layered_names, value_array
+from vlsi_cache.store.format import CacheHeader, PartRecord, list_parts, part_dir
+from vlsi_cache.store.header import check_root, lineage
 from vlsi_cache.store.part import Part
 from vlsi_cache.store.reader import Cache, open
 from vlsi_cache.store.vocab_order import VocabOrder, one_order

@@ -20,9 +20,10 @@ import numpy as np
 from vlsi_cache.errors import SampleNotFoundError, SpecError
 from vlsi_cache.io import refuse_url
 from vlsi_cache.sparse.rows import select_at_random, select_by_entropy
+from vlsi_cache.store.arrays import SAMPLE_ARRAYS, part_specs
 from vlsi_cache.store.encoding import check_sample_arrays
 from vlsi_cache.store.files import check_part_files
-from vlsi_cache.store.format import SAMPLE_ARRAYS, CacheHeader, canonical_json, part_dir, part_specs
+from vlsi_cache.store.format import CacheHeader, canonical_json, part_dir
 from vlsi_cache.store.reader import Cache
 
 if TYPE_CHECKING:

@@ -10,9 +10,10 @@ from itertools import pairwise
 import numpy as np
 
 from vlsi_cache.sparse.rows import keyed_uniforms, redraw_tail
+from vlsi_cache.store.arrays import SCALAR_ARRAYS, layered_names, value_array
 from vlsi_cache.store.codec import Arrays, MappedLayers
 from vlsi_cache.store.encoding import decode_values, encode_values, padded, stored_scalar
-from vlsi_cache.store.format import SCALAR_ARRAYS, CacheHeader, layered_names, value_array
+from vlsi_cache.store.format import CacheHeader
 from vlsi_cache.store.part import Part
 from vlsi_cache.store.writer import PartSamples
 
