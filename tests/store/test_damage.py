@@ -9,7 +9,7 @@ from pathlib import Path
 import google_crc32c
 import numpy as np
 import pytest
-from helpers.caches import Case, build, copy_cache, file_bytes, header_of, make_case, standard_case
+from helpers.caches import Case, build, file_bytes, header_of, make_case
 from helpers.damage import data_file, flip, part_path
 from helpers.variants import PROFILES, VARIANTS, build_variant, plain, variant_of
 
@@ -20,21 +20,6 @@ from vlsi_cache.store.format import list_parts, sealed_json
 from vlsi_cache.store.writer import CacheWriter
 
 PAYLOAD = "ids levels tail_ids lse entropy gold_logprob tail_mass offsets response_offsets response_ids positions"
-
-
-@pytest.fixture(scope="module")
-def case() -> Case:
-    return standard_case()
-
-
-@pytest.fixture(scope="module")
-def built(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("built") / "cache", case)
-
-
-@pytest.fixture
-def root(built: Path, tmp_path: Path) -> Path:
-    return copy_cache(built, tmp_path / "cache")
 
 
 def read_everything(root: Path) -> None:

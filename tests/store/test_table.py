@@ -6,16 +6,11 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from helpers.caches import build, copy_cache, file_bytes, standard_case
+from helpers.caches import copy_cache, file_bytes
 
 from vlsi_cache.errors import CacheCorruptError
 from vlsi_cache.store import files, reader, table
 from vlsi_cache.store.check import verify
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return build(tmp_path / "c", standard_case())
 
 
 def test_a_missing_table_is_written_back(root: Path) -> None:

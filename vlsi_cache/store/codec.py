@@ -9,8 +9,8 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -355,9 +355,13 @@ def _write_file(path: Path, pieces: Iterable[bytes]) -> FileRecord:
 
 def read_samples(folder: Path, specs: dict[str, ArraySpec], names: Iterable[str]) -> Arrays:
     """Arrays without a layer axis."""
-    return {
-        name: _guarded(folder, name, lambda name=name: _whole_or_empty(folder, name, specs[name])) for name in names
-    }
+    found: Arrays = {}
+    for name in names:
+        spec = specs[name]
+        with _damage_is_an_error(folder / name):
+            path = folder / data_file_name(name, spec)
+            found[name] = read_whole(path, spec) if spec.size_bytes else np.empty(spec.shape, spec.dtype)
+    return found
 
 
 def read_layered(
@@ -375,12 +379,18 @@ def read_layered(
     `undo` works in place on chunks of the arrays it names; `check(name, values)` looks at blocks of mapped ones when
     they are touched, `known` are those that need no check any more.
     """
-    return {
-        name: _guarded(
-            folder, name, lambda name=name: _layers_of(folder, name, specs[name], layers, undo.get(name), check, known)
-        )
-        for name in names
-    }
+    found: Arrays = {}
+    for name in names:
+        spec, path = specs[name], folder / data_file_name(name, specs[name])
+        with _damage_is_an_error(folder / name):
+            if not spec.size_bytes or not layers:
+                found[name] = np.empty((len(layers), spec.shape[0], *spec.shape[2:]), spec.dtype)
+            elif spec.codec.shuffle is None and name in ENTRY_ARRAYS:
+                check_values = None if check is None else partial(check, name)
+                found[name] = MappedLayers(path, spec, layers, check=check_values, known=known)
+            else:
+                found[name] = read_layers(path, spec, layers, undo.get(name))
+    return found
 
 
 def read_flat(
@@ -388,48 +398,28 @@ def read_flat(
 ) -> dict[str, list[np.ndarray]]:
     """Entries of layer rows `layers` of flat arrays, one array per layer; `kept_LT` is of ALL layers of the part."""
     edges = np.concatenate([[0], np.cumsum(kept_LT.sum(1, dtype=np.int64))]).tolist()
-    spans = [list(pairwise(edges))[layer] for layer in layers]
-    return {
-        name: _guarded(folder, name, lambda name=name: _spans_of(folder, name, specs[name], spans)) for name in names
-    }
+    spans = [(edges[layer], edges[layer + 1]) for layer in layers]
+    last = max((stop for _, stop in spans), default=0)
+    found: dict[str, list[np.ndarray]] = {}
+    for name in names:
+        spec = specs[name]
+        with _damage_is_an_error(folder / name):
+            if not spec.size_bytes:
+                found[name] = [np.empty(0, spec.dtype) for _ in spans]
+                continue
+            if last > spec.shape[0]:
+                raise ValueError(f"holds {spec.shape[0]} entries, `kept` counts at least {last}")
+            found[name] = read_spans(folder / data_file_name(name, spec), spec, spans)
+    return found
 
 
-def _whole_or_empty(folder: Path, name: str, spec: ArraySpec) -> np.ndarray:
-    return (
-        read_whole(folder / data_file_name(name, spec), spec) if spec.size_bytes else np.empty(spec.shape, spec.dtype)
-    )
-
-
-def _layers_of(
-    folder: Path,
-    name: str,
-    spec: ArraySpec,
-    layers: Sequence[int],
-    undo: Undo,
-    check: Callable[[str, np.ndarray], None] | None,
-    known: Known | None,
-) -> Any:
-    if not spec.size_bytes or not layers:
-        return np.empty((len(layers), spec.shape[0], *spec.shape[2:]), spec.dtype)
-    path = folder / data_file_name(name, spec)
-    if spec.codec.shuffle is None and name in ENTRY_ARRAYS:
-        return MappedLayers(path, spec, layers, check=None if check is None else partial(check, name), known=known)
-    return read_layers(path, spec, layers, undo)
-
-
-def _spans_of(folder: Path, name: str, spec: ArraySpec, spans: list[tuple[int, int]]) -> list[np.ndarray]:
-    if not spec.size_bytes:
-        return [np.empty(0, spec.dtype) for _ in spans]
-    if spans and max(stop for _, stop in spans) > spec.shape[0]:
-        raise ValueError(f"holds {spec.shape[0]} entries, `kept` counts at least {max(stop for _, stop in spans)}")
-    return read_spans(folder / data_file_name(name, spec), spec, spans)
-
-
-def _guarded(folder: Path, name: str, read: Callable[[], Any]) -> Any:
+@contextmanager
+def _damage_is_an_error(path: Path) -> Iterator[None]:
+    """Turn whatever damaged bytes raise in the codec that they reach into CacheCorruptError."""
     try:
-        return read()
+        yield
     except CacheCorruptError:
         raise
-    except Exception as error:  # damaged bytes raise whatever the codec they reach raises
+    except Exception as error:
         what = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CacheCorruptError.at(folder / name, f": {what}") from error
+        raise CacheCorruptError.at(path, f": {what}") from error
