@@ -241,12 +241,8 @@ class MappedLayers:
         stored = np.asarray(np.memmap(path, np.uint8, mode="r"))
         grid = spec.grid[:2]
         self._stored_BLc = stored[: math.prod(grid) * (chunk_bytes + CRC_BYTES)].reshape(*grid, -1)
-        self._values_BLt = np.ndarray(
-            (*grid, *spec.chunk[:1], *spec.chunk[2:]),
-            spec.dtype,
-            stored,
-            strides=(*self._stored_BLc.strides[:2], *_c_strides((spec.chunk[0], *spec.chunk[2:]), spec.dtype.itemsize)),
-        )
+        values = self._stored_BLc[..., :chunk_bytes].view(spec.dtype)
+        self._values_BLt = values.reshape(*grid, spec.chunk[0], *spec.chunk[2:])  # still no copy
         self._every_layer = self._layers == list(range(grid[1]))
         self._known_BL = np.zeros(grid, bool) if known is None else known.setdefault(path, np.zeros(grid, bool))
         self._is_known = [bool(known_L[self._layers].all()) for known_L in self._known_BL]
@@ -289,10 +285,6 @@ class MappedLayers:
                     raise CacheCorruptError.at(self.path, f": block {block}, layer row {layer}: {error}") from None
                 self._known_BL[block, layer] = True
             self._is_known[block] = True
-
-
-def _c_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-    return tuple(itemsize * math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 NOTHING: Mapping[str, Undo] = {}

@@ -101,14 +101,19 @@ def foreign_names(root: Path) -> set[str]:
 
 
 def _compare(root: Path, stored: CacheHeader, asked: CacheHeader) -> None:
-    fields = ["contract", *(name for name in IDENTITY_FIELDS if name != "id_of_rank_xxh3")]  # the table there is taken
     lines = differences(stored.fingerprint, asked.fingerprint)
-    lines += differences(*({name: getattr(header, name) for name in fields} for header in (stored, asked)))
+    of_both = [identity_of(header, without=("id_of_rank_xxh3",)) for header in (stored, asked)]  # the table there stays
+    lines += differences(*of_both)
     if lines:
         raise FingerprintMismatchError(
             f"`{root}` was made from something else ({len(lines)} fields differ):\n"
             f"{list_problems(lines, limit=100)}\nname another folder, or go back to what the cache was made from"
         )
+
+
+def identity_of(header: CacheHeader, *, without: Sequence[str] = ()) -> dict[str, Any]:
+    """The fields beside the fingerprint in which two headers must be equal for their parts to go together."""
+    return {name: getattr(header, name) for name in ("contract", *IDENTITY_FIELDS) if name not in without}
 
 
 def differences(

@@ -1,4 +1,4 @@
-"""Reading a cache: open, look up a sample, read a part.
+"""Reading a cache: open, look up a sample, read a part; and whether its teacher knows the responses.
 
 Shape suffixes: L layers, V vocabulary.
 """
@@ -303,6 +303,9 @@ def _not_a_cache(root: Path) -> str:
     return f"`{root}` is not a cache: it has no `{HEADER_NAME}`"
 
 
+# A teacher on its own answers, drawn at temperature 1, finds them as likely as its entropy says: mean loss and mean
+# entropy are equal. What the loss has above the entropy is surprise beyond the teacher's own uncertainty:
+# `build-teacher` warns of it, and `inspect` shows it.
 # The demo's teacher, trained on its rows, is below its entropy by 0.002 nats; SmolLM2, which never saw docstrings
 # answered this way, is 1.5 nats above it. Held-out rows of a tuned teacher lie near 0.
 SURPRISE_NATS = 0.5

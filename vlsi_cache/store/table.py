@@ -243,13 +243,10 @@ def is_current(root: Path, header: CacheHeader, fresh: Index) -> bool:
         if index is None:
             return False
         sizes = _parsed_sizes(index._file_sizes, root / TABLE_NAME, index.parts)  # type: ignore[arg-type]
-        return sizes == fresh.file_sizes and _read_all(root).replace_schema_metadata(None) == fresh.table()
+        stored = pq.read_table(root / TABLE_NAME, page_checksum_verification=True, memory_map=False)
+        return sizes == fresh.file_sizes and stored.replace_schema_metadata(None) == fresh.table()
     except (OSError, pa.ArrowException, ValueError, KeyError, TypeError, AttributeError):
         return False
-
-
-def _read_all(root: Path) -> pa.Table:
-    return pq.read_table(root / TABLE_NAME, page_checksum_verification=True, memory_map=False)
 
 
 def _current_table(root: Path, header: CacheHeader) -> Index | None:

@@ -231,6 +231,7 @@ def _file_names(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
 
 
+# What a build hands over: an order or a function that makes it when it is needed, and one for the texts of all tokens.
 OrderOrMaker = VocabOrder | Callable[[], VocabOrder]
 TokenTexts = Callable[[], Sequence[str]] | None
 
