@@ -23,7 +23,7 @@ from vlsi_cache.data.writing import write_rows
 from vlsi_cache.errors import DataError, FingerprintMismatchError, RunBusyError, SpecError
 from vlsi_cache.report.describe import describe_cache, description_text
 from vlsi_cache.runs.run_dir import locked
-from vlsi_cache.store import lineage as surprise
+from vlsi_cache.store import reader as surprise
 from vlsi_cache.store.format import CacheHeader
 from vlsi_cache.teacher import generate as generate_module
 from vlsi_cache.teacher.generate import Response, generate

@@ -130,7 +130,7 @@ def run_page(run: RunFiles) -> str:
 
 def cache_page(cache: "Cache") -> str:
     """What a cache is, what its layers know, what it costs, and one sample of it."""
-    from vlsi_cache.store.lineage import surprise_warning
+    from vlsi_cache.store.reader import surprise_warning
 
     header, layers = cache.header, _layers_of(cache)
     state = "complete" if cache.is_complete else f"{len(cache.parts)} of {header.num_parts} parts"

@@ -31,7 +31,7 @@ from vlsi_cache.progress import progress, say
 from vlsi_cache.run_files import read_batch, read_object, read_run, sealed
 from vlsi_cache.runs.run_dir import LOCK_NAME, check_has_student, differences, locked, versions
 from vlsi_cache.runtime import check_device, pick_device, seed_step
-from vlsi_cache.store.commit import publish_new_file
+from vlsi_cache.store.files import publish_new_file
 
 from .inputs import teacher_ref
 

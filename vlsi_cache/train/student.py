@@ -26,7 +26,7 @@ from vlsi_cache.runs.run_dir import Run
 from vlsi_cache.runtime import pick_device
 from vlsi_cache.sparse.head import choose_kernels
 from vlsi_cache.store.format import CacheHeader
-from vlsi_cache.store.lineage import data_sections, data_specs
+from vlsi_cache.store.header import data_sections, data_specs
 from vlsi_cache.store.reader import Cache
 
 from .loader import Feed, cached_records, check_response_ids, match_records
