@@ -11,12 +11,10 @@ from vlsi_cache.config.layers import parse_layers, shown_layers
 from vlsi_cache.errors import SpecError
 from vlsi_cache.progress import human_bytes, printable, say
 
-from .output import Answer, require_cache
+from .output import Answer, CachePath, require_cache
 
 if TYPE_CHECKING:
     from vlsi_cache.store.derive.prune import PrunePlan
-
-CachePath = Annotated[Path, typer.Argument(metavar="CACHE", help="Folder of a cache.")]
 
 
 def prune(
@@ -131,7 +129,6 @@ def _confirmed(left: list[str]) -> bool:
 
 
 def _cuts(planned: "PrunePlan") -> str:
-
     named = shown_layers(planned.layers, last=planned.layers[-1])
     layers = f"{len(planned.layers)} of {len(planned.layers) + len(planned.dropped_layers)} layers {named}"
     entries = f"top-{max(planned.top_k)} of {max(planned.source_top_k)}"

@@ -1,28 +1,32 @@
 """Commands that only read: ls, inspect, sample, stats, trace, match, verify, diff, report, specs."""
 
-import shutil
-import sys
+import contextlib
+import datetime
+import json
+import os
+import time
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from vlsi_cache.config.layers import parse_layers
-from vlsi_cache.errors import SpecError
-from vlsi_cache.progress import printable
+from vlsi_cache.errors import CacheNotFoundError, SpecError, VlsiCacheError
+from vlsi_cache.progress import human_bytes
 
-from .output import OK, PROBLEMS, Answer, require_cache
+from .output import OK, PROBLEMS, Answer, CachePath, require_cache
 
-CachePath = Annotated[Path, typer.Argument(metavar="CACHE", help="Folder of a cache.")]
+NUM_LOOKS, LOOK_AGAIN_S = 3, 0.05
+MARKERS = {"cache.json": "cache", "run.json": "run", "demo.json": "demo", "ablation.json": "ablation"}
+PageFile = Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE.html", help="Also write a page.")]
 
 
 def ls(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to look, with all folders below.")] = Path(),
 ) -> Answer:
     """List caches and runs below a folder."""
-    from .listing import find_artifacts, listing_table
-
     found = find_artifacts(folder)
     return Answer(found, lambda: listing_table(found) if found else f"no caches and no runs below {folder.resolve()}")
 
@@ -48,6 +52,7 @@ def sample(
     still being built will do. What a layer says when it is left to itself: vlsi-cache trace.
     """
     import vlsi_cache as vc
+    from vlsi_cache.report.example import grid_text
 
     chosen = None if layers is None else parse_layers(layers)
     grid = vc.sample(cache, sample_id, top=top, layers=chosen, tokens=tokens).as_dict()
@@ -67,7 +72,7 @@ def stats(
     import vlsi_cache as vc
     from vlsi_cache.report.layers import stats_text
     from vlsi_cache.report.pages import write_stats_page
-    from vlsi_cache.report.render import check_page
+    from vlsi_cache.report.text import check_page
 
     check_page(out)
     found = vc.stats(cache, parts=parts)
@@ -91,7 +96,7 @@ def trace(
         str | None, typer.Option(metavar="LIST", help="Layers to trace, e.g. 2-6,18,last; default: all.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens that a layer may say.")] = 32,
-    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE.html", help="Also write a page.")] = None,
+    out: PageFile = None,
     gguf_file: Annotated[str | None, typer.Option(metavar="FILE", help="The .gguf file of MODEL to read.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: CUDA when there is one.")] = None,
 ) -> Answer:
@@ -102,7 +107,7 @@ def trace(
     """
     import vlsi_cache as vc
     from vlsi_cache.report.pages import write_trace_page
-    from vlsi_cache.report.render import check_page
+    from vlsi_cache.report.text import check_page
 
     check_page(out)
     found = vc.trace(
@@ -123,7 +128,7 @@ def trace(
 
 def match(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a distill run of recipe vlsi.")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE.html", help="Also write a page.")] = None,
+    out: PageFile = None,
     png: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the heat maps as a PNG.")] = None,
     share: Annotated[
         float, typer.Option(metavar="X", help="Share of the steps that are its start, and its end.")
@@ -136,7 +141,7 @@ def match(
     """
     import vlsi_cache as vc
     from vlsi_cache.report.pages import write_match_page, write_match_png
-    from vlsi_cache.report.render import check_page, check_picture
+    from vlsi_cache.report.text import check_page, check_picture
 
     check_page(out)
     check_picture(png)
@@ -224,6 +229,161 @@ def specs() -> Answer:
     return Answer(found, lambda: table(["spec", "what it is"], rows))
 
 
+def find_artifacts(folder: Path) -> list[dict[str, Any]]:
+    """Caches, runs, ablations and demos in and below a folder, in the order of their paths.
+
+    A cache costs the same to list whatever its size: one listing of `parts/`, nothing in it.
+    """
+    if not folder.is_dir():
+        raise CacheNotFoundError(f"no folder `{folder}`")
+    found = (_describe(path, marker) for path, marker in _walk(folder))
+    return [one for one in found if one is not None]
+
+
+def _walk(folder: Path) -> Iterator[tuple[Path, str]]:
+    """Folders with a marker; what is inside a cache or a run is not looked at."""
+    for current, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        marker = next((name for name in MARKERS if name in files or name in folders), None)
+        if marker:
+            yield Path(current), marker
+        if marker in ("cache.json", "run.json"):
+            folders.clear()
+
+
+def _describe(path: Path, marker: str) -> dict[str, Any] | None:
+    """One line's facts; None for what has been deleted meanwhile."""
+    describe = {"cache.json": _cache, "run.json": _run, "demo.json": _demo, "ablation.json": _ablation}[marker]
+    problem = ""
+    for attempt in range(NUM_LOOKS):
+        if attempt:  # whoever works there may have been in the middle of something
+            time.sleep(LOOK_AGAIN_S)
+        try:
+            # When the file that makes it a cache or a run was written: for a cache, when its build began.
+            written = datetime.datetime.fromtimestamp((path / marker).stat().st_mtime).isoformat(" ", "minutes")
+            return {"path": str(path), "kind": MARKERS[marker], "date": written, **describe(path)}
+        except VlsiCacheError as error:
+            problem = str(error)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            problem = f"{marker} cannot be read ({type(error).__name__}: {error})"
+        if not os.path.lexists(path / marker):
+            return None
+    unknown = {"date": "", "state": "unreadable", "problem": problem, "size_bytes": None}
+    return {"path": str(path), "kind": MARKERS[marker], **unknown}
+
+
+def _cache(path: Path) -> dict[str, Any]:
+    from vlsi_cache.store.files import load_header
+    from vlsi_cache.store.format import list_parts
+
+    header, done = load_header(path), len(list_parts(path))
+    return {
+        "state": "complete" if done == header.num_parts else f"{done}/{header.num_parts} parts",
+        "size_bytes": _cache_size(path, done),
+        "num_samples": header.num_samples,
+        "num_response_tokens": header.num_response_tokens,
+        "layers": header.layers,
+        "row_kind": header.row_kind,
+        "top_k": header.top_k,
+        "profile": header.profile,
+        "name": header.spec.get("name", ""),
+    }
+
+
+def _cache_size(path: Path, num_parts: int) -> int | None:
+    """Bytes of a finished cache, from the file sizes that samples.parquet lists; None where it does not know."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from vlsi_cache.store.files import refuse_special
+    from vlsi_cache.store.format import TABLE_NAME
+    from vlsi_cache.store.table import FILES_KEY
+
+    try:
+        refuse_special(path / TABLE_NAME)
+        metadata = pq.read_schema(path / TABLE_NAME, memory_map=False).metadata or {}
+        sizes = json.loads(metadata[FILES_KEY])["sizes"]
+        listed = sum(size for files in sizes.values() for size in files if size is not None)
+    except (OSError, pa.ArrowException, KeyError, ValueError, TypeError, AttributeError):
+        return None
+    return listed + _folder_size(path, without=("parts", "tmp")) if len(sizes) == num_parts else None
+
+
+def _run(path: Path) -> dict[str, Any]:
+    from vlsi_cache.run_files import read_evaluation, read_run
+
+    record, evaluation = read_run(path), read_evaluation(path)
+    match = (evaluation or {}).get("exact_match") or {}
+    what = " ".join(filter(None, [record["kind"], record.get("recipe")]))
+    state, size = record["status"], _folder_size(path)
+    problem = {"problem": record["message"]} if "message" in record else {}
+    return {"state": state, "size_bytes": size, "name": what, "exact_match": match.get("all"), **problem}
+
+
+def _demo(path: Path) -> dict[str, Any]:
+    from vlsi_cache.run_files import read_object
+
+    name = f"{len(read_object(path / 'demo.json', 'run the demo again')['seeds'])} seed(s)"
+    return {"state": "done", "size_bytes": _folder_size(path), "name": name}
+
+
+def _ablation(path: Path) -> dict[str, Any]:
+    from vlsi_cache.run_files import read_ablation
+
+    record = read_ablation(path / "ablation.json")
+    tables, size = record.get("tables", {}), _folder_size(path)
+    runs = {row["run"] for rows in tables.values() for row in rows if row["run"] is not None}
+    entries = [record["runs"].get(run, {}).get(str(seed)) for run in runs for seed in record["seeds"]]
+    num_done = sum(entry is not None and entry["status"] == "done" for entry in entries)
+    state = "done" if tables and num_done == len(entries) else f"{num_done}/{len(entries)} runs"
+    return {"state": state, "size_bytes": size, "name": ", ".join(tables)}
+
+
+def _folder_size(path: Path, *, without: tuple[str, ...] = ()) -> int:
+    """Bytes of all files below a folder; a cache inside it counts with what is known of its size."""
+    total = 0
+    for current, folders, files in os.walk(path):
+        if "cache.json" in files and current != str(path):
+            folders.clear()
+            total += (_describe(Path(current), "cache.json") or {}).get("size_bytes") or 0
+            continue
+        if current == str(path):
+            folders[:] = [name for name in folders if name not in without]
+        for name in files:
+            with contextlib.suppress(OSError):  # beside a live run checkpoints go and files are replaced all the time
+                total += os.lstat(os.path.join(current, name)).st_size
+    return total
+
+
+def listing_table(found: list[dict[str, Any]]) -> str:
+    """One line per cache, run, ablation and demo; below them what is wrong with some."""
+    from vlsi_cache.report.text import percent, table
+
+    rows = [
+        [
+            one["path"],
+            one["kind"],
+            one.get("name", ""),
+            one["state"],
+            "" if one["size_bytes"] is None else human_bytes(one["size_bytes"]),
+            str(one.get("num_samples", "")),
+            str(len(one["layers"])) if "layers" in one else "",
+            _widths(one["top_k"]) if "top_k" in one else "",
+            one.get("profile", ""),
+            one["date"],
+            percent(one["exact_match"]) if one.get("exact_match") is not None else "",
+        ]
+        for one in found
+    ]
+    heads = ["path", "kind", "what", "state", "size", "samples", "layers", "k", "profile", "date", "exact match"]
+    problems = [f"{one['path']}: {one['problem']}" for one in found if "problem" in one]
+    return "\n".join([table(heads, rows), *([""] if problems else []), *problems])
+
+
+def _widths(top_k: list[int]) -> str:
+    return str(top_k[0]) if len(set(top_k)) == 1 else f"{min(top_k)}-{max(top_k)}"
+
+
 COMMANDS = (  # name, function, example
     ("ls", ls, "ls caches"),
     ("inspect", inspect, "inspect caches/demo"),
@@ -236,86 +396,3 @@ COMMANDS = (  # name, function, example
     ("report", report, "report runs/a"),
     ("specs", specs, "specs"),
 )
-
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-
-CELL_WIDTH = 17  # characters of a layer's column, its padding included
-
-
-TOKEN_WIDTH = 22
-
-
-WORD_WIDTH = 9
-
-
-def grid_text(grid: dict[str, Any]) -> str:
-    """As many layers side by side as the terminal is wide; the rest below."""
-    from rich.console import Console
-
-    width = shutil.get_terminal_size((120, 24)).columns
-    per_block = max(1, (width - TOKEN_WIDTH) // CELL_WIDTH)
-    # the text goes to stdout, while whatever is printed now goes to stderr
-    terminal = sys.__stdout__ is not None and sys.__stdout__.isatty()
-    console = Console(width=width, highlight=False, force_terminal=terminal)
-    with console.capture() as captured:
-        for line in _head(grid):
-            console.print(line, markup=False)
-        for start in range(0, len(grid["layers"]), per_block):
-            console.print(_block(grid, start, min(start + per_block, len(grid["layers"]))))
-    return captured.get().rstrip()
-
-
-def _head(grid: dict[str, Any]) -> list[str]:
-    kind = f" ({grid['kind']})" if grid["kind"] else ""
-    counts = f"{len(grid['tokens'])} of {grid['num_response_tokens']} response tokens"
-    lines = [printable(f"sample {grid['id']}{kind}, {counts}", keep="")]
-    if grid["row_kind"] == "sampled":
-        lines += ["word and its share of the draws in %; * is the word of the response"]
-        lines += ["below: entropy in nats, rank of the response's word among the draws"]
-    else:
-        lines += ["word and probability in %; * is the word of the response"]
-        lines += ["below: entropy in nats, mass outside the kept words in %, rank of the response's word"]
-    if not grid["has_texts"]:
-        lines += ["the cache carries no token texts: words are token ids"]
-    return lines
-
-
-def _block(grid: dict[str, Any], start: int, stop: int) -> "Table":
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    from vlsi_cache.report.example import visible
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    table.add_column("", justify="right", style="dim")
-    table.add_column("response", no_wrap=True)
-    for layer in grid["layers"][start:stop]:
-        table.add_column("last" if layer == grid["final_layer"] else str(layer), no_wrap=True)
-    for t, token in enumerate(grid["tokens"]):
-        cells = [_cell(grid, index, t) for index in range(start, stop)]
-        table.add_row(str(grid["positions"][t]), Text(visible(token)), *cells)
-    return table
-
-
-def _cell(grid: dict[str, Any], index: int, t: int) -> Any:
-    """The top words, and under them in grey the numbers of the distribution."""
-    from rich.text import Text
-
-    from vlsi_cache.report.example import visible
-
-    cell, gold = grid["grid"][index][t], grid["token_ids"][t]
-    text = Text()
-    for token, word, prob in zip(cell["ids"], cell["words"], cell["probs"], strict=True):
-        line = f"{visible(word)[:WORD_WIDTH]}{'*' if token == gold else ''} {100 * prob:.0f}\n"
-        text.append(line, style="bold green" if token == gold else "")
-    tail = "" if grid["row_kind"] == "sampled" else f"{_percent(cell['tail_mass'])} "
-    rank = "#-" if cell["gold_rank"] is None else f"#{cell['gold_rank'] + 1}"
-    return text.append(f"{cell['entropy']:.2f} {tail}{rank}", style="dim")
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}%" if share < 0.0995 else f"{100 * share:.0f}%"

@@ -8,7 +8,7 @@ import typer
 
 from vlsi_cache.progress import say
 
-from . import ablations, change, look, stages
+from . import change, look, stages
 from .output import CHANGE, INTERRUPTED, LOOK, STAGES, USAGE, Version, add_commands
 
 # Libraries that talk on their own; a value the user has set stays.
@@ -38,7 +38,6 @@ def root(version: Version = False) -> None:
 
 
 add_commands(app, stages.COMMANDS, panel=STAGES)
-ablations.register(app)
 add_commands(app, look.COMMANDS, panel=LOOK)
 add_commands(app, change.COMMANDS, panel=CHANGE)
 

@@ -51,6 +51,7 @@ def print_version(wanted: bool) -> None:
         raise typer.Exit()
 
 
+CachePath = Annotated[Path, typer.Argument(metavar="CACHE", help="Folder of a cache.")]
 Version = Annotated[
     bool,
     typer.Option(
@@ -69,47 +70,39 @@ COMMON: dict[str, Any] = {
 }
 
 
-def command(app: typer.Typer, name: str, *, panel: str, example: str) -> Callable[..., Any]:
-    """Register a function as a command of `app`: adds the common options, the example, and the handling of errors."""
-
-    def register(function: Callable[..., Answer]) -> Callable[..., Answer]:
-        @functools.wraps(function)
-        def run(*, as_json: bool, quiet: bool, verbose: bool, version: bool, **values: Any) -> None:
-            del version  # its callback has ended the command
-            raise typer.Exit(
-                run_guarded(lambda: _with_local_paths(function, values), as_json=as_json, quiet=quiet, verbose=verbose)
-            )
-
-        _add_common_options(run, function)
-        app.command(name, rich_help_panel=panel, epilog=f"Example:  [bold]{example}[/bold]")(run)
-        return function
-
-    return register
-
-
 def add_commands(app: typer.Typer, commands: Iterable[tuple[str, Callable[..., Answer], str]], *, panel: str) -> None:
-    """Register functions by their names, each with the words of its example, under one heading of the help."""
+    """Register functions as commands of `app` under one heading of its help: (name, function, words of an example)."""
     for name, function, example in commands:
-        command(app, name, panel=panel, example=f"vlsi-cache {example}")(function)
+        epilog = f"Example:  [bold]vlsi-cache {example}[/bold]"
+        app.command(name, rich_help_panel=panel, epilog=epilog)(_with_common_options(function))
 
 
-def _with_local_paths(function: Callable[..., Answer], values: dict[str, Any]) -> Answer:
-    """Call a command once none of its paths is a URL; texts that may name a model are looked at where they are read."""
-    for name, value in values.items():
-        for path in value if isinstance(value, list) else [value]:
-            if isinstance(path, Path):
-                refuse_url(path, name.replace("_", " "))
-    return function(**values)
+def _with_common_options(function: Callable[..., Answer]) -> Callable[..., None]:
+    """The function as typer calls it: with the common options, and with every error as a message and an exit code."""
 
+    @functools.wraps(function)
+    def run(*, as_json: bool, quiet: bool, verbose: bool, version: bool, **values: Any) -> None:
+        del version  # its callback has ended the command
 
-def _add_common_options(run: Any, function: Callable[..., Any]) -> None:
+        def work() -> Answer:
+            # None of the paths may be a URL; texts that may name a model are looked at where they are read.
+            for name, value in values.items():
+                for path in value if isinstance(value, list) else [value]:
+                    if isinstance(path, Path):
+                        refuse_url(path, name.replace("_", " "))
+            return function(**values)
+
+        raise typer.Exit(run_guarded(work, as_json=as_json, quiet=quiet, verbose=verbose))
+
     signature = inspect.signature(function)
     common = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
         for name, annotation in COMMON.items()
     ]
-    run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *common])
-    run.__annotations__ = {p.name: p.annotation for p in run.__signature__.parameters.values()}
+    parameters = [*signature.parameters.values(), *common]
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {one.name: one.annotation for one in parameters}
+    return run
 
 
 def run_guarded(work: Callable[[], Answer], *, as_json: bool, quiet: bool, verbose: bool) -> int:
@@ -118,7 +111,7 @@ def run_guarded(work: Callable[[], Answer], *, as_json: bool, quiet: bool, verbo
     try:
         with _messages(quiet=quiet, verbose=verbose), terminating_as_interrupt():
             answer = work()
-            text = "" if as_json else _text_of(answer)
+            text = "" if as_json else answer.text if isinstance(answer.text, str) else answer.text()
         show(_as_json(answer.data) if as_json else text if answer.is_styled else printable(text))
         return answer.exit_code
     except (typer.Exit, typer.Abort):
@@ -188,10 +181,6 @@ def _messages(*, quiet: bool, verbose: bool) -> Iterator[None]:
 
 def _show_warning(message: Warning | str, *_where: Any, **_more: Any) -> None:
     print(printable(f"warning: {message}"), file=sys.stderr)
-
-
-def _text_of(answer: Answer) -> str:
-    return answer.text if isinstance(answer.text, str) else answer.text()
 
 
 def _as_json(data: Any) -> str:

@@ -1,4 +1,4 @@
-"""Commands that run a stage, from plan and generate over build-teacher and distill to evaluate; and the demo."""
+"""Commands that run a stage, from plan and generate to distill and evaluate; the demo, and ablations."""
 
 import shlex
 from pathlib import Path
@@ -9,7 +9,7 @@ import typer
 from vlsi_cache.errors import SpecError, command_line
 from vlsi_cache.progress import say
 
-from .output import Answer
+from .output import OK, PROBLEMS, Answer
 
 if TYPE_CHECKING:
     from vlsi_cache.config.sections import DataSpec
@@ -20,6 +20,8 @@ Sets = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Change the spec, e.g. rows.top_k=32; repeatable."),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: what the spec says.")]
+Student = Annotated[str | None, typer.Option(metavar="ID", help="Folder or hub id; default: the student of the spec.")]
+AXES = ("matching", "operations", "verbalizer", "sft", "decoding", "loss", "k", "layers")  # tables that are shipped
 
 
 def plan(
@@ -180,9 +182,7 @@ def build_teacher(
 def distill(
     cache: Annotated[Path, typer.Argument(metavar="CACHE", help="The cache to train against.")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="RUN", help="Where the run goes.")],
-    student: Annotated[
-        str | None, typer.Option(metavar="ID", help="Folder or hub id; default: the student of the spec.")
-    ] = None,
+    student: Student = None,
     recipe: Annotated[
         Literal["vlsi", "last", "sft"] | None,
         typer.Option(help="vlsi: all layers; last: the last layer alone; sft: labels only. Default: the spec's."),
@@ -276,6 +276,55 @@ def demo(
     return Answer(result, lambda: f"{demo_table(result)}\n\nreport: {out / 'report.html'}")
 
 
+def ablate(
+    spec: SpecName,
+    axis: Annotated[
+        list[str],
+        typer.Option(metavar="|".join([*AXES, "FILE.yaml"]), help="Which table; repeatable, runs are shared."),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Where cache, runs and tables go.")],
+    seeds: Annotated[int, typer.Option(min=1, metavar="N", help="Train every variant with N seeds.")] = 1,
+    cache: Annotated[
+        Path | None, typer.Option(metavar="CACHE", help="A cache of SPEC; default: DIR/cache, built if missing.")
+    ] = None,
+    student: Student = None,
+    variants: Annotated[
+        str | None, typer.Option(metavar="A,B", help="Only these variants, and the default; --dry-run lists all.")
+    ] = None,
+    sets: Sets = None,
+    device: Device = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list variants, steps and remaining runs.")] = False,
+) -> Answer:
+    """Train and compare all variants of a table.
+
+    One cache (or smaller ones cut from it) and the same seeds for all, and the same number of steps but for the tables
+    that say so. Every student is measured on the spec's held-out rows. Run again after a crash to go on, or to add
+    tables, variants and seeds: finished runs are taken. Exit code 1 when a run has diverged; the others are done all
+    the same.
+
+    A table of your own is a YAML file: `title`, and `variants`, each with `name`, `what` and a list `set` of KEY=VALUE
+    changes to the spec; the shipped ones in cache_specs/ablations are examples, its README lists the other keys.
+    """
+    import vlsi_cache as vc
+    from vlsi_cache.report.ablation import ablation_text, num_failed, preview_text
+
+    result = vc.ablate(
+        vc.load_spec(spec, overrides=sets or []),
+        axes=axis,
+        out=out,
+        seeds=seeds,
+        cache=cache,
+        student=student,
+        variants=None if variants is None else [name.strip() for name in variants.split(",")],
+        device=device,
+        dry_run=dry_run,
+    )
+    if dry_run:
+        return Answer(result, lambda: preview_text(result))
+    text = f"\n\ntable: {out / 'ablation.csv'}\nreport: {out / 'report.html'}"
+    return Answer(result, lambda: ablation_text(result) + text, PROBLEMS if num_failed(result) else OK)
+
+
 def _report_in(folder: Path | str) -> Path | None:
     file = Path(folder) / "report.html"
     return file if file.is_file() else None
@@ -290,4 +339,5 @@ COMMANDS = (  # in the order in which they are run; name, function, example
     ("evaluate", evaluate, "evaluate runs/a --limit 100"),
     ("init-student", init_student, "init-student models/teacher --layers 0-5,24-29 -o models/small"),
     ("demo", demo, "demo -o demo --seeds 3"),
+    ("ablate", ablate, "ablate demo --axis matching --student models/small --seeds 3 -o ablation"),
 )

@@ -20,8 +20,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 import vlsi_cache as vc
-from vlsi_cache.config.sections import Schedule
 from vlsi_cache.config.spec import spec_from_dict
+from vlsi_cache.config.training import Schedule
 from vlsi_cache.data.records import read_records
 from vlsi_cache.models.backbone import Backbone
 from vlsi_cache.models.load import ModelRef

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 import vlsi_cache as vc
 from vlsi_cache import io
 from vlsi_cache.errors import DiskFullError
-from vlsi_cache.models import verbalizer as verbalizer_files
+from vlsi_cache.models import verbalizer_files
 from vlsi_cache.runs import checkpoints
 
 Work = Callable[[Path, int], object]

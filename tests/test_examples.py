@@ -10,7 +10,7 @@ import pytest
 import typer
 
 import vlsi_cache as vc
-from vlsi_cache.models.depth import init_student
+from vlsi_cache.models.save import init_student
 from vlsi_cache.run_files import read_metrics
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

@@ -276,11 +276,11 @@ def test_two_processes_that_write_the_same_part_lose_no_rows(tmp_path: Path) -> 
         inner.append(writers[1].write_part(0, variant.case.parts[0]))
         return commit_publish(tmp, target)
 
-    from vlsi_cache.store import commit
+    from vlsi_cache.store import writer
 
-    commit_publish = commit.publish_dir
+    commit_publish = writer.publish_dir
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(commit, "publish_dir", race)
+        patch.setattr(writer, "publish_dir", race)
         assert writers[0].write_part(0, variant.case.parts[0]) is False
     assert inner == [True]
     writers[0].write_part(1, variant.case.parts[1])

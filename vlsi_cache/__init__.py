@@ -5,14 +5,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vlsi_cache.ablation.runner import ablate
-    from vlsi_cache.config.sections import CacheSpec, DistillSpec
+    from vlsi_cache.config.sections import CacheSpec
     from vlsi_cache.config.spec import load_spec
+    from vlsi_cache.config.training import DistillSpec
     from vlsi_cache.evaluation.scores import evaluate
     from vlsi_cache.evaluation.trace import trace
-    from vlsi_cache.models.depth import init_student
-    from vlsi_cache.report.look import inspect, sample, stats
+    from vlsi_cache.models.save import init_student
+    from vlsi_cache.report.describe import inspect
+    from vlsi_cache.report.example import sample
+    from vlsi_cache.report.layers import cache_stats as stats
     from vlsi_cache.report.matches import match
-    from vlsi_cache.report.run_view import open_run
+    from vlsi_cache.run_files import open_run
     from vlsi_cache.sparse.divergences import Divergence
     from vlsi_cache.sparse.head import Head
     from vlsi_cache.sparse.kl import sparse_kl
@@ -34,7 +37,7 @@ if TYPE_CHECKING:
 _HOME = {
     "CacheDataset": "store.dataset",
     "CacheSpec": "config.sections",
-    "DistillSpec": "config.sections",
+    "DistillSpec": "config.training",
     "Divergence": "sparse.divergences",
     "Head": "sparse.head",
     "PartWindowReader": "store.dataset",
@@ -46,25 +49,25 @@ _HOME = {
     "distill": "train.distill",
     "evaluate": "evaluation.scores",
     "generate": "teacher.generate",
-    "init_student": "models.depth",
-    "inspect": "report.look",
+    "init_student": "models.save",
+    "inspect": "report.describe",
     "load_spec": "config.spec",
     "match": "report.matches",
     "merge": "store.derive.merge",
     "open": "store.reader",
     "open_cache": "store.reader",
-    "open_run": "report.run_view",
+    "open_run": "run_files",
     "plan": "teacher.plan",
     "prune": "store.derive.prune",
     "repair": "store.check",
-    "sample": "report.look",
+    "sample": "report.example",
     "sparse_kl": "sparse.kl",
-    "stats": "report.look",
+    "stats": "report.layers",
     "trace": "evaluation.trace",
     "train_verbalizers": "teacher.verbalize",
     "verify": "store.check",
 }
-_OTHER_NAME = {"open_cache": "open"}  # where a name is another one at home
+_OTHER_NAME = {"open_cache": "open", "stats": "cache_stats"}  # where a name is another one at home
 
 # `vc.open` is `vc.open_cache`; a star import leaves it out, so that `open` stays Python's.
 __all__ = [

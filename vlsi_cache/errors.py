@@ -8,7 +8,7 @@ import difflib
 import errno
 import os
 import shlex
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ __all__ = [
     "VlsiCacheError",
     "command_line",
     "did_you_mean",
+    "first_of",
     "list_problems",
     "validation_message",
 ]
@@ -94,6 +95,11 @@ class CacheCorruptError(VlsiCacheError, OSError):
 
     exit_code = 3
 
+    @classmethod
+    def at(cls, path: str | os.PathLike[str], what: str, *, hint: str | None = None) -> "CacheCorruptError":
+        """The error about `path` with which the message begins; `what` follows it: ` is missing`, `: id 7 of 5`."""
+        return cls(f"`{path}`{what}", file=path, hint=hint)
+
 
 class FingerprintMismatchError(VlsiCacheError, ValueError):
     """What is on disk was made from something else than what is asked for now."""
@@ -140,6 +146,11 @@ def list_problems(problems: list[str], *, limit: int = 10) -> str:
     if len(problems) > limit:
         shown.append(f"  ... and {len(problems) - limit} more")
     return "\n".join(shown)
+
+
+def first_of(names: Sequence[str], *, limit: int = 3) -> str:
+    """The first `limit` names in quotes, and whether there are more."""
+    return ", ".join(map(repr, names[:limit])) + (", ..." if len(names) > limit else "")
 
 
 def did_you_mean(

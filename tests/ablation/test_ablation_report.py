@@ -193,6 +193,6 @@ def test_the_command(record: dict[str, Any], tmp_path: Path, run: Any, monkeypat
 
 
 def test_the_help_names_every_axis() -> None:
-    from vlsi_cache_cli.ablations import AXES as NAMED
+    from vlsi_cache_cli.stages import AXES as NAMED
 
     assert sorted(NAMED) == list(shipped_axes())

@@ -15,11 +15,12 @@ import numpy as np
 import peft
 import torch
 
-from vlsi_cache.config.sections import CacheSpec, Schedule
+from vlsi_cache.config.sections import CacheSpec
 from vlsi_cache.config.spec import apply_overrides, load_spec, spec_from_dict
+from vlsi_cache.config.training import Schedule
 from vlsi_cache.models.backbone import Backbone, head_of
-from vlsi_cache.models.depth import init_student
 from vlsi_cache.models.lora import add_lora, checkpoint_activations, train_head_and_embeddings
+from vlsi_cache.models.save import init_student
 from vlsi_cache.models.verbalizer import Verbalizers, build_verbalizers
 from vlsi_cache.runs.run_dir import Run
 from vlsi_cache.runtime import autocast

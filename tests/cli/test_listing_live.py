@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.fakes import write_run
-from vlsi_cache_cli import listing
-from vlsi_cache_cli.listing import find_artifacts
+from vlsi_cache_cli import look
+from vlsi_cache_cli.look import find_artifacts
 
 from vlsi_cache.io import write_atomically
 from vlsi_cache.runs.checkpoints import Checkpoints
@@ -40,7 +40,7 @@ def at_work(step: Callable[[int], None]) -> Iterator[None]:
 
 
 def test_a_live_run_is_never_unreadable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listing, "NUM_LOOKS", 1)  # not even for a moment
+    monkeypatch.setattr(look, "NUM_LOOKS", 1)  # not even for a moment
     monkeypatch.setattr("os.fsync", lambda _: None)
     write_run(tmp_path / "run")
     (tmp_path / "run" / "evaluation.json").unlink()
@@ -59,7 +59,7 @@ def test_a_live_run_is_never_unreadable(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_run_that_comes_and_goes_is_there_or_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listing, "NUM_LOOKS", 1)
+    monkeypatch.setattr(look, "NUM_LOOKS", 1)
     write_run(tmp_path / "one")
     text = (tmp_path / "one" / "run.json").read_text()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from helpers.fakes import write_cache, write_many_parts, write_run
-from vlsi_cache_cli.listing import find_artifacts
+from vlsi_cache_cli.look import find_artifacts
 
 from vlsi_cache.report.describe import MEASURED_PARTS, describe_cache, description_text
 

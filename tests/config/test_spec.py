@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import vlsi_cache as vc
-from vlsi_cache.config.sections import CacheSpec, DistillSpec, InteractSpec, Schedule
+from vlsi_cache.config.sections import CacheSpec
 from vlsi_cache.config.spec import apply_overrides, change, spec_from_dict, unused_by_recipe
+from vlsi_cache.config.training import DistillSpec, InteractSpec, Schedule
 from vlsi_cache.errors import SpecError
 from vlsi_cache.sparse.divergences import Divergence
 from vlsi_cache.sparse.matching import Matching

@@ -21,11 +21,11 @@ from vlsi_cache.errors import FingerprintMismatchError, ModelError, SpecError
 from vlsi_cache.evaluation.teacher_agreement import trained_on
 from vlsi_cache.models.backbone import Backbone
 from vlsi_cache.models.load import ModelRef
-from vlsi_cache.models.responses import Decoding, respond
 from vlsi_cache.models.verbalizer import logit_lens
 from vlsi_cache.report.text import evaluation_table
 from vlsi_cache.run_files import read_evaluation
 from vlsi_cache.store.reader import Cache
+from vlsi_cache.teacher.generate import Decoding, respond
 
 SHORT = ["distill.sft.schedule.steps=1", "distill.verbalize.steps=1", "distill.interact.schedule.steps=1"]
 HELD_OUT = ["data.path=heldout.jsonl", "store.profile=exact", "run.batch_tokens=130"]

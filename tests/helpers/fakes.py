@@ -15,9 +15,8 @@ from vlsi_cache.report.example import grid_of
 from vlsi_cache.sparse.rows import SparseRows, draw_rows, top_p_widths, truncate
 from vlsi_cache.store.files import load_header, load_part_record
 from vlsi_cache.store.format import CacheHeader, part_dir, sealed_json
-from vlsi_cache.store.header import load_vocab
 from vlsi_cache.store.reader import open as open_cache
-from vlsi_cache.store.vocab_order import one_order
+from vlsi_cache.store.vocab_order import load_vocab, one_order
 from vlsi_cache.store.writer import CacheWriter, PartSamples
 
 V, K, M, NUM_DRAWS = 60, 5, 2, 8

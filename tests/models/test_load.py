@@ -12,9 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from vlsi_cache.errors import ModelError, SpecError
 from vlsi_cache.models.backbone import Backbone
-from vlsi_cache.models.depth import decoder_layers, init_student, keep_layers
 from vlsi_cache.models.load import ModelRef, resolve_model
-from vlsi_cache.models.save import save_student
+from vlsi_cache.models.save import decoder_layers, init_student, keep_layers, save_student
 
 ENCODER_FILES = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "chat_template.jinja")
 

@@ -17,7 +17,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from vlsi_cache.errors import CacheCorruptError, ModelError
 from vlsi_cache.models.backbone import Backbone, head_digest
 from vlsi_cache.models.verbalizer import (
-    NUM_BLOCKS,
+    BLOCKS,
     Architecture,
     Structure,
     Verbalizer,
@@ -25,8 +25,8 @@ from vlsi_cache.models.verbalizer import (
     load_verbalizers,
     logit_lens,
     num_parameters,
-    verbalizers_digest,
 )
+from vlsi_cache.models.verbalizer_files import verbalizers_digest
 
 STRUCTURES: tuple[Structure, ...] = get_args(Structure)
 # Table 4f of the paper: 7 target layers of the 7B student. In millions of parameters to a tenth, and as printed there;
@@ -63,7 +63,7 @@ def meta_verbalizer(structure: str, pre_norm: Any) -> Verbalizer:
 
 
 def test_every_structure_of_the_table_is_known() -> None:
-    assert set(STRUCTURES) == set(TABLE_4F) == set(NUM_BLOCKS)
+    assert set(STRUCTURES) == set(TABLE_4F) == set(BLOCKS)
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
@@ -81,7 +81,7 @@ def test_parameter_totals_are_those_of_the_table(structure: Structure) -> None:
 def test_the_norm_in_front_adds_one_weight_of_the_hidden_size_per_block(structure: Structure) -> None:
     with_norm = sum(p.numel() for p in meta_verbalizer(structure, "rms").parameters())
     assert with_norm == num_parameters(structure, **STUDENT_7B, pre_norm="rms")
-    num_norms = 0 if structure.startswith("decoder") else NUM_BLOCKS[structure]
+    num_norms = 0 if structure.startswith("decoder") else BLOCKS[structure][0]
     assert with_norm - num_parameters(structure, **STUDENT_7B) == 3584 * num_norms
 
 

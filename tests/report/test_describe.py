@@ -9,9 +9,10 @@ from helpers.fakes import LAYERS, V, write_cache
 
 from vlsi_cache.errors import CacheCorruptError
 from vlsi_cache.report.describe import describe_cache, description_text, lineage, reasons, rows_text
+from vlsi_cache.store.arrays import BYTES, ArraySpec, data_file_name, part_specs
 from vlsi_cache.store.codec import encode_array, encode_chunk, layer_bytes
 from vlsi_cache.store.derive.prune import prune
-from vlsi_cache.store.format import BYTES, ArraySpec, data_file_name, part_dir, part_specs
+from vlsi_cache.store.format import part_dir
 from vlsi_cache.store.reader import open as open_cache
 
 

@@ -14,8 +14,9 @@ from helpers.pages import checked
 from vlsi_cache.errors import CacheNotFoundError
 from vlsi_cache.progress import human_bytes, human_seconds
 from vlsi_cache.report import figures, text
-from vlsi_cache.report.example import example_of, grid_of, visible
+from vlsi_cache.report.example import example_of, grid_of
 from vlsi_cache.report.pages import write_demo_report, write_report
+from vlsi_cache.report.text import visible
 from vlsi_cache.runs import metrics
 from vlsi_cache.store.reader import open as open_cache
 

@@ -17,7 +17,6 @@ from vlsi_cache.report.layers import (
     cache_stats,
     gold_ids,
     gold_ranks,
-    kl_matrix,
     kl_tokens_of_part,
     position_edges,
     removal_order,
@@ -97,7 +96,6 @@ def test_kl_columns_are_means_over_tokens(tmp_path: Path, rows: str) -> None:
         assert (one.kl_to_next, one.kl_from_next) == (pytest.approx(there), pytest.approx(back))
         assert one.kl_to_last == pytest.approx(last)
     assert (found.layers[-1].kl_to_next, found.layers[-1].kl_to_last) == (None, 0.0)
-    np.testing.assert_allclose(kl_matrix(cache)[0], found.kl_LL)
     for part in (found.as_dict(), cache_stats(cache).as_dict()):
         assert json.dumps(part, allow_nan=False) == json.dumps(found.as_dict(), allow_nan=False)
 
@@ -148,9 +146,8 @@ def test_an_unfinished_cache_has_statistics_once_it_has_a_part(tmp_path: Path) -
     half = open_cache(write_cache(tmp_path / "half", num_written=1), allow_incomplete=True)
     assert cache_stats(half).num_tokens == half.num_tokens
     empty = open_cache(write_cache(tmp_path / "empty", num_written=0), allow_incomplete=True)
-    for measure in (cache_stats, kl_matrix):
-        with pytest.raises(CacheIncompleteError, match="nothing to measure"):
-            measure(empty)
+    with pytest.raises(CacheIncompleteError, match="nothing to measure"):
+        cache_stats(empty)
 
 
 def test_maps_of_many_layers_are_labelled_now_and_then() -> None:
@@ -181,10 +178,9 @@ def test_removal_order_by_hand() -> None:
 
 def test_suggested_layers(tmp_path: Path) -> None:
     cache = opened(tmp_path, "top-p")
-    kl_LL, num_tokens = kl_matrix(cache)
-    found = suggest_layers(cache, keep=2)
-    assert found.tokens == num_tokens
-    assert [LAYERS.index(one.layer) for one in found.order] == [i for i, _, _ in removal_order(kl_LL)]
+    stats, found = cache_stats(cache), suggest_layers(cache, keep=2)
+    assert found.tokens == stats.kl_tokens
+    assert [LAYERS.index(one.layer) for one in found.order] == [i for i, _, _ in removal_order(stats.kl_LL)]
     assert (len(found.layers), found.layers[-1], found.num_dropped) == (2, LAYERS[-1], 2)
     assert sorted([*found.layers, *found.dropped]) == LAYERS
     assert found.worst_kl >= max(one.kl for one in found.order[:1])

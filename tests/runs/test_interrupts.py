@@ -57,7 +57,7 @@ def weights(run: Path) -> bytes:
 def test_a_run_interrupted_in_every_stage_ends_in_the_same_bits(
     cache: Cache, whole: Path, student_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from vlsi_cache_cli.listing import find_artifacts, listing_table
+    from vlsi_cache_cli.look import find_artifacts, listing_table
 
     run, before = tmp_path / "run", [signal.getsignal(number) for number in HANDLED]
     for stage, step, number in (

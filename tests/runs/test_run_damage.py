@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import vlsi_cache as vc
 from vlsi_cache import run_files
 from vlsi_cache.errors import CacheCorruptError
-from vlsi_cache.models import verbalizer as verbalizer_files
+from vlsi_cache.models import verbalizer_files
 from vlsi_cache.models.verbalizer import Architecture, Verbalizer
 from vlsi_cache.runs.checkpoints import Checkpoints
 from vlsi_cache.runs.metrics import MetricsLog

@@ -124,7 +124,7 @@ def test_a_report_that_a_kill_kept_away_is_written_by_the_next_call(spec: CacheS
 
 
 def test_a_run_that_has_failed_says_so_and_why_until_it_is_tried_again(spec: CacheSpec, tmp_path: Path) -> None:
-    from vlsi_cache_cli.listing import find_artifacts, listing_table
+    from vlsi_cache_cli.look import find_artifacts, listing_table
 
     run, file = tmp_path / "run", tmp_path / "run" / "run.json"
     with pytest.raises(ModelError), opened(run, spec):

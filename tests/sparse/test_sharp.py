@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tests.helpers.rows import layer_rows
-from vlsi_cache.config.sections import DivergenceName
+from vlsi_cache.config.training import DivergenceName
 from vlsi_cache.sparse.divergences import Divergence
 from vlsi_cache.sparse.kl import sparse_kl
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.caches import build, copy_cache, make_case, standard_case
+from helpers.caches import build, make_case
 
 from vlsi_cache.errors import SampleNotFoundError, SpecError
 from vlsi_cache.sparse.rows import keyed_uniforms
@@ -12,18 +12,8 @@ from vlsi_cache.store import reader
 from vlsi_cache.store.derive.prune import prune
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("built") / "cache", standard_case())
-
-
-@pytest.fixture
-def cache_dir(built: Path, tmp_path: Path) -> Path:
-    return copy_cache(built, tmp_path / "cache")
-
-
-def test_samples_by_id(cache_dir: Path, tmp_path: Path) -> None:
-    source = reader.open(cache_dir)
+def test_samples_by_id(root: Path, tmp_path: Path) -> None:
+    source = reader.open(root)
     file = tmp_path / "ids.txt"
     file.write_text("\ufeffsample-5\r\nsample-1\n\nsample-5\n", encoding="utf-8")
     small = prune(source, tmp_path / "small", samples=file)
@@ -57,8 +47,8 @@ def test_ids_of_every_kind(tmp_path: Path) -> None:
     assert list(prune(source, tmp_path / "where", where=f"id in [{names[0]!r}, {names[4]!r}]")) == [names[0], names[4]]
 
 
-def test_where_reads_the_table(cache_dir: Path, tmp_path: Path) -> None:
-    source = reader.open(cache_dir)
+def test_where_reads_the_table(root: Path, tmp_path: Path) -> None:
+    source = reader.open(root)
     table = source.sample_table().to_pylist()
     median = sorted(row["entropy_last"] for row in table)[3]
     expressions = {
@@ -112,14 +102,14 @@ def test_where_reads_the_table(cache_dir: Path, tmp_path: Path) -> None:
         "entropy > 1 #" + "x" * 20_000,
     ],
 )
-def test_where_evaluates_nothing_else(cache_dir: Path, tmp_path: Path, text: str) -> None:
+def test_where_evaluates_nothing_else(root: Path, tmp_path: Path, text: str) -> None:
     with pytest.raises(SpecError, match=r"compare the columns id, kind, source, tokens, .*, part with"):
-        prune(cache_dir, tmp_path / "new", where=text)
+        prune(root, tmp_path / "new", where=text)
     assert not (tmp_path / "new").exists()
 
 
-def test_kept_mass(cache_dir: Path, tmp_path: Path) -> None:
-    source = reader.open(cache_dir)
+def test_kept_mass(root: Path, tmp_path: Path) -> None:
+    source = reader.open(root)
     masses = dict(zip(source, source.sample_table()["kept_mass"].to_pylist(), strict=True))
     limit = sorted(masses.values())[3]
     assert list(prune(source, tmp_path / "s", min_kept_mass=limit)) == [
@@ -127,8 +117,8 @@ def test_kept_mass(cache_dir: Path, tmp_path: Path) -> None:
     ]
 
 
-def test_tokens_by_entropy(cache_dir: Path, tmp_path: Path) -> None:
-    source = reader.open(cache_dir)
+def test_tokens_by_entropy(root: Path, tmp_path: Path) -> None:
+    source = reader.open(root)
     plan = prune(source, tmp_path / "small", tokens="entropy>2.5", dry_run=True)
     small = prune(source, tmp_path / "small", tokens=" entropy > 2.5 ")
     assert small.num_tokens == plan.num_tokens < source.num_tokens
@@ -145,8 +135,8 @@ def test_tokens_by_entropy(cache_dir: Path, tmp_path: Path) -> None:
     assert small.verify(deep=True).ok
 
 
-def test_tokens_by_share_compose(cache_dir: Path, tmp_path: Path) -> None:
-    source = reader.open(cache_dir)
+def test_tokens_by_share_compose(root: Path, tmp_path: Path) -> None:
+    source = reader.open(root)
     half = prune(source, tmp_path / "half", tokens="top:0.5")
     counts = {index: sum(row.num_tokens for row in source.read_part(index)) for index in source.parts}
     assert half.num_tokens == sum(-(-count // 2) for count in counts.values())

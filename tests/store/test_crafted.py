@@ -31,19 +31,6 @@ from vlsi_cache.store.format import sealed_json
 HUGE = 10**12
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    case = standard_case()
-    root = tmp_path_factory.mktemp("built") / "c"
-    build(root, case)
-    return root
-
-
-@pytest.fixture
-def root(built: Path, tmp_path: Path) -> Path:
-    return copy_cache(built, tmp_path / "c")
-
-
 def reseal(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     value = json.loads(path.read_text())
     del value["xxh3"]

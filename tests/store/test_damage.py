@@ -9,32 +9,17 @@ from pathlib import Path
 import google_crc32c
 import numpy as np
 import pytest
-from helpers.caches import Case, build, copy_cache, file_bytes, header_of, make_case, standard_case
+from helpers.caches import Case, build, file_bytes, header_of, make_case
 from helpers.damage import data_file, flip, part_path
 from helpers.variants import PROFILES, VARIANTS, build_variant, plain, variant_of
 
 from vlsi_cache.errors import CacheCorruptError, VlsiCacheError
-from vlsi_cache.store import commit, reader
+from vlsi_cache.store import files, reader
 from vlsi_cache.store.check import repair, verify
 from vlsi_cache.store.format import list_parts, sealed_json
 from vlsi_cache.store.writer import CacheWriter
 
 PAYLOAD = "ids levels tail_ids lse entropy gold_logprob tail_mass offsets response_offsets response_ids positions"
-
-
-@pytest.fixture(scope="module")
-def case() -> Case:
-    return standard_case()
-
-
-@pytest.fixture(scope="module")
-def built(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("built") / "cache", case)
-
-
-@pytest.fixture
-def root(built: Path, tmp_path: Path) -> Path:
-    return copy_cache(built, tmp_path / "cache")
 
 
 def read_everything(root: Path) -> None:
@@ -186,7 +171,7 @@ def test_a_damaged_sample_table_is_rebuilt(root: Path, damage: bytes | None) -> 
 def test_repair_makes_the_build_continue(root: Path, built: Path, case: Case) -> None:
     flip(data_file(root, "levels"), 100)
     (root / "vocab" / "id_of_rank" / "c" / "0").write_bytes(b"")
-    dead = root / "tmp" / f"000002.{commit.host_name()}.999999999.0123456789ab.zarr"
+    dead = root / "tmp" / f"000002.{files.host_name()}.999999999.0123456789ab.zarr"
     dead.mkdir()
     report = repair(root)
     assert report.quarantined == ["parts/000001.zarr", "vocab"]
@@ -317,7 +302,7 @@ def test_swapped_and_foreign_parts_of_every_kind(tmp_path: Path, name: str) -> N
 
 
 def test_only_dead_leftovers_are_removed(root: Path, case: Case) -> None:
-    host = commit.host_name()
+    host = files.host_name()
     names = {
         "dead": f"000001.{host}.999999999.0123456789ab.zarr",
         "own": f"000001.{host}.{os.getpid()}.0123456789ab.zarr",

@@ -17,11 +17,6 @@ from vlsi_cache.store.diff import diff
 from vlsi_cache.store.writer import CacheWriter
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("built") / "cache", standard_case())
-
-
 def exact(root: Path, case: Case) -> reader.Cache:
     return build_with(root, case, header_of(case).model_copy(update={"profile": "exact"}))
 

@@ -139,12 +139,13 @@ def test_tensorstore_opens_the_same_arrays(tmp_path: Path, name: str) -> None:
 
 
 def test_the_text_names_every_field_and_array() -> None:
+    from vlsi_cache.store import arrays
     from vlsi_cache.store import format as schema
 
     text = Path(schema.__file__).with_name("FORMAT.md").read_text(encoding="utf-8")
     fields = {schema.STORED_NAMES.get(name, name) for name in schema.CacheHeader.model_fields}
-    names = {*fields, *schema.PartRecord.model_fields, *schema.SAMPLE_ARRAYS}
-    names |= {*schema.ENTRY_ARRAYS, *schema.SCALAR_ARRAYS, "kept", "tail_ids", "heads", "text", "text_offsets"}
+    names = {*fields, *schema.PartRecord.model_fields, *arrays.SAMPLE_ARRAYS}
+    names |= {*arrays.ENTRY_ARRAYS, *arrays.SCALAR_ARRAYS, "kept", "tail_ids", "heads", "text", "text_offsets"}
     assert sorted(name for name in names if f"`{name}`" not in text) == []
     identity = text.split("an object with the keys `fingerprint`, ")[1].split(".\n")[0].strip("`").split("`, `")
     assert identity == [schema.STORED_NAMES.get(name, name) for name in schema.IDENTITY_FIELDS]

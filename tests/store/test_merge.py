@@ -18,11 +18,11 @@ from vlsi_cache.errors import (
     SpecError,
 )
 from vlsi_cache.sparse.rows import draw_rows
-from vlsi_cache.store import commit, reader
+from vlsi_cache.store import files, reader
 from vlsi_cache.store.dataset import PartWindowReader
 from vlsi_cache.store.derive.merge import merge
 from vlsi_cache.store.derive.prune import prune
-from vlsi_cache.store.lineage import data_sections
+from vlsi_cache.store.header import data_sections
 from vlsi_cache.store.writer import CacheWriter
 
 FIELDS = (
@@ -187,7 +187,7 @@ def test_sources_and_targets_that_are_refused(tmp_path: Path, monkeypatch: pytes
         with pytest.raises(error, match=message):
             merge(caches, tmp_path / out)  # type: ignore[arg-type]
     with monkeypatch.context() as patch:
-        patch.setattr(commit.shutil, "disk_usage", lambda _: type("usage", (), {"free": 1000}))
+        patch.setattr(files.shutil, "disk_usage", lambda _: type("usage", (), {"free": 1000}))
         with pytest.raises(DiskFullError, match="1000 are free"):
             merge([one, other], tmp_path / "both")
     assert not (tmp_path / "both").exists()

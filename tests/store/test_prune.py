@@ -18,7 +18,7 @@ from vlsi_cache.errors import (
     SpecError,
 )
 from vlsi_cache.sparse.rows import draw_rows, truncate
-from vlsi_cache.store import commit, reader
+from vlsi_cache.store import files, reader
 from vlsi_cache.store.derive.prune import group_parts, prune
 from vlsi_cache.store.derive.slice import cut_part
 from vlsi_cache.store.format import CacheHeader
@@ -27,16 +27,6 @@ from vlsi_cache.store.writer import CacheWriter
 
 # of a probability mass that was summed over stored values instead of the teacher's own
 ERROR_OF_MASS = {"default": 0.03, "exact": 1e-6, "fast": 2e-3}
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("built") / "cache", standard_case())
-
-
-@pytest.fixture
-def cache_dir(built: Path, tmp_path: Path) -> Path:
-    return copy_cache(built, tmp_path / "cache")
 
 
 def stored(root: Path, index: int) -> dict[str, np.ndarray]:
@@ -136,8 +126,8 @@ def test_stored_values_are_prefixes_bit_for_bit(tmp_path: Path, profile: str, ki
 
 
 @pytest.mark.parametrize(("layers", "top_k"), [([2, "last"], None), (None, 3), (["last"], 2)])
-def test_layers_and_k(cache_dir: Path, tmp_path: Path, layers: list[int | str] | None, top_k: int | None) -> None:
-    source = reader.open(cache_dir)
+def test_layers_and_k(root: Path, tmp_path: Path, layers: list[int | str] | None, top_k: int | None) -> None:
+    source = reader.open(root)
     plan = prune(source, tmp_path / "new", layers=layers, top_k=top_k, dry_run=True)
     assert not (tmp_path / "new").exists()
     small = prune(source, tmp_path / "new", layers=layers, top_k=top_k)
@@ -175,26 +165,26 @@ def test_layers_and_k(cache_dir: Path, tmp_path: Path, layers: list[int | str] |
         *(({"tokens": rule}, "entropy>0.5") for rule in ("top:0", "top:2", "random:x", "entropy>nan", "all", "")),
     ],
 )
-def test_prune_says_no(cache_dir: Path, tmp_path: Path, options: dict[str, object], message: str) -> None:
+def test_prune_says_no(root: Path, tmp_path: Path, options: dict[str, object], message: str) -> None:
     with pytest.raises(SpecError, match=message):
-        prune(cache_dir, tmp_path / "new", **options)  # type: ignore[call-overload]
+        prune(root, tmp_path / "new", **options)  # type: ignore[call-overload]
     assert not (tmp_path / "new").exists()
 
 
-def test_targets_that_are_refused(cache_dir: Path, tmp_path: Path) -> None:
-    before = file_bytes(cache_dir)
-    for out in (cache_dir, cache_dir / "parts" / "new", cache_dir / ".." / cache_dir.name):
+def test_targets_that_are_refused(root: Path, tmp_path: Path) -> None:
+    before = file_bytes(root)
+    for out in (root, root / "parts" / "new", root / ".." / root.name):
         with pytest.raises(SpecError, match="is or lies in the source"):
-            prune(cache_dir, out, top_k=2)
+            prune(root, out, top_k=2)
     (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(SpecError, match="is a file"):
-        prune(cache_dir, tmp_path / "thesis.tex", top_k=2)
+        prune(root, tmp_path / "thesis.tex", top_k=2)
     with pytest.raises(SpecError, match="not empty and not a cache"):
-        prune(cache_dir, tmp_path, top_k=2)
-    other = copy_cache(cache_dir, tmp_path / "other")
+        prune(root, tmp_path, top_k=2)
+    other = copy_cache(root, tmp_path / "other")
     with pytest.raises(FingerprintMismatchError, match=r"`prune.1.top_k`: the cache has nothing, this run has 2"):
-        prune(cache_dir, other, top_k=2)
-    assert file_bytes(cache_dir) == before == file_bytes(other)
+        prune(root, other, top_k=2)
+    assert file_bytes(root) == before == file_bytes(other)
 
 
 def test_sources_that_are_refused(tmp_path: Path) -> None:
@@ -217,8 +207,8 @@ def test_a_cache_without_samples_has_nothing_to_prune(tmp_path: Path) -> None:
             prune(source, tmp_path / "new", top_k=2)
 
 
-def test_redrawn_tails_depend_on_nothing_else(cache_dir: Path, tmp_path: Path) -> None:
-    source = reader.open(cache_dir)
+def test_redrawn_tails_depend_on_nothing_else(root: Path, tmp_path: Path) -> None:
+    source = reader.open(root)
     whole = prune(source, tmp_path / "whole", top_k=2)
     some = prune(source, tmp_path / "some", top_k=2, tokens="entropy>2.5", where="part > 0", layers=[2, "last"])
     after = prune(prune(source, tmp_path / "rows", tokens="entropy>2.5"), tmp_path / "after", top_k=2)
@@ -320,42 +310,42 @@ def test_parts_keep_their_size(tmp_path: Path) -> None:
     assert group_parts([0, 0], 0) == [[0, 1]]
 
 
-def test_the_plan_says_what_saves_what(cache_dir: Path, tmp_path: Path) -> None:
-    plan = prune(cache_dir, tmp_path / "n", layers=[2, 4], top_k=3, tokens="top:0.5", where="part < 2", dry_run=True)
+def test_the_plan_says_what_saves_what(root: Path, tmp_path: Path) -> None:
+    plan = prune(root, tmp_path / "n", layers=[2, 4], top_k=3, tokens="top:0.5", where="part < 2", dry_run=True)
     assert (plan.source_samples, plan.num_samples, plan.source_tokens) == (7, 5, 28)
     assert all(plan.saved_bytes[reason] > 0 for reason in ("layers", "entries", "samples", "tokens"))
     assert abs(plan.source_bytes - sum(plan.saved_bytes.values()) - plan.estimated_bytes) < 20
-    faster = prune(cache_dir, tmp_path / "n", profile="fast", dry_run=True)
+    faster = prune(root, tmp_path / "n", profile="fast", dry_run=True)
     assert "profile" in faster.saved_bytes
     json.dumps({**vars(plan), "source": "", "out": ""})
 
 
 def test_no_room_is_known_before_anything_is_written(
-    cache_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(commit.shutil, "disk_usage", lambda _: type("usage", (), {"free": 1000}))
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: type("usage", (), {"free": 1000}))
     with pytest.raises(DiskFullError, match="1000 are free"):
-        prune(cache_dir, tmp_path / "new", top_k=2)
+        prune(root, tmp_path / "new", top_k=2)
     assert not (tmp_path / "new").exists()
 
 
-def test_other_cuts_are_refused_with_both_values(cache_dir: Path, tmp_path: Path) -> None:
+def test_other_cuts_are_refused_with_both_values(root: Path, tmp_path: Path) -> None:
     out = tmp_path / "new"
-    first = prune(cache_dir, out, top_k=3, where="part < 2")
+    first = prune(root, out, top_k=3, where="part < 2")
     before = file_bytes(out / "parts")
     with pytest.raises(FingerprintMismatchError) as error:
-        prune(cache_dir, out, top_k=2, where="part < 2")
+        prune(root, out, top_k=2, where="part < 2")
     assert "`prune.1.top_k`: the cache has 3, this run has 2" in str(error.value)
     with pytest.raises(
         FingerprintMismatchError, match=r'`prune.1.where`: the cache has "part < 2", this run has "part'
     ):
-        prune(cache_dir, out, top_k=3, where="part < 1")
+        prune(root, out, top_k=3, where="part < 1")
     case = standard_case(seed=1)
     changed = build_with(tmp_path / "other", case, header_of(case))  # another order, so other stored ids
     with pytest.raises(FingerprintMismatchError, match=r"prune.1.source"):
         prune(changed, out, top_k=3, where="part < 2")
     assert file_bytes(out / "parts") == before
-    assert list(prune(cache_dir, out, top_k=3, where="part < 2")) == list(first)
+    assert list(prune(root, out, top_k=3, where="part < 2")) == list(first)
 
 
 def test_lineage_and_token_texts(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
-from helpers.caches import Case, build, copy_cache, file_bytes, header_of, make_case, standard_case
+from helpers.caches import Case, build, file_bytes, header_of, make_case
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -24,28 +24,13 @@ from vlsi_cache.errors import (
     SpecError,
 )
 from vlsi_cache.sparse.rows import redraw_tail
-from vlsi_cache.store import commit, reader
+from vlsi_cache.store import files, reader
 from vlsi_cache.store.check import verify
 from vlsi_cache.store.format import list_parts, response_digest
 from vlsi_cache.store.vocab_order import one_order
 from vlsi_cache.store.writer import CacheWriter
 
 QUANTISATION = 0.016  # largest error of a probability on the u8 fourth-root scale, 4 * 0.5 / 255, and rescaling
-
-
-@pytest.fixture(scope="module")
-def case() -> Case:
-    return standard_case()
-
-
-@pytest.fixture(scope="module")
-def built(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("built") / "cache", case)
-
-
-@pytest.fixture
-def cache_dir(built: Path, tmp_path: Path) -> Path:
-    return copy_cache(built, tmp_path / "cache")
 
 
 @st.composite
@@ -109,10 +94,10 @@ def independent_part(root: Path, index: int) -> dict[str, np.ndarray]:
     }
 
 
-def test_independent_decoder_agrees(cache_dir: Path) -> None:
-    cache = reader.open(cache_dir)
+def test_independent_decoder_agrees(root: Path) -> None:
+    cache = reader.open(root)
     for index in cache.parts:
-        raw = independent_part(cache_dir, index)
+        raw = independent_part(root, index)
         for s, row in enumerate(cache.read_part(index)):
             span = slice(*raw["offsets"][s : s + 2])
             for name in ("ids_LTK", "tail_ids_LTm", "lse_LTn", "entropy_LT", "gold_logprob_LT", "tail_mass_LT"):
@@ -120,8 +105,8 @@ def test_independent_decoder_agrees(cache_dir: Path) -> None:
             np.testing.assert_allclose(np.exp(row.logprobs_LTK), raw["p_LTK"][:, span], rtol=1e-5, atol=1e-12)
 
 
-def test_layer_subsets_are_slices(cache_dir: Path) -> None:
-    cache = reader.open(cache_dir)
+def test_layer_subsets_are_slices(root: Path) -> None:
+    cache = reader.open(root)
     name = next(iter(cache))
     full = cache[name]
     some = cache.row(name, layers=[cache.layers[0], "last"])
@@ -141,15 +126,15 @@ def test_positions_may_be_a_subset(tmp_path: Path) -> None:
     assert (row.positions_T.tolist(), row.response_ids_R.tolist()) == ([1, 4, 6], list(range(7)))
 
 
-def test_sample_table_and_sizes(cache_dir: Path, case: Case) -> None:
-    cache = reader.open(cache_dir)
+def test_sample_table_and_sizes(root: Path, case: Case) -> None:
+    cache = reader.open(root)
     table = cache.sample_table().to_pydict()
     row = cache[table["id"][-1]]
     assert table["response_xxh3"][-1] == response_digest(row.response_ids_R)
     assert table["entropy_last"][-1] == pytest.approx(row.entropy_LT[-1].mean())
-    (cache_dir / "samples.parquet").unlink()
-    assert reader.open(cache_dir).sample_table().to_pydict() == table
-    on_disk = sum(f.stat().st_size for f in (cache_dir / "parts").rglob("*") if f.is_file())
+    (root / "samples.parquet").unlink()
+    assert reader.open(root).sample_table().to_pydict() == table
+    on_disk = sum(f.stat().st_size for f in (root / "parts").rglob("*") if f.is_file())
     assert sum(cache.bytes_by_array().values()) == on_disk
     assert cache.bytes_per_layer_token()["total"] == pytest.approx(on_disk / cache.num_tokens / len(cache.layers))
     assert len(repr(cache)) < 200
@@ -162,18 +147,18 @@ def test_same_input_gives_the_same_bytes(tmp_path: Path, case: Case) -> None:
     assert (one / "cache.json").read_bytes() == (two / "cache.json").read_bytes()
 
 
-def test_fingerprint_mismatch_lists_every_field_with_both_values(cache_dir: Path, case: Case) -> None:
+def test_fingerprint_mismatch_lists_every_field_with_both_values(root: Path, case: Case) -> None:
     values = header_of(case).model_dump()
     values["fingerprint"] = {"teacher": "other", "new": [1, 2]}
     values["tail_samples"] = 9
     with pytest.raises(FingerprintMismatchError) as error:
-        CacheWriter.create_or_resume(cache_dir, type(header_of(case))(**values), case.vocab_order)
+        CacheWriter.create_or_resume(root, type(header_of(case))(**values), case.vocab_order)
     for text in ('"tiny"', '"other"', "nothing", "[1, 2]", "`tail_samples`: the cache has 2, this run has 9"):
         assert text in str(error.value)
 
 
-def test_a_cache_keeps_its_rank_table(cache_dir: Path, case: Case) -> None:
-    writer = CacheWriter.create_or_resume(cache_dir, header_of(case), one_order(case.id_of_rank[::-1], 4))
+def test_a_cache_keeps_its_rank_table(root: Path, case: Case) -> None:
+    writer = CacheWriter.create_or_resume(root, header_of(case), one_order(case.id_of_rank[::-1], 4))
     assert writer.vocab_order.digest == case.vocab_order.digest
 
 
@@ -254,21 +239,21 @@ def test_incomplete_and_absent_caches_say_what_to_do(tmp_path: Path, case: Case)
         reader.open(tmp_path)
 
 
-def test_unknown_sample_names_close_ones(cache_dir: Path) -> None:
-    cache = reader.open(cache_dir)
+def test_unknown_sample_names_close_ones(root: Path) -> None:
+    cache = reader.open(root)
     with pytest.raises(SampleNotFoundError, match=r"no sample 'sample-33' .*did you mean 'sample-3'"):
         cache["sample-33"]
     assert "sample-33" not in cache
 
 
-def test_newer_format_is_refused(cache_dir: Path) -> None:
+def test_newer_format_is_refused(root: Path) -> None:
     from vlsi_cache.store.format import sealed_json
 
-    value = json.loads((cache_dir / "cache.json").read_text())
+    value = json.loads((root / "cache.json").read_text())
     del value["xxh3"]
-    (cache_dir / "cache.json").write_bytes(sealed_json({**value, "format_version": 2, "novelty": 1}))
+    (root / "cache.json").write_bytes(sealed_json({**value, "format_version": 2, "novelty": 1}))
     with pytest.raises(CacheCorruptError, match="format version 2, this program reads 1 to 1; upgrade"):
-        reader.open(cache_dir)
+        reader.open(root)
 
 
 def test_full_disk_stops_with_what_is_missing(tmp_path: Path, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,7 +261,7 @@ def test_full_disk_stops_with_what_is_missing(tmp_path: Path, case: Case, monkey
     writer = CacheWriter.create_or_resume(root, header_of(case), case.vocab_order)
     usage = type("usage", (), {"free": 1000})
     with monkeypatch.context() as patch:
-        patch.setattr(commit.shutil, "disk_usage", lambda _: usage)
+        patch.setattr(files.shutil, "disk_usage", lambda _: usage)
         with pytest.raises(DiskFullError, match=r"1000 are free, \d+ .*run the same command again, it continues"):
             writer.write_part(0, case.parts[0])
 

@@ -6,16 +6,11 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from helpers.caches import build, copy_cache, file_bytes, standard_case
+from helpers.caches import copy_cache, file_bytes
 
 from vlsi_cache.errors import CacheCorruptError
-from vlsi_cache.store import commit, files, reader, table
+from vlsi_cache.store import files, reader, table
 from vlsi_cache.store.check import verify
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return build(tmp_path / "c", standard_case())
 
 
 def test_a_missing_table_is_written_back(root: Path) -> None:
@@ -39,7 +34,7 @@ def test_a_folder_that_cannot_be_written_is_said_once(root: Path, monkeypatch: p
     def refuse(*_: object) -> None:
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(commit, "replace_file", refuse)
+    monkeypatch.setattr(table, "replace_file", refuse)
     with pytest.warns(UserWarning, match=r"samples\.parquet` cannot be written \(Read-only file system\)") as said:
         assert len(reader.open(root)) == 7
     assert len(said) == 1

@@ -5,28 +5,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers.caches import Case, build, copy_cache, file_bytes, standard_case
+from helpers.caches import Case, build, file_bytes
 from helpers.damage import flip
 
 from vlsi_cache.errors import CacheCorruptError
 from vlsi_cache.store import header, reader
 from vlsi_cache.store.check import repair, verify
 from vlsi_cache.store.format import sealed_json
-
-
-@pytest.fixture(scope="module")
-def case() -> Case:
-    return standard_case()
-
-
-@pytest.fixture(scope="module")
-def built(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("built") / "cache", case)
-
-
-@pytest.fixture
-def root(built: Path, tmp_path: Path) -> Path:
-    return copy_cache(built, tmp_path / "cache")
 
 
 @pytest.mark.parametrize("name", ["vocab", "vocab-copy"])

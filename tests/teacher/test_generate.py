@@ -21,13 +21,12 @@ from vlsi_cache.data.records import read_records, row_of
 from vlsi_cache.data.sources import raw_rows
 from vlsi_cache.data.writing import write_rows
 from vlsi_cache.errors import DataError, FingerprintMismatchError, RunBusyError, SpecError
-from vlsi_cache.models.responses import Response
 from vlsi_cache.report.describe import describe_cache, description_text
 from vlsi_cache.runs.run_dir import locked
-from vlsi_cache.store import lineage as surprise
+from vlsi_cache.store import reader as surprise
 from vlsi_cache.store.format import CacheHeader
 from vlsi_cache.teacher import generate as generate_module
-from vlsi_cache.teacher.generate import generate
+from vlsi_cache.teacher.generate import Response, generate
 
 SAMPLED: dict[str, Any] = {"temperature": 1.5, "num_samples": 2, "max_new_tokens": 60, "batch_size": 8, "limit": 12}
 

@@ -20,7 +20,7 @@ import vlsi_cache as vc
 from vlsi_cache.config.sections import CacheSpec
 from vlsi_cache.data.collate import Batch
 from vlsi_cache.errors import FingerprintMismatchError, ModelError, SpecError
-from vlsi_cache.models import verbalizer as verbalizer_files
+from vlsi_cache.models import verbalizer_files
 from vlsi_cache.models.backbone import Backbone, head_of
 from vlsi_cache.models.verbalizer import build_verbalizers
 from vlsi_cache.runs.run_dir import waiting_for

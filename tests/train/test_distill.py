@@ -329,7 +329,7 @@ def test_evaluate_against_hand_written_oracles(vlsi_run: Path) -> None:
 
 
 def test_schedule_warms_up_and_falls_to_the_final_rate() -> None:
-    from vlsi_cache.config.sections import Schedule
+    from vlsi_cache.config.training import Schedule
 
     schedule = Schedule(steps=100, learning_rate=1.0, final_learning_rate=0.1, warmup=0.1)
     rates = [learning_rate(schedule, step, 100) for step in range(101)]

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.distributions import Categorical, kl_divergence
 
 from tests.helpers.rows import layer_rows
-from vlsi_cache.config.sections import InteractSpec, Schedule
+from vlsi_cache.config.training import InteractSpec, Schedule
 from vlsi_cache.errors import ModelError
 from vlsi_cache.models.backbone import Backbone, head_of
 from vlsi_cache.models.load import ModelRef

@@ -18,7 +18,7 @@ from torch.distributions import Categorical
 
 import vlsi_cache as vc
 from tests.helpers.rows import layer_rows
-from vlsi_cache.config.sections import InteractSpec, Schedule
+from vlsi_cache.config.training import InteractSpec, Schedule
 from vlsi_cache.models.backbone import Backbone, head_of
 from vlsi_cache.models.load import ModelRef
 from vlsi_cache.models.verbalizer import Verbalizers, build_verbalizers

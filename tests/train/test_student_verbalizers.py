@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import vlsi_cache as vc
 from vlsi_cache.errors import FingerprintMismatchError, ModelError, SpecError
-from vlsi_cache.models.verbalizer import find_folder, read_record
+from vlsi_cache.models.verbalizer_files import find_folder, read_record
 from vlsi_cache.run_files import read_metrics
 from vlsi_cache.store.reader import Cache
 from vlsi_cache.train import interact as interact_module

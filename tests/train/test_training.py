@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import vlsi_cache as vc
-from vlsi_cache.config.sections import Schedule
+from vlsi_cache.config.training import Schedule
 from vlsi_cache.errors import DataError, ModelError, SpecError
 from vlsi_cache.models.load import ModelRef
 from vlsi_cache.models.lora import add_lora, train_everything

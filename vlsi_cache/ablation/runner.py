@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import torch
 
@@ -28,6 +28,7 @@ from vlsi_cache.io import check_folder, refuse_url, write_atomically
 from vlsi_cache.models.load import ModelRef, resolve_model
 from vlsi_cache.progress import say
 from vlsi_cache.report.ablation import ablation_csv, own_steps
+from vlsi_cache.report.pages import write_report
 from vlsi_cache.run_files import read_ablation, read_run
 from vlsi_cache.runs.run_dir import LOCK_NAME, differences, locked, versions, whole_spec
 from vlsi_cache.runtime import pick_device
@@ -75,31 +76,38 @@ class Ablation:
         return entry.get("status") == "done" and (self.folder(run.trained_as, seed) / "run.json").is_file()
 
 
+class Given(TypedDict, total=False):
+    """What `ablate` takes in place of what the spec says: a cache that is built, the student, the device."""
+
+    cache: Path | str | None
+    student: str | None
+    device: str | None
+
+
 def ablate(
     spec: CacheSpec,
     *,
     axes: Sequence[str],
     out: Path | str,
     seeds: int = 1,
-    cache: Path | str | None = None,
-    student: str | None = None,
     variants: Iterable[str] | None = None,
-    device: str | None = None,
     dry_run: bool = False,
+    **given: Unpack[Given],
 ) -> dict[str, Any]:
     """Train and measure every variant of the tables `axes` with `seeds` seeds into the folder `out`, or go on with it.
 
-    An axis is the name of a shipped table, or a YAML file of the same form. The cache is `out/cache`, built when it is
-    missing, or the one named. Seeds count from `distill.seed`. `variants` leaves out others than these and the default.
-    A run that diverges is recorded as failed, and tried again the next time. Other axes, variants and more seeds may be
-    asked of the same folder: what is finished is taken, and the tables add up.
+    An axis is the name of a shipped table, or a YAML file of the same form. `cache` is a built one; by default it is
+    `out/cache`, built when it is missing. `student` and `device` win over the spec. Seeds count from `distill.seed`.
+    `variants` leaves out others than these and the default. A run that diverges is recorded as failed, and tried again
+    the next time. Other axes, variants and more seeds may be asked of the same folder: what is finished is taken, and
+    the tables add up.
 
     Returns what `out/ablation.json` holds, or with `dry_run` what there is to do. Raises SpecError,
     FingerprintMismatchError (`out` or the cache is of other settings), RunBusyError, and what build and distill raise.
     """
     refuse_url(out, "out")
-    out, tables = Path(out), read_axes(axes)
-    path = _checked_student(spec, out, seeds, student)
+    out, tables, cache, device = Path(out), read_axes(axes), given.get("cache"), given.get("device")
+    path = _checked_student(spec, out, seeds, given.get("student"))
     spec = change(spec, distill=change(spec.distill, student=path).model_dump())
     ablation = Ablation(
         out=out,
@@ -135,7 +143,17 @@ def ablate(
             found = build_teacher(spec, out=ablation.cache_path, device=device)
             runs, rows = plan(found.header, found)
         record |= _described(ablation, runs, rows, record)
-        _run_all(ablation, runs, found, record)
+        say(f"budget: {record['budget']}")
+        jobs = [(seed, run) for seed in ablation.seeds for run in runs.values()]
+        for number, (seed, run) in enumerate(jobs, start=1):
+            _save(out, record)
+            if ablation.is_done(record, run, seed):
+                continue
+            say(f"run {number} of {len(jobs)}: seed {seed}, {run.name} ({run.variant.what})")
+            record["runs"].setdefault(run.name, {})[str(seed)] = _one_run(ablation, run, found, seed)
+        _save(out, record)
+        write_atomically(out / TABLE, ablation_csv(record))
+        write_report(out)
     return record
 
 
@@ -269,23 +287,6 @@ def _described(ablation: Ablation, runs: Runs, new: Tables, earlier: dict[str, A
         "notes": notes,
         "tables": tables,
     }
-
-
-def _run_all(ablation: Ablation, runs: Runs, cache: "Cache", record: dict[str, Any]) -> None:
-    """Every run that is not done, seed by seed; then the tables."""
-    from vlsi_cache.report.pages import write_report
-
-    say(f"budget: {record['budget']}")
-    jobs = [(seed, run) for seed in ablation.seeds for run in runs.values()]
-    for number, (seed, run) in enumerate(jobs, start=1):
-        _save(ablation.out, record)
-        if ablation.is_done(record, run, seed):
-            continue
-        say(f"run {number} of {len(jobs)}: seed {seed}, {run.name} ({run.variant.what})")
-        record["runs"].setdefault(run.name, {})[str(seed)] = _one_run(ablation, run, cache, seed)
-    _save(ablation.out, record)
-    write_atomically(ablation.out / TABLE, ablation_csv(record))
-    write_report(ablation.out)
 
 
 def _one_run(ablation: Ablation, run: PlannedRun, cache: "Cache", seed: int) -> dict[str, Any]:

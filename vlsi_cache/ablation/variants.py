@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from vlsi_cache.config.plain_yaml import parse_yaml
-from vlsi_cache.config.sections import CacheSpec, Count, Layer, Recipe, Strict
+from vlsi_cache.config.sections import CacheSpec
 from vlsi_cache.config.spec import apply_overrides
+from vlsi_cache.config.training import Count, Layer, Recipe, Strict
 from vlsi_cache.errors import SpecError, list_problems
 from vlsi_cache.io import refuse_url
 from vlsi_cache.models.load import ModelRef
@@ -102,32 +103,30 @@ def shipped_axes() -> dict[str, Path]:
 
 
 def read_axes(names: Sequence[str]) -> dict[str, Axis]:
-    """Tables by name: shipped ones, and YAML files under their own name without the ending. Raises SpecError."""
+    """Tables by name: shipped ones, and YAML files under their own name without the ending.
+
+    Raises SpecError for an unknown name, and for a file with all its mistakes.
+    """
     shipped, axes = shipped_axes(), {}
     for name in names:
         refuse_url(name, "axis")
         file = shipped.get(name, Path(name))
         if file.suffix not in (".yaml", ".yml"):
             raise SpecError(f"no axis `{name}`{_guess(name, shipped)} Known: {', '.join(shipped)}; or a .yaml file")
-        axes[file.stem] = read_axis(file)
+        try:
+            axis = Axis.model_validate(parse_yaml(file.read_text(encoding="utf-8")))
+        except ValidationError as error:
+            problems = [_describe(dict(problem)) for problem in error.errors()]
+            raise SpecError(f"axis `{file}` has {len(problems)} mistake(s):\n{list_problems(problems)}") from None
+        except OSError as error:
+            raise SpecError(f"axis `{file}` cannot be read: {error.strerror}") from None
+        except ValueError as error:
+            raise SpecError(f"axis `{file}`: {error}") from None
+        variants = tuple(one.model_copy(update={"set": (*axis.set, *one.set)}) for one in axis.variants)
+        axes[file.stem] = axis.model_copy(update={"variants": variants})
     if not axes or len(axes) < len(names):
         raise SpecError(f"name each axis once, and at least one: {', '.join(shipped)}; or a .yaml file")
     return axes
-
-
-def read_axis(file: Path) -> Axis:
-    """A table from its YAML file; raises SpecError that lists all mistakes."""
-    try:
-        axis = Axis.model_validate(parse_yaml(file.read_text(encoding="utf-8")))
-    except ValidationError as error:
-        problems = [_describe(dict(problem)) for problem in error.errors()]
-        raise SpecError(f"axis `{file}` has {len(problems)} mistake(s):\n{list_problems(problems)}") from None
-    except OSError as error:
-        raise SpecError(f"axis `{file}` cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise SpecError(f"axis `{file}`: {error}") from None
-    variants = tuple(one.model_copy(update={"set": (*axis.set, *one.set)}) for one in axis.variants)
-    return axis.model_copy(update={"variants": variants})
 
 
 def _describe(problem: dict[str, Any]) -> str:

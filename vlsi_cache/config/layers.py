@@ -8,8 +8,6 @@ from collections.abc import Sequence
 
 from vlsi_cache.errors import SpecError
 
-__all__ = ["parse_layers", "parse_ranges", "shown_layers"]
-
 MAX_LAYER = 4096
 
 

@@ -10,8 +10,6 @@ from typing import Any
 import yaml
 from yaml.composer import ComposerError
 
-__all__ = ["parse_yaml", "plain_problems", "short"]
-
 MAX_VALUES, MAX_DEPTH = 10_000, 32
 MAX_NUMBER = 2**63 - 1
 PLAIN_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "map", "seq")}

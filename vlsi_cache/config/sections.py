@@ -1,336 +1,29 @@
-"""The sections of a spec, each with its defaults, bounds and what contradicts what."""
+"""The sections of a spec, each with its defaults, bounds and what contradicts what; those about training are beside."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from vlsi_cache.errors import SpecError
 
-Recipe = Literal["vlsi", "last", "sft"]
-Structure = Literal["mlp", "mlp-x2", "verb-ffn", "verb-ffn-x2", "ffn", "ffn-x2", "decoder", "decoder-x2"]
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-BatchReduction = Literal["token", "sample"]
+from .training import (
+    MAX_LAYERS,
+    Count,
+    DistillSpec,
+    Dtype,
+    Seed,
+    Strict,
+    TargetLayers,
+    TrainVerbalizersSpec,
+    VerbalizerSpec,
+)
+
 Turns = Literal["all", "last"]
 PromptMode = Literal["generation", "template"]
 Kernels = Literal["auto", "eager", "compiled"]
 BadRows = Literal["refuse", "list"]
-Style = Literal["residual", "plain"]
-PreNorm = Literal["rms", "none"]
-# Bounds that no model, machine or training comes near: what is beyond them was mistyped.
-MAX_LAYERS, MAX_STEPS, MAX_BATCH = 4096, 10**9, 2**20
-Count = Annotated[int, Field(ge=1, le=MAX_BATCH)]
-Factor = Annotated[float, Field(gt=0, le=1e6)]
-Layer = Annotated[int, Field(ge=1, le=MAX_LAYERS)]
-TargetLayers = Literal["auto"] | Annotated[tuple[Layer, ...], Field(max_length=MAX_LAYERS)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Batched = TypeVar("Batched", "TrainVerbalizersSpec", "DistillSpec")
-
-
-class Strict(BaseModel):
-    """Base of all sections: unknown keys are refused, nothing changes after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _yes_is_no_number(cls, values: Any) -> Any:
-        """Yes and no would pass for 1 and 0."""
-        for key, value in values.items() if isinstance(values, dict) else ():
-            field = cls.model_fields.get(key)
-            if field is None or field.annotation is bool:
-                continue
-            for one in value if isinstance(value, list | tuple) else [value]:
-                if isinstance(one, bool):
-                    raise ValueError(f"`{key}` is read as {one}, and yes or no is no value of it")
-        return values
-
-
-class Schedule(Strict):
-    """Length and learning rate of one training stage: `steps` or `epochs`; one epoch when neither is named."""
-
-    steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] | None = None
-    epochs: Factor | None = None
-    learning_rate: Annotated[float, Field(gt=0, le=100)] = 1e-4
-    final_learning_rate: Annotated[float, Field(ge=0, le=100)] = 1e-6
-    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.03
-    clip_norm: Annotated[float, Field(gt=0, le=1e9)] = 1.0
-    weight_decay: Annotated[float, Field(ge=0, le=1e3)] = 0.0
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_length(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        if values.get("steps") is not None and values.get("epochs") is not None:
-            raise ValueError("name one of `steps` and `epochs`, not both")
-        named = values.get("steps") is not None or values.get("epochs") is not None
-        return values if named else {**values, "epochs": 1.0}
-
-    def num_steps(self, num_samples: int, batch_size: int) -> int:
-        """Optimizer steps over `num_samples`; an epoch is rounded up to whole batches."""
-        if self.steps is not None:
-            return self.steps
-        assert self.epochs is not None
-        return max(1, -int(-self.epochs * num_samples // batch_size))
-
-
-class VerbalizerSpec(Strict):
-    """Architecture of the verbalizers, for teacher and student alike (VLsI, Table 4f), and what they learn.
-
-    `loss: ce` is the cross-entropy with the response; `kl_to_final` the divergence from what the model itself says at
-    the response's positions, as the tuned lens learns it.
-    """
-
-    structure: Structure = "verb-ffn"
-    style: Style = "residual"
-    final_norm: bool = True
-    pre_norm: PreNorm = "rms"
-    loss: Literal["ce", "kl_to_final"] = "ce"
-
-
-def _check_batches(spec: Batched) -> Batched:
-    if spec.batch_size % spec.micro_batch_size:
-        raise ValueError(
-            f"`batch_size` {spec.batch_size} is not a multiple of `micro_batch_size` {spec.micro_batch_size}"
-        )
-    return spec
-
-
-class TrainVerbalizersSpec(Strict):
-    """Training of the teacher's verbalizers, each by the loss of its layer; everything else is frozen.
-
-    `batch_reduction` as in `DistillSpec`.
-    """
-
-    schedule: Schedule = Schedule(epochs=1)
-    batch_size: Count = 256
-    micro_batch_size: Count = 4
-    batch_reduction: BatchReduction = "token"
-    checkpoint_steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] = 200
-    seed: Seed = 0
-
-    _whole_micro_batches = model_validator(mode="after")(_check_batches)
-
-
-class LoraSpec(Strict):
-    """Adapter on the linear layers of the language model; the vision tower is never adapted."""
-
-    rank: Annotated[int, Field(ge=1, le=65536)] = 64
-    alpha: Factor = 64.0
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-
-
-DivergenceName = Literal["forward_kl", "reverse_kl", "jsd", "skewed_kl", "l2_topk"]
-Operation = DivergenceName | Literal["ce", "none"]
-MatchingMode = Literal[
-    "vlsi", "order", "range", "multinomial", "bottom_k", "uniform", "uniform_stretch", "random"
-]  # fmt: skip
-Temperature = Literal["normalized", "printed", "fixed"]
-OF_MATCHING = ("matching", "scale", "temperature")
-# Options of earlier releases with the values that changed nothing; docs/log.md has what they were measured to do.
-REMOVED = {"match_unit": "batch", "sampler": "greedy", "reliable_only": False}
-DIVERGENCES = frozenset(get_args(DivergenceName))
-
-
-class InteractSpec(Strict):
-    """The interaction step (Algorithm 1 of the paper); `recipe: last` takes its last-layer term alone.
-
-    `intermediate` and `last` say what is trained at the matched layers and at the last one (Table 4d): a divergence
-    from the teacher, `ce` with the labels and no teacher, or nothing. `beta` is the teacher's share of the jsd's
-    mixture, `skew` that of the skewed KL's. `tau` softens both sides of a divergence; it must be one of the cache's
-    `rows.taus`. `alpha_ce` mixes the labels into the last layer: (1 - alpha_ce) * divergence + alpha_ce * ce.
-
-    `matching` and what follows it choose teacher layers (Table 4e), by the forward KL whatever is trained: one match
-    for a micro-batch. The intermediate terms have their full weight until `layers_full_until`, a share of the stage's
-    steps, and none from `layers_zero_from` on.
-
-    `mode: lora` trains an adapter; `layers` the weights of the decoder layers themselves, for a student that is far
-    from knowing the task, or has just been made. Head and embeddings are frozen in both.
-    """
-
-    schedule: Schedule = Schedule(epochs=1)
-    mode: Literal["lora", "layers"] = "lora"
-    lambda_last: Annotated[float, Field(ge=0, le=1e6)] = 1.0
-    intermediate: Operation = "forward_kl"
-    last: Operation = "forward_kl"
-    layer_reduction: Literal["sum", "mean"] = "sum"
-    beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    skew: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    tau: Annotated[float, Field(gt=0, le=1e3)] = 1.0
-    alpha_ce: Annotated[float, Field(ge=0, le=1)] = 0.0
-    matching: MatchingMode = "vlsi"
-    scale: Factor = 2.0
-    temperature: Temperature = "normalized"
-    fixed_temperature: Factor = 1.0
-    bottom_k: Layer = 1
-    layers_full_until: Annotated[float, Field(ge=0, le=1)] = 1.0
-    layers_zero_from: Annotated[float, Field(ge=0, le=1)] = 1.0
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_removed(cls, values: Any) -> Any:
-        """Specs of earlier releases, as caches and runs keep them, name options that are no longer there."""
-        if not isinstance(values, dict):
-            return values
-        changed = [key for key, default in REMOVED.items() if values.get(key, default) != default]
-        if changed:
-            raise ValueError(f"`{'`, `'.join(changed)}` are no longer there: no measurement has found a use for them")
-        return {key: value for key, value in values.items() if key not in REMOVED}
-
-    @model_validator(mode="after")
-    def _nothing_is_ignored(self) -> "InteractSpec":
-        adaptive = {"scale": 2.0, "temperature": "normalized", "fixed_temperature": 1.0}
-        changed = [key for key, default in adaptive.items() if getattr(self, key) != default]
-        if self.matching != "vlsi" and changed:
-            raise ValueError(f"`{'`, `'.join(changed)}` belong to `matching: vlsi`, and it is `{self.matching}`")
-        if self.temperature == "fixed" and self.scale != 2.0:
-            raise ValueError("`scale` belongs to the adaptive temperatures, and `temperature` is `fixed`")
-        if self.temperature != "fixed" and self.fixed_temperature != 1.0:
-            raise ValueError(f"`fixed_temperature` belongs to `temperature: fixed`, and it is `{self.temperature}`")
-        if self.matching != "bottom_k" and self.bottom_k != 1:
-            raise ValueError(f"`bottom_k` belongs to `matching: bottom_k`, and it is `{self.matching}`")
-        if self.layers_full_until > self.layers_zero_from:
-            raise ValueError("`layers_full_until` lies behind `layers_zero_from`")
-        if not self.lambda_last:
-            self._nothing_changed(("last", "alpha_ce"), "with `lambda_last: 0`")
-        if not self.layers_zero_from:
-            self._nothing_changed((*OF_MATCHING, "intermediate", "layer_reduction"), "with `layers_zero_from: 0`")
-        self._nothing_belongs_to_another_operation()
-        if not self.trains_last and (self.intermediate == "none" or self.layers_zero_from < 1):
-            raise ValueError(
-                "the last layer is not trained (`last`, `lambda_last`), and the intermediate ones are not, or not to "
-                "the end (`intermediate`, `layers_zero_from`): there would be steps with nothing to train"
-            )
-        return self
-
-    def _nothing_belongs_to_another_operation(self) -> None:
-        used = {self.intermediate, self.last}
-        for key, names in {"beta": {"jsd"}, "skew": {"skewed_kl"}, "tau": DIVERGENCES}.items():
-            if getattr(self, key) != type(self).model_fields[key].default and not used & names:
-                raise ValueError(f"`{key}` belongs to {', '.join(sorted(names))}, and none is trained")
-        if self.alpha_ce and self.last not in DIVERGENCES:
-            raise ValueError(f"`alpha_ce` mixes the labels into a divergence, and `last` is `{self.last}`")
-        if self.intermediate in DIVERGENCES:
-            return
-        of_layers = () if self.intermediate == "ce" else ("layer_reduction", "layers_full_until", "layers_zero_from")
-        self._nothing_changed((*OF_MATCHING, *of_layers), f"with `intermediate: {self.intermediate}`")
-
-    def _nothing_changed(self, keys: Iterable[str], where: str) -> None:
-        changed = [key for key in keys if getattr(self, key) != type(self).model_fields[key].default]
-        if changed:
-            raise ValueError(f"`{'`, `'.join(changed)}` do nothing {where}")
-
-    @property
-    def trains_last(self) -> bool:
-        return bool(self.lambda_last) and self.last != "none"
-
-    def layer_weight(self, progress: float) -> float:
-        """The weight of the intermediate terms after this share of the stage's steps."""
-        if progress < self.layers_full_until or self.layers_full_until == 1.0:
-            return 1.0
-        if progress >= self.layers_zero_from:
-            return 0.0
-        return (self.layers_zero_from - progress) / (self.layers_zero_from - self.layers_full_until)
-
-
-class SftSpec(Strict):
-    """Supervised finetuning on the labels, after the interaction step.
-
-    `fraction` stops it after this share of the schedule's steps (Table 4c); the learning rate stays that of the whole
-    schedule. 0: no finetuning, the student is what the interaction has made of it.
-    """
-
-    schedule: Schedule = Schedule(epochs=1)
-    mode: Literal["lora+embed_head", "full"] = "lora+embed_head"
-    fraction: Annotated[float, Field(ge=0, le=1)] = 1.0
-
-    def steps_left_out(self, num_steps: int) -> int:
-        """How many of the schedule's `num_steps` are not run; one is run at least, unless `fraction` is 0."""
-        return num_steps - (max(1, round(self.fraction * num_steps)) if self.fraction else 0)
-
-
-class DistillSpec(Strict):
-    """From a cache to a student. `recipe` decides which stages run; all recipes take the same number of steps:
-
-    vlsi: verbalize, interact over all target layers, sft. last: the steps of verbalize and interact go to last-layer
-    distillation, then sft. sft: all steps go to sft. What `sft.fraction` leaves out, it leaves out of every recipe.
-
-    The loss of a step is the mean over the tokens of its `batch_size` samples, or with `batch_reduction: sample` over
-    the samples, each with the mean of its tokens; `micro_batch_size` decides about memory and speed, not about it.
-
-    `recipe: sft` passes over `lora` as over `interact`, so that one spec serves all recipes; where the recipe's own
-    stages would use an adapter but for `interact.mode: layers`, a changed `lora` is refused.
-    """
-
-    student: str | None = None
-    student_dtype: Dtype = "auto"
-    attn_implementation: str | None = None
-    trust_remote_code: bool = False
-    recipe: Recipe = "vlsi"
-    layers: TargetLayers = "auto"
-    num_layers: Layer = 7
-    # A folder of verbalizers trained for this very student: `vlsi` takes them, and counts its verbalize steps as done.
-    verbalizers: str | None = None
-    batch_size: Count = 512
-    micro_batch_size: Count = 4
-    batch_reduction: BatchReduction = "token"
-    gradient_checkpointing: bool = False
-    verbalize: Schedule = Schedule(epochs=1)
-    interact: InteractSpec = InteractSpec()
-    sft: SftSpec = SftSpec()
-    lora: LoraSpec = LoraSpec()
-    checkpoint_steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] = 200
-    window_parts: Count = 4
-    seed: Seed = 0
-
-    @model_validator(mode="after")
-    def _verbalizers_are_taken(self) -> "DistillSpec":
-        if self.verbalizers is not None and self.recipe != "vlsi":
-            raise ValueError(f"`verbalizers` belong to `recipe: vlsi`, and it is `{self.recipe}`")
-        return self
-
-    @model_validator(mode="after")
-    def _layers_are_named_once(self) -> "DistillSpec":
-        if self.layers != "auto" and self.num_layers not in (
-            type(self).model_fields["num_layers"].default,
-            len(self.layers),
-        ):
-            raise ValueError(
-                f"`layers` names {len(self.layers)} layers, `num_layers` is {self.num_layers}; drop one, or say "
-                "`layers: auto` for so many evenly spaced ones"
-            )
-        return self
-
-    _whole_micro_batches = model_validator(mode="after")(_check_batches)
-
-    @model_validator(mode="after")
-    def _something_trains(self) -> "DistillSpec":
-        if self.recipe == "last" and not self.interact.trains_last:
-            raise ValueError("`recipe: last` trains the last layer alone, and `interact` leaves it out")
-        if self.recipe == "sft" and not self.sft.fraction:
-            raise ValueError("`recipe: sft` is supervised finetuning alone, and `sft.fraction: 0` leaves it out")
-        return self
-
-    @model_validator(mode="after")
-    def _weights_stay_trained(self) -> "DistillSpec":
-        if self.recipe == "sft" or self.interact.mode != "layers":
-            return self
-        if self.sft.fraction and self.sft.mode != "full":
-            raise ValueError(
-                f"`interact.mode: layers` trains the weights themselves, and `sft.mode: {self.sft.mode}` an adapter on "
-                "them; say `sft.mode: full`"
-            )
-        changed = [key for key, default in LoraSpec() if getattr(self.lora, key) != default]
-        if changed:
-            raise ValueError(
-                f"`lora.{'`, `lora.'.join(changed)}` belong to an adapter, and `interact.mode: layers` trains none; "
-                "leave `lora` as it is"
-            )
-        return self
-
-
 DEFAULT_BATCH_TOKENS = 8192
 
 
@@ -347,13 +40,11 @@ class TeacherSpec(Strict):
     num_layers: Annotated[int, Field(ge=0, le=MAX_LAYERS)] = 0
     verbalizers: str | None = None
 
-    @model_validator(mode="after")
-    def _layers_are_named_once(self) -> "TeacherSpec":
+    def _contradictions(self) -> Iterator[str]:
         if self.layers == "auto" and self.num_layers == 0:
-            raise ValueError("name the target layers: `layers: [2, 6, ...]`, or `num_layers: 7` to space them evenly")
+            yield "name the target layers: `layers: [2, 6, ...]`, or `num_layers: 7` to space them evenly"
         if self.layers != "auto" and self.num_layers not in (0, len(self.layers)):
-            raise ValueError(f"`layers` names {len(self.layers)} layers, `num_layers` is {self.num_layers}; drop one")
-        return self
+            yield f"`layers` names {len(self.layers)} layers, `num_layers` is {self.num_layers}; drop one"
 
 
 @dataclass(frozen=True)
@@ -393,13 +84,11 @@ class DataSpec(Strict):
     prompt: PromptMode = "generation"
     turns: Turns = "all"
 
-    @model_validator(mode="after")
-    def _one_source(self) -> "DataSpec":
+    def _contradictions(self) -> Iterator[str]:
         if (self.path is None) == (self.generator is None):
-            raise ValueError("name exactly one source: `path` (.jsonl or .parquet files) or `generator`")
+            yield "name exactly one source: `path` (.jsonl or .parquet files) or `generator`"
         if self.options and self.generator is None:
-            raise ValueError("`options` belong to a `generator`, and none is named")
-        return self
+            yield "`options` belong to a `generator`, and none is named"
 
     def encoding(self) -> Encoding:
         """What an encoder is told of this section."""
@@ -417,11 +106,9 @@ class TokensSpec(Strict):
     entropy_top: Annotated[float, Field(gt=0, le=1)] | None = None
     random: Annotated[float, Field(gt=0, le=1)] | None = None
 
-    @model_validator(mode="after")
-    def _one_rule(self) -> "TokensSpec":
+    def _contradictions(self) -> Iterator[str]:
         if len([rule for rule in (self.entropy_above, self.entropy_top, self.random) if rule is not None]) > 1:
-            raise ValueError("name one of `entropy_above`, `entropy_top` and `random`")
-        return self
+            yield "name one of `entropy_above`, `entropy_top` and `random`"
 
     @property
     def expected_share(self) -> float:
@@ -447,20 +134,18 @@ class RowsSpec(Strict):
     select_tokens: TokensSpec = TokensSpec()
     seed: Seed = 0
 
-    @model_validator(mode="after")
-    def _consistent(self) -> "RowsSpec":
+    def _contradictions(self) -> Iterator[str]:
         if self.taus[:1] != (1.0,) or len(set(self.taus)) != len(self.taus):
-            raise ValueError("`taus` starts with 1.0 (the log-probs are stored at 1.0) and names no value twice")
+            yield "`taus` starts with 1.0 (the log-probs are stored at 1.0) and names no value twice"
         smallest = self.top_k if isinstance(self.top_k, int) else min(self.top_k, default=0)
         if smallest < 1:
-            raise ValueError("`top_k` is a number, or a list with one number for each cached layer")
+            yield "`top_k` is a number, or a list with one number for each cached layer"
         if self.min_k > smallest:
-            raise ValueError(f"`min_k` {self.min_k} is above `top_k` {smallest}")
+            yield f"`min_k` {self.min_k} is above `top_k` {smallest}"
         if self.top_p is None and self.min_k > 1:
-            raise ValueError("`min_k` belongs to `top_p`, and none is named")
+            yield "`min_k` belongs to `top_p`, and none is named"
         if self.kind == "sampled" and self.top_p is not None:
-            raise ValueError("`top_p` belongs to `kind: top-k`")
-        return self
+            yield "`top_p` belongs to `kind: top-k`"
 
     def widths(self, num_layers: int) -> list[int]:
         """The largest number of entries of each of `num_layers` cached layers."""
@@ -496,11 +181,9 @@ class EvaluateSpec(Strict):
     max_new_tokens: Count = 64
     batch_size: Count = 16
 
-    @model_validator(mode="after")
-    def _beams_search_answers(self) -> "EvaluateSpec":
+    def _contradictions(self) -> Iterator[str]:
         if not self.generate and self.num_beams > 1:
-            raise ValueError("`num_beams` searches answers, and `generate: false` asks for none")
-        return self
+            yield "`num_beams` searches answers, and `generate: false` asks for none"
 
 
 class RunSpec(Strict):
@@ -544,14 +227,14 @@ class CacheSpec(Strict):
     @classmethod
     def _held_out_rows_are_rendered_alike(cls, values: Any) -> Any:
         """Held-out rows take `data.template` and `data.prompt` where `evaluate.data` names none of its own."""
-        if not isinstance(values, Mapping):
+        try:
+            data, held_out = values["data"], values["evaluate"]["data"]
+        except (KeyError, TypeError):
             return values
-        data, evaluate = values.get("data"), values.get("evaluate")
-        held_out = evaluate.get("data") if isinstance(evaluate, Mapping) else None
-        if not isinstance(data, Mapping) or not isinstance(evaluate, Mapping) or not isinstance(held_out, Mapping):
+        if not isinstance(data, Mapping) or not isinstance(held_out, Mapping):
             return values
         alike = {key: data[key] for key in ("template", "prompt") if key in data}
-        return {**values, "evaluate": {**evaluate, "data": {**alike, **held_out}}}
+        return {**values, "evaluate": {**values["evaluate"], "data": {**alike, **held_out}}}
 
     def fingerprint_fields(self) -> dict[str, Any]:
         """The settings that decide the bytes of a cache, by their dotted key."""

@@ -19,25 +19,8 @@ from vlsi_cache.errors import SpecError, did_you_mean, list_problems, validation
 from vlsi_cache.io import refuse_url, url_problem
 
 from .plain_yaml import parse_yaml, plain_problems, short
-from .sections import (
-    DIVERGENCES,
-    CacheSpec,
-    DistillSpec,
-    InteractSpec,
-    Strict,
-)
-
-__all__ = [
-    "Overrides",
-    "apply_overrides",
-    "change",
-    "load_spec",
-    "override_list",
-    "shipped_specs",
-    "spec_from_dict",
-    "unused_by_recipe",
-    "unused_keys",
-]
+from .sections import CacheSpec
+from .training import OF_OPERATIONS, DistillSpec, InteractSpec, Strict
 
 OF_TOP_K = ("top_k", "top_p", "min_k", "tail_samples")
 LENGTH = ("steps", "epochs")
@@ -49,9 +32,9 @@ def unused_keys(written: dict[str, Any], spec: CacheSpec, overrides: Iterable[st
     What the file says of the other kind of rows goes when `--set rows.kind=...` changes the kind.
     """
     set_keys = [_key_of(override) for override in overrides]
-    rows = written.get("rows") or {}
-    named = {key for key in rows if "rows.kind" not in set_keys or _is_set(f"rows.{key}", set_keys)}
-    kind = spec.rows.kind
+    named, kind = set(written.get("rows") or {}), spec.rows.kind
+    if "rows.kind" in set_keys:
+        named = {key for key in named if any(f"{one}.".startswith(f"rows.{key}.") for one in set_keys)}
     foreign = OF_TOP_K if kind == "sampled" else ("num_draws",)
     problems = [f"`rows.{key}` does nothing with `rows.kind: {kind}`" for key in foreign if key in named]
     for section, data in (("data", spec.data), ("evaluate.data", spec.evaluate and spec.evaluate.data)):
@@ -82,27 +65,19 @@ def _is_used(key: str, distill: DistillSpec) -> bool:
         return adapts or (bool(distill.sft.fraction) and distill.sft.mode == "lora+embed_head")
     if name == "sft" and inner:
         return inner.startswith("fraction") or bool(distill.sft.fraction)
-    return name != "interact" or not inner or _is_used_by_interact(inner, distill)
-
-
-def _is_used_by_interact(key: str, distill: DistillSpec) -> bool:
-    if distill.recipe != "last":
-        return distill.recipe == "vlsi"
-    last = distill.interact.last
-    of_last = {"beta": {"jsd"}, "skew": {"skewed_kl"}, "tau": DIVERGENCES}
-    if key in of_last:
-        return last in of_last[key]
-    always = {"schedule", "mode", "lambda_last", "last", "alpha_ce"}
-    assert always <= set(InteractSpec.model_fields)
-    return key.partition(".")[0] in always
+    if name != "interact" or not inner:
+        return True
+    if recipe != "last":
+        return recipe == "vlsi"
+    if inner in OF_OPERATIONS:
+        return interact.last in OF_OPERATIONS[inner]
+    of_last = {"schedule", "mode", "lambda_last", "last", "alpha_ce"}
+    assert of_last <= set(InteractSpec.model_fields)
+    return inner.partition(".")[0] in of_last
 
 
 def _key_of(override: str) -> str:
     return override.partition("=")[0].strip()
-
-
-def _is_set(key: str, set_keys: list[str]) -> bool:
-    return any(one == key or one.startswith(f"{key}.") for one in set_keys)
 
 
 Section = TypeVar("Section", bound=Strict)
@@ -145,12 +120,13 @@ def load_spec(name: str | Path, *, overrides: Overrides = ()) -> CacheSpec:
     refuse_url(name, "spec")
     file = shipped_specs().get(str(name)) or Path(name)
     values = _read_yaml(file)
-    problems, overrides = [*_resolve_paths(values, file.resolve().parent)], override_list(overrides)
+    problems, overrides = list(_resolve_paths(values, file.resolve().parent)), override_list(overrides)
     problems += _apply_overrides(values, overrides)
-    problems += _validate(values) or unused_keys(values, CacheSpec.model_validate(values), overrides)
-    if problems:
-        raise SpecError(f"spec `{name}` has {len(problems)} mistake(s):\n{list_problems(problems, limit=30)}")
-    return CacheSpec.model_validate(values)
+    spec, found = _parsed(values)
+    problems += found if spec is None else unused_keys(values, spec, overrides)
+    if spec is None or problems:
+        raise _mistakes(problems, before=f"spec `{name}` has ")
+    return spec
 
 
 def spec_from_dict(values: dict[str, Any], *, where: str) -> CacheSpec:
@@ -161,10 +137,10 @@ def spec_from_dict(values: dict[str, Any], *, where: str) -> CacheSpec:
         values = {**values, "data": stored_data(values["data"])}
     if isinstance(values.get("evaluate"), dict) and "data" in values["evaluate"]:
         values["evaluate"] = {**values["evaluate"], "data": stored_data(values["evaluate"]["data"])}
-    problems = _validate(values)
-    if problems:
-        raise SpecError(f"the spec in {where} has {len(problems)} mistake(s):\n{list_problems(problems, limit=30)}")
-    return CacheSpec.model_validate(values)
+    spec, problems = _parsed(values)
+    if spec is None:
+        raise _mistakes(problems, before=f"the spec in {where} has ")
+    return spec
 
 
 def stored_data(section: Any) -> Any:
@@ -176,10 +152,10 @@ def apply_overrides(spec: CacheSpec, overrides: Iterable[str]) -> CacheSpec:
     """A copy of `spec` with `key.sub=value` changes; raises SpecError that lists all mistakes."""
     values = spec.model_dump(mode="json")
     problems = _apply_overrides(values, overrides)
-    problems += _validate(values)
-    if problems:
-        raise SpecError(f"{len(problems)} mistake(s) in --set:\n{list_problems(problems, limit=30)}")
-    return CacheSpec.model_validate(values)
+    changed, found = _parsed(values)
+    if changed is None or problems:
+        raise _mistakes([*problems, *found], after=" in --set")
+    return changed
 
 
 def as_override(key: str, value: str) -> str:
@@ -197,8 +173,7 @@ def change(section: Section, **changes: Any) -> Section:
         return type(section).model_validate({**section.model_dump(), **changes})
     except ValidationError as error:
         name = "spec" if isinstance(section, CacheSpec) else type(section).__name__.removesuffix("Spec").lower()
-        problems = [_describe(dict(problem), whole=name) for problem in error.errors()]
-        raise SpecError(f"{len(problems)} mistake(s) in `{name}`:\n{list_problems(problems)}") from None
+        raise _mistakes(_problems_of(error, name), after=f" in `{name}`") from None
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
@@ -282,26 +257,35 @@ def _resolve_paths(values: dict[str, Any], folder: Path, prefix: str = "") -> It
                 values[key] = str(target)
 
 
-def _validate(values: dict[str, Any]) -> list[str]:
+def _parsed(values: dict[str, Any]) -> tuple[CacheSpec | None, list[str]]:
+    """The spec that `values` say, or None and the mistakes in them."""
     if problems := plain_problems(values):
-        return problems
+        return None, problems
     try:
-        CacheSpec.model_validate(values)
+        return CacheSpec.model_validate(values), []
     except ValidationError as error:
-        problems = [dict(problem) for problem in error.errors()]
-        return [_describe(problem) for problem in problems if not _is_other_branch(problem, problems)]
-    return []
+        return None, _problems_of(error, "spec")
+
+
+def _mistakes(problems: list[str], *, before: str = "", after: str = "") -> SpecError:
+    return SpecError(f"{before}{len(problems)} mistake(s){after}:\n{list_problems(problems, limit=30)}")
+
+
+def _problems_of(error: ValidationError, whole: str) -> list[str]:
+    """Every mistake in words; `whole` is the name of what has been validated."""
+    problems = [dict(problem) for problem in error.errors()]
+    return [_describe(problem, whole) for problem in problems if not _is_other_branch(problem, problems)]
 
 
 def _is_other_branch(problem: dict[str, Any], problems: list[dict[str, Any]]) -> bool:
     """`auto` was not written, and what was written instead has a problem of its own."""
     loc = problem["loc"]
     return loc[-1:] == ("literal['auto']",) and any(
-        p is not problem and p["loc"][: len(loc) - 1] == loc[:-1] for p in problems
+        one is not problem and one["loc"][: len(loc) - 1] == loc[:-1] for one in problems
     )
 
 
-def _describe(problem: dict[str, Any], whole: str = "spec") -> str:
+def _describe(problem: dict[str, Any], whole: str) -> str:
     loc = [str(part) for part in problem["loc"] if part not in ("tuple", "literal['auto']")]
     key = ".".join(part for part in loc if not part.startswith(("tuple[", "literal[", "constrained-")))
     if problem["type"] == "extra_forbidden":
@@ -315,12 +299,6 @@ def _describe(problem: dict[str, Any], whole: str = "spec") -> str:
 def _did_you_mean(loc: list[str]) -> str:
     section: Any = CacheSpec
     for name in loc[:-1]:
-        section = _section_type(section.model_fields[name].annotation)
+        annotation = section.model_fields[name].annotation
+        section = next(one for one in (annotation, *get_args(annotation)) if hasattr(one, "model_fields"))
     return did_you_mean(loc[-1], section.model_fields) or f"; known here: {', '.join(section.model_fields)}"
-
-
-def _section_type(annotation: Any) -> Any:
-    for candidate in (annotation, *get_args(annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return candidate
-    raise AssertionError(f"{annotation} is no section")

@@ -36,19 +36,8 @@ SHAPES = ("circle", "square", "triangle", "cross", "ring")
 BLACK = (20, 20, 20)
 WHITE = (255, 255, 255)
 GREY = (185, 185, 185)
-# Seven segments: top, top left, top right, middle, bottom left, bottom right, bottom.
-_SEGMENTS = [
-    "1110111",
-    "0010010",
-    "1011101",
-    "1011011",
-    "0111010",
-    "1101011",
-    "1101111",
-    "1010010",
-    "1111111",
-    "1111011",
-]
+# Seven segments: top, top left, top right, middle, bottom left, bottom right, bottom; which are lit in each digit.
+_LIT = ["1110111", "0010010", "1011101", "1011011", "0111010", "1101011", "1101111", "1010010", "1111111", "1111011"]
 _SEGMENT_BOXES = ((0, 0, 2, 8), (0, 0, 7, 2), (0, 6, 7, 8), (5, 0, 7, 8), (5, 0, 12, 2), (5, 6, 12, 8), (10, 0, 12, 8))
 
 
@@ -116,7 +105,7 @@ Picture = Scene | Chart
 def digit_mask(digit: int) -> np.ndarray:
     """Seven-segment glyph as bool [12, 8]."""
     mask = np.zeros((12, 8), dtype=bool)
-    for on, (top, left, bottom, right) in zip(_SEGMENTS[digit], _SEGMENT_BOXES, strict=True):
+    for on, (top, left, bottom, right) in zip(_LIT[digit], _SEGMENT_BOXES, strict=True):
         if on == "1":
             mask[top:bottom, left:right] = True
     return mask
@@ -142,45 +131,25 @@ def _stamp(canvas_HWC: np.ndarray, mask: np.ndarray, *, top: int, left: int, col
     canvas_HWC[top : top + mask.shape[0], left : left + mask.shape[1]][mask] = colour
 
 
-def _blank() -> np.ndarray:
-    """White canvas with a grey frame: the frame lets a border cell know that it is one."""
-    canvas_HWC = np.full((SIDE, SIDE, 3), WHITE, dtype=np.uint8)
-    for edge in (0, SIDE - 1):
-        canvas_HWC[edge, :] = GREY
-        canvas_HWC[:, edge] = GREY
-    return canvas_HWC
-
-
-def _draw_mark(canvas_HWC: np.ndarray, mark: Mark) -> None:
-    row, column = divmod(mark.cell, GRID)
-    mask = digit_mask(int(mark.name)) if mark.is_digit else shape_mask(mark.name, mark.radius)
-    top = row * CELL + (CELL + 1 - mask.shape[0]) // 2 + mark.shift_y
-    left = column * CELL + (CELL + 1 - mask.shape[1]) // 2 + mark.shift_x
-    _stamp(canvas_HWC, mask, top=top, left=left, colour=BLACK if mark.is_digit else COLOURS[mark.colour])
-
-
-def _draw_bar(canvas_HWC: np.ndarray, bar: Bar) -> None:
-    left = bar.column * CELL + bar.left
-    canvas_HWC[AXIS_Y - BAR_UNIT * bar.value : AXIS_Y, left : left + bar.width] = COLOURS[bar.colour]
-    _stamp(
-        canvas_HWC,
-        digit_mask(bar.value),
-        top=AXIS_Y + 2,
-        left=bar.column * CELL + bar.label_x,
-        colour=COLOURS[bar.colour],
-    )
-
-
 def render(picture: Picture) -> np.ndarray:
     """Pixels of a picture, uint8 [64, 64, 3]."""
-    canvas_HWC = _blank()
+    canvas_HWC = np.full((SIDE, SIDE, 3), WHITE, dtype=np.uint8)
+    for edge in (0, SIDE - 1):  # the grey frame lets a border cell know that it is one
+        canvas_HWC[edge, :] = GREY
+        canvas_HWC[:, edge] = GREY
     if isinstance(picture, Scene):
         for mark in picture.marks:
-            _draw_mark(canvas_HWC, mark)
+            row, column = divmod(mark.cell, GRID)
+            mask = digit_mask(int(mark.name)) if mark.is_digit else shape_mask(mark.name, mark.radius)
+            top = row * CELL + (CELL + 1 - mask.shape[0]) // 2 + mark.shift_y
+            left = column * CELL + (CELL + 1 - mask.shape[1]) // 2 + mark.shift_x
+            _stamp(canvas_HWC, mask, top=top, left=left, colour=BLACK if mark.is_digit else COLOURS[mark.colour])
         return canvas_HWC
     canvas_HWC[AXIS_Y] = GREY
     for bar in picture.bars:
-        _draw_bar(canvas_HWC, bar)
+        left, colour = bar.column * CELL, COLOURS[bar.colour]
+        canvas_HWC[AXIS_Y - BAR_UNIT * bar.value : AXIS_Y, left + bar.left : left + bar.left + bar.width] = colour
+        _stamp(canvas_HWC, digit_mask(bar.value), top=AXIS_Y + 2, left=left + bar.label_x, colour=colour)
     return canvas_HWC
 
 
@@ -246,101 +215,109 @@ def _draw_scene(rng: random.Random) -> Scene:
     return Scene(marks, focus_colour, focus_shape)
 
 
-def _bar_value(chart: Chart, rng: random.Random) -> Question:
+# Of each kind of question: the answer, whose part that varies is `value`, and the ways to ask.
+WORDINGS: dict[str, tuple[str, ...]] = {
+    "bar_value": (
+        "The {bar.colour} bar shows {value}.",
+        "What does the {bar.colour} bar show?",
+        "What is the value of the {bar.colour} bar?",
+        "Which number belongs to the {bar.colour} bar?",
+        "Read the {bar.colour} bar.",
+    ),
+    "bar_extreme": (
+        "The {word} bar is {value}.",
+        "Which bar is the {word}?",
+        "What colour is the {word} bar?",
+        "Name the {word} bar.",
+    ),
+    "bar_compare": (
+        "The {taller.colour} bar is taller than the {shorter.colour} bar.",
+        "Which bar is taller, the {first.colour} one or the {second.colour} one?",
+        "Compare the {first.colour} bar and the {second.colour} bar.",
+        "Is the {first.colour} or the {second.colour} bar taller?",
+    ),
+    "bar_difference": (
+        "The {first.colour} bar shows {first.value} and the {second.colour} bar shows {second.value}, "
+        "so the difference is {value}.",
+        "What is the difference between the {first.colour} bar and the {second.colour} bar?",
+        "How far apart are the {first.colour} bar and the {second.colour} bar?",
+    ),
+    "count": (
+        "There are {value} {noun}.",
+        "How many {noun} are there?",
+        "How many {noun} do you see?",
+        "Count the {noun}.",
+    ),
+    "colour": (
+        "The {name} is {value}.",
+        "What colour is the {name}?",
+        "Which colour does the {name} have?",
+        "Name the colour of the {name}.",
+    ),
+    "corner": (
+        "The {corner} corner shows {article} {value}.",
+        "Which shape is in the {corner} corner?",
+        "What do you see in the {corner} corner?",
+        "Describe the {corner} corner.",
+    ),
+    "digit": (
+        "The digit {place} is {value}.",
+        "Which digit is {place}?",
+        "Read the digit {place}.",
+        "What number is {place}?",
+    ),
+}
+Words = dict[str, Any]  # what is put into a wording; `value` among them
+
+
+def _bar_value(chart: Chart, rng: random.Random) -> Words:
     bar = rng.choice(chart.bars)
-    text = rng.choice(
-        (
-            f"What does the {bar.colour} bar show?",
-            f"What is the value of the {bar.colour} bar?",
-            f"Which number belongs to the {bar.colour} bar?",
-            f"Read the {bar.colour} bar.",
-        )
-    )
-    return Question("bar_value", text, f"The {bar.colour} bar shows {bar.value}.", str(bar.value))
+    return {"bar": bar, "value": bar.value}
 
 
-def _bar_extreme(chart: Chart, rng: random.Random) -> Question:
+def _bar_extreme(chart: Chart, rng: random.Random) -> Words:
     word, pick = rng.choice((("tallest", max), ("shortest", min)))
-    colour = pick(chart.bars, key=lambda bar: bar.value).colour
-    text = rng.choice((f"Which bar is the {word}?", f"What colour is the {word} bar?", f"Name the {word} bar."))
-    return Question("bar_extreme", text, f"The {word} bar is {colour}.", colour)
+    return {"word": word, "value": pick(chart.bars, key=lambda bar: bar.value).colour}
 
 
-def _bar_compare(chart: Chart, rng: random.Random) -> Question:
+def _bar_compare(chart: Chart, rng: random.Random) -> Words:
     first, second = rng.sample(chart.bars, 2)
     taller, shorter = (first, second) if first.value > second.value else (second, first)
-    text = rng.choice(
-        (
-            f"Which bar is taller, the {first.colour} one or the {second.colour} one?",
-            f"Compare the {first.colour} bar and the {second.colour} bar.",
-            f"Is the {first.colour} or the {second.colour} bar taller?",
-        )
-    )
-    answer = f"The {taller.colour} bar is taller than the {shorter.colour} bar."
-    return Question("bar_compare", text, answer, taller.colour)
+    return {"first": first, "second": second, "taller": taller, "shorter": shorter, "value": taller.colour}
 
 
-def _bar_difference(chart: Chart, rng: random.Random) -> Question:
+def _bar_difference(chart: Chart, rng: random.Random) -> Words:
     first, second = rng.sample(chart.bars, 2)
-    gap = abs(first.value - second.value)
-    text = rng.choice(
-        (
-            f"What is the difference between the {first.colour} bar and the {second.colour} bar?",
-            f"How far apart are the {first.colour} bar and the {second.colour} bar?",
-        )
-    )
-    answer = (
-        f"The {first.colour} bar shows {first.value} and the {second.colour} bar shows {second.value}, "
-        f"so the difference is {gap}."
-    )
-    return Question("bar_difference", text, answer, str(gap))
+    return {"first": first, "second": second, "value": abs(first.value - second.value)}
 
 
-def _count(scene: Scene, rng: random.Random) -> Question | None:
+def _count(scene: Scene, rng: random.Random) -> Words | None:
     if rng.random() < 0.5:
         count = sum(mark.colour == scene.focus_colour for mark in scene.marks)
         noun = f"{scene.focus_colour} shapes"
     else:
         count = sum(mark.name == scene.focus_shape for mark in scene.marks)
         noun = "crosses" if scene.focus_shape == "cross" else f"{scene.focus_shape}s"
-    if count < 2:  # the questions speak of several
-        return None
-    text = rng.choice((f"How many {noun} are there?", f"How many {noun} do you see?", f"Count the {noun}."))
-    return Question("count", text, f"There are {count} {noun}.", str(count))
+    return None if count < 2 else {"noun": noun, "value": count}  # the questions speak of several
 
 
-def _colour(scene: Scene, rng: random.Random) -> Question | None:
+def _colour(scene: Scene, rng: random.Random) -> Words | None:
     names = [mark.name for mark in scene.marks]
     single = [mark for mark in scene.marks if mark.colour and names.count(mark.name) == 1]
     if not single:
         return None
     mark = rng.choice(single)
-    text = rng.choice(
-        (
-            f"What colour is the {mark.name}?",
-            f"Which colour does the {mark.name} have?",
-            f"Name the colour of the {mark.name}.",
-        )
-    )
-    return Question("colour", text, f"The {mark.name} is {mark.colour}.", mark.colour)
+    return {"name": mark.name, "value": mark.colour}
 
 
-def _corner(scene: Scene, rng: random.Random) -> Question | None:
+def _corner(scene: Scene, rng: random.Random) -> Words | None:
     at = {mark.cell: mark for mark in scene.marks if mark.colour}
     corners = [name for name, cell in CORNERS.items() if cell in at]
     if not corners:
         return None
     corner = rng.choice(corners)
     phrase = at[CORNERS[corner]].phrase
-    article = "an" if phrase[0] in "aeiou" else "a"
-    text = rng.choice(
-        (
-            f"Which shape is in the {corner} corner?",
-            f"What do you see in the {corner} corner?",
-            f"Describe the {corner} corner.",
-        )
-    )
-    return Question("corner", text, f"The {corner} corner shows {article} {phrase}.", phrase)
+    return {"corner": corner, "article": "an" if phrase[0] in "aeiou" else "a", "value": phrase}
 
 
 def _beside(scene: Scene) -> list[tuple[Mark, str, Mark]]:
@@ -360,24 +337,17 @@ def _beside(scene: Scene) -> list[tuple[Mark, str, Mark]]:
     return found
 
 
-def _digit(scene: Scene, rng: random.Random) -> Question | None:
-    places = [f"directly {direction} the {anchor.phrase}" for _, direction, anchor in _beside(scene)]
-    values = [mark.name for mark, _, _ in _beside(scene)]
+def _digit(scene: Scene, rng: random.Random) -> Words | None:
+    found = [(f"directly {direction} the {anchor.phrase}", mark.name) for mark, direction, anchor in _beside(scene)]
     at = {mark.cell: mark for mark in scene.marks if mark.is_digit}
-    for corner, cell in CORNERS.items():
-        if cell in at:
-            places.append(f"in the {corner} corner")
-            values.append(at[cell].name)
-    if not places:
+    found += [(f"in the {corner} corner", at[cell].name) for corner, cell in CORNERS.items() if cell in at]
+    if not found:
         return None
-    index = rng.randrange(len(places))
-    text = rng.choice(
-        (f"Which digit is {places[index]}?", f"Read the digit {places[index]}.", f"What number is {places[index]}?")
-    )
-    return Question("digit", text, f"The digit {places[index]} is {values[index]}.", values[index])
+    place, value = found[rng.randrange(len(found))]
+    return {"place": place, "value": value}
 
 
-_ASK: dict[str, Callable[[Any, random.Random], Question | None]] = {
+_WORDS: dict[str, Callable[[Any, random.Random], Words | None]] = {
     "bar_value": _bar_value,
     "bar_extreme": _bar_extreme,
     "bar_compare": _bar_compare,
@@ -387,6 +357,15 @@ _ASK: dict[str, Callable[[Any, random.Random], Question | None]] = {
     "corner": _corner,
     "digit": _digit,
 }
+
+
+def _ask(kind: str, picture: Picture, rng: random.Random) -> Question | None:
+    """A question of this kind, unless there is nothing in the picture to ask for."""
+    words = _WORDS[kind](picture, rng)
+    if words is None:
+        return None
+    answer, *texts = WORDINGS[kind]
+    return Question(kind, rng.choice(texts).format(**words), answer.format(**words), str(words["value"]))
 
 
 def pictures(
@@ -409,11 +388,11 @@ def pictures(
         digest = hashlib.blake2b(picture.key.encode(), digest_size=16).digest()
         if digest[0] not in SPLITS[split] or digest in seen:
             continue
-        first = _ASK[kind](picture, rng)
+        first = _ask(kind, picture, rng)
         if first is None:
             continue
         fitting = [other for other in kinds if (other in CHART_KINDS) == (kind in CHART_KINDS)]
-        others = [_ASK[rng.choice(fitting)](picture, rng) for _ in range(num_questions - 1)]
+        others = [_ask(rng.choice(fitting), picture, rng) for _ in range(num_questions - 1)]
         seen.add(digest)
         index += 1
         yield picture, list({q.text: q for q in (first, *others) if q is not None}.values())

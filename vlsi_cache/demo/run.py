@@ -16,9 +16,10 @@ from vlsi_cache.data.records import read_records
 from vlsi_cache.errors import CacheCorruptError
 from vlsi_cache.evaluation.scores import evaluate, evaluate_model, kept_result
 from vlsi_cache.io import refuse_url, write_atomically
-from vlsi_cache.models.depth import init_student
 from vlsi_cache.models.load import ModelRef, resolve_model
+from vlsi_cache.models.save import init_student
 from vlsi_cache.progress import say
+from vlsi_cache.report.example import example_of
 from vlsi_cache.report.pages import write_demo_report
 from vlsi_cache.run_files import read_object, read_run
 from vlsi_cache.store.reader import Cache
@@ -72,7 +73,9 @@ def run_demo(
         for recipe in RECIPES:
             summary["runs"][recipe].append(_one_run(cache, student, out, seed, recipe, device))
     write_atomically(out / "demo.json", json.dumps(summary, indent=1))
-    report_file = write_demo_report(out, example=_example(spec, cache))
+    record = read_records(spec.data)[0]
+    example = example_of(cache[record.id], record, cache.token_text, layers=cache.layers)
+    report_file = write_demo_report(out, example=example)
     say(f"report: {report_file}")
     return summary
 
@@ -113,14 +116,6 @@ def _teacher_scores(spec: CacheSpec, out: Path, device: str | None) -> dict[str,
         scores = evaluate_model(teacher, spec.evaluate, **options)
     write_atomically(file, json.dumps(scores, indent=1))
     return scores
-
-
-def _example(spec: CacheSpec, cache: Cache) -> dict[str, Any]:
-    """One cached sample with its picture, and what every layer says token by token."""
-    from vlsi_cache.report.example import example_of
-
-    record = read_records(spec.data)[0]
-    return example_of(cache[record.id], record, cache.token_text, layers=cache.layers)
 
 
 def _budget(spec: CacheSpec, num_samples: int) -> str:

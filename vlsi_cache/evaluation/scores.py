@@ -19,10 +19,10 @@ from vlsi_cache.data.records import Record, read_records
 from vlsi_cache.errors import ModelError, SpecError, list_problems
 from vlsi_cache.io import check_file, refuse_url, write_atomically
 from vlsi_cache.models.backbone import Backbone, head_of
-from vlsi_cache.models.load import ModelRef, resolve_model
+from vlsi_cache.models.load import ModelRef, max_positions, resolve_model
 from vlsi_cache.models.probe import checked_backbone
-from vlsi_cache.models.responses import Decoding, respond
-from vlsi_cache.models.verbalizer import Verbalizers, find_folder, load_verbalizers, read_record
+from vlsi_cache.models.verbalizer import Verbalizers, load_verbalizers
+from vlsi_cache.models.verbalizer_files import find_folder, read_record
 from vlsi_cache.progress import progress, say
 from vlsi_cache.run_files import EVALUATION as RESULT
 from vlsi_cache.run_files import read_evaluation, read_run, sealed
@@ -31,6 +31,7 @@ from vlsi_cache.runtime import pick_device
 from vlsi_cache.sparse.cross_entropy import linear_cross_entropy
 from vlsi_cache.store import reader
 from vlsi_cache.store.reader import Cache
+from vlsi_cache.teacher.generate import Decoding, respond
 
 from .teacher_agreement import against_cache, trained_on
 
@@ -178,7 +179,7 @@ def evaluate_model(
         data = settings.data
         own = model.encoder(data.encoding())
         found = read_records(data, limit=limit)
-        limits = {"max_length": data.max_length, "max_positions": model.max_positions}
+        limits = {"max_length": data.max_length, "max_positions": max_positions(model.config)}
         kept, do_not_fit = fit_rows(found, own, **limits, bad_rows=data.bad_rows)
         skipped = [*found.skipped, *do_not_fit]
         if skipped:
@@ -192,7 +193,11 @@ def evaluate_model(
         of_cache = model.encoder(encoding)
     assert of_cache is not None
     backbone = checked_backbone(loaded, of_cache)
-    spoken = None if verbalizers is None else load_saved_verbalizers(verbalizers, backbone).to(where)
+    spoken = None
+    if verbalizers is not None:
+        layers = sorted(int(name) for name in read_record(Path(verbalizers), [])["layers"])
+        # The head may have been trained since: a layer is read through the head of the model that is measured.
+        spoken = load_verbalizers(verbalizers, backbone, layers, check_head=False).to(where)
     result = {}
     if settings is not None:
         assert own is not None
@@ -230,13 +235,6 @@ def _on_held_out(
         "perplexity": float(np.exp(last)),
         "layers": {str(layer): value for layer, value in nll.items()},
     }
-
-
-def load_saved_verbalizers(folder: str, backbone: Backbone) -> Verbalizers:
-    """All verbalizers that a folder holds."""
-    layers = [int(name) for name in read_record(Path(folder), [])["layers"]]
-    # The head may have been trained since: what a layer says is read through the head of the model that is measured.
-    return load_verbalizers(folder, backbone, sorted(layers), check_head=False)
 
 
 @torch.inference_mode()

@@ -26,7 +26,8 @@ from vlsi_cache.errors import DataError, ModelError, SpecError, command_line
 from vlsi_cache.models.backbone import Backbone, LayerSequence, head_of
 from vlsi_cache.models.load import ModelRef, max_positions, resolve_model
 from vlsi_cache.models.probe import checked_backbone
-from vlsi_cache.models.verbalizer import RECORD, Verbalizers, find_folder, load_verbalizers, logit_lens, read_record
+from vlsi_cache.models.verbalizer import Verbalizers, load_verbalizers, logit_lens
+from vlsi_cache.models.verbalizer_files import RECORD, find_folder, read_record
 from vlsi_cache.progress import progress
 from vlsi_cache.report.example import Said, Token, Trace, png_of
 from vlsi_cache.run_files import read_run

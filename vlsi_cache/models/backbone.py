@@ -18,24 +18,18 @@ import xxhash
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from vlsi_cache.config.sections import TargetLayers
+from vlsi_cache.config.training import TargetLayers
 from vlsi_cache.errors import ModelError, SpecError
 from vlsi_cache.sparse.head import Head
 
 Kept = TypeVar("Kept")
-# What a configuration says is done to logits after the head: a first guess, which `probe.py` holds against the model.
-MULTIPLIES, DIVIDES, CAPS = "logit_scale", "logits_scaling", "final_logit_softcapping"
 LAYER_LISTS = ("layers", "h", "blocks")
 FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "final_norm", "norm_f", "ln_f", "embedding_norm")
-
-
 FINAL_NORMS += ("layer_norm", "ln_out", "out_norm")
-
-
 # Between their layers runs more than one hidden state per token, so none of them can be read through the head.
 SEVERAL_STREAMS = ("altup_num_inputs", "hc_mult")
 # LLaVA-OneVision-7B: 28 layers, but the paper's targets are those of the 24-layer 0.5B model.
-PAPER_LAYERS = {("llava_onevision", 28, 3): [4, 12, 20]}
+PAPER_LAYERS: dict[tuple[str | None, int, int], list[int]] = {("llava_onevision", 28, 3): [4, 12, 20]}
 
 
 @dataclass(frozen=True)
@@ -75,7 +69,9 @@ class Backbone:
         self.text_config = self.config.get_text_config()
         check_family(self.config)
         _check_head(self._inner)
-        self.decoder = _decoder(self._inner)
+        self.decoder = self._inner.get_decoder()
+        if self.decoder is self._inner:  # a few families put the text stack in `model` and do not say so
+            self.decoder = getattr(self._inner, "model", self.decoder)
         # What runs: everything below the head, the vision tower of a VLM included.
         self._body = cast(Any, self.decoder if self._inner.base_model is self._inner else self._inner.base_model)
         self.layers_name = _named(self.decoder, LAYER_LISTS, nn.ModuleList, "list of decoder layers", self._inner)
@@ -107,19 +103,21 @@ class Backbone:
     @property
     def logit_scale(self) -> float:
         """What the model multiplies its logits with (1 in most families)."""
-        if self._inner in _found_changes:
-            return _found_changes[self._inner][0]
-        scale = getattr(self.text_config, MULTIPLIES, None)
-        divisor = getattr(self.text_config, DIVIDES, None)
-        return (1.0 if scale is None else float(scale)) / (1.0 if divisor is None else float(divisor))
+        return self._logit_change()[0]
 
     @property
     def logit_cap(self) -> float | None:
         """The model's soft cap on its logits: `cap * tanh(logits / cap)`."""
+        return self._logit_change()[1]
+
+    def _logit_change(self) -> tuple[float, float | None]:
+        """Scale and cap as the configuration says, a first guess; or as `probe.py` has found them."""
         if self._inner in _found_changes:
-            return _found_changes[self._inner][1]
-        cap = getattr(self.text_config, CAPS, None)
-        return None if cap is None else float(cap)
+            return _found_changes[self._inner]
+        keys = ("logit_scale", "logits_scaling", "final_logit_softcapping")
+        scale, divisor, cap = (getattr(self.text_config, key, None) for key in keys)
+        scale = (1.0 if scale is None else float(scale)) / (1.0 if divisor is None else float(divisor))
+        return scale, None if cap is None else float(cap)
 
     def change_logits(self, scale: float, cap: float | None) -> None:
         """Scale and soft cap are these, whatever the configuration says; for every Backbone of this model."""
@@ -161,28 +159,15 @@ class Backbone:
         key `num_layers`; without it (`with_final`), decoder layers above the deepest of `layers` are not run.
         Differentiable. Raises ModelError for layers out of range.
         """
-
         groups = self._groups(inputs)
-        if len(groups) > 1:
-            return self._capture_groups(groups, inputs, layers, rows_T, positions_T, with_final=with_final)
+        if not groups:
 
-        def keep(hidden_BSD: Tensor, _kwargs: dict[str, Any]) -> Tensor:
-            return _gather(hidden_BSD, rows_T, positions_T).to(self.device)
+            def keep(hidden_BSD: Tensor, _kwargs: dict[str, Any]) -> Tensor:
+                return _gather(hidden_BSD, rows_T, positions_T).to(self.device)
 
-        captured, final_BSD = self._run(inputs, layers, keep, with_final=with_final)
-        return captured if final_BSD is None else {**captured, self.num_layers: keep(final_BSD, {})}
-
-    def _capture_groups(
-        self,
-        groups: list[Tensor],
-        inputs: dict[str, Any],
-        layers: Sequence[int],
-        rows_T: Tensor,
-        positions_T: Tensor,
-        *,
-        with_final: bool,
-    ) -> dict[int, Tensor]:
-        """`capture` of some rows after the others, each group as narrow as its longest row; in the order of rows_T."""
+            captured, final_BSD = self._run(inputs, layers, keep, with_final=with_final)
+            return captured if final_BSD is None else {**captured, self.num_layers: keep(final_BSD, {})}
+        # One group of rows after the other, each as narrow as its longest row; the result in the order of rows_T.
         order: list[Tensor] = []
         parts: dict[int, list[Tensor]] = {}
         for rows_G in groups:
@@ -217,7 +202,7 @@ class Backbone:
             )
             return LayerSequence(hidden_BSD.to(self.device), kept, rows_T, positions_T)
 
-        if len(self._groups(inputs)) > 1:
+        if self._groups(inputs):
             raise ModelError(
                 f"the rope of this model changes at {self.rope_limit} tokens, and the batch has rows on both sides: "
                 "verbalizers of structure `decoder` need batches of one row (`micro_batch_size: 1`, a small "
@@ -241,7 +226,7 @@ class Backbone:
             rope.max_seq_len_cached = rope.original_max_seq_len
 
     def _groups(self, inputs: dict[str, Any]) -> list[Tensor]:
-        """Rows that may run together: one group but for ropes that look at the longest row of a batch.
+        """Rows that may run together; nothing where all may, as with all but ropes that look at the longest row.
 
         Longrope has frequencies for rows up to a length, and others beyond; with dynamic NTK each longer row has its
         own. Padding counts as length, so the rows of a group are cut to its longest.
@@ -319,9 +304,8 @@ def default_layers(num_layers: int, num_targets: int, *, model_type: str | None 
             f"{num_targets} target layers do not fit: a model of {num_layers} layers has {num_layers - 1} "
             "intermediate ones"
         )
-    paper = PAPER_LAYERS.get((model_type or "", num_layers, num_targets))
-    if paper is not None:
-        return list(paper)
+    if (model_type, num_layers, num_targets) in PAPER_LAYERS:
+        return list(PAPER_LAYERS[model_type, num_layers, num_targets])
     # Halves are rounded up: rounding them to even could name one layer twice.
     return [math.floor(num_layers * (j + 0.5) / num_targets + 0.5) for j in range(num_targets)]
 
@@ -356,11 +340,15 @@ def check_family(config: Any) -> None:
             )
 
 
+def rope_kinds(text_config: Any) -> list[dict[str, Any]]:
+    """The settings of the rope; models with several kinds of layers have one entry for each."""
+    rope = getattr(text_config, "rope_parameters", None) or getattr(text_config, "rope_scaling", None) or {}
+    return [one for one in rope.values() if isinstance(one, dict)] or [rope]
+
+
 def rope_of(text_config: Any) -> tuple[str, int | None]:
     """The kind of a rope that looks at the longest row of a batch, and the length at which it changes."""
-    ropes = getattr(text_config, "rope_parameters", None) or getattr(text_config, "rope_scaling", None) or {}
-    kinds = [ropes, *(value for value in ropes.values() if isinstance(value, dict))]
-    for rope in kinds:
+    for rope in rope_kinds(text_config):
         kind = str(rope.get("rope_type") or rope.get("type") or "")
         if kind == "longrope":
             limit = rope.get("original_max_position_embeddings")
@@ -374,12 +362,6 @@ def _grows(module: Any) -> bool:
     """Whether it is a rope whose frequencies change with the longest row, for good."""
     kind = getattr(module, "rope_type", None)
     return isinstance(kind, str) and "dynamic" in kind and hasattr(module, "max_seq_len_cached")
-
-
-def _decoder(model: Any) -> Any:
-    """The text stack; a few families put it in `model` and do not say so."""
-    decoder = model.get_decoder()
-    return getattr(model, "model", decoder) if decoder is model else decoder
 
 
 def _named(decoder: nn.Module, names: Sequence[str], kind: type[nn.Module], what: str, model: nn.Module) -> str:

@@ -20,13 +20,14 @@ import xxhash
 from huggingface_hub import snapshot_download
 from transformers.utils import logging as transformers_logging
 
-from vlsi_cache.config.sections import AS_IT_IS, Dtype, Encoding
+from vlsi_cache.config.sections import AS_IT_IS, Encoding
+from vlsi_cache.config.training import Dtype
 from vlsi_cache.data.encoder import Encoder, load_encoder
 from vlsi_cache.errors import ModelError
 from vlsi_cache.io import hash_of, refuse_url
 from vlsi_cache.runtime import check_device
 
-from .backbone import rope_of
+from .backbone import rope_kinds, rope_of
 from .lora import adapter_files, base_of, has_adapter, is_adapter_alone, merged, without_adapter
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -64,11 +65,6 @@ class ModelRef:
             return transformers.AutoConfig.from_pretrained(
                 str(folder), trust_remote_code=self.trust_remote_code, **extra
             )
-
-    @property
-    def max_positions(self) -> int | None:
-        """Tokens that the model's positions reach, see `max_positions`."""
-        return max_positions(self.config)
 
     def encoder(self, encoding: Encoding = AS_IT_IS) -> Encoder:
         """Tokenizer, chat template and image processor; those of an adapter without a tokenizer are its base's."""
@@ -219,11 +215,9 @@ def max_positions(config: Any) -> int | None:
     limit = getattr(text, "max_position_embeddings", None)
     if not isinstance(limit, int) or limit < 1:
         return None
-    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
-    # Models with several kinds of layers have one entry for each.
-    kinds = [one for one in rope.values() if isinstance(one, dict)] or [rope]
     stretched = [
-        int((one.get("original_max_position_embeddings") or limit) * (one.get("factor") or 1)) for one in kinds
+        int((rope.get("original_max_position_embeddings") or limit) * (rope.get("factor") or 1))
+        for rope in rope_kinds(text)
     ]
     return max(limit, *stretched)
 

@@ -3,12 +3,11 @@
 import json
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
@@ -99,18 +98,14 @@ def merge_lora(model: Any) -> Any:
 
 def train_decoder_layers(model: Any) -> None:
     """Let the weights of the decoder layers train, in fp32; embeddings, final norm and head stay as they are."""
-    for parameter in Backbone(model).layers.parameters():
-        parameter.data = parameter.data.float()
-        parameter.requires_grad_(True)
+    _train(Backbone(model).layers.parameters())
 
 
 def train_head_and_embeddings(model: Any) -> None:
     """Let head and word embeddings train beside the adapter, in fp32 (tied weights stay one parameter)."""
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-    for module in (plain.get_input_embeddings(), plain.get_output_embeddings()):
-        for parameter in module.parameters(recurse=False):
-            parameter.requires_grad_(True)
-            parameter.data = parameter.data.float()
+    _train(plain.get_input_embeddings().parameters(recurse=False))
+    _train(plain.get_output_embeddings().parameters(recurse=False))
 
 
 def train_everything(model: Any) -> Any:
@@ -120,21 +115,24 @@ def train_everything(model: Any) -> Any:
     """
     # Cast before merging: in bf16 most of a small update would be rounded away.
     for parameter in _language_parameters(model):
-        parameter.data = parameter.data.to(torch.float32)
+        parameter.data = parameter.data.float()
     plain = merge_lora(model)
-    for parameter in _language_parameters(plain):
-        parameter.requires_grad_(True)
+    _train(_language_parameters(plain))
     return plain
 
 
-def _language_parameters(model: nn.Module) -> list[nn.Parameter]:
+def _train(parameters: Iterable[nn.Parameter]) -> None:
+    for parameter in parameters:
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
+
+
+def _language_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """All parameters but those of the vision tower."""
-    return [parameter for name, parameter in model.named_parameters() if not _is_in_vision_tower(name)]
-
-
-def _is_in_vision_tower(name: str) -> bool:
-    in_tower = any(part in VISION_TOWERS for part in name.split("."))
-    return in_tower and not any(word in name for word in ("merger", "projector"))
+    for name, parameter in model.named_parameters():
+        in_tower = not VISION_TOWERS.isdisjoint(name.split("."))
+        if not in_tower or "merger" in name or "projector" in name:
+            yield parameter
 
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

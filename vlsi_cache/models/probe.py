@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlsi_cache.data.collate import collate
+from vlsi_cache.data.collate import Batch, collate
 from vlsi_cache.data.encoder import Encoded, Encoder
 from vlsi_cache.data.images import Media
 from vlsi_cache.data.records import Record
@@ -49,24 +49,6 @@ class Probe:
     num_shorter: int
 
 
-@dataclass(frozen=True)
-class Difference:
-    """How far two distributions are apart at the probe's positions."""
-
-    largest: float
-    mean_kl: float
-    is_exact: bool
-
-    @property
-    def is_small(self) -> bool:
-        """Whether rounding explains it; a NaN is not small."""
-        return self.largest <= MAX_DIFFERENCE if self.is_exact else self.mean_kl <= MAX_KL
-
-    def __str__(self) -> str:
-        limit = f"{MAX_DIFFERENCE} nats" if self.is_exact else f"a mean KL of {MAX_KL} nats in 16 bits"
-        return f"log-probs differ by up to {self.largest:.3g} nats, a mean KL of {self.mean_kl:.3g} (allowed: {limit})"
-
-
 @torch.no_grad()
 def check_against_itself(backbone: Backbone, make_probe: Callable[[], Probe], *, name: str) -> str:
     """Raise ModelError unless what we read off the layers is what the model says; once for each loaded model.
@@ -92,92 +74,106 @@ def check_against_itself(backbone: Backbone, make_probe: Callable[[], Probe], *,
 
 
 def _compare(backbone: Backbone, probe: Probe, name: str) -> str:
-    theirs = [_logits(backbone, inputs, name) for inputs in probe.alone]
-    own_TV = torch.cat(
-        [logits_SV[probe.positions_T[probe.rows_T == row].to(logits_SV.device)] for row, logits_SV in enumerate(theirs)]
-    )
+    exact = backbone.head_weight.dtype in (torch.float32, torch.float64)
+    own, last = [], []  # of each sample: the model's own logits, and the output of its last decoder layer
+    for row, inputs in enumerate(probe.alone):
+        logits_SV, last_SD = _own_pass(backbone, inputs, name)
+        positions_T = probe.positions_T[probe.rows_T == row]
+        own.append(logits_SV[positions_T.to(logits_SV.device)])
+        last.append(last_SD[positions_T.to(last_SD.device)])
+    own_TV, last_TD = torch.cat(own), torch.cat(last)
     if own_TV.shape[1] != backbone.head_weight.shape[0]:
         raise ModelError(
             f"model `{name}`: it gives {own_TV.shape[1]} logits per token, its head has "
             f"{backbone.head_weight.shape[0]} rows; this family is unknown"
         )
-    hidden_TD, last_TD = _hidden(backbone, probe)
-    raw_TV = _head(backbone, hidden_TD)
-    exact = backbone.head_weight.dtype in (torch.float32, torch.float64)
-    said = _settle(backbone, raw_TV, own_TV, exact, name, probe)
+    layers = [1] if backbone.num_layers > 1 else []
+    captured = backbone.capture(probe.together, layers, probe.rows_T, probe.positions_T)
+    for state_TD in (*captured.values(), last_TD):
+        if state_TD.shape[-1] != backbone.hidden_size:
+            raise ModelError(
+                f"its layers are {state_TD.shape[-1]} wide and its head takes {backbone.hidden_size}: what a layer "
+                "says cannot be read through the head"
+            )
+    note = _settle(backbone, _raw(backbone, captured[backbone.num_layers]), own_TV, exact, name, probe)
     normed_TD = backbone.final_norm(last_TD).to(backbone.device)
-    difference = _difference(own_TV, _changed(backbone, _head(backbone, normed_TD)), exact)
-    if not difference.is_small:
+    if difference := _difference(own_TV, _changed(backbone, _raw(backbone, normed_TD)), exact):
         raise ModelError(
             f"model `{name}`: something else than `{type(backbone.final_norm).__name__}` stands between its last "
             f"decoder layer and its head, so the layers below cannot be read: {difference}"
         )
-    _refuse_foresight(backbone, probe, theirs[0], exact, name)
-    return said
+    _refuse_foresight(backbone, probe, own[0], exact, name)
+    return note
 
 
 def _settle(backbone: Backbone, raw_TV: Tensor, own_TV: Tensor, exact: bool, name: str, probe: Probe) -> str:
     """Scale and cap that give the model's logits; those of the configuration are tried first."""
     guess = backbone.logit_scale, backbone.logit_cap
     tried = dict.fromkeys([guess, (1.0, guess[1]), (guess[0], None), (1.0, None)])
-    found = next((one for one in tried if _difference(own_TV, _capped(raw_TV, *one), exact).is_small), None)
-    ratio, is_constant = _ratio(raw_TV, own_TV, exact)
-    if found is None and is_constant:
-        factor, key = _named_factor(backbone, ratio, exact)
-        if _difference(own_TV, _capped(raw_TV, factor, None), exact).is_small:
-            backbone.change_logits(factor, None)
-            of = f", its {key}" if key else ", which no setting of its configuration says"
-            return f"model {name}: its logits are {factor:.6g} times what its head gives{of}; rows are over these"
-    if found is None:
-        raise ModelError(_another(backbone, raw_TV, own_TV, exact, name, probe))
+    found = next((one for one in tried if not _difference(own_TV, _capped(raw_TV, *one), exact)), None)
     if found == guess:
         return ""
-    backbone.change_logits(*found)
-    left_out = [f"factor {guess[0]:.6g}"] * (found[0] != guess[0]) + [f"cap {guess[1]}"] * (found[1] != guess[1])
-    return (
-        f"model {name}: its configuration names a {' and a '.join(left_out)} of the logits, which "
-        f"`{type(backbone.model).__name__}` does not apply; rows are over its own logits, without"
+    if found is not None:
+        backbone.change_logits(*found)
+        left_out = [f"factor {guess[0]:.6g}"] * (found[0] != guess[0]) + [f"cap {guess[1]}"] * (found[1] != guess[1])
+        return (
+            f"model {name}: its configuration names a {' and a '.join(left_out)} of the logits, which "
+            f"`{type(backbone.model).__name__}` does not apply; rows are over its own logits, without"
+        )
+    ratio, is_constant = _ratio(raw_TV, own_TV, exact)
+    factor, key = _named_factor(backbone, ratio, exact) if is_constant else (1.0, "")
+    if is_constant and not _difference(own_TV, _capped(raw_TV, factor, None), exact):
+        backbone.change_logits(factor, None)
+        of = f", its {key}" if key else ", which no setting of its configuration says"
+        return f"model {name}: its logits are {factor:.6g} times what its head gives{of}; rows are over these"
+    _refuse_batches(backbone, raw_TV, exact, name, probe)
+    raise ModelError(
+        f"model `{name}`: its logits come from another head than `final norm, head, scale, cap`: its "
+        f"{_difference(own_TV, _changed(backbone, raw_TV), exact)}, and the ratio of the logits is not constant. "
+        "This family is unknown"
     )
 
 
-def _another(backbone: Backbone, raw_TV: Tensor, own_TV: Tensor, exact: bool, name: str, probe: Probe) -> str:
-    """Which of the two it is: our padded batch differs from our own single runs, or they all differ from the model."""
+def _refuse_batches(backbone: Backbone, raw_TV: Tensor, exact: bool, name: str, probe: Probe) -> None:
+    """Our padded batch must say the same as our own runs of each sample alone."""
     alone = []
     for row, inputs in enumerate(probe.alone):
         positions_T = probe.positions_T[probe.rows_T == row]
         captured = backbone.capture(inputs, [], torch.zeros_like(positions_T), positions_T)
-        alone.append(_head(backbone, captured[backbone.num_layers]))
-    alone_TV = _changed(backbone, torch.cat(alone))
-    between = _difference(alone_TV, _changed(backbone, raw_TV), exact)
-    if not between.is_small:
-        return (
+        alone.append(_raw(backbone, captured[backbone.num_layers]))
+    if between := _difference(_changed(backbone, torch.cat(alone)), _changed(backbone, raw_TV), exact):
+        raise ModelError(
             f"model `{name}`: what it says of a sample depends on the batch: padded beside a longer one its {between} "
             "from the same sample alone. Such a model cannot be used"
         )
-    return (
-        f"model `{name}`: its logits come from another head than `final norm, head, scale, cap`: its "
-        f"{_difference(own_TV, alone_TV, exact)}, and the ratio of the logits is not constant. This family is unknown"
-    )
 
 
-def _refuse_foresight(backbone: Backbone, probe: Probe, own_SV: Tensor, exact: bool, name: str) -> None:
+def _refuse_foresight(backbone: Backbone, probe: Probe, own_TV: Tensor, exact: bool, name: str) -> None:
     """The first sample with a shorter response must say the same of the tokens that are left."""
-    if backbone.rope_limit is not None and len(own_SV) > backbone.rope_limit:
+    if backbone.rope_limit is not None and probe.alone[0]["input_ids"].shape[1] > backbone.rope_limit:
         return  # a shorter row has another rope, and says something else with right
-    positions_T = probe.positions_T[probe.rows_T == 0][: probe.num_shorter].to(own_SV.device)
-    short_SV = _logits(backbone, probe.shorter, name)
-    difference = _difference(own_SV[positions_T], short_SV[positions_T], exact)
-    if not difference.is_small:
+    short_SV, _ = _own_pass(backbone, probe.shorter, name)
+    positions_T = probe.positions_T[probe.rows_T == 0][: probe.num_shorter].to(short_SV.device)
+    if difference := _difference(own_TV[: probe.num_shorter], short_SV[positions_T], exact):
         raise ModelError(
             f"model `{name}`: its response tokens see the tokens that come after them (an attention mask or token "
             f"types that are not causal): with the response cut short, its {difference}. Such a model cannot be used"
         )
 
 
-def _logits(backbone: Backbone, inputs: dict[str, Tensor], name: str) -> Tensor:
-    """The model's own logits of one sample, [S, V]."""
+def _own_pass(backbone: Backbone, inputs: dict[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
+    """Of one sample the model's own logits [S, V], and the output of its last decoder layer [S, D]."""
+    kept: list[Tensor] = []
+
+    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+        kept.append(output[0] if isinstance(output, tuple) else output)
+
     backbone.forget()
-    output = backbone.model(**{"use_cache": False, **inputs})
+    handle = backbone.layers[-1].register_forward_hook(keep)
+    try:
+        output = backbone.model(**{"use_cache": False, **inputs})
+    finally:
+        handle.remove()
     if not isinstance(getattr(output, "logits", None), Tensor):
         raise ModelError(f"model `{name}`: its forward pass returns no logits")
     logits_SV = output.logits[0].float().to(backbone.device)
@@ -188,37 +184,10 @@ def _logits(backbone: Backbone, inputs: dict[str, Tensor], name: str) -> Tensor:
             "A student that its last updates have destroyed is to be trained again in a new folder, with a lower "
             "`learning_rate` or a longer `warmup`"
         )
-    return logits_SV
+    return logits_SV, kept[-1][0]
 
 
-def _hidden(backbone: Backbone, probe: Probe) -> tuple[Tensor, Tensor]:
-    """What enters the head in the padded batch, and each sample's output of the last decoder layer, both [T, D]."""
-    kept: list[Tensor] = []
-
-    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
-        kept.append(output[0] if isinstance(output, tuple) else output)
-
-    layers = [1] if backbone.num_layers > 1 else []
-    captured = backbone.capture(probe.together, layers, probe.rows_T, probe.positions_T)
-    handle = backbone.layers[-1].register_forward_hook(keep)
-    last: list[Tensor] = []
-    try:
-        for row, inputs in enumerate(probe.alone):
-            positions_T = probe.positions_T[probe.rows_T == row]
-            backbone.capture(inputs, [], torch.zeros_like(positions_T), positions_T)
-            last.append(kept[row][0, positions_T.to(kept[row].device)])
-    finally:
-        handle.remove()
-    for state in (*captured.values(), *last):
-        if state.shape[-1] != backbone.hidden_size:
-            raise ModelError(
-                f"its layers are {state.shape[-1]} wide and its head takes {backbone.hidden_size}: what a layer says "
-                "cannot be read through the head"
-            )
-    return captured[backbone.num_layers], torch.cat(last)
-
-
-def _head(backbone: Backbone, hidden_TD: Tensor) -> Tensor:
+def _raw(backbone: Backbone, hidden_TD: Tensor) -> Tensor:
     """What the head gives, before anything is done to it."""
     weight_VD = backbone.head_weight
     return F.linear(hidden_TD.to(weight_VD.dtype), weight_VD, backbone.head_bias).float()
@@ -232,13 +201,18 @@ def _capped(raw_TV: Tensor, scale: float, cap: float | None) -> Tensor:
     return raw_TV * scale if cap is None else torch.tanh(raw_TV * scale / cap) * cap
 
 
-def _difference(own_TV: Tensor, found_TV: Tensor, exact: bool) -> Difference:
+def _difference(own_TV: Tensor, found_TV: Tensor, exact: bool) -> str:
+    """How far two distributions are apart, in words; empty where rounding explains it."""
     logp_TV, logq_TV = own_TV.log_softmax(-1), found_TV.log_softmax(-1)
     is_likely_TV = torch.maximum(logp_TV, logq_TV) > LIKELY
     # A NaN is neither likely nor unlikely, and must show.
     gap_TV = (logp_TV - logq_TV).abs().masked_fill(~is_likely_TV & ~logq_TV.isnan(), 0.0)
     kl_T = (logp_TV.exp() * (logp_TV - logq_TV)).sum(-1)
-    return Difference(float(gap_TV.max()), float(kl_T.mean().clamp(min=0)), exact)
+    largest, mean_kl = float(gap_TV.max()), float(kl_T.mean().clamp(min=0))
+    if largest <= MAX_DIFFERENCE if exact else mean_kl <= MAX_KL:  # not so of a NaN
+        return ""
+    limit = f"{MAX_DIFFERENCE} nats" if exact else f"a mean KL of {MAX_KL} nats in 16 bits"
+    return f"log-probs differ by up to {largest:.3g} nats, a mean KL of {mean_kl:.3g} (allowed: {limit})"
 
 
 def _ratio(raw_TV: Tensor, own_TV: Tensor, exact: bool) -> tuple[float, bool]:
@@ -298,32 +272,54 @@ def check_vocabulary(encoder: Encoder, num_rows: int | None) -> None:
 def make_probe(backbone: Backbone, encoder: Encoder) -> Probe:
     """Two short samples as the model gets them; the shorter one shows a small picture where the model sees any."""
     longer, shorter = zip(QUESTIONS, ANSWERS, strict=True)
+    picture = None if encoder.vision is None else _picture()
     # Some models want a picture in every sample, and are shown one in both.
     samples = [
-        _encoded(encoder, *longer) or _with_picture(encoder, *longer) or _plain(encoder, *longer),
-        _with_picture(encoder, *shorter) or _encoded(encoder, *shorter) or _plain(encoder, *shorter),
+        _encoded(encoder, *longer) or _encoded(encoder, *longer, picture) or _plain(encoder, *longer),
+        _encoded(encoder, *shorter, picture) or _encoded(encoder, *shorter) or _plain(encoder, *shorter),
     ]
-    batch = _collated(backbone, encoder, samples)
     first, num_shorter = samples[0], max(1, len(samples[0].response_ids) // 2)
+    stop = first.num_prompt + num_shorter
+    cut = replace(
+        first,
+        input_ids=first.input_ids[:stop],
+        response_ids=first.response_ids[:num_shorter],
+        token_types=None if first.token_types is None else first.token_types[:stop],
+    )
+
+    def batch_of(some: Sequence[Encoded]) -> Batch:
+        return collate(some, pad_id=encoder.pad_id, device=backbone.device)
+
+    batch = batch_of(samples)
     return Probe(
         together=batch.inputs,
         rows_T=batch.rows_T,
         positions_T=batch.positions_T,
-        alone=[_collated(backbone, encoder, [sample]).inputs for sample in samples],
-        shorter=_collated(backbone, encoder, [_cut(first, num_shorter)]).inputs,
+        alone=[batch_of([sample]).inputs for sample in samples],
+        shorter=batch_of([cut]).inputs,
         num_shorter=num_shorter,
     )
 
 
-def _collated(backbone: Backbone, encoder: Encoder, samples: Sequence[Encoded]) -> Any:
-    return collate(samples, pad_id=encoder.pad_id, device=backbone.device)
-
-
-def _encoded(encoder: Encoder, question: str, answer: str) -> Encoded | None:
+def _encoded(encoder: Encoder, question: str, answer: str, picture: Media | None = None) -> Encoded | None:
+    """One sample; None where it cannot be written, or where its picture costs many tokens."""
+    shown = [] if picture is None else [picture]
+    parts = [{"type": "image"} for _ in shown] + [{"type": "text", "text": question}]
+    turns = [{"role": "user", "content": parts}]
+    turns += [{"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+    record = Record(id="probe", messages=turns, images=tuple(shown), digest="")
     try:
-        return encoder.encode(_record(question, answer))
+        is_long = picture is not None and encoder.measure(record)[0] > PICTURE_TOKENS
+        return None if is_long else encoder.encode(record)
     except DataError:
         return None
+
+
+def _picture() -> Media:
+    buffer = BytesIO()
+    Image.linear_gradient("L").resize(PICTURE_SIZE).convert("RGB").save(buffer, "png")
+    data = buffer.getvalue()
+    return Media(hashlib.sha256(data).hexdigest(), PICTURE_SIZE, data=data)
 
 
 def _plain(encoder: Encoder, question: str, answer: str) -> Encoded:
@@ -333,36 +329,3 @@ def _plain(encoder: Encoder, question: str, answer: str) -> Encoded:
         for text in (question, answer)
     )
     return Encoded(np.concatenate([ids_P, ids_R]), len(ids_P), ids_R)
-
-
-def _with_picture(encoder: Encoder, question: str, answer: str) -> Encoded | None:
-    """A sample with a picture in its question; None where that costs many tokens or cannot be written."""
-    if encoder.vision is None:
-        return None
-    buffer = BytesIO()
-    Image.linear_gradient("L").resize(PICTURE_SIZE).convert("RGB").save(buffer, "png")
-    data = buffer.getvalue()
-    picture = Media(hashlib.sha256(data).hexdigest(), PICTURE_SIZE, data=data)
-    record = _record(question, answer, picture)
-    try:
-        return encoder.encode(record) if encoder.measure(record)[0] <= PICTURE_TOKENS else None
-    except DataError:
-        return None
-
-
-def _record(question: str, answer: str, *images: Media) -> Record:
-    parts = [{"type": "image"} for _ in images] + [{"type": "text", "text": question}]
-    turns = [{"role": "user", "content": parts}]
-    turns += [{"role": "assistant", "content": [{"type": "text", "text": answer}]}]
-    return Record(id="probe", messages=turns, images=images, digest="")
-
-
-def _cut(sample: Encoded, num_tokens: int) -> Encoded:
-    """The sample with only the first tokens of its response."""
-    stop = sample.num_prompt + num_tokens
-    return replace(
-        sample,
-        input_ids=sample.input_ids[:stop],
-        response_ids=sample.response_ids[:num_tokens],
-        token_types=None if sample.token_types is None else sample.token_types[:stop],
-    )

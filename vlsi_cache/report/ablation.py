@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from .figures import ACCENT, GREY, INK, styled_figure, svg_of
-from .text import table
+from .text import mean_and_spread, table
 
 Record = Mapping[str, Any]  # the content of ablation.json
 Row = Mapping[str, Any]  # of one of its tables
@@ -61,17 +61,7 @@ def values_by_seed(record: Record, run: str | None, key: str) -> dict[int, float
 
 def spread_cell(values: Sequence[float], metric: Metric) -> str:
     """`91.2 (90.1 to 92.4, sd 0.9)`; the standard deviation from three seeds on."""
-    if not values:
-        return "n/a"
-    shown = [
-        f"{metric.scale * value:.{metric.digits}f}" for value in (statistics.fmean(values), min(values), max(values))
-    ]
-    if len(values) == 1:
-        return shown[0]
-    deviation = ""
-    if len(values) >= SEEDS_FOR_DEVIATION:
-        deviation = f", sd {metric.scale * statistics.stdev(values):.{metric.digits}f}"
-    return f"{shown[0]} ({shown[1]} to {shown[2]}{deviation})"
+    return mean_and_spread(values, scale=metric.scale, digits=metric.digits, seeds_for_deviation=SEEDS_FOR_DEVIATION)
 
 
 def difference_cell(record: Record, run: str, metric: Metric) -> str:
@@ -189,6 +179,22 @@ def ablation_text(record: Record) -> str:
     for axis in record["tables"]:
         blocks.append("\n".join([title(record, axis), table(*table_rows(record, axis)), *remarks(record, axis)]))
     return "\n\n".join(blocks)
+
+
+def preview_text(plan: dict[str, Any]) -> str:
+    """The variants of every table with their steps, and how much is left to do."""
+    blocks = []
+    for axis, rows in plan["tables"].items():
+        cells, reasons = [], []
+        for row in rows:
+            steps = plan["steps"].get(row["run"], {})
+            parts = ", ".join(f"{stage} {count}" for stage, count in steps.items())
+            cells.append([label(row), row["what"], f"{sum(steps.values())} ({parts})" if steps else "not possible"])
+            if row["run"] is None:
+                reasons.append(f"not possible: {label(row)}: {row['reason']}")
+        blocks.append("\n".join([title(plan, axis), table(["variant", "what", "steps"], cells), *reasons]))
+    runs = f"{plan['num_runs']} runs ({len(plan['seeds'])} seed(s)), {plan['num_remaining']} of them remain"
+    return "\n\n".join([*blocks, f"{plan['budget']}\n{runs}"])
 
 
 def ablation_csv(record: Record) -> str:

@@ -6,40 +6,64 @@ Shape suffixes: L layers, T response tokens with a row.
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from vlsi_cache.errors import CacheCorruptError, command_line
 from vlsi_cache.progress import human_bytes
+from vlsi_cache.store.arrays import array_specs, data_file_name, layered_names, part_specs
+from vlsi_cache.store.codec import layer_bytes, read_layered
+from vlsi_cache.store.files import check_part_files, list_tmp, load_part_record
+from vlsi_cache.store.format import part_dir
+from vlsi_cache.store.reader import Cache, CachePath, open, surprise_of, surprise_warning
 
 from .layers import spaced
-from .text import layer_names, table
-
-if TYPE_CHECKING:
-    from vlsi_cache.store.reader import Cache
+from .text import layer_names, render, short, table
 
 MEASURED_PARTS = 4  # parts whose shard indices are read: their layers are alike, and each costs a dozen open files
-FIRST = 5  # samples, reasons and names that are shown
+FIRST = 5  # samples that are named
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `inspect` found: JSON-ready `facts`; `str` is the text for people."""
+
+    facts: dict[str, Any]
+
+    def __getitem__(self, name: str) -> Any:
+        return self.facts[name]
+
+    def as_dict(self) -> dict[str, Any]:
+        return self.facts
+
+    def __str__(self) -> str:
+        return description_text(self.facts)
+
+
+def inspect(cache: CachePath) -> Inspection:
+    """What a cache is: origin, progress, layers, bytes. Reads records and indices, no rows.
+
+    Raises what opening a cache raises, but not for one that is unfinished.
+    """
+    return Inspection(describe_cache(cache.path if isinstance(cache, Cache) else Path(cache)))
 
 
 def describe_cache(path: Path) -> dict[str, Any]:
     """JSON-ready facts about a cache, finished or not. Raises what opening a cache raises."""
-    from vlsi_cache.store.commit import list_tmp
-    from vlsi_cache.store.lineage import surprise_of, surprise_warning
-    from vlsi_cache.store.reader import open
-
     cache = open(path, allow_incomplete=True)
     header, surprise = cache.header, surprise_of(cache)
     done = set(cache.parts)
     dead, alive = list_tmp(path)
+
+    def of_header(*names: str) -> dict[str, Any]:
+        return {name: getattr(header, name) for name in names}
+
     return {
         "path": str(path),
-        "created_by": header.created_by,
-        "format_version": header.format_version,
-        "contract": header.contract,
-        "digest": header.digest,
+        **of_header("created_by", "format_version", "contract", "digest"),
         "complete": cache.is_complete,
         "parts_done": len(done),
         "num_parts": header.num_parts,
@@ -50,14 +74,7 @@ def describe_cache(path: Path) -> dict[str, Any]:
         "num_tokens": cache.num_tokens,
         "num_response_tokens": _sum(cache, "num_response_tokens"),
         "planned_response_tokens": header.num_response_tokens,
-        "layers": header.layers,
-        "num_model_layers": header.num_model_layers,
-        "row_kind": header.row_kind,
-        "truncated": header.truncated,
-        "top_k": header.top_k,
-        "tail_samples": header.tail_samples,
-        "taus": header.taus,
-        "profile": header.profile,
+        **of_header("layers", "num_model_layers", "row_kind", "truncated", "top_k", "tail_samples", "taus", "profile"),
         "v_real": header.vocab_size,
         "token_texts": header.text_xxh3 is not None,
         "select_tokens": (header.spec.get("rows") or {}).get("select_tokens"),
@@ -68,9 +85,7 @@ def describe_cache(path: Path) -> dict[str, Any]:
         "responses": header.responses,
         "last_layer": None if surprise is None else {"gold_nll": surprise.gold_nll, "entropy": surprise.entropy},
         "warning": surprise_warning(cache),
-        "parents": header.parents,
-        "fingerprint": header.fingerprint,
-        "spec": header.spec,
+        **of_header("parents", "fingerprint", "spec"),
     }
 
 
@@ -80,19 +95,19 @@ def reasons(skipped: Sequence[dict[str, Any]]) -> dict[str, int]:
     return dict(Counter(kinds).most_common())
 
 
-def _sum(cache: "Cache", column: str) -> int:
+def _sum(cache: Cache, column: str) -> int:
     return int(cache.sample_table()[column].to_numpy().sum())
 
 
-def _bytes(cache: "Cache") -> dict[str, Any]:
+def _bytes(cache: Cache) -> dict[str, Any]:
     """Bytes per array of all parts, exact, and per layer as the measured parts have them."""
     stored, measured = cache.bytes_by_array(), spaced(cache.parts, MEASURED_PARTS)
     sizes, num_tokens, num_entries = _measure(cache, measured)
-    layer_bytes = []
+    by_layer = []
     for index, layer in enumerate(cache.layers):
         of_layer = {name: float(size_L[index]) for name, size_L in sizes.items()}
         total = sum(of_layer.values())
-        layer_bytes.append(
+        by_layer.append(
             {
                 "layer": layer,
                 "top_k": cache.header.top_k[index],
@@ -109,16 +124,12 @@ def _bytes(cache: "Cache") -> dict[str, Any]:
         "bytes_per_response_token": sum(stored.values()) / max(1, _sum(cache, "num_response_tokens")),
         "raw_bytes": _raw_bytes(cache, num_entries / num_tokens),
         "measured_parts": measured,
-        "layer_bytes": layer_bytes,
+        "layer_bytes": by_layer,
     }
 
 
-def _measure(cache: "Cache", parts: Sequence[int]) -> tuple[dict[str, np.ndarray], int, int]:
+def _measure(cache: Cache, parts: Sequence[int]) -> tuple[dict[str, np.ndarray], int, int]:
     """(bytes [L] of every layered array, response tokens, 1 at least, entries) of these parts."""
-    from vlsi_cache.store.codec import layer_bytes, read_layered
-    from vlsi_cache.store.files import check_part_files, load_part_record
-    from vlsi_cache.store.format import data_file_name, layered_names, part_dir, part_specs
-
     root, header = cache.path, cache.header
     sizes = {name: np.zeros(len(header.layers)) for name in layered_names(header)}
     num_tokens = num_entries = 0
@@ -142,10 +153,8 @@ def _measure(cache: "Cache", parts: Sequence[int]) -> tuple[dict[str, np.ndarray
     return sizes, max(1, num_tokens), num_entries
 
 
-def _raw_bytes(cache: "Cache", entries_per_token: float) -> dict[str, int]:
+def _raw_bytes(cache: Cache, entries_per_token: float) -> dict[str, int]:
     """Bytes of every array before compression; where rows are cut by mass, after the measured parts."""
-    from vlsi_cache.store.format import array_specs
-
     header, samples = cache.header, cache.sample_table()
     num_tokens = cache.num_tokens
     per_token = entries_per_token if header.truncated else sum(header.top_k)
@@ -160,37 +169,16 @@ def _raw_bytes(cache: "Cache", entries_per_token: float) -> dict[str, int]:
 
 
 def description_text(facts: dict[str, Any]) -> str:
-    """The same for people."""
-    blocks = ["\n".join(_head_lines(facts)), _array_table(facts), _layer_table(facts), "\n".join(_skipped_lines(facts))]
-    blocks.append("\n".join(_origin_lines(facts)))
-    return "\n\n".join(block for block in blocks if block)
-
-
-def _head_lines(facts: dict[str, Any]) -> list[str]:
-    state = "complete" if facts["complete"] else "not finished"
-    spec, rows, all_tokens = facts["spec"], facts["num_tokens"], facts["num_response_tokens"]
-    total, share = sum(facts["size_bytes"].values()), 100 * rows / max(1, all_tokens)
-    lines = [
-        f"cache       {facts['path']} ({state}: {facts['parts_done']} of {facts['num_parts']} parts)",
-        f"spec        {spec.get('name', '')}: {spec.get('description', '')}",
-        f"teacher     {(spec.get('teacher') or {}).get('model', '')}, {facts['num_model_layers']} layers",
-        f"made by     {facts['created_by']}, format {facts['format_version']}, "
-        f"rows-to-tokens contract {facts['contract']}",
-        f"samples     {facts['num_samples']:,}; first: {', '.join(facts['first_ids'])}",
-        f"tokens      {rows:,} rows a layer for {all_tokens:,} response tokens ({share:.1f} %)",
-        f"layers      {', '.join(map(str, facts['layers'][:-1]))} and last ({facts['layers'][-1]})",
-        f"rows        {rows_text(facts)}",
-        f"bytes       {human_bytes(total)}: {facts['bytes_per_layer_token']['total']:.1f} per (layer, token), "
-        f"{facts['bytes_per_response_token']:.1f} per response token; vocabulary {human_bytes(facts['vocab_bytes'])}",
-    ]
-    lines += [f"responses   {response_text(origin)}" for origin in facts["responses"]]
-    lines += [f"warning     {facts['warning']}"] if facts["warning"] else []
-    missing, tmp = facts["missing_parts"], facts["tmp"]
-    if missing:
-        planned = f"{facts['planned_samples']:,} samples, {facts['planned_response_tokens']:,} response tokens"
-        lines.append(f"missing     {len(missing)} parts: {_some(missing)}; planned are {planned}")
-    lines += [f"tmp/        {len(n)} {k.replace('_', ' ')}: {_some(n)}" for k, n in tmp.items() if n]
-    return lines
+    """The facts for people; how they look stands in templates/inspect.txt."""
+    return render(
+        "inspect.txt",
+        **facts,
+        rows=rows_text(facts),
+        origins=[response_text(origin) for origin in facts["responses"]],
+        arrays=_array_table(facts),
+        layer_table=_layer_table(facts),
+        ancestors=[_parent_text(parent) for parent in lineage(facts["parents"])],
+    )
 
 
 def response_text(origin: Mapping[str, Any]) -> str:
@@ -247,20 +235,6 @@ def _layer_table(facts: dict[str, Any]) -> str:
     return f"{table(['layer', 'k', 'bytes per token', 'share', 'stored, about'], rows)}\n{note}"
 
 
-def _skipped_lines(facts: dict[str, Any]) -> list[str]:
-    skipped, kinds = facts["skipped"], facts["skipped_by_reason"]
-    lines = [f"left out    {len(skipped)} rows"]
-    lines += [f"  {count:>8}  {reason}" for reason, count in list(kinds.items())[:FIRST]]
-    lines += [f"            {len(kinds) - FIRST} more reasons"] if len(kinds) > FIRST else []
-    return lines + [f"              {one['id']}: {one['reason']}" for one in skipped[:FIRST]]
-
-
-def _origin_lines(facts: dict[str, Any]) -> list[str]:
-    lines = [f"parent      {_parent_text(parent)}" for parent in lineage(facts["parents"])]
-    lines += ["made from"] + [f"  {key}: {_short(value)}" for key, value in facts["fingerprint"].items()]
-    return [*lines, "everything, the spec too: --json"]
-
-
 def lineage(parents: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """All ancestors, the nearest first."""
     for parent in parents:
@@ -269,16 +243,6 @@ def lineage(parents: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def _parent_text(parent: dict[str, Any]) -> str:
-    done = [f"{k} {_short(v)}" for k, v in parent.items() if k not in ("path", "digest", "parents", "operation")]
+    done = [f"{k} {short(v)}" for k, v in parent.items() if k not in ("path", "digest", "parents", "operation")]
     name = f"{parent.get('path', '')} ({str(parent.get('digest', ''))[:12]})"
     return f"{name}: {parent.get('operation', '')} {', '.join(done)}".rstrip(": ")
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 72 else f"{text[:69]}..."
-
-
-def _some(names: Sequence[Any]) -> str:
-    shown = ", ".join(map(str, names[:FIRST]))
-    return f"{shown}, ..." if len(names) > FIRST else shown

@@ -16,6 +16,7 @@ from vlsi_cache.progress import printable
 from vlsi_cache.runs.metrics import final_loss, smooth
 
 from .layers import LayerStats
+from .matches import Matches
 from .text import layer_names
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ PAGE_COLOURS = {INK: "var(--ink)", MUTED: "var(--muted)", LINE: "var(--line)"}
 ACCENT, WARM, GREY, GREEN = "#3d7fd6", "#dd8a2c", "#8b929b", "#2f9e74"
 RECIPE_COLOURS = {"sft": GREY, "last": WARM, "vlsi": ACCENT}
 DASHED = (0, (3, 2))
+LOSS = "loss [nats per token]"
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "vlsi-cache",  # ids that depend on the content alone: the same data give the same page
@@ -64,7 +66,6 @@ STYLE: dict[Any, Any] = {
 
 Scores = Mapping[str, Mapping[str, Sequence[float]]]  # recipe -> kind of question -> one value a seed
 Curves = Mapping[str, Mapping[str, tuple[Sequence[int], Sequence[float]]]]  # stage -> label -> steps, values
-Maps = Mapping[str, np.ndarray]  # title -> shares [S, M]
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,15 @@ def accuracy_bars(scores: Scores, kinds: Sequence[str], teacher: Mapping[str, fl
         return svg_of(figure, "accuracy", "Exact match per kind of question and recipe")
 
 
-def loss_curves(curves: Curves, *, unit: str = "nats per token") -> str:
+def _label_lines(axes: "Axes", *, num_ticks: int | None = None, **texts: Any) -> None:
+    """Title and labels of a chart over steps or layers, with lines across; over steps `num_ticks` whole numbers."""
+    axes.set(**texts)
+    axes.grid(axis="y")
+    if num_ticks is not None:
+        axes.locator_params(axis="x", integer=True, nbins=num_ticks)
+
+
+def loss_curves(curves: Curves) -> str:
     """One panel per stage, one line per label: every step faint, the running mean on top."""
     with styled_figure(3.3 * len(curves) + 0.6, 2.9, len(curves)) as (figure, panels):
         for axes, (stage, lines) in zip(panels, curves.items(), strict=True):
@@ -121,32 +130,27 @@ def loss_curves(curves: Curves, *, unit: str = "nats per token") -> str:
                 colour = RECIPE_COLOURS.get(label, (ACCENT, WARM, GREEN, GREY)[number % 4])
                 axes.plot(steps, values, color=colour, lw=0.7, alpha=0.28)
                 axes.plot(steps, smooth(values, max(1, len(values) // 12)), color=colour, lw=1.8, label=label)
-            axes.set(title=stage, xlabel="step", ylabel=f"loss [{unit}]")
-            axes.locator_params(axis="x", integer=True, nbins=6)
-            axes.grid(axis="y")
+            _label_lines(axes, title=stage, xlabel="step", ylabel=LOSS, num_ticks=6)
             if len(lines) > 1:
                 axes.legend(handlelength=1.2)
         return svg_of(figure, "loss", "Training loss per stage")
 
 
-def verbalizer_losses(steps: Sequence[int], layers: Mapping[int, Sequence[float]], *, unit: str) -> str:
+def verbalizer_losses(steps: Sequence[int], layers: Mapping[int, Sequence[float]]) -> str:
     """Loss of every layer's verbalizer over training (left), and at the end (right)."""
     with styled_figure(8.2, 3.1, 2, width_ratios=(1.6, 1)) as (figure, (over_time, final)):
         colours = _shades(len(layers))
         for colour, (layer, values) in zip(colours, layers.items(), strict=True):
             over_time.plot(steps, smooth(values, max(1, len(values) // 12)), color=colour, lw=1.6, label=str(layer))
-        over_time.set(title="over training", xlabel="step", ylabel=f"loss [{unit}]")
-        over_time.locator_params(axis="x", integer=True, nbins=6)
-        over_time.grid(axis="y")
+        _label_lines(over_time, title="over training", xlabel="step", ylabel=LOSS, num_ticks=6)
         over_time.legend(title="layer", ncols=2, handlelength=1.0, fontsize=8)
         names = [str(layer) for layer in layers]
         final.bar(names, [final_loss(values) for values in layers.values()], color=colours, width=0.7)
-        final.set(title="at the end", xlabel="layer", ylabel=f"loss [{unit}]")
-        final.grid(axis="y")
+        _label_lines(final, title="at the end", xlabel="layer", ylabel=LOSS)
         return svg_of(figure, "verbalizers", "Loss of each layer's verbalizer")
 
 
-def layer_losses(losses: Mapping[str, Mapping[int, Sequence[float]]], *, unit: str = "nats per token") -> str:
+def layer_losses(losses: Mapping[str, Mapping[int, Sequence[float]]]) -> str:
     """Held-out loss of each verbalized student layer, one line per recipe; a band from the worst to the best seed."""
     with styled_figure(5.4, 3.0) as (figure, (axes,)):
         for recipe, of_layer in losses.items():
@@ -156,8 +160,7 @@ def layer_losses(losses: Mapping[str, Mapping[int, Sequence[float]]], *, unit: s
             low, high = zip(*((min(v), max(v)) for v in of_layer.values()), strict=True)
             axes.fill_between(layers, low, high, color=colour, alpha=0.18, lw=0)
         axes.set_xticks(sorted({layer for of_layer in losses.values() for layer in of_layer}))
-        axes.set(xlabel="student layer", ylabel=f"loss [{unit}]")
-        axes.grid(axis="y")
+        _label_lines(axes, xlabel="student layer", ylabel=LOSS)
         axes.legend()
         return svg_of(figure, "layers", "Held-out loss of each student layer")
 
@@ -173,34 +176,36 @@ def probe_curves(panels: Sequence[Panel], steps: Sequence[int], layers: Sequence
                 for layer, values in of_layer.items():
                     colour = colours[list(layers).index(layer)]
                     axes.plot(steps, values, color=colour, lw=1.4, ls=style)
-            axes.set(title=panel.title, xlabel="step", ylabel=panel.unit)
-            axes.locator_params(axis="x", integer=True, nbins=5)
-            axes.grid(axis="y")
+            _label_lines(axes, title=panel.title, xlabel="step", ylabel=panel.unit, num_ticks=5)
         for axes in axes_list[len(panels) :]:
             axes.set_axis_off()
-        names = [*map(str, layers[:-1]), "last"]
-        lines = [Line2D([], [], color=colour, lw=1.6, label=name) for colour, name in zip(colours, names, strict=True)]
+        names = zip(colours, layer_names(layers), strict=True)
+        lines = [Line2D([], [], color=colour, lw=1.6, label=name) for colour, name in names]
         lines.append(Line2D([], [], color=MUTED, lw=1.4, ls=DASHED, label="teacher"))
         figure.legend(handles=lines, loc="outside upper left", ncols=len(lines), handlelength=1.4)
         return svg_of(figure, "probes", "Student layers beside their teacher layers over the interaction")
 
 
-def match_map(maps: Maps, student_layers: Sequence[int], teacher_layers: Sequence[int]) -> str:
+def match_map(found: Matches) -> str:
     """Shares of matches of each student layer with each teacher layer, one heat map beside the other."""
-    with _match_figure(maps, student_layers, teacher_layers) as figure:
+    with _match_figure(found) as figure:
         return svg_of(figure, "matches", "Matched layers beside the distribution of uniform sampling")
 
 
-def match_png(maps: Maps, student_layers: Sequence[int], teacher_layers: Sequence[int]) -> bytes:
-    """The same as a PNG on white."""
+def match_png(found: Matches) -> bytes:
+    """The heat maps as a PNG on white."""
     buffer = io.BytesIO()
-    with _match_figure(maps, student_layers, teacher_layers) as figure:
+    with _match_figure(found) as figure:
         figure.savefig(buffer, format="png", dpi=160, facecolor="white", metadata={"Software": None})
     return buffer.getvalue()
 
 
 @contextmanager
-def _match_figure(maps: Maps, student_layers: Sequence[int], teacher_layers: Sequence[int]) -> Any:
+def _match_figure(found: Matches) -> Any:
+    maps = {"start of the interaction": found.start_SM, "end of the interaction": found.end_SM}
+    if found.null_SM is not None:
+        maps["no information (null)"] = found.null_SM
+    student_layers, teacher_layers = found.student_layers, found.teacher_layers
     width = max(3.2, 0.9 + 0.27 * len(teacher_layers))
     height = max(2.3, 1.5 + 0.26 * len(student_layers))
     with styled_figure(width * len(maps), height, len(maps), sharey=True) as (figure, panels):
@@ -259,10 +264,9 @@ def layer_figure(layers: Sequence[LayerStats]) -> str:
         shares.plot(names, agreement, color=ACCENT, label="same top word as last", **dots)
         if kept:
             shares.plot(names, kept, color=GREEN, label="kept mass", **dots)
-        nats.set(title="nats per token", xlabel="teacher layer", ylabel="nats", ylim=(0, None))
-        shares.set(title="shares", xlabel="teacher layer", ylabel="[%]", ylim=(0, 104))
+        _label_lines(nats, title="nats per token", xlabel="teacher layer", ylabel="nats", ylim=(0, None))
+        _label_lines(shares, title="shares", xlabel="teacher layer", ylabel="[%]", ylim=(0, 104))
         for axes in (nats, shares):
-            axes.grid(axis="y")
             axes.legend(handlelength=1.4)
             axes.set_xticks(some_ticks(len(names), 10))
         return svg_of(figure, "cached-layers", "What each cached layer knows")

@@ -4,9 +4,9 @@ Shape suffixes: L layers, T response tokens with a row, K kept entries, P bins o
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -15,13 +15,10 @@ from vlsi_cache.io import with_null
 from vlsi_cache.progress import progress
 from vlsi_cache.sparse.row_kl import kl_sums
 from vlsi_cache.sparse.rows import SparseRows
+from vlsi_cache.store.part import Row
+from vlsi_cache.store.reader import Cache, CachePath, open
 
-from .text import Table, layer_names, percent, table
-
-if TYPE_CHECKING:
-    from vlsi_cache.sparse.rows import SparseRows
-    from vlsi_cache.store.part import Row
-    from vlsi_cache.store.reader import Cache
+from .text import Table, layer_names, lines_of, percent, render, table
 
 MAX_PARTS = 8  # parts that are read: enough for stable means, cheap for a cache of any size
 FINE, COARSE = 4096, 64  # bins of the quantiles: 0.003 nats for 150,000 words; and of what is drawn
@@ -33,17 +30,17 @@ LITTLE_MASS = 0.5  # below this share of kept mass a bound from the kept words s
 Sums = dict[str, np.ndarray]
 
 
-def gold_ids(row: "Row") -> np.ndarray:
+def gold_ids(row: Row) -> np.ndarray:
     """[T]: the response token that each row of the cache is about."""
     return np.asarray(row.response_ids_R)[np.asarray(row.positions_T)].astype(np.int64)
 
 
-def gold_ranks(row: "Row") -> np.ndarray:
+def gold_ranks(row: Row) -> np.ndarray:
     """[L, T]: rank of the response token among the kept entries, from 0; -1 when it is not among them."""
     return ranks_of(row, gold_ids(row))
 
 
-def ranks_of(rows: "SparseRows", ids_T: np.ndarray) -> np.ndarray:
+def ranks_of(rows: SparseRows, ids_T: np.ndarray) -> np.ndarray:
     """[L, T]: rank of a token id among the kept entries, from 0; -1 when it is not among them."""
     hits_LTK = np.asarray(rows.ids_LTK).astype(np.int64) == ids_T[None, :, None]
     hits_LTK &= np.isfinite(rows.logprobs_LTK)  # padding has an id too
@@ -120,34 +117,23 @@ class CacheStats:
         )
 
 
-def cache_stats(cache: "Cache", *, parts: int = MAX_PARTS, with_kl: bool = True) -> CacheStats:
-    """Statistics over `parts` evenly spaced parts (0: all), without the KL of the layers if it is not wanted.
+def cache_stats(cache: CachePath, *, parts: int = MAX_PARTS, with_kl: bool = True) -> CacheStats:
+    """What the layers say, over `parts` evenly spaced parts (0: all): entropy, loss, ranks, and KL if it is wanted.
 
-    Raises CacheIncompleteError when there are no rows.
+    The cache may be unfinished. Raises CacheIncompleteError when there are no rows yet.
     """
+    cache = cache if isinstance(cache, Cache) else open(cache, allow_incomplete=True)
     chosen, edges_P = spaced(cache.parts, parts), position_edges(cache)
     has_kl = with_kl and cache.header.row_kind != "sampled"  # draws have no KL
     num_compared = kl_tokens_of_part(len(chosen)) if has_kl else 0
-    sums = _sum_over_parts(cache, chosen, lambda rows: _part_sums(cache, rows, edges_P, num_compared))
-    return _stats_of(cache, chosen, edges_P, sums)
-
-
-def kl_matrix(cache: "Cache", *, parts: int = MAX_PARTS) -> tuple[np.ndarray, int]:
-    """([L, L] mean KL(i || j) over evenly spaced tokens of evenly spaced parts, number of tokens compared)."""
-    chosen = spaced(cache.parts, parts)
-    num_compared = kl_tokens_of_part(len(chosen))
-    sums = _sum_over_parts(cache, chosen, lambda rows: _kl_sums(SparseRows.concat(rows), num_compared))
-    return sums["kl"] / sums["tokens"], int(sums["kl_tokens"])
-
-
-def _sum_over_parts(cache: "Cache", chosen: list[int], sums_of: Callable[[list["Row"]], Sums]) -> Sums:
     sums: Sums = {}
     for part in progress(chosen, "stats", unit="part", delay=2):
         if rows := cache.read_part(part):
-            sums = {name: array + sums.get(name, 0) for name, array in sums_of(rows).items()}
+            more = _part_sums(cache, rows, edges_P, num_compared)
+            sums = {name: array + sums.get(name, 0) for name, array in more.items()}
     if not sums or not sums["tokens"]:
         raise CacheIncompleteError(f"`{cache.path}` has no rows in parts {chosen[:4]}: there is nothing to measure yet")
-    return sums
+    return _stats_of(cache, chosen, edges_P, sums)
 
 
 def kl_tokens_of_part(num_parts: int) -> int:
@@ -155,7 +141,7 @@ def kl_tokens_of_part(num_parts: int) -> int:
     return max(1, min(KL_TOKENS, MAX_KL_TOKENS // max(1, num_parts)))
 
 
-def position_edges(cache: "Cache") -> np.ndarray:
+def position_edges(cache: Cache) -> np.ndarray:
     """First positions of the bins: one by one, then two for every doubling."""
     longest = int(cache.sample_table()["num_response_tokens"].to_numpy().max(initial=1))
     edges, at = [0, 1], 2
@@ -165,7 +151,7 @@ def position_edges(cache: "Cache") -> np.ndarray:
     return np.array([edge for edge in edges if edge < max(1, longest)])
 
 
-def _part_sums(cache: "Cache", samples: "list[Row]", edges_P: np.ndarray, num_compared: int) -> Sums:
+def _part_sums(cache: Cache, samples: list[Row], edges_P: np.ndarray, num_compared: int) -> Sums:
     rows = SparseRows.concat(samples)
     gold_T = np.concatenate([gold_ids(row) for row in samples])
     positions_T = np.concatenate([np.asarray(row.positions_T, np.int64) for row in samples])
@@ -174,7 +160,7 @@ def _part_sums(cache: "Cache", samples: "list[Row]", edges_P: np.ndarray, num_co
     top_LT = np.asarray(rows.ids_LTK)[:, :, 0]
     entropy_LT = np.asarray(rows.entropy_LT, np.float64)
     mass_LT = 1.0 - np.asarray(rows.tail_mass_LT, np.float64)
-    sums = {
+    sums: Sums = {
         "tokens": np.array(rows.num_tokens),
         "entropy": entropy_LT.sum(1),
         "mass": mass_LT.sum(1),
@@ -188,18 +174,14 @@ def _part_sums(cache: "Cache", samples: "list[Row]", edges_P: np.ndarray, num_co
         "entropy_LB": _histograms(entropy_LT, _max_entropy(cache)),
         "mass_LB": _histograms(mass_LT, 1.0),
     }
-    return sums | _kl_sums(rows, num_compared) if num_compared else sums
+    if num_compared:  # some tokens, in the weight of all tokens of the part
+        chosen_T = np.array(spaced(range(rows.num_tokens), num_compared), np.int64)
+        weight = rows.num_tokens / max(1, len(chosen_T))
+        sums |= {"kl": weight * kl_sums(rows.select_tokens(chosen_T)), "kl_tokens": np.array(len(chosen_T))}
+    return sums
 
 
-def _kl_sums(rows: SparseRows, num_compared: int) -> Sums:
-    """KL of some tokens, in the weight of all tokens of the part."""
-    chosen_T = np.array(spaced(range(rows.num_tokens), num_compared), np.int64)
-    sums_LL = kl_sums(rows.select_tokens(chosen_T))
-    weight = rows.num_tokens / max(1, len(chosen_T))
-    return {"kl": weight * sums_LL, "tokens": np.array(rows.num_tokens), "kl_tokens": np.array(len(chosen_T))}
-
-
-def _max_entropy(cache: "Cache") -> float:
+def _max_entropy(cache: Cache) -> float:
     return max(1e-6, math.log(cache.header.vocab_size))
 
 
@@ -223,7 +205,7 @@ def _quantiles(counts_LB: np.ndarray, top: float, wanted: dict[str, float]) -> l
     return found
 
 
-def _stats_of(cache: "Cache", chosen: list[int], edges_P: np.ndarray, sums: Sums) -> CacheStats:
+def _stats_of(cache: Cache, chosen: list[int], edges_P: np.ndarray, sums: Sums) -> CacheStats:
     top, num_tokens = _max_entropy(cache), int(sums["tokens"])
     kl_LL = sums["kl"] / num_tokens if "kl" in sums else None
     coarse_LB = sums["entropy_LB"].reshape(len(cache.layers), COARSE, -1).sum(2)
@@ -247,7 +229,7 @@ def _stats_of(cache: "Cache", chosen: list[int], edges_P: np.ndarray, sums: Sums
     )
 
 
-def _layers_of(cache: "Cache", sums: Sums, num_tokens: int, kl_LL: np.ndarray | None) -> list[LayerStats]:
+def _layers_of(cache: Cache, sums: Sums, num_tokens: int, kl_LL: np.ndarray | None) -> list[LayerStats]:
     entropy = _quantiles(sums["entropy_LB"], _max_entropy(cache), ENTROPY_QUANTILES)
     mass = _quantiles(sums["mass_LB"], 1.0, MASS_QUANTILES)
     last, is_drawn = len(cache.layers) - 1, cache.header.row_kind == "sampled"
@@ -298,12 +280,7 @@ def stats_rows(stats: CacheStats) -> list[Table]:
 
 def stats_notes(stats: CacheStats) -> list[str]:
     """What was read, and what the columns are."""
-    some = "all" if len(stats.parts) == stats.num_parts else f"{len(stats.parts)} evenly spaced"
-    notes = [f"{stats.num_tokens:,} rows a layer from {some} of {stats.num_parts} parts; entropy, loss and KL in nats"]
-    notes += ["word kept, rank: is the response's word among the kept ones, and at which place where it is"]
-    if stats.kl_LL is None:
-        return [*notes, "the rows are draws: they have no kept mass and no KL, so these columns are left out"]
-    return [*notes, f"KL: lower bound from the kept words and one bucket for the rest, on {stats.kl_tokens:,} rows"]
+    return lines_of("stats_notes.txt", stats=stats)
 
 
 def stats_text(stats: CacheStats) -> str:
@@ -355,7 +332,7 @@ class LayerSuggestion:
 
 
 def suggest_layers(
-    cache: "Cache", *, keep: int | None = None, max_kl: float | None = None, parts: int = MAX_PARTS
+    cache: Cache, *, keep: int | None = None, max_kl: float | None = None, parts: int = MAX_PARTS
 ) -> LayerSuggestion:
     """Propose intermediate layers to drop, from the KL between the cached layers (see sparse.compare).
 
@@ -374,8 +351,9 @@ def suggest_layers(
         raise SpecError(f"`keep` is {keep}: of {len(cache.layers)} cached layers 1 to {len(cache.layers)} can be kept")
     if max_kl is not None and not max_kl >= 0:
         raise SpecError(f"`max_kl` is {max_kl}: it is a KL in nats and cannot be below 0")
-    kl_LL, num_tokens = kl_matrix(cache, parts=parts)
-    mass_L, order = _kept_mass(cache, parts), removal_order(kl_LL)
+    stats = cache_stats(cache, parts=parts)
+    assert stats.kl_LL is not None  # the rows are no draws
+    kl_LL, mass_L, order = stats.kl_LL, _kept_mass(cache, parts), removal_order(stats.kl_LL)
     if keep is not None:
         num_dropped = len(cache.layers) - keep
     else:
@@ -390,7 +368,7 @@ def suggest_layers(
         order=[Drop(cache.layers[i], cache.layers[j], kl, float(mass_L[i])) for i, j, kl in order],
         num_dropped=num_dropped,
         worst_kl=max((_nearest(kl_LL, i, left)[1] for i in gone), default=0.0),
-        tokens=num_tokens,
+        tokens=stats.kl_tokens,
         keep=keep,
         max_kl=max_kl,
     )
@@ -413,7 +391,7 @@ def _nearest(kl_LL: np.ndarray, i: int, left: Sequence[int]) -> tuple[int, float
     return min(((j, float(kl_LL[i, j])) for j in (*after, *before)), key=lambda one: one[1])
 
 
-def _kept_mass(cache: "Cache", parts: int) -> np.ndarray:
+def _kept_mass(cache: Cache, parts: int) -> np.ndarray:
     """[L]: mean kept mass over the parts that are read, from their records."""
     records = [cache.part_record(part) for part in spaced(cache.parts, parts)]
     means = [(record.summary["tail_mass"], record.num_tokens) for record in records if record.num_tokens]
@@ -427,16 +405,10 @@ def suggestion_text(suggestion: LayerSuggestion) -> str:
     for number, one in enumerate(suggestion.order):
         proposed = "drop" if number < suggestion.num_dropped else ""
         rows.append([str(one.layer), str(one.stand_in), f"{one.kl:.3f}", percent(one.kept_mass), proposed])
-    lines = [table(["layer", "stand-in", "KL, nats", "kept mass", "proposed"], rows), ""]
-    lines.append(
-        f"mean KL of each layer from its stand-in when its turn comes, on {suggestion.tokens:,} rows; lower bounds"
+    return render(
+        "suggestion.txt",
+        found=suggestion,
+        order=table(["layer", "stand-in", "KL, nats", "kept mass", "proposed"], rows),
+        little=sorted(one.layer for one in suggestion.order if one.kept_mass < LITTLE_MASS),
+        left=layer_names(suggestion.layers),
     )
-    if little := sorted(one.layer for one in suggestion.order if one.kept_mass < LITTLE_MASS):
-        names = ", ".join(map(str, little))
-        lines.append(f"layers {names} keep less than half of their mass: their KL may be far more")
-    if suggestion.num_dropped:
-        lines.append(f"dropped layers are at most {suggestion.worst_kl:.3f} nats from the nearest layer that is left")
-        lines.append(f"what is left: --layers {','.join(layer_names(suggestion.layers))}")
-    else:
-        lines.append("nothing is dropped: name how many layers to keep, or how many nats a drop may cost")
-    return "\n".join(lines)

@@ -14,7 +14,7 @@ from vlsi_cache.io import refuse_url
 from vlsi_cache.runs.diagnostics import Metrics, is_finished
 from vlsi_cache.runs.metrics import RunFiles, match_shares, next_step, read_run, teacher_layers
 
-from .text import Table, table
+from .text import Table, lines_of, table
 
 DEFAULT_SHARE = 0.1
 IN_ORDER = ("vlsi", "order")  # modes of matching that keep the order of layers
@@ -132,32 +132,7 @@ class Matches:
 
     def notes(self) -> list[str]:
         """What the columns mean, and what is missing."""
-        lines = ["mean: of the matched teacher layers"]
-        if not self.knows_teacher:
-            lines.append(
-                "no null: the run does not say which teacher layers it could match, and its cache is gone or another "
-                "one; the teacher layers here are those that were matched"
-            )
-        elif self.null_SM is None:
-            lines.append(
-                f"matching {self.mode} draws nothing: every student layer has one teacher layer from the start"
-            )
-        else:
-            deep = "; keeping the order alone pushes matches deep" if self.mode in IN_ORDER else ""
-            lines.append(f"null: what uniform sampling would give{deep}")
-            chance = ""
-            if self.chance() is not None:
-                counted = f"{self.num_matches} match{'es' if self.num_matches != 1 else ''}"
-                chance = f"; chance: what {counted}, as at the end, would show of it on average if the null were true"
-            lines.append(f"TV: total variation distance from the null, 0 the same, 1 nothing in common{chance}")
-        if self.entropy_start and self.entropy_end:
-            lines.append(
-                "entropy: nats of the distribution that the layer was drawn from, mean over the probed steps there, or "
-                "else of the nearest one"
-            )
-        if not self.is_finished:
-            lines.append("the stage is not finished: the end is the end of what is there")
-        return lines
+        return lines_of("match_notes.txt", found=self, keeps_order=self.mode in IN_ORDER)
 
 
 def match(run: Path | str, *, share: float = DEFAULT_SHARE) -> Matches:

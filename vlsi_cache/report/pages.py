@@ -19,8 +19,19 @@ from .describe import response_text
 from .example import MAX_TOKENS, Trace, grid_of
 from .layers import CacheStats, LayerStats, big_number, cache_stats, stats_notes, stats_rows
 from .matches import Matches, matches_of
-from .render import render, write_file, write_page
-from .text import RECIPE_NAMES, Table, demo_rows, evaluation_parts, kinds_of, layer_names, percent
+from .text import (
+    RECIPE_NAMES,
+    Table,
+    demo_rows,
+    evaluation_parts,
+    kinds_of,
+    layer_names,
+    mean,
+    percent,
+    render,
+    write_file,
+    write_page,
+)
 
 if TYPE_CHECKING:
     from vlsi_cache.store.reader import Cache
@@ -119,7 +130,7 @@ def run_page(run: RunFiles) -> str:
 
 def cache_page(cache: "Cache") -> str:
     """What a cache is, what its layers know, what it costs, and one sample of it."""
-    from vlsi_cache.store.lineage import surprise_warning
+    from vlsi_cache.store.reader import surprise_warning
 
     header, layers = cache.header, _layers_of(cache)
     state = "complete" if cache.is_complete else f"{len(cache.parts)} of {header.num_parts} parts"
@@ -159,7 +170,10 @@ def cache_page(cache: "Cache") -> str:
 
 def demo_page(folder: Path, demo: dict[str, Any], example: dict[str, Any] | None, cache: "Cache | None") -> str:
     """Three recipes against one cache, on questions that none of them has seen; `cache` is None when it is gone."""
-    runs = {recipe: [_run_of(folder, entry) for entry in entries] for recipe, entries in demo["runs"].items()}
+    runs: dict[str, list[RunFiles | None]] = {}  # None for a run whose folder is gone
+    for recipe, entries in demo["runs"].items():
+        paths = [folder / entry["run"] for entry in entries]
+        runs[recipe] = [read_run(path) if (path / "run.json").is_file() else None for path in paths]
     first = {recipe: found[0] for recipe, found in runs.items() if found and found[0] is not None}
     vlsi = first.get("vlsi")
     teacher = (demo.get("teacher") or {}).get("exact_match") or {}
@@ -168,6 +182,7 @@ def demo_page(folder: Path, demo: dict[str, Any], example: dict[str, Any] | None
         matches = [entry["exact_match"] for entry in demo["runs"][recipe] if entry.get("exact_match")]
         points[recipe] = [100 * match["all"] for match in matches]
         by_kind[recipe] = {kind: [match[kind] for match in matches if kind in match] for kind in kinds_of(matches)}
+    best, *others = reversed(demo["recipes"])
     layers, bytes_per = _layers_of(cache) if cache else [], demo.get("bytes_per_layer_token")
     return render(
         "demo.html",
@@ -177,9 +192,10 @@ def demo_page(folder: Path, demo: dict[str, Any], example: dict[str, Any] | None
         "all layers.",
         demo=demo,
         recipe_names=RECIPE_NAMES,
-        mean={recipe: _mean_of(values) for recipe, values in points.items()},
+        points=points,
         teacher=teacher,
-        sentences=_demo_sentences(demo, points, first),
+        gains={other: [a - b for a, b in zip(points[best], points[other], strict=False)] for other in others},
+        chance=_standard_error(points[best], first),
         accuracy=figures.accuracy_bars(by_kind, kinds_of(list(by_kind.values())), teacher),
         scores=demo_rows(demo),
         layer_figure=figures.layer_figure(layers) if layers else None,
@@ -206,7 +222,7 @@ def ablation_page(record: dict[str, Any]) -> str:
         lead=f"{lead}.",
         record=record,
         tables=[_ablation_table(record, axis) for axis in tables],
-        num_variants=len({row["run"] for rows in tables.values() for row in rows if row["run"] is not None}),
+        num_variants=len(ablation.runs_of(record)) if tables else 0,
         num_failed=ablation.num_failed(record) if tables else 0,
         ruler_note=ablation.ruler_note(record) if tables else [],
     )
@@ -262,13 +278,13 @@ def write_stats_page(stats: CacheStats, file: Path) -> Path:
 def write_match_page(found: Matches, file: Path) -> Path:
     """Write the heat maps and the table of `match` as a page; returns the file."""
     title = f"Matched layers of run {Path(found.run).resolve().name}"
-    svg = figures.match_map(*_match_maps(found))
+    svg = figures.match_map(found)
     return write_page(file, render("match.html", title=title, lead=found.heading, found=found, svg=svg))
 
 
 def write_match_png(found: Matches, file: Path) -> Path:
     """Write the heat maps as a PNG; returns the file."""
-    return write_file(file, figures.match_png(*_match_maps(found)))
+    return write_file(file, figures.match_png(found))
 
 
 def write_trace_page(trace: Trace, file: Path) -> Path:
@@ -295,7 +311,7 @@ def _verbalizer_losses(run: RunFiles) -> dict[str, Any] | None:
     steps, layers = layer_curves(run.metrics, "verbalize")
     if not steps:
         return None
-    svg = figures.verbalizer_losses(steps, layers, unit="nats per token")
+    svg = figures.verbalizer_losses(steps, layers)
     heads, rows = progress_rows(run.metrics)
     return {"svg": svg, "heads": heads, "rows": rows, "note": progress_note(run.metrics)}
 
@@ -339,14 +355,7 @@ def _progress(metrics: Sequence[Mapping[str, Any]]) -> dict[int, dict[float, flo
 def _matched(run: RunFiles) -> dict[str, Any]:
     """Where the student's layers were matched, and its picture; None where nothing was."""
     found = matches_of(run)
-    return {"matched": found, "match_map": None if found is None else figures.match_map(*_match_maps(found))}
-
-
-def _match_maps(found: Matches) -> tuple[dict[str, np.ndarray], list[int], list[int]]:
-    maps = {"start of the interaction": found.start_SM, "end of the interaction": found.end_SM}
-    if found.null_SM is not None:
-        maps["no information (null)"] = found.null_SM
-    return maps, found.student_layers, found.teacher_layers
+    return {"matched": found, "match_map": None if found is None else figures.match_map(found)}
 
 
 def _probe_curves(run: RunFiles) -> str | None:
@@ -369,33 +378,11 @@ def _probe_curves(run: RunFiles) -> str | None:
     return figures.probe_curves([panel for panel in panels if panel.student], [line["step"] for line in lines], layers)
 
 
-def _run_of(folder: Path, entry: dict[str, Any]) -> RunFiles | None:
-    path = folder / entry["run"]
-    return read_run(path) if (path / "run.json").is_file() else None
-
-
-def _mean_of(values: list[float]) -> float:
-    return sum(values) / len(values) if values else math.nan
-
-
-def _demo_sentences(demo: dict[str, Any], points: dict[str, list[float]], runs: dict[str, RunFiles]) -> list[str]:
-    """What can be said and what cannot: differences seed by seed, and how far chance alone reaches."""
-    best, *others = reversed(demo["recipes"])
-    lines = []
-    for other in others:
-        gains = [a - b for a, b in zip(points[best], points[other], strict=False)]
-        by_seed = f" (by seed: {', '.join(f'{gain:+.1f}' for gain in gains)})" if len(gains) > 1 else ""
-        lines.append(f"{best} minus {other}: {_mean_of(gains):+.1f} points of exact match{by_seed}.")
-    evaluations = [run.evaluation for run in runs.values() if run.evaluation]
-    num = evaluations[0]["num_samples"] if evaluations else 0
-    if num:
-        share = _mean_of(points[best]) / 100
-        error = 100 * math.sqrt(max(share * (1 - share), 0.0) / num)
-        lines.append(
-            f"{num} questions and {len(demo['seeds'])} seed(s): the choice of questions alone moves a number by about "
-            f"{error:.1f} points (one standard error)."
-        )
-    return lines
+def _standard_error(points: list[float], runs: dict[str, RunFiles]) -> tuple[int, float] | None:
+    """Number of questions, and by how many points the choice of that many alone moves a mean; None without them."""
+    num = next((run.evaluation["num_samples"] for run in runs.values() if run.evaluation), 0)
+    share = mean(points) / 100
+    return (num, 100 * math.sqrt(max(share * (1 - share), 0.0) / num)) if num else None
 
 
 def _demo_losses(runs: dict[str, RunFiles]) -> str | None:

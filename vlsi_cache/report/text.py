@@ -1,12 +1,28 @@
-"""Numbers and tables in plain text: the scores of an evaluation and of a demo."""
+"""Text and pages: tables, templates filled with texts that nobody can trust, and the scores of evaluations and demos.
 
+Every page is one file with everything inside, so that it needs no network. jinja2 is imported when it is used.
+"""
+
+import math
+import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from vlsi_cache.progress import printable
+from vlsi_cache.errors import SpecError
+from vlsi_cache.io import check_file, refuse_url, write_atomically
+from vlsi_cache.progress import human_bytes, human_seconds, printable
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 Table = tuple[list[str], list[list[str]]]  # head and rows
 RECIPE_NAMES = {"sft": "labels only", "last": "last layer", "vlsi": "all layers"}
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+HEAD_BYTES = 4096
+FIRST = 5  # of many names that are shown
+OPENING = b":root { color-scheme: light dark; --paper: #ffffff;"  # of the style of every page that we have written
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -30,18 +46,142 @@ def percent(share: float | None) -> str:
     return "n/a" if share is None or share != share else f"{100 * share:.1f} %"
 
 
-def mean_and_spread(values: Sequence[float], *, scale: float = 100.0, digits: int = 1) -> str:
-    """Mean, and smallest to largest when there are several: `91.2 (90.1 to 92.4)`."""
+def mean(values: Sequence[float]) -> float:
+    """NaN where there are none."""
+    return sum(values) / len(values) if values else math.nan
+
+
+def mean_and_spread(
+    values: Sequence[float], *, scale: float = 100.0, digits: int = 1, seeds_for_deviation: int | None = None
+) -> str:
+    """Mean, and smallest to largest when there are several: `91.2 (90.1 to 92.4)`.
+
+    From `seeds_for_deviation` values on also the standard deviation: `91.2 (90.1 to 92.4, sd 0.9)`.
+    """
     if not values:
         return "n/a"
-    scaled = [scale * value for value in values]
-    mean = f"{sum(scaled) / len(scaled):.{digits}f}"
-    return mean if len(scaled) == 1 else f"{mean} ({min(scaled):.{digits}f} to {max(scaled):.{digits}f})"
+    shown = [f"{scale * value:.{digits}f}" for value in (statistics.fmean(values), min(values), max(values))]
+    if len(values) == 1:
+        return shown[0]
+    deviation = ""
+    if seeds_for_deviation is not None and len(values) >= seeds_for_deviation:
+        deviation = f", sd {scale * statistics.stdev(values):.{digits}f}"
+    return f"{shown[0]} ({shown[1]} to {shown[2]}{deviation})"
 
 
 def layer_names(layers: Sequence[int]) -> list[str]:
     """Numbers of the layers, `last` for the final one."""
     return [*map(str, layers[:-1]), "last"]
+
+
+def visible(word: str) -> str:
+    """A token's text with what is invisible made visible."""
+    if not word.strip(" "):
+        return word.replace(" ", "\u2423") or "\u2205"
+    shown = {"\n": "\u21b5", "\t": "\u21e5"}
+    return "".join(char if char.isprintable() else shown.get(char, "\ufffd") for char in word)
+
+
+def render(template: str, **content: Any) -> str:
+    """A page (`.html`) or a text (`.txt`) from its template; what the template asks for is in `content`."""
+    return _templates().get_template(template).render(content)
+
+
+def lines_of(template: str, **content: Any) -> list[str]:
+    """The lines of a text from its template."""
+    return render(template, **content).splitlines()
+
+
+@cache
+def _templates() -> "Environment":
+    """The templates. Users' texts are escaped in pages and their control characters written out; what is missing is an
+    error."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+    from markupsafe import Markup
+
+    def shown(value: Any) -> Any:
+        return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+    templates = Environment(
+        loader=PackageLoader("vlsi_cache.report"),
+        autoescape=select_autoescape(["html"]),
+        finalize=shown,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    templates.filters |= {
+        "bytes": human_bytes,
+        "percent": percent,
+        "seconds": human_seconds,
+        "mean": mean,
+        "some": _some,
+        "short": short,
+        "sentence": lambda text: text[0].upper() + text[1:],
+        "visible": visible,
+        "yaml": _yaml,
+    }
+    return templates
+
+
+def short(value: Any) -> str:
+    """The value as text, its end cut off where it is long."""
+    text = str(value)
+    return text if len(text) <= 72 else f"{text[:69]}..."
+
+
+def _some(names: Sequence[Any]) -> str:
+    """The first of the names, with dots where there are more."""
+    shown = ", ".join(map(str, names[:FIRST]))
+    return f"{shown}, ..." if len(names) > FIRST else shown
+
+
+def _yaml(value: Any) -> str:
+    import yaml
+
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
+
+
+def write_page(file: Path, html: str) -> Path:
+    """Write one self-contained HTML document; returns the file."""
+    _check_page_name(file)
+    return write_file(file, html.encode())
+
+
+def check_page(file: Path | None) -> None:
+    """Raise SpecError for a name that is none of a page, or a place where none can go or where one is not ours."""
+    if file is None:
+        return
+    _check_page_name(file)
+    check_file(file)
+    if file.exists() and OPENING not in file.read_bytes()[:HEAD_BYTES]:
+        raise SpecError(f"{file} exists and is no page of vlsi-cache; choose another name with -o, or move it away")
+
+
+def check_picture(file: Path | None) -> None:
+    """Raise SpecError for a name that is none of a PNG file, or a place where none can go."""
+    if file is None:
+        return
+    if file.suffix.lower() != ".png":
+        raise SpecError(f"{file} is to be a picture: its name must end in .png")
+    check_file(file)
+    if file.exists() and not file.read_bytes().startswith(PNG_SIGNATURE):
+        raise SpecError(f"{file} exists and is no PNG file; choose another name, or move it away")
+
+
+def _check_page_name(file: Path) -> None:
+    refuse_url(file, "page")
+    if file.suffix.lower() not in (".html", ".htm"):
+        raise SpecError(f"{file} is to be a page: its name must end in .html")
+
+
+def write_file(file: Path, content: bytes) -> Path:
+    """Write a file that is there whole or not at all; returns it. Raises SpecError where there is a folder."""
+    if file.is_dir():
+        raise SpecError(f"{file} is a folder; name a file")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, content)
+    return file
 
 
 def kinds_of(scores: Sequence[Mapping[str, Any] | None]) -> list[str]:
@@ -106,44 +246,12 @@ def evaluation_parts(result: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "left_out": f" ({result['num_skipped']:,} left out)" if result.get("num_skipped") else "",
         "kinds": [(kind, counts.get(kind, result["num_samples"]), match[kind]) for kind in kinds_of([match])],
-        "notes": _unusual(result),
+        "notes": lines_of(
+            "evaluation_notes.txt", beams=result.get("num_beams") or 1, borrowed=result.get("verbalizers")
+        ),
         "layers": (["layer", "nats per token"], [[n, f"{nll:.3f}"] for n, nll in nlls.items()]) if nlls else None,
-        "teacher": _teacher_lines(found) if found else [],
+        "teacher": lines_of("teacher_notes.txt", found=found, num_trained_on=found.get("num_trained_on"))
+        if found
+        else [],
         "divergences": divergences,
     }
-
-
-def _unusual(result: Mapping[str, Any]) -> list[str]:
-    """Beams, and borrowed verbalizers."""
-    beams, borrowed = result.get("num_beams") or 1, result.get("verbalizers")
-    notes = [f"answers by beam search with {beams} beams"] if beams > 1 else []
-    if borrowed:
-        trained = {
-            True: ", trained on what this run started from",
-            False: ", trained on OTHER weights than it started from",
-        }.get(borrowed.get("same_start"), "")
-        if borrowed.get("same_student"):
-            trained = ", trained on this very student"
-        notes.append(f"layers read through verbalizers of {borrowed['path']}{trained}")
-    return notes
-
-
-def _teacher_lines(found: Mapping[str, Any]) -> list[str]:
-    """How far the model is from the teacher of a cache, and whether that cache's rows are held out."""
-    lines = [
-        f"against the teacher of {found['cache']}: {found['num_samples']:,} samples, {found['num_tokens']:,} tokens",
-        f"KL(teacher || student) of the last layer: {found['kl']:.4f} nats per token "
-        f"(teacher's entropy {found['teacher_entropy']:.4f})",
-    ]
-    if found["top1_agreement"] is not None:
-        lines.append(
-            f"same first word: {percent(found['top1_agreement'])} of tokens; "
-            f"student's mass on the teacher's kept words: {percent(found['mass_on_top_k'])}"
-        )
-    trained, num = found.get("trained_on"), found.get("num_trained_on")  # an earlier release did not count
-    if trained is None:
-        lines.append("NOT KNOWN TO BE HELD OUT: the rows that the model was trained on cannot be looked up")
-    elif trained:
-        part = "" if num in (None, found["num_samples"]) else f"{num:,} of "
-        lines.append(f"NOT HELD OUT: the run was trained on {part}these rows")
-    return lines

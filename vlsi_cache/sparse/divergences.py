@@ -19,7 +19,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from vlsi_cache.config.sections import DivergenceName
+from vlsi_cache.config.training import DivergenceName
 from vlsi_cache.errors import SpecError
 
 __all__ = ["Bucketed", "Divergence"]

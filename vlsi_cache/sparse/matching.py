@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlsi_cache.config.sections import MatchingMode, Temperature
+from vlsi_cache.config.training import MatchingMode, Temperature
 from vlsi_cache.errors import SpecError
 
 from .vocab_pass import to_device_async

@@ -11,8 +11,17 @@ from vlsi_cache import io
 from vlsi_cache.errors import CacheCorruptError, VlsiCacheError
 from vlsi_cache.progress import progress
 
-from . import commit, table
-from .files import FROM_A_COPY, hash_file, load_header, load_part_record, repair_hint, size_problem
+from . import table
+from .files import (
+    FROM_A_COPY,
+    hash_file,
+    list_tmp,
+    load_header,
+    load_part_record,
+    remove_dead_tmp,
+    repair_hint,
+    size_problem,
+)
 from .format import (
     HEADER_NAME,
     RECORD_NAME,
@@ -25,17 +34,17 @@ from .format import (
     part_dir,
     part_name,
 )
-from .header import (
+from .header import is_interrupted_start
+from .part import load_part
+from .vocab_order import (
     VOCAB_NAMES,
     complete_copies,
-    is_interrupted_start,
     load_texts,
     load_vocab,
     publish_files,
     vocab_problems,
     whole_files,
 )
-from .part import load_part
 
 MAX_MISSING = 100  # missing parts that are listed one by one
 CONTINUE = "run the command that builds the cache again, it continues"
@@ -70,6 +79,10 @@ class VerifyReport:
     def ok(self) -> bool:
         return not self.problems
 
+    def add(self, file: str, what: str, todo: str | None = None) -> None:
+        """Note a problem; the remedy is `repair` unless `todo` says another."""
+        self.problems.append(Problem(file, what, todo or repair_hint(self.path)))
+
     def __str__(self) -> str:
         found = "no problems" if self.ok else f"{len(self.problems)} problems"
         how = "sizes, checksums and hashes" if self.deep else "sizes and checksums"
@@ -84,22 +97,23 @@ def verify(path: str | os.PathLike[str], *, deep: bool = False) -> VerifyReport:
     report = VerifyReport(root, deep)
     if is_interrupted_start(root):
         what = "is missing: the start of this cache was interrupted, and nothing is lost"
-        report.problems.append(Problem(HEADER_NAME, what, CONTINUE))
+        report.add(HEADER_NAME, what, CONTINUE)
         return report
-    repair = repair_hint(root)
     try:
         header = load_header(root)
     except (OSError, VlsiCacheError) as error:
-        report.problems.append(Problem(HEADER_NAME, _text(error), FROM_A_COPY))
+        report.add(HEADER_NAME, _text(error), FROM_A_COPY)
         return report
-    _check_vocab(root, header, report, repair)
+    _check_vocab(root, header, report)
     there = [index for index in list_parts(root) if index < header.num_parts]
     _list_missing(header, there, report)
     for index in progress(there, "verify", unit="part", delay=2):
-        _check_part(root, header, index, report, repair)
-    _check_foreign(root, header, report, repair)
+        _check_part(root, header, index, report)
+    for name in _foreign_names(root, header):
+        report.add(name, "is not a part of this cache")
+    report.unfinished = [f"tmp/{name}" for names in list_tmp(root) for name in names]
     if not report.bad_parts:
-        _check_table(root, header, report, repair)
+        _check_table(root, header, report)
     return report
 
 
@@ -107,36 +121,37 @@ def _list_missing(header: CacheHeader, there: list[int], report: VerifyReport) -
     """The parts that are not there: the first of them one by one."""
     missing = sorted(set(range(header.num_parts)) - set(there))
     for index in missing[:MAX_MISSING]:
-        report.problems.append(Problem(f"parts/{part_name(index)}", "is missing", CONTINUE))
+        report.add(f"parts/{part_name(index)}", "is missing", CONTINUE)
     if len(missing) > MAX_MISSING:
         what = f"{len(missing) - MAX_MISSING} more of {header.num_parts} parts are missing"
-        report.problems.append(Problem("parts", what, CONTINUE))
+        report.add("parts", what, CONTINUE)
 
 
-def _check_vocab(root: Path, header: CacheHeader, report: VerifyReport, repair: str) -> None:
+def _check_vocab(root: Path, header: CacheHeader, report: VerifyReport) -> None:
     """Both copies, every file by its hash; a cache may do without the second one."""
     for name in (VOCAB_NAME, VOCAB_COPY_NAME):
         if os.path.lexists(root / name):
-            report.problems += [Problem(file, what, repair) for file, what in vocab_problems(root, header, name)]
+            for file, what in vocab_problems(root, header, name):
+                report.add(file, what)
     if not os.path.lexists(root / VOCAB_NAME):
         has_copy = (root / VOCAB_COPY_NAME).is_dir()
-        report.problems.append(Problem(VOCAB_NAME, "is missing", repair if has_copy else CONTINUE))
+        report.add(VOCAB_NAME, "is missing", None if has_copy else CONTINUE)
     elif not any(problem.file.startswith(VOCAB_NAME) for problem in report.problems):
         try:
             load_vocab(root, header)
             if header.text_xxh3 is not None:
                 load_texts(root, header)
         except CacheCorruptError as error:
-            report.problems.append(Problem(VOCAB_NAME, _text(error), repair))
+            report.add(VOCAB_NAME, _text(error))
 
 
-def _check_part(root: Path, header: CacheHeader, index: int, report: VerifyReport, repair: str) -> None:
+def _check_part(root: Path, header: CacheHeader, index: int, report: VerifyReport) -> None:
     name = f"parts/{part_name(index)}"
     report.num_parts += 1
     before = len(report.problems)
     try:
         record = load_part_record(root, header, index)
-        _check_files(root, index, record, report, repair)
+        _check_files(root, index, record, report)
         if len(report.problems) == before:
             part = load_part(root, header, index, range(len(header.layers)), None)
             part.check()
@@ -144,12 +159,12 @@ def _check_part(root: Path, header: CacheHeader, index: int, report: VerifyRepor
     except (OSError, VlsiCacheError) as error:
         file = error.file if isinstance(error, VlsiCacheError) else None
         label = name if file is None else file.relative_to(root).as_posix()
-        report.problems.append(Problem(label, _text(error), repair))
+        report.add(label, _text(error))
     if len(report.problems) > before:
         report.bad_parts.append(index)
 
 
-def _check_files(root: Path, index: int, record: PartRecord, report: VerifyReport, repair: str) -> None:
+def _check_files(root: Path, index: int, record: PartRecord, report: VerifyReport) -> None:
     folder = part_dir(root, index)
     for name, expected in sorted(record.files.items()):
         path, label = folder / name, f"parts/{part_name(index)}/{name}"
@@ -157,23 +172,16 @@ def _check_files(root: Path, index: int, record: PartRecord, report: VerifyRepor
             report.num_files += 1
             report.num_bytes += path.lstat().st_size
         if what := size_problem(str(path), expected.size):
-            report.problems.append(Problem(label, what.removeprefix(":").strip(), repair))
+            report.add(label, what.removeprefix(":").strip())
         elif report.deep and (found := hash_file(path)) != expected:
             what = f"xxh3 is {found.xxh3}, part.json says {expected.xxh3}"
-            report.problems.append(Problem(label, what, repair))
+            report.add(label, what)
     for parent, _, files in os.walk(folder):
         for file in files:
             name = (Path(parent) / file).relative_to(folder).as_posix()
             if name not in record.files and name != RECORD_NAME:
                 label = f"parts/{part_name(index)}/{name}"
-                report.problems.append(Problem(label, "does not belong to the part", repair))
-
-
-def _check_foreign(root: Path, header: CacheHeader, report: VerifyReport, repair: str) -> None:
-    for name in _foreign_names(root, header):
-        report.problems.append(Problem(name, "is not a part of this cache", repair))
-    dead, alive = commit.list_tmp(root)
-    report.unfinished = [f"tmp/{name}" for name in (*dead, *alive)]
+                report.add(label, "does not belong to the part")
 
 
 def _foreign_names(root: Path, header: CacheHeader) -> list[str]:
@@ -183,20 +191,20 @@ def _foreign_names(root: Path, header: CacheHeader) -> list[str]:
     return [f"parts/{name}" for name in sorted(found - expected)]
 
 
-def _check_table(root: Path, header: CacheHeader, report: VerifyReport, repair: str) -> None:
+def _check_table(root: Path, header: CacheHeader, report: VerifyReport) -> None:
     """What only shows over all parts: ids that repeat, counts that are not those of the plan, a stale table."""
     try:
         fresh = table.collect(root, header)
     except CacheCorruptError as error:
-        report.problems.append(Problem(HEADER_NAME, _text(error), FROM_A_COPY))
+        report.add(HEADER_NAME, _text(error), FROM_A_COPY)
         return
     if found := table.repeated_id(fresh):
         name, parts = found
         what = f"sample {name!r} is in parts {parts}; ids must be unique"
-        report.problems.append(Problem(f"parts/{part_name(parts[-1])}/{RECORD_NAME}", what, repair))
+        report.add(f"parts/{part_name(parts[-1])}/{RECORD_NAME}", what)
         report.bad_parts.append(parts[-1])
     elif report.num_parts == header.num_parts and not table.is_current(root, header, fresh):
-        report.problems.append(Problem(TABLE_NAME, "is missing, damaged or older than the parts", repair))
+        report.add(TABLE_NAME, "is missing, damaged or older than the parts")
 
 
 def _text(error: Exception) -> str:
@@ -276,8 +284,8 @@ def _repair_vocab(root: Path, header: CacheHeader, found: VerifyReport) -> tuple
 
 def _sweep(root: Path, yes: bool) -> tuple[list[str], list[str]]:
     """What dead processes left in `tmp/`: what is removed now, and what is left there."""
-    removed = commit.remove_dead_tmp(root) if yes else []
-    left = [name for name in commit.list_tmp(root)[0] if name not in removed]
+    removed = remove_dead_tmp(root) if yes else []
+    left = [name for name in list_tmp(root)[0] if name not in removed]
     return [f"tmp/{name}" for name in removed], [f"tmp/{name}" for name in left]
 
 

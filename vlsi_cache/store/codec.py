@@ -9,8 +9,8 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ from numcodecs import blosc  # pyright: ignore[reportAttributeAccessIssue]  (com
 
 from vlsi_cache.errors import CacheCorruptError, DataError
 
+from .arrays import ENTRY_ARRAYS, ArraySpec, data_file_name
 from .files import read_file
-from .format import ENTRY_ARRAYS, ArraySpec, FileRecord, data_file_name
+from .format import FileRecord
 
 CRC_BYTES = 4
 BLOSC_HEADER = 16
@@ -240,12 +241,8 @@ class MappedLayers:
         stored = np.asarray(np.memmap(path, np.uint8, mode="r"))
         grid = spec.grid[:2]
         self._stored_BLc = stored[: math.prod(grid) * (chunk_bytes + CRC_BYTES)].reshape(*grid, -1)
-        self._values_BLt = np.ndarray(
-            (*grid, *spec.chunk[:1], *spec.chunk[2:]),
-            spec.dtype,
-            stored,
-            strides=(*self._stored_BLc.strides[:2], *_c_strides((spec.chunk[0], *spec.chunk[2:]), spec.dtype.itemsize)),
-        )
+        values = self._stored_BLc[..., :chunk_bytes].view(spec.dtype)
+        self._values_BLt = values.reshape(*grid, spec.chunk[0], *spec.chunk[2:])  # still no copy
         self._every_layer = self._layers == list(range(grid[1]))
         self._known_BL = np.zeros(grid, bool) if known is None else known.setdefault(path, np.zeros(grid, bool))
         self._is_known = [bool(known_L[self._layers].all()) for known_L in self._known_BL]
@@ -278,22 +275,16 @@ class MappedLayers:
             if self._is_known[block]:
                 return
             if self.path.stat().st_size != self._file_bytes:  # touching a page behind the end would kill the process
-                what = f"`{self.path}`: the file has changed its size since it was opened"
-                raise CacheCorruptError(what, file=self.path)
+                raise CacheCorruptError.at(self.path, ": the file has changed its size since it was opened")
             for layer in (layer for layer in self._layers if not self._known_BL[block, layer]):
                 try:
                     checked(self._stored_BLc[block, layer])
                     if self._check_values is not None:
                         self._check_values(self._values_BLt[block, layer, : self.shape[1] - block * self._tokens])
                 except ValueError as error:
-                    what = f"`{self.path}`: block {block}, layer row {layer}: {error}"
-                    raise CacheCorruptError(what, file=self.path) from None
+                    raise CacheCorruptError.at(self.path, f": block {block}, layer row {layer}: {error}") from None
                 self._known_BL[block, layer] = True
             self._is_known[block] = True
-
-
-def _c_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-    return tuple(itemsize * math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 NOTHING: Mapping[str, Undo] = {}
@@ -356,9 +347,13 @@ def _write_file(path: Path, pieces: Iterable[bytes]) -> FileRecord:
 
 def read_samples(folder: Path, specs: dict[str, ArraySpec], names: Iterable[str]) -> Arrays:
     """Arrays without a layer axis."""
-    return {
-        name: _guarded(folder, name, lambda name=name: _whole_or_empty(folder, name, specs[name])) for name in names
-    }
+    found: Arrays = {}
+    for name in names:
+        spec = specs[name]
+        with _damage_is_an_error(folder / name):
+            path = folder / data_file_name(name, spec)
+            found[name] = read_whole(path, spec) if spec.size_bytes else np.empty(spec.shape, spec.dtype)
+    return found
 
 
 def read_layered(
@@ -376,12 +371,18 @@ def read_layered(
     `undo` works in place on chunks of the arrays it names; `check(name, values)` looks at blocks of mapped ones when
     they are touched, `known` are those that need no check any more.
     """
-    return {
-        name: _guarded(
-            folder, name, lambda name=name: _layers_of(folder, name, specs[name], layers, undo.get(name), check, known)
-        )
-        for name in names
-    }
+    found: Arrays = {}
+    for name in names:
+        spec, path = specs[name], folder / data_file_name(name, specs[name])
+        with _damage_is_an_error(folder / name):
+            if not spec.size_bytes or not layers:
+                found[name] = np.empty((len(layers), spec.shape[0], *spec.shape[2:]), spec.dtype)
+            elif spec.codec.shuffle is None and name in ENTRY_ARRAYS:
+                check_values = None if check is None else partial(check, name)
+                found[name] = MappedLayers(path, spec, layers, check=check_values, known=known)
+            else:
+                found[name] = read_layers(path, spec, layers, undo.get(name))
+    return found
 
 
 def read_flat(
@@ -389,48 +390,28 @@ def read_flat(
 ) -> dict[str, list[np.ndarray]]:
     """Entries of layer rows `layers` of flat arrays, one array per layer; `kept_LT` is of ALL layers of the part."""
     edges = np.concatenate([[0], np.cumsum(kept_LT.sum(1, dtype=np.int64))]).tolist()
-    spans = [list(pairwise(edges))[layer] for layer in layers]
-    return {
-        name: _guarded(folder, name, lambda name=name: _spans_of(folder, name, specs[name], spans)) for name in names
-    }
+    spans = [(edges[layer], edges[layer + 1]) for layer in layers]
+    last = max((stop for _, stop in spans), default=0)
+    found: dict[str, list[np.ndarray]] = {}
+    for name in names:
+        spec = specs[name]
+        with _damage_is_an_error(folder / name):
+            if not spec.size_bytes:
+                found[name] = [np.empty(0, spec.dtype) for _ in spans]
+                continue
+            if last > spec.shape[0]:
+                raise ValueError(f"holds {spec.shape[0]} entries, `kept` counts at least {last}")
+            found[name] = read_spans(folder / data_file_name(name, spec), spec, spans)
+    return found
 
 
-def _whole_or_empty(folder: Path, name: str, spec: ArraySpec) -> np.ndarray:
-    return (
-        read_whole(folder / data_file_name(name, spec), spec) if spec.size_bytes else np.empty(spec.shape, spec.dtype)
-    )
-
-
-def _layers_of(
-    folder: Path,
-    name: str,
-    spec: ArraySpec,
-    layers: Sequence[int],
-    undo: Undo,
-    check: Callable[[str, np.ndarray], None] | None,
-    known: Known | None,
-) -> Any:
-    if not spec.size_bytes or not layers:
-        return np.empty((len(layers), spec.shape[0], *spec.shape[2:]), spec.dtype)
-    path = folder / data_file_name(name, spec)
-    if spec.codec.shuffle is None and name in ENTRY_ARRAYS:
-        return MappedLayers(path, spec, layers, check=None if check is None else partial(check, name), known=known)
-    return read_layers(path, spec, layers, undo)
-
-
-def _spans_of(folder: Path, name: str, spec: ArraySpec, spans: list[tuple[int, int]]) -> list[np.ndarray]:
-    if not spec.size_bytes:
-        return [np.empty(0, spec.dtype) for _ in spans]
-    if spans and max(stop for _, stop in spans) > spec.shape[0]:
-        raise ValueError(f"holds {spec.shape[0]} entries, `kept` counts at least {max(stop for _, stop in spans)}")
-    return read_spans(folder / data_file_name(name, spec), spec, spans)
-
-
-def _guarded(folder: Path, name: str, read: Callable[[], Any]) -> Any:
+@contextmanager
+def _damage_is_an_error(path: Path) -> Iterator[None]:
+    """Turn whatever damaged bytes raise in the codec that they reach into CacheCorruptError."""
     try:
-        return read()
+        yield
     except CacheCorruptError:
         raise
-    except Exception as error:  # damaged bytes raise whatever the codec they reach raises
+    except Exception as error:
         what = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CacheCorruptError(f"`{folder / name}`: {what}", file=folder / name) from error
+        raise CacheCorruptError.at(path, f": {what}") from error

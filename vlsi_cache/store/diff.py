@@ -10,17 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from vlsi_cache.errors import SpecError, list_problems
+from vlsi_cache.errors import SpecError, first_of, list_problems
 from vlsi_cache.sparse.rows import SparseRows
 from vlsi_cache.store.reader import CachePath
 
-from .format import IDENTITY_FIELDS
-from .header import differences
+from .header import differences, identity_of
 from .part import Row
 from .reader import Cache, open
 
 SMALLEST_BUCKET = 1e-12  # a tail of exactly nothing against one of something is no infinite divergence
-SHOWN_IDS = 3
 
 
 @dataclass
@@ -92,13 +90,13 @@ class CacheDiff:
             return f"equal: {self.num_common} samples in both, the rows of {self.num_compared} compared"
         lines = [f"a: {self.a}", f"b: {self.b}", *([list_problems(self.lines, limit=100)] if self.lines else [])]
         for name, ids in (("a", self.only_a), ("b", self.only_b)):
-            lines += [f"{len(ids)} samples only in {name}: {_some(ids)}"] if ids else []
+            lines += [f"{len(ids)} samples only in {name}: {first_of(ids)}"] if ids else []
         lines.append(f"{self.num_common} samples in both, the rows of {self.num_compared} compared")
         if self.other_responses:
             ids = self.other_responses
-            lines.append(f"error: {len(ids)} samples have other response ids: {_some(ids)}; they are left out below")
+            lines.append(f"error: {len(ids)} samples have other response ids: {first_of(ids)}; they are left out below")
         if self.other_records:
-            lines.append(f"{len(self.other_records)} samples have another record: {_some(self.other_records)}")
+            lines.append(f"{len(self.other_records)} samples have another record: {first_of(self.other_records)}")
         if self.tokens_only_a or self.tokens_only_b:
             lines.append(f"tokens with a row only in a: {self.tokens_only_a}, only in b: {self.tokens_only_b}")
         return "\n".join([*lines, *_layer_lines(self.layers)])
@@ -128,8 +126,7 @@ def diff(a: CachePath, b: CachePath, *, samples: int = 200) -> CacheDiff:
 
 def _compare_origin(found: CacheDiff, one: Cache, other: Cache) -> None:
     prints = [one.header.fingerprint, other.header.fingerprint]
-    fields = ("contract", *IDENTITY_FIELDS)
-    headers = [{name: getattr(cache.header, name) for name in fields} for cache in (one, other)]
+    headers = [identity_of(one.header), identity_of(other.header)]
     found.fingerprint, found.header = _pairs(*prints), _pairs(*headers)
     found.lines = differences(*headers, names=("a has", "b has")) + differences(*prints, names=("a has", "b has"))
 
@@ -221,10 +218,6 @@ def _divide(sums: LayerDiff) -> None:
     sums.mean_kl = max(0.0, sums.mean_kl / tokens)
     sums.mean_dtail /= tokens
     sums.mean_dentropy /= tokens
-
-
-def _some(ids: list[str]) -> str:
-    return ", ".join(map(repr, ids[:SHOWN_IDS])) + (", ..." if len(ids) > SHOWN_IDS else "")
 
 
 def _layer_lines(layers: list[LayerDiff]) -> list[str]:

@@ -23,31 +23,26 @@ from vlsi_cache.sparse.quantize import (
 )
 from vlsi_cache.sparse.rows import SparseRows, share_logprobs
 
+from .arrays import value_array
 from .codec import Arrays
-from .format import CacheHeader, PartRecord, value_array
+from .format import CacheHeader, PartRecord
 
 ROUNDING = 1e-3  # what float32 sums over a vocabulary may lift a log-prob above 0, or a mass out of [0, 1]
 
 
 def check_sample_arrays(folder: Path, header: CacheHeader, record: PartRecord, arrays: Mapping[str, Any]) -> None:
     """Offsets are those of part.json, response ids are tokens, and positions rise inside the response."""
-    for name, lengths in (
-        ("offsets", record.sample_tokens),
-        ("response_offsets", record.sample_response_tokens),
-    ):
+    for name, lengths in (("offsets", record.sample_tokens), ("response_offsets", record.sample_response_tokens)):
         want = np.concatenate([[0], np.cumsum(np.array(lengths, np.int64))])
         wrong = np.flatnonzero(arrays[name] != want)
         if wrong.size:
             at = int(wrong[0])
-            raise CacheCorruptError(
-                f"`{folder / name}`: token counts are not those of part.json: entry {at} is {arrays[name][at]}, and "
-                f"must be {want[at]}",
-                file=folder / name,
-            )
+            what = f"entry {at} is {arrays[name][at]}, and must be {want[at]}"
+            raise CacheCorruptError.at(folder / name, f": token counts are not those of part.json: {what}")
     ids = arrays["response_ids"]
     if ids.size and int(ids.max()) >= header.vocab_size:
-        path = folder / "response_ids"
-        raise CacheCorruptError(f"`{path}`: id {ids.max()}, the vocabulary is {header.vocab_size}", file=path)
+        what = f": id {ids.max()}, the vocabulary is {header.vocab_size}"
+        raise CacheCorruptError.at(folder / "response_ids", what)
     positions_T = arrays["positions"].astype(np.int64)
     rows_S = np.array(record.sample_tokens, np.int64)
     sample_T = np.repeat(np.arange(len(rows_S)), rows_S)
@@ -57,12 +52,11 @@ def check_sample_arrays(folder: Path, header: CacheHeader, record: PartRecord, a
     wrong = np.flatnonzero(outside_T | falls_T)
     if wrong.size:
         row, sample = int(wrong[0]), int(sample_T[wrong[0]])
-        raise CacheCorruptError(
-            f"`{folder / 'positions'}`: row {row} is at response token {positions_T[row]} of sample "
-            f"{record.sample_ids[sample]!r}, which has {record.sample_response_tokens[sample]}; positions must rise "
-            "inside the response",
-            file=folder / "positions",
+        what = (
+            f": row {row} is at response token {positions_T[row]} of sample {record.sample_ids[sample]!r}, which has "
+            f"{record.sample_response_tokens[sample]}; positions must rise inside the response"
         )
+        raise CacheCorruptError.at(folder / "positions", what)
 
 
 def check_scalars(folder: Path, arrays: Mapping[str, Any]) -> None:
@@ -77,10 +71,8 @@ def check_scalars(folder: Path, arrays: Mapping[str, Any]) -> None:
 def _refuse(folder: Path, name: str, values: np.ndarray, bad: np.ndarray, what: str) -> None:
     if bad.any():
         layer, token, *_ = where = tuple(np.argwhere(bad)[0].tolist())
-        raise CacheCorruptError(
-            f"`{folder / name}`: {values[where]} at layer row {layer}, token {token} {what}, and is never written",
-            file=folder / name,
-        )
+        what = f": {values[where]} at layer row {layer}, token {token} {what}, and is never written"
+        raise CacheCorruptError.at(folder / name, what)
 
 
 def check_entries(folder: Path, header: CacheHeader, arrays: Mapping[str, Any], *, undone: bool) -> None:
@@ -99,8 +91,7 @@ def check_entries(folder: Path, header: CacheHeader, arrays: Mapping[str, Any], 
         token = _first_bad(header, values_E, kept, undone=undone and not header.is_ragged) if values_E.size else None
         if token is not None:
             what = "do not descend from at most 0" if name != "counts" else f"are not counts of {header.widest} draws"
-            path = folder / name
-            raise CacheCorruptError(f"`{path}`: the entries of layer row {row}, token {token} {what}", file=path)
+            raise CacheCorruptError.at(folder / name, f": the entries of layer row {row}, token {token} {what}")
 
 
 def check_block(header: CacheHeader, name: str, values_TK: np.ndarray) -> None:
@@ -280,9 +271,10 @@ def padded(
     return both[0], both[1], mask_LTK
 
 
-def check_places(header: CacheHeader, arrays: Arrays) -> None:
-    """ValueError when a rank is outside the vocabulary. Memory-mapped arrays are checked where they are sliced."""
+def check_places(folder: Path, header: CacheHeader, arrays: Arrays) -> None:
+    """Every place is inside the vocabulary. Memory-mapped blocks are checked when they are touched."""
     for name in ("ids", "tail_ids"):
         for piece in arrays[name] if isinstance(arrays.get(name), list) else [arrays.get(name)]:
             if isinstance(piece, np.ndarray) and piece.size and int(piece.max()) >= header.vocab_size:
-                raise ValueError(f"`{name}`: place {piece.max()}, the vocabulary is {header.vocab_size}")
+                what = f": `{name}`: place {piece.max()}, the vocabulary is {header.vocab_size}"
+                raise CacheCorruptError.at(folder, what)

@@ -1,32 +1,44 @@
-"""Reading the records of a cache, and checking that its files are the ones they speak of."""
+"""How a file becomes part of a cache, and how it is read and checked again.
 
+What is written is complete and on the disk first, then one rename gives it its place. Nothing here locks. Whoever
+renames first has won; the loser removes what it wrote and says nothing.
+"""
+
+import contextlib
+import errno
 import os
+import re
+import shutil
+import socket
 import stat
-from pathlib import Path
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 
-from vlsi_cache.errors import CacheCorruptError, command_line
-from vlsi_cache.io import checksum
+from vlsi_cache.errors import CacheCorruptError, DiskFullError, command_line
+from vlsi_cache.io import checksum, fsync_dir, is_disk_full, remove
 
+from .arrays import SUMMARY_ARRAYS, data_file_name, part_file_names, part_specs, vocab_specs
 from .format import (
     FORMAT_VERSION,
     HEADER_NAME,
     MAX_SHRINK,
     RECORD_NAME,
-    SUMMARY_ARRAYS,
-    ArraySpec,
     CacheHeader,
     FileRecord,
     PartRecord,
     as_record,
-    data_file_name,
     part_dir,
-    part_file_names,
-    part_specs,
     shown,
     unseal_json,
-    vocab_specs,
 )
 
+RESERVE_BYTES = 1 << 20  # metadata, directories and the commit record of a part
+STALE_S = 86400.0  # an unfinished file of another host counts as abandoned after this
+
+_TMP_NAME = re.compile(r"^(?P<what>.+)\.(?P<host>[A-Za-z0-9_-]+)\.(?P<pid>\d+)\.(?P<uuid>[0-9a-f]{12})(\.[a-z]+)?$")
+_live: set[str] = set()
 FROM_A_COPY = "restore this file from a copy of the cache"
 
 KINDS = {
@@ -39,9 +51,151 @@ KINDS = {
 }
 
 
+def host_name() -> str:
+    """Host and PID namespace: containers may share the one and then must not judge each other's process ids."""
+    try:
+        namespace = "-" + re.sub(r"\D", "", os.readlink("/proc/self/ns/pid"))
+    except OSError:
+        namespace = ""
+    return (re.sub(r"[^A-Za-z0-9_-]", "-", socket.gethostname()) or "host") + namespace
+
+
+def _is_dead(path: Path) -> bool:
+    """Whether what lies in `tmp/` is of an ended process of this host, or a day old; names that are not ours stay."""
+    match = _TMP_NAME.match(path.name)
+    if match is None:
+        return False
+    host, pid = match["host"], int(match["pid"])
+    if host == host_name() and pid == os.getpid():
+        dead = path.name not in _live
+    else:
+        dead = host == host_name() and not _is_alive(pid)
+    try:
+        return dead or time.time() - path.stat().st_mtime > STALE_S
+    except OSError:
+        return False
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
+
+
+@contextlib.contextmanager
+def tmp_path(root: Path, what: str, suffix: str = "") -> Iterator[Path]:
+    """A name of our own in `tmp/`; whatever is left there when the block ends is removed."""
+    (root / "tmp").mkdir(parents=True, exist_ok=True)
+    name = f"{what}.{host_name()}.{os.getpid()}.{uuid.uuid4().hex[:12]}{suffix}"
+    _live.add(name)
+    try:
+        yield root / "tmp" / name
+    finally:
+        remove(root / "tmp" / name)
+        _live.discard(name)
+
+
+def list_tmp(root: Path) -> tuple[list[str], list[str]]:
+    """(dead, perhaps alive) names in `tmp/`: dead are those of ended processes of this host, and any a day old."""
+    names = sorted(os.listdir(root / "tmp")) if (root / "tmp").is_dir() else []
+    dead = [name for name in names if _is_dead(root / "tmp" / name)]
+    return dead, [name for name in names if name not in dead]
+
+
+def remove_dead_tmp(root: Path) -> list[str]:
+    """Remove what dead processes left in `tmp/`; the names removed."""
+    dead, _ = list_tmp(root)
+    for name in dead:
+        remove(root / "tmp" / name)
+    return dead
+
+
+def write_durable(path: Path, content: bytes) -> None:
+    """Write a file and flush it to the disk."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def publish_dir(tmp: Path, target: Path) -> bool:
+    """Rename a finished folder to its place; False if somebody else was first."""
+    try:
+        os.rename(tmp, target)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            return False
+        raise
+    fsync_dir(target.parent)
+    return True
+
+
+def publish_new_file(tmp: Path, target: Path) -> bool:
+    """Give a finished file its name unless the name is taken; False if somebody else was first."""
+    try:
+        os.link(tmp, target)
+    except FileExistsError:
+        return False
+    except OSError:  # no hard links on this file system: the next best thing, and the caller compares afterwards
+        if target.exists():
+            return False
+        os.rename(tmp, target)
+    fsync_dir(target.parent)
+    return True
+
+
+def replace_file(root: Path, target: Path, content: bytes) -> None:
+    """Write a derived file atomically, over an old one if there is one."""
+    with tmp_path(root, target.name) as tmp, disk_full_is_an_error(root, len(content)):
+        write_durable(tmp, content)
+        os.replace(tmp, target)
+        fsync_dir(target.parent)
+
+
+def check_free_space(root: Path, need_bytes: int) -> None:
+    """Refuse to start writing what cannot fit."""
+    need_bytes += RESERVE_BYTES
+    if (free := shutil.disk_usage(root).free) < need_bytes:
+        raise disk_full(root, need_bytes, free)
+
+
+def disk_full(root: Path, need_bytes: int, free_bytes: int) -> DiskFullError:
+    missing = max(need_bytes - free_bytes, 1)
+    return DiskFullError(
+        f"the disk of `{root}` is full: {need_bytes} bytes ({need_bytes / 2**20:.1f} MiB) are needed for the next "
+        f"write, {free_bytes} are free, {missing} ({missing / 2**20:.1f} MiB) are missing; nothing committed is lost: "
+        "free some space and run the same command again, it continues"
+    )
+
+
+@contextlib.contextmanager
+def disk_full_is_an_error(root: Path, need_bytes: int) -> Iterator[None]:
+    """Turn ENOSPC and EDQUOT into DiskFullError."""
+    try:
+        yield
+    except OSError as error:
+        if is_disk_full(error) and not isinstance(error, DiskFullError):
+            raise disk_full(root, need_bytes + RESERVE_BYTES, shutil.disk_usage(root).free) from error
+        raise
+
+
 def repair_hint(root: Path) -> str:
     """What to do about a damaged cache."""
     return f"run: {command_line('repair', root)}"
+
+
+@contextlib.contextmanager
+def hints_at_repair(root: Path) -> Iterator[None]:
+    """Let errors about damage that comes up say how it is repaired, unless they know better."""
+    try:
+        yield
+    except CacheCorruptError as error:
+        error.hint = error.hint or repair_hint(root)
+        raise
 
 
 def what_it_is(mode: int) -> str:
@@ -59,7 +213,7 @@ def refuse_special(path: Path) -> None:
     except OSError:
         return
     if not stat.S_ISREG(mode):
-        raise CacheCorruptError(f"`{path}` is {what_it_is(mode)}, and must be a file", file=path)
+        raise CacheCorruptError.at(path, f" is {what_it_is(mode)}, and must be a file")
 
 
 def read_file(path: Path) -> bytes:
@@ -78,21 +232,18 @@ def load_header(root: Path) -> CacheHeader:
         raise
     version = value.get("format_version")
     if value.get("format") != "vlsi-cache":
-        what = f"`{path}` is not the header of a vlsi-cache: `format` is {shown(value.get('format'))}"
-        raise CacheCorruptError(what, file=path)
+        what = f" is not the header of a vlsi-cache: `format` is {shown(value.get('format'))}"
+        raise CacheCorruptError.at(path, what)
     if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
-        raise CacheCorruptError(
-            f"`{path}`: format version {shown(version)}, this program reads 1 to {FORMAT_VERSION}; upgrade vlsi-cache",
-            file=path,
-        )
+        what = f": format version {shown(version)}, this program reads 1 to {FORMAT_VERSION}; upgrade vlsi-cache"
+        raise CacheCorruptError.at(path, what)
     header = as_record(CacheHeader, value, path)
     # Names from a file are only ever compared with the names a table has, so none of them can lead elsewhere.
     heads, num_text = (len(header.layers), header.num_head_ranks), None if header.text_xxh3 is None else 1
     specs = vocab_specs(header.vocab_size, heads, num_text)
     foreign = set(header.vocab_files) - part_file_names(specs)
     if foreign:
-        what = f"`{path}`: `vocab_files` names what no table has: {shown(sorted(foreign)[:4])}"
-        raise CacheCorruptError(what, file=path)
+        raise CacheCorruptError.at(path, f": `vocab_files` names what no table has: {shown(sorted(foreign)[:4])}")
     return header
 
 
@@ -104,20 +255,18 @@ def load_part_record(root: Path, header: CacheHeader, index: int) -> PartRecord:
     """
     path = part_dir(root, index) / RECORD_NAME
     refuse_elsewhere(root, path)
-    try:
-        content = read_file(path)
-        record = as_record(PartRecord, unseal_json(content, path), path)
-    except (FileNotFoundError, NotADirectoryError):
-        raise CacheCorruptError(f"`{path}` is missing", file=path, hint=repair_hint(root)) from None
-    except CacheCorruptError as error:
-        error.hint = error.hint or repair_hint(root)
-        raise
-    if problem := _record_problem(header, index, record):
-        raise CacheCorruptError(f"`{path}`: {problem}", file=path, hint=repair_hint(root))
+    with hints_at_repair(root):
+        try:
+            record = as_record(PartRecord, unseal_json(read_file(path), path), path)
+        except (FileNotFoundError, NotADirectoryError):
+            raise CacheCorruptError.at(path, " is missing") from None
+        if problem := _record_problem(header, index, record):
+            raise CacheCorruptError.at(path, f": {problem}")
     return record
 
 
 def _record_problem(header: CacheHeader, index: int, record: PartRecord) -> str:
+    """What contradicts the header, the other counts, or the sizes of the files; empty when nothing does."""
     if record.cache_digest != header.digest:
         return (
             f"the part belongs to another cache (digest {record.cache_digest[:12]}, this cache is {header.digest[:12]})"
@@ -137,14 +286,9 @@ def _record_problem(header: CacheHeader, index: int, record: PartRecord) -> str:
     wrong = part_file_names(specs) ^ set(record.files)
     if wrong:
         return f"files listed and files expected differ: {shown(sorted(wrong)[:4])}"
-    return _size_problem(specs, record.files)
-
-
-def _size_problem(specs: dict[str, ArraySpec], files: dict[str, FileRecord]) -> str:
-    """Whether an array is said to be larger than its file can hold."""
     for name, spec in specs.items():
         num_bytes = spec.size_bytes
-        if num_bytes and num_bytes > MAX_SHRINK * (size := files[data_file_name(name, spec)].size):
+        if num_bytes and num_bytes > MAX_SHRINK * (size := record.files[data_file_name(name, spec)].size):
             return f"`{name}` would be {num_bytes} bytes, which its file of {size} bytes cannot hold"
     return ""
 
@@ -154,15 +298,15 @@ def check_part_files(root: Path, index: int, record: PartRecord) -> None:
     folder = str(part_dir(root, index))
     known = set()
     for name, file in record.files.items():
-        for parent in _parents(name):
+        for parent in reversed(PurePosixPath(name).parents[:-1]):  # of `ids/c/0/0/0`: `ids`, `ids/c`, ...
             if parent not in known and not _is_plain_dir(path := f"{folder}/{parent}"):
-                what = f"`{path}` is missing or a symbolic link; a cache holds plain files only"
-                raise CacheCorruptError(what, file=path, hint=repair_hint(root))
+                what = " is missing or a symbolic link; a cache holds plain files only"
+                raise CacheCorruptError.at(path, what, hint=repair_hint(root))
             known.add(parent)
         path = f"{folder}/{name}"
         if problem := size_problem(path, file.size):
             hint = f"run: {command_line('verify', root)}, then {command_line('repair', root)}"
-            raise CacheCorruptError(f"`{path}`{problem}", file=path, hint=hint)
+            raise CacheCorruptError.at(path, problem, hint=hint)
 
 
 def size_problem(path: str, expected: int) -> str:
@@ -180,14 +324,7 @@ def check_metadata(folder: Path, record: PartRecord) -> None:
     """The `zarr.json` files are those that were written. Our reader does not depend on them, others do."""
     for name, file in record.files.items():
         if name.endswith("zarr.json") and (found := hash_file(folder / name)) != file:
-            what = f"`{folder / name}`: xxh3 is {found.xxh3}, part.json says {file.xxh3}"
-            raise CacheCorruptError(what, file=folder / name)
-
-
-def _parents(name: str) -> list[str]:
-    """`ids/c/0/0/0` -> `ids`, `ids/c`, ..."""
-    pieces = name.split("/")[:-1]
-    return ["/".join(pieces[: i + 1]) for i in range(len(pieces))]
+            raise CacheCorruptError.at(folder / name, f": xxh3 is {found.xxh3}, part.json says {file.xxh3}")
 
 
 def _is_plain_dir(path: str) -> bool:
@@ -202,8 +339,7 @@ def refuse_elsewhere(root: Path, path: Path) -> None:
     piece, top = os.fspath(path), os.fspath(root)
     while len(piece) > len(top):
         if os.path.islink(piece):
-            what = f"`{path}` is or lies behind a symbolic link; a cache holds plain files only"
-            raise CacheCorruptError(what, file=path)
+            raise CacheCorruptError.at(path, " is or lies behind a symbolic link; a cache holds plain files only")
         piece = os.path.dirname(piece)
 
 

@@ -1,8 +1,8 @@
-"""Names, shapes, records and limits of a cache on disk. FORMAT.md is the text this file implements.
+"""Names, records and limits of a cache on disk. FORMAT.md is the text this file implements.
 
 What a header and a commit record may claim is input like any other: a checksum says nothing of who made it. The limits
 are far above what any cache needs, and low enough that what a reader allocates or loops over for a claim is small;
-`array_sizes` then holds the counts of a part against the sizes of its files.
+`files.load_part_record` then holds the counts of a part against the sizes of its files.
 """
 
 import hashlib
@@ -12,8 +12,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -55,41 +54,44 @@ def shown(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def check_numbers(
-    layers: Sequence[int], top_k: Sequence[int], taus: Sequence[float], vocab_size: int, widest: int
-) -> None:
+def _check_numbers(header: "CacheHeader") -> None:
     """Raise ValueError for layers, widths or temperatures that no cache can have."""
-    if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= MAX_COUNT:
-        raise ValueError(f"`layers` must be distinct and ascending, got {shown(list(layers))}")
+    layers, top_k, taus, vocab_size = header.layers, header.top_k, header.taus, header.vocab_size
+    widest = vocab_size if header.row_kind == "top-k" else MAX_WIDTH
+    if not layers or layers != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= MAX_COUNT:
+        raise ValueError(f"`layers` must be distinct and ascending, got {shown(layers)}")
     if not 1 <= vocab_size <= MAX_VOCABULARY or vocab_size * len(layers) > MAX_PLACES:
         raise ValueError(
             f"impossible: v_real {vocab_size} with {len(layers)} layers; at most {MAX_VOCABULARY} tokens, and "
             f"{MAX_PLACES} places in the vocabulary order of all layers"
         )
     if len(top_k) != len(layers) or not all(1 <= k <= widest for k in top_k):
-        raise ValueError(f"`top_k` must be 1 to {widest} for each of {len(layers)} layers, got {shown(list(top_k))}")
+        raise ValueError(f"`top_k` must be 1 to {widest} for each of {len(layers)} layers, got {shown(top_k)}")
     if not taus or taus[0] != 1.0 or not all(math.isfinite(tau) and tau > 0 for tau in taus):
-        raise ValueError(f"impossible: taus {shown(list(taus))}; they are above 0 and the first is 1.0")
+        raise ValueError(f"impossible: taus {shown(taus)}; they are above 0 and the first is 1.0")
+    if layers[-1] != header.num_model_layers:
+        raise ValueError(f"the last of `layers` must be the final layer {header.num_model_layers}, got {shown(layers)}")
+    if header.row_kind == "sampled" and (header.tail_samples or not header.truncated):
+        raise ValueError("sampled rows have no tail samples and differ in width: `truncated` must be true")
+    if header.num_head_ranks > vocab_size:
+        raise ValueError(f"impossible: num_head_ranks {header.num_head_ranks} of {vocab_size} tokens")
 
 
-def check_origin(
-    *,
-    spec: dict[str, Any],
-    fingerprint: dict[str, Any],
-    skipped: Iterable[dict[str, Any]],
-    responses: Iterable[dict[str, Any]],
-    parents: Sequence[dict[str, Any]],
-) -> None:
+def _check_origin(header: "CacheHeader") -> None:
     """Raise ValueError where what a header tells of its origin is not of the kind that readers take it for."""
     for name in ("name", "description"):
-        _want(spec, name, str, "spec")
+        _want(header.spec, name, str, "spec")
     for name in SECTIONS:
-        _want(spec, name, dict, "spec")
-    _check_fingerprint(fingerprint)
-    for one in skipped:
+        _want(header.spec, name, dict, "spec")
+    _want(header.fingerprint, "rows.seed", int, "fingerprint")
+    _want(header.fingerprint, "rows.select_tokens", dict, "fingerprint")
+    for name in header.fingerprint:
+        if name.startswith("prune.") and not _PRUNED.fullmatch(name):
+            raise ValueError(f"`fingerprint`: `{shown(name)}` must be prune.NUMBER.NAME")
+    for one in header.skipped:
         if not isinstance(one.get("id"), str) or not isinstance(one.get("reason"), str):
             raise ValueError(f"`skipped` holds rows as `id` and `reason`, both text, got {shown(one)}")
-    for one in responses:
+    for one in header.responses:
         _want(one, "model", str, "responses")
         _want(one, "weights", str, "responses")
         _want(one, "settings", dict, "responses")
@@ -97,15 +99,7 @@ def check_origin(
         for name, count in (one.get("counts") or {}).items():
             if type(count) is not int or not 0 <= count <= MAX_COUNT:
                 raise ValueError(f"`responses`: count `{name}` must be a whole number, got {shown(count)}")
-    _check_parents(parents, 1)
-
-
-def _check_fingerprint(fingerprint: dict[str, Any]) -> None:
-    _want(fingerprint, "rows.seed", int, "fingerprint")
-    _want(fingerprint, "rows.select_tokens", dict, "fingerprint")
-    for name in fingerprint:
-        if name.startswith("prune.") and not _PRUNED.fullmatch(name):
-            raise ValueError(f"`fingerprint`: `{shown(name)}` must be prune.NUMBER.NAME")
+    _check_parents(header.parents, 1)
 
 
 def _check_parents(parents: Any, depth: int) -> None:
@@ -209,29 +203,9 @@ class CacheHeader(StrictRecord):
     responses: list[dict[str, Any]] = []
 
     @model_validator(mode="after")
-    def _counts_make_sense(self) -> "CacheHeader":
-        check_numbers(
-            self.layers,
-            self.top_k,
-            self.taus,
-            self.vocab_size,
-            self.vocab_size if self.row_kind == "top-k" else MAX_WIDTH,
-        )
-        if self.layers[-1] != self.num_model_layers:
-            raise ValueError(
-                f"the last of `layers` must be the final layer {self.num_model_layers}, got {shown(self.layers)}"
-            )
-        if self.row_kind == "sampled" and (self.tail_samples or not self.truncated):
-            raise ValueError("sampled rows have no tail samples and differ in width: `truncated` must be true")
-        if self.num_head_ranks > self.vocab_size:
-            raise ValueError(f"impossible: num_head_ranks {self.num_head_ranks} of {self.vocab_size} tokens")
-        check_origin(
-            spec=self.spec,
-            fingerprint=self.fingerprint,
-            skipped=self.skipped,
-            responses=self.responses,
-            parents=self.parents,
-        )
+    def _makes_sense(self) -> "CacheHeader":
+        _check_numbers(self)
+        _check_origin(self)
         return self
 
     @model_serializer(mode="wrap")
@@ -358,10 +332,10 @@ def unseal_json(text: bytes | str, path: Path) -> dict[str, Any]:
         if b"\\ud" in content:  # a surrogate: half a pair is no text, and neither a terminal nor a table takes it
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise CacheCorruptError(f"`{path}` cannot be read as a sealed JSON file ({error})", file=path) from error
+        raise CacheCorruptError.at(path, f" cannot be read as a sealed JSON file ({error})") from error
     found = xxhash.xxh3_64_hexdigest(content)
     if seal != found:
-        raise CacheCorruptError(f"`{path}`: xxh3 of the content is {found}, the file says {shown(seal)}", file=path)
+        raise CacheCorruptError.at(path, f": xxh3 of the content is {found}, the file says {shown(seal)}")
     return value
 
 
@@ -373,161 +347,7 @@ def as_record(model: type[Record], value: dict[str, Any], path: Path) -> Record:
         first = error.errors(include_url=False)[0]
         message = validation_message(first)
         if not first["loc"]:  # the fields contradict each other, and the message names them
-            raise CacheCorruptError(f"`{path}`: {message}", file=path) from error
+            raise CacheCorruptError.at(path, f": {message}") from error
         field = ".".join(str(part) for part in first["loc"])
         got = "" if first["type"] in ("missing", "extra_forbidden") else f", got {shown(first['input'])}"
-        raise CacheCorruptError(f"`{path}`: field `{field}`: {message}{got}", file=path) from error
-
-
-SAMPLE_ARRAYS = ("offsets", "response_offsets", "response_ids", "positions")
-ENTRY_ARRAYS = ("ids", "levels", "logprob_gaps", "logprobs", "counts")
-SCALAR_ARRAYS = ("lse", "entropy", "gold_logprob", "tail_mass")
-SUMMARY_ARRAYS = ("entropy", "gold_logprob", "tail_mass")
-KIB, MIB = 1 << 10, 1 << 20
-CHUNK_TOKENS = 65536  # keeps a chunk far below the 2 GiB that blosc can take
-CHUNK_ENTRIES = MIB
-MAPPED_TOKENS = 1024  # of the `fast` profile: one checksum a block, so the first look at a token reads little more
-VALUE_ARRAY = {"default": "levels", "exact": "logprob_gaps", "fast": "logprobs"}
-VALUE_DTYPE = {"levels": "uint8", "logprob_gaps": "uint32", "logprobs": "float16"}
-
-
-@dataclass(frozen=True)
-class Codec:
-    """What makes a chunk small: blosc (zstd, level 5) after a shuffle of bytes or bits in blocks, or nothing.
-
-    `by_entry`: the chunk is transposed first, so that entry k of all its tokens lie together.
-    """
-
-    shuffle: Literal["shuffle", "bitshuffle"] | None
-    block_bytes: int = 0  # 0: blosc chooses
-    by_entry: bool = False
-
-
-BYTES, STORED = Codec("shuffle"), Codec(None)
-# Measured on real rows (tests/benchmarks/results): ids and levels are a fifth smaller than with plain byte shuffle.
-CODECS = {
-    "ids": Codec("bitshuffle", MIB),
-    "levels": Codec("bitshuffle", 128 * KIB, by_entry=True),
-    "logprob_gaps": Codec("bitshuffle", 2 * MIB, by_entry=True),
-    "counts": Codec("bitshuffle", 128 * KIB),
-}
-
-
-@dataclass(frozen=True)
-class ArraySpec:
-    """Shape and dtype of an array, the shape of its chunks, and whether they lie in one shard, one layer a chunk."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    chunk: tuple[int, ...]
-    sharded: bool
-    codec: Codec
-
-    @property
-    def size_bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    @property
-    def chunk_bytes(self) -> int:
-        """Bytes of one chunk before it is packed."""
-        return math.prod(self.chunk) * self.dtype.itemsize
-
-    @property
-    def grid(self) -> tuple[int, ...]:
-        """Number of chunks along every axis."""
-        return tuple(-(-size // chunk) for size, chunk in zip(self.shape, self.chunk, strict=True))
-
-    @property
-    def is_layered(self) -> bool:
-        """Whether the axes are (token, layer, ...)."""
-        return self.sharded and len(self.shape) > 1
-
-
-def value_array(header: CacheHeader) -> str:
-    """Name of the array that holds what the entries of `ids` weigh."""
-    return "counts" if header.row_kind == "sampled" else VALUE_ARRAY[header.profile]
-
-
-def layered_names(header: CacheHeader) -> list[str]:
-    """The arrays with a layer axis that parts of this cache have, with those that are flat."""
-    kept = ["kept"] if header.is_ragged else []
-    if header.row_kind == "sampled":
-        return [*kept, "ids", "counts", "lse", "entropy", "gold_logprob"]
-    tail = ["tail_ids"] if header.tail_samples else []
-    return [*kept, "ids", value_array(header), *tail, *SCALAR_ARRAYS]
-
-
-def array_specs(
-    header: CacheHeader, *, num_samples: int, num_tokens: int, num_response: int, num_entries: int
-) -> dict[str, ArraySpec]:
-    """Every array of a part, by name; T, R and E are `num_tokens`, `num_response` and `num_entries`."""
-    TL = (num_tokens, len(header.layers))
-    entries = (num_entries,) if header.is_ragged else (*TL, header.widest)
-    value = value_array(header)
-    count_dtype = np.dtype(np.min_scalar_type(header.widest))
-    shapes: dict[str, tuple[tuple[int, ...], object]] = {
-        "kept": (TL, count_dtype),
-        "ids": (entries, header.id_dtype),
-        value: (entries, VALUE_DTYPE.get(value, count_dtype)),
-        "tail_ids": ((*TL, header.tail_samples), header.id_dtype),
-        "lse": ((*TL, len(header.taus)), "float32"),
-        **dict.fromkeys(SUMMARY_ARRAYS, (TL, "float32")),
-    }
-    specs = {
-        "offsets": _whole((num_samples + 1,), "int64"),
-        "response_offsets": _whole((num_samples + 1,), "int64"),
-        "response_ids": _whole((num_response,), "uint32"),
-        "positions": _whole((num_tokens,), "uint32"),
-    }
-    for name in layered_names(header):
-        specs[name] = _chunked(name, *shapes[name], mapped=header.profile == "fast")
-    return specs
-
-
-def part_specs(header: CacheHeader, record: PartRecord) -> dict[str, ArraySpec]:
-    return array_specs(
-        header,
-        num_samples=len(record.sample_ids),
-        num_tokens=record.num_tokens,
-        num_response=record.num_response_tokens,
-        num_entries=record.num_entries,
-    )
-
-
-def vocab_specs(vocab_size: int, heads: tuple[int, int], num_text_bytes: int | None) -> dict[str, ArraySpec]:
-    """The arrays of `vocab/`; the texts of the tokens may be missing."""
-    specs = {"id_of_rank": _whole((vocab_size,), "uint32"), "heads": _whole(heads, "uint32")}
-    if num_text_bytes is not None:
-        specs |= {"text": _whole((num_text_bytes,), "uint8"), "text_offsets": _whole((vocab_size + 1,), "int64")}
-    return specs
-
-
-def _whole(shape: tuple[int, ...], dtype: object) -> ArraySpec:
-    """One chunk, one file."""
-    kind = np.dtype(dtype)  # type: ignore[call-overload]
-    return ArraySpec(shape, kind, _at_least_one(shape), False, BYTES)
-
-
-def _chunked(name: str, shape: tuple[int, ...], dtype: object, *, mapped: bool) -> ArraySpec:
-    """One shard, one file: a chunk is one layer, or a stretch of flat entries."""
-    kind, whole = np.dtype(dtype), _at_least_one(shape)  # type: ignore[call-overload]
-    codec = STORED if mapped else CODECS.get(name, BYTES)
-    if len(shape) == 1:
-        return ArraySpec(shape, kind, (min(whole[0], CHUNK_ENTRIES),), True, replace(codec, by_entry=False))
-    tokens = min(whole[0], MAPPED_TOKENS if mapped and name in ENTRY_ARRAYS else CHUNK_TOKENS)
-    return ArraySpec(shape, kind, (tokens, 1, *whole[2:]), True, codec)
-
-
-def _at_least_one(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(max(1, size) for size in shape)
-
-
-def part_file_names(specs: dict[str, ArraySpec]) -> set[str]:
-    """The files a part must have beside `part.json`: metadata of group and arrays, one data file per array."""
-    data = {data_file_name(name, spec) for name, spec in specs.items() if spec.size_bytes}
-    return {"zarr.json"} | {f"{name}/zarr.json" for name in specs} | data
-
-
-def data_file_name(name: str, spec: ArraySpec) -> str:
-    """The one data file of an array, relative to the part."""
-    return f"{name}/c/{'/'.join('0' * len(spec.shape))}"
+        raise CacheCorruptError.at(path, f": field `{field}`: {message}{got}") from error

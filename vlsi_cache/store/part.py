@@ -14,6 +14,7 @@ import numpy as np
 from vlsi_cache.errors import CacheCorruptError
 from vlsi_cache.sparse.rows import SparseRows
 
+from .arrays import SAMPLE_ARRAYS, ArraySpec, layered_names, part_specs, value_array
 from .codec import Arrays, Known, MappedLayers, read_flat, read_layered, read_samples
 from .encoding import (
     UNDO,
@@ -28,18 +29,8 @@ from .encoding import (
     repeated_entry,
     undone_values,
 )
-from .files import check_metadata, check_part_files, load_part_record, repair_hint
-from .format import (
-    SAMPLE_ARRAYS,
-    ArraySpec,
-    CacheHeader,
-    PartRecord,
-    layered_names,
-    part_dir,
-    part_specs,
-    response_digest,
-    value_array,
-)
+from .files import check_metadata, check_part_files, hints_at_repair, load_part_record
+from .format import CacheHeader, PartRecord, part_dir, response_digest
 
 
 @dataclass(frozen=True)
@@ -85,24 +76,17 @@ class Part:
 
     def row(self, index: int) -> Row:
         """Decode sample `index` of the part; the first touch of a memory-mapped block may raise CacheCorruptError."""
-        try:
-            return self._row(index)
-        except CacheCorruptError as error:
-            error.hint = error.hint or repair_hint(self.folder.parent.parent)
-            raise
-
-    def _row(self, index: int) -> Row:
         arrays, record = self.arrays, self.record
-        if not 0 <= index < len(self):
-            what = f"`{self.folder}` has no row {index}: it holds {len(self)} samples"
-            raise CacheCorruptError(what, file=self.folder)
-        tokens = slice(*self._edges[0][index : index + 2])
-        response = slice(*self._edges[1][index : index + 2])
-        response_ids_R = arrays["response_ids"][response]
-        if response_digest(response_ids_R) != record.response_xxh3[index]:
-            raise self._other_responses()
-        tail_mass_LT = arrays["tail_mass"][:, tokens]
-        ids_LTK, logprobs_LTK = self._entries(tokens, tail_mass_LT)
+        with hints_at_repair(self.folder.parent.parent):
+            if not 0 <= index < len(self):
+                raise CacheCorruptError.at(self.folder, f" has no row {index}: it holds {len(self)} samples")
+            tokens = slice(*self._edges[0][index : index + 2])
+            response = slice(*self._edges[1][index : index + 2])
+            response_ids_R = arrays["response_ids"][response]
+            if response_digest(response_ids_R) != record.response_xxh3[index]:
+                raise self._other_responses()
+            tail_mass_LT = arrays["tail_mass"][:, tokens]
+            ids_LTK, logprobs_LTK = self._entries(tokens, tail_mass_LT)
         return Row(
             ids_LTK=ids_LTK,
             logprobs_LTK=logprobs_LTK,
@@ -156,8 +140,7 @@ class Part:
             raise self._other_responses()
 
     def _other_responses(self) -> CacheCorruptError:
-        path = self.folder / "response_ids"
-        return CacheCorruptError(f"`{path}`: response ids are not those of part.json", file=path)
+        return CacheCorruptError.at(self.folder / "response_ids", ": response ids are not those of part.json")
 
     def check_distinct(self) -> None:
         """No row keeps an id twice: too slow to be looked at whenever a part is read."""
@@ -165,9 +148,8 @@ class Part:
         for layer, ids_E in enumerate(ids[:, :] if isinstance(ids, MappedLayers) else ids):
             token = repeated_entry(ids_E, self.arrays["kept"][layer] if self.header.is_ragged else self.header.widest)
             if token is not None:
-                path = self.folder / "ids"
-                what = f"`{path}`: the row of layer row {layer}, token {token} keeps an id twice"
-                raise CacheCorruptError(what, file=path)
+                what = f": the row of layer row {layer}, token {token} keeps an id twice"
+                raise CacheCorruptError.at(self.folder / "ids", what)
 
     def __len__(self) -> int:
         return len(self.record.sample_ids)
@@ -194,39 +176,26 @@ def load_part(
     Arrays come as they are on the disk, or `undone` for decoding rows faster. `known` are mapped blocks that have been
     checked before.
     """
-    try:
-        return _load_part(root, header, index, layers, id_of_rank_LV, undone=undone, known=known)
-    except CacheCorruptError as error:
-        error.hint = error.hint or repair_hint(root)
-        raise
-
-
-def _load_part(
-    root: Path,
-    header: CacheHeader,
-    index: int,
-    layers: Sequence[int],
-    id_of_rank_LV: np.ndarray | None,
-    *,
-    undone: bool,
-    known: Known | None,
-) -> Part:
-    record = load_part_record(root, header, index)
-    check_part_files(root, index, record)
     folder = part_dir(root, index)
-    specs = part_specs(header, record)
-    arrays = read_samples(folder, specs, SAMPLE_ARRAYS)
-    check_sample_arrays(folder, header, record, arrays)
-    whole = [name for name in layered_names(header) if specs[name].is_layered and name != "kept"]
-    undo = UNDO if undone else {}
-    check = partial(check_block, header)
-    arrays |= read_layered(folder, specs, whole, layers, undo=undo, check=check, known=known)
-    if header.is_ragged:
-        arrays |= _read_ragged(folder, header, specs, layers)
-    for name, shape in {"tail_ids": (0,), "tail_mass": ()}.items():
-        dtype = header.id_dtype if name == "tail_ids" else np.float32
-        arrays.setdefault(name, np.zeros((len(layers), record.num_tokens, *shape), dtype))
-    _check_values(folder, header, arrays, undone=undone)
+    with hints_at_repair(root):
+        record = load_part_record(root, header, index)
+        check_part_files(root, index, record)
+        specs = part_specs(header, record)
+        arrays = read_samples(folder, specs, SAMPLE_ARRAYS)
+        check_sample_arrays(folder, header, record, arrays)
+        whole = [name for name in layered_names(header) if specs[name].is_layered and name != "kept"]
+        undo = UNDO if undone else {}
+        check = partial(check_block, header)
+        arrays |= read_layered(folder, specs, whole, layers, undo=undo, check=check, known=known)
+        if header.is_ragged:
+            arrays |= _read_ragged(folder, header, specs, layers)
+        LT = (len(layers), record.num_tokens)
+        arrays.setdefault("tail_ids", np.zeros((*LT, 0), header.id_dtype))
+        arrays.setdefault("tail_mass", np.zeros(LT, np.float32))
+        # values that no writer produces
+        check_places(folder, header, arrays)
+        check_scalars(folder, arrays)
+        check_entries(folder, header, arrays, undone=undone)
     return Part(header, record, folder, arrays, id_of_rank_LV, undone)
 
 
@@ -235,20 +204,9 @@ def _read_ragged(folder: Path, header: CacheHeader, specs: dict[str, ArraySpec],
     every = range(len(header.layers))
     kept_LT = read_layered(folder, specs, ["kept"], every)["kept"]
     if (kept_LT.max(1, initial=0) > header.top_k).any() or int(kept_LT.sum(dtype=np.int64)) != specs["ids"].shape[0]:
-        path = folder / "kept"
-        raise CacheCorruptError(f"`{path}`: the widths are not those of the entries", file=path)
+        raise CacheCorruptError.at(folder / "kept", ": the widths are not those of the entries")
     flat = read_flat(folder, specs, ["ids", value_array(header)], layers, kept_LT)
     chosen_LT = kept_LT[list(layers)]
     edges_LT = np.zeros((len(layers), chosen_LT.shape[1] + 1), np.int64)
     np.cumsum(chosen_LT, axis=1, dtype=np.int64, out=edges_LT[:, 1:])
     return {**flat, "kept": chosen_LT, "edges": edges_LT}
-
-
-def _check_values(folder: Path, header: CacheHeader, arrays: Arrays, *, undone: bool) -> None:
-    """Values that no writer produces."""
-    try:
-        check_places(header, arrays)
-    except ValueError as error:
-        raise CacheCorruptError(f"`{folder}`: {error}", file=folder) from None
-    check_scalars(folder, arrays)
-    check_entries(folder, header, arrays, undone=undone)

@@ -18,8 +18,7 @@ import pyarrow.parquet as pq
 
 from vlsi_cache.errors import CacheCorruptError, DataError
 
-from . import commit
-from .files import FROM_A_COPY, load_part_record, refuse_special, repair_hint
+from .files import FROM_A_COPY, load_part_record, refuse_special, repair_hint, replace_file
 from .format import (
     HEADER_NAME,
     RECORD_NAME,
@@ -160,11 +159,8 @@ def _check_plan(root: Path, header: CacheHeader, columns: Mapping[str, list[obje
     found = {"num_samples": len(columns["id"]), "num_response_tokens": sum(columns["num_response_tokens"])}  # type: ignore[arg-type]
     for name, number in found.items():
         if number != getattr(header, name):
-            raise CacheCorruptError(
-                f"`{root / HEADER_NAME}`: `{name}` is {getattr(header, name)}, and the parts hold {number}",
-                file=root / HEADER_NAME,
-                hint=FROM_A_COPY,
-            )
+            what = f": `{name}` is {getattr(header, name)}, and the parts hold {number}"
+            raise CacheCorruptError.at(root / HEADER_NAME, what, hint=FROM_A_COPY)
 
 
 def build_index(root: Path, header: CacheHeader) -> Index:
@@ -173,8 +169,8 @@ def build_index(root: Path, header: CacheHeader) -> Index:
     if found := repeated_id(index):
         name, parts = found
         path = part_dir(root, parts[-1]) / RECORD_NAME
-        what = f"`{path}`: sample {name!r} is in parts {parts}, and ids must be unique over the whole cache"
-        raise CacheCorruptError(what, file=path, hint=repair_hint(root))
+        what = f": sample {name!r} is in parts {parts}, and ids must be unique over the whole cache"
+        raise CacheCorruptError.at(path, what, hint=repair_hint(root))
     return index
 
 
@@ -208,7 +204,7 @@ def _write(root: Path, header: CacheHeader, index: Index) -> None:
     sink = io.BytesIO()
     samples = index.table().replace_schema_metadata(metadata)
     pq.write_table(samples, sink, compression="zstd", write_page_checksum=True)
-    commit.replace_file(root, root / TABLE_NAME, sink.getvalue())
+    replace_file(root, root / TABLE_NAME, sink.getvalue())
 
 
 def _compact(value: dict[str, object]) -> bytes:
@@ -247,13 +243,10 @@ def is_current(root: Path, header: CacheHeader, fresh: Index) -> bool:
         if index is None:
             return False
         sizes = _parsed_sizes(index._file_sizes, root / TABLE_NAME, index.parts)  # type: ignore[arg-type]
-        return sizes == fresh.file_sizes and _read_all(root).replace_schema_metadata(None) == fresh.table()
+        stored = pq.read_table(root / TABLE_NAME, page_checksum_verification=True, memory_map=False)
+        return sizes == fresh.file_sizes and stored.replace_schema_metadata(None) == fresh.table()
     except (OSError, pa.ArrowException, ValueError, KeyError, TypeError, AttributeError):
         return False
-
-
-def _read_all(root: Path) -> pa.Table:
-    return pq.read_table(root / TABLE_NAME, page_checksum_verification=True, memory_map=False)
 
 
 def _current_table(root: Path, header: CacheHeader) -> Index | None:

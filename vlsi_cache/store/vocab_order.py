@@ -1,21 +1,40 @@
 """Token ids as places in an order of the vocabulary: small numbers compress, and every layer says other words.
 
 All layers share one order of the vocabulary; each has a head of its own in front of it. `vocab/` keeps both, and the
-texts of the tokens for people.
+texts of the tokens for people; `vocab-copy/` is its second copy. Without the order no stored number becomes a token id:
+`cache.json` says how long every file is and what it hashes to, so that either copy can be judged by itself, and what is
+broken in the one is taken from the other.
 Shape suffixes: L layers, V vocabulary, H ids in a head.
 """
 
+import json
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import xxhash
 
+from vlsi_cache import io
 from vlsi_cache.errors import CacheCorruptError, SpecError
 
+from .arrays import vocab_specs
 from .codec import read_samples, write_arrays
-from .format import vocab_specs
+from .files import (
+    check_free_space,
+    disk_full_is_an_error,
+    hash_file,
+    hints_at_repair,
+    load_header,
+    publish_dir,
+    refuse_elsewhere,
+    repair_hint,
+    tmp_path,
+)
+from .format import HEADER_NAME, VOCAB_COPY_NAME, VOCAB_NAME, CacheHeader, FileRecord
 
+VOCAB_NAMES = (VOCAB_NAME, VOCAB_COPY_NAME)
 NUM_HEAD = 2048  # a longer head saves less than a thousandth of the ids
 
 
@@ -111,8 +130,158 @@ def read_vocab_text(folder: Path, vocab_size: int) -> tuple[bytes, np.ndarray]:
     specs = vocab_specs(vocab_size, (0, 0), 0)
     offsets = read_samples(folder, specs, ["text_offsets"])["text_offsets"]
     if offsets[0] or (np.diff(offsets) < 0).any():
-        path = folder / "text_offsets"
-        what = f"`{path}`: offsets must rise from 0, found {offsets[0]} to {offsets.min()}"
-        raise CacheCorruptError(what, file=path)
+        what = f": offsets must rise from 0, found {offsets[0]} to {offsets.min()}"
+        raise CacheCorruptError.at(folder / "text_offsets", what)
     specs = vocab_specs(vocab_size, (0, 0), int(offsets[-1]))
     return read_samples(folder, specs, ["text"])["text"].tobytes(), offsets
+
+
+def load_vocab(root: Path, header: CacheHeader) -> VocabOrder:
+    """The order of the vocabulary, checked against cache.json."""
+    with hints_at_repair(root):
+        vocab_order = read_vocab(root / VOCAB_NAME, header.vocab_size, (len(header.layers), header.num_head_ranks))
+        _check_digest(root / VOCAB_NAME / "id_of_rank", vocab_order.digest, header.id_of_rank_xxh3)
+    try:
+        return vocab_order.checked(len(header.layers), header.vocab_size)
+    except SpecError as error:
+        raise CacheCorruptError.at(root / VOCAB_NAME, f": {error}") from error
+
+
+def load_texts(root: Path, header: CacheHeader) -> tuple[bytes, np.ndarray]:
+    """Text of all tokens as UTF-8, and the offset of each, int64 [V + 1]; checked against cache.json."""
+    with hints_at_repair(root):
+        text, offsets = read_vocab_text(root / VOCAB_NAME, header.vocab_size)
+        _check_digest(root / VOCAB_NAME / "text", xxhash.xxh3_64_hexdigest(text), header.text_xxh3)
+    return text, offsets
+
+
+def text_digest(root: Path, vocab_size: int) -> str | None:
+    """xxh3-64 of the token texts in `vocab/`; None where there are none."""
+    if not (root / VOCAB_NAME / "text").is_dir():
+        return None
+    return xxhash.xxh3_64_hexdigest(read_vocab_text(root / VOCAB_NAME, vocab_size)[0])
+
+
+def _check_digest(path: Path, found: str, expected: str | None) -> None:
+    if found != expected:
+        raise CacheCorruptError.at(path, f": xxh3 of the table is {found}, cache.json says {expected}")
+
+
+def vocab_files(root: Path) -> dict[str, FileRecord]:
+    """Size and hash of every file of `vocab/`, by its path inside."""
+    folder = root / VOCAB_NAME
+    return {name: hash_file(folder / name) for name in _file_names(folder)}
+
+
+def vocab_problems(root: Path, header: CacheHeader, name: str) -> list[tuple[str, str]]:
+    """What is wrong with the copy `name`, file by file: (path in the cache, what)."""
+    problems = []
+    for file, expected in header.vocab_files.items():
+        path, what = root / name / file, ""
+        try:
+            refuse_elsewhere(root, path)
+            found = hash_file(path)
+        except FileNotFoundError:
+            what = "is missing"
+        except (OSError, CacheCorruptError) as error:
+            what = str(error)
+        else:
+            if found.size != expected.size:
+                what = f"{found.size} bytes, cache.json says {expected.size}"
+            elif found != expected:
+                what = f"xxh3 is {found.xxh3}, cache.json says {expected.xxh3}"
+        if what:
+            problems.append((f"{name}/{file}", what))
+    foreign = [file for file in _file_names(root / name) if header.vocab_files and file not in header.vocab_files]
+    return problems + [(f"{name}/{file}", "does not belong to the table") for file in foreign]
+
+
+def whole_files(root: Path, header: CacheHeader) -> dict[str, bytes] | None:
+    """The content of every file of `vocab/`, each from a copy in which it is whole; None if one is whole in neither."""
+    content = {}
+    for file, expected in header.vocab_files.items():
+        for name in VOCAB_NAMES:
+            path = root / name / file
+            found = path.read_bytes() if path.is_file() else b""
+            if len(found) == expected.size and xxhash.xxh3_64_hexdigest(found) == expected.xxh3:
+                content[file] = found
+                break
+    return content if content and len(content) == len(header.vocab_files) else None
+
+
+def publish_files(root: Path, name: str, content: dict[str, bytes]) -> bool:
+    """Write a copy of the table under `name` unless that name is taken."""
+    need_bytes = sum(map(len, content.values()))
+    with tmp_path(root, name, ".zarr") as tmp, disk_full_is_an_error(root, need_bytes):
+        for file, data in content.items():
+            (tmp / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp / file).write_bytes(data)
+        io.fsync_tree(tmp)
+        return publish_dir(tmp, root / name)
+
+
+def complete_copies(root: Path, header: CacheHeader) -> list[str]:
+    """Make `vocab/` or its copy again where the whole folder is missing and the other is whole; the names made."""
+    missing = [name for name in VOCAB_NAMES if not os.path.lexists(root / name)]
+    content = whole_files(root, header) if missing else None
+    return [name for name in missing if content is not None and publish_files(root, name, content)]
+
+
+def _file_names(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+
+
+# What a build hands over: an order or a function that makes it when it is needed, and one for the texts of all tokens.
+OrderOrMaker = VocabOrder | Callable[[], VocabOrder]
+TokenTexts = Callable[[], Sequence[str]] | None
+
+
+def publish_vocab(root: Path, header: CacheHeader, vocab_order: OrderOrMaker, token_texts: TokenTexts) -> VocabOrder:
+    """Write `vocab/` unless it is there; the order that is there in the end."""
+    vocab_size, num_layers = header.vocab_size, len(header.layers)
+    if not (root / VOCAB_NAME).exists():
+        table = (vocab_order if isinstance(vocab_order, VocabOrder) else vocab_order()).checked(num_layers, vocab_size)
+        _refuse_other_table(root, table)
+        text, offsets = _joined(token_texts, vocab_size)
+        need_bytes = table.id_of_rank_V.nbytes + table.heads_LH.nbytes + len(text or b"")
+        check_free_space(root, need_bytes)
+        with tmp_path(root, VOCAB_NAME) as tmp, disk_full_is_an_error(root, need_bytes):
+            write_vocab(tmp, table, text, offsets)
+            io.fsync_tree(tmp)
+            publish_dir(tmp, root / VOCAB_NAME)
+    try:
+        heads = num_layers, num_head_ranks(root)
+        return read_vocab(root / VOCAB_NAME, vocab_size, heads).checked(num_layers, vocab_size)
+    except (CacheCorruptError, SpecError) as error:
+        hint = "no part depends on it yet: delete this folder and run the same command again"
+        hint = repair_hint(root) if (root / HEADER_NAME).exists() else hint
+        raise CacheCorruptError.at(root / VOCAB_NAME, f" is damaged ({error})", hint=hint) from error
+
+
+def _refuse_other_table(root: Path, table: VocabOrder) -> None:
+    """A lost table may only be made again if it comes out the same: the parts hold places in it."""
+    if (root / HEADER_NAME).exists() and (wanted := load_header(root).id_of_rank_xxh3) != table.digest:
+        what = f" is lost, and the table made anew is another (xxh3 {table.digest}, cache.json says {wanted})"
+        hint = "restore this folder from a copy of the cache"
+        raise CacheCorruptError.at(root / VOCAB_NAME, what, hint=hint)
+
+
+def num_head_ranks(root: Path) -> int:
+    """H of the table in `vocab/`: from the header, or while there is none from the array's own metadata."""
+    if (root / HEADER_NAME).exists():
+        return load_header(root).num_head_ranks
+    path = root / VOCAB_NAME / "heads" / "zarr.json"
+    try:
+        return int(json.loads(path.read_bytes())["shape"][1])
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise CacheCorruptError.at(path, f" cannot be read: {error}") from error
+
+
+def _joined(token_texts: TokenTexts, vocab_size: int) -> tuple[bytes | None, np.ndarray | None]:
+    if token_texts is None:
+        return None, None
+    texts = token_texts()
+    if len(texts) != vocab_size:
+        raise SpecError(f"{len(texts)} token texts for a vocabulary of {vocab_size}")
+    pieces = [text.encode("utf-8", "replace") for text in texts]
+    return b"".join(pieces), np.concatenate([[0], np.cumsum([len(piece) for piece in pieces])]).astype(np.int64)

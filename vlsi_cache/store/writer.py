@@ -18,22 +18,20 @@ from vlsi_cache import io
 from vlsi_cache.errors import DataError, list_problems
 from vlsi_cache.sparse.rows import SparseRows
 
-from . import commit, table
+from . import table
+from .arrays import SUMMARY_ARRAYS, array_specs, part_file_names
 from .codec import Arrays, write_arrays
 from .encoding import encode_rows
-from .files import hash_file
-from .format import (
-    RECORD_NAME,
-    SUMMARY_ARRAYS,
-    CacheHeader,
-    PartRecord,
-    array_specs,
-    list_parts,
-    part_dir,
-    part_file_names,
-    response_digest,
-    sealed_json,
+from .files import (
+    check_free_space,
+    disk_full_is_an_error,
+    hash_file,
+    publish_dir,
+    remove_dead_tmp,
+    tmp_path,
+    write_durable,
 )
+from .format import RECORD_NAME, CacheHeader, PartRecord, list_parts, part_dir, response_digest, sealed_json
 from .header import OrderOrMaker, TokenTexts, publish_header
 from .vocab_order import VocabOrder
 
@@ -90,10 +88,10 @@ class CacheWriter:
         """
         io.refuse_url(path, "cache")
         root = Path(path)
-        with commit.disk_full_is_an_error(root, 0):
+        with disk_full_is_an_error(root, 0):
             stored, order = publish_header(root, header, vocab_order, token_texts)
             (root / "parts").mkdir(exist_ok=True)
-        commit.remove_dead_tmp(root)
+        remove_dead_tmp(root)
         return cls(root, stored, order)
 
     def missing_parts(self, rank: int = 0, world: int = 1) -> list[int]:
@@ -124,8 +122,8 @@ class CacheWriter:
         num_response = len(arrays["response_ids"])
         specs = array_specs(self.header, num_samples=len(samples.sample_ids), num_response=num_response, **sizes)
         need_bytes = sum(spec.size_bytes for spec in specs.values())
-        commit.check_free_space(root, need_bytes)
-        with commit.tmp_path(root, f"{index:06d}", ".zarr") as tmp, commit.disk_full_is_an_error(root, need_bytes):
+        check_free_space(root, need_bytes)
+        with tmp_path(root, f"{index:06d}", ".zarr") as tmp, disk_full_is_an_error(root, need_bytes):
             files = write_arrays(tmp, arrays, specs)
             for name in part_file_names(specs) - set(files):
                 files[name] = hash_file(tmp / name)
@@ -137,9 +135,9 @@ class CacheWriter:
                 **sizes,
                 **_describe(samples, arrays),
             )
-            commit.write_durable(tmp / RECORD_NAME, sealed_json(record.model_dump()))
+            write_durable(tmp / RECORD_NAME, sealed_json(record.model_dump()))
             io.fsync_tree(tmp)
-            return commit.publish_dir(tmp, part_dir(root, index))
+            return publish_dir(tmp, part_dir(root, index))
 
     def in_background(self) -> "PartQueue":
         """A queue that encodes and writes parts while the caller makes the next ones; use it as a context."""
@@ -149,9 +147,9 @@ class CacheWriter:
         """When all parts are there, write `samples.parquet` and clean up; False while parts are missing."""
         if self.missing_parts():
             return False
-        with commit.disk_full_is_an_error(self.path, 0):
+        with disk_full_is_an_error(self.path, 0):
             table.write_table(self.path, self.header)
-        commit.remove_dead_tmp(self.path)
+        remove_dead_tmp(self.path)
         return True
 
 

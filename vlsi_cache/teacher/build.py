@@ -30,8 +30,7 @@ from vlsi_cache.store import reader
 from vlsi_cache.store.files import load_header
 from vlsi_cache.store.format import HEADER_NAME, TABLE_NAME, CacheHeader
 from vlsi_cache.store.header import check_root
-from vlsi_cache.store.lineage import surprise_warning
-from vlsi_cache.store.reader import Cache
+from vlsi_cache.store.reader import Cache, surprise_warning
 from vlsi_cache.store.vocab_order import VocabOrder, one_order, order_by_count
 from vlsi_cache.store.writer import CacheWriter, PartSamples
 

@@ -1,31 +1,99 @@
-"""Generate: let the spec's teacher, a run's student or any other model answer the rows of a spec."""
+"""Generate: let the spec's teacher, a run's student or any other model answer the rows of a spec.
+
+`respond` is the one place that calls `model.generate`, for `evaluate` too. The model's own distribution over the real
+vocabulary is what is followed: the habits that a model folder brings along in its generation_config.json (top-k,
+repetition penalty, ...) are left out, as a cache has none of them either.
+"""
 
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from transformers import GenerationConfig
 
 from vlsi_cache.config.sections import CacheSpec
 from vlsi_cache.config.spec import spec_from_dict
+from vlsi_cache.data.collate import collate_prompts
 from vlsi_cache.data.encoder import Encoder, fit_rows, too_long
 from vlsi_cache.data.records import Record, read_records, row_of, with_answer
 from vlsi_cache.data.sources import media_root, read_responses
 from vlsi_cache.data.writing import write_rows
 from vlsi_cache.errors import DataError, FingerprintMismatchError, RowError, SpecError, list_problems
 from vlsi_cache.io import check_file, check_folder, refuse_url, write_atomically
-from vlsi_cache.models.load import ModelRef, resolve_model
-from vlsi_cache.models.responses import Decoding, Response, respond
+from vlsi_cache.models.load import ModelRef, max_positions, resolve_model
 from vlsi_cache.progress import progress, say
 from vlsi_cache.run_files import read_batch, read_object, read_run, sealed
 from vlsi_cache.runs.run_dir import LOCK_NAME, check_has_student, differences, locked, versions
 from vlsi_cache.runtime import check_device, pick_device, seed_step
-from vlsi_cache.store.commit import publish_new_file
+from vlsi_cache.store.files import publish_new_file
 
 from .inputs import teacher_ref
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How the next token is chosen: the likeliest at temperature 0, else a draw; or the best of `num_beams` beams."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    num_beams: int = 1
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise SpecError(f"`max_new_tokens` is {self.max_new_tokens}, must be at least 1")
+        if not 0 <= self.temperature < float("inf"):
+            raise SpecError(f"`temperature` is {self.temperature}, must be 0 (the likeliest token) or above")
+        if not 0 < self.top_p <= 1:
+            raise SpecError(f"`top_p` is {self.top_p}, must be above 0 and at most 1")
+        if self.top_p < 1 and not self.temperature:
+            raise SpecError(f"`top_p` {self.top_p} belongs to sampling: give a `temperature` above 0 as well")
+
+
+@dataclass(frozen=True)
+class Response:
+    """Generated ids, without the end of turn; and whether the model came to it."""
+
+    ids: list[int]
+    ended: bool
+
+
+@torch.inference_mode()
+def respond(model: Any, encoder: Encoder, records: Sequence[Record], decoding: Decoding) -> list[Response]:
+    """One response to the prompt of each record, all in one batch; draws are keyed by torch's random state."""
+    encoded = [encoder.encode(record, with_response=False) for record in records]
+    inputs = collate_prompts(encoded, pad_id=encoder.pad_id, device=model.device)
+    own, model.generation_config = model.generation_config, _config(model, encoder, decoding)
+    try:
+        output = model.generate(**inputs)
+    finally:
+        model.generation_config = own
+    return [_response(ids, encoder.eot_id) for ids in output[:, inputs["input_ids"].shape[1] :].tolist()]
+
+
+def _config(model: Any, encoder: Encoder, decoding: Decoding) -> GenerationConfig:
+    drawn = {"temperature": decoding.temperature, "top_k": 0, "top_p": decoding.top_p} if decoding.temperature else {}
+    padding = list(range(encoder.vocab_size, model.get_output_embeddings().weight.shape[0]))
+    return GenerationConfig(
+        do_sample=bool(drawn),
+        **drawn,
+        num_beams=decoding.num_beams,
+        max_new_tokens=decoding.max_new_tokens,
+        eos_token_id=encoder.eot_id,
+        pad_token_id=encoder.pad_id,
+        suppress_tokens=padding or None,
+    )
+
+
+def _response(ids: list[int], eot_id: int) -> Response:
+    ended = eot_id in ids
+    return Response(ids[: ids.index(eot_id)] if ended else ids, ended)
 
 
 def model_named(spec: CacheSpec, model: str) -> ModelRef:
@@ -154,7 +222,7 @@ def _plan(
     """Read everything but the weights: prompts of similar length come together, all samples of one side by side."""
     named = model_named(spec, model)
     encoder, source = named.encoder(spec.data.encoding()), read_records(spec.data, limit=limit)
-    limits: dict[str, Any] = {"max_length": spec.data.max_length, "max_positions": named.max_positions}
+    limits: dict[str, Any] = {"max_length": spec.data.max_length, "max_positions": max_positions(named.config)}
     # Batches are cut from the whole list before any is done: an attempt that goes on cuts the same ones, and with the
     # random state keyed by the batch's number it draws the same tokens.
     # Whether a row fits is decided by its prompt: the answer that it has goes.

@@ -11,9 +11,10 @@ from vlsi_cache.config.sections import CacheSpec, TeacherSpec
 from vlsi_cache.data.encoder import Encoder, fit_rows, sequences
 from vlsi_cache.data.records import Record, read_records
 from vlsi_cache.models.backbone import Backbone, check_family, target_layers
-from vlsi_cache.models.load import ModelRef, resolve_model
+from vlsi_cache.models.load import ModelRef, max_positions, resolve_model
 from vlsi_cache.models.probe import check_vocabulary, checked_backbone
-from vlsi_cache.models.verbalizer import Verbalizers, find_folder, load_verbalizers, logit_lens, verbalizers_digest
+from vlsi_cache.models.verbalizer import Verbalizers, load_verbalizers, logit_lens
+from vlsi_cache.models.verbalizer_files import find_folder, verbalizers_digest
 from vlsi_cache.progress import say
 
 
@@ -107,7 +108,7 @@ def open_teacher_inputs(spec: CacheSpec) -> TeacherInputs:
     # Before the rows are read, which may take long: nothing of what is refused here depends on them.
     check_vocabulary(encoder, getattr(config.get_text_config(), "vocab_size", None))
     records = read_records(spec.data)
-    limits: dict[str, Any] = {"max_length": spec.data.max_length, "max_positions": model.max_positions}
+    limits: dict[str, Any] = {"max_length": spec.data.max_length, "max_positions": max_positions(model.config)}
     kept, too_long = fit_rows(records, encoder, **limits, bad_rows=spec.data.bad_rows)
     return TeacherInputs(
         spec=spec,

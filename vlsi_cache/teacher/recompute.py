@@ -26,8 +26,7 @@ from vlsi_cache.progress import progress
 from vlsi_cache.sparse.rows import SparseRows, truncate
 from vlsi_cache.store.diff import Entries, LayerDiff, add_layer
 from vlsi_cache.store.format import CacheHeader, response_digest
-from vlsi_cache.store.header import differences
-from vlsi_cache.store.lineage import data_specs
+from vlsi_cache.store.header import data_specs, differences
 from vlsi_cache.store.part import Row
 from vlsi_cache.store.reader import Cache
 

@@ -15,7 +15,7 @@ from vlsi_cache.config.sections import CacheSpec
 from vlsi_cache.data.records import RecordSet
 from vlsi_cache.errors import FingerprintMismatchError, SpecError, list_problems
 from vlsi_cache.io import check_folder, refuse_url
-from vlsi_cache.models.verbalizer import whole_layers
+from vlsi_cache.models.verbalizer_files import whole_layers
 from vlsi_cache.progress import say
 from vlsi_cache.report.pages import ensure_report, write_report
 from vlsi_cache.report.text import table

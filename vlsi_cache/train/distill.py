@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from vlsi_cache.config.sections import CacheSpec, DistillSpec
+from vlsi_cache.config.sections import CacheSpec
 from vlsi_cache.config.spec import (
     Overrides,
     apply_overrides,
@@ -20,6 +20,7 @@ from vlsi_cache.config.spec import (
     spec_from_dict,
     unused_by_recipe,
 )
+from vlsi_cache.config.training import DistillSpec
 from vlsi_cache.errors import SpecError
 from vlsi_cache.io import refuse_url
 from vlsi_cache.models.backbone import Backbone

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlsi_cache.config.sections import InteractSpec, Operation
+from vlsi_cache.config.training import InteractSpec, Operation
 from vlsi_cache.errors import ModelError
 from vlsi_cache.interrupts import stopping_between_steps
 from vlsi_cache.models.backbone import Backbone, LayerSequence, head_of

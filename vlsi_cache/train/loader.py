@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlsi_cache.config.sections import BatchReduction
+from vlsi_cache.config.training import BatchReduction
 from vlsi_cache.data.collate import Batch, collate, together
 from vlsi_cache.data.encoder import CONTRACT, Encoder
 from vlsi_cache.data.records import Record, RecordSet

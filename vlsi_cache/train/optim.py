@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from vlsi_cache.config.sections import DistillSpec, Schedule, TrainVerbalizersSpec
+from vlsi_cache.config.training import DistillSpec, Schedule, TrainVerbalizersSpec
 from vlsi_cache.errors import ModelError
 from vlsi_cache.runs.checkpoints import Checkpoints
 from vlsi_cache.runs.metrics import MetricsLog

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from vlsi_cache.config.sections import BatchReduction
+from vlsi_cache.config.training import BatchReduction
 from vlsi_cache.interrupts import stopping_between_steps
 from vlsi_cache.models.backbone import Backbone, head_of
 from vlsi_cache.models.lora import train_everything, train_head_and_embeddings

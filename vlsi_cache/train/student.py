@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from vlsi_cache.config.sections import CacheSpec, DataSpec, DistillSpec, InteractSpec, VerbalizerSpec
+from vlsi_cache.config.sections import CacheSpec, DataSpec
 from vlsi_cache.config.spec import stored_data
+from vlsi_cache.config.training import DistillSpec, InteractSpec, VerbalizerSpec
 from vlsi_cache.data.encoder import Encoder
 from vlsi_cache.data.records import RecordSet, read_records
 from vlsi_cache.errors import DataError, ModelError, SpecError, list_problems
@@ -17,7 +18,8 @@ from vlsi_cache.models.backbone import Backbone, check_family, target_layers
 from vlsi_cache.models.load import ModelRef, max_positions
 from vlsi_cache.models.probe import check_vocabulary, checked_backbone
 from vlsi_cache.models.save import mend_generation
-from vlsi_cache.models.verbalizer import Verbalizers, find_folder, load_verbalizers, read_record, verbalizers_digest
+from vlsi_cache.models.verbalizer import Verbalizers, load_verbalizers
+from vlsi_cache.models.verbalizer_files import find_folder, read_record, verbalizers_digest
 from vlsi_cache.progress import progress, say
 from vlsi_cache.runs.checkpoints import Checkpoints
 from vlsi_cache.runs.metrics import MetricsLog
@@ -25,7 +27,7 @@ from vlsi_cache.runs.run_dir import Run
 from vlsi_cache.runtime import pick_device
 from vlsi_cache.sparse.head import choose_kernels
 from vlsi_cache.store.format import CacheHeader
-from vlsi_cache.store.lineage import data_sections, data_specs
+from vlsi_cache.store.header import data_sections, data_specs
 from vlsi_cache.store.reader import Cache
 
 from .loader import Feed, cached_records, check_response_ids, match_records

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vlsi_cache.config.sections import VerbalizerSpec
+from vlsi_cache.config.training import VerbalizerSpec
 from vlsi_cache.data.collate import Batch
 from vlsi_cache.interrupts import stopping_between_steps
 from vlsi_cache.models.backbone import Backbone, head_of

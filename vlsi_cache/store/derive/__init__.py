@@ -5,7 +5,7 @@ from pathlib import Path
 
 from vlsi_cache.errors import CacheIncompleteError, SpecError
 from vlsi_cache.io import refuse_url
-from vlsi_cache.store import commit
+from vlsi_cache.store.files import check_free_space
 from vlsi_cache.store.reader import Cache, CachePath, open
 
 
@@ -33,7 +33,7 @@ def check_target(out: Path, sources: Sequence[Cache]) -> None:
 def check_room(out: Path, need_bytes: int) -> None:
     """DiskFullError before anything is written when it cannot fit."""
     folder = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
-    commit.check_free_space(folder, need_bytes)
+    check_free_space(folder, need_bytes)
 
 
 def token_texts(source: Cache) -> Callable[[], list[str]] | None:

@@ -12,13 +12,13 @@ from typing import Any, Literal, overload
 
 import numpy as np
 
-from vlsi_cache.errors import DataError, FingerprintMismatchError, SpecError, list_problems
+from vlsi_cache.errors import DataError, FingerprintMismatchError, SpecError, first_of, list_problems
 from vlsi_cache.progress import progress
+from vlsi_cache.store.arrays import layered_names, value_array
 from vlsi_cache.store.codec import Arrays
 from vlsi_cache.store.encoding import by_layer
-from vlsi_cache.store.format import IDENTITY_FIELDS, CacheHeader, layered_names, list_parts, part_dir, value_array
-from vlsi_cache.store.header import check_root, differences
-from vlsi_cache.store.lineage import lineage, merged_responses
+from vlsi_cache.store.format import CacheHeader, list_parts, part_dir
+from vlsi_cache.store.header import check_root, differences, identity_of, lineage, merged_responses
 from vlsi_cache.store.part import Part
 from vlsi_cache.store.reader import Cache, open
 from vlsi_cache.store.writer import CacheWriter
@@ -113,10 +113,9 @@ def _says_which_samples(field: str) -> bool:
 def _check_alike(first: Cache, other: Cache) -> None:
     """Everything that decides a row must be equal."""
     pairs = [{k: v for k, v in one.header.fingerprint.items() if not _says_which_samples(k)} for one in (first, other)]
-    fields = ["contract", *(name for name in IDENTITY_FIELDS if name not in OF_THE_SOURCE)]
     names = (f"`{first.path}` has", f"`{other.path}` has")
     lines = differences(*pairs, names=names)
-    lines += differences(*({name: getattr(one.header, name) for name in fields} for one in (first, other)), names=names)
+    lines += differences(*(identity_of(one.header, without=OF_THE_SOURCE) for one in (first, other)), names=names)
     if lines:
         raise FingerprintMismatchError(
             f"`{other.path}` cannot be merged into `{first.path}`: {len(lines)} fields differ beside the data:\n"
@@ -129,9 +128,8 @@ def _check_disjoint(sources: list[Cache]) -> None:
     for source in sources:
         twice = [name for name in source if name in home]
         if twice:
-            shown = ", ".join(map(repr, twice[:3])) + (", ..." if len(twice) > 3 else "")
             raise DataError(
-                f"{len(twice)} samples are in both `{home[twice[0]].path}` and `{source.path}`: {shown}; "
+                f"{len(twice)} samples are in both `{home[twice[0]].path}` and `{source.path}`: {first_of(twice)}; "
                 "leave them out of one, with: vlsi-cache prune --where or --samples"
             )
         home |= dict.fromkeys(source, source)

@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from vlsi_cache.errors import SampleNotFoundError, SpecError
+from vlsi_cache.errors import SampleNotFoundError, SpecError, first_of
 from vlsi_cache.io import refuse_url
 from vlsi_cache.sparse.rows import select_at_random, select_by_entropy
+from vlsi_cache.store.arrays import SAMPLE_ARRAYS, part_specs
 from vlsi_cache.store.encoding import check_sample_arrays
 from vlsi_cache.store.files import check_part_files
-from vlsi_cache.store.format import SAMPLE_ARRAYS, CacheHeader, canonical_json, part_dir, part_specs
+from vlsi_cache.store.format import CacheHeader, canonical_json, part_dir
 from vlsi_cache.store.reader import Cache
 
 if TYPE_CHECKING:
@@ -107,7 +108,8 @@ def _value(node: ast.expr, text: str, table: "pa.Table") -> Value:
     if isinstance(node, ast.Name):
         if node.id not in COLUMNS:
             raise _wrong(text, f"there is no column `{node.id}`")
-        return _column(table, node.id)
+        column = table[COLUMNS[node.id]]
+        return _as_array(column.to_pylist()) if node.id in TEXT_COLUMNS else column.to_numpy()
     if isinstance(node, ast.List | ast.Tuple | ast.Set):
         items = [_value(item, text, table) for item in node.elts]
         if any(isinstance(item, np.ndarray | list) for item in items):
@@ -118,13 +120,6 @@ def _value(node: ast.expr, text: str, table: "pa.Table") -> Value:
     if isinstance(inner, ast.Constant) and type(inner.value) in (int, float, *((str,) if sign > 0 else ())):
         return inner.value if sign > 0 else -inner.value  # type: ignore[operator]
     raise _wrong(text, f"`{_excerpt(node)}` is neither a column, nor a number, nor text in quotes")
-
-
-def _column(table: "pa.Table", name: str) -> np.ndarray:
-    column = table[COLUMNS[name]]
-    if name in TEXT_COLUMNS:
-        return _as_array(column.to_pylist())
-    return column.to_numpy()
 
 
 def _as_array(values: Any) -> np.ndarray:
@@ -232,8 +227,8 @@ def _named(cache: Cache, table: "pa.Table", ids: list[str]) -> np.ndarray:
     known, wanted = table["id"].to_pylist(), set(ids)
     unknown = sorted(wanted.difference(known))
     if unknown:
-        shown = ", ".join(map(repr, unknown[:3])) + (", ..." if len(unknown) > 3 else "")
-        raise SampleNotFoundError(f"{len(unknown)} of {len(ids)} sample ids are not in `{cache.path}`: {shown}")
+        names = first_of(unknown)
+        raise SampleNotFoundError(f"{len(unknown)} of {len(ids)} sample ids are not in `{cache.path}`: {names}")
     return np.array([name in wanted for name in known], bool)
 
 
@@ -275,19 +270,14 @@ def choose_rows(header: CacheHeader, rule: TokenRule | None, part: PartTokens, c
 
 
 def _at_random(header: CacheHeader, share: float, part: PartTokens) -> np.ndarray:
-    """Drawn as a build with this rule would; anew for tokens that were already chosen once."""
-    base, times = int(header.fingerprint.get("rows.seed", 0)), num_token_choices(header)
-    names, lengths = part.sample_ids, part.response_lengths
+    """Drawn as a build with this rule would; anew for tokens that its build, or a prune since, has chosen already."""
+    built = header.fingerprint.get("rows.select_tokens") or {}
+    times = any(value is not None for value in built.values()) + len(earlier_cuts(header, "tokens"))
+    base, names, lengths = int(header.fingerprint.get("rows.seed", 0)), part.sample_ids, part.response_lengths
     of_response = select_at_random(names, lengths, share=share, seed=base + (times << 32))
     starts = np.concatenate([[0], np.cumsum(lengths)])
     pieces = [start + part.positions_T[lo:hi] for start, (lo, hi) in zip(starts, pairwise(part.offsets), strict=False)]
     return of_response[np.concatenate([np.zeros(0, np.int64), *pieces]).astype(np.int64)]
-
-
-def num_token_choices(header: CacheHeader) -> int:
-    """How often tokens of this cache were chosen before: by its build, and by every prune since."""
-    built = header.fingerprint.get("rows.select_tokens") or {}
-    return any(value is not None for value in built.values()) + len(earlier_cuts(header, "tokens"))
 
 
 def earlier_cuts(header: CacheHeader, what: str) -> list[Any]:
