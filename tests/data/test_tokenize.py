@@ -201,7 +201,8 @@ def test_fit_rows(text_only: Encoder, tmp_path: Path) -> None:
         fit_rows(records, text_only, 150)
     kept, skipped = fit_rows(records, text_only, 150, bad_rows="list")
     assert [one.index for one in kept] == [0, 3]
-    assert kept[0][1:] == (text_only.measure(records[0])[0], pytest.approx(text_only.measure(records[0])[1]))
+    num_prompt, ids = text_only.measure(records[0])
+    assert (kept[0].num_prompt, kept[0].response_ids.tolist()) == (num_prompt, ids.tolist())
     num_tokens = len(text_only.encode(records[1]).input_ids)
     assert skipped[0] == {"id": "long", "reason": f"{num_tokens} tokens, data.max_length is 150"}
     assert skipped[1]["reason"].startswith("the response holds")

@@ -1,14 +1,18 @@
 """Every response of a row is learned, with the prompt that the chat template gives it at inference."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
+from transformers import AutoTokenizer
 
-from tests.helpers.tiny import write_jsonl
+from tests.helpers.tiny import save_tokenizer, write_jsonl
 from vlsi_cache.config.sections import DataSpec
 from vlsi_cache.config.spec import stored_data
+from vlsi_cache.data.encoder import Encoded, Encoder, Measured, sequences
 from vlsi_cache.data.records import Record, read_records
 from vlsi_cache.errors import DataError
 
@@ -111,3 +115,67 @@ def test_a_name_that_a_turn_would_get_is_taken(tmp_path: Path) -> None:
         read(tmp_path, row, {"id": "x/2", "messages": turns("c?", "c.")})
     with pytest.raises(DataError, match=r"id `x` was used before, at rows.jsonl:1"):
         read(tmp_path, row, {"id": "x", "messages": turns("c?", "c.")})
+
+
+def encoded(encoder: Encoder, records: list[Record]) -> list[Encoded]:
+    """The sequences of records, checked against each record alone and against what is measured."""
+    found = encoder.encode_all(records)
+    alone = [encoder.encode(record) for record in records]
+    spans = [(one.input_ids[: span.num_prompt + len(span.response_ids)], span) for one in found for span in one.spans]
+    for (ids, span), single in zip(spans, alone, strict=True):
+        np.testing.assert_array_equal(ids, single.input_ids)
+        np.testing.assert_array_equal(span.response_ids, single.response_ids)
+        assert span.num_prompt == single.num_prompt
+    measured = [one for one in encoder.measure_all(records) if isinstance(one, Measured)]
+    assert len(sequences([one.goes_on for one in measured], range(len(records)))) == len(found)
+    return found
+
+
+@pytest.fixture
+def three(tmp_path: Path) -> list[Record]:
+    return read(tmp_path, {"id": "x", "messages": turns("a?", "one", "b?", "two", "c?", "three")})
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    save_tokenizer(folder)
+    return folder
+
+
+def encoder_of(folder: Path, template: str | None = None, **options: Any) -> Encoder:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = template or tokenizer.chat_template
+    return Encoder(tokenizer, None, (), name="m", **options)
+
+
+def test_turns_that_begin_with_one_another_are_one_sequence(three: list[Record], tokenizer_folder: Path) -> None:
+    encoder = encoder_of(tokenizer_folder)
+    (one,) = encoded(encoder, three)
+    assert len(one.earlier) == 2
+    # Neighbours of another row, and turns in another order, stay by themselves.
+    other = [replace(record, row="y", id=record.id.replace("x", "y")) for record in three]
+    assert len(encoded(encoder, [*three, *other])) == 2
+    assert len(encoder.encode_all([three[2], three[0], three[1]])) == 2
+    assert len(encoder.encode_all([three[0], three[2]])) == 1
+
+
+def test_a_template_that_changes_earlier_turns_gives_each_its_own_sequence(
+    three: list[Record], tokenizer_folder: Path
+) -> None:
+    plain = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    counts = "{{ messages | selectattr('role', 'equalto', 'user') | list | length }} questions\n"
+    strips = plain.replace(
+        "{{ m['content'] }}", "{{ m['content'] ~ (' (old)' if m['role'] == 'assistant' and not loop.last else '') }}"
+    )
+    for template in (counts + plain, strips):
+        assert [len(one.earlier) for one in encoded(encoder_of(tokenizer_folder, template), three)] == [0, 0, 0]
+
+
+def test_turns_behind_the_limit_of_a_rope_run_apart(three: list[Record], tokenizer_folder: Path) -> None:
+    lengths = [len(encoder_of(tokenizer_folder).encode(record).input_ids) for record in three]
+    for limit, wanted in ((lengths[2], 1), (lengths[1], 2), (lengths[0], 3), (1, 3)):
+        assert len(encoded(encoder_of(tokenizer_folder, rope_limit=limit), three)) == wanted
