@@ -80,7 +80,7 @@ class Record:
 
     @property
     def answer(self) -> str:
-        """The text of the last assistant turn."""
+        """The text of the response."""
         return text_of(self.messages[-1])
 
 
@@ -150,7 +150,7 @@ def read_records(data: DataSpec, *, limit: int | None = None) -> RecordSet:
 
 
 def with_answer(record: Record, answer: str) -> Record:
-    """The same row with another text of the last assistant turn, which then is all of it: no reasoning and no call."""
+    """The same sample with another text as its response, which then is all of it: no reasoning and no call."""
     messages = [*record.prompt_messages, {"role": "assistant", "content": as_parts(answer)}]
     return replace(
         record, messages=messages, digest=_digest(messages, record.images, record.tools, record.template_args)

@@ -108,6 +108,7 @@ def open_teacher_inputs(spec: CacheSpec) -> TeacherInputs:
     # Before the rows are read, which may take long: nothing of what is refused here depends on them.
     check_vocabulary(encoder, getattr(config.get_text_config(), "vocab_size", None))
     records = read_records(spec.data)
+    # Rows that are too long are listed, never cut: a student could not tell that the end is missing.
     limits: dict[str, Any] = {"max_length": spec.data.max_length, "max_positions": max_positions(model.config)}
     kept, too_long = fit_rows(records, encoder, **limits, bad_rows=spec.data.bad_rows)
     return TeacherInputs(

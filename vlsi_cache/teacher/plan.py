@@ -67,6 +67,7 @@ def forward_flops(model: Any, lengths: Iterable[int], patches: Iterable[int]) ->
     lengths, patches = list(lengths), list(patches)
     layers, text = Backbone(model).layers, model.config.get_text_config()
     width = text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    # Two products, queries with keys and weights with values, of two operations each.
     squares = float(sum(length * length for length in lengths))
     weights = sum(_active(layers, text).values())
     return ForwardFlops(
@@ -83,6 +84,7 @@ def picture_patches(image_processor: Any, config: Any, sizes: Sequence[tuple[int
     vision = config.vision_config
     per_crop = (vision.image_size // vision.patch_size) ** 2
     crops = len(sizes)
+    # LLaVA-OneVision cuts a picture that is alone into crops of the best grid, and sees the whole picture once more.
     if len(sizes) == 1 and (pinpoints := getattr(config, "image_grid_pinpoints", None)):
         from transformers.image_processing_utils import select_best_resolution
 

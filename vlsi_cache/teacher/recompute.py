@@ -125,6 +125,7 @@ def recompute(
     names = list(cache)
     names = sorted(random.Random(seed).sample(names, min(num_samples, len(names))))
     report = RecomputeReport(cache.path, len(names), [LayerCheck(layer) for layer in cache.layers])
+    # The weights are loaded once, whatever number of sources the rows come from.
     teachers = [load_teacher(sources[0], device=device)]
     teachers += [replace(teachers[0], inputs=inputs) for inputs in sources[1:]]
     # Two sources of a merged cache may use one id for different rows: the content decides.

@@ -286,7 +286,7 @@ def _train(inputs: TeacherInputs, out: Path, folder: Path, layers: list[int], *,
             vocab_size=inputs.encoder.vocab_size,
         )
     facts = {"teacher_digest": inputs.weights_digest, "model": spec.teacher.model, "loss": spec.verbalizer.loss}
-    # The run over all layers holds the folder already.
+    # The run over all layers holds the folder already, so it must not wait for itself.
     with waiting_for(out) if folder != out else nullcontext():
         verbalizers.save(out / "verbalizers", provenance=facts)
     return {**stage, "layers": layers}

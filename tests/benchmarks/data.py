@@ -1,0 +1,161 @@
+"""What the shape of the data costs: turns of a conversation as one sequence against each turn apart.
+
+    .venv/bin/python tests/benchmarks/data.py [--layers 30 --hidden 576 --rounds 3] [-o results/FILE.md]
+
+A random Llama of SmolLM2's shape builds two caches in turns, in one process: over rows of 4 turns of 64 tokens, and
+over the same turns as rows of their own. The rows of both caches are compared.
+"""
+
+import argparse
+import json
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from measuring import setting
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import vlsi_cache as vc
+from vlsi_cache.store.reader import Cache
+
+NUM_TURNS, TURN_TOKENS = 4, 64
+VOCABULARY = 49_152
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def save_teacher(folder: Path, *, num_layers: int, hidden: int) -> None:
+    """A random model with a tokenizer in which each of the words w0, w1, ... is a token."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "\n", "user", "assistant"]
+    words = [f"w{index}" for index in range(VOCABULARY - len(special) - 1)]
+    vocabulary = {word: index for index, word in enumerate(["<unk>", *words])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split(" ", "removed")  # type: ignore[assignment]
+    core.decoder = decoders.Fuse()  # type: ignore[assignment]
+    core.add_special_tokens(special[:3])
+    core.add_tokens(special[3:])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=TEMPLATE
+    )
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=hidden,
+        intermediate_size=hidden * 8 // 3,
+        num_hidden_layers=num_layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 64,
+        tie_word_embeddings=True,
+        max_position_embeddings=8192,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def conversations(num_rows: int) -> list[dict[str, Any]]:
+    """Rows of NUM_TURNS questions and answers, each of TURN_TOKENS tokens with what the template writes around them."""
+    draw = random.Random(0)
+
+    def said(role: str) -> dict[str, Any]:
+        return {"role": role, "content": " ".join(f"w{draw.randrange(40_000)}" for _ in range(TURN_TOKENS - 5))}
+
+    return [
+        {"id": f"r{n}", "messages": [said(role) for _ in range(NUM_TURNS) for role in ("user", "assistant")]}
+        for n in range(num_rows)
+    ]
+
+
+def apart(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same turns, each in a row of its own with the turns before it as history."""
+    found = []
+    for row in rows:
+        for turn in range(1, NUM_TURNS + 1):
+            history = [{**one, "train": False} if one["role"] == "assistant" else one for one in row["messages"]]
+            messages = [*history[: 2 * turn - 1], row["messages"][2 * turn - 1]]
+            found.append({"id": f"{row['id']}/{turn}", "messages": messages})
+    return found
+
+
+def spec_of(folder: Path, rows: list[dict[str, Any]], name: str, layers: list[int]) -> Any:
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    spec = {
+        "name": name,
+        "teacher": {"model": str(folder / "teacher"), "dtype": "float32", "layers": layers},
+        "data": {"path": f"{name}.jsonl"},
+        "store": {"profile": "exact"},
+        "run": {"device": "cpu", "batch_tokens": 2048},
+    }
+    (folder / f"{name}.yaml").write_text(json.dumps(spec))
+    return vc.load_spec(folder / f"{name}.yaml")
+
+
+def fastest(builds: dict[str, Callable[[Path], Cache]], folder: Path, rounds: int) -> tuple[dict[str, float], Any]:
+    """The least seconds of each build, in turns so that all meet the same machine, and the last cache of each."""
+    seconds, caches = {name: float("inf") for name in builds}, {}
+    for _ in range(rounds):
+        for name, build in builds.items():
+            shutil.rmtree(folder / f"cache-{name}", ignore_errors=True)
+            started = time.monotonic()
+            caches[name] = build(folder / f"cache-{name}")
+            seconds[name] = min(seconds[name], time.monotonic() - started)
+    return seconds, caches
+
+
+def difference(one: Cache, other: Cache) -> tuple[float, float]:
+    """Largest difference of a log-prob, by rank, and the share of kept ids that are not the same."""
+    most, changed, total = 0.0, 0, 0
+    for name in one:
+        a, b = one[name], other[name]
+        most = max(most, float(np.abs(a.logprobs_LTK - b.logprobs_LTK).max()))
+        changed, total = changed + int((a.ids_LTK != b.ids_LTK).sum()), total + a.ids_LTK.size
+    return most, changed / total
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--hidden", type=int, default=576)
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("-o", "--out", type=Path)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        save_teacher(folder / "teacher", num_layers=args.layers, hidden=args.hidden)
+        rows, targets = conversations(args.rows), [args.layers // 2]
+        specs = {
+            "together": spec_of(folder, rows, "together", targets),
+            "apart": spec_of(folder, apart(rows), "apart", targets),
+        }
+        builds = {name: lambda out, spec=spec: vc.build_teacher(spec, out=out) for name, spec in specs.items()}
+        seconds, caches = fastest(builds, folder, args.rounds)
+        most, changed = difference(caches["together"], caches["apart"])
+    lines = [
+        "# Turns of a conversation as one sequence\n",
+        setting(sys.argv[1:], "data.py", torch.device("cpu"), ("torch", "transformers", "numpy")),
+        f"Random Llama, {args.layers} layers, d {args.hidden}, V {VOCABULARY}; {args.rows} rows of {NUM_TURNS} turns, "
+        f"{TURN_TOKENS} tokens each of question and answer; 2 cached layers, top-k 64; least of {args.rounds} rounds.",
+        "",
+        "| build | seconds | of apart |",
+        "|---|---|---|",
+        *(f"| turns {name} | {s:.1f} | {s / seconds['apart']:.2f} |" for name, s in seconds.items()),
+        "",
+        f"Largest difference of a log-prob {most:.1e} nats, {100 * changed:.3f} % of the kept ids at another rank.",
+    ]
+    print("\n".join(lines))
+    if args.out:
+        args.out.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
