@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from vlsi_cache.data.collate import collate
+from vlsi_cache.data.encoder import Encoded
 from vlsi_cache.models.backbone import Backbone, head_of
 from vlsi_cache.models.probe import Probe
 
@@ -179,6 +181,8 @@ def make_probe(lengths: tuple[int, ...] = LENGTHS, num_response: tuple[int, ...]
     positions = [start + j for start, num in zip(starts, num_response, strict=True) for j in range(num)]
     rows_T = torch.repeat_interleave(torch.arange(len(ids)), torch.tensor(num_response))
     shorter = ids[0][:, : lengths[0] - num_response[0] // 2]
+    pairs = zip(ids, num_response, strict=True)
+    encoded = [Encoded(one[0].numpy(), one.shape[1] - num, one[0, -num:].numpy()) for one, num in pairs]
     return Probe(
         together={"input_ids": ids_BS, "attention_mask": mask_BS},
         rows_T=rows_T,
@@ -186,6 +190,7 @@ def make_probe(lengths: tuple[int, ...] = LENGTHS, num_response: tuple[int, ...]
         alone=[{"input_ids": one, "attention_mask": torch.ones_like(one)} for one in ids],
         shorter={"input_ids": shorter, "attention_mask": torch.ones_like(shorter)},
         num_shorter=num_response[0] - num_response[0] // 2,
+        packed=collate(encoded, pad_id=0, packed=True),
     )
 
 

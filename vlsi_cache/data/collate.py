@@ -3,6 +3,7 @@
 Shapes: B sequences, S positions (padded on the right), T response tokens of all samples one after another.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -17,11 +18,18 @@ IGNORE_INDEX = -100
 CAUSAL = 1
 
 
+# Of the inputs of a packed batch: which sequence of its row a token is of, from 1; 0 is padding. `models.backbone`
+# turns it into the model's attention mask.
+SEGMENTS = "segments"
+
+
 @dataclass(frozen=True)
 class Batch:
     """`model(**inputs)`; hidden[rows_T, positions_T] predicts gold_T. labels_BS has IGNORE_INDEX off the response.
 
-    Labels stand at the token's own position, as transformers wants them (it shifts them itself).
+    Of a packed batch, several sequences may lie in one row: `inputs` then have SEGMENTS and `position_ids`, and go
+    through `Backbone.capture` alone. Labels stand at the token's own position, as transformers wants them (it shifts
+    them itself).
     """
 
     inputs: dict[str, torch.Tensor]
@@ -50,17 +58,28 @@ class Batch:
         return replace(self, num_tokens=num_tokens, **chosen)
 
 
-def collate(sequences: Sequence[Encoded], *, pad_id: int, device: str | torch.device = "cpu") -> Batch:
+def collate(
+    sequences: Sequence[Encoded], *, pad_id: int, device: str | torch.device = "cpu", packed: bool = False
+) -> Batch:
     """Pad on the right: then the positions of a sample are the same in every batch.
 
-    `rows_T` are the sequences, one or several samples each; `num_tokens` has one number for every sample.
+    The sequences hold one or several samples each; `num_tokens` has one number for every sample, in their order.
+    `packed`: sequences lie end to end in fewer rows, where that makes less padding.
     """
-    inputs = _inputs(sequences, [len(one.input_ids) for one in sequences], pad_id=pad_id, left=False)
-    spans = [(row, span) for row, one in enumerate(sequences) for span in one.spans]
+    lengths_of_sequences = [len(one.input_ids) for one in sequences]
+    # PaliGemma's token types are part of its mask, and say nothing of sequences.
+    packed = packed and not any("token_type_ids" in one.media for one in sequences)
+    places = pack(lengths_of_sequences) if packed else [(row, 0) for row in range(len(sequences))]
+    if len({row for row, _ in places}) < len(sequences):
+        inputs = _packed_inputs(sequences, places, pad_id=pad_id)
+    else:
+        places = [(row, 0) for row in range(len(sequences))]
+        inputs = _inputs(sequences, lengths_of_sequences, pad_id=pad_id, left=False)
+    spans = [(place, span) for place, one in zip(places, sequences, strict=True) for span in one.spans]
     lengths = [len(span.response_ids) for _, span in spans]
-    rows_T = np.repeat([row for row, _ in spans], lengths)
+    rows_T = np.repeat([row for (row, _), _ in spans], lengths)
     # Hidden position P - 1 + t predicts response token t (shifted by one, as in any causal model).
-    starts_T = np.repeat([span.num_prompt - 1 for _, span in spans], lengths)
+    starts_T = np.repeat([start + span.num_prompt - 1 for (_, start), span in spans], lengths)
     positions_T = starts_T + np.concatenate([np.arange(length) for length in lengths])
     gold_T = np.concatenate([span.response_ids for _, span in spans])
     labels_BS = np.full(inputs["input_ids"].shape, IGNORE_INDEX, dtype=np.int64)
@@ -96,6 +115,35 @@ def _inputs(samples: Sequence[Encoded], lengths: list[int], *, pad_id: int, left
     return inputs
 
 
+def _packed_inputs(
+    sequences: Sequence[Encoded], places: Sequence[tuple[int, int]], *, pad_id: int
+) -> dict[str, torch.Tensor]:
+    """Every sequence at its (row, start); positions begin at 0 in each."""
+    lengths = [len(one.input_ids) for one in sequences]
+    num_rows = 1 + max(row for row, _ in places)
+    width = max(start + length for (_, start), length in zip(places, lengths, strict=True))
+    ids_BS = np.full((num_rows, width), pad_id, dtype=np.int64)
+    positions_BS, segments_BS, types_BS = (np.zeros((num_rows, width), dtype=np.int64) for _ in range(3))
+    count_B = [0] * num_rows
+    # A model takes the pictures of a batch in the order in which their tokens stand in it.
+    order = sorted(range(len(sequences)), key=lambda i: places[i])
+    for index in order:
+        (row, start), one = places[index], sequences[index]
+        part = slice(start, start + lengths[index])
+        count_B[row] += 1
+        ids_BS[row, part], segments_BS[row, part] = one.input_ids, count_B[row]
+        positions_BS[row, part] = np.arange(lengths[index])
+        if one.token_types is not None:
+            types_BS[row, part] = one.token_types
+    arrays = {"input_ids": ids_BS, "position_ids": positions_BS, SEGMENTS: segments_BS}
+    if any(one.token_types is not None for one in sequences):
+        arrays["mm_token_type_ids"] = types_BS
+    inputs = {key: torch.from_numpy(array) for key, array in arrays.items()}
+    for key in dict.fromkeys(key for one in sequences for key in one.media):
+        inputs[key] = _join([sequences[i].media[key] for i in order if key in sequences[i].media])
+    return inputs
+
+
 def _prefix_types(sample: Encoded, length: int) -> np.ndarray:
     """The processor's types of the prompt, then those of an answer."""
     types_P = sample.media.get("token_type_ids", np.zeros(sample.num_prompt, np.int64)).reshape(-1)[:length]
@@ -115,6 +163,47 @@ def _join(arrays: list[np.ndarray]) -> torch.Tensor:
     shape = np.max([array.shape[1:] for array in arrays], axis=0).astype(int) if arrays[0].ndim > 1 else ()
     padded = [np.pad(a, [(0, 0), *((0, int(m) - n) for n, m in zip(a.shape[1:], shape, strict=True))]) for a in arrays]
     return torch.from_numpy(np.concatenate(padded))
+
+
+NARROWER = 8  # numbers of rows that are tried
+# Tokens of a row at which the attention of a layer costs as much as its weights: about 6 times the hidden size.
+DEAR_WIDTH = 8192
+
+
+def pack(lengths: Sequence[int]) -> list[tuple[int, int]]:
+    """(row, start) of every sequence in rows that hold several, so that padded tokens and attention cost little.
+
+    Long sequences first, each into the first row that has room. As many rows as the longest sequence allows are tried,
+    and fewer, wider ones: a wider row fills better, and costs more attention.
+    """
+    longest, best, found = max(lengths), math.inf, [(row, 0) for row in range(len(lengths))]
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    most = 1 + max(row for row, _ in _filled(lengths, order, longest))
+    for num_rows in range(most, max(0, most - NARROWER), -1):
+        low = max(longest, math.ceil(sum(lengths) / num_rows))
+        high = low
+        while True:  # the least width at which so few rows are enough, to within a few tokens
+            places = _filled(lengths, order, high)
+            if max(row for row, _ in places) < num_rows:
+                break
+            high += max(1, high // 64)
+        width = max(start + length for (_, start), length in zip(places, lengths, strict=True))
+        cost = (1 + max(row for row, _ in places)) * width * (1 + width / DEAR_WIDTH)
+        if cost < best:
+            best, found = cost, places
+    return found
+
+
+def _filled(lengths: Sequence[int], order: Sequence[int], width: int) -> list[tuple[int, int]]:
+    used: list[int] = []
+    places = [(0, 0)] * len(lengths)
+    for index in order:
+        row = next((row for row, taken in enumerate(used) if taken + lengths[index] <= width), len(used))
+        if row == len(used):
+            used.append(0)
+        places[index] = (row, used[row])
+        used[row] += lengths[index]
+    return places
 
 
 PADDED_SHARE = 8  # about what one more batch costs, in batches: doubling a good batch gains a few percent

@@ -58,7 +58,8 @@ def against_cache(
     num_samples, num_tokens, agree = 0, 0, 0
     entropy, kl, mass = 0.0, 0.0, 0.0
     kl_by_layer: dict[int, Any] = {}
-    for micro in progress(_batches(cache, encoder, verbalizers, batch_tokens, limit), "cache", unit="batch"):
+    batches = _batches(cache, encoder, verbalizers, batch_tokens, limit, packed=backbone.packs)
+    for micro in progress(batches, "cache", unit="batch"):
         num_samples += len(micro.sample_ids)
         rows = micro.rows
         if rows is None or not rows.num_tokens:  # token selection may leave a sample without rows
@@ -104,7 +105,13 @@ def against_cache(
 
 
 def _batches(
-    cache: Cache, encoder: Encoder, verbalizers: Verbalizers | None, batch_tokens: int, limit: int | None
+    cache: Cache,
+    encoder: Encoder,
+    verbalizers: Verbalizers | None,
+    batch_tokens: int,
+    limit: int | None,
+    *,
+    packed: bool,
 ) -> Iterator[MicroBatch]:
     """The samples part by part, as the build has them; all layers where some are verbalized, else the last."""
     by_id, left = match_records(cache, cached_sources(cache)), len(cache) if limit is None else limit
@@ -118,7 +125,7 @@ def _batches(
                 raise found
             measured.append(found)
         for batch in plan_sample_batches(measured, batch_tokens):
-            yield encode_pairs([pairs[i] for i in batch], encoder)
+            yield encode_pairs([pairs[i] for i in batch], encoder, packed=packed)
         if not left:
             return
 

@@ -20,14 +20,14 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlsi_cache.data.collate import Batch, collate
+from vlsi_cache.data.collate import SEGMENTS, Batch, collate
 from vlsi_cache.data.encoder import Encoded, Encoder
 from vlsi_cache.data.images import Media
 from vlsi_cache.data.records import Record
 from vlsi_cache.errors import DataError, ModelError
 from vlsi_cache.progress import say
 
-from .backbone import Backbone
+from .backbone import ATTENTION_KINDS, Backbone
 
 MAX_DIFFERENCE = 1e-3  # nats, of what is likelier than LIKELY, for weights in fp32
 MAX_KL = 0.01  # nats, mean over the probe, for weights in 16 bits: there the model's own logits are rounded by 0.06
@@ -39,7 +39,7 @@ _checked: "WeakSet[nn.Module]" = WeakSet()
 
 @dataclass(frozen=True)
 class Probe:
-    """Some samples as one padded batch, each of them alone, and the first of them with fewer response tokens."""
+    """Some samples as one padded batch and as one packed row, each alone, and the first with fewer response tokens."""
 
     together: dict[str, Tensor]
     rows_T: Tensor
@@ -47,6 +47,7 @@ class Probe:
     alone: list[dict[str, Tensor]]
     shorter: dict[str, Tensor]
     num_shorter: int
+    packed: Batch
 
 
 @torch.no_grad()
@@ -103,7 +104,25 @@ def _compare(backbone: Backbone, probe: Probe, name: str) -> str:
             f"decoder layer and its head, so the layers below cannot be read: {difference}"
         )
     _refuse_foresight(backbone, probe, own[0], exact, name)
-    return note
+    unpackable = _unpackable(backbone, probe.packed, own_TV, exact)
+    backbone.packs = not unpackable
+    return "\n".join(filter(None, [note, unpackable and f"model {name}: batches are padded, not packed: {unpackable}"]))
+
+
+def _unpackable(backbone: Backbone, packed: Batch, own_TV: Tensor, exact: bool) -> str:
+    """Why several sequences cannot lie in one row; "" if the model says the same of them there as of each alone."""
+    if kinds := backbone.attention_kinds - ATTENTION_KINDS:
+        return f"it has layers of {', '.join(sorted(kinds))}"
+    if backbone.rope_limit is not None:
+        return "its rope depends on the longest row"
+    if SEGMENTS not in packed.inputs:  # token types that are part of the mask
+        return "its sequences cannot be laid end to end"
+    try:
+        found = backbone.capture(packed.inputs, [], packed.rows_T, packed.positions_T)[backbone.num_layers]
+    except FORWARD_ERRORS as error:
+        return f"its forward pass fails on a packed batch ({type(error).__name__})"
+    difference = _difference(own_TV, _changed(backbone, _raw(backbone, found)), exact)
+    return f"beside another sequence in one row its {difference}" if difference else ""
 
 
 def _settle(backbone: Backbone, raw_TV: Tensor, own_TV: Tensor, exact: bool, name: str, probe: Probe) -> str:
@@ -287,8 +306,8 @@ def make_probe(backbone: Backbone, encoder: Encoder) -> Probe:
         token_types=None if first.token_types is None else first.token_types[:stop],
     )
 
-    def batch_of(some: Sequence[Encoded]) -> Batch:
-        return collate(some, pad_id=encoder.pad_id, device=backbone.device)
+    def batch_of(some: Sequence[Encoded], *, packed: bool = False) -> Batch:
+        return collate(some, pad_id=encoder.pad_id, device=backbone.device, packed=packed)
 
     batch = batch_of(samples)
     return Probe(
@@ -298,6 +317,7 @@ def make_probe(backbone: Backbone, encoder: Encoder) -> Probe:
         alone=[batch_of([sample]).inputs for sample in samples],
         shorter=batch_of([cut]).inputs,
         num_shorter=num_shorter,
+        packed=batch_of(samples, packed=True),
     )
 
 

@@ -91,7 +91,8 @@ class Teacher:
         """Encode the records and draw their uniforms."""
         encoder, records = self.inputs.encoder, self.inputs.records
         with self._naming(work):
-            batch = collate(encoder.encode_all([records[i] for i in work.indices]), pad_id=encoder.pad_id)
+            sequences = encoder.encode_all([records[i] for i in work.indices])
+            batch = collate(sequences, pad_id=encoder.pad_id, packed=self.backbone.packs)
             uniforms_LTm = torch.from_numpy(self._tail_uniforms(work.indices))
             if self.device.type == "cuda":
                 # From page-locked memory the copy to the GPU runs beside the host; from other memory it blocks.

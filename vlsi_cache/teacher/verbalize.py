@@ -267,6 +267,7 @@ def _train(inputs: TeacherInputs, out: Path, folder: Path, layers: list[int], *,
             micro_batch_size=settings.micro_batch_size,
             reduction=settings.batch_reduction,
             device=backbone.device,
+            packed=backbone.packs,
         )
 
     with closing(MetricsLog(folder)) as log:

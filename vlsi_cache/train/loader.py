@@ -180,8 +180,9 @@ class Feed:
         micro_batch_size: int,
         reduction: BatchReduction,
         device: torch.device,
+        packed: bool = False,
     ) -> None:
-        self._samples, self._encoder, self._device = samples, encoder, device
+        self._samples, self._encoder, self._device, self._packed = samples, encoder, device, packed
         self._batch_size, self._micro_batch_size = batch_size, micro_batch_size
         self._reduction: BatchReduction = reduction
         self._ready: queue.Queue[MicroBatch | BaseException] = queue.Queue(PREFETCHED_BATCHES)
@@ -240,7 +241,8 @@ class Feed:
     def _encode(self, samples: list[Sample], place: int) -> MicroBatch:
         """The micro-batch that begins at this place of a whole batch."""
         chosen = samples[place : place + self._micro_batch_size]
-        micro = encode_pairs([(sample.record, sample.row) for sample in chosen], self._encoder)
+        pairs: list[Pair] = [(sample.record, sample.row) for sample in chosen]
+        micro = encode_pairs(pairs, self._encoder, packed=self._packed)
         in_batch = [sample.num_tokens for sample in samples]
         assert micro.batch.num_tokens == in_batch[place : place + len(chosen)]
         share_T = loss_shares(micro.batch.num_tokens, in_batch, self._reduction)
@@ -250,15 +252,18 @@ class Feed:
         return replace(micro, batch=micro.batch.pinned(), share_T=share_T.pin_memory(), place=place)
 
 
-def encode_pairs(pairs: Sequence[Pair], encoder: Encoder) -> MicroBatch:
-    """Records and their rows as one batch on the CPU, at the tokens that have rows; the response ids are compared."""
+def encode_pairs(pairs: Sequence[Pair], encoder: Encoder, *, packed: bool = False) -> MicroBatch:
+    """Records and their rows as one batch on the CPU, at the tokens that have rows; the response ids are compared.
+
+    `packed` as `collate` has it.
+    """
     encoded = encoder.encode_all([record for record, _ in pairs])
     rows: list[Row] = []
     for (record, row), span in zip(pairs, chain.from_iterable(one.spans for one in encoded), strict=True):
         if row is not None:
             check_response_ids(record, span.response_ids, row, encoder)
             rows.append(row)
-    batch = collate(encoded, pad_id=encoder.pad_id)
+    batch = collate(encoded, pad_id=encoder.pad_id, packed=packed)
     if rows and rows[0].num_layers:
         batch = _tokens_with_rows(batch, rows)
     share_T = loss_shares(batch.num_tokens, batch.num_tokens, "token")

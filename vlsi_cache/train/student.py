@@ -216,6 +216,7 @@ class StudentState:
             micro_batch_size=distill.micro_batch_size,
             reduction=distill.batch_reduction,
             device=self.device,
+            packed=Backbone(self.model).packs,
         )
 
     @property
