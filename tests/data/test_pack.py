@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.helpers.families import IMAGE_TOKEN, VISION_END, VISION_START, tiny_model
+from tests.helpers.families import seen_sample, tiny_model
 from tests.helpers.probe_models import make_model
 from vlsi_cache.data.collate import SEGMENTS, collate, pack
 from vlsi_cache.data.encoder import Encoded, Span
@@ -122,34 +122,12 @@ def test_states_in_16_bits_are_as_near_as_padded_ones() -> None:
     torch.testing.assert_close(packed, padded, rtol=0.05, atol=0.05)
 
 
-def seen(family: str, length: int, pictures: list[tuple[int, int]], seed: int) -> Encoded:
-    """A sample with pictures of (height, width) in patches behind its first tokens."""
-    draw = np.random.default_rng(seed)
-    ids = draw.integers(3, 50, 2).tolist()
-    for height, width in pictures:
-        if family == "qwen2_vl":
-            ids += [VISION_START, *[IMAGE_TOKEN] * (height * width // 4), VISION_END]
-        else:  # 2x2 patches of the base view, 2x2 of the one crop, and a newline after each row of the crop
-            ids += [IMAGE_TOKEN] * 10
-    ids = np.array([*ids, *draw.integers(3, 50, length)])
-    media = {}
-    if pictures and family == "qwen2_vl":
-        patches = [draw.standard_normal((height * width, 3 * 2 * 4 * 4)) for height, width in pictures]
-        media["pixel_values"] = np.concatenate(patches).astype(np.float32)
-        media["image_grid_thw"] = np.array([[1, height, width] for height, width in pictures])
-    elif pictures:
-        media["pixel_values"] = draw.standard_normal((len(pictures), 2, 3, 8, 8)).astype(np.float32)
-        media["image_sizes"] = np.array([[8, 8]] * len(pictures))
-    types = (ids == IMAGE_TOKEN).astype(np.int64) if family == "qwen2_vl" else None
-    return Encoded(ids, len(ids) - 3, ids[-3:], types, media)
-
-
 @pytest.mark.parametrize("family", ["qwen2_vl", "llava_onevision"])
 def test_pictures_in_a_packed_batch(family: str) -> None:
     """Positions of time, height and width begin anew in each sample, and pictures go to their own tokens."""
     several = [(4, 4), (4, 8)] if family == "qwen2_vl" else [(4, 4)]
     shapes = [(5, [(4, 8)]), (30, several), (9, []), (20, [(8, 4)]), (14, [(4, 4)])]
-    samples = [seen(family, length, pictures, seed) for seed, (length, pictures) in enumerate(shapes)]
+    samples = [seen_sample(family, length, pictures, seed) for seed, (length, pictures) in enumerate(shapes)]
     model = tiny_model(family)
     found = hidden_states(model, samples, packed=True)
     for layer, states_TD in found.items():

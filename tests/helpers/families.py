@@ -5,6 +5,7 @@ Legend: B rows, S positions, T response tokens, V vocabulary, D hidden size.
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
@@ -16,6 +17,8 @@ from transformers import (
     Qwen2VLConfig,
     SiglipVisionConfig,
 )
+
+from vlsi_cache.data.encoder import Encoded
 
 NUM_LAYERS, HIDDEN_SIZE, VOCAB_SIZE = 5, 32, 61
 IMAGE_TOKEN, VIDEO_TOKEN, VISION_START, VISION_END = 57, 58, 59, 60
@@ -91,6 +94,28 @@ def tiny_inputs(family: str) -> dict[str, Tensor]:
         inputs["pixel_values"] = torch.randn(2, 2, 3, 8, 8, generator=generator)
         inputs["image_sizes"] = torch.tensor([[8, 8], [8, 8]])
     return inputs
+
+
+def seen_sample(family: str, length: int, pictures: list[tuple[int, int]], seed: int) -> Encoded:
+    """A sample with pictures of (height, width) in patches behind its first tokens."""
+    draw = np.random.default_rng(seed)
+    ids = draw.integers(3, 50, 2).tolist()
+    for height, width in pictures:
+        if family == "qwen2_vl":
+            ids += [VISION_START, *[IMAGE_TOKEN] * (height * width // 4), VISION_END]
+        else:  # 2x2 patches of the base view, 2x2 of the one crop, and a newline after each row of the crop
+            ids += [IMAGE_TOKEN] * 10
+    ids = np.array([*ids, *draw.integers(3, 50, length)])
+    media = {}
+    if pictures and family == "qwen2_vl":
+        patches = [draw.standard_normal((height * width, 3 * 2 * 4 * 4)) for height, width in pictures]
+        media["pixel_values"] = np.concatenate(patches).astype(np.float32)
+        media["image_grid_thw"] = np.array([[1, height, width] for height, width in pictures])
+    elif pictures:
+        media["pixel_values"] = draw.standard_normal((len(pictures), 2, 3, 8, 8)).astype(np.float32)
+        media["image_sizes"] = np.array([[8, 8]] * len(pictures))
+    types = (ids == IMAGE_TOKEN).astype(np.int64) if family == "qwen2_vl" else None
+    return Encoded(ids, len(ids) - 3, ids[-3:], types, media)
 
 
 ROWS_T = torch.tensor([0, 0, 0, 1, 1])

@@ -7,11 +7,13 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import torch
 
 from .encoder import Encoded, Measured, sequences
+from .vision import Pictures
 
 IGNORE_INDEX = -100
 # PaliGemma's `token_type_ids` are 0 on the prompt, which sees all of itself, and 1 on what sees only what came before.
@@ -23,6 +25,11 @@ CAUSAL = 1
 SEGMENTS = "segments"
 
 
+# Of the inputs of a batch: its `Pictures`, where features of pictures are kept; `models.features` turns them into what
+# the model takes.
+PICTURES = "pictures"
+
+
 @dataclass(frozen=True)
 class Batch:
     """`model(**inputs)`; hidden[rows_T, positions_T] predicts gold_T. labels_BS has IGNORE_INDEX off the response.
@@ -32,7 +39,7 @@ class Batch:
     them itself).
     """
 
-    inputs: dict[str, torch.Tensor]
+    inputs: dict[str, Any]
     rows_T: torch.Tensor
     positions_T: torch.Tensor
     gold_T: torch.Tensor
@@ -45,9 +52,9 @@ class Batch:
 
     def pinned(self) -> "Batch":
         """The same batch in page-locked memory, from where a GPU copies while the host goes on."""
-        return self._each(torch.Tensor.pin_memory)
+        return self._each(lambda tensor: tensor.pin_memory())
 
-    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+    def _each(self, change: Callable[[Any], Any]) -> "Batch":
         changed = {name: change(getattr(self, name)) for name in ("rows_T", "positions_T", "gold_T", "labels_BS")}
         inputs = {key: change(value) for key, value in self.inputs.items()}
         return Batch(inputs=inputs, num_tokens=self.num_tokens, **changed)
@@ -96,11 +103,11 @@ def collate_prompts(
     return {key: value.to(device) for key, value in inputs.items()}
 
 
-def _inputs(samples: Sequence[Encoded], lengths: list[int], *, pad_id: int, left: bool) -> dict[str, torch.Tensor]:
+def _inputs(samples: Sequence[Encoded], lengths: list[int], *, pad_id: int, left: bool) -> dict[str, Any]:
     """The first `lengths` ids of every sample, padded to the longest, with all media one after another."""
     ids = [sample.input_ids[:length] for sample, length in zip(samples, lengths, strict=True)]
     ones = [np.ones(length, dtype=np.int64) for length in lengths]
-    inputs = {"input_ids": _pad(ids, pad_id, left=left), "attention_mask": _pad(ones, 0, left=left)}
+    inputs: dict[str, Any] = {"input_ids": _pad(ids, pad_id, left=left), "attention_mask": _pad(ones, 0, left=left)}
     types = [s.token_types[:n] for s, n in zip(samples, lengths, strict=True) if s.token_types is not None]
     if types:
         assert len(types) == len(samples)
@@ -112,12 +119,10 @@ def _inputs(samples: Sequence[Encoded], lengths: list[int], *, pad_id: int, left
         del keys["token_type_ids"]
     for key in keys:
         inputs[key] = _join([sample.media[key] for sample in samples if key in sample.media])
-    return inputs
+    return inputs | _pictures(samples)
 
 
-def _packed_inputs(
-    sequences: Sequence[Encoded], places: Sequence[tuple[int, int]], *, pad_id: int
-) -> dict[str, torch.Tensor]:
+def _packed_inputs(sequences: Sequence[Encoded], places: Sequence[tuple[int, int]], *, pad_id: int) -> dict[str, Any]:
     """Every sequence at its (row, start); positions begin at 0 in each."""
     lengths = [len(one.input_ids) for one in sequences]
     num_rows = 1 + max(row for row, _ in places)
@@ -138,10 +143,15 @@ def _packed_inputs(
     arrays = {"input_ids": ids_BS, "position_ids": positions_BS, SEGMENTS: segments_BS}
     if any(one.token_types is not None for one in sequences):
         arrays["mm_token_type_ids"] = types_BS
-    inputs = {key: torch.from_numpy(array) for key, array in arrays.items()}
+    inputs: dict[str, Any] = {key: torch.from_numpy(array) for key, array in arrays.items()}
     for key in dict.fromkeys(key for one in sequences for key in one.media):
         inputs[key] = _join([sequences[i].media[key] for i in order if key in sequences[i].media])
-    return inputs
+    return inputs | _pictures([sequences[i] for i in order])
+
+
+def _pictures(samples: Sequence[Encoded]) -> dict[str, Any]:
+    found = [sample.pictures for sample in samples if sample.pictures is not None]
+    return {PICTURES: Pictures.joined(found)} if found else {}
 
 
 def _prefix_types(sample: Encoded, length: int) -> np.ndarray:

@@ -25,7 +25,7 @@ from vlsi_cache.progress import progress, say
 from .chat import Chat, Turn, open_chat
 from .records import Record
 from .values import shown
-from .vision import Vision, load_vision, pixel_path, token_ids
+from .vision import Features, Pictures, Prompt, Vision, load_vision, pixel_path, token_ids
 
 # How rows become tokens; counts up when that changes for some row. 1: the answer was read apart from its prompt.
 CONTRACT = 2
@@ -44,7 +44,8 @@ class Span(NamedTuple):
 class Encoded:
     """One sequence, on the CPU: int64 ids, and the model's own media arrays. `input_ids` is prompt, then response.
 
-    `earlier` are the samples that it holds as well: all of their tokens are its first ones.
+    `earlier` are the samples that it holds as well: all of their tokens are its first ones. With `pictures`, the pixels
+    of those whose features are held are not in `media`.
     """
 
     input_ids: np.ndarray
@@ -53,6 +54,7 @@ class Encoded:
     token_types: np.ndarray | None = None
     media: dict[str, np.ndarray] = field(default_factory=dict)
     earlier: tuple[Span, ...] = ()
+    pictures: Pictures | None = None
 
     @property
     def spans(self) -> list[Span]:
@@ -204,10 +206,10 @@ class Encoder:
         with _naming(record):
             return self._encoded(record, self._read(record, with_response))
 
-    def encode_all(self, records: Sequence[Record]) -> list[Encoded]:
+    def encode_all(self, records: Sequence[Record], *, features: Features | None = None) -> list[Encoded]:
         """Ids and pixels of some samples, as few sequences: turns of a row that go on from each other are one.
 
-        The samples come in the same order. Raises DataError.
+        The samples come in the same order. Pictures whose `features` are held are not opened. Raises DataError.
         """
         texts = []
         for record in records:
@@ -220,19 +222,20 @@ class Encoder:
                 if index + 1 < len(records) and self._goes_on(record, text, records[index + 1], texts[index + 1]):
                     earlier.append(Span(self._num_prompt(record, text), text.response_ids))
                     continue
-                found.append(replace(self._encoded(record, text), earlier=tuple(earlier)))
+                found.append(replace(self._encoded(record, text, features), earlier=tuple(earlier)))
                 earlier = []
         return found
 
-    def _encoded(self, record: Record, text: _Text) -> Encoded:
+    def _encoded(self, record: Record, text: _Text, features: Features | None = None) -> Encoded:
         response_ids = text.response_ids
         if self.vision is None:
-            ids_P, types_P, media = np.asarray(text.prompt_ids, dtype=np.int64), None, {}
+            prompt = Prompt(np.asarray(text.prompt_ids, dtype=np.int64), None, {})
         else:
-            prompt = self.vision.encode(text.turn.prompt, record.images)
-            ids_P, types_P, media = prompt.ids_P, prompt.token_types_P, prompt.media
+            prompt = self.vision.encode(text.turn.prompt, record.images, features)
+        types_P, num_prompt = prompt.token_types_P, len(prompt.ids_P)
         types_S = None if types_P is None else np.concatenate([types_P, np.zeros_like(response_ids)])
-        return Encoded(np.concatenate([ids_P, response_ids]), len(ids_P), response_ids, types_S, media)
+        ids_S = np.concatenate([prompt.ids_P, response_ids])
+        return Encoded(ids_S, num_prompt, response_ids, types_S, prompt.media, pictures=prompt.pictures)
 
     def _num_prompt(self, record: Record, text: _Text) -> int:
         if self.vision is None:

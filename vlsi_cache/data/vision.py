@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 from PIL import Image
@@ -35,11 +35,41 @@ class Prompt:
     ids_P: np.ndarray
     token_types_P: np.ndarray | None
     media: dict[str, np.ndarray]
+    pictures: "Pictures | None" = None
 
 
 def token_ids(tokenizer: Any, text: str) -> list[int]:
     """Ids of `text` as it stands: no special tokens added."""
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+class Features(Protocol):
+    """What keeps the features of pictures: `get` gives those of a digest, with their `grid`, or None."""
+
+    def get(self, digest: str) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The pictures of a sample or batch in the order of their tokens: by digest, with the features that are held.
+
+    The pixels of those that are held (not None) are not among the inputs.
+    """
+
+    digests: tuple[str, ...]
+    held: tuple[Any, ...]
+
+    def to(self, device: Any, *, non_blocking: bool = False) -> "Pictures":
+        moved = (None if one is None else one.to(device, non_blocking=non_blocking) for one in self.held)
+        return Pictures(self.digests, tuple(moved))
+
+    def pin_memory(self) -> "Pictures":
+        return self  # features lie in memory that is not copied again
+
+    @staticmethod
+    def joined(several: Sequence["Pictures"]) -> "Pictures":
+        digests = tuple(digest for one in several for digest in one.digests)
+        return Pictures(digests, tuple(held for one in several for held in one.held))
 
 
 class GridVision:
@@ -69,12 +99,20 @@ class GridVision:
         ids = self._placed_ids(text, len(images))
         return len(ids) - len(images) + sum(self.image_tokens(image) for image in images)
 
-    def encode(self, text: str, images: Sequence[Media]) -> Prompt:
+    def encode(self, text: str, images: Sequence[Media], features: Features | None = None) -> Prompt:
+        """With `features`, pictures whose features are held are not opened, and the prompt says which those are."""
         ids = np.asarray(self._placed_ids(text, len(images)), dtype=np.int64)
         repeats = np.ones(len(ids), dtype=np.int64)
         repeats[ids == self.image_token_id] = [self.image_tokens(image) for image in images]
         ids_P = np.repeat(ids, repeats)
-        return Prompt(ids_P, (ids_P == self.image_token_id).astype(np.int64), self._pixels(images))
+        types_P = (ids_P == self.image_token_id).astype(np.int64)
+        if features is None or not images:
+            return Prompt(ids_P, types_P, self._pixels(images))
+        held = [features.get(image.sha256) for image in images]
+        media = self._pixels([image for image, one in zip(images, held, strict=True) if one is None])
+        fresh = iter(media.get("image_grid_thw", ()))
+        media["image_grid_thw"] = np.stack([next(fresh) if one is None else one.grid for one in held])
+        return Prompt(ids_P, types_P, media, Pictures(tuple(image.sha256 for image in images), tuple(held)))
 
     def digest(self) -> str:
         return _digest(self.image_processor)
@@ -136,7 +174,9 @@ class ProcessorVision:
             self._known[sizes] = count
         return len(ids) - len(sizes) + self._known[sizes]
 
-    def encode(self, text: str, images: Sequence[Media]) -> Prompt:
+    def encode(self, text: str, images: Sequence[Media], features: Features | None = None) -> Prompt:
+        """`features` are not used: what such a processor makes of a picture depends on the sample that it is in."""
+        del features
         return self._run(text, [image.open() for image in images])
 
     def digest(self) -> str:

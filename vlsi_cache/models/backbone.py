@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from vlsi_cache.config.training import TargetLayers
-from vlsi_cache.data.collate import SEGMENTS
+from vlsi_cache.data.collate import PICTURES, SEGMENTS
 from vlsi_cache.errors import ModelError, SpecError
 from vlsi_cache.sparse.head import Head
+
+from .features import with_features
 
 Kept = TypeVar("Kept")
 LAYER_LISTS = ("layers", "h", "blocks")
@@ -299,6 +301,8 @@ class Backbone:
 
             return hook
 
+        if PICTURES in inputs:
+            inputs = with_features(self.model, inputs)
         if SEGMENTS in inputs:
             inputs = self._unpacked(inputs)
         if inputs.get("past_key_values") is None:

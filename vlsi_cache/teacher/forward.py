@@ -15,6 +15,7 @@ from vlsi_cache.data.collate import Batch, collate
 from vlsi_cache.errors import BatchTooLargeError, ModelError, VlsiCacheError
 from vlsi_cache.io import ahead
 from vlsi_cache.models.backbone import Backbone, head_of
+from vlsi_cache.models.features import features_of, keep_features
 from vlsi_cache.models.verbalizer import Verbalizers
 from vlsi_cache.sparse.head import choose_kernels
 from vlsi_cache.sparse.rows import SparseRows, draw_rows, keyed_uniforms, top_p_widths, truncate
@@ -91,7 +92,9 @@ class Teacher:
         """Encode the records and draw their uniforms."""
         encoder, records = self.inputs.encoder, self.inputs.records
         with self._naming(work):
-            sequences = encoder.encode_all([records[i] for i in work.indices])
+            sequences = encoder.encode_all(
+                [records[i] for i in work.indices], features=features_of(self.backbone.model)
+            )
             batch = collate(sequences, pad_id=encoder.pad_id, packed=self.backbone.packs)
             uniforms_LTm = torch.from_numpy(self._tail_uniforms(work.indices))
             if self.device.type == "cuda":
@@ -222,6 +225,7 @@ def load_teacher(inputs: TeacherInputs, *, device: str | None) -> Teacher:
     """Load weights and verbalizers onto the device of the flag, or else of the spec."""
     backbone = inputs.load_backbone(device or inputs.spec.run.device)
     compiled = choose_kernels(inputs.spec.run, backbone.device)
+    keep_features(backbone.model, inputs.spec.run.vision_cache_mib << 20)
     return Teacher(backbone, inputs.load_verbalizers(backbone), inputs, backbone.device, compiled)
 
 

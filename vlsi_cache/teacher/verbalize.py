@@ -15,6 +15,7 @@ from vlsi_cache.config.sections import CacheSpec
 from vlsi_cache.data.records import RecordSet
 from vlsi_cache.errors import FingerprintMismatchError, SpecError, list_problems
 from vlsi_cache.io import check_folder, refuse_url
+from vlsi_cache.models.features import features_of, keep_features
 from vlsi_cache.models.verbalizer_files import whole_layers
 from vlsi_cache.progress import say
 from vlsi_cache.report.pages import ensure_report, write_report
@@ -257,6 +258,7 @@ def _train(inputs: TeacherInputs, out: Path, folder: Path, layers: list[int], *,
     """Train in the run folder `folder`, save into `out`; returns the stage's entry for `run.json`."""
     spec, settings = inputs.spec, inputs.spec.train_verbalizers
     backbone = inputs.load_backbone(device or spec.run.device)
+    keep_features(backbone.model, spec.run.vision_cache_mib << 20)
 
     def make_feed(num_skip: int) -> Feed:
         num_tokens = [len(ids) for ids in inputs.response_ids]
@@ -268,6 +270,7 @@ def _train(inputs: TeacherInputs, out: Path, folder: Path, layers: list[int], *,
             reduction=settings.batch_reduction,
             device=backbone.device,
             packed=backbone.packs,
+            features=features_of(backbone.model),
         )
 
     with closing(MetricsLog(folder)) as log:

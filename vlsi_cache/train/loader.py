@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from vlsi_cache.config.training import BatchReduction
 from vlsi_cache.data.collate import Batch, collate, together
 from vlsi_cache.data.encoder import CONTRACT, Encoder
 from vlsi_cache.data.records import Record, RecordSet
+from vlsi_cache.data.vision import Features
 from vlsi_cache.errors import CacheCorruptError, FingerprintMismatchError, command_line
 from vlsi_cache.sparse.rows import SparseRows
 from vlsi_cache.store.dataset import PartWindowReader
@@ -181,8 +182,10 @@ class Feed:
         reduction: BatchReduction,
         device: torch.device,
         packed: bool = False,
+        features: Features | None = None,
     ) -> None:
-        self._samples, self._encoder, self._device, self._packed = samples, encoder, device, packed
+        self._samples, self._encoder, self._device = samples, encoder, device
+        self._options: Any = {"packed": packed, "features": features}
         self._batch_size, self._micro_batch_size = batch_size, micro_batch_size
         self._reduction: BatchReduction = reduction
         self._ready: queue.Queue[MicroBatch | BaseException] = queue.Queue(PREFETCHED_BATCHES)
@@ -242,7 +245,7 @@ class Feed:
         """The micro-batch that begins at this place of a whole batch."""
         chosen = samples[place : place + self._micro_batch_size]
         pairs: list[Pair] = [(sample.record, sample.row) for sample in chosen]
-        micro = encode_pairs(pairs, self._encoder, packed=self._packed)
+        micro = encode_pairs(pairs, self._encoder, **self._options)
         in_batch = [sample.num_tokens for sample in samples]
         assert micro.batch.num_tokens == in_batch[place : place + len(chosen)]
         share_T = loss_shares(micro.batch.num_tokens, in_batch, self._reduction)
@@ -252,12 +255,14 @@ class Feed:
         return replace(micro, batch=micro.batch.pinned(), share_T=share_T.pin_memory(), place=place)
 
 
-def encode_pairs(pairs: Sequence[Pair], encoder: Encoder, *, packed: bool = False) -> MicroBatch:
+def encode_pairs(
+    pairs: Sequence[Pair], encoder: Encoder, *, packed: bool = False, features: Features | None = None
+) -> MicroBatch:
     """Records and their rows as one batch on the CPU, at the tokens that have rows; the response ids are compared.
 
-    `packed` as `collate` has it.
+    `packed` as `collate` has it, `features` as `Encoder.encode_all`.
     """
-    encoded = encoder.encode_all([record for record, _ in pairs])
+    encoded = encoder.encode_all([record for record, _ in pairs], features=features)
     rows: list[Row] = []
     for (record, row), span in zip(pairs, chain.from_iterable(one.spans for one in encoded), strict=True):
         if row is not None:

@@ -15,6 +15,7 @@ from vlsi_cache.data.encoder import Encoder
 from vlsi_cache.data.records import RecordSet, read_records
 from vlsi_cache.errors import DataError, ModelError, SpecError, list_problems
 from vlsi_cache.models.backbone import Backbone, check_family, target_layers
+from vlsi_cache.models.features import features_of, keep_features
 from vlsi_cache.models.load import ModelRef, max_positions
 from vlsi_cache.models.probe import check_vocabulary, checked_backbone
 from vlsi_cache.models.save import mend_generation
@@ -153,6 +154,7 @@ class StudentInputs:
         if note := named.adapter_note:
             say(note)
         checked_backbone(model, self.encoder)
+        keep_features(model, self.spec.run.vision_cache_mib << 20)
         if mended := mend_generation(model.generation_config):
             say(
                 f"student: its generation_config.json sets {', '.join(f'`{name}`' for name in mended)}, which do "
@@ -217,6 +219,7 @@ class StudentState:
             reduction=distill.batch_reduction,
             device=self.device,
             packed=Backbone(self.model).packs,
+            features=features_of(self.model),
         )
 
     @property
