@@ -36,7 +36,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, student_
 def loaded(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What the model and the encoder are loaded with, and the sizes of the batches."""
     seen: dict[str, Any] = {}
-    load, encoder, plan_batches = ModelRef.load, ModelRef.encoder, evaluate_module.plan_batches
+    load, encoder, plan_sample_batches = ModelRef.load, ModelRef.encoder, evaluate_module.plan_sample_batches
 
     def spy_model(self: ModelRef, device: str) -> Any:
         seen["model"] = {**dataclasses.asdict(self), "device": device}
@@ -46,13 +46,13 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         seen["encoder"] = {**dataclasses.asdict(self), **dataclasses.asdict(encoding)}
         return encoder(self, encoding)
 
-    def spy_batches(lengths: list[int], batch_tokens: int) -> Any:
+    def spy_batches(measured: Any, batch_tokens: int) -> Any:
         seen["batch_tokens"] = batch_tokens
-        return plan_batches(lengths, batch_tokens)
+        return plan_sample_batches(measured, batch_tokens)
 
     monkeypatch.setattr(ModelRef, "load", spy_model)
     monkeypatch.setattr(ModelRef, "encoder", spy_encoder)
-    monkeypatch.setattr(evaluate_module, "plan_batches", spy_batches)
+    monkeypatch.setattr(evaluate_module, "plan_sample_batches", spy_batches)
     return seen
 
 

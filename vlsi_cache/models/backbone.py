@@ -53,8 +53,8 @@ class LayerSequence:
 _found_changes: "WeakKeyDictionary[nn.Module, tuple[float, float | None]]" = WeakKeyDictionary()
 
 
-# Whether several sequences may lie in one row of a batch: what `probe.py` has found of this model.
-_packs: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
+# Why several sequences may not lie in one row of a batch ("": they may), as `probe.py` has found it.
+_why_padded: "WeakKeyDictionary[nn.Module, str]" = WeakKeyDictionary()
 ATTENTION_KINDS = {"full_attention", "sliding_attention"}
 FLASH = ("flash_attention_2", "flash_attention_3")
 
@@ -135,11 +135,16 @@ class Backbone:
     @property
     def packs(self) -> bool:
         """Whether batches may be packed: the model has been seen to keep the sequences of a row apart."""
-        return _packs.get(self._inner, False)
+        return self.why_padded == ""
 
-    @packs.setter
-    def packs(self, value: bool) -> None:
-        _packs[self._inner] = value
+    @property
+    def why_padded(self) -> str | None:
+        """Why batches are not packed; "" if they are, None where nobody has looked."""
+        return _why_padded.get(self._inner)
+
+    @why_padded.setter
+    def why_padded(self, reason: str) -> None:
+        _why_padded[self._inner] = reason
 
     @property
     def device(self) -> torch.device:

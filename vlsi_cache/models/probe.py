@@ -104,9 +104,8 @@ def _compare(backbone: Backbone, probe: Probe, name: str) -> str:
             f"decoder layer and its head, so the layers below cannot be read: {difference}"
         )
     _refuse_foresight(backbone, probe, own[0], exact, name)
-    unpackable = _unpackable(backbone, probe.packed, own_TV, exact)
-    backbone.packs = not unpackable
-    return "\n".join(filter(None, [note, unpackable and f"model {name}: batches are padded, not packed: {unpackable}"]))
+    backbone.why_padded = _unpackable(backbone, probe.packed, own_TV, exact)
+    return note
 
 
 def _unpackable(backbone: Backbone, packed: Batch, own_TV: Tensor, exact: bool) -> str:
@@ -270,6 +269,8 @@ def checked_backbone(model: Any, encoder: Encoder) -> Backbone:
     check_vocabulary(encoder, backbone.real_vocab_limit)
     if note := check_against_itself(backbone, lambda: make_probe(backbone, encoder), name=encoder.name):
         say(note)
+    if backbone.why_padded:
+        say(f"model {encoder.name}: batches are padded, not packed: {backbone.why_padded}")
     return backbone
 
 
