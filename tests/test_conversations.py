@@ -1,5 +1,6 @@
 """Conversations of several turns: rows and losses are those of each turn alone, at the cost of the longest."""
 
+import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from vlsi_cache.config.spec import spec_from_dict
 from vlsi_cache.data import encoder as encoder_module
 from vlsi_cache.data.collate import Batch, collate
 from vlsi_cache.run_files import read_metrics
+from vlsi_cache.store.format import sealed_json
 from vlsi_cache.store.reader import Cache
 from vlsi_cache.teacher import forward
 from vlsi_cache.train import loader
@@ -174,3 +176,15 @@ def test_a_stored_spec_without_turns_means_the_last_ones(cache: Cache) -> None:
     old = {**stored, "data": {key: value for key, value in stored["data"].items() if key != "turns"}}
     assert spec_from_dict(old, where="a cache").data.turns == "last"
     assert "turns" not in old["data"]  # what is stored is not changed
+
+
+def test_a_cache_of_an_earlier_release_serves_students_of_its_last_turns(
+    spec_file: Path, student_folder: Path, tmp_path: Path
+) -> None:
+    built = vc.build_teacher(vc.load_spec(spec_file, overrides=["data.turns=last"]), out=tmp_path / "c")
+    assert sorted(built) == sorted(row["id"] for row in ROWS)
+    stored = json.loads((tmp_path / "c" / "cache.json").read_text())
+    del stored["xxh3"], stored["spec"]["data"]["turns"]
+    (tmp_path / "c" / "cache.json").write_bytes(sealed_json(stored))
+    run = vc.distill(tmp_path / "c", student=str(student_folder), out=tmp_path / "run", recipe="last")
+    assert vc.open_run(run).record["status"] == "done"
