@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -230,6 +232,56 @@ def test_sharegpt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert read([{"conversations": messages}], tmp_path)[-1].messages == record.messages
 
 
+SYSTEM = {"role": "system", "content": "s"}
+HISTORY = [ASK, {"role": "assistant", "content": "Old."}, {"role": "user", "content": "And that?"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "messages"),
+    [
+        ({"prompt": "What is it?", "completion": "A cat."}, [ASK, TELL]),
+        ({"prompt": [ASK], "completion": [TELL]}, [ASK, TELL]),
+        ({"prompt": json.dumps([ASK]), "completion": "A cat."}, [{**ASK, "content": json.dumps([ASK])}, TELL]),
+        (
+            {"prompt": HISTORY, "completion": [TELL], "system": "s"},
+            [{"role": "system", "content": "s"}, *HISTORY, TELL],
+        ),
+        ({"prompt": "What is it?", "chosen": "A cat.", "rejected": "A dog."}, [ASK, TELL]),
+        ({"prompt": HISTORY, "chosen": [TELL], "rejected": [ASK]}, [*HISTORY, TELL]),
+        ({"prompt": "not read", "chosen": [*HISTORY, TELL], "rejected": [ASK]}, [*HISTORY, TELL]),
+        ({"chosen": [*HISTORY, TELL]}, [*HISTORY, TELL]),
+    ],
+)
+def test_rows_of_trl(
+    row: dict[str, Any], messages: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The completion is learned and nothing of the prompt, so each row is one sample."""
+    (record,) = read([{"id": "x", **row}], tmp_path)
+    assert record.messages == read_one({"messages": messages}, tmp_path).messages
+    assert record.id == "x"
+    told = capsys.readouterr().err
+    assert "rows are read from `" in told
+    assert ("not read: `rejected`" in told) == ("rejected" in row)
+
+
+def test_all_turns_of_a_completion_are_learned(tmp_path: Path) -> None:
+    records = read([{"id": "x", "prompt": [ASK], "completion": [TELL, ASK, TELL]}], tmp_path)
+    assert [record.id for record in records] == ["x/1", "x/2"]
+
+
+def test_messages_come_before_a_prompt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (record,) = read([{"prompt": "else", "chosen": "x", "messages": [ASK, TELL]}], tmp_path)
+    assert record.messages == read_one({"messages": [ASK, TELL]}, tmp_path).messages
+    assert "`messages` is read, and `prompt`, `chosen` are not (1 row)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("columns", [{"prompt": "What is it?", "completion": "A cat."}, {"chosen": [ASK, TELL]}])
+def test_parquet_of_trl(columns: dict[str, Any], tmp_path: Path) -> None:
+    pq.write_table(pa.Table.from_pylist([columns]), tmp_path / "rows.parquet")
+    (record,) = read_records(DataSpec(path=str(tmp_path / "rows.parquet")))
+    assert (record.answer, len(record.messages)) == ("A cat.", 2)
+
+
 def test_messages_as_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record = read_one({"messages": json.dumps([ASK, TELL])}, tmp_path)
     assert record.digest == read_one({"messages": [ASK, TELL]}, tmp_path).digest
@@ -359,7 +411,11 @@ BAD = {
     "unknown from": ({"conversations": [{"from": "bing", "value": "x"}]}, "message 0 is `from` `bing`, which is"),
     "no call": ({"conversations": [{"from": "function_call", "value": "x"}]}, "is a `function_call` and is not JSON"),
     "both pairs": ({"conversations": [{"from": "gpt", "value": "x", "role": "user"}]}, "keep one pair"),
-    "prompt": ({"prompt": "x", "completion": "y"}, '"content": ...}] from `prompt` and `completion`'),
+    "instruction": ({"instruction": "x", "output": "y"}, '"content": ...}] from `instruction` and `output`'),
+    "completion alone": ({"completion": "y"}, "`messages` is missing or empty, only `completion`"),
+    "chosen alone": ({"chosen": "y"}, "`chosen` begins with the assistant, and there is no `prompt`"),
+    "two answers": ({"prompt": "x", "completion": "y", "chosen": "z"}, "has both `completion` and `chosen`"),
+    "completion of a user": ({"prompt": "x", "completion": [ASK]}, "has no assistant message"),
     "video": ({**turn(), "video": "a.mp4"}, "has `video`, which is not supported yet"),
     "image and images": ({"messages": [SEE, TELL], "image": "a.png", "images": ["a.png"]}, "both `image` and `images`"),
     "too few markers": (

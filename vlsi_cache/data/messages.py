@@ -1,6 +1,7 @@
 """Rows as other tools write them, brought into the one form that is checked: turns with `role` and `content`.
 
-Read are `messages` (OpenAI) and `conversations` (ShareGPT and LLaVA: `from` and `value`), either also as JSON text.
+Read are `messages` (OpenAI) and `conversations` (ShareGPT and LLaVA: `from` and `value`), either also as JSON text, and
+TRL's `prompt` with `completion` or `chosen`, as texts or messages.
 Every reading that is not a plain one is noted, so that it can be told.
 """
 
@@ -15,6 +16,7 @@ from .values import given_json, is_empty, listed, parse_json, shown, text_value
 Note = Callable[[str], None]
 # What is read of a row. Everything else is named in the log.
 COLUMNS = ("id", "kind", "system", "messages", "conversations", "image", "images", "tools", "chat_template_kwargs")
+COLUMNS += ("prompt", "completion", "chosen")
 # Media that no model here is given: rows with them are refused.
 UNSUPPORTED = ("video", "videos", "audio", "audios")
 _SPEAKERS = {
@@ -29,7 +31,7 @@ _SPEAKERS = {
 }
 # Columns of other kinds of data, and the message that would say the same.
 _QUESTIONS = ("prompt", "instruction", "question", "query", "input", "problem")
-_ANSWERS = ("completion", "chosen", "response", "output", "answer", "solution")
+_ANSWERS = ("completion", "response", "output", "answer", "solution")
 _WANTED = 'write `messages`: [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]'
 
 
@@ -38,10 +40,52 @@ def turns_of(row: Mapping[str, Any], note: Note) -> list[Any]:
     found = [name for name in ("messages", "conversations") if not is_empty(row.get(name))]
     if len(found) == 2:
         raise DataError("has both `messages` and `conversations`; keep one of them")
+    pair = [name for name in ("prompt", "completion", "chosen") if not is_empty(row.get(name))]
+    if found and pair:
+        note(f"`{found[0]}` is read, and {listed(pair)} {'are' if len(pair) > 1 else 'is'} not")
+    if not found and (pair[1:] or pair == ["chosen"]):
+        return _prompted(row, pair, note)
     if not found:
-        names = [name for name in row if row[name] is not None and name not in COLUMNS]
+        names = [name for name in row if row[name] is not None and (name not in COLUMNS or name in pair)]
         raise DataError(f"`messages` is missing or empty{_advice(names)}")
-    name, turns = found[0], row[found[0]]
+    name = found[0]
+    turns = _listed_turns(row[name], name, note)
+    if name == "conversations":
+        is_sharegpt = any(isinstance(turn, Mapping) and turn.get("from") is not None for turn in turns)
+        note("rows are read as ShareGPT `conversations`" if is_sharegpt else "`conversations` is read as `messages`")
+    return [_turn(turn, number) for number, turn in enumerate(turns)]
+
+
+def _prompted(row: Mapping[str, Any], names: list[str], note: Note) -> list[Any]:
+    """The turns of TRL's rows: what `completion` or `chosen` says is learned, and nothing of the prompt."""
+    if {"completion", "chosen"} <= set(names):
+        raise DataError("has both `completion` and `chosen`; keep one of them")
+    told = names[-1]
+    note(f"rows are read from {listed(names)}")
+    answer, asked = row[told], row.get("prompt")
+    if isinstance(answer, str):
+        said: list[Any] = [{"role": "assistant", "content": answer}]
+    else:
+        said = [_turn(turn, number) for number, turn in enumerate(_listed_turns(answer, told, note))]
+    # A preference's `chosen` may be the whole conversation, in which the last turn alone was chosen.
+    if told == "chosen" and isinstance(said[0], Mapping) and said[0].get("role") != "assistant":
+        return [*map(_not_learned, said[:-1]), said[-1]]
+    if is_empty(asked):
+        raise DataError(f"`{told}` begins with the assistant, and there is no `prompt`")
+    if isinstance(asked, str):
+        before: list[Any] = [{"role": "user", "content": asked}]
+    else:
+        before = [_turn(turn, number) for number, turn in enumerate(_listed_turns(asked, "prompt", note))]
+    return [*map(_not_learned, before), *said]
+
+
+def _not_learned(turn: Any) -> Any:
+    is_answer = isinstance(turn, Mapping) and turn.get("role") == "assistant"
+    return {**turn, "train": False} if is_answer else turn
+
+
+def _listed_turns(turns: Any, name: str, note: Note) -> list[Any]:
+    """The turns in a column, which may hold them as JSON text."""
     if isinstance(turns, str):
         try:
             turns = parse_json(turns)
@@ -50,16 +94,13 @@ def turns_of(row: Mapping[str, Any], note: Note) -> list[Any]:
         note(f"`{name}` is read as JSON text")
     if not isinstance(turns, list | tuple) or not turns:
         raise DataError(f"`{name}` is a {type(turns).__name__}, must be a list of messages")
-    if name == "conversations":
-        is_sharegpt = any(isinstance(turn, Mapping) and turn.get("from") is not None for turn in turns)
-        note("rows are read as ShareGPT `conversations`" if is_sharegpt else "`conversations` is read as `messages`")
-    return [_turn(turn, number) for number, turn in enumerate(turns)]
+    return list(turns)
 
 
 def refuse_columns(names: Iterable[str], where: str) -> None:
     """Raise DataError for a file none of whose columns holds messages."""
     names = list(names)
-    if not {"messages", "conversations"} & set(names):
+    if not ({"messages", "conversations", "chosen"} & set(names) or {"prompt", "completion"} <= set(names)):
         raise DataError(f"{where} has no column `messages`{_advice(names)}")
 
 
