@@ -1,9 +1,10 @@
-"""What the shape of the data costs: turns of a conversation as one sequence against each turn apart.
+"""What the shape of the data costs: turns of a conversation as one sequence against each turn apart, and padding.
 
     .venv/bin/python tests/benchmarks/data.py [--layers 30 --hidden 576 --rounds 3] [-o results/FILE.md]
 
 A random Llama of SmolLM2's shape builds two caches in turns, in one process: over rows of 4 turns of 64 tokens, and
-over the same turns as rows of their own. The rows of both caches are compared.
+over the same turns as rows of their own. The rows of both caches are compared. Then 12 of its layers with an adapter
+run forward and backward over the same micro-batches, padded and packed, in turns.
 """
 
 import argparse
@@ -24,6 +25,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import vlsi_cache as vc
+from vlsi_cache.data.collate import collate
+from vlsi_cache.data.encoder import Encoded
+from vlsi_cache.models.backbone import Backbone
+from vlsi_cache.models.lora import add_lora
 from vlsi_cache.store.reader import Cache
 
 NUM_TURNS, TURN_TOKENS = 4, 64
@@ -49,7 +54,11 @@ def save_teacher(folder: Path, *, num_layers: int, hidden: int) -> None:
     )
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
-    config = LlamaConfig(
+    LlamaForCausalLM(config_of(num_layers, hidden)).save_pretrained(folder)
+
+
+def config_of(num_layers: int, hidden: int) -> LlamaConfig:
+    return LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=hidden,
         intermediate_size=hidden * 8 // 3,
@@ -59,7 +68,6 @@ def save_teacher(folder: Path, *, num_layers: int, hidden: int) -> None:
         tie_word_embeddings=True,
         max_position_embeddings=8192,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
 
 
 def conversations(num_rows: int) -> list[dict[str, Any]]:
@@ -121,6 +129,41 @@ def difference(one: Cache, other: Cache) -> tuple[float, float]:
     return most, changed / total
 
 
+def padding(num_layers: int, hidden: int, rounds: int) -> list[str]:
+    """Micro-batches of 8 samples whose lengths spread like those of docstrings: seconds, and the share of padding."""
+    torch.manual_seed(0)
+    model = add_lora(
+        LlamaForCausalLM(config_of(num_layers, hidden)).requires_grad_(False), rank=64, alpha=64, dropout=0.0
+    )
+    backbone, draw = Backbone(model.train()), np.random.default_rng(0)
+    batches = []
+    for _ in range(6):
+        lengths = np.clip(draw.lognormal(4.6, 0.45, 8), 30, 400).astype(int)
+        ids = [draw.integers(3, 40_000, length) for length in lengths]
+        batches.append([Encoded(one, len(one) * 3 // 5, one[len(one) * 3 // 5 :]) for one in ids])
+    seconds = np.full((2, len(batches)), np.inf)
+    tokens = [0, 0]
+    for turn in range(rounds):
+        for packed in (0, 1):
+            for number, samples in enumerate(batches):
+                batch = collate(samples, pad_id=0, packed=bool(packed))
+                tokens[packed] += batch.inputs["input_ids"].numel() if turn == 0 else 0
+                started = time.perf_counter()
+                hidden_states = backbone.capture(batch.inputs, [num_layers // 2], batch.rows_T, batch.positions_T)
+                torch.stack([state.square().mean() for state in hidden_states.values()]).sum().backward()
+                seconds[packed, number] = min(seconds[packed, number], time.perf_counter() - started)
+    total = sum(len(one.input_ids) for samples in batches for one in samples)
+    padded_s, packed_s = seconds.sum(1)
+    return [
+        f"Student of {num_layers} layers, adapter of rank 64, forward and backward, no losses; 6 micro-batches of 8.",
+        "",
+        "| batches | seconds | of padded | padding |",
+        "|---|---|---|---|",
+        f"| padded | {padded_s:.2f} | 1.00 | {1 - total / tokens[0]:.1%} |",
+        f"| packed | {packed_s:.2f} | {packed_s / padded_s:.2f} | {1 - total / tokens[1]:.1%} |",
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=30)
@@ -151,6 +194,8 @@ def main() -> None:
         *(f"| turns {name} | {s:.1f} | {s / seconds['apart']:.2f} |" for name, s in seconds.items()),
         "",
         f"Largest difference of a log-prob {most:.1e} nats, {100 * changed:.3f} % of the kept ids at another rank.",
+        "",
+        *padding(max(1, args.layers * 2 // 5), args.hidden, args.rounds),
     ]
     print("\n".join(lines))
     if args.out:
