@@ -366,13 +366,14 @@ class Backbone:
         rope_index = getattr(self._inner.base_model, "get_rope_index", None)
         if rope_index is None:
             return inputs
+        types_BS = inputs.get("mm_token_type_ids", torch.zeros_like(segments_BS))
         rows_4BS = inputs["position_ids"].expand(4, *segments_BS.shape).clone()
         grids, first = inputs.get("image_grid_thw"), 0
         for row, segments_S in enumerate(segments_BS):
             for number in range(1, int(segments_S.max()) + 1):
                 at = (segments_S == number).nonzero()[:, 0]
                 own = slice(int(at[0]), int(at[-1]) + 1)
-                ids_1S, types_1S = inputs["input_ids"][row, own][None], inputs["mm_token_type_ids"][row, own][None]
+                ids_1S, types_1S = inputs["input_ids"][row, own][None], types_BS[row, own][None]
                 num_pictures = _num_runs(types_1S[0])
                 shown = None if grids is None or not num_pictures else grids[first : first + num_pictures]
                 first += num_pictures
