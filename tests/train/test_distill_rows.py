@@ -1,6 +1,7 @@
 """Students against every kind of cache: selected tokens, sampled rows, other widths, other profiles."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from vlsi_cache.data.records import read_records
 from vlsi_cache.errors import SpecError
 from vlsi_cache.run_files import read_metrics
 from vlsi_cache.store.reader import Cache
-from vlsi_cache.train.loader import Feed, Sample
+from vlsi_cache.train.loader import Feed, MicroBatch, Sample, encode_pairs
 
 KINDS = {
     "selected": ["rows.select_tokens.entropy_top=0.3"],
@@ -158,3 +159,33 @@ def test_a_student_of_a_merged_cache_finds_the_rows_of_both(
     with pytest.raises(SpecError, match="merged from 2 sources"):
         vc.distill(both, student=str(student_folder), out=tmp_path / "other", overrides=["data.limit=5"])
     assert not (tmp_path / "other").exists()
+
+
+def test_padded_micro_batches_hold_samples_of_similar_length(tmp_path: Path, teacher_folder: Path) -> None:
+    """Which samples share an optimizer step stays the same; packed batches need no order."""
+    cache = build(tmp_path, teacher_folder, [])
+    encoder = load_encoder(str(teacher_folder))
+    records = {record.id: record for record in read_records(vc.load_spec(tmp_path / "spec.yaml").data)}
+    names = list(cache)[:16]
+
+    def taken(**options: Any) -> list[MicroBatch]:
+        samples = iter([Sample(records[name], None, len(cache[name].response_ids_R)) for name in names])
+        options = {"batch_size": 8, "micro_batch_size": 4, "reduction": "token", **options}
+        with Feed(samples, encoder, device=torch.device("cpu"), **options) as feed:
+            return list(feed.take(4))
+
+    def padding(found: list[MicroBatch]) -> float:
+        masks = [micro.batch.inputs["attention_mask"] for micro in found]
+        return 1 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
+
+    padded = taken()
+    for first in (0, 2):
+        said = [name for micro in padded[first : first + 2] for name in micro.sample_ids]
+        assert sorted(said) == sorted(names[4 * first : 4 * first + 8])
+        lengths = [int(n) for micro in padded[first : first + 2] for n in micro.batch.inputs["attention_mask"].sum(1)]
+        assert lengths == sorted(lengths, reverse=True)
+        assert sum(float(micro.share_T.sum()) for micro in padded[first : first + 2]) == pytest.approx(1)
+    unsorted = [encode_pairs([(records[n], None) for n in names[i : i + 4]], encoder) for i in range(0, 16, 4)]
+    assert padding(padded) < 0.7 * padding(unsorted)
+    packed = taken(packed=True)
+    assert [micro.sample_ids for micro in packed] == [names[i : i + 4] for i in range(0, 16, 4)]

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from vlsi_cache.config.training import BatchReduction
 from vlsi_cache.data.collate import Batch, collate, together
-from vlsi_cache.data.encoder import CONTRACT, Encoder
+from vlsi_cache.data.encoder import CONTRACT, Encoder, sequences
 from vlsi_cache.data.records import Record, RecordSet
 from vlsi_cache.data.vision import Features
-from vlsi_cache.errors import CacheCorruptError, FingerprintMismatchError, command_line
+from vlsi_cache.errors import CacheCorruptError, FingerprintMismatchError, RowError, command_line
 from vlsi_cache.sparse.rows import SparseRows
 from vlsi_cache.store.dataset import PartWindowReader
 from vlsi_cache.store.part import Row
@@ -225,7 +225,7 @@ class Feed:
         try:
             while not self._stop.is_set():
                 # Records and rows of the whole batch; pictures are decoded a micro-batch at a time.
-                samples = [next(self._samples) for _ in range(self._batch_size)]
+                samples = self._sorted([next(self._samples) for _ in range(self._batch_size)])
                 for place in range(0, self._batch_size, self._micro_batch_size):
                     self._put(self._encode(samples, place))
         except BaseException as error:  # handed over to the loop, which raises it
@@ -234,6 +234,19 @@ class Feed:
             close = getattr(self._samples, "close", None)
             if close is not None:
                 close()
+
+    def _sorted(self, samples: list[Sample]) -> list[Sample]:
+        """The whole batch; where it is padded and not packed, with samples of similar length beside each other."""
+        if self._options["packed"] or len(samples) == self._micro_batch_size:
+            return samples
+        measured = []
+        for found in self._encoder.measure_all(sample.record for sample in samples):
+            if isinstance(found, RowError):
+                raise found
+            measured.append(found)
+        runs = sequences([one.goes_on for one in measured], range(len(samples)))
+        runs.sort(key=lambda run: -measured[run[-1]].num_tokens)  # stable, so the order is that of the seed
+        return [samples[index] for run in runs for index in run]
 
     def _put(self, item: MicroBatch | BaseException) -> None:
         while not self._stop.is_set():
