@@ -201,6 +201,15 @@ class Encoder:
             )
             before = (record, text)
 
+    def measured(self, records: Iterable[Record]) -> list[Measured]:
+        """`measure_all` of samples that have been encoded before; raises RowError where one cannot be."""
+        found = []
+        for one in self.measure_all(records):
+            if isinstance(one, RowError):
+                raise one
+            found.append(one)
+        return found
+
     def encode(self, record: Record, *, with_response: bool = True) -> Encoded:
         """Ids and pixels of one sample, or of its prompt as the model sees it at inference; raises DataError."""
         with _naming(record):

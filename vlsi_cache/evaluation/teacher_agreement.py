@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vlsi_cache.data.collate import plan_sample_batches
 from vlsi_cache.data.encoder import Encoder
-from vlsi_cache.errors import DataError, ModelError, RowError, VlsiCacheError
+from vlsi_cache.errors import DataError, ModelError, VlsiCacheError
 from vlsi_cache.models.backbone import Backbone, head_of
 from vlsi_cache.models.verbalizer import Verbalizers
 from vlsi_cache.progress import progress, say
@@ -119,11 +119,7 @@ def _batches(
         rows = cache.read_part(part, None if verbalizers is not None else ["last"])[:left]
         left -= len(rows)
         pairs: list[Pair] = [(by_id[row.sample_id], row) for row in rows]
-        measured = []
-        for found in encoder.measure_all(record for record, _ in pairs):
-            if isinstance(found, RowError):
-                raise found
-            measured.append(found)
+        measured = encoder.measured(record for record, _ in pairs)
         for batch in plan_sample_batches(measured, batch_tokens):
             yield encode_pairs([pairs[i] for i in batch], encoder, packed=packed)
         if not left:

@@ -21,7 +21,7 @@ from vlsi_cache.data.collate import Batch, collate, together
 from vlsi_cache.data.encoder import CONTRACT, Encoder, sequences
 from vlsi_cache.data.records import Record, RecordSet
 from vlsi_cache.data.vision import Features
-from vlsi_cache.errors import CacheCorruptError, FingerprintMismatchError, RowError, command_line
+from vlsi_cache.errors import CacheCorruptError, FingerprintMismatchError, command_line
 from vlsi_cache.sparse.rows import SparseRows
 from vlsi_cache.store.dataset import PartWindowReader
 from vlsi_cache.store.part import Row
@@ -239,11 +239,7 @@ class Feed:
         """The whole batch; where it is padded and not packed, with samples of similar length beside each other."""
         if self._options["packed"] or len(samples) == self._micro_batch_size:
             return samples
-        measured = []
-        for found in self._encoder.measure_all(sample.record for sample in samples):
-            if isinstance(found, RowError):
-                raise found
-            measured.append(found)
+        measured = self._encoder.measured(sample.record for sample in samples)
         runs = sequences([one.goes_on for one in measured], range(len(samples)))
         runs.sort(key=lambda run: -measured[run[-1]].num_tokens)  # stable, so the order is that of the seed
         return [samples[index] for run in runs for index in run]
