@@ -146,7 +146,7 @@ def padding(num_layers: int, hidden: int, rounds: int) -> list[str]:
     for turn in range(rounds):
         for packed in (0, 1):
             for number, samples in enumerate(batches):
-                batch = collate(samples, pad_id=0, packed=bool(packed))
+                batch = collate(samples, pad_id=0, row_width=4096 * packed)
                 tokens[packed] += batch.inputs["input_ids"].numel() if turn == 0 else 0
                 started = time.perf_counter()
                 hidden_states = backbone.capture(batch.inputs, [num_layers // 2], batch.rows_T, batch.positions_T)

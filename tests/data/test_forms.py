@@ -30,6 +30,9 @@ TELL = {"role": "assistant", "content": "A cat."}
 CALL = {"type": "function", "function": {"name": "look", "arguments": {"where": "there", "how": None}}}
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
 
+SYSTEM = {"role": "system", "content": "s"}
+HISTORY = [ASK, {"role": "assistant", "content": "Old."}, {"role": "user", "content": "And that?"}]
+
 
 def text(words: str) -> list[dict[str, str]]:
     return [{"type": "text", "text": words}]
@@ -232,23 +235,23 @@ def test_sharegpt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert read([{"conversations": messages}], tmp_path)[-1].messages == record.messages
 
 
-SYSTEM = {"role": "system", "content": "s"}
-HISTORY = [ASK, {"role": "assistant", "content": "Old."}, {"role": "user", "content": "And that?"}]
-
-
 @pytest.mark.parametrize(
     ("row", "messages"),
     [
         ({"prompt": "What is it?", "completion": "A cat."}, [ASK, TELL]),
         ({"prompt": [ASK], "completion": [TELL]}, [ASK, TELL]),
-        ({"prompt": json.dumps([ASK]), "completion": "A cat."}, [{**ASK, "content": json.dumps([ASK])}, TELL]),
+        ({"prompt": json.dumps([ASK]), "completion": json.dumps([TELL])}, [ASK, TELL]),
+        ({"prompt": "[1, 2]", "completion": "A cat.", "label": True}, [{**ASK, "content": "[1, 2]"}, TELL]),
+        ({"prompt": "What is it?", "chosen": json.dumps([ASK, TELL])}, [ASK, TELL]),
+        ({"prompt": [ASK, {**TELL, "weight": 1}, ASK], "completion": "A cat."}, [ASK, TELL, ASK, TELL]),
         (
             {"prompt": HISTORY, "completion": [TELL], "system": "s"},
             [{"role": "system", "content": "s"}, *HISTORY, TELL],
         ),
         ({"prompt": "What is it?", "chosen": "A cat.", "rejected": "A dog."}, [ASK, TELL]),
         ({"prompt": HISTORY, "chosen": [TELL], "rejected": [ASK]}, [*HISTORY, TELL]),
-        ({"prompt": "not read", "chosen": [*HISTORY, TELL], "rejected": [ASK]}, [*HISTORY, TELL]),
+        ({"prompt": "And that?", "chosen": [*HISTORY, TELL], "rejected": [ASK]}, [*HISTORY, TELL]),
+        ({"prompt": HISTORY, "chosen": [*HISTORY, TELL]}, [*HISTORY, TELL]),
         ({"chosen": [*HISTORY, TELL]}, [*HISTORY, TELL]),
     ],
 )
@@ -415,6 +418,15 @@ BAD = {
     "completion alone": ({"completion": "y"}, "`messages` is missing or empty, only `completion`"),
     "chosen alone": ({"chosen": "y"}, "`chosen` begins with the assistant, and there is no `prompt`"),
     "two answers": ({"prompt": "x", "completion": "y", "chosen": "z"}, "has both `completion` and `chosen`"),
+    "another prompt": (
+        {"prompt": "else", "chosen": [ASK, TELL]},
+        "`chosen` is a conversation that does not begin with",
+    ),
+    "other history": (
+        {"prompt": HISTORY, "chosen": [ASK, TELL]},
+        "`chosen` is a conversation that does not begin with",
+    ),
+    "bad answer": ({"prompt": "x", "completion": "y", "label": False}, "has `label: false`: its answer is a bad one"),
     "completion of a user": ({"prompt": "x", "completion": [ASK]}, "has no assistant message"),
     "video": ({**turn(), "video": "a.mp4"}, "has `video`, which is not supported yet"),
     "image and images": ({"messages": [SEE, TELL], "image": "a.png", "images": ["a.png"]}, "both `image` and `images`"),

@@ -28,12 +28,13 @@ SAMPLES = [sample(length, min(4, length - 1)) for length in LENGTHS]
 
 
 @settings(deadline=None)
-@given(st.lists(st.integers(1, 400), min_size=1, max_size=40))
-def test_every_sequence_has_a_place_of_its_own(lengths: list[int]) -> None:
-    places = pack(lengths)
+@given(st.lists(st.integers(1, 400), min_size=1, max_size=40), st.sampled_from([1, 300, 500, 4096]))
+def test_every_sequence_has_a_place_of_its_own(lengths: list[int], row_width: int) -> None:
+    places = pack(lengths, row_width)
     taken = sorted((row, start, start + length) for (row, start), length in zip(places, lengths, strict=True))
     for (row, _, stop), (next_row, start, _) in pairwise(taken):
         assert start >= stop if row == next_row else (next_row, start) == (row + 1, 0)
+    assert max(stop for _, _, stop in taken) <= max(row_width, *lengths)
     area = (1 + taken[-1][0]) * max(stop for _, _, stop in taken)
     assert area <= len(lengths) * max(lengths)  # never more than padding them
 
@@ -44,7 +45,7 @@ def test_padding_is_a_few_percent() -> None:
     padded = packed = total = 0
     for _ in range(50):
         lengths = np.clip(draw.lognormal(5.0, 0.45, 8), 40, 500).astype(int).tolist()
-        places = pack(lengths)
+        places = pack(lengths, 4096)
         width = max(start + length for (_, start), length in zip(places, lengths, strict=True))
         total += sum(lengths)
         padded += 8 * max(lengths)
@@ -54,9 +55,10 @@ def test_padding_is_a_few_percent() -> None:
 
 
 def test_a_packed_batch_holds_what_the_padded_one_does() -> None:
-    shared = Encoded(SAMPLES[0].input_ids, 26, SAMPLES[0].response_ids, earlier=(Span(5, SAMPLES[0].input_ids[5:9]),))
+    first = SAMPLES[0]
+    shared = Encoded(first.input_ids, 26, first.response_ids, earlier=(Span(5, first.input_ids[5:9]),))
     samples = [*SAMPLES[1:], shared]
-    padded, packed = (collate(samples, pad_id=0, packed=packed) for packed in (False, True))
+    padded, packed = (collate(samples, pad_id=0, row_width=4096 * packed) for packed in (False, True))
     assert packed.num_tokens == padded.num_tokens == [4, 4, 4, 2, 4, 4, 4]
     torch.testing.assert_close(packed.gold_T, padded.gold_T)
     assert len(packed.inputs["input_ids"]) < len(samples)
@@ -71,13 +73,15 @@ def test_a_packed_batch_holds_what_the_padded_one_does() -> None:
     assert "attention_mask" not in packed.inputs
     # Where packing saves nothing, the batch is the padded one.
     same = [sample(9, 3, seed) for seed in range(4)]
-    for one, other in zip(*(collate(same, pad_id=0, packed=p).inputs.values() for p in (True, False)), strict=True):
+    for one, other in zip(
+        *(collate(same, pad_id=0, row_width=4096 * p).inputs.values() for p in (True, False)), strict=True
+    ):
         torch.testing.assert_close(one, other)
 
 
 def hidden_states(model: Any, samples: list[Encoded], *, packed: bool) -> dict[int, torch.Tensor]:
     backbone = Backbone(model)
-    batch = collate(samples, pad_id=0, packed=packed)
+    batch = collate(samples, pad_id=0, row_width=4096 * packed)
     assert (SEGMENTS in batch.inputs) == packed
     layers = [1] if backbone.num_layers > 1 else []
     return backbone.capture(batch.inputs, layers, batch.rows_T, batch.positions_T)

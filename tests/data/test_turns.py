@@ -9,10 +9,11 @@ import pytest
 from PIL import Image
 from transformers import AutoTokenizer
 
+import vlsi_cache as vc
 from tests.helpers.tiny import save_tokenizer, write_jsonl
 from vlsi_cache.config.sections import DataSpec
 from vlsi_cache.config.spec import stored_data
-from vlsi_cache.data.encoder import Encoded, Encoder, Measured, sequences
+from vlsi_cache.data.encoder import Encoded, Encoder, Measured, load_encoder, sequences
 from vlsi_cache.data.records import Record, read_records
 from vlsi_cache.errors import DataError
 
@@ -179,3 +180,21 @@ def test_turns_behind_the_limit_of_a_rope_run_apart(three: list[Record], tokeniz
     lengths = [len(encoder_of(tokenizer_folder).encode(record).input_ids) for record in three]
     for limit, wanted in ((lengths[2], 1), (lengths[1], 2), (lengths[0], 3), (1, 3)):
         assert len(encoded(encoder_of(tokenizer_folder, rope_limit=limit), three)) == wanted
+
+
+def test_rows_of_one_id_with_other_pictures_do_not_go_on_from_each_other(tmp_path: Path) -> None:
+    """As in a cache merged from two sources: the first sample would be shown the picture of the second."""
+    pictures = []
+    for number, colour in enumerate(("red", "blue")):
+        Image.new("RGB", (56, 56), colour).save(tmp_path / f"{number}.png")
+        turns = [
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "which?"}]},
+            {"role": "assistant", "content": "this"},
+            {"role": "user", "content": "sure?"},
+            {"role": "assistant", "content": "yes"},
+        ]
+        write_jsonl(tmp_path / f"{number}.jsonl", [{"id": "r", "messages": turns, "images": [f"{number}.png"]}])
+        pictures.append(read_records(DataSpec(path=str(tmp_path / f"{number}.jsonl"))))
+    encoder = load_encoder(Path(vc.__file__).parent / "demo" / "teacher")
+    assert len(encoder.encode_all([pictures[0][0], pictures[0][1]])) == 1
+    assert len(encoder.encode_all([pictures[0][0], pictures[1][1]])) == 2

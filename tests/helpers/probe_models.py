@@ -190,7 +190,7 @@ def make_probe(lengths: tuple[int, ...] = LENGTHS, num_response: tuple[int, ...]
         alone=[{"input_ids": one, "attention_mask": torch.ones_like(one)} for one in ids],
         shorter={"input_ids": shorter, "attention_mask": torch.ones_like(shorter)},
         num_shorter=num_response[0] - num_response[0] // 2,
-        packed=collate(encoded, pad_id=0, packed=True),
+        packed=collate(encoded, pad_id=0, row_width=64),
     )
 
 

@@ -7,8 +7,18 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForImageTextToText
 
-from tests.helpers.families import seen_sample, tiny_model
+from tests.helpers.families import (
+    DECODER,
+    HIDDEN_SIZE,
+    IMAGE_TOKEN,
+    VIDEO_TOKEN,
+    VISION_END,
+    VISION_START,
+    seen_sample,
+    tiny_model,
+)
 from vlsi_cache.data.collate import PICTURES, collate
 from vlsi_cache.data.encoder import Encoded
 from vlsi_cache.data.vision import Pictures
@@ -51,7 +61,7 @@ def with_held(samples: list[Encoded], features: PictureFeatures | None) -> list[
 
 
 def states(model: Any, samples: list[Encoded], *, packed: bool = False) -> dict[int, Tensor]:
-    batch = collate(samples, pad_id=0, packed=packed)
+    batch = collate(samples, pad_id=0, row_width=4096 * packed)
     return Backbone(model).capture(batch.inputs, [2], batch.rows_T, batch.positions_T)
 
 
@@ -133,3 +143,26 @@ def test_models_without_such_a_tower(samples: list[Encoded]) -> None:
     keep_features(none, 0)
     assert features_of(none) is None
     assert samples
+
+
+def test_features_of_pictures_of_qwen3_vl() -> None:
+    """Its tower also makes features for deeper layers."""
+    text = {**DECODER, "head_dim": 8}
+    text["rope_parameters"] = {"rope_type": "default", "mrope_section": [1, 1, 2], "mrope_interleaved": True}
+    text["rope_parameters"]["rope_theta"] = 10000.0
+    vision = {"depth": 3, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": HIDDEN_SIZE}
+    vision |= {"patch_size": 4, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}
+    ids = {"image_token_id": IMAGE_TOKEN, "video_token_id": VIDEO_TOKEN}
+    ids |= {"vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("qwen3_vl", text_config=text, vision_config=vision, **ids)
+    model = AutoModelForImageTextToText.from_config(config).eval().requires_grad_(False)
+    shapes = ((5, [(4, 8)]), (30, [(4, 4), (4, 8)]), (9, []))
+    samples = [seen_sample("qwen2_vl", length, pictures, seed) for seed, (length, pictures) in enumerate(shapes)]
+    wanted = states(model, samples)
+    keep_features(model, 1 << 20)
+    features = features_of(model)
+    assert features is not None
+    for _ in range(2):
+        found = states(model, with_held(samples, features))
+        torch.testing.assert_close(found[2], wanted[2], rtol=1e-4, atol=2e-5)

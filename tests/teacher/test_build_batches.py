@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 from helpers.builds import part_bytes
-from helpers.tiny import write_spec
+from helpers.probe_models import make_model
+from helpers.tiny import save_tokenizer, write_spec
 
 import vlsi_cache as vc
 from vlsi_cache.errors import BatchTooLargeError, ModelError
@@ -248,3 +249,14 @@ def test_rows_of_no_number_name_sample_token_and_layer(tiny: Teacher) -> None:
     launched.layers[2]["lse_Tn"] = spoiled
     with pytest.raises(ModelError, match=r"^sample `row-7`, response token 1, layer 3: the logits are not finite"):
         tiny.collect(launched)
+
+
+@pytest.mark.parametrize(("family", "key"), [("gpt_neo", "max_position_embeddings"), ("mpt", "max_seq_len")])
+def test_a_packed_row_is_no_wider_than_the_model_s_positions(family: str, key: str, tmp_path: Path) -> None:
+    """Samples that fit: these families have a buffer that is as long as their positions."""
+    size = save_tokenizer(tmp_path / "teacher")
+    make_model(family, vocab_size=size, **{key: 160}).save_pretrained(tmp_path / "teacher")
+    spec = write_spec(tmp_path, tmp_path / "teacher", num_rows=12)
+    overrides = ["teacher.layers=[1]", "run.batch_tokens=400"]
+    cache = vc.build_teacher(vc.load_spec(spec, overrides=overrides), out=tmp_path / "c")
+    assert len(cache) > 0

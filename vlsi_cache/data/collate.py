@@ -66,17 +66,19 @@ class Batch:
 
 
 def collate(
-    sequences: Sequence[Encoded], *, pad_id: int, device: str | torch.device = "cpu", packed: bool = False
+    sequences: Sequence[Encoded], *, pad_id: int, device: str | torch.device = "cpu", row_width: int = 0
 ) -> Batch:
     """Pad on the right: then the positions of a sample are the same in every batch.
 
     The sequences hold one or several samples each; `num_tokens` has one number for every sample, in their order.
-    `packed`: sequences lie end to end in fewer rows, where that makes less padding.
+    With a `row_width` they are packed: they lie end to end in fewer rows of at most so many tokens, where that makes
+    less padding; one that is longer has a row of its own.
     """
     lengths_of_sequences = [len(one.input_ids) for one in sequences]
     # PaliGemma's token types are part of its mask, and say nothing of sequences.
-    packed = packed and not any("token_type_ids" in one.media for one in sequences)
-    places = pack(lengths_of_sequences) if packed else [(row, 0) for row in range(len(sequences))]
+    can_pack = row_width and not any("token_type_ids" in one.media for one in sequences)
+    places = [(row, 0) for row in range(len(sequences))]
+    places = pack(lengths_of_sequences, row_width) if can_pack else places
     if len({row for row, _ in places}) < len(sequences):
         inputs = _packed_inputs(sequences, places, pad_id=pad_id)
     else:
@@ -180,11 +182,12 @@ NARROWER = 8  # numbers of rows that are tried
 DEAR_WIDTH = 8192
 
 
-def pack(lengths: Sequence[int]) -> list[tuple[int, int]]:
-    """(row, start) of every sequence in rows that hold several, so that padded tokens and attention cost little.
+def pack(lengths: Sequence[int], row_width: int) -> list[tuple[int, int]]:
+    """(row, start) of every sequence, in rows of at most `row_width` tokens or of one longer sequence.
 
-    Long sequences first, each into the first row that has room. As many rows as the longest sequence allows are tried,
-    and fewer, wider ones: a wider row fills better, and costs more attention.
+    Rows hold several, so that padded tokens and attention cost little: long sequences first, each into the first row
+    that has room. As many rows as the longest sequence allows are tried, and fewer, wider ones: a wider row fills
+    better, and costs more attention.
     """
     longest, best, found = max(lengths), math.inf, [(row, 0) for row in range(len(lengths))]
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
@@ -197,6 +200,8 @@ def pack(lengths: Sequence[int]) -> list[tuple[int, int]]:
             if max(row for row, _ in places) < num_rows:
                 break
             high += max(1, high // 64)
+        if high > max(longest, row_width):
+            break  # fewer rows are wider still
         width = max(start + length for (_, start), length in zip(places, lengths, strict=True))
         cost = (1 + max(row for row, _ in places)) * width * (1 + width / DEAR_WIDTH)
         if cost < best:

@@ -256,6 +256,9 @@ class Encoder:
         whole = [*text.prompt_ids, *text.response_ids.tolist()]
         if record.row != later.row or not record.row or longer.prompt_ids[: len(whole)] != whole:
             return False
+        # In a merged cache two sources may have rows of one id.
+        if [one.sha256 for one in record.images] != [one.sha256 for one in later.images[: len(record.images)]]:
+            return False
         if self.vision is not None:
             # Some processors prepare a picture otherwise where there are more of them.
             same_pictures = self.vision.takes_pictures_alone or len(record.images) == len(later.images)

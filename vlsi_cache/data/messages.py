@@ -16,7 +16,7 @@ from .values import given_json, is_empty, listed, parse_json, shown, text_value
 Note = Callable[[str], None]
 # What is read of a row. Everything else is named in the log.
 COLUMNS = ("id", "kind", "system", "messages", "conversations", "image", "images", "tools", "chat_template_kwargs")
-COLUMNS += ("prompt", "completion", "chosen")
+COLUMNS += ("prompt", "completion", "chosen", "label")
 # Media that no model here is given: rows with them are refused.
 UNSUPPORTED = ("video", "videos", "audio", "audios")
 _SPEAKERS = {
@@ -60,28 +60,59 @@ def _prompted(row: Mapping[str, Any], names: list[str], note: Note) -> list[Any]
     """The turns of TRL's rows: what `completion` or `chosen` says is learned, and nothing of the prompt."""
     if {"completion", "chosen"} <= set(names):
         raise DataError("has both `completion` and `chosen`; keep one of them")
+    if row.get("label") is not None and not row["label"]:
+        raise DataError("has `label: false`: its answer is a bad one, and nothing here learns from those")
     told = names[-1]
     note(f"rows are read from {listed(names)}")
-    answer, asked = row[told], row.get("prompt")
-    if isinstance(answer, str):
-        said: list[Any] = [{"role": "assistant", "content": answer}]
-    else:
-        said = [_turn(turn, number) for number, turn in enumerate(_listed_turns(answer, told, note))]
-    # A preference's `chosen` may be the whole conversation, in which the last turn alone was chosen.
+    said, before = (
+        _told(row.get(name), name, speaker, note) for name, speaker in ((told, "assistant"), ("prompt", "user"))
+    )
     if told == "chosen" and isinstance(said[0], Mapping) and said[0].get("role") != "assistant":
+        # The whole conversation, in which the last turn alone was chosen; its beginning is the prompt once more.
+        is_text = isinstance(row.get("prompt"), str) and len(before) == 1
+        asked = [turn for turn in said[:-1] if isinstance(turn, Mapping) and turn.get("role") == "user"]
+        repeats = before[0] in asked if is_text else _plain_turns(said[: len(before)]) == _plain_turns(before)
+        if before and not repeats:
+            raise DataError("`chosen` is a conversation that does not begin with `prompt`; keep one of them")
         return [*map(_not_learned, said[:-1]), said[-1]]
-    if is_empty(asked):
+    if not before:
         raise DataError(f"`{told}` begins with the assistant, and there is no `prompt`")
-    if isinstance(asked, str):
-        before: list[Any] = [{"role": "user", "content": asked}]
-    else:
-        before = [_turn(turn, number) for number, turn in enumerate(_listed_turns(asked, "prompt", note))]
     return [*map(_not_learned, before), *said]
 
 
+def _told(value: Any, name: str, speaker: str, note: Note) -> list[Any]:
+    """The turns of a column of TRL: messages, also as JSON text, or the text of one turn of `speaker`."""
+    if is_empty(value):
+        return []
+    if isinstance(value, str):
+        found = _messages_in(value)
+        if found is None:
+            return [{"role": speaker, "content": value}]
+        value = found
+        note(f"`{name}` is read as JSON text")
+    return [_turn(turn, number) for number, turn in enumerate(_listed_turns(value, name, note))]
+
+
+def _messages_in(text: str) -> list[Any] | None:
+    """The messages that a text is as JSON; None for any other text."""
+    if not text.lstrip().startswith("["):
+        return None
+    try:
+        found = parse_json(text)
+    except DataError:
+        return None
+    is_messages = found and all(isinstance(one, Mapping) and {"role", "from"} & set(one) for one in found)
+    return found if is_messages else None
+
+
+def _plain_turns(turns: list[Any]) -> list[Any]:
+    return [(turn.get("role"), turn.get("content")) if isinstance(turn, Mapping) else turn for turn in turns]
+
+
 def _not_learned(turn: Any) -> Any:
-    is_answer = isinstance(turn, Mapping) and turn.get("role") == "assistant"
-    return {**turn, "train": False} if is_answer else turn
+    if not isinstance(turn, Mapping) or turn.get("role") != "assistant":
+        return turn
+    return {**{key: value for key, value in turn.items() if key != "weight"}, "train": False}
 
 
 def _listed_turns(turns: Any, name: str, note: Note) -> list[Any]:

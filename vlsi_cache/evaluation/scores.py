@@ -251,7 +251,7 @@ def mean_nll(
     num_tokens, head = 0, head_of(backbone).real(encoder.vocab_size)
     for indices in progress(batches, "perplexity", unit="batch"):
         sequences = encoder.encode_all([records[i] for i in indices])
-        batch = collate(sequences, pad_id=encoder.pad_id, device=backbone.device, packed=backbone.packs)
+        batch = collate(sequences, pad_id=encoder.pad_id, device=backbone.device, row_width=backbone.row_width)
         capture = verbalizers.capture if verbalizers is not None else partial(backbone.capture, layers=[])
         hidden: dict[int, Any] = dict(capture(batch.inputs, rows_T=batch.rows_T, positions_T=batch.positions_T))
         for layer in [*layers, backbone.num_layers]:

@@ -58,7 +58,7 @@ def against_cache(
     num_samples, num_tokens, agree = 0, 0, 0
     entropy, kl, mass = 0.0, 0.0, 0.0
     kl_by_layer: dict[int, Any] = {}
-    batches = _batches(cache, encoder, verbalizers, batch_tokens, limit, packed=backbone.packs)
+    batches = _batches(cache, encoder, verbalizers, batch_tokens, limit, row_width=backbone.row_width)
     for micro in progress(batches, "cache", unit="batch"):
         num_samples += len(micro.sample_ids)
         rows = micro.rows
@@ -111,7 +111,7 @@ def _batches(
     batch_tokens: int,
     limit: int | None,
     *,
-    packed: bool,
+    row_width: int,
 ) -> Iterator[MicroBatch]:
     """The samples part by part, as the build has them; all layers where some are verbalized, else the last."""
     by_id, left = match_records(cache, cached_sources(cache)), len(cache) if limit is None else limit
@@ -121,7 +121,7 @@ def _batches(
         pairs: list[Pair] = [(by_id[row.sample_id], row) for row in rows]
         measured = encoder.measured(record for record, _ in pairs)
         for batch in plan_sample_batches(measured, batch_tokens):
-            yield encode_pairs([pairs[i] for i in batch], encoder, packed=packed)
+            yield encode_pairs([pairs[i] for i in batch], encoder, row_width=row_width)
         if not left:
             return
 

@@ -55,6 +55,7 @@ _found_changes: "WeakKeyDictionary[nn.Module, tuple[float, float | None]]" = Wea
 
 # Why several sequences may not lie in one row of a batch ("": they may), as `probe.py` has found it.
 _why_padded: "WeakKeyDictionary[nn.Module, str]" = WeakKeyDictionary()
+MAX_WIDTH = 1 << 20  # tokens of a row
 ATTENTION_KINDS = {"full_attention", "sliding_attention"}
 FLASH = ("flash_attention_2", "flash_attention_3")
 
@@ -136,6 +137,18 @@ class Backbone:
     def packs(self) -> bool:
         """Whether batches may be packed: the model has been seen to keep the sequences of a row apart."""
         return self.why_padded == ""
+
+    @property
+    def row_width(self) -> int:
+        """Tokens of a row of a packed batch, at most; 0 where batches are not packed.
+
+        Some families (MPT, GPT-Neo) have a buffer that is as long as their positions.
+        """
+        names = ("max_position_embeddings", "max_seq_len", "n_positions")
+        limits = [
+            value for name in names if isinstance(value := getattr(self.text_config, name, None), int) and value > 0
+        ]
+        return min([MAX_WIDTH, *limits]) if self.packs else 0
 
     @property
     def why_padded(self) -> str | None:

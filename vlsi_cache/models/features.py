@@ -104,14 +104,15 @@ def with_features(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
                 with torch.inference_mode(False), torch.no_grad():
                     grid_13 = torch.tensor([grid], device=device)
                     output = body.get_image_features(pixels[own].clone(), grid_13, return_dict=True)
-                deep = tuple(getattr(output, "deepstack_features", None) or ())
+                # For each of the deeper layers, a tuple of pictures.
+                deep = tuple(level[0] for level in getattr(output, "deepstack_features", None) or ())
                 held = made[digest] = Held(np.array(grid), output.pooler_output[0], deep)
                 if kept is not None:
                     kept.put(digest, held.to("cpu"))
         found.append(held.to(device))
     outputs: Any = BaseModelOutputWithPooling(pooler_output=tuple(one.features for one in found))  # type: ignore[arg-type]
     if found[0].deep:
-        outputs.deepstack_features = [torch.cat(levels) for levels in zip(*(one.deep for one in found), strict=True)]
+        outputs.deepstack_features = list(zip(*(one.deep for one in found), strict=True))
     inputs["mm_encoder_outputs"] = {"image": outputs}
     return inputs
 

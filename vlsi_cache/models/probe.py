@@ -27,7 +27,7 @@ from vlsi_cache.data.records import Record
 from vlsi_cache.errors import DataError, ModelError
 from vlsi_cache.progress import say
 
-from .backbone import ATTENTION_KINDS, Backbone
+from .backbone import ATTENTION_KINDS, MAX_WIDTH, Backbone
 
 MAX_DIFFERENCE = 1e-3  # nats, of what is likelier than LIKELY, for weights in fp32
 MAX_KL = 0.01  # nats, mean over the probe, for weights in 16 bits: there the model's own logits are rounded by 0.06
@@ -307,8 +307,8 @@ def make_probe(backbone: Backbone, encoder: Encoder) -> Probe:
         token_types=None if first.token_types is None else first.token_types[:stop],
     )
 
-    def batch_of(some: Sequence[Encoded], *, packed: bool = False) -> Batch:
-        return collate(some, pad_id=encoder.pad_id, device=backbone.device, packed=packed)
+    def batch_of(some: Sequence[Encoded], *, row_width: int = 0) -> Batch:
+        return collate(some, pad_id=encoder.pad_id, device=backbone.device, row_width=row_width)
 
     batch = batch_of(samples)
     return Probe(
@@ -318,7 +318,7 @@ def make_probe(backbone: Backbone, encoder: Encoder) -> Probe:
         alone=[batch_of([sample]).inputs for sample in samples],
         shorter=batch_of([cut]).inputs,
         num_shorter=num_shorter,
-        packed=batch_of(samples, packed=True),
+        packed=batch_of(samples, row_width=MAX_WIDTH),
     )
 
 

@@ -95,7 +95,7 @@ class Teacher:
             sequences = encoder.encode_all(
                 [records[i] for i in work.indices], features=features_of(self.backbone.model)
             )
-            batch = collate(sequences, pad_id=encoder.pad_id, packed=self.backbone.packs)
+            batch = collate(sequences, pad_id=encoder.pad_id, row_width=self.backbone.row_width)
             uniforms_LTm = torch.from_numpy(self._tail_uniforms(work.indices))
             if self.device.type == "cuda":
                 # From page-locked memory the copy to the GPU runs beside the host; from other memory it blocks.

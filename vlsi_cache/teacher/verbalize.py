@@ -269,7 +269,7 @@ def _train(inputs: TeacherInputs, out: Path, folder: Path, layers: list[int], *,
             micro_batch_size=settings.micro_batch_size,
             reduction=settings.batch_reduction,
             device=backbone.device,
-            packed=backbone.packs,
+            row_width=backbone.row_width,
             features=features_of(backbone.model),
         )
 

@@ -113,6 +113,7 @@ def distill_spec(
     )
     spec = apply_overrides(stored, overrides)
     fixed = [key for key in FIXED_BY_THE_CACHE if getattr(spec, key) != getattr(stored, key)]
+    fixed += ["data.turns"] * (spec.data.turns != stored.data.turns)
     if fixed:
         raise SpecError(f"`{'`, `'.join(fixed)}` were decided when {cache.path} was built; distill cannot change them")
     changes = {"student": student or spec.distill.student, "recipe": recipe or spec.distill.recipe}

@@ -181,11 +181,11 @@ class Feed:
         micro_batch_size: int,
         reduction: BatchReduction,
         device: torch.device,
-        packed: bool = False,
+        row_width: int = 0,
         features: Features | None = None,
     ) -> None:
         self._samples, self._encoder, self._device = samples, encoder, device
-        self._options: Any = {"packed": packed, "features": features}
+        self._options: Any = {"row_width": row_width, "features": features}
         self._batch_size, self._micro_batch_size = batch_size, micro_batch_size
         self._reduction: BatchReduction = reduction
         self._ready: queue.Queue[MicroBatch | BaseException] = queue.Queue(PREFETCHED_BATCHES)
@@ -237,7 +237,7 @@ class Feed:
 
     def _sorted(self, samples: list[Sample]) -> list[Sample]:
         """The whole batch; where it is padded and not packed, with samples of similar length beside each other."""
-        if self._options["packed"] or len(samples) == self._micro_batch_size:
+        if self._options["row_width"] or len(samples) == self._micro_batch_size:
             return samples
         measured = self._encoder.measured(sample.record for sample in samples)
         runs = sequences([one.goes_on for one in measured], range(len(samples)))
@@ -265,11 +265,11 @@ class Feed:
 
 
 def encode_pairs(
-    pairs: Sequence[Pair], encoder: Encoder, *, packed: bool = False, features: Features | None = None
+    pairs: Sequence[Pair], encoder: Encoder, *, row_width: int = 0, features: Features | None = None
 ) -> MicroBatch:
     """Records and their rows as one batch on the CPU, at the tokens that have rows; the response ids are compared.
 
-    `packed` as `collate` has it, `features` as `Encoder.encode_all`.
+    `row_width` as `collate` has it, `features` as `Encoder.encode_all`.
     """
     encoded = encoder.encode_all([record for record, _ in pairs], features=features)
     rows: list[Row] = []
@@ -277,7 +277,7 @@ def encode_pairs(
         if row is not None:
             check_response_ids(record, span.response_ids, row, encoder)
             rows.append(row)
-    batch = collate(encoded, pad_id=encoder.pad_id, packed=packed)
+    batch = collate(encoded, pad_id=encoder.pad_id, row_width=row_width)
     if rows and rows[0].num_layers:
         batch = _tokens_with_rows(batch, rows)
     share_T = loss_shares(batch.num_tokens, batch.num_tokens, "token")

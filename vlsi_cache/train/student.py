@@ -218,7 +218,7 @@ class StudentState:
             micro_batch_size=distill.micro_batch_size,
             reduction=distill.batch_reduction,
             device=self.device,
-            packed=Backbone(self.model).packs,
+            row_width=Backbone(self.model).row_width,
             features=features_of(self.model),
         )
 
