@@ -192,13 +192,14 @@ class RunSpec(Strict):
     `batch_tokens: auto`: a new build looks for the number that suits the machine and records it in the cache; whatever
     else reads the number takes the default. `kernels`: sums over the vocabulary as torch runs them (`eager`) or fused
     by `torch.compile`; `auto` fuses them on CUDA. `vision_cache_mib`: memory of the host for what a frozen vision tower
-    makes of pictures, so that it runs once for each; 0 keeps nothing.
+    makes of pictures, so that it runs once for each; 0 keeps nothing. Each picture goes through the tower alone, which
+    is slower than together: it pays where pictures are shown three times or more.
     """
 
     device: str = "auto"
     batch_tokens: Literal["auto"] | Annotated[int, Field(ge=1, le=2**31)] = DEFAULT_BATCH_TOKENS
     kernels: Kernels = "auto"
-    vision_cache_mib: Annotated[int, Field(ge=0, le=2**24)] = 1024
+    vision_cache_mib: Annotated[int, Field(ge=0, le=2**24)] = 0
 
     @property
     def num_batch_tokens(self) -> int:
