@@ -24,6 +24,7 @@ from vlsi_cache.errors import ModelError, SpecError
 from vlsi_cache.sparse.head import Head
 
 from .features import with_features
+from .packing import unpacked, widest_row
 
 Kept = TypeVar("Kept")
 LAYER_LISTS = ("layers", "h", "blocks")
@@ -55,9 +56,6 @@ _found_changes: "WeakKeyDictionary[nn.Module, tuple[float, float | None]]" = Wea
 
 # Why several sequences may not lie in one row of a batch ("": they may), as `probe.py` has found it.
 _why_padded: "WeakKeyDictionary[nn.Module, str]" = WeakKeyDictionary()
-MAX_WIDTH = 1 << 20  # tokens of a row
-ATTENTION_KINDS = {"full_attention", "sliding_attention"}
-FLASH = ("flash_attention_2", "flash_attention_3")
 
 
 class _Enough(Exception):
@@ -140,15 +138,8 @@ class Backbone:
 
     @property
     def row_width(self) -> int:
-        """Tokens of a row of a packed batch, at most; 0 where batches are not packed.
-
-        Some families (MPT, GPT-Neo) have a buffer that is as long as their positions.
-        """
-        names = ("max_position_embeddings", "max_seq_len", "n_positions")
-        limits = [
-            value for name in names if isinstance(value := getattr(self.text_config, name, None), int) and value > 0
-        ]
-        return min([MAX_WIDTH, *limits]) if self.packs else 0
+        """Tokens of a row of a packed batch, at most; 0 where batches are not packed."""
+        return widest_row(self.text_config) if self.packs else 0
 
     @property
     def why_padded(self) -> str | None:
@@ -322,7 +313,7 @@ class Backbone:
         if PICTURES in inputs:
             inputs = with_features(self.model, inputs)
         if SEGMENTS in inputs:
-            inputs = self._unpacked(inputs)
+            inputs = unpacked(self._inner, inputs)
         if inputs.get("past_key_values") is None:
             self.forget()
         # The hooks are gone before any backward pass, so the recomputation of gradient checkpointing cannot fire them.
@@ -335,69 +326,6 @@ class Backbone:
             for handle in handles:
                 handle.remove()
         return captured, output.last_hidden_state if with_final else None
-
-    def _unpacked(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """A packed batch as the model takes it: positions of each sequence, and a mask that keeps sequences apart.
-
-        The mask is additive and made here: positions that begin anew are not understood by every family.
-        """
-        inputs = dict(inputs)
-        segments_BS, positions_BS = inputs.pop(SEGMENTS), inputs["position_ids"]
-        if getattr(self.text_config, "_attn_implementation", None) in FLASH:  # finds the sequences by their positions
-            return self._with_positions(inputs, segments_BS)
-        masks = {kind: self._mask(segments_BS, positions_BS, window) for kind, window in self._windows().items()}
-        # Families of one kind of layers take the mask itself.
-        inputs["attention_mask"] = masks if len(masks) > 1 else next(iter(masks.values()))
-        return self._with_positions(inputs, segments_BS)
-
-    @property
-    def attention_kinds(self) -> set[str]:
-        """What the layers are, as the configuration says it; empty where it does not."""
-        return set(getattr(self.text_config, "layer_types", None) or [])
-
-    def _windows(self) -> dict[str, int | None]:
-        """The kinds of attention layers, and how many tokens back each of them sees; None: all."""
-        window = getattr(self.text_config, "sliding_window", None)
-        kinds = list(dict.fromkeys(getattr(self.text_config, "layer_types", None) or []))
-        if not kinds:
-            return {"": window if getattr(self.text_config, "use_sliding_window", True) else None}
-        return {kind: window if kind == "sliding_attention" else None for kind in kinds}
-
-    def _mask(self, segments_BS: Tensor, positions_BS: Tensor, window: int | None) -> Tensor:
-        """Additive, [B, 1, S, S]: a token sees those before it in its own sequence, itself included."""
-        steps_S = torch.arange(segments_BS.shape[1], device=segments_BS.device)
-        seen_BSS = (segments_BS[:, :, None] == segments_BS[:, None]) & (steps_S[:, None] >= steps_S[None])
-        if window is not None:
-            seen_BSS &= positions_BS[:, :, None] - positions_BS[:, None] < window
-        seen_BSS |= steps_S[:, None] == steps_S[None]  # a token that sees nothing has no softmax
-        dtype = self._inner.get_input_embeddings().weight.dtype
-        mask_BSS = torch.zeros(seen_BSS.shape, dtype=dtype, device=seen_BSS.device)
-        return mask_BSS.masked_fill_(~seen_BSS, torch.finfo(dtype).min)[:, None]
-
-    def _with_positions(self, inputs: dict[str, Any], segments_BS: Tensor) -> dict[str, Any]:
-        """The Qwen VLs count time, height and width of pictures: three rows of positions behind the text's own."""
-        rope_index = getattr(self._inner.base_model, "get_rope_index", None)
-        if rope_index is None:
-            return inputs
-        types_BS = inputs.get("mm_token_type_ids", torch.zeros_like(segments_BS))
-        rows_4BS = inputs["position_ids"].expand(4, *segments_BS.shape).clone()
-        grids, first = inputs.get("image_grid_thw"), 0
-        for row, segments_S in enumerate(segments_BS):
-            for number in range(1, int(segments_S.max()) + 1):
-                at = (segments_S == number).nonzero()[:, 0]
-                own = slice(int(at[0]), int(at[-1]) + 1)
-                ids_1S, types_1S = inputs["input_ids"][row, own][None], types_BS[row, own][None]
-                num_pictures = _num_runs(types_1S[0])
-                shown = None if grids is None or not num_pictures else grids[first : first + num_pictures]
-                first += num_pictures
-                rows_4BS[1:, row, own] = rope_index(ids_1S, types_1S, image_grid_thw=shown)[0][:, 0]
-        return {**inputs, "position_ids": rows_4BS}
-
-
-def _num_runs(types_S: Tensor) -> int:
-    """Stretches of picture tokens, one for each picture: text stands between two of them."""
-    is_picture_S = types_S == 1
-    return int((is_picture_S[1:] & ~is_picture_S[:-1]).sum() + is_picture_S[:1].sum())
 
 
 def default_layers(num_layers: int, num_targets: int, *, model_type: str | None = None) -> list[int]:

@@ -27,7 +27,8 @@ from vlsi_cache.data.records import Record
 from vlsi_cache.errors import DataError, ModelError
 from vlsi_cache.progress import say
 
-from .backbone import ATTENTION_KINDS, MAX_WIDTH, Backbone
+from .backbone import Backbone
+from .packing import MAX_WIDTH, unmaskable_kinds
 
 MAX_DIFFERENCE = 1e-3  # nats, of what is likelier than LIKELY, for weights in fp32
 MAX_KL = 0.01  # nats, mean over the probe, for weights in 16 bits: there the model's own logits are rounded by 0.06
@@ -110,8 +111,8 @@ def _compare(backbone: Backbone, probe: Probe, name: str) -> str:
 
 def _unpackable(backbone: Backbone, packed: Batch, own_TV: Tensor, exact: bool) -> str:
     """Why several sequences cannot lie in one row; "" if the model says the same of them there as of each alone."""
-    if kinds := backbone.attention_kinds - ATTENTION_KINDS:
-        return f"it has layers of {', '.join(sorted(kinds))}"
+    if kinds := unmaskable_kinds(backbone.text_config):
+        return f"it has layers of {', '.join(kinds)}"
     if backbone.rope_limit is not None:
         return "its rope depends on the longest row"
     if SEGMENTS not in packed.inputs:  # token types that are part of the mask
