@@ -141,7 +141,7 @@ def test_losses_are_those_of_turns_that_run_apart(
         return metrics(tmp_path / name) + metrics(tmp_path / f"verbalizers-{name}"), sum(num_sequences)
 
     together, few = run("together")
-    monkeypatch.setattr(encoder_module.Encoder, "_goes_on", lambda *_: False)
+    monkeypatch.setattr(encoder_module.Encoder, "_shared", lambda *_: encoder_module.NOTHING)
     apart, many = run("apart")
     assert few < 0.75 * many
     losses = 0
@@ -160,7 +160,7 @@ def test_evaluation_is_that_of_turns_that_run_apart(
 ) -> None:
     vc.distill(cache, student=str(student_folder), out=tmp_path / "run", recipe="sft")
     together = vc.evaluate(tmp_path / "run", cache=cache.path)
-    monkeypatch.setattr(encoder_module.Encoder, "_goes_on", lambda *_: False)
+    monkeypatch.setattr(encoder_module.Encoder, "_shared", lambda *_: encoder_module.NOTHING)
     apart = vc.evaluate(tmp_path / "run", cache=cache.path)
     assert together["num_samples"] == sum(NUM_TURNS[:6])
     for key in ("nll", "exact_match"):

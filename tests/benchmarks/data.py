@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import vlsi_cache as vc
 from vlsi_cache.data.collate import collate
-from vlsi_cache.data.encoder import Encoded
+from vlsi_cache.data.sequence import Encoded
 from vlsi_cache.models.backbone import Backbone
 from vlsi_cache.models.lora import add_lora
 from vlsi_cache.store.reader import Cache

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from vlsi_cache.data.collate import IGNORE_INDEX, Batch, collate, collate_prompts
-from vlsi_cache.data.encoder import Encoded
+from vlsi_cache.data.sequence import Encoded
 
 PAD, START, IMAGE, END = 0, 60, 61, 62
 

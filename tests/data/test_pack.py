@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from tests.helpers.families import seen_sample, tiny_model
 from tests.helpers.probe_models import make_model
-from vlsi_cache.data.collate import SEGMENTS, collate, pack
-from vlsi_cache.data.encoder import Encoded, Span
+from vlsi_cache.data.collate import SEEN_UNTIL, collate, pack
+from vlsi_cache.data.sequence import Encoded, Span
 from vlsi_cache.models.backbone import Backbone
 
 LENGTHS = (30, 7, 12, 19, 3, 25)
@@ -56,7 +56,8 @@ def test_padding_is_a_few_percent() -> None:
 
 def test_a_packed_batch_holds_what_the_padded_one_does() -> None:
     first = SAMPLES[0]
-    shared = Encoded(first.input_ids, 26, first.response_ids, earlier=(Span(5, first.input_ids[5:9]),))
+    spans = (Span(4, 5, first.input_ids[5:9]), Span(25, 26, first.response_ids))
+    shared = Encoded(first.input_ids, 26, first.response_ids, joined=spans)
     samples = [*SAMPLES[1:], shared]
     padded, packed = (collate(samples, pad_id=0, row_width=4096 * packed) for packed in (False, True))
     assert packed.num_tokens == padded.num_tokens == [4, 4, 4, 2, 4, 4, 4]
@@ -66,10 +67,13 @@ def test_a_packed_batch_holds_what_the_padded_one_does() -> None:
     torch.testing.assert_close(packed.inputs["input_ids"][where], packed.gold_T)
     torch.testing.assert_close(packed.labels_BS[where], packed.gold_T)
     assert int((packed.labels_BS >= 0).sum()) == len(set(zip(*(x.tolist() for x in where), strict=True)))
-    segments_BS, positions_BS = packed.inputs[SEGMENTS], packed.inputs["position_ids"]
-    assert int((segments_BS > 0).sum()) == sum(len(one.input_ids) for one in samples)
-    starts = (segments_BS > 0) & (positions_BS == 0)
-    assert int(starts.sum()) == len(samples)
+    until_BS, positions_BS = packed.inputs[SEEN_UNTIL], packed.inputs["position_ids"]
+    # Every token is seen until its sequence ends; padding by itself alone.
+    seen_by_BS = until_BS - torch.arange(until_BS.shape[1])
+    lengths = [len(one.input_ids) for one in samples]
+    assert sorted(seen_by_BS[positions_BS == 0].tolist(), reverse=True)[: len(samples)] == sorted(lengths)[::-1]
+    assert int((seen_by_BS + positions_BS == 1).sum()) == until_BS.numel() - sum(lengths)
+    assert int((seen_by_BS > 0).sum()) == until_BS.numel()
     assert "attention_mask" not in packed.inputs
     # Where packing saves nothing, the batch is the padded one.
     same = [sample(9, 3, seed) for seed in range(4)]
@@ -82,7 +86,7 @@ def test_a_packed_batch_holds_what_the_padded_one_does() -> None:
 def hidden_states(model: Any, samples: list[Encoded], *, packed: bool) -> dict[int, torch.Tensor]:
     backbone = Backbone(model)
     batch = collate(samples, pad_id=0, row_width=4096 * packed)
-    assert (SEGMENTS in batch.inputs) == packed
+    assert (SEEN_UNTIL in batch.inputs) == packed
     layers = [1] if backbone.num_layers > 1 else []
     return backbone.capture(batch.inputs, layers, batch.rows_T, batch.positions_T)
 

@@ -13,8 +13,9 @@ import vlsi_cache as vc
 from tests.helpers.tiny import save_tokenizer, write_jsonl
 from vlsi_cache.config.sections import DataSpec
 from vlsi_cache.config.spec import stored_data
-from vlsi_cache.data.encoder import Encoded, Encoder, Measured, load_encoder, sequences
+from vlsi_cache.data.encoder import Encoder, Measured, load_encoder
 from vlsi_cache.data.records import Record, read_records
+from vlsi_cache.data.sequence import PADDED, Encoded, sequences
 from vlsi_cache.errors import DataError
 
 
@@ -70,8 +71,10 @@ def test_the_last_turn_alone_is_as_before(tmp_path: Path) -> None:
     assert [one.id for one in last] == ["x"]
     assert (last[0].messages, last[0].digest) == (every[1].messages, every[1].digest)
     # Caches of an earlier release do not say `turns`, and hold last turns.
-    assert stored_data({"path": "rows.jsonl"}) == {"path": "rows.jsonl", "turns": "last"}
-    assert stored_data({"path": "rows.jsonl", "turns": "all"}) == {"path": "rows.jsonl", "turns": "all"}
+    old = {"turns": "last", "keep_together": "row"}
+    assert stored_data({"path": "rows.jsonl"}) == {"path": "rows.jsonl", **old}
+    new = {"path": "rows.jsonl", "turns": "all", "keep_together": "prompt"}
+    assert stored_data(new) == new
 
 
 def test_turns_that_are_not_learned(tmp_path: Path) -> None:
@@ -122,13 +125,13 @@ def encoded(encoder: Encoder, records: list[Record]) -> list[Encoded]:
     """The sequences of records, checked against each record alone and against what is measured."""
     found = encoder.encode_all(records)
     alone = [encoder.encode(record) for record in records]
-    spans = [(one.input_ids[: span.num_prompt + len(span.response_ids)], span) for one in found for span in one.spans]
+    spans = [(one.input_ids[: span.first + len(span.response_ids)], span) for one in found for span in one.spans]
     for (ids, span), single in zip(spans, alone, strict=True):
         np.testing.assert_array_equal(ids, single.input_ids)
         np.testing.assert_array_equal(span.response_ids, single.response_ids)
-        assert span.num_prompt == single.num_prompt
+        assert span.first == span.last_prompt + 1 == single.num_prompt
     measured = [one for one in encoder.measure_all(records) if isinstance(one, Measured)]
-    assert len(sequences([one.goes_on for one in measured], range(len(records)))) == len(found)
+    assert len(sequences([one.extent for one in measured], range(len(records)), PADDED)) == len(found)
     return found
 
 
@@ -153,7 +156,7 @@ def encoder_of(folder: Path, template: str | None = None, **options: Any) -> Enc
 def test_turns_that_begin_with_one_another_are_one_sequence(three: list[Record], tokenizer_folder: Path) -> None:
     encoder = encoder_of(tokenizer_folder)
     (one,) = encoded(encoder, three)
-    assert len(one.earlier) == 2
+    assert len(one.spans) == 3
     # Neighbours of another row, and turns in another order, stay by themselves.
     other = [replace(record, row="y", id=record.id.replace("x", "y")) for record in three]
     assert len(encoded(encoder, [*three, *other])) == 2
@@ -173,7 +176,7 @@ def test_a_template_that_changes_earlier_turns_gives_each_its_own_sequence(
         "{{ m['content'] }}", "{{ m['content'] ~ (' (old)' if m['role'] == 'assistant' and not loop.last else '') }}"
     )
     for template in (counts + plain, strips):
-        assert [len(one.earlier) for one in encoded(encoder_of(tokenizer_folder, template), three)] == [0, 0, 0]
+        assert [len(one.spans) for one in encoded(encoder_of(tokenizer_folder, template), three)] == [1, 1, 1]
 
 
 def test_turns_behind_the_limit_of_a_rope_run_apart(three: list[Record], tokenizer_folder: Path) -> None:

@@ -13,6 +13,7 @@ from helpers.tiny import write_spec
 
 import vlsi_cache as vc
 from vlsi_cache.config.sections import Encoding
+from vlsi_cache.data.sequence import Layout
 from vlsi_cache.errors import DataError, ModelError, SpecError
 from vlsi_cache.evaluation import scores as evaluate_module
 from vlsi_cache.models.load import ModelRef
@@ -46,9 +47,9 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         seen["encoder"] = {**dataclasses.asdict(self), **dataclasses.asdict(encoding)}
         return encoder(self, encoding)
 
-    def spy_batches(measured: Any, batch_tokens: int) -> Any:
+    def spy_batches(measured: Any, batch_tokens: int, layout: Layout) -> Any:
         seen["batch_tokens"] = batch_tokens
-        return plan_sample_batches(measured, batch_tokens)
+        return plan_sample_batches(measured, batch_tokens, layout)
 
     monkeypatch.setattr(ModelRef, "load", spy_model)
     monkeypatch.setattr(ModelRef, "encoder", spy_encoder)

@@ -18,7 +18,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from vlsi_cache.data.encoder import Encoded
+from vlsi_cache.data.sequence import Encoded
 
 NUM_LAYERS, HIDDEN_SIZE, VOCAB_SIZE = 5, 32, 61
 IMAGE_TOKEN, VIDEO_TOKEN, VISION_START, VISION_END = 57, 58, 59, 60

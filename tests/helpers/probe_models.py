@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from vlsi_cache.data.collate import collate
-from vlsi_cache.data.encoder import Encoded
+from vlsi_cache.data.sequence import Encoded
 from vlsi_cache.models.backbone import Backbone, head_of
-from vlsi_cache.models.probe import Probe
+from vlsi_cache.models.probe import Probe, with_branch
 
 VOCAB_SIZE, NUM_LAYERS = 300, 3
 PLAIN = {
@@ -190,7 +190,7 @@ def make_probe(lengths: tuple[int, ...] = LENGTHS, num_response: tuple[int, ...]
         alone=[{"input_ids": one, "attention_mask": torch.ones_like(one)} for one in ids],
         shorter={"input_ids": shorter, "attention_mask": torch.ones_like(shorter)},
         num_shorter=num_response[0] - num_response[0] // 2,
-        packed=collate(encoded, pad_id=0, row_width=64),
+        packed=collate([with_branch(encoded[0]), *encoded[1:]], pad_id=0, row_width=4096),
     )
 
 

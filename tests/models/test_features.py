@@ -20,7 +20,7 @@ from tests.helpers.families import (
     tiny_model,
 )
 from vlsi_cache.data.collate import PICTURES, collate
-from vlsi_cache.data.encoder import Encoded
+from vlsi_cache.data.sequence import Encoded
 from vlsi_cache.data.vision import Pictures
 from vlsi_cache.models.backbone import Backbone
 from vlsi_cache.models.features import PictureFeatures, features_of, keep_features

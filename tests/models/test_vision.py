@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from vlsi_cache.data.collate import collate
-from vlsi_cache.data.encoder import Encoded
+from vlsi_cache.data.sequence import Encoded
 from vlsi_cache.errors import ModelError
 from vlsi_cache.models.backbone import Backbone
 from vlsi_cache.models.probe import Probe, check_against_itself

@@ -21,6 +21,7 @@ from .training import (
 )
 
 Turns = Literal["all", "last"]
+Together = Literal["prompt", "row"]
 PromptMode = Literal["generation", "template"]
 Kernels = Literal["auto", "eager", "compiled"]
 BadRows = Literal["refuse", "list"]
@@ -66,6 +67,9 @@ class DataSpec(Strict):
 
     `turns`: which of the assistant's turns are learned: `all`, each a sample of its own with the prompt that it has at
     inference, or the `last` one of every row.
+    `keep_together`: which neighbours stay together when samples are dealt into parts of a cache and shuffled, so that
+    what they share runs once: those that begin alike (`prompt`: responses to one prompt, questions on the same
+    pictures, at most 16), or the turns of each `row` alone.
     `template`: arguments for the chat template (`{enable_thinking: false}`). `prompt`: where the prompt of a trained
     answer ends: `generation`, as the template ends it at inference; `template`, where the answer begins in the whole
     conversation ("train as the template writes history").
@@ -83,6 +87,7 @@ class DataSpec(Strict):
     template: dict[str, Any] = Field(default_factory=dict)
     prompt: PromptMode = "generation"
     turns: Turns = "all"
+    keep_together: Together = "prompt"
 
     def _contradictions(self) -> Iterator[str]:
         if (self.path is None) == (self.generator is None):
@@ -247,4 +252,6 @@ class CacheSpec(Strict):
             "store.profile": self.store.profile,
             "store.part_mib": self.store.part_mib,
             "data.max_length": self.data.max_length,
+            # Of caches of earlier releases, which kept turns together and nothing else, it is not part.
+            **({"data.keep_together": "prompt"} if self.data.keep_together == "prompt" else {}),
         }

@@ -144,8 +144,9 @@ def spec_from_dict(values: dict[str, Any], *, where: str) -> CacheSpec:
 
 
 def stored_data(section: Any) -> Any:
-    """A `data` section that a cache or run has stored; before there was `turns`, only last turns were learned."""
-    return {"turns": "last", **section} if isinstance(section, dict) else section
+    """A `data` section that a cache or run has stored, with what an earlier release did that had no such setting: it
+    learned last turns only, and kept nothing but turns together."""
+    return {"turns": "last", "keep_together": "row", **section} if isinstance(section, dict) else section
 
 
 def apply_overrides(spec: CacheSpec, overrides: Iterable[str]) -> CacheSpec:

@@ -4,15 +4,15 @@ Shapes: B sequences, S positions (padded on the right), T response tokens of all
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 from typing import Any
 
 import numpy as np
 import torch
 
-from .encoder import Encoded, Measured, sequences
+from .encoder import Measured
+from .sequence import Encoded, Layout, num_tokens, sequences
 from .vision import Pictures
 
 IGNORE_INDEX = -100
@@ -20,9 +20,9 @@ IGNORE_INDEX = -100
 CAUSAL = 1
 
 
-# Of the inputs of a packed batch: which sequence of its row a token is of, from 1; 0 is padding. `models.backbone`
-# turns it into the model's attention mask.
-SEGMENTS = "segments"
+# Of the inputs of a packed batch, [B, S]: the place in its row behind the last token that sees this one. What comes
+# there is another sequence, or another branch. `models.backbone` makes the model's attention mask of it.
+SEEN_UNTIL = "seen_until"
 
 
 # Of the inputs of a batch: its `Pictures`, where features of pictures are kept; `models.features` turns them into what
@@ -34,9 +34,9 @@ PICTURES = "pictures"
 class Batch:
     """`model(**inputs)`; hidden[rows_T, positions_T] predicts gold_T. labels_BS has IGNORE_INDEX off the response.
 
-    Of a packed batch, several sequences may lie in one row: `inputs` then have SEGMENTS and `position_ids`, and go
-    through `Backbone.capture` alone. Labels stand at the token's own position, as transformers wants them (it shifts
-    them itself).
+    Of a packed batch, several sequences may lie in one row, and a sequence may branch: `inputs` then have SEEN_UNTIL
+    and `position_ids`, and go through `Backbone.capture` alone. Labels stand at the token's own position, as
+    transformers wants them (it shifts them itself).
     """
 
     inputs: dict[str, Any]
@@ -77,22 +77,20 @@ def collate(
     lengths_of_sequences = [len(one.input_ids) for one in sequences]
     # PaliGemma's token types are part of its mask, and say nothing of sequences.
     can_pack = row_width and not any("token_type_ids" in one.media for one in sequences)
-    places = [(row, 0) for row in range(len(sequences))]
-    places = pack(lengths_of_sequences, row_width) if can_pack else places
-    if len({row for row, _ in places}) < len(sequences):
+    alone = [(row, 0) for row in range(len(sequences))]
+    places = pack(lengths_of_sequences, row_width) if can_pack else alone
+    if len({row for row, _ in places}) < len(sequences) or any(one.positions is not None for one in sequences):
         inputs = _packed_inputs(sequences, places, pad_id=pad_id)
     else:
-        places = [(row, 0) for row in range(len(sequences))]
+        places = alone
         inputs = _inputs(sequences, lengths_of_sequences, pad_id=pad_id, left=False)
     spans = [(place, span) for place, one in zip(places, sequences, strict=True) for span in one.spans]
     lengths = [len(span.response_ids) for _, span in spans]
     rows_T = np.repeat([row for (row, _), _ in spans], lengths)
-    # Hidden position P - 1 + t predicts response token t (shifted by one, as in any causal model).
-    starts_T = np.repeat([start + span.num_prompt - 1 for (_, start), span in spans], lengths)
-    positions_T = starts_T + np.concatenate([np.arange(length) for length in lengths])
+    positions_T = np.concatenate([start + span.before_R for (_, start), span in spans])
     gold_T = np.concatenate([span.response_ids for _, span in spans])
     labels_BS = np.full(inputs["input_ids"].shape, IGNORE_INDEX, dtype=np.int64)
-    labels_BS[rows_T, positions_T + 1] = gold_T
+    labels_BS[rows_T, np.concatenate([start + span.places_R for (_, start), span in spans])] = gold_T
     tensors = (torch.from_numpy(array) for array in (rows_T, positions_T, gold_T, labels_BS))
     return Batch(inputs, *tensors, num_tokens=lengths).to(device)
 
@@ -130,25 +128,36 @@ def _packed_inputs(sequences: Sequence[Encoded], places: Sequence[tuple[int, int
     num_rows = 1 + max(row for row, _ in places)
     width = max(start + length for (_, start), length in zip(places, lengths, strict=True))
     ids_BS = np.full((num_rows, width), pad_id, dtype=np.int64)
-    positions_BS, segments_BS, types_BS = (np.zeros((num_rows, width), dtype=np.int64) for _ in range(3))
-    count_B = [0] * num_rows
+    positions_BS, types_BS = (np.zeros((num_rows, width), dtype=np.int64) for _ in range(2))
+    until_BS = np.tile(np.arange(1, width + 1), (num_rows, 1))  # padding sees itself
     # A model takes the pictures of a batch in the order in which their tokens stand in it.
     order = sorted(range(len(sequences)), key=lambda i: places[i])
     for index in order:
         (row, start), one = places[index], sequences[index]
         part = slice(start, start + lengths[index])
-        count_B[row] += 1
-        ids_BS[row, part], segments_BS[row, part] = one.input_ids, count_B[row]
-        positions_BS[row, part] = np.arange(lengths[index])
+        ids_BS[row, part] = one.input_ids
+        positions_BS[row, part] = np.arange(lengths[index]) if one.positions is None else one.positions
+        until_BS[row, part] = start + seen_until(positions_BS[row, part])
         if one.token_types is not None:
             types_BS[row, part] = one.token_types
-    arrays = {"input_ids": ids_BS, "position_ids": positions_BS, SEGMENTS: segments_BS}
+    arrays = {"input_ids": ids_BS, "position_ids": positions_BS, SEEN_UNTIL: until_BS}
     if any(one.token_types is not None for one in sequences):
         arrays["mm_token_type_ids"] = types_BS
     inputs: dict[str, Any] = {key: torch.from_numpy(array) for key, array in arrays.items()}
     for key in dict.fromkeys(key for one in sequences for key in one.media):
         inputs[key] = _join([sequences[i].media[key] for i in order if key in sequences[i].media])
     return inputs | _pictures([sequences[i] for i in order])
+
+
+def seen_until(depths_S: np.ndarray) -> np.ndarray:
+    """Of every token the place [S] behind the last one that sees it, where the branches of a tree lie one behind the
+    other: there the next branch begins that leaves the path at or above the token."""
+    until_S = np.full(len(depths_S), len(depths_S), dtype=np.int64)
+    begins = 1 + np.flatnonzero(np.diff(depths_S) != 1)
+    for place in begins[::-1]:
+        hidden = depths_S[:place] >= depths_S[place]
+        until_S[:place][hidden] = np.minimum(until_S[:place][hidden], place)
+    return until_S
 
 
 def _pictures(samples: Sequence[Encoded]) -> dict[str, Any]:
@@ -225,15 +234,16 @@ PADDED_SHARE = 8  # about what one more batch costs, in batches: doubling a good
 
 
 def plan_parts(
-    num_tokens_N: Sequence[int], *, seed: int, tokens_per_part: int, rows: Sequence[str] | None = None
+    num_tokens_N: Sequence[int], *, seed: int, tokens_per_part: int, units: Sequence[Sequence[int]] | None = None
 ) -> list[list[int]]:
     """Deal all samples, in an order drawn from `seed`, into parts of at most `tokens_per_part` tokens.
 
-    Neighbours of one row (`rows`, by sample) stay together. What is longer is a part of its own. Raw Philox words are
-    sorted instead of shuffling with a numpy Generator, whose streams may change between numpy versions: the same seed
-    must give the same cache for ever.
+    Samples of one of the `units` (None: each is one) stay together. What is longer is a part of its own. Raw Philox
+    words are sorted instead of shuffling with a numpy Generator, whose streams may change between numpy versions: the
+    same seed must give the same cache for ever.
     """
-    units = together(range(len(num_tokens_N)) if rows is None else rows)
+    if units is None:
+        units = [[index] for index in range(len(num_tokens_N))]
     keys_N = np.random.Philox(seed).random_raw(len(units)) if units else np.zeros(0)
     parts: list[list[int]] = []
     room = 0
@@ -245,11 +255,6 @@ def plan_parts(
         parts[-1] += units[number]
         room -= num_tokens
     return parts
-
-
-def together(rows: Iterable[object]) -> list[list[int]]:
-    """The places of neighbours that are equal, one list for each run of them."""
-    return [[index for index, _ in run] for _, run in groupby(enumerate(rows), key=lambda pair: pair[1])]
 
 
 def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
@@ -270,10 +275,11 @@ def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
     return batches
 
 
-def plan_sample_batches(measured: Sequence[Measured], batch_tokens: int) -> list[list[int]]:
-    """Places of samples by batch, as `plan_batches` has them; samples that go on from one another stay together."""
-    runs = sequences([one.goes_on for one in measured], range(len(measured)))
-    batches = plan_batches([measured[run[-1]].num_tokens for run in runs], batch_tokens)
+def plan_sample_batches(measured: Sequence[Measured], batch_tokens: int, layout: Layout) -> list[list[int]]:
+    """Places of samples by batch, as `plan_batches` has them; samples of one sequence stay together."""
+    extents = [one.extent for one in measured]
+    runs = sequences(extents, range(len(measured)), layout)
+    batches = plan_batches([num_tokens(extents, run) for run in runs], batch_tokens)
     return [[index for number in batch for index in runs[number]] for batch in batches]
 
 

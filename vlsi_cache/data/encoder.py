@@ -11,7 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,9 +23,10 @@ from vlsi_cache.errors import DataError, ModelError, RowError, list_problems
 from vlsi_cache.progress import progress, say
 
 from .chat import Chat, Turn, open_chat
-from .records import Record
+from .records import Record, alike
+from .sequence import MIN_SHARED, PADDED, Encoded, Extent, Layout, Piece, join, num_in_common, sequences
 from .values import shown
-from .vision import Features, Pictures, Prompt, Vision, load_vision, pixel_path, token_ids
+from .vision import Features, Prompt, Vision, load_vision, pixel_path, token_ids
 
 # How rows become tokens; counts up when that changes for some row. 1: the answer was read apart from its prompt.
 CONTRACT = 2
@@ -33,66 +34,43 @@ _PLACEHOLDER_KEYS = ("image_token_id", "image_token_index", "video_token_id", "v
 _STRADDLES = "a token stands half in their prompt and half in their response: the response is read as it goes on"
 
 
-class Span(NamedTuple):
-    """A response in a sequence: its ids int64 [R] stand behind `num_prompt` tokens."""
-
-    num_prompt: int
-    response_ids: np.ndarray
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """One sequence, on the CPU: int64 ids, and the model's own media arrays. `input_ids` is prompt, then response.
-
-    `earlier` are the samples that it holds as well: all of their tokens are its first ones. With `pictures`, the pixels
-    of those whose features are held are not in `media`.
-    """
-
-    input_ids: np.ndarray
-    num_prompt: int
-    response_ids: np.ndarray
-    token_types: np.ndarray | None = None
-    media: dict[str, np.ndarray] = field(default_factory=dict)
-    earlier: tuple[Span, ...] = ()
-    pictures: Pictures | None = None
-
-    @property
-    def spans(self) -> list[Span]:
-        """All samples of the sequence, in order."""
-        return [*self.earlier, Span(self.num_prompt, self.response_ids)]
-
-
 @dataclass(frozen=True)
 class Measured:
-    """A sample that fits: its place among the records, its tokens, and whether it goes on where the last one ended."""
+    """A sample that fits: its place among the records, its tokens, and how many of them, its first ones, it has in
+    common with the sample before (0: those two are not run together)."""
 
     index: int
     num_prompt: int
     response_ids: np.ndarray
-    goes_on: bool
+    num_shared: int
 
     @property
     def num_tokens(self) -> int:
         return self.num_prompt + len(self.response_ids)
 
-
-def sequences(goes_on: Sequence[bool], indices: Sequence[int]) -> list[list[int]]:
-    """Those of the samples `indices` that run together, in order: each goes on where its left neighbour has ended."""
-    found: list[list[int]] = []
-    for index in indices:
-        if found and goes_on[index] and found[-1][-1] == index - 1:
-            found[-1].append(index)
-        else:
-            found.append([index])
-    return found
+    @property
+    def extent(self) -> Extent:
+        return Extent(self.num_tokens, self.num_shared)
 
 
 class _Text(NamedTuple):
     """The texts of a sample, the ids of its prompt with placeholders not expanded, and those of its response [R]."""
 
     turn: Turn
-    prompt_ids: list[int]
+    prompt_ids: np.ndarray
     response_ids: np.ndarray
+
+
+class _Shared(NamedTuple):
+    """What two samples have in common: the first ids, with placeholders not expanded, the first pictures, and tokens,
+    with placeholders expanded."""
+
+    num_ids: int
+    num_images: int
+    num_shared: int
+
+
+NOTHING = _Shared(0, 0, 0)
 
 
 class Encoder:
@@ -111,6 +89,7 @@ class Encoder:
         self.tokenizer = tokenizer
         self.rope_limit = rope_limit  # a longer sequence has another rope, in all of its tokens
         self.vision = vision
+        self._placeholder_ids = {*placeholder_ids}
         self.name = name
         self.id_of = dict(tokenizer.get_vocab())
         self.chat: Chat = open_chat(
@@ -119,7 +98,7 @@ class Encoder:
             name=name,
             args=encoding.template_args,
             mode=encoding.prompt,
-            placeholder_ids=placeholder_ids,
+            placeholder_ids=self._placeholder_ids,
             sees_pictures=vision is not None,
         )
         self.notes: Counter[str] = Counter()  # what `fit_rows` says of the rows read since it began
@@ -185,7 +164,7 @@ class Encoder:
     def measure_all(self, records: Iterable[Record], *, with_response: bool = True) -> Iterator[Measured | RowError]:
         """`measure` of many records, in order; of what cannot be encoded the error.
 
-        A sample goes on where one before it ended if `encode_all` puts both into one sequence.
+        What a sample has in common with the one before it is what `encode_all` has once in its sequences.
         """
         before: tuple[Record, _Text] | None = None
         for index, record in enumerate(records):
@@ -193,12 +172,11 @@ class Encoder:
                 with _naming(record):
                     text = self._read(record, with_response)
                     num_prompt = self._num_prompt(record, text)
+                    num_shared = 0 if before is None else self._shared(before, (record, text)).num_shared
             except RowError as error:
                 yield error
                 continue
-            yield Measured(
-                index, num_prompt, text.response_ids, before is not None and self._goes_on(*before, record, text)
-            )
+            yield Measured(index, num_prompt, text.response_ids, num_shared)
             before = (record, text)
 
     def measured(self, records: Iterable[Record]) -> list[Measured]:
@@ -213,58 +191,79 @@ class Encoder:
     def encode(self, record: Record, *, with_response: bool = True) -> Encoded:
         """Ids and pixels of one sample, or of its prompt as the model sees it at inference; raises DataError."""
         with _naming(record):
-            return self._encoded(record, self._read(record, with_response))
+            text = self._read(record, with_response)
+        return join([self._piece(record, text, NOTHING, None)])
 
-    def encode_all(self, records: Sequence[Record], *, features: Features | None = None) -> list[Encoded]:
-        """Ids and pixels of some samples, as few sequences: turns of a row that go on from each other are one.
+    def encode_all(
+        self, records: Sequence[Record], layout: Layout = PADDED, *, features: Features | None = None
+    ) -> list[Encoded]:
+        """Ids and pixels of some samples, in as few sequences as `layout` allows (see `sequence.sequences`).
 
         The samples come in the same order. Pictures whose `features` are held are not opened. Raises DataError.
         """
-        texts = []
+        read: list[tuple[Record, _Text]] = []
+        shared: list[_Shared] = []
+        extents: list[Extent] = []
         for record in records:
             with _naming(record):
-                texts.append(self._read(record, True))
-        found: list[Encoded] = []
-        earlier: list[Span] = []
-        for index, (record, text) in enumerate(zip(records, texts, strict=True)):
-            with _naming(record):
-                if index + 1 < len(records) and self._goes_on(record, text, records[index + 1], texts[index + 1]):
-                    earlier.append(Span(self._num_prompt(record, text), text.response_ids))
-                    continue
-                found.append(replace(self._encoded(record, text, features), earlier=tuple(earlier)))
-                earlier = []
+                text = self._read(record, True)
+                shared.append(self._shared(read[-1], (record, text)) if read else NOTHING)
+                length = self._num_prompt(record, text) + len(text.response_ids)
+                extents.append(Extent(length, shared[-1].num_shared))
+                read.append((record, text))
+        found = []
+        for first, *later in sequences(extents, range(len(records)), layout):
+            pieces = [self._piece(*read[first], NOTHING, features)]
+            pieces += [self._piece(*read[index], shared[index], features) for index in later]
+            found.append(join(pieces))
         return found
 
-    def _encoded(self, record: Record, text: _Text, features: Features | None = None) -> Encoded:
-        response_ids = text.response_ids
-        if self.vision is None:
-            prompt = Prompt(np.asarray(text.prompt_ids, dtype=np.int64), None, {})
-        else:
-            prompt = self.vision.encode(text.turn.prompt, record.images, features)
-        types_P, num_prompt = prompt.token_types_P, len(prompt.ids_P)
-        types_S = None if types_P is None else np.concatenate([types_P, np.zeros_like(response_ids)])
-        ids_S = np.concatenate([prompt.ids_P, response_ids])
-        return Encoded(ids_S, num_prompt, response_ids, types_S, prompt.media, pictures=prompt.pictures)
+    def _piece(self, record: Record, text: _Text, shared: "_Shared", features: Features | None) -> Piece:
+        """What the sample has beyond what it shares."""
+        with _naming(record):
+            ids, images = text.prompt_ids[shared.num_ids :], record.images[shared.num_images :]
+            if self.vision is None or (not images and shared.num_ids):
+                types_P = None if self.vision is None else np.zeros_like(ids)
+                prompt = Prompt(ids, types_P, {})
+            elif shared.num_ids:
+                prompt = self.vision.encode_ids(ids, images, features)
+            else:
+                prompt = self.vision.encode(text.turn.prompt, images, features)
+            return Piece(shared.num_shared, prompt, text.response_ids)
 
     def _num_prompt(self, record: Record, text: _Text) -> int:
         if self.vision is None:
             return len(text.prompt_ids)
         return self.vision.num_tokens(text.turn.prompt, record.images)
 
-    def _goes_on(self, record: Record, text: _Text, later: Record, longer: _Text) -> bool:
-        """Whether the tokens of `later` begin with all those of `record`, and what the model sees there is the same."""
-        whole = [*text.prompt_ids, *text.response_ids.tolist()]
-        if record.row != later.row or not record.row or longer.prompt_ids[: len(whole)] != whole:
-            return False
+    def _shared(self, before: tuple[Record, _Text], after: tuple[Record, _Text]) -> "_Shared":
+        """What `after` begins with of all tokens of `before`, where the model sees the same in them."""
+        (record, text), (later, longer) = before, after
+        if not alike(record, later):
+            return NOTHING
+        whole = np.concatenate([text.prompt_ids, text.response_ids])
+        num_ids = num_in_common(whole, longer.prompt_ids)
+        goes_on = num_ids == len(whole)
+        num_images = min(len(record.images), len(later.images))
         # In a merged cache two sources may have rows of one id.
-        if [one.sha256 for one in record.images] != [one.sha256 for one in later.images[: len(record.images)]]:
-            return False
+        same = [one.sha256 for one in record.images[:num_images]] == [one.sha256 for one in later.images[:num_images]]
+        if not same or not num_ids:
+            return NOTHING
+        num_prompt = self._num_prompt(later, longer)
+        if self.rope_limit is not None and num_prompt + len(longer.response_ids) > self.rope_limit:
+            return NOTHING
         if self.vision is not None:
             # Some processors prepare a picture otherwise where there are more of them.
             same_pictures = self.vision.takes_pictures_alone or len(record.images) == len(later.images)
             if not (self.vision.shares_prompts and same_pictures):
-                return False
-        return self.rope_limit is None or self._num_prompt(later, longer) + len(longer.response_ids) <= self.rope_limit
+                return NOTHING
+            # The pictures of a branch are all in what it shares: then those of a sequence come in one order.
+            if not goes_on and np.isin(longer.prompt_ids[num_ids:], list(self._placeholder_ids)).any():
+                return NOTHING
+        num_shared = num_prompt - (len(longer.prompt_ids) - num_ids)  # where no picture comes behind it
+        if goes_on:
+            num_shared = self._num_prompt(record, text) + len(text.response_ids)
+        return _Shared(num_ids, num_images, num_shared) if goes_on or num_shared >= MIN_SHARED else NOTHING
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of a response up to its end of turn, if it has one."""
@@ -289,7 +288,8 @@ class Encoder:
         prompt_ids = token_ids(self.tokenizer, turn.prompt)
         response_ids = self._response_ids(turn, prompt_ids) if with_response else []
         self.notes.update(turn.notes)
-        return _Text(turn, prompt_ids, np.asarray(response_ids, dtype=np.int64))
+        ids_P, ids_R = (np.asarray(ids, dtype=np.int64) for ids in (prompt_ids, response_ids))
+        return _Text(turn, ids_P, ids_R)
 
     def _response_ids(self, turn: Turn, prompt_ids: list[int]) -> list[int]:
         ids = token_ids(self.tokenizer, turn.prompt + turn.response)

@@ -12,13 +12,13 @@ becomes n records, `ID/1` to `ID/n`, each of the messages up to its response. Wh
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
-from vlsi_cache.config.sections import DataSpec, Turns
+from vlsi_cache.config.sections import DataSpec, Together, Turns
 from vlsi_cache.config.spec import change
 from vlsi_cache.errors import DataError, list_problems
 from vlsi_cache.progress import progress, say
@@ -82,6 +82,36 @@ class Record:
     def answer(self) -> str:
         """The text of the response."""
         return text_of(self.messages[-1])
+
+
+MOST_ALIKE = 16  # samples of different rows that stay together
+
+
+def alike(record: Record, later: Record) -> bool:
+    """Whether two neighbours stay together, since they begin alike: they are turns of one row, responses to one prompt,
+    or questions on the same pictures."""
+    if record.row and record.row == later.row:
+        return True
+    if record.images or later.images:
+        return [one.sha256 for one in record.images] == [one.sha256 for one in later.images]
+    what_is_asked = [(one.prompt_messages, one.tools, one.template_args) for one in (record, later)]
+    return what_is_asked[0] == what_is_asked[1]
+
+
+def units(records: Iterable[Record], keep_together: Together) -> list[range]:
+    """Places of neighbours that stay together, a range for each run of them: turns of one row, and with
+    `data.keep_together: prompt` at most MOST_ALIKE that are `alike`."""
+    found: list[range] = []
+    before: Record | None = None
+    for place, record in enumerate(records):
+        is_same_row = before is not None and record.row != "" and before.row == record.row
+        has_room = keep_together == "prompt" and place and len(found[-1]) < MOST_ALIKE
+        if is_same_row or (has_room and before is not None and alike(before, record)):
+            found[-1] = range(found[-1].start, place + 1)
+        else:
+            found.append(range(place, place + 1))
+        before = record
+    return found
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,10 @@ class GridVision:
 
     def encode(self, text: str, images: Sequence[Media], features: Features | None = None) -> Prompt:
         """With `features`, pictures whose features are held are not opened, and the prompt says which those are."""
-        ids = np.asarray(self._placed_ids(text, len(images)), dtype=np.int64)
+        return self.encode_ids(np.asarray(self._placed_ids(text, len(images)), dtype=np.int64), images, features)
+
+    def encode_ids(self, ids: np.ndarray, images: Sequence[Media], features: Features | None = None) -> Prompt:
+        """`encode` of a prompt, or of its end, that is ids with one placeholder for each picture."""
         repeats = np.ones(len(ids), dtype=np.int64)
         repeats[ids == self.image_token_id] = [self.image_tokens(image) for image in images]
         ids_P = np.repeat(ids, repeats)
@@ -178,6 +181,12 @@ class ProcessorVision:
         """`features` are not used: what such a processor makes of a picture depends on the sample that it is in."""
         del features
         return self._run(text, [image.open() for image in images])
+
+    def encode_ids(self, ids: np.ndarray, images: Sequence[Media], features: Features | None = None) -> Prompt:
+        """The end of a prompt; pictures are never in it, since such a processor wants all of a sample's at once."""
+        assert not images
+        del features
+        return Prompt(ids, None, {})
 
     def digest(self) -> str:
         return _digest(self.processor, encoding=PROCESSOR_ENCODING)

@@ -174,7 +174,7 @@ def evaluate_model(
     `encoding` (see `DataSpec.encoding`) holds for the rows of the cache; held-out rows have their own.
     """
     where = pick_device(device)
-    own, records, batches, num_skipped = None, [], [], 0
+    own, kept, records, num_skipped = None, [], [], 0
     if settings is not None:  # before the weights are loaded: rows that cannot be read are told at once
         data = settings.data
         own = model.encoder(data.encoding())
@@ -186,7 +186,6 @@ def evaluate_model(
             reasons = [f"row `{row['id']}`: {row['reason']}" for row in skipped]
             say(f"{len(skipped)} held-out rows were left out\n{list_problems(reasons)}")
         records, num_skipped = [found[one.index] for one in kept], len(skipped)
-        batches = plan_sample_batches(kept, batch_tokens)
     loaded = model.load(str(where))
     of_cache = own
     if own is None or cache is not None:
@@ -201,6 +200,7 @@ def evaluate_model(
     result = {}
     if settings is not None:
         assert own is not None
+        batches = plan_sample_batches(kept, batch_tokens, backbone.layout)
         scores = _on_held_out(backbone, spoken, settings, own, records, batches)
         result = {"num_samples": len(records), "num_skipped": num_skipped, **scores}
     if cache is not None:
@@ -250,7 +250,7 @@ def mean_nll(
     sums: dict[int, float] = defaultdict(float)
     num_tokens, head = 0, head_of(backbone).real(encoder.vocab_size)
     for indices in progress(batches, "perplexity", unit="batch"):
-        sequences = encoder.encode_all([records[i] for i in indices])
+        sequences = encoder.encode_all([records[i] for i in indices], backbone.layout)
         batch = collate(sequences, pad_id=encoder.pad_id, device=backbone.device, row_width=backbone.row_width)
         capture = verbalizers.capture if verbalizers is not None else partial(backbone.capture, layers=[])
         hidden: dict[int, Any] = dict(capture(batch.inputs, rows_T=batch.rows_T, positions_T=batch.positions_T))

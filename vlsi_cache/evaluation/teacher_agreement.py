@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vlsi_cache.data.collate import plan_sample_batches
 from vlsi_cache.data.encoder import Encoder
+from vlsi_cache.data.sequence import Layout
 from vlsi_cache.errors import DataError, ModelError, VlsiCacheError
 from vlsi_cache.models.backbone import Backbone, head_of
 from vlsi_cache.models.verbalizer import Verbalizers
@@ -58,7 +59,7 @@ def against_cache(
     num_samples, num_tokens, agree = 0, 0, 0
     entropy, kl, mass = 0.0, 0.0, 0.0
     kl_by_layer: dict[int, Any] = {}
-    batches = _batches(cache, encoder, verbalizers, batch_tokens, limit, row_width=backbone.row_width)
+    batches = _batches(cache, encoder, verbalizers, batch_tokens, limit, layout=backbone.layout)
     for micro in progress(batches, "cache", unit="batch"):
         num_samples += len(micro.sample_ids)
         rows = micro.rows
@@ -111,7 +112,7 @@ def _batches(
     batch_tokens: int,
     limit: int | None,
     *,
-    row_width: int,
+    layout: Layout,
 ) -> Iterator[MicroBatch]:
     """The samples part by part, as the build has them; all layers where some are verbalized, else the last."""
     by_id, left = match_records(cache, cached_sources(cache)), len(cache) if limit is None else limit
@@ -120,8 +121,8 @@ def _batches(
         left -= len(rows)
         pairs: list[Pair] = [(by_id[row.sample_id], row) for row in rows]
         measured = encoder.measured(record for record, _ in pairs)
-        for batch in plan_sample_batches(measured, batch_tokens):
-            yield encode_pairs([pairs[i] for i in batch], encoder, row_width=row_width)
+        for batch in plan_sample_batches(measured, batch_tokens, layout):
+            yield encode_pairs([pairs[i] for i in batch], encoder, layout)
         if not left:
             return
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from vlsi_cache.config.training import TargetLayers
-from vlsi_cache.data.collate import PICTURES, SEGMENTS
+from vlsi_cache.data.collate import PICTURES, SEEN_UNTIL
+from vlsi_cache.data.sequence import Layout
 from vlsi_cache.errors import ModelError, SpecError
 from vlsi_cache.sparse.head import Head
 
@@ -56,6 +57,8 @@ _found_changes: "WeakKeyDictionary[nn.Module, tuple[float, float | None]]" = Wea
 
 # Why several sequences may not lie in one row of a batch ("": they may), as `probe.py` has found it.
 _why_padded: "WeakKeyDictionary[nn.Module, str]" = WeakKeyDictionary()
+# Why a sequence may not branch, alike.
+_why_unbranched: "WeakKeyDictionary[nn.Module, str]" = WeakKeyDictionary()
 
 
 class _Enough(Exception):
@@ -140,6 +143,20 @@ class Backbone:
     def row_width(self) -> int:
         """Tokens of a row of a packed batch, at most; 0 where batches are not packed."""
         return widest_row(self.text_config) if self.packs else 0
+
+    @property
+    def layout(self) -> Layout:
+        """How samples lie in the batches of this model."""
+        return Layout(self.row_width, self.why_unbranched == "")
+
+    @property
+    def why_unbranched(self) -> str | None:
+        """Why the sequences of this model do not branch, as `why_padded` has it."""
+        return _why_unbranched.get(self._inner)
+
+    @why_unbranched.setter
+    def why_unbranched(self, reason: str) -> None:
+        _why_unbranched[self._inner] = reason
 
     @property
     def why_padded(self) -> str | None:
@@ -312,7 +329,7 @@ class Backbone:
 
         if PICTURES in inputs:
             inputs = with_features(self.model, inputs)
-        if SEGMENTS in inputs:
+        if SEEN_UNTIL in inputs:
             inputs = unpacked(self._inner, inputs)
         if inputs.get("past_key_values") is None:
             self.forget()

@@ -1,4 +1,4 @@
-"""Packed batches as a model takes them: positions of each sequence, and a mask that keeps the sequences of a row apart.
+"""Packed batches as a model takes them: positions, and a mask that keeps sequences of a row, and branches, apart.
 
 Which models keep them apart is what `probe.py` finds out; where sequences lie is `data/collate.py`'s matter.
 
@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlsi_cache.data.collate import SEGMENTS
+from vlsi_cache.data.collate import SEEN_UNTIL
+from vlsi_cache.data.sequence import PADDED, Layout
 
 MAX_WIDTH = 1 << 20  # tokens of a row
 ATTENTION_KINDS = {"full_attention", "sliding_attention"}  # of layers, that a mask can be made for
@@ -28,20 +29,32 @@ def unmaskable_kinds(text_config: Any) -> list[str]:
     return sorted(set(getattr(text_config, "layer_types", None) or []) - ATTENTION_KINDS)
 
 
+def likely_layout(text_config: Any) -> Layout:
+    """How samples will lie for a model that nobody has looked at: most families pack, and keep branches apart."""
+    if unmaskable_kinds(text_config):
+        return PADDED
+    return Layout(widest_row(text_config), keeps_branches_apart(text_config))
+
+
+def keeps_branches_apart(text_config: Any) -> bool:
+    """Whether the attention takes a mask; flash attention finds sequences of a row by their positions instead."""
+    return getattr(text_config, "_attn_implementation", None) not in FLASH
+
+
 def unpacked(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     """The inputs of a packed batch for the body of `model`.
 
     The mask is additive and made here: positions that begin anew are not understood by every family.
     """
     inputs, text_config = dict(inputs), model.config.get_text_config()
-    segments_BS, positions_BS = inputs.pop(SEGMENTS), inputs["position_ids"]
-    if getattr(text_config, "_attn_implementation", None) not in FLASH:  # which finds sequences by their positions
+    until_BS, positions_BS = inputs.pop(SEEN_UNTIL), inputs["position_ids"]
+    if keeps_branches_apart(text_config):
         dtype = model.get_input_embeddings().weight.dtype
         windows = _windows(text_config)
-        masks = {kind: _mask(segments_BS, positions_BS, window, dtype) for kind, window in windows.items()}
+        masks = {kind: _mask(until_BS, positions_BS, window, dtype) for kind, window in windows.items()}
         # Families of one kind of layers take the mask itself.
         inputs["attention_mask"] = masks if len(masks) > 1 else next(iter(masks.values()))
-    return _with_grid_positions(model, inputs, segments_BS)
+    return _with_grid_positions(model, inputs)
 
 
 def _windows(text_config: Any) -> dict[str, int | None]:
@@ -53,35 +66,50 @@ def _windows(text_config: Any) -> dict[str, int | None]:
     return {kind: window if kind == "sliding_attention" else None for kind in kinds}
 
 
-def _mask(segments_BS: Tensor, positions_BS: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:
-    """Additive, [B, 1, S, S]: a token sees those before it in its own sequence, itself included."""
-    steps_S = torch.arange(segments_BS.shape[1], device=segments_BS.device)
-    seen_BSS = (segments_BS[:, :, None] == segments_BS[:, None]) & (steps_S[:, None] >= steps_S[None])
+def _mask(until_BS: Tensor, positions_BS: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:
+    """Additive, [B, 1, S, S]: a token sees itself, and those before it on its own path through its own sequence."""
+    steps_S = torch.arange(until_BS.shape[1], device=until_BS.device)
+    seen_BSS = (steps_S[:, None] >= steps_S[None]) & (steps_S[:, None] < until_BS[:, None])
     if window is not None:
         seen_BSS &= positions_BS[:, :, None] - positions_BS[:, None] < window
-    seen_BSS |= steps_S[:, None] == steps_S[None]  # a token that sees nothing has no softmax
     mask_BSS = torch.zeros(seen_BSS.shape, dtype=dtype, device=seen_BSS.device)
     return mask_BSS.masked_fill_(~seen_BSS, torch.finfo(dtype).min)[:, None]
 
 
-def _with_grid_positions(model: Any, inputs: dict[str, Any], segments_BS: Tensor) -> dict[str, Any]:
-    """The Qwen VLs count time, height and width of pictures: three rows of positions behind the text's own."""
+def _with_grid_positions(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The Qwen VLs count time, height and width of pictures: three rows of positions behind the text's own.
+
+    Each branch gets those of its whole path: of the tokens at positions 0, 1, 2, ... up to its own.
+    """
     rope_index = getattr(model.base_model, "get_rope_index", None)
     if rope_index is None:
         return inputs
-    types_BS = inputs.get("mm_token_type_ids", torch.zeros_like(segments_BS))
-    rows_4BS = inputs["position_ids"].expand(4, *segments_BS.shape).clone()
-    grids, first = inputs.get("image_grid_thw"), 0
-    for row, segments_S in enumerate(segments_BS):
-        for number in range(1, int(segments_S.max()) + 1):
-            at = (segments_S == number).nonzero()[:, 0]
-            own = slice(int(at[0]), int(at[-1]) + 1)
-            ids_1S, types_1S = inputs["input_ids"][row, own][None], types_BS[row, own][None]
+    ids_BS, depths_BS = inputs["input_ids"], inputs["position_ids"]
+    types_BS = inputs.get("mm_token_type_ids", torch.zeros_like(ids_BS))
+    rows_4BS = depths_BS.expand(4, *ids_BS.shape).clone()
+    grids, num_shown = inputs.get("image_grid_thw"), 0
+    for row, depths_S in enumerate(depths_BS):
+        path, first = torch.zeros(0, dtype=torch.long, device=ids_BS.device), num_shown
+        for branch in _branches(depths_S):
+            depth = int(depths_S[branch[0]])
+            if depth == 0:  # another sequence; its pictures come behind those of the last one
+                first = num_shown
+            path = torch.cat([path[:depth], branch])
+            if len(path) == 1:  # padding
+                continue
+            types_1S = types_BS[row, path][None]
             num_pictures = _num_runs(types_1S[0])
             shown = None if grids is None or not num_pictures else grids[first : first + num_pictures]
-            first += num_pictures
-            rows_4BS[1:, row, own] = rope_index(ids_1S, types_1S, image_grid_thw=shown)[0][:, 0]
+            num_shown = max(num_shown, first + num_pictures)
+            rows_31S, _ = rope_index(ids_BS[row, path][None], types_1S, image_grid_thw=shown)
+            rows_4BS[1:, row, branch] = rows_31S[:, 0, depth:]
     return {**inputs, "position_ids": rows_4BS}
+
+
+def _branches(depths_S: Tensor) -> tuple[Tensor, ...]:
+    """The places of a row, cut where positions do not rise by one."""
+    begins = 1 + (depths_S[1:] - depths_S[:-1] != 1).nonzero()[:, 0]
+    return torch.arange(len(depths_S), device=depths_S.device).tensor_split(begins.cpu())
 
 
 def _num_runs(types_S: Tensor) -> int:

@@ -20,15 +20,17 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlsi_cache.data.collate import SEGMENTS, Batch, collate
-from vlsi_cache.data.encoder import Encoded, Encoder
+from vlsi_cache.data.collate import Batch, collate
+from vlsi_cache.data.encoder import Encoder
 from vlsi_cache.data.images import Media
 from vlsi_cache.data.records import Record
+from vlsi_cache.data.sequence import Encoded, Piece, join
+from vlsi_cache.data.vision import Prompt
 from vlsi_cache.errors import DataError, ModelError
 from vlsi_cache.progress import say
 
 from .backbone import Backbone
-from .packing import MAX_WIDTH, unmaskable_kinds
+from .packing import MAX_WIDTH, keeps_branches_apart, unmaskable_kinds
 
 MAX_DIFFERENCE = 1e-3  # nats, of what is likelier than LIKELY, for weights in fp32
 MAX_KL = 0.01  # nats, mean over the probe, for weights in 16 bits: there the model's own logits are rounded by 0.06
@@ -40,7 +42,8 @@ _checked: "WeakSet[nn.Module]" = WeakSet()
 
 @dataclass(frozen=True)
 class Probe:
-    """Some samples as one padded batch and as one packed row, each alone, and the first with fewer response tokens."""
+    """Some samples as one padded batch and each alone, the first with fewer response tokens, and all in one packed row
+    in which the first has its response twice, in two branches; None where sequences cannot lie end to end."""
 
     together: dict[str, Tensor]
     rows_T: Tensor
@@ -48,7 +51,7 @@ class Probe:
     alone: list[dict[str, Tensor]]
     shorter: dict[str, Tensor]
     num_shorter: int
-    packed: Batch
+    packed: Batch | None
 
 
 @torch.no_grad()
@@ -105,24 +108,35 @@ def _compare(backbone: Backbone, probe: Probe, name: str) -> str:
             f"decoder layer and its head, so the layers below cannot be read: {difference}"
         )
     _refuse_foresight(backbone, probe, own[0], exact, name)
-    backbone.why_padded = _unpackable(backbone, probe.packed, own_TV, exact)
+    backbone.why_padded, backbone.why_unbranched = _packing(backbone, probe.packed, own_TV, exact)
     return note
 
 
-def _unpackable(backbone: Backbone, packed: Batch, own_TV: Tensor, exact: bool) -> str:
-    """Why several sequences cannot lie in one row; "" if the model says the same of them there as of each alone."""
+def _packing(backbone: Backbone, packed: Batch | None, own_TV: Tensor, exact: bool) -> tuple[str, str]:
+    """Why several sequences cannot lie in one row, and why a sequence cannot branch; "" if the model says the same of
+    the samples there as of each alone."""
     if kinds := unmaskable_kinds(backbone.text_config):
-        return f"it has layers of {', '.join(kinds)}"
+        return _both(f"it has layers of {', '.join(kinds)}")
     if backbone.rope_limit is not None:
-        return "its rope depends on the longest row"
-    if SEGMENTS not in packed.inputs:  # token types that are part of the mask
-        return "its sequences cannot be laid end to end"
+        return _both("its rope depends on the longest row")
+    if packed is None:
+        return _both("its sequences cannot be laid end to end")
     try:
         found = backbone.capture(packed.inputs, [], packed.rows_T, packed.positions_T)[backbone.num_layers]
     except FORWARD_ERRORS as error:
-        return f"its forward pass fails on a packed batch ({type(error).__name__})"
-    difference = _difference(own_TV, _changed(backbone, _raw(backbone, found)), exact)
-    return f"beside another sequence in one row its {difference}" if difference else ""
+        return _both(f"its forward pass fails on a packed batch ({type(error).__name__})")
+    # The first sample is there twice: its second response branches from its prompt.
+    first_TV, again_TV, second_TV = _changed(backbone, _raw(backbone, found)).split(packed.num_tokens)
+    if difference := _difference(own_TV, torch.cat([first_TV, second_TV]), exact):
+        return _both(f"beside another sequence in one row its {difference}")
+    if not keeps_branches_apart(backbone.text_config):
+        return "", "its attention finds sequences by their positions"
+    difference = _difference(own_TV[: len(first_TV)], again_TV, exact)
+    return "", f"beside another response to its prompt its {difference}" if difference else ""
+
+
+def _both(reason: str) -> tuple[str, str]:
+    return reason, reason
 
 
 def _settle(backbone: Backbone, raw_TV: Tensor, own_TV: Tensor, exact: bool, name: str, probe: Probe) -> str:
@@ -272,6 +286,8 @@ def checked_backbone(model: Any, encoder: Encoder) -> Backbone:
         say(note)
     if backbone.why_padded:
         say(f"model {encoder.name}: batches are padded, not packed: {backbone.why_padded}")
+    elif backbone.why_unbranched:
+        say(f"model {encoder.name}: each sample runs its whole prompt: {backbone.why_unbranched}")
     return backbone
 
 
@@ -319,8 +335,22 @@ def make_probe(backbone: Backbone, encoder: Encoder) -> Probe:
         alone=[batch_of([sample]).inputs for sample in samples],
         shorter=batch_of([cut]).inputs,
         num_shorter=num_shorter,
-        packed=batch_of(samples, row_width=MAX_WIDTH),
+        packed=batch_of([with_branch(first), *samples[1:]], row_width=MAX_WIDTH) if can_pack(samples) else None,
     )
+
+
+def can_pack(samples: Sequence[Encoded]) -> bool:
+    """Whether no token types are part of the mask, as they are in PaliGemma."""
+    return not any("token_type_ids" in sample.media for sample in samples)
+
+
+def with_branch(sample: Encoded) -> Encoded:
+    """A sequence of the sample and its response once more, behind the same prompt."""
+    ids_P, types_S = sample.input_ids[: sample.num_prompt], sample.token_types
+    types_P = None if types_S is None else types_S[: sample.num_prompt]
+    nothing = Prompt(ids_P[:0], None if types_P is None else types_P[:0], {})
+    first = Piece(0, Prompt(ids_P, types_P, sample.media), sample.response_ids)
+    return join([first, Piece(sample.num_prompt, nothing, sample.response_ids)])
 
 
 def _encoded(encoder: Encoder, question: str, answer: str, picture: Media | None = None) -> Encoded | None:

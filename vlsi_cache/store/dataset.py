@@ -27,6 +27,9 @@ from .reader import RECENT_BYTES, Cache, open
 READING_THREADS = 2
 
 
+Units = dict[int, list[range]]  # by part
+
+
 @dataclass(frozen=True)
 class Window:
     """Samples read together: (part, row) in the order they come out."""
@@ -43,6 +46,7 @@ class PartWindowReader:
 
     `layers` are model layers ("last" is the last); [] gives rows without any layer, at no decoding cost. `start` is the
     number of samples of this epoch already consumed: what follows is exactly what an uninterrupted epoch would give.
+    `units` are the rows of each part that stay together (None: turns of a row, by their ids).
     `wait_s` is the time the consumer has waited for rows. Up to two windows of decoded parts are in memory, 8 bytes an
     entry (4 where a view of the file does).
     """
@@ -58,6 +62,7 @@ class PartWindowReader:
         world: int = 1,
         window_parts: int = 4,
         start: int = 0,
+        units: Units | None = None,
     ) -> None:
         check_place(rank=rank, world=world, window_parts=window_parts, start=start)
         self.wait_s = 0.0
@@ -66,7 +71,12 @@ class PartWindowReader:
         self._window_parts = window_parts
         cache.header.layer_indices(layers)  # an unknown layer is an error now, not in a thread
         windows = plan_windows(
-            units_per_part(cache), seed=seed, epoch=epoch, rank=rank, world=world, window_parts=window_parts
+            units_per_part(cache) if units is None else units,
+            seed=seed,
+            epoch=epoch,
+            rank=rank,
+            world=world,
+            window_parts=window_parts,
         )
         self._windows = skip_samples(windows, start)
 
@@ -98,9 +108,6 @@ def check_place(*, rank: int, world: int, window_parts: int, start: int) -> None
     """Raise DataError for a rank outside the world and the like."""
     if world < 1 or not 0 <= rank < world or window_parts < 1 or start < 0:
         raise DataError(f"impossible: rank {rank} of {world}, window_parts {window_parts}, start {start}")
-
-
-Units = dict[int, list[range]]
 
 
 def units_per_part(cache: Cache) -> Units:

@@ -19,8 +19,10 @@ from typing import Any
 import numpy as np
 
 from vlsi_cache.config.sections import DEFAULT_BATCH_TOKENS, CacheSpec
+from vlsi_cache.config.spec import change
 from vlsi_cache.data.collate import plan_batches, plan_parts
 from vlsi_cache.data.encoder import CONTRACT
+from vlsi_cache.data.records import units
 from vlsi_cache.errors import BatchTooLargeError, SpecError
 from vlsi_cache.io import refuse_url
 from vlsi_cache.progress import Bar, say
@@ -62,7 +64,7 @@ def build_teacher(
         raise SpecError(f"rank {rank} of {world}: ranks go from 0 to {world - 1}")
     out = Path(out)
     check_root(out)
-    inputs = open_teacher_inputs(spec)
+    inputs = open_teacher_inputs(as_begun(spec, out))
     parts = parts_of(inputs)
     # Loaded when it is first asked for, and once: a finished cache is opened without it.
     teacher = remember(lambda: load_teacher(inputs, device=device))
@@ -100,6 +102,13 @@ def build_teacher(
     return cache
 
 
+def as_begun(spec: CacheSpec, out: Path) -> CacheSpec:
+    """A cache that an earlier release has begun, which kept turns of a row together and nothing else, goes on so."""
+    if (out / HEADER_NAME).exists() and "keep_together" not in (load_header(out).spec.get("data") or {}):
+        return change(spec, data=change(spec.data, keep_together="row"))
+    return spec
+
+
 def settled_batch_tokens(inputs: TeacherInputs, out: Path, find: Callable[[], int]) -> int:
     """The number the spec names; for `auto` the one that the cache has recorded, or else one found now."""
     if inputs.spec.run.batch_tokens != "auto":
@@ -117,7 +126,7 @@ def find_batch_tokens(teacher: Teacher, parts: list[list[int]]) -> int:
     Each try runs the heaviest batch that the build itself would run. A GPU says when its memory is full, but a
     process that fills the memory of the host is killed: there nothing above the default of every build is tried.
     """
-    inputs = teacher.inputs
+    inputs, layout = teacher.inputs, teacher.backbone.layout
 
     def speed(batch: list[int]) -> float:
         prepared = teacher.prepare(PartBatch(NO_PART, batch))  # not timed: a thread does it while the teacher works
@@ -126,11 +135,11 @@ def find_batch_tokens(teacher: Teacher, parts: list[list[int]]) -> int:
             started = time.monotonic()
             teacher.collect(teacher.launch(prepared))
             seconds.append(time.monotonic() - started)
-        return sum(inputs.lengths(batch)) / min(seconds)
+        return sum(inputs.lengths(batch, layout)) / min(seconds)
 
-    longest = max(inputs.lengths([i for part in parts for i in part]), default=1)
+    longest = max(inputs.lengths([i for part in parts for i in part], layout), default=1)
     number, reason = grow(
-        lambda tokens: heaviest_batch(inputs, parts, tokens),
+        lambda tokens: heaviest_batch(teacher, parts, tokens),
         speed,
         start=1 << math.ceil(math.log2(longest)),
         most=DEFAULT_BATCH_TOKENS if teacher.device.type == "cpu" else MOST_TOKENS,
@@ -162,10 +171,15 @@ def grow(
         number, batch, tokens_per_s = 2 * number, more, faster
 
 
-def heaviest_batch(inputs: TeacherInputs, parts: list[list[int]], batch_tokens: int) -> list[int]:
+def heaviest_batch(teacher: Teacher, parts: list[list[int]], batch_tokens: int) -> list[int]:
     """Of all batches that the build would run, the one with the most padded and response tokens."""
-    batches = (batch.indices for batch in _batches(inputs, parts, list(range(len(parts))), batch_tokens))
-    return max(batches, key=lambda b: inputs.padded_tokens(b) + sum(len(inputs.response_ids[i]) for i in b), default=[])
+    inputs, layout = teacher.inputs, teacher.backbone.layout
+
+    def num_tokens(batch: list[int]) -> int:
+        return inputs.padded_tokens(batch, layout) + sum(len(inputs.response_ids[i]) for i in batch)
+
+    batches = (batch.indices for batch in _batches(teacher, parts, list(range(len(parts))), batch_tokens))
+    return max(batches, key=num_tokens, default=[])
 
 
 def cache_header(inputs: TeacherInputs, parts: list[list[int]], batch_tokens: int | None = None) -> CacheHeader:
@@ -229,7 +243,7 @@ def order_of_first_rows(
     if inputs.spec.store.profile == "fast":
         return one_order(np.arange(vocab_size), num_layers)
     kept_LV = np.zeros((num_layers, vocab_size), np.int64)
-    with closing(teacher().stream(_first_batches(inputs, parts, batch_tokens))) as stream:
+    with closing(teacher().stream(_first_batches(teacher(), parts, batch_tokens))) as stream:
         for batch, found in stream:
             made.append((batch, found))
             for rows in found:
@@ -239,13 +253,13 @@ def order_of_first_rows(
     return order_by_count(kept_LV, said_V)
 
 
-def _first_batches(inputs: TeacherInputs, parts: list[list[int]], batch_tokens: int) -> Iterator[PartBatch]:
+def _first_batches(teacher: Teacher, parts: list[list[int]], batch_tokens: int) -> Iterator[PartBatch]:
     """As many of the first part's batches as have COUNTED_TOKENS response tokens."""
     num_tokens = 0
-    for batch in _batches(inputs, parts, [0] if parts else [], batch_tokens):
+    for batch in _batches(teacher, parts, [0] if parts else [], batch_tokens):
         if num_tokens >= COUNTED_TOKENS:
             return
-        num_tokens += sum(len(inputs.response_ids[i]) for i in batch.indices)
+        num_tokens += sum(len(teacher.inputs.response_ids[i]) for i in batch.indices)
         yield batch
 
 
@@ -265,7 +279,7 @@ def _build_parts(
     with (
         Bar("build", unit="tok", total=total, done=total - left, scaled=True) as bar,
         writer.in_background() as queue,
-        closing(teacher.stream(islice(_batches(inputs, parts, missing, batch_tokens), len(made), None))) as stream,
+        closing(teacher.stream(islice(_batches(teacher, parts, missing, batch_tokens), len(made), None))) as stream,
     ):
         for (part, indices), rows in chain(made, stream):
             # Batches are sorted by length, so records come in another order than their part has.
@@ -309,23 +323,23 @@ def selected_positions(inputs: TeacherInputs, indices: list[int], rows: SparseRo
     return [np.flatnonzero(piece) for piece in np.split(chosen_T, np.cumsum(lengths)[:-1])]
 
 
-def _batches(
-    inputs: TeacherInputs, parts: list[list[int]], chosen: list[int], batch_tokens: int
-) -> Iterator[PartBatch]:
-    """Records of some parts that go through the teacher together: planned from the data alone, never across parts."""
+def _batches(teacher: Teacher, parts: list[list[int]], chosen: list[int], batch_tokens: int) -> Iterator[PartBatch]:
+    """Records of some parts that go through the teacher together: planned from the data and the kind of the model
+    alone, never across parts."""
+    inputs, layout = teacher.inputs, teacher.backbone.layout
     for part in chosen:
-        together = inputs.sequences(parts[part])
-        for batch in plan_batches(inputs.lengths(parts[part]), batch_tokens):
+        together = inputs.sequences(parts[part], layout)
+        for batch in plan_batches(inputs.lengths(parts[part], layout), batch_tokens):
             yield PartBatch(part, [index for j in batch for index in together[j]])
 
 
 def parts_of(inputs: TeacherInputs) -> list[list[int]]:
-    """The records of every part; all turns of a row are in one."""
+    """The records of every part; those that begin alike are in one."""
     return plan_parts(
         [len(ids) for ids in inputs.response_ids],
         seed=inputs.spec.rows.seed,
         tokens_per_part=part_tokens(inputs),
-        rows=[record.row or record.id for record in inputs.records],
+        units=units(inputs.records, inputs.spec.data.keep_together),
     )
 
 

@@ -92,10 +92,9 @@ class Teacher:
         """Encode the records and draw their uniforms."""
         encoder, records = self.inputs.encoder, self.inputs.records
         with self._naming(work):
-            sequences = encoder.encode_all(
-                [records[i] for i in work.indices], features=features_of(self.backbone.model)
-            )
-            batch = collate(sequences, pad_id=encoder.pad_id, row_width=self.backbone.row_width)
+            layout, features = self.backbone.layout, features_of(self.backbone.model)
+            sequences = encoder.encode_all([records[i] for i in work.indices], layout, features=features)
+            batch = collate(sequences, pad_id=encoder.pad_id, row_width=layout.row_width)
             uniforms_LTm = torch.from_numpy(self._tail_uniforms(work.indices))
             if self.device.type == "cuda":
                 # From page-locked memory the copy to the GPU runs beside the host; from other memory it blocks.
@@ -141,10 +140,10 @@ class Teacher:
             names = ", ".join(f"`{name}`" for name in ids[:SHOWN_SAMPLES])
             names += f" and {len(ids) - SHOWN_SAMPLES} more" if len(ids) > SHOWN_SAMPLES else ""
             if is_out_of_memory(error):
+                num_tokens = self.inputs.padded_tokens(work.indices, self.backbone.layout)
                 raise BatchTooLargeError(
-                    f"{part}out of memory in a batch of {len(ids)} samples and "
-                    f"{self.inputs.padded_tokens(work.indices)} tokens ({names}); run the same command again with "
-                    "`--batch-tokens` and a smaller number: it goes on where it was"
+                    f"{part}out of memory in a batch of {len(ids)} samples and {num_tokens} tokens ({names}); run the "
+                    "same command again with `--batch-tokens` and a smaller number: it goes on where it was"
                 ) from error
             raise ModelError(f"{part}the batch of samples {names} failed: {type(error).__name__}: {error}") from error
 

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from vlsi_cache.config.sections import CacheSpec, TeacherSpec
-from vlsi_cache.data.encoder import Encoder, fit_rows, sequences
+from vlsi_cache.data.encoder import Encoder, fit_rows
 from vlsi_cache.data.records import Record, read_records
+from vlsi_cache.data.sequence import Extent, Layout, num_tokens, sequences
 from vlsi_cache.models.backbone import Backbone, check_family, target_layers
 from vlsi_cache.models.load import ModelRef, max_positions, resolve_model
 from vlsi_cache.models.probe import check_vocabulary, checked_backbone
@@ -21,7 +22,7 @@ from vlsi_cache.progress import say
 @dataclass(frozen=True)
 class TeacherInputs:
     """`records[i]` has `num_prompt_N[i]` prompt tokens and the response ids `response_ids[i]` (uint32, with the
-    end-of-turn token); where `goes_on[i]`, its tokens begin with all of those of the record before.
+    end-of-turn token); `extents[i]` says what it has in common with the record before.
     `target_layers` are intermediate layers; the final one comes on top.
     `provenance` is what `generate` says of the responses, if they come from there."""
 
@@ -31,24 +32,23 @@ class TeacherInputs:
     records: list[Record]
     num_prompt_N: np.ndarray
     response_ids: list[np.ndarray]
-    goes_on: list[bool]
+    extents: list[Extent]
     skipped: list[dict[str, str]]
     num_model_layers: int
     target_layers: list[int]
     provenance: dict[str, Any] | None = None
 
-    def sequences(self, indices: Sequence[int]) -> list[list[int]]:
-        """The records that run together as one sequence: turns of a row, which begin with one another."""
-        return sequences(self.goes_on, indices)
+    def sequences(self, indices: Sequence[int], layout: Layout) -> list[list[int]]:
+        """The records that run together as one sequence: turns of a row, or responses to one prompt."""
+        return sequences(self.extents, indices, layout)
 
-    def lengths(self, indices: Sequence[int]) -> list[int]:
+    def lengths(self, indices: Sequence[int], layout: Layout) -> list[int]:
         """Tokens of the sequences of some records, prompt and response."""
-        last = [sequence[-1] for sequence in self.sequences(indices)]
-        return [int(self.num_prompt_N[i]) + len(self.response_ids[i]) for i in last]
+        return [num_tokens(self.extents, sequence) for sequence in self.sequences(indices, layout)]
 
-    def padded_tokens(self, indices: Sequence[int]) -> int:
+    def padded_tokens(self, indices: Sequence[int], layout: Layout) -> int:
         """Tokens of a batch of these records once all sequences are as long as the longest."""
-        lengths = self.lengths(indices)
+        lengths = self.lengths(indices, layout)
         return len(lengths) * max(lengths)
 
     @property
@@ -118,7 +118,7 @@ def open_teacher_inputs(spec: CacheSpec) -> TeacherInputs:
         records=[records[one.index] for one in kept],
         num_prompt_N=np.array([one.num_prompt for one in kept], dtype=np.int64),
         response_ids=[np.asarray(one.response_ids, dtype=np.uint32) for one in kept],
-        goes_on=[one.goes_on for one in kept],
+        extents=[one.extent for one in kept],
         skipped=[*records.skipped, *too_long],
         num_model_layers=int(config.get_text_config().num_hidden_layers),
         target_layers=layers,

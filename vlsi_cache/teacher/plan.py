@@ -14,6 +14,7 @@ from torch import nn
 from vlsi_cache.config.sections import CacheSpec
 from vlsi_cache.errors import SpecError
 from vlsi_cache.models.backbone import Backbone
+from vlsi_cache.models.packing import likely_layout
 from vlsi_cache.models.probe import check_vocabulary
 from vlsi_cache.models.verbalizer import num_parameters
 from vlsi_cache.progress import html_text, human_bytes
@@ -202,12 +203,13 @@ def plan(spec: CacheSpec, *, gpu: str = DEFAULT_GPU) -> Plan:
     verbalizers = 0 if spec.teacher.verbalizers is None else _verbalizer_parameters(inputs)
     per_layer_token = _bytes_per_layer_token(inputs)
     patches: list[int] = []
-    everything = range(len(inputs.records))
-    for record in (inputs.records[sequence[-1]] for sequence in inputs.sequences(everything)):
+    everything, layout = range(len(inputs.records)), likely_layout(text)
+    for sequence in inputs.sequences(everything, layout):
+        record = max((inputs.records[i] for i in sequence), key=lambda one: len(one.images))
         if inputs.encoder.vision is not None and record.images:
             sizes = [image.size for image in record.images]
             patches += picture_patches(inputs.encoder.vision.image_processor, inputs.model.config, sizes)
-    forward = forward_flops(model, inputs.lengths(everything), patches)
+    forward = forward_flops(model, inputs.lengths(everything, layout), patches)
     # One layer's head and its verbalizer after the other, at the response tokens alone.
     heads = 2.0 * num_tokens * (len(layers) * text.vocab_size * text.hidden_size + verbalizers)
     flops = forward.total + heads

@@ -263,13 +263,15 @@ def _train(inputs: TeacherInputs, out: Path, folder: Path, layers: list[int], *,
     def make_feed(num_skip: int) -> Feed:
         num_tokens = [len(ids) for ids in inputs.response_ids]
         return Feed(
-            shuffled_records(inputs.records, num_tokens, seed=settings.seed, num_skip=num_skip),
+            shuffled_records(
+                inputs.records, num_tokens, spec.data.keep_together, seed=settings.seed, num_skip=num_skip
+            ),
             inputs.encoder,
             batch_size=settings.batch_size,
             micro_batch_size=settings.micro_batch_size,
             reduction=settings.batch_reduction,
             device=backbone.device,
-            row_width=backbone.row_width,
+            layout=backbone.layout,
             features=features_of(backbone.model),
         )
 

@@ -113,7 +113,8 @@ def distill_spec(
     )
     spec = apply_overrides(stored, overrides)
     fixed = [key for key in FIXED_BY_THE_CACHE if getattr(spec, key) != getattr(stored, key)]
-    fixed += ["data.turns"] * (spec.data.turns != stored.data.turns)
+    of_data = ("turns", "keep_together")
+    fixed += [f"data.{key}" for key in of_data if getattr(spec.data, key) != getattr(stored.data, key)]
     if fixed:
         raise SpecError(f"`{'`, `'.join(fixed)}` were decided when {cache.path} was built; distill cannot change them")
     changes = {"student": student or spec.distill.student, "recipe": recipe or spec.distill.recipe}

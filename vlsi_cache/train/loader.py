@@ -6,7 +6,7 @@ Legend: B rows, S positions, T response tokens, L layers, K kept entries.
 import queue
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -16,14 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vlsi_cache.config.sections import Together
 from vlsi_cache.config.training import BatchReduction
-from vlsi_cache.data.collate import Batch, collate, together
-from vlsi_cache.data.encoder import CONTRACT, Encoder, sequences
-from vlsi_cache.data.records import Record, RecordSet
+from vlsi_cache.data.collate import Batch, collate
+from vlsi_cache.data.encoder import CONTRACT, Encoder
+from vlsi_cache.data.records import Record, RecordSet, units
+from vlsi_cache.data.sequence import PADDED, Layout, sequences
 from vlsi_cache.data.vision import Features
 from vlsi_cache.errors import CacheCorruptError, FingerprintMismatchError, command_line
 from vlsi_cache.sparse.rows import SparseRows
-from vlsi_cache.store.dataset import PartWindowReader
+from vlsi_cache.store.dataset import PartWindowReader, Units, units_per_part
 from vlsi_cache.store.part import Row
 from vlsi_cache.store.reader import Cache
 
@@ -69,16 +71,16 @@ def loss_shares(num_tokens: Sequence[int], in_batch: Sequence[int], reduction: B
 
 
 def shuffled_records(
-    records: Sequence[Record], num_tokens: Sequence[int], *, seed: int, num_skip: int = 0
+    records: Sequence[Record], num_tokens: Sequence[int], keep_together: Together, *, seed: int, num_skip: int = 0
 ) -> Iterator[Sample]:
     """All records, with their numbers of response tokens, in a new order every epoch, for ever, from the `num_skip`-th
-    on; turns of a row follow each other."""
-    units = together(record.row or record.id for record in records)
+    on; those that are kept together follow each other."""
+    together = units(records, keep_together)
     # A resumed run begins in the middle of an epoch, at the sample where it stopped.
     epoch, start = divmod(num_skip, len(records))
     while True:
-        shuffled = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(len(units))
-        order = [index for number in shuffled for index in units[number]]
+        shuffled = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(len(together))
+        order = [index for number in shuffled for index in together[number]]
         for index in order[start:]:
             yield Sample(records[index], None, num_tokens[index])
         epoch, start = epoch + 1, 0
@@ -89,13 +91,26 @@ def cached_records(
 ) -> Iterator[Sample]:
     """Samples of the cache with their records, in the order of the window reader, for ever."""
     by_id = match_records(cache, records)
+    together = units_of(cache, by_id)
     epoch, start = divmod(num_skip, len(cache))
+    order: Any = {"seed": seed, "window_parts": window_parts, "units": together}
     while True:
-        reader = PartWindowReader(cache, layers=layers, seed=seed, epoch=epoch, window_parts=window_parts, start=start)
-        for row in reader:
+        for row in PartWindowReader(cache, layers=layers, epoch=epoch, start=start, **order):
             # Without layers the loss is that of the labels, which all response tokens have.
             yield Sample(by_id[row.sample_id], row, row.num_tokens if layers else len(row.response_ids_R))
         epoch, start = epoch + 1, 0
+
+
+def units_of(cache: Cache, by_id: Mapping[str, Record]) -> Units:
+    """The rows of every part that stay together, as the build has kept them (`data.keep_together`)."""
+    found = units_per_part(cache)
+    if (cache.header.spec.get("data") or {}).get("keep_together") != "prompt":
+        return found
+    table = cache.sample_table()
+    ids_by_part: dict[int, list[str]] = {part: [] for part in found}
+    for part, name in zip(table["part"].to_pylist(), table["id"].to_pylist(), strict=True):
+        ids_by_part[part].append(name)
+    return {part: units((by_id[name] for name in names), "prompt") for part, names in ids_by_part.items()}
 
 
 def match_records(cache: Cache, records: RecordSet) -> dict[str, Record]:
@@ -181,11 +196,11 @@ class Feed:
         micro_batch_size: int,
         reduction: BatchReduction,
         device: torch.device,
-        row_width: int = 0,
+        layout: Layout = PADDED,
         features: Features | None = None,
     ) -> None:
         self._samples, self._encoder, self._device = samples, encoder, device
-        self._options: Any = {"row_width": row_width, "features": features}
+        self._options: Any = {"layout": layout, "features": features}
         self._batch_size, self._micro_batch_size = batch_size, micro_batch_size
         self._reduction: BatchReduction = reduction
         self._ready: queue.Queue[MicroBatch | BaseException] = queue.Queue(PREFETCHED_BATCHES)
@@ -237,10 +252,10 @@ class Feed:
 
     def _sorted(self, samples: list[Sample]) -> list[Sample]:
         """The whole batch; where it is padded and not packed, with samples of similar length beside each other."""
-        if self._options["row_width"] or len(samples) == self._micro_batch_size:
+        if self._options["layout"].row_width or len(samples) == self._micro_batch_size:
             return samples
         measured = self._encoder.measured(sample.record for sample in samples)
-        runs = sequences([one.goes_on for one in measured], range(len(samples)))
+        runs = sequences([one.extent for one in measured], range(len(samples)), self._options["layout"])
         runs.sort(key=lambda run: -measured[run[-1]].num_tokens)  # stable, so the order is that of the seed
         return [samples[index] for run in runs for index in run]
 
@@ -265,19 +280,19 @@ class Feed:
 
 
 def encode_pairs(
-    pairs: Sequence[Pair], encoder: Encoder, *, row_width: int = 0, features: Features | None = None
+    pairs: Sequence[Pair], encoder: Encoder, layout: Layout = PADDED, *, features: Features | None = None
 ) -> MicroBatch:
     """Records and their rows as one batch on the CPU, at the tokens that have rows; the response ids are compared.
 
-    `row_width` as `collate` has it, `features` as `Encoder.encode_all`.
+    `layout` and `features` as `Encoder.encode_all` has them.
     """
-    encoded = encoder.encode_all([record for record, _ in pairs], features=features)
+    encoded = encoder.encode_all([record for record, _ in pairs], layout, features=features)
     rows: list[Row] = []
     for (record, row), span in zip(pairs, chain.from_iterable(one.spans for one in encoded), strict=True):
         if row is not None:
             check_response_ids(record, span.response_ids, row, encoder)
             rows.append(row)
-    batch = collate(encoded, pad_id=encoder.pad_id, row_width=row_width)
+    batch = collate(encoded, pad_id=encoder.pad_id, row_width=layout.row_width)
     if rows and rows[0].num_layers:
         batch = _tokens_with_rows(batch, rows)
     share_T = loss_shares(batch.num_tokens, batch.num_tokens, "token")

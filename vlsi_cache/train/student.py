@@ -218,7 +218,7 @@ class StudentState:
             micro_batch_size=distill.micro_batch_size,
             reduction=distill.batch_reduction,
             device=self.device,
-            row_width=Backbone(self.model).row_width,
+            layout=Backbone(self.model).layout,
             features=features_of(self.model),
         )
 
