@@ -1,10 +1,12 @@
-"""What the shape of the data costs: turns of a conversation as one sequence against each turn apart, and padding.
+"""What the shape of the data costs: turns of a conversation, and responses to one prompt, as one sequence against each
+by itself; and padding.
 
     .venv/bin/python tests/benchmarks/data.py [--layers 30 --hidden 576 --rounds 3] [-o results/FILE.md]
 
 A random Llama of SmolLM2's shape builds two caches in turns, in one process: over rows of 4 turns of 64 tokens, and
-over the same turns as rows of their own. The rows of both caches are compared. Then 12 of its layers with an adapter
-run forward and backward over the same micro-batches, padded and packed, in turns.
+over the same turns as rows of their own. The rows of both caches are compared. So with 4 responses of 64 tokens to
+each prompt of 512, kept together and not; a student of 12 layers trains on both caches (interact, all layers). Then 12
+layers with an adapter run forward and backward over the same micro-batches, padded and packed, in turns.
 """
 
 import argparse
@@ -29,9 +31,11 @@ from vlsi_cache.data.collate import collate
 from vlsi_cache.data.sequence import Encoded
 from vlsi_cache.models.backbone import Backbone
 from vlsi_cache.models.lora import add_lora
+from vlsi_cache.run_files import read_metrics
 from vlsi_cache.store.reader import Cache
 
 NUM_TURNS, TURN_TOKENS = 4, 64
+NUM_ANSWERS, PROMPT_TOKENS = 4, 512
 VOCABULARY = 49_152
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -94,12 +98,27 @@ def apart(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def spec_of(folder: Path, rows: list[dict[str, Any]], name: str, layers: list[int]) -> Any:
+def answered(num_prompts: int) -> list[dict[str, Any]]:
+    """NUM_ANSWERS answers of TURN_TOKENS tokens to each prompt of PROMPT_TOKENS."""
+    draw = random.Random(1)
+
+    def said(role: str, length: int) -> dict[str, Any]:
+        return {"role": role, "content": " ".join(f"w{draw.randrange(40_000)}" for _ in range(length))}
+
+    rows = []
+    for number in range(num_prompts):
+        question = said("user", PROMPT_TOKENS - 8)
+        for k in range(NUM_ANSWERS):
+            rows.append({"id": f"p{number}#{k}", "messages": [question, said("assistant", TURN_TOKENS - 1)]})
+    return rows
+
+
+def spec_of(folder: Path, rows: list[dict[str, Any]], name: str, layers: list[int], keep: str = "prompt") -> Any:
     (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     spec = {
         "name": name,
         "teacher": {"model": str(folder / "teacher"), "dtype": "float32", "layers": layers},
-        "data": {"path": f"{name}.jsonl"},
+        "data": {"path": f"{name}.jsonl", "keep_together": keep},
         "store": {"profile": "exact"},
         "run": {"device": "cpu", "batch_tokens": 2048},
     }
@@ -127,6 +146,50 @@ def difference(one: Cache, other: Cache) -> tuple[float, float]:
         most = max(most, float(np.abs(a.logprobs_LTK - b.logprobs_LTK).max()))
         changed, total = changed + int((a.ids_LTK != b.ids_LTK).sum()), total + a.ids_LTK.size
     return most, changed / total
+
+
+def interacting(folder: Path, cache: Cache, *, num_layers: int, hidden: int, rounds: int) -> float:
+    """Seconds of an interact step over two prompts and all their answers; the least of some steps."""
+    student = folder / "student"
+    if not student.exists():
+        shutil.copytree(folder / "teacher", student)
+        torch.manual_seed(1)
+        LlamaForCausalLM(config_of(num_layers, hidden)).save_pretrained(student)
+    size = 2 * NUM_ANSWERS
+    changes = [f"distill.batch_size={size}", f"distill.micro_batch_size={size}", "distill.num_layers=1"]
+    changes += ["distill.verbalize.steps=1", f"distill.interact.schedule.steps={rounds}", "distill.sft.fraction=0"]
+    out = folder / f"run-{cache.path.name}"
+    vc.distill(cache, student=str(student), out=out, overrides=changes)
+    lines = [line for line in read_metrics(out / "metrics.jsonl") if line["stage"] == "interact" and "loss" in line]
+    return min(size * TURN_TOKENS / line["tokens_per_s"] for line in lines)
+
+
+def shared_prompts(folder: Path, args: argparse.Namespace) -> list[str]:
+    rows, targets = answered(args.rows), [args.layers // 2]
+    specs = {"prompt": "once for its 4 answers", "row": "with each answer"}
+    builds = {
+        keep: lambda out, keep=keep: vc.build_teacher(spec_of(folder, rows, keep, targets, keep), out=out)
+        for keep in specs
+    }
+    seconds, caches = fastest(builds, folder, args.rounds)
+    most, changed = difference(caches["prompt"], caches["row"])
+    student = {"num_layers": max(2, args.layers * 2 // 5), "hidden": args.hidden, "rounds": args.rounds + 2}
+    steps = {keep: interacting(folder, cache, **student) for keep, cache in caches.items()}
+    return [
+        f"{args.rows} prompts of {PROMPT_TOKENS} tokens with {NUM_ANSWERS} answers of {TURN_TOKENS}; a student of "
+        f"{student['num_layers']} layers, batches of {2 * NUM_ANSWERS}.",
+        "",
+        "| a prompt runs | build, s | of each | interact step, s | of each |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {name} | {seconds[keep]:.1f} | {seconds[keep] / seconds['row']:.2f} | {steps[keep]:.2f} | "
+            f"{steps[keep] / steps['row']:.2f} |"
+            for keep, name in specs.items()
+        ),
+        "",
+        f"Largest difference of a log-prob {most:.1e} nats, {100 * changed:.3f} % of the kept ids at another rank.",
+        "",
+    ]
 
 
 def padding(num_layers: int, hidden: int, rounds: int) -> list[str]:
@@ -183,6 +246,7 @@ def main() -> None:
         builds = {name: lambda out, spec=spec: vc.build_teacher(spec, out=out) for name, spec in specs.items()}
         seconds, caches = fastest(builds, folder, args.rounds)
         most, changed = difference(caches["together"], caches["apart"])
+        of_prompts = shared_prompts(folder, args)
     lines = [
         "# Turns of a conversation as one sequence\n",
         setting(sys.argv[1:], "data.py", torch.device("cpu"), ("torch", "transformers", "numpy")),
@@ -195,6 +259,7 @@ def main() -> None:
         "",
         f"Largest difference of a log-prob {most:.1e} nats, {100 * changed:.3f} % of the kept ids at another rank.",
         "",
+        *of_prompts,
         *padding(max(1, args.layers * 2 // 5), args.hidden, args.rounds),
     ]
     print("\n".join(lines))

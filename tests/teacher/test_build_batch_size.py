@@ -10,6 +10,7 @@ from helpers.tiny import make_rows, write_jsonl
 
 import vlsi_cache as vc
 from vlsi_cache.config.sections import DEFAULT_BATCH_TOKENS
+from vlsi_cache.data.sequence import PADDED
 from vlsi_cache.errors import BatchTooLargeError
 from vlsi_cache.store.writer import CacheWriter
 from vlsi_cache.teacher import build
@@ -132,5 +133,5 @@ def test_a_real_search_and_what_else_reads_the_number(spec_file: Path, tmp_path:
     said = capsys.readouterr().err
     assert f"batch tokens: {number} (" in said
     assert "kernels: eager (no fused kernels needed on cpu)" in said
-    assert max(open_teacher_inputs(spec).lengths([0])) <= number <= DEFAULT_BATCH_TOKENS
+    assert max(open_teacher_inputs(spec).lengths([0], PADDED)) <= number <= DEFAULT_BATCH_TOKENS
     assert recompute(cache, num_samples=3).ok
