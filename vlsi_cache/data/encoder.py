@@ -45,7 +45,7 @@ class Encoded:
     """One sequence, on the CPU: int64 ids, and the model's own media arrays. `input_ids` is prompt, then response.
 
     `earlier` are the samples that it holds as well: all of their tokens are its first ones. With `pictures`, the pixels
-    of those whose features are held are not in `media`.
+    of those whose features are held are not in `media`. `answer_type`: see `vision.Prompt`.
     """
 
     input_ids: np.ndarray
@@ -55,6 +55,7 @@ class Encoded:
     media: dict[str, np.ndarray] = field(default_factory=dict)
     earlier: tuple[Span, ...] = ()
     pictures: Pictures | None = None
+    answer_type: int = 0
 
     @property
     def spans(self) -> list[Span]:
@@ -244,7 +245,8 @@ class Encoder:
         types_P, num_prompt = prompt.token_types_P, len(prompt.ids_P)
         types_S = None if types_P is None else np.concatenate([types_P, np.zeros_like(response_ids)])
         ids_S = np.concatenate([prompt.ids_P, response_ids])
-        return Encoded(ids_S, num_prompt, response_ids, types_S, prompt.media, pictures=prompt.pictures)
+        more: dict[str, Any] = {"pictures": prompt.pictures, "answer_type": prompt.answer_type}
+        return Encoded(ids_S, num_prompt, response_ids, types_S, prompt.media, **more)
 
     def _num_prompt(self, record: Record, text: _Text) -> int:
         if self.vision is None:
@@ -333,9 +335,11 @@ class Encoder:
     @cached_property
     def _bos(self) -> str:
         """The token the tokenizer itself puts first; "" if it puts none."""
-        plain, full = (self.tokenizer("a", add_special_tokens=add)["input_ids"] for add in (False, True))
-        bos = self.tokenizer.bos_token
-        begins = full[:1] == [self.tokenizer.bos_token_id] and plain[:1] != full[:1]
+        # A processor's own: PaliGemma's takes that away from it, and puts one where it belongs, behind the pictures.
+        tokenizer = self.tokenizer if self.vision is None else self.vision.tokenizer
+        plain, full = (tokenizer("a", add_special_tokens=add)["input_ids"] for add in (False, True))
+        bos = tokenizer.bos_token
+        begins = full[:1] == [tokenizer.bos_token_id] and plain[:1] != full[:1]
         return bos if begins and bos is not None else ""
 
 
