@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from vlsi_cache.errors import ModelError
 
 from .backbone import Backbone
+from .families import head_module
 
 VISION_TOWERS = frozenset({"visual", "vision_tower", "vision_model"})  # what transformers' VLMs call it
 
@@ -105,7 +106,7 @@ def train_head_and_embeddings(model: Any) -> None:
     """Let head and word embeddings train beside the adapter, in fp32 (tied weights stay one parameter)."""
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
     _train(plain.get_input_embeddings().parameters(recurse=False))
-    _train(plain.get_output_embeddings().parameters(recurse=False))
+    _train(head_module(plain).parameters(recurse=False))
 
 
 def train_everything(model: Any) -> Any:

@@ -10,7 +10,8 @@ import numpy as np
 from vlsi_cache.config.sections import CacheSpec, TeacherSpec
 from vlsi_cache.data.encoder import Encoder, fit_rows, sequences
 from vlsi_cache.data.records import Record, read_records
-from vlsi_cache.models.backbone import Backbone, check_family, target_layers
+from vlsi_cache.models.backbone import Backbone, target_layers
+from vlsi_cache.models.families import check_family
 from vlsi_cache.models.load import ModelRef, max_positions, resolve_model
 from vlsi_cache.models.probe import check_vocabulary, checked_backbone
 from vlsi_cache.models.verbalizer import Verbalizers, load_verbalizers, logit_lens

@@ -14,7 +14,8 @@ from vlsi_cache.config.training import DistillSpec, InteractSpec, VerbalizerSpec
 from vlsi_cache.data.encoder import Encoder
 from vlsi_cache.data.records import RecordSet, read_records
 from vlsi_cache.errors import DataError, ModelError, SpecError, list_problems
-from vlsi_cache.models.backbone import Backbone, check_family, target_layers
+from vlsi_cache.models.backbone import Backbone, target_layers
+from vlsi_cache.models.families import check_family
 from vlsi_cache.models.features import features_of, keep_features
 from vlsi_cache.models.load import ModelRef, max_positions
 from vlsi_cache.models.probe import check_vocabulary, checked_backbone
