@@ -243,11 +243,26 @@ def _with_length(processor: Any, length: int) -> Any:
     return processor
 
 
-def save_vlm(folder: Path, family: str, *, num_layers: int = 4, hidden: int = 32, seed: int = 1) -> Path:
-    """A folder as `save_pretrained` leaves it: random weights, tokenizer, image processor, processor."""
+def save_vlm(
+    folder: Path,
+    family: str,
+    *,
+    num_layers: int = 4,
+    hidden: int = 32,
+    seed: int = 1,
+    special: Sequence[str] | None = None,
+) -> Path:
+    """A folder as `save_pretrained` leaves it: random weights, tokenizer, image processor, processor.
+
+    `special` tokens are the family's unless they are given.
+    """
     vlm = VLMS[family]
     tokenizer = tiny_tokenizer(
-        vlm.template, special=tuple(vlm.special), pad_token=vlm.special[0], bos_token=vlm.special[1], **vlm.named
+        vlm.template,
+        special=tuple(special or vlm.special),
+        pad_token=vlm.special[0],
+        bos_token=vlm.special[1],
+        **vlm.named,
     )
     if vlm.puts_bos:
         bos = tokenizer.bos_token

@@ -126,6 +126,34 @@ def test_from_pictures_to_a_student_that_generates(
     assert ours[: len(words)].tolist() == words.tolist()
 
 
+def test_a_teacher_of_one_family_and_a_student_of_another_share_a_vocabulary(tmp_path: Path) -> None:
+    """Pictures are other tokens in other numbers for each of them, and other templates stand around them."""
+    special = (*VLMS["qwen2_vl"].special, "<image>", "<video>")
+    teacher = save_vlm(tmp_path / "teacher", "qwen2_vl", special=special)
+    student = save_vlm(tmp_path / "student", "llava_onevision", num_layers=2, hidden=16, seed=2, special=special)
+    rows = picture_rows(tmp_path, PICTURES)
+    heldout = f"evaluate={{data: {{path: {rows}, max_length: 250}}, max_new_tokens: 3, batch_size: 2}}"
+    spec = vc.load_spec(spec_of(tmp_path, teacher, rows), overrides=[heldout])
+    cache = vc.build_teacher(spec, out=tmp_path / "cache")
+    run = vc.distill(cache, student=str(student), out=tmp_path / "run")
+    scores = vc.evaluate(run)
+    assert scores["num_samples"] == len(PICTURES)
+    # Perplexity of the exported student over the answers, by its own processor and forward pass.
+    exported: Any = AutoModelForImageTextToText.from_pretrained(run / "student").eval()
+    processor, encoder, nats = real_processor(run / "student"), load_encoder(student), []
+    for record in read_records(DataSpec(path=str(rows))):
+        num = len(encoder.measure(record)[1])
+        theirs = as_processed(processor, record)
+        with torch.no_grad():
+            logits_SV = exported(**theirs).logits[0, :, : encoder.vocab_size]
+        gold_T = theirs["input_ids"][0, -num:]
+        nats += torch.nn.functional.cross_entropy(logits_SV[-num - 1 : -1], gold_T, reduction="none").tolist()
+    assert scores["perplexity"] == pytest.approx(np.exp(np.mean(nats)), rel=1e-4)
+    other = save_vlm(tmp_path / "other", "llava_onevision", num_layers=2, hidden=16)
+    with pytest.raises(ModelError, match="has another tokenizer than the teacher"):
+        vc.distill(cache, student=str(other), out=tmp_path / "refused")
+
+
 @pytest.mark.skipif(find_spec("torchvision") is not None, reason="torchvision is there")
 def test_a_processor_that_this_machine_cannot_load_is_refused_with_what_it_needs(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
