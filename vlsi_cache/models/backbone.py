@@ -388,6 +388,13 @@ def _check_head(model: Any) -> None:
                 f"`{name}`: its {what} carries an adapter (`{type(module).__name__}`), and layers are read through the "
                 "plain weight: merge the adapter first, or adapt the decoder layers alone"
             )
+    is_plain = type(head.weight.data).__module__.split(".")[0] == "torch"  # torchao has tensors of its own
+    if not (is_plain and head.weight.is_floating_point() and head.weight.ndim == 2):
+        raise ModelError(
+            f"`{name}`: its language head is quantised (`{type(head.weight.data).__name__}`, "
+            f"{list(head.weight.shape)} {head.weight.dtype}), and layers are read through the plain weight: quantise "
+            'the model without it (`modules_to_not_convert: ["lm_head"]`), or name the model that it was made of'
+        )
     # A model without any weight is only looked at (`plan`).
     if head.weight.is_meta and not all(parameter.is_meta for parameter in model.parameters()):
         raise ModelError(f"`{name}`: its language head is offloaded; load the model with more memory for its device")

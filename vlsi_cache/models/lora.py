@@ -167,13 +167,17 @@ def adapter_files(folder: Path) -> dict[str, Path | str]:
     return {WEIGHTS: folder / WEIGHTS, CONFIG: json.dumps(settings, sort_keys=True)}
 
 
-def merged(model: Any, folder: Path) -> Any:
-    """The model with the adapter of `folder` folded into its weights; raises ModelError where that is not possible."""
+def with_adapter(model: Any, folder: Path) -> Any:
+    """The model with the adapter of `folder` beside its weights."""
     from peft import PeftModel
 
     adapter_files(folder)
+    return PeftModel.from_pretrained(model, str(folder))
+
+
+def merged(adapted: Any, folder: Path) -> Any:
+    """The plain model with the adapter folded into its weights; raises ModelError where that is not possible."""
     kind = _read(folder).get("peft_type")
-    adapted = PeftModel.from_pretrained(model, str(folder))
     if not hasattr(adapted, "merge_and_unload"):
         raise ModelError(
             f"adapter {folder}: a `{kind}` cannot be merged into the weights; merge what can be, and name that"

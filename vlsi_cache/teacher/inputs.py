@@ -75,7 +75,7 @@ class TeacherInputs:
     def load_backbone(self, device: str) -> Backbone:
         """The frozen teacher; device `auto` spreads one that is too large over all GPUs."""
         model = self.model.load(device)
-        if note := self.model.adapter_note:
+        for note in self.model.notes:
             say(note)
         backbone = checked_backbone(model, self.encoder)
         say(f"teacher: {self.model.path} on {backbone.device}")
