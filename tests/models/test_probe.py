@@ -24,7 +24,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from vlsi_cache.errors import ModelError
-from vlsi_cache.models.backbone import Backbone, check_family
+from vlsi_cache.models.backbone import Backbone
+from vlsi_cache.models.families import FAMILIES as KNOWN
+from vlsi_cache.models.families import Family, check_family
 from vlsi_cache.models.probe import check_against_itself
 
 # Their layers carry a state from token to token, see chunks of a row, or take no mask of ours.
@@ -172,4 +174,37 @@ def test_unknown_families_are_named_with_what_was_looked_for() -> None:
     with pytest.raises(
         ModelError, match=r"no final norm found in `LlamaModel` \(looked for `norm`, .*family is unknown"
     ):
+        Backbone(model)
+
+
+class Renamed(torch.nn.Module):
+    """A Llama stack that calls its parts otherwise than all others do."""
+
+    def __init__(self, body: Any) -> None:
+        super().__init__()
+        self.body, self.steps, self.last_step = [body], body.layers, body.norm  # the body is no submodule
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.body[0](**inputs)
+
+
+def test_an_unknown_family_is_added_by_the_lines_that_its_error_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, probe = make_model("llama", logit_gain=1.0), make_probe()
+    stack = Renamed(model.model)
+    model.get_decoder = lambda: stack
+    with pytest.raises(ModelError) as caught:
+        Backbone(model)
+    lines = str(caught.value)
+    assert 'FAMILIES["llama"] = Family(' in lines
+    assert "lists of modules here: `model.layers`" in lines
+    assert "norms outside of them: `model.norm`" in lines
+    assert "linear layers at the top: `lm_head`" in lines
+    known = Family(decoder="model", layers=("layers",), final_norm=("norm",), head="lm_head", multiply=("logit_gain",))
+    monkeypatch.setitem(KNOWN, "llama", known)
+    backbone = Backbone(model)
+    assert check_against_itself(backbone, lambda: probe, name="m") == ""
+    with torch.no_grad():
+        torch.testing.assert_close(our_logprobs(backbone, probe), own_logprobs(model, probe), rtol=0, atol=1e-5)
+    monkeypatch.setitem(KNOWN, "llama", Family(decoder="model.stack"))
+    with pytest.raises(ModelError, match=r"no module `model\.stack`, which .*families\.py names for `llama`"):
         Backbone(model)

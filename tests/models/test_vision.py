@@ -45,7 +45,7 @@ def sample(num_prompt: int, num_response: int) -> Encoded:
     """As PaliGemma's processor types a prompt: all of it 0."""
     ids = np.random.default_rng(num_prompt).integers(3, 200, num_prompt + num_response)
     types_1P = np.zeros((1, num_prompt), dtype=np.int64)
-    return Encoded(ids, num_prompt, ids[num_prompt:], media={"token_type_ids": types_1P})
+    return Encoded(ids, num_prompt, ids[num_prompt:], media={"token_type_ids": types_1P}, answer_type=1)
 
 
 def paligemma() -> Any:
@@ -62,7 +62,7 @@ def probe_of(samples: list[Encoded]) -> Probe:
     batch = collate(samples, pad_id=0)
     first, half = samples[0], len(samples[0].response_ids) // 2
     stop = first.num_prompt + half
-    cut = Encoded(first.input_ids[:stop], first.num_prompt, first.response_ids[:half], media=first.media)
+    cut = Encoded(first.input_ids[:stop], first.num_prompt, first.response_ids[:half], media=first.media, answer_type=1)
     alone = [collate([one], pad_id=0).inputs for one in samples]
     return Probe(batch.inputs, batch.rows_T, batch.positions_T, alone, collate([cut], pad_id=0).inputs, half, batch)
 

@@ -16,10 +16,6 @@ from .sequence import Encoded, Layout, num_tokens, sequences
 from .vision import Pictures
 
 IGNORE_INDEX = -100
-# PaliGemma's `token_type_ids` are 0 on the prompt, which sees all of itself, and 1 on what sees only what came before.
-CAUSAL = 1
-
-
 # Of the inputs of a packed batch, [B, S]: the place in its row behind the last token that sees this one. What comes
 # there is another sequence, or another branch. `models.backbone` makes the model's attention mask of it.
 SEEN_UNTIL = "seen_until"
@@ -75,7 +71,7 @@ def collate(
     less padding; one that is longer has a row of its own.
     """
     lengths_of_sequences = [len(one.input_ids) for one in sequences]
-    # PaliGemma's token types are part of its mask, and say nothing of sequences.
+    # `token_type_ids` are part of the mask (PaliGemma, Gemma 3), and say nothing of sequences.
     can_pack = row_width and not any("token_type_ids" in one.media for one in sequences)
     alone = [(row, 0) for row in range(len(sequences))]
     places = pack(lengths_of_sequences, row_width) if can_pack else alone
@@ -115,7 +111,9 @@ def _inputs(samples: Sequence[Encoded], lengths: list[int], *, pad_id: int, left
     keys = dict.fromkeys(key for sample in samples for key in sample.media)
     if "token_type_ids" in keys:
         typed = zip(samples, lengths, strict=True)
-        inputs["token_type_ids"] = _pad([_prefix_types(sample, length) for sample, length in typed], CAUSAL, left=left)
+        inputs["token_type_ids"] = _pad(
+            [_answer_typed(sample, length) for sample, length in typed], samples[0].answer_type, left=left
+        )
         del keys["token_type_ids"]
     for key in keys:
         inputs[key] = _join([sample.media[key] for sample in samples if key in sample.media])
@@ -165,10 +163,10 @@ def _pictures(samples: Sequence[Encoded]) -> dict[str, Any]:
     return {PICTURES: Pictures.joined(found)} if found else {}
 
 
-def _prefix_types(sample: Encoded, length: int) -> np.ndarray:
+def _answer_typed(sample: Encoded, length: int) -> np.ndarray:
     """The processor's types of the prompt, then those of an answer."""
     types_P = sample.media.get("token_type_ids", np.zeros(sample.num_prompt, np.int64)).reshape(-1)[:length]
-    return np.concatenate([types_P, np.full(length - len(types_P), CAUSAL, dtype=np.int64)])
+    return np.concatenate([types_P, np.full(length - len(types_P), sample.answer_type, dtype=np.int64)])
 
 
 def _pad(rows: list[np.ndarray], fill: int, *, left: bool) -> torch.Tensor:

@@ -257,6 +257,8 @@ class Encoder:
             same_pictures = self.vision.takes_pictures_alone or len(record.images) == len(later.images)
             if not (self.vision.shares_prompts and same_pictures):
                 return NOTHING
+            if not (goes_on or self.vision.may_branch):
+                return NOTHING
             # The pictures of a branch are all in what it shares: then those of a sequence come in one order.
             if not goes_on and np.isin(longer.prompt_ids[num_ids:], list(self._placeholder_ids)).any():
                 return NOTHING
@@ -333,9 +335,11 @@ class Encoder:
     @cached_property
     def _bos(self) -> str:
         """The token the tokenizer itself puts first; "" if it puts none."""
-        plain, full = (self.tokenizer("a", add_special_tokens=add)["input_ids"] for add in (False, True))
-        bos = self.tokenizer.bos_token
-        begins = full[:1] == [self.tokenizer.bos_token_id] and plain[:1] != full[:1]
+        # A processor's own: PaliGemma's takes that away from it, and puts one where it belongs, behind the pictures.
+        tokenizer = self.tokenizer if self.vision is None else self.vision.tokenizer
+        plain, full = (tokenizer("a", add_special_tokens=add)["input_ids"] for add in (False, True))
+        bos = tokenizer.bos_token
+        begins = full[:1] == [tokenizer.bos_token_id] and plain[:1] != full[:1]
         return bos if begins and bos is not None else ""
 
 

@@ -53,7 +53,7 @@ class Encoded:
 
     Of several samples `joined` has the span of each in order, `num_prompt` and `response_ids` are those of the last,
     and `positions` [S] are depths where the sequence branches (None: 0 to S - 1). With `pictures`, the pixels of those
-    whose features are held are not in `media`.
+    whose features are held are not in `media`. `answer_type`: see `vision.Prompt`.
     """
 
     input_ids: np.ndarray
@@ -64,6 +64,7 @@ class Encoded:
     pictures: Pictures | None = None
     joined: tuple[Span, ...] = ()
     positions: np.ndarray | None = None
+    answer_type: int = 0
 
     @property
     def spans(self) -> tuple[Span, ...]:
@@ -104,6 +105,7 @@ def join(pieces: Sequence[Piece]) -> Encoded:
         _pictures(prompts),
         tuple(spans) if len(spans) > 1 else (),
         None if np.array_equal(positions_S, np.arange(num_tokens)) else positions_S,
+        prompts[0].answer_type,
     )
 
 

@@ -5,6 +5,7 @@ Shapes: P prompt tokens; the media arrays are the processor's own.
 """
 
 import hashlib
+import inspect
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,12 +31,16 @@ VOLATILE_KEYS = ("image_processor_type", "processor_class", "feature_extractor_t
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids with every placeholder expanded; `token_types_P` is 1 on image tokens, None if the model takes none."""
+    """Token ids with every placeholder expanded; `token_types_P` is 1 on image tokens, None if the model takes none.
+
+    `answer_type` is what `token_type_ids`, of models that take them, are on an answer.
+    """
 
     ids_P: np.ndarray
     token_types_P: np.ndarray | None
     media: dict[str, np.ndarray]
     pictures: "Pictures | None" = None
+    answer_type: int = 0
 
 
 def token_ids(tokenizer: Any, text: str) -> list[int]:
@@ -77,6 +82,7 @@ class GridVision:
 
     takes_pictures_alone = True
     shares_prompts = True
+    may_branch = True
 
     def __init__(self, tokenizer: Any, image_processor: Any, image_token_id: int) -> None:
         self.tokenizer = tokenizer
@@ -149,8 +155,13 @@ class ProcessorVision:
         self.tokenizer = processor.tokenizer
         self.image_processor = processor.image_processor
         self.image_token_id = getattr(processor, "image_token_id", None)
-        # Token types of a prompt say that it sees all of itself (PaliGemma): what goes on from it is another prompt.
-        self.shares_prompts = "token_type_ids" not in processor.model_input_names
+        # A processor that takes the answer apart from the prompt (PaliGemma's `suffix`) types both: 0 sees all of the
+        # prompt, 1 what came before alone, and what goes on from a prompt is another prompt. Elsewhere (Gemma 3) token
+        # types are those of pictures, and an answer is text: 0.
+        has_prefix = "suffix" in inspect.signature(type(processor).__call__).parameters
+        self.answer_type, self.shares_prompts = int(has_prefix), not has_prefix
+        # Token types are part of the mask, and say nothing of branches.
+        self.may_branch = "token_type_ids" not in processor.model_input_names
         self._known: dict[tuple[tuple[int, int], ...], int] = {}
         self._checks_left = CHECKED_SIZES if hasattr(processor, "_get_num_multimodal_tokens") else NEVER
 
@@ -219,7 +230,8 @@ class ProcessorVision:
             raise DataError(f"{type(self.processor).__name__} refuses it: {error}") from None
         arrays = {key: np.asarray(value) for key, value in features.items() if key not in OURS}
         types = arrays.pop("mm_token_type_ids", None)
-        return Prompt(arrays.pop("input_ids")[0], None if types is None else types[0], arrays)
+        types_P = None if types is None else types[0]
+        return Prompt(arrays.pop("input_ids")[0], types_P, arrays, answer_type=self.answer_type)
 
 
 # What the encoder asks of either way: texts come with all special tokens written out.
@@ -269,21 +281,38 @@ def _load_processor(path: str, config: Any, options: dict[str, Any]) -> Any:
     from transformers import AutoProcessor
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
+    family = cast(type[Any], PROCESSOR_MAPPING[type(config)]) if type(config) in PROCESSOR_MAPPING else None
     try:
-        if find_spec("torchvision") is None and type(config) in PROCESSOR_MAPPING:
-            family = cast(type[Any], PROCESSOR_MAPPING[type(config)])
+        if find_spec("torchvision") is None and family is not None:
             return _for_pictures(family).from_pretrained(path, **options)
         return AutoProcessor.from_pretrained(path, **options)
     except (OSError, ValueError, TypeError, ImportError) as error:
-        is_missing = isinstance(error, ImportError) and find_spec("torchvision") is None
-        hint = "; it needs torchvision, run: pip install torchvision" if is_missing else ""
-        raise ModelError(f"the processor of `{path}` cannot be loaded: {_short(error)}{hint}") from error
+        raise ModelError(
+            f"the processor of `{path}` cannot be loaded: {_short(error)}{_missing(family, error)}"
+        ) from error
 
 
 def _for_pictures(processor: type[Any]) -> type[Any]:
     """The same class without its video processor, which transformers cannot even name where torchvision is missing."""
     parts = [name for name in processor.get_attributes() if name != "video_processor"]
-    return type(processor.__name__, (processor,), {"get_attributes": classmethod(lambda _: parts)})
+    changes: dict[str, Any] = {"get_attributes": classmethod(lambda _: parts)}
+    argument = inspect.signature(processor.__init__).parameters.get("video_processor")
+    if argument is not None and argument.default is argument.empty:  # SmolVLM's does not do without it
+
+        def made(own: Any, args: Any, settings: Any, **options: Any) -> Any:
+            return super(own, own).from_args_and_dict(args, settings, video_processor=None, **options)
+
+        changes["from_args_and_dict"] = classmethod(made)
+    return type(processor.__name__, (processor,), changes)
+
+
+def _missing(family: type[Any] | None, error: Exception) -> str:
+    """The packages that a processor is marked as needing and that are not there, with how to install them."""
+    wanted = [str(one) for one in getattr(family, "_backends", ())]
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        wanted.append(error.name.split(".")[0])
+    absent = [name for name in wanted if find_spec(name) is None]
+    return f"; it needs {' and '.join(absent)}, run: pip install {' '.join(absent)}" if absent else ""
 
 
 def _digest(processor: Any, **facts: Any) -> str:

@@ -24,15 +24,11 @@ from vlsi_cache.data.sequence import Layout
 from vlsi_cache.errors import ModelError, SpecError
 from vlsi_cache.sparse.head import Head
 
+from .families import check_family, find_parts, head_module, logit_change
 from .features import with_features
 from .packing import unpacked, widest_row
 
 Kept = TypeVar("Kept")
-LAYER_LISTS = ("layers", "h", "blocks")
-FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "final_norm", "norm_f", "ln_f", "embedding_norm")
-FINAL_NORMS += ("layer_norm", "ln_out", "out_norm")
-# Between their layers runs more than one hidden state per token, so none of them can be read through the head.
-SEVERAL_STREAMS = ("altup_num_inputs", "hc_mult")
 # LLaVA-OneVision-7B: 28 layers, but the paper's targets are those of the 24-layer 0.5B model.
 PAPER_LAYERS: dict[tuple[str | None, int, int], list[int]] = {("llava_onevision", 28, 3): [4, 12, 20]}
 
@@ -79,17 +75,20 @@ class Backbone:
         self.config = self._inner.config
         self.text_config = self.config.get_text_config()
         check_family(self.config)
+        parts = find_parts(self._inner)
+        self.decoder, self.layers_name = parts.decoder, parts.layers
+        self._norm_name = parts.final_norm
         _check_head(self._inner)
-        self.decoder = self._inner.get_decoder()
-        if self.decoder is self._inner:  # a few families put the text stack in `model` and do not say so
-            self.decoder = getattr(self._inner, "model", self.decoder)
         # What runs: everything below the head, the vision tower of a VLM included.
         self._body = cast(Any, self.decoder if self._inner.base_model is self._inner else self._inner.base_model)
-        self.layers_name = _named(self.decoder, LAYER_LISTS, nn.ModuleList, "list of decoder layers", self._inner)
         self._ropes: list[Any] = [module for module in self.decoder.modules() if _grows(module)]
         self._offsets: list[Any] = [module for module in self._inner.modules() if hasattr(module, "rope_deltas")]
         self._rope_kind, self.rope_limit = rope_of(self.text_config)
-        self._norm_name = _named(self.decoder, FINAL_NORMS, nn.Module, "final norm", self._inner)
+
+    @property
+    def plain(self) -> Any:
+        """The model without the wrapper of an adapter."""
+        return self._inner
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -104,12 +103,12 @@ class Backbone:
     @property
     def head_weight(self) -> Tensor:
         """Weight of the language head, [V, D]; V can exceed the real vocabulary."""
-        return self._inner.get_output_embeddings().weight
+        return head_module(self._inner).weight
 
     @property
     def head_bias(self) -> Tensor | None:
         """Bias of the language head, [V]; None in most families."""
-        return getattr(self._inner.get_output_embeddings(), "bias", None)
+        return getattr(head_module(self._inner), "bias", None)
 
     @property
     def logit_scale(self) -> float:
@@ -125,10 +124,7 @@ class Backbone:
         """Scale and cap as the configuration says, a first guess; or as `probe.py` has found them."""
         if self._inner in _found_changes:
             return _found_changes[self._inner]
-        keys = ("logit_scale", "logits_scaling", "final_logit_softcapping")
-        scale, divisor, cap = (getattr(self.text_config, key, None) for key in keys)
-        scale = (1.0 if scale is None else float(scale)) / (1.0 if divisor is None else float(divisor))
-        return scale, None if cap is None else float(cap)
+        return logit_change(self.config)
 
     def change_logits(self, scale: float, cap: float | None) -> None:
         """Scale and soft cap are these, whatever the configuration says; for every Backbone of this model."""
@@ -374,20 +370,6 @@ def _gather(hidden_BSD: Tensor, rows_T: Tensor, positions_T: Tensor) -> Tensor:
     return hidden_BSD[rows_T.to(hidden_BSD.device), positions_T.to(hidden_BSD.device)]
 
 
-def check_family(config: Any) -> None:
-    """Raise ModelError for families whose layers cannot be read one by one, from the configuration alone."""
-    text = config.get_text_config()
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f"`{config.model_type}` is an encoder-decoder model; teacher and student must be decoders")
-    for key in SEVERAL_STREAMS:
-        value = getattr(text, key, None)
-        if isinstance(value, int) and value > 1:
-            raise ModelError(
-                f"`{config.model_type}` carries {value} hidden states per token from layer to layer (`{key}`): what a "
-                "layer says cannot be read through the head. Choose a teacher or student of another family"
-            )
-
-
 def rope_kinds(text_config: Any) -> list[dict[str, Any]]:
     """The settings of the rope; models with several kinds of layers have one entry for each."""
     rope = getattr(text_config, "rope_parameters", None) or getattr(text_config, "rope_scaling", None) or {}
@@ -412,20 +394,8 @@ def _grows(module: Any) -> bool:
     return isinstance(kind, str) and "dynamic" in kind and hasattr(module, "max_seq_len_cached")
 
 
-def _named(decoder: nn.Module, names: Sequence[str], kind: type[nn.Module], what: str, model: nn.Module) -> str:
-    """The first of `names` that is there; raises ModelError when none is."""
-    found = [name for name in names if isinstance(getattr(decoder, name, None), kind)]
-    if not found:
-        raise ModelError(
-            f"`{type(model).__name__}`: no {what} found in `{type(decoder).__name__}` (looked for "
-            f"{', '.join(f'`{name}`' for name in names)}); this family is unknown"
-        )
-    return found[0]
-
-
 def _check_head(model: Any) -> None:
-    name = type(model).__name__
-    head = model.get_output_embeddings()
+    name, head = type(model).__name__, head_module(model)
     if head is None:
         raise ModelError(f"`{name}` has no language head")
     for what, module in (("language head", head), ("word embeddings", model.get_input_embeddings())):
@@ -435,6 +405,13 @@ def _check_head(model: Any) -> None:
                 f"`{name}`: its {what} carries an adapter (`{type(module).__name__}`), and layers are read through the "
                 "plain weight: merge the adapter first, or adapt the decoder layers alone"
             )
+    is_plain = type(head.weight.data).__module__.split(".")[0] == "torch"  # torchao has tensors of its own
+    if not (is_plain and head.weight.is_floating_point() and head.weight.ndim == 2):
+        raise ModelError(
+            f"`{name}`: its language head is quantised (`{type(head.weight.data).__name__}`, "
+            f"{list(head.weight.shape)} {head.weight.dtype}), and layers are read through the plain weight: quantise "
+            'the model without it (`modules_to_not_convert: ["lm_head"]`), or name the model that it was made of'
+        )
     # A model without any weight is only looked at (`plan`).
     if head.weight.is_meta and not all(parameter.is_meta for parameter in model.parameters()):
         raise ModelError(f"`{name}`: its language head is offloaded; load the model with more memory for its device")

@@ -28,7 +28,7 @@ from vlsi_cache.io import hash_of, refuse_url
 from vlsi_cache.runtime import check_device
 
 from .backbone import rope_kinds, rope_of
-from .lora import adapter_files, base_of, has_adapter, is_adapter_alone, merged, without_adapter
+from .lora import adapter_files, base_of, has_adapter, is_adapter_alone, merged, with_adapter, without_adapter
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 PACKAGE = re.compile(r"package:(?P<name>[A-Za-z_]\w*)(?P<folder>(?:/[^/]+)*)/?")
@@ -101,19 +101,29 @@ class ModelRef:
         return f"xxh3:{digest.hexdigest()}"
 
     @property
-    def adapter_note(self) -> str:
-        """A line for a person about the adapter that loading this model merges; "" without one."""
-        folder = Path(resolve_model(self.path))
-        if not folder.is_absolute() or not has_adapter(folder):
-            return ""
-        base = base_of(folder) if is_adapter_alone(folder) else "the model beside it"
-        return f"model {self.path}: the adapter there is merged into the weights of {base}"
+    def quantization(self) -> dict[str, Any] | None:
+        """How the weights are quantised, as config.json says it; None for plain ones. A GGUF file is unpacked."""
+        found: Any = None if self.gguf_file else getattr(self.config, "quantization_config", None)
+        return found.to_dict() if hasattr(found, "to_dict") else found
+
+    @property
+    def notes(self) -> list[str]:
+        """Lines for a person about what loading this model does to its weights."""
+        folder, found = Path(resolve_model(self.path)), []
+        if quantization := self.quantization:
+            found.append(f"model {self.path}: its weights are quantised ({quantization.get('quant_method')})")
+        if folder.is_absolute() and not self.gguf_file and has_adapter(folder):
+            base = base_of(folder) if is_adapter_alone(folder) else "the model beside it"
+            how = "runs beside the quantised weights" if quantization else "is merged into the weights"
+            found.append(f"model {self.path}: the adapter there {how} of {base}")
+        return found
 
     def load(self, device: str = "cpu") -> transformers.PreTrainedModel:
         """The frozen model in eval mode, a vision-language one if its configuration has a vision part.
 
         `device` is `auto` (spread over all GPUs, or the CPU when there is none) or any torch device. An adapter in the
-        folder is merged into the weights, of its base where it lies there alone. A missing weight is an error.
+        folder is merged into the weights, of its base where it lies there alone; quantised weights would be rounded
+        anew, and the adapter stays beside them. A missing weight is an error.
         """
         config = self.config
         folder = self.folder(*SMALL_FILES, self.gguf_file or "*.safetensors")
@@ -121,8 +131,10 @@ class ModelRef:
             base = self._base_of(folder)
             with nullcontext(base.path) if base else without_adapter(folder) as path:
                 plain = replace(self, path=path, revision=None).load(device)
-            with quiet(), model_errors(self.path, "its adapter cannot be merged"):
-                return merged(plain, folder).eval().requires_grad_(False)
+            with quiet(), model_errors(self.path, "its adapter cannot be applied"):
+                adapted = with_adapter(plain, folder)
+                whole = adapted if self.quantization else merged(adapted, folder)
+                return whole.eval().requires_grad_(False)
         options: dict[str, Any] = {"config": config, "dtype": self.dtype, "device_map": _device_map(device)}
         options |= {"use_safetensors": True, "output_loading_info": True, "trust_remote_code": self.trust_remote_code}
         if self.attn_implementation is not None:
@@ -207,6 +219,16 @@ def resolve_model(path: str | Path) -> str:
     raise ModelError(
         f"model `{path}`: no such folder; give an existing folder, `package:NAME/sub/folder`, or a hub id `org/name`"
     )
+
+
+def check_plain(model: ModelRef, what: str) -> None:
+    """Raise ModelError for quantised weights, which cannot be trained, cut or written here."""
+    if quantization := model.quantization:
+        raise ModelError(
+            f"{what} {model.path}: its weights are quantised (`{quantization.get('quant_method')}` in its "
+            f"config.json); a teacher may be, a {what} is trained and written as plain weights: name the model that it "
+            "was made of"
+        )
 
 
 def max_positions(config: Any) -> int | None:

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from vlsi_cache.errors import ModelError
 
 from .backbone import Backbone
+from .families import head_module
 
 VISION_TOWERS = frozenset({"visual", "vision_tower", "vision_model"})  # what transformers' VLMs call it
 
@@ -105,7 +106,7 @@ def train_head_and_embeddings(model: Any) -> None:
     """Let head and word embeddings train beside the adapter, in fp32 (tied weights stay one parameter)."""
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
     _train(plain.get_input_embeddings().parameters(recurse=False))
-    _train(plain.get_output_embeddings().parameters(recurse=False))
+    _train(head_module(plain).parameters(recurse=False))
 
 
 def train_everything(model: Any) -> Any:
@@ -166,13 +167,17 @@ def adapter_files(folder: Path) -> dict[str, Path | str]:
     return {WEIGHTS: folder / WEIGHTS, CONFIG: json.dumps(settings, sort_keys=True)}
 
 
-def merged(model: Any, folder: Path) -> Any:
-    """The model with the adapter of `folder` folded into its weights; raises ModelError where that is not possible."""
+def with_adapter(model: Any, folder: Path) -> Any:
+    """The model with the adapter of `folder` beside its weights."""
     from peft import PeftModel
 
     adapter_files(folder)
+    return PeftModel.from_pretrained(model, str(folder))
+
+
+def merged(adapted: Any, folder: Path) -> Any:
+    """The plain model with the adapter folded into its weights; raises ModelError where that is not possible."""
     kind = _read(folder).get("peft_type")
-    adapted = PeftModel.from_pretrained(model, str(folder))
     if not hasattr(adapted, "merge_and_unload"):
         raise ModelError(
             f"adapter {folder}: a `{kind}` cannot be merged into the weights; merge what can be, and name that"

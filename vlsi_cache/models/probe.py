@@ -30,6 +30,7 @@ from vlsi_cache.errors import DataError, ModelError
 from vlsi_cache.progress import say
 
 from .backbone import Backbone
+from .families import how_to_add
 from .packing import MAX_WIDTH, keeps_branches_apart, unmaskable_kinds
 
 MAX_DIFFERENCE = 1e-3  # nats, of what is likelier than LIKELY, for weights in fp32
@@ -90,7 +91,7 @@ def _compare(backbone: Backbone, probe: Probe, name: str) -> str:
     if own_TV.shape[1] != backbone.head_weight.shape[0]:
         raise ModelError(
             f"model `{name}`: it gives {own_TV.shape[1]} logits per token, its head has "
-            f"{backbone.head_weight.shape[0]} rows; this family is unknown"
+            f"{backbone.head_weight.shape[0]} rows; this family is unknown. {how_to_add(backbone.plain)}"
         )
     layers = [1] if backbone.num_layers > 1 else []
     captured = backbone.capture(probe.together, layers, probe.rows_T, probe.positions_T)
@@ -163,7 +164,7 @@ def _settle(backbone: Backbone, raw_TV: Tensor, own_TV: Tensor, exact: bool, nam
     raise ModelError(
         f"model `{name}`: its logits come from another head than `final norm, head, scale, cap`: its "
         f"{_difference(own_TV, _changed(backbone, raw_TV), exact)}, and the ratio of the logits is not constant. "
-        "This family is unknown"
+        f"This family is unknown. {how_to_add(backbone.plain)}"
     )
 
 

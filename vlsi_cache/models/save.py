@@ -17,7 +17,7 @@ from vlsi_cache.io import check_apart, check_folder, put_back, refuse_url, repla
 from vlsi_cache.run_files import read_object
 
 from .backbone import Backbone
-from .load import SMALL_FILES, ModelRef, first_line, model_errors, quiet, resolve_model
+from .load import SMALL_FILES, ModelRef, check_plain, first_line, model_errors, quiet, resolve_model
 from .lora import base_of, is_adapter_alone
 
 # In the folder, where it comes from: of a trained student, and of one made of some of a model's layers.
@@ -176,6 +176,7 @@ def init_student(
     if folder.is_absolute():  # else a hub id
         check_apart(out, folder)
     check_ours(out, INIT_RECORD)
+    check_plain(source, "student")
     model = source.load()
     num_source_layers = Backbone(model).num_layers
     keep_layers(model, layers)

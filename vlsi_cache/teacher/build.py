@@ -218,8 +218,10 @@ def fingerprint(inputs: TeacherInputs) -> dict[str, Any]:
     content = "\n".join(f"{record.id} {record.digest}" for record in inputs.records)
     encoder = inputs.encoder.fingerprint()
     del encoder["contract"]  # which the header has by itself
+    quantization = inputs.model.quantization
     return {
         "teacher.weights": inputs.weights_digest,
+        **({} if quantization is None else {"teacher.quantization": quantization}),
         **{f"verbalizer.{layer}": digest for layer, digest in inputs.verbalizer_digests().items()},
         **{f"encoder.{key}": value for key, value in encoder.items()},
         "data.content": hashlib.sha256(content.encode()).hexdigest(),

@@ -11,7 +11,8 @@ from vlsi_cache.config.sections import CacheSpec, TeacherSpec
 from vlsi_cache.data.encoder import Encoder, fit_rows
 from vlsi_cache.data.records import Record, read_records
 from vlsi_cache.data.sequence import Extent, Layout, num_tokens, sequences
-from vlsi_cache.models.backbone import Backbone, check_family, target_layers
+from vlsi_cache.models.backbone import Backbone, target_layers
+from vlsi_cache.models.families import check_family
 from vlsi_cache.models.load import ModelRef, max_positions, resolve_model
 from vlsi_cache.models.probe import check_vocabulary, checked_backbone
 from vlsi_cache.models.verbalizer import Verbalizers, load_verbalizers, logit_lens
@@ -74,7 +75,7 @@ class TeacherInputs:
     def load_backbone(self, device: str) -> Backbone:
         """The frozen teacher; device `auto` spreads one that is too large over all GPUs."""
         model = self.model.load(device)
-        if note := self.model.adapter_note:
+        for note in self.model.notes:
             say(note)
         backbone = checked_backbone(model, self.encoder)
         say(f"teacher: {self.model.path} on {backbone.device}")

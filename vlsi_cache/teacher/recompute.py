@@ -153,6 +153,8 @@ def _refuse_another_teacher(cache: Cache, inputs: TeacherInputs) -> None:
     )
     # What an earlier release did not write; whether its rows are the same is seen by comparing them.
     stored = {"encoder.template_args": {}, "encoder.prompt": "generation", **stored}
+    if "teacher.quantization" not in stored:
+        found.pop("teacher.quantization", None)
     lines = differences(stored, found)
     if lines:
         raise FingerprintMismatchError(

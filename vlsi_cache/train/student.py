@@ -14,9 +14,10 @@ from vlsi_cache.config.training import DistillSpec, InteractSpec, VerbalizerSpec
 from vlsi_cache.data.encoder import Encoder
 from vlsi_cache.data.records import RecordSet, read_records
 from vlsi_cache.errors import DataError, ModelError, SpecError, list_problems
-from vlsi_cache.models.backbone import Backbone, check_family, target_layers
+from vlsi_cache.models.backbone import Backbone, target_layers
+from vlsi_cache.models.families import check_family
 from vlsi_cache.models.features import features_of, keep_features
-from vlsi_cache.models.load import ModelRef, max_positions
+from vlsi_cache.models.load import ModelRef, check_plain, max_positions
 from vlsi_cache.models.probe import check_vocabulary, checked_backbone
 from vlsi_cache.models.save import mend_generation
 from vlsi_cache.models.verbalizer import Verbalizers, load_verbalizers
@@ -151,7 +152,7 @@ class StudentInputs:
             trust_remote_code=distill.trust_remote_code,
         )
         model = named.load(str(where))
-        if note := named.adapter_note:
+        for note in named.notes:
             say(note)
         checked_backbone(model, self.encoder)
         keep_features(model, self.spec.run.vision_cache_mib << 20)
@@ -238,6 +239,7 @@ def open_student(cache: Cache, spec: CacheSpec, path: str) -> StudentInputs:
     """Read the student's tokenizer and config and check them against the cache; raises ModelError, SpecError."""
     distill = spec.distill
     named = ModelRef(path, trust_remote_code=distill.trust_remote_code)
+    check_plain(named, "student")
     encoder, config = named.encoder(spec.data.encoding()), named.config
     say_pixels(spec.data, path, trust_remote_code=distill.trust_remote_code)
     check_tokenizer(cache.header, encoder, path, where=cache.path)
