@@ -61,6 +61,13 @@ class Encoding:
 AS_IT_IS = Encoding()
 
 
+class VideoSpec(Strict):
+    """Which frames of a video are shown, as pictures: `fps` a second, at most `max_frames`, evenly spread."""
+
+    fps: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    max_frames: Annotated[int, Field(ge=1, le=4096)] = 8
+
+
 class DataSpec(Strict):
     """Chat rows: Parquet or JSONL files (`path`: a file, a folder of shards, a glob, or a folder of
     `datasets.save_to_disk`), or an installed generator of rows (`generator`, `options`).
@@ -88,6 +95,7 @@ class DataSpec(Strict):
     prompt: PromptMode = "generation"
     turns: Turns = "all"
     keep_together: Together = "prompt"
+    video: VideoSpec = VideoSpec()
 
     def _contradictions(self) -> Iterator[str]:
         if (self.path is None) == (self.generator is None):

@@ -140,6 +140,8 @@ def load_media(
     reads its bytes once more, none are kept; without, they go onto the `shelf`. Raises DataError with the reason alone.
     """
     keep = partial(_keep, again=again, shelf=shelf)
+    if isinstance(image, Media):  # a frame of a video
+        return image
     entry = image if isinstance(image, Mapping) else {"bytes": image} if _is_bytes(image) else {"path": image}
     if entry.get("bytes") is not None:
         media = _load_bytes(_decode_bytes(entry["bytes"], "`bytes`"), known, keep)
@@ -190,7 +192,7 @@ def _load_text(text: str, root: Path | None, known: dict[Path | str, Media], kee
             raise DataError(f"`{shown(text)}` is no data URI of base64 (data:image/png;base64,...)")
         return _load_bytes(_decode_bytes(inline, "the data URI"), known, keep)
     try:
-        file = _inside(text.removeprefix("file://"), root)
+        file = file_inside(text.removeprefix("file://"), root)
     except DataError:
         if not _looks_like_base64(text):
             raise
@@ -228,7 +230,7 @@ def _keep(media: Media, data: bytes, *, again: Callable[[], bytes] | None, shelf
     return replace(media, data=data if again is None else None, again=again)
 
 
-def _inside(path: str, root: Path | None) -> Path:
+def file_inside(path: str, root: Path | None) -> Path:
     """The real file behind `path`, which must lie below `root` after `..` and links are followed."""
     if root is None:
         raise DataError(f"`{shown(path)}` is a path, and data.media_root is not set")
@@ -356,6 +358,9 @@ def _split_markers(messages: list[Message]) -> None:
             continue
         parts: list[dict[str, Any]] = []
         for part in message["content"]:
+            if part["type"] != "text":
+                parts.append(part)
+                continue
             for number, text in enumerate(part["text"].split(MARKER)):
                 parts += [{"type": "image"}] if number else []
                 parts += [{"type": "text", "text": text}] if text else []

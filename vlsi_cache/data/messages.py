@@ -15,10 +15,10 @@ from .values import given_json, is_empty, listed, parse_json, shown, text_value
 
 Note = Callable[[str], None]
 # What is read of a row. Everything else is named in the log.
-COLUMNS = ("id", "kind", "system", "messages", "conversations", "image", "images", "tools", "chat_template_kwargs")
-COLUMNS += ("prompt", "completion", "chosen", "label")
+COLUMNS = ("id", "kind", "system", "messages", "conversations", "image", "images", "video", "videos", "tools")
+COLUMNS += ("chat_template_kwargs", "prompt", "completion", "chosen", "label")
 # Media that no model here is given: rows with them are refused.
-UNSUPPORTED = ("video", "videos", "audio", "audios")
+UNSUPPORTED = ("audio", "audios")
 _SPEAKERS = {
     "system": "system",
     "human": "user",
@@ -177,6 +177,8 @@ _REASONING = ("reasoning_content", "reasoning", "thinking")
 _TEXT_KEYS = ("name", "tool_call_id")
 _KEYS = ("role", "content", *_REASONING, "tool_calls", *_TEXT_KEYS, "weight", "train")
 # Where a picture of its own can stand in a part.
+_VIDEO_KEYS = ("video", "video_url", "url", "path")  # and a video
+_KNOWN_PARTS = "known: text, image, image_url, video, video_url"
 _PICTURE_KEYS = ("image", "image_url", "url", "path", "bytes", "base64")
 
 
@@ -306,9 +308,7 @@ def _may_learn(turn: Mapping[str, Any], role: str, where: str) -> bool:
 
 def _part(part: Any, where: str) -> dict[str, Any]:
     if not isinstance(part, Mapping):
-        raise DataError(
-            f"{where} has a part of the unknown type `{type(part).__name__}` (known: text, image, image_url)"
-        )
+        raise DataError(f"{where} has a part of the unknown type `{type(part).__name__}` ({_KNOWN_PARTS})")
     part = {key: value for key, value in part.items() if value is not None}
     kind = part.get("type")
     if kind == "text":
@@ -316,9 +316,9 @@ def _part(part: Any, where: str) -> dict[str, Any]:
         return {"type": "text", "text": text_value(part.get("text"), f"a text part of {where}")}
     if kind in ("image", "image_url"):
         return _image_part(part, where)
-    if kind == "video":
-        raise DataError(f"{where} holds a video; videos are not supported yet")
-    raise DataError(f"{where} has a part of the unknown type `{shown(kind)}` (known: text, image, image_url)")
+    if kind in ("video", "video_url"):
+        return _video_part(part, where)
+    raise DataError(f"{where} has a part of the unknown type `{shown(kind)}` ({_KNOWN_PARTS})")
 
 
 def _image_part(part: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -334,6 +334,19 @@ def _image_part(part: Mapping[str, Any], where: str) -> dict[str, Any]:
     if len(own) > 1 and set(own) != {"bytes", "path"}:
         raise DataError(f"{where} has a part with {listed(own)}; keep one of them")
     return {"type": "image", "picture": _picture(own, part, where)}
+
+
+def _video_part(part: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A video part: with its own `clip` (a path or a list of frames), or one of the row's, in order."""
+    _refuse_keys(part, ("type", *_VIDEO_KEYS), where)
+    own = {key: part[key] for key in _VIDEO_KEYS if not is_empty(part.get(key))}
+    if len(own) > 1:
+        raise DataError(f"{where} has a part with {listed(own)}; keep one of them")
+    clip = next(iter(own.values()), None)
+    if "video_url" in own and isinstance(clip, Mapping):
+        _refuse_keys(clip, ("url",), f"`video_url` of {where}")
+        clip = clip.get("url")
+    return {"type": "video", **({} if clip is None else {"clip": clip})}
 
 
 def _picture(own: dict[str, Any], part: Mapping[str, Any], where: str) -> Any:
