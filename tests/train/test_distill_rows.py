@@ -12,6 +12,7 @@ import vlsi_cache as vc
 from vlsi_cache.data.collate import collate
 from vlsi_cache.data.encoder import load_encoder
 from vlsi_cache.data.records import read_records
+from vlsi_cache.data.sequence import Layout
 from vlsi_cache.errors import SpecError
 from vlsi_cache.run_files import read_metrics
 from vlsi_cache.store.reader import Cache
@@ -187,5 +188,5 @@ def test_padded_micro_batches_hold_samples_of_similar_length(tmp_path: Path, tea
         assert sum(float(micro.share_T.sum()) for micro in padded[first : first + 2]) == pytest.approx(1)
     unsorted = [encode_pairs([(records[n], None) for n in names[i : i + 4]], encoder) for i in range(0, 16, 4)]
     assert padding(padded) < 0.7 * padding(unsorted)
-    packed = taken(row_width=64)
+    packed = taken(layout=Layout(row_width=64))
     assert [micro.sample_ids for micro in packed] == [names[i : i + 4] for i in range(0, 16, 4)]

@@ -179,9 +179,15 @@ def _pad(rows: list[np.ndarray], fill: int, *, left: bool) -> torch.Tensor:
 
 def _join(arrays: list[np.ndarray]) -> torch.Tensor:
     """Concatenate along the first axis; LLaVA-OneVision's patch axis, which varies, is padded with zeros."""
-    shape = np.max([array.shape[1:] for array in arrays], axis=0).astype(int) if arrays[0].ndim > 1 else ()
-    padded = [np.pad(a, [(0, 0), *((0, int(m) - n) for n, m in zip(a.shape[1:], shape, strict=True))]) for a in arrays]
-    return torch.from_numpy(np.concatenate(padded))
+    if len({array.shape[1:] for array in arrays}) == 1:
+        return torch.from_numpy(np.concatenate(arrays))
+    shape = np.max([array.shape[1:] for array in arrays], axis=0)
+    joined = np.zeros((sum(map(len, arrays)), *shape), arrays[0].dtype)
+    first = 0
+    for array in arrays:
+        joined[(slice(first, first + len(array)), *map(slice, array.shape[1:]))] = array
+        first += len(array)
+    return torch.from_numpy(joined)
 
 
 NARROWER = 8  # numbers of rows that are tried
