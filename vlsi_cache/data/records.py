@@ -14,7 +14,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, overload
 
@@ -73,6 +73,14 @@ class Record:
     template_args: dict[str, Any] = field(default_factory=dict)
     row: str = ""
 
+    @cached_property
+    def opening(self) -> str:
+        """A digest of the pictures, or of all that is said before the response where there are none: samples of one
+        opening begin alike."""
+        if self.images:
+            return hashlib.sha256("".join(image.sha256 for image in self.images).encode()).hexdigest()
+        return _digest(self.prompt_messages, (), self.tools, self.template_args)
+
     @property
     def prompt_messages(self) -> list[dict[str, Any]]:
         """All messages before the response."""
@@ -90,27 +98,28 @@ MOST_ALIKE = 16  # samples of different rows that stay together
 def alike(record: Record, later: Record) -> bool:
     """Whether two neighbours stay together, since they begin alike: they are turns of one row, responses to one prompt,
     or questions on the same pictures."""
-    if record.row and record.row == later.row:
-        return True
-    if record.images or later.images:
-        return [one.sha256 for one in record.images] == [one.sha256 for one in later.images]
-    what_is_asked = [(one.prompt_messages, one.tools, one.template_args) for one in (record, later)]
-    return what_is_asked[0] == what_is_asked[1]
+    return (record.row != "" and record.row == later.row) or record.opening == later.opening
 
 
 def units(records: Iterable[Record], keep_together: Together) -> list[range]:
     """Places of neighbours that stay together, a range for each run of them: turns of one row, and with
     `data.keep_together: prompt` at most MOST_ALIKE that are `alike`."""
+    with_openings = keep_together == "prompt"
+    begins = ((record.row, record.opening if with_openings else "") for record in records)
+    return units_of(begins)
+
+
+def units_of(begins: Iterable[tuple[str, Any]]) -> list[range]:
+    """`units` of samples of which each is known by its row and its opening; "": it has none."""
     found: list[range] = []
-    before: Record | None = None
-    for place, record in enumerate(records):
-        is_same_row = before is not None and record.row != "" and before.row == record.row
-        has_room = keep_together == "prompt" and place and len(found[-1]) < MOST_ALIKE
-        if is_same_row or (has_room and before is not None and alike(before, record)):
+    row_before, opening_before = "", ""
+    for place, (row, opening) in enumerate(begins):
+        is_alike = opening == opening_before != "" and place > 0 and len(found[-1]) < MOST_ALIKE
+        if is_alike or row == row_before != "":
             found[-1] = range(found[-1].start, place + 1)
         else:
             found.append(range(place, place + 1))
-        before = record
+        row_before, opening_before = row, opening
     return found
 
 
