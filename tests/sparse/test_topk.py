@@ -107,6 +107,18 @@ def test_tail_samples_follow_the_complement(block: int, spread: float):
         assert abs(chi2 - freedom) < 5 * math.sqrt(2 * freedom) + 5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_tail", [1, 40])
+def test_a_processor_and_a_gpu_draw_the_same_ids(num_tail: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    """They multiply with the rows of a group in other ways; the last group reaches behind the vocabulary."""
+    hidden_TD, weight_VD, gold_T = make_teacher(9, 8, 1003)
+    asked = {"top_k": 5, "vocab_size": 1003, "block": 256, "uniforms_Tm": uniforms(9, num_tail)}
+    here = teacher_rows(hidden_TD.to(dtype), weight_VD.to(dtype), gold_T, **asked)
+    monkeypatch.setattr(topk, "_is_on_host", lambda _: False)
+    there = teacher_rows(hidden_TD.to(dtype), weight_VD.to(dtype), gold_T, **asked)
+    assert torch.equal(here["tail_ids_Tm"], there["tail_ids_Tm"])
+
+
 def test_extreme_uniforms_stay_outside_the_top_k():
     hidden_TD, weight_VD, gold_T = make_teacher(6, 8, 500)
     edges_Tm = np.tile([0.0, 2.0**-53, 1 - 2.0**-53, 0.5], (6, 1))
@@ -245,8 +257,9 @@ def test_logits_that_are_not_finite_are_refused_with_their_place(value: float, p
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kept", [1, 5, 64])
-def test_no_value_is_read_on_the_host(kept: int, dtype: torch.dtype):
+def test_no_value_is_read_on_the_host(kept: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
     """A tensor without values: whatever would wait for a GPU to learn one raises here."""
+    monkeypatch.setattr(topk, "_is_on_host", lambda _: False)
     hidden_TD, weight_VD, gold_T = make_teacher(7, 8, 5000)
     uniforms_Tm = torch.from_numpy(uniforms(7, 3))
     asked = {"top_k": kept, "vocab_size": 4990, "block": 2048, "taus": (1.0, 2.0)}

@@ -40,9 +40,26 @@ def save_in(dtype: torch.dtype, source: Path, folder: Path) -> Path:
     return folder
 
 
+def run_with_dropout(cache: Cache, student: Path, out: Path, share: float) -> dict[str, torch.Tensor]:
+    changes = [f"distill.lora.dropout={share}"]
+    vc.distill(cache, student=str(student), out=out, recipe="last", overrides=changes)
+    return load_file(out / "student" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def whole(cache: Cache, student_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """Weights of an undisturbed run."""
+    return run_with_dropout(cache, student_folder, tmp_path_factory.mktemp("whole") / "run", 0.1)
+
+
 @pytest.mark.parametrize("stage", ["interact", "sft"])
 def test_a_killed_run_with_dropout_ends_in_the_same_weights(
-    stage: str, cache: Cache, student_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stage: str,
+    cache: Cache,
+    whole: dict[str, torch.Tensor],
+    student_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     module = importlib.import_module(f"vlsi_cache.train.{stage}")
     step = module.optimizer_step
@@ -52,19 +69,19 @@ def test_a_killed_run_with_dropout_ends_in_the_same_weights(
             raise KeyboardInterrupt
         return step(optimizer, schedule, index, num_steps)
 
-    def run(name: str, *more: str) -> dict[str, torch.Tensor]:
-        changes = ["distill.lora.dropout=0.1", *more]
-        out = vc.distill(cache, student=str(student_folder), out=tmp_path / name, recipe="last", overrides=changes)
-        return load_file(out / "student" / "model.safetensors")
-
-    whole = run("whole")
     with monkeypatch.context() as patch:
         patch.setattr(module, "optimizer_step", stop_at_step_4)
         with pytest.raises(KeyboardInterrupt):
-            run("cut")
-    cut, other = run("cut"), run("other", "distill.lora.dropout=0.2")
+            run_with_dropout(cache, student_folder, tmp_path / "cut", 0.1)
+    cut = run_with_dropout(cache, student_folder, tmp_path / "cut", 0.1)
     assert all(torch.equal(cut[name], whole[name]) for name in whole)
-    assert not all(torch.equal(other[name], whole[name]) for name in whole)  # dropout does something here
+
+
+def test_dropout_does_something(
+    cache: Cache, whole: dict[str, torch.Tensor], student_folder: Path, tmp_path: Path
+) -> None:
+    other = run_with_dropout(cache, student_folder, tmp_path / "other", 0.2)
+    assert not all(torch.equal(other[name], whole[name]) for name in whole)
 
 
 def test_steps_stages_and_seeds_draw_differently() -> None:

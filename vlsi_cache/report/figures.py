@@ -60,7 +60,6 @@ STYLE: dict[Any, Any] = {
     "grid.color": LINE,
     "grid.linewidth": 0.6,
     "legend.frameon": False,
-    "figure.constrained_layout.use": True,
     "figure.constrained_layout.w_pad": 0.08,
 }
 
@@ -78,16 +77,42 @@ class Panel:
     teacher: Mapping[int, Sequence[float]]
 
 
+MARGINS_IN = {"left": 0.7, "right": 0.12, "top": 0.36, "bottom": 0.52}  # room for title, numbers and labels
+GAP_IN = (0.82, 0.86)  # between panels side by side, and between rows of them
+
+
+def _fix_margins(figure: "Figure", columns: int, rows: int, top: float) -> None:
+    """Margins in inches that fit charts of whole numbers, with `top` more for a legend above.
+
+    matplotlib's own layout measures every text twice, which takes longer than all else about a figure.
+    """
+    width, height = figure.get_size_inches()
+    left, right = MARGINS_IN["left"] / width, 1 - MARGINS_IN["right"] / width
+    bottom, high = MARGINS_IN["bottom"] / height, 1 - (MARGINS_IN["top"] + top) / height
+    # matplotlib counts gaps in panels.
+    panel_w = (width * (right - left) - GAP_IN[0] * (columns - 1)) / columns
+    panel_h = (height * (high - bottom) - GAP_IN[1] * (rows - 1)) / rows
+    figure.subplots_adjust(left, bottom, right, high, wspace=GAP_IN[0] / panel_w, hspace=GAP_IN[1] / panel_h)
+
+
 @contextmanager
-def styled_figure(width: float, height: float, columns: int = 1, *, rows: int = 1, **options: Any) -> Any:
-    """A styled figure with axes side by side (or in `rows`), closed to pyplot: no display, no global state."""
+def styled_figure(
+    width: float, height: float, columns: int = 1, *, rows: int = 1, room_above: float | None = None, **options: Any
+) -> Any:
+    """A styled figure with axes side by side (or in `rows`), closed to pyplot: no display, no global state.
+
+    `room_above` fixes the margins, with so many inches for a legend; without it they fit whatever is drawn.
+    """
     import matplotlib
 
     matplotlib.use("Agg", force=False)
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(STYLE):
+    style: dict[Any, Any] = {**STYLE, "figure.constrained_layout.use": room_above is None}
+    with matplotlib.rc_context(style):
         figure = Figure(figsize=(width, height))
+        if room_above is not None:
+            _fix_margins(figure, columns, rows, room_above)
         yield figure, figure.subplots(rows, columns, squeeze=False, **options).ravel()
 
 
@@ -124,7 +149,7 @@ def _label_lines(axes: "Axes", *, num_ticks: int | None = None, **texts: Any) ->
 
 def loss_curves(curves: Curves) -> str:
     """One panel per stage, one line per label: every step faint, the running mean on top."""
-    with styled_figure(3.3 * len(curves) + 0.6, 2.9, len(curves)) as (figure, panels):
+    with styled_figure(3.3 * len(curves) + 0.6, 2.9, len(curves), room_above=0) as (figure, panels):
         for axes, (stage, lines) in zip(panels, curves.items(), strict=True):
             for number, (label, (steps, values)) in enumerate(lines.items()):
                 colour = RECIPE_COLOURS.get(label, (ACCENT, WARM, GREEN, GREY)[number % 4])
@@ -138,7 +163,7 @@ def loss_curves(curves: Curves) -> str:
 
 def verbalizer_losses(steps: Sequence[int], layers: Mapping[int, Sequence[float]]) -> str:
     """Loss of every layer's verbalizer over training (left), and at the end (right)."""
-    with styled_figure(8.2, 3.1, 2, width_ratios=(1.6, 1)) as (figure, (over_time, final)):
+    with styled_figure(8.2, 3.1, 2, room_above=0, width_ratios=(1.6, 1)) as (figure, (over_time, final)):
         colours = _shades(len(layers))
         for colour, (layer, values) in zip(colours, layers.items(), strict=True):
             over_time.plot(steps, smooth(values, max(1, len(values) // 12)), color=colour, lw=1.6, label=str(layer))
@@ -152,7 +177,7 @@ def verbalizer_losses(steps: Sequence[int], layers: Mapping[int, Sequence[float]
 
 def layer_losses(losses: Mapping[str, Mapping[int, Sequence[float]]]) -> str:
     """Held-out loss of each verbalized student layer, one line per recipe; a band from the worst to the best seed."""
-    with styled_figure(5.4, 3.0) as (figure, (axes,)):
+    with styled_figure(5.4, 3.0, room_above=0) as (figure, (axes,)):
         for recipe, of_layer in losses.items():
             layers, colour = list(of_layer), RECIPE_COLOURS.get(recipe, GREEN)
             means = [float(np.mean(of_layer[layer])) for layer in layers]
@@ -170,7 +195,7 @@ def probe_curves(panels: Sequence[Panel], steps: Sequence[int], layers: Sequence
     from matplotlib.lines import Line2D
 
     rows, colours = -(-len(panels) // 3), _shades(len(layers))
-    with styled_figure(9.6, 2.5 * rows + 0.4, 3, rows=rows) as (figure, axes_list):
+    with styled_figure(9.6, 2.5 * rows + 0.4, 3, rows=rows, room_above=0.4) as (figure, axes_list):
         for axes, panel in zip(axes_list, panels, strict=False):
             for of_layer, style in ((panel.teacher, DASHED), (panel.student, "-")):
                 for layer, values in of_layer.items():
@@ -182,7 +207,7 @@ def probe_curves(panels: Sequence[Panel], steps: Sequence[int], layers: Sequence
         names = zip(colours, layer_names(layers), strict=True)
         lines = [Line2D([], [], color=colour, lw=1.6, label=name) for colour, name in names]
         lines.append(Line2D([], [], color=MUTED, lw=1.4, ls=DASHED, label="teacher"))
-        figure.legend(handles=lines, loc="outside upper left", ncols=len(lines), handlelength=1.4)
+        figure.legend(handles=lines, loc="upper left", ncols=len(lines), handlelength=1.4)
         return svg_of(figure, "probes", "Student layers beside their teacher layers over the interaction")
 
 
@@ -257,7 +282,7 @@ def layer_figure(layers: Sequence[LayerStats]) -> str:
     entropies = [one.entropy["mean"] for one in layers]
     kept = [100 * one.kept_mass["mean"] for one in layers if one.kept_mass]  # rows of draws have none
     dots: dict[str, Any] = {"marker": "o", "ms": 4}
-    with styled_figure(8.2, 3.0, 2) as (figure, (nats, shares)):
+    with styled_figure(8.2, 3.0, 2, room_above=0) as (figure, (nats, shares)):
         nats.plot(names, [one.gold_nll for one in layers], color=ACCENT, label="loss on the response", **dots)
         nats.plot(names, entropies, color=WARM, label="entropy", **dots)
         agreement = [100 * one.top1_agreement for one in layers]

@@ -284,57 +284,94 @@ def _draw(
     if not uniforms_Tm.numel():
         return torch.zeros(uniforms_Tm.shape, dtype=torch.int64, device=ids_TK.device)
     tails_TC = _block_tails(scan, inside_TCK) * scale_TC
-    block_Tm, rest_Tm = _pick(tails_TC[:, None].expand(-1, uniforms_Tm.shape[1], -1), uniforms_Tm)
+    block_Tm, rest_Tm = _pick(tails_TC, uniforms_Tm)
+    # Each sample is looked up in all blocks: that costs less than a copy of its block's sums for each sample.
+    sums_TCX = torch.cat([scan.group_sums_TCG, _runners_up(scan, inside_TCK)], -1).double()
+    slot_TCm, rest_TCm = _pick(sums_TCX, rest_Tm[:, None].expand(-1, sums_TCX.shape[1], -1))
+    slot_Tm, rest_Tm = (x_TCm.gather(1, block_Tm[:, None])[:, 0] for x_TCm in (slot_TCm, rest_TCm))
     t_1 = torch.arange(len(ids_TK), device=ids_TK.device)[:, None]
-    groups_TmG = scan.group_sums_TCG[t_1, block_Tm]
-    runners_TmK = _runners_up(scan, inside_TCK)[t_1, block_Tm]
-    slot_Tm, rest_Tm = _pick(torch.cat([groups_TmG, runners_TmK], -1).double(), rest_Tm)
-    num_groups = groups_TmG.shape[2]
-    candidates_TmK = scan.ids_TCK[t_1, block_Tm]
-    runner_Tm = candidates_TmK.gather(2, (slot_Tm - num_groups).clamp(min=0)[..., None])[..., 0]
-    first_Tm = block_Tm * scan.width + slot_Tm.clamp(max=num_groups - 1) * GROUP
-    in_group_Tm = torch.empty_like(runner_Tm)
-    # A processor wants the gathered head rows in its cache, a GPU wants few launches.
-    budget = 1 << 20 if hidden_TD.device.type == "cpu" else len(ids_TK) * scan.width
-    step = max(1, budget // (first_Tm.shape[1] * GROUP * hidden_TD.shape[1]))
-    for start in range(0, len(ids_TK), step):
-        t = slice(start, start + step)
-        in_group_Tm[t] = _draw_in_group(hidden_TD[t], head, first_Tm[t], candidates_TmK[t], rest_Tm[t])
+    num_groups = scan.group_sums_TCG.shape[2]
+    runner_Tm = scan.ids_TCK[t_1, block_Tm, (slot_Tm - num_groups).clamp(min=0)]
+    group_Tm = slot_Tm.clamp(max=num_groups - 1)
+    first_Tm = block_Tm * scan.width + group_Tm * GROUP
+    z_Tmg = _group_logits(hidden_TD, head, first_Tm, scan.width)
+    barred_Tmg = (_kept_bits(scan)[t_1, block_Tm, group_Tm][..., None] >> torch.arange(GROUP, device=t_1.device)) & 1
+    in_group_Tm = first_Tm + _pick_by_logit(z_Tmg.masked_fill(barred_Tmg.bool(), -math.inf), rest_Tm)
     tail_ids_Tm = torch.where(slot_Tm < num_groups, in_group_Tm, runner_Tm)
     return torch.where(tails_TC.sum(1, keepdim=True) > 0, tail_ids_Tm, _lowest_free(ids_TK)[:, None])
 
 
-def _draw_in_group(
-    hidden_TD: Tensor, head: Head, first_Tm: Tensor, candidates_TmK: Tensor, uniforms_Tm: Tensor
-) -> Tensor:
-    """Draw among the GROUP ids from `first`, leaving out the block's candidates and what lies behind the vocabulary."""
-    num_tokens, num_tail = first_Tm.shape
+def _kept_bits(scan: _Scan) -> Tensor:
+    """Which ids of each group are among their block's k best, one bit each: int64 [T, C, G]."""
+    slots_TCK = scan.ids_TCK % scan.width
+    bits_TCG = scan.ids_TCK.new_zeros(scan.group_sums_TCG.shape)
+    return bits_TCG.scatter_add_(2, slots_TCK // GROUP, torch.ones_like(slots_TCK) << slots_TCK % GROUP)
+
+
+def _group_logits(hidden_TD: Tensor, head: Head, first_Tm: Tensor, width: int) -> Tensor:
+    """Logits of the GROUP ids from `first` on, -inf behind the vocabulary: float32 [T, m, GROUP]."""
     ids_Tmg = first_Tm[..., None] + torch.arange(GROUP, device=first_Tm.device)
     there_Tmg = ids_Tmg.clamp(max=head.num_rows - 1)
-    rows_RD = head.weight_VD.index_select(0, there_Tmg.flatten()).float()
-    rows_TDr = rows_RD.view(num_tokens, num_tail * GROUP, -1).transpose(1, 2)
-    products_Tmg = torch.bmm(hidden_TD.float()[:, None], rows_TDr).view(num_tokens, num_tail, GROUP)
-    z_Tmg = head.shape_(products_Tmg, there_Tmg)
-    barred_Tmg = (ids_Tmg[..., None] == candidates_TmK[:, :, None]).any(-1) | (ids_Tmg >= head.num_rows)
-    z_Tmg = z_Tmg.masked_fill(barred_Tmg, -math.inf)
+    if _is_on_host(hidden_TD):
+        products_Tmg = _products_by_group(hidden_TD.float(), head, first_Tm)
+    else:
+        products_Tmg = _products_of_copies(hidden_TD.float(), head, there_Tmg, width)
+    return head.shape_(products_Tmg, there_Tmg).masked_fill(ids_Tmg >= head.num_rows, -math.inf)
+
+
+def _is_on_host(tensor: Tensor) -> bool:
+    """Whether to read a value of it waits for nothing."""
+    return tensor.device.type == "cpu"
+
+
+def _products_by_group(hidden_TD: Tensor, head: Head, first_Tm: Tensor) -> Tensor:
+    """Products of hidden states with the GROUP rows from `first` on; 0 behind the vocabulary.
+
+    Samples of one group are multiplied together, so that each row of the head is read once and none is copied.
+    """
+    first_N, order_N = first_Tm.flatten().sort(stable=True)
+    firsts, counts = first_N.unique_consecutive(return_counts=True)
+    hidden_ND = hidden_TD[order_N // first_Tm.shape[1]]
+    sorted_Ng = hidden_TD.new_zeros((len(order_N), GROUP))
+    for first, hidden_nD, products_ng in zip(
+        firsts.tolist(), hidden_ND.split(counts.tolist()), sorted_Ng.split(counts.tolist()), strict=True
+    ):
+        rows_gD = head.weight_VD[first : min(first + GROUP, head.num_rows)].float()
+        torch.mm(hidden_nD, rows_gD.T, out=products_ng[:, : len(rows_gD)])
+    return torch.empty_like(sorted_Ng).index_copy_(0, order_N, sorted_Ng).view(*first_Tm.shape, GROUP)
+
+
+def _products_of_copies(hidden_TD: Tensor, head: Head, ids_Tmg: Tensor, width: int) -> Tensor:
+    """Products of hidden states with the rows `ids`, copied for as many tokens at a time as fill a block of logits."""
+    num_tokens, num_tail, _ = ids_Tmg.shape
+    products_Tmg = hidden_TD.new_empty(ids_Tmg.shape)
+    step = max(1, num_tokens * width // (num_tail * GROUP * hidden_TD.shape[1]))
+    for t in (slice(start, start + step) for start in range(0, num_tokens, step)):
+        rows_RD = head.weight_VD.index_select(0, ids_Tmg[t].flatten()).float()
+        rows_tRD = rows_RD.view(len(ids_Tmg[t]), num_tail * GROUP, -1)
+        products_Tmg[t] = torch.bmm(hidden_TD[t, None], rows_tRD.transpose(1, 2)).view_as(ids_Tmg[t])
+    return products_Tmg
+
+
+def _pick_by_logit(z_Tmg: Tensor, uniforms_Tm: Tensor) -> Tensor:
+    """A place of each group, drawn from the softmax of its logits."""
     top_Tm1 = z_Tmg.amax(-1, keepdim=True)
     # A draw that went to a runner-up looks at a group too, maybe a fully barred one: any finite number will do there.
     weights_Tmg = (z_Tmg - top_Tm1.masked_fill(top_Tm1 == -math.inf, 0.0)).exp()
-    slot_Tm, _ = _pick(weights_Tmg.double(), uniforms_Tm)
-    return ids_Tmg.gather(2, slot_Tm[..., None])[..., 0]
+    return _pick(weights_Tmg.double(), uniforms_Tm[..., None])[0][..., 0]
 
 
-def _pick(weights_NX: Tensor, uniforms_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Inverse CDF over the last axis (float64): an index of positive weight, and the uniform left inside it."""
+def _pick(weights_NX: Tensor, uniforms_Nm: Tensor) -> tuple[Tensor, Tensor]:
+    """Inverse CDF over the last axis (float64), m times: an index of positive weight, the uniform left inside it."""
     cdf_NX = weights_NX.cumsum(-1)
-    total_N1 = cdf_NX[..., -1:]
-    target_N1 = uniforms_N[..., None] * total_N1
-    # Rounding may lift the target to the total: stay at the last index that has weight.
-    last_N1 = (cdf_NX < total_N1).sum(-1, keepdim=True)
-    index_N1 = torch.minimum((cdf_NX <= target_N1).sum(-1, keepdim=True), last_N1)
-    weight_N1 = weights_NX.gather(-1, index_N1)
-    rest_N1 = (target_N1 - cdf_NX.gather(-1, index_N1) + weight_N1) / weight_N1
-    return index_N1[..., 0], rest_N1.nan_to_num(0.0).clamp(0.0, 1.0 - 2.0**-52)[..., 0]
+    total_N1 = cdf_NX[..., -1:].contiguous()
+    target_Nm = uniforms_Nm * total_N1
+    # Rounding may lift the target to the total: stay at the last index that has weight, and inside where it is NaN.
+    last_N1 = torch.searchsorted(cdf_NX, total_N1).clamp(max=cdf_NX.shape[-1] - 1)
+    index_Nm = torch.minimum(torch.searchsorted(cdf_NX, target_Nm, right=True), last_N1)
+    weight_Nm = weights_NX.gather(-1, index_Nm)
+    rest_Nm = (target_Nm - cdf_NX.gather(-1, index_Nm) + weight_Nm) / weight_Nm
+    return index_Nm, rest_Nm.nan_to_num(0.0).clamp(0.0, 1.0 - 2.0**-52)
 
 
 def _lowest_free(ids_TK: Tensor) -> Tensor:

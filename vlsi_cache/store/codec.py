@@ -10,7 +10,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -310,28 +310,38 @@ def write_arrays(folder: Path, arrays: Mapping[str, np.ndarray], specs: dict[str
 
 
 def _write_metadata(folder: Path, specs: dict[str, ArraySpec]) -> None:
+    """The `zarr.json` of the group and of each array."""
+    for name, spec in ((".", None), *specs.items()):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        (folder / name / "zarr.json").write_bytes(_metadata_of(spec))
+
+
+@lru_cache(maxsize=256)
+def _metadata_of(spec: ArraySpec | None) -> bytes:
+    """What zarr writes for such an array, or for a group (None). Zarr takes 5 ms, and parts of a cache are alike."""
     import zarr
     from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, TransposeCodec
-    from zarr.storage import LocalStore
+    from zarr.storage import MemoryStore
 
-    group = zarr.create_group(LocalStore(folder), zarr_format=3)
-    for name, spec in specs.items():
-        codec, options = spec.codec, {"typesize": spec.dtype.itemsize, "blocksize": spec.codec.block_bytes}
-        blosc = (
-            [BloscCodec(cname="zstd", clevel=BLOSC_LEVEL, shuffle=codec.shuffle, **options)] if codec.shuffle else []
-        )
-        shard = tuple(num * size for num, size in zip(spec.grid, spec.chunk, strict=True))
-        group.create_array(
-            name,
-            shape=spec.shape,
-            dtype=spec.dtype,
-            chunks=spec.chunk,
-            shards=tuple(max(a, b) for a, b in zip(shard, spec.chunk, strict=True)) if spec.sharded else None,
-            filters=[TransposeCodec(order=(1, 2, 0))] if codec.by_entry else [],
-            compressors=[*blosc, Crc32cCodec()],
-            serializer=BytesCodec(endian="little"),
-            fill_value=impossible_fill(spec.dtype),
-        )
+    files: dict[str, Any] = {}
+    group = zarr.create_group(MemoryStore(files), zarr_format=3)
+    if spec is None:
+        return files["zarr.json"].to_bytes()
+    codec, options = spec.codec, {"typesize": spec.dtype.itemsize, "blocksize": spec.codec.block_bytes}
+    blosc = [BloscCodec(cname="zstd", clevel=BLOSC_LEVEL, shuffle=codec.shuffle, **options)] if codec.shuffle else []
+    shard = tuple(num * size for num, size in zip(spec.grid, spec.chunk, strict=True))
+    group.create_array(
+        "array",
+        shape=spec.shape,
+        dtype=spec.dtype,
+        chunks=spec.chunk,
+        shards=tuple(max(a, b) for a, b in zip(shard, spec.chunk, strict=True)) if spec.sharded else None,
+        filters=[TransposeCodec(order=(1, 2, 0))] if codec.by_entry else [],
+        compressors=[*blosc, Crc32cCodec()],
+        serializer=BytesCodec(endian="little"),
+        fill_value=impossible_fill(spec.dtype),
+    )
+    return files["array/zarr.json"].to_bytes()
 
 
 def _write_file(path: Path, pieces: Iterable[bytes]) -> FileRecord:
