@@ -134,10 +134,16 @@ def test_a_tower_that_trains_keeps_nothing(model: Any) -> None:
     assert features_of(model) is None
 
 
-def test_models_without_such_a_tower() -> None:
-    for family in ("llama", "llava_onevision"):
+def test_models_without_such_a_tower(capsys: pytest.CaptureFixture[str]) -> None:
+    for family, why in (
+        ("llama", "sees no pictures"),
+        ("llava_onevision", "prepares the pictures of a sample together"),
+    ):
         other = tiny_model(family)
+        keep_features(other, 0)
+        assert capsys.readouterr().err == ""
         keep_features(other, MIB)
+        assert why in capsys.readouterr().err
         assert features_of(other) is None
     none = tiny_model("qwen2_vl").requires_grad_(False)
     keep_features(none, 0)

