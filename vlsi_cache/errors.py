@@ -27,6 +27,7 @@ __all__ = [
     "SampleNotFoundError",
     "SpecError",
     "VlsiCacheError",
+    "WorkerDiedError",
     "command_line",
     "did_you_mean",
     "first_of",
@@ -127,6 +128,10 @@ class DiskFullError(VlsiCacheError, OSError):
     def __init__(self, what: str = "", *, file: str | os.PathLike[str] | None = None, hint: str | None = None) -> None:
         super().__init__(what, file=file, hint=hint)
         self.errno = errno.ENOSPC
+
+
+class WorkerDiedError(VlsiCacheError, RuntimeError):
+    """A process that prepares rows for this one has ended."""
 
 
 class InterruptedRunError(VlsiCacheError, KeyboardInterrupt):

@@ -8,7 +8,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from vlsi_cache.config.sections import Encoding
-from vlsi_cache.data.encoder import Encoder, fit_rows
+from vlsi_cache.data.encoder import Encoder
+from vlsi_cache.data.measuring import fit_rows
 from vlsi_cache.data.records import Record
 from vlsi_cache.errors import DataError, FingerprintMismatchError, ModelError, SpecError
 from vlsi_cache.train.loader import check_response_ids

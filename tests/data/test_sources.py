@@ -18,10 +18,10 @@ from PIL import Image
 from vlsi_cache.config.sections import DataSpec
 from vlsi_cache.config.spec import load_spec
 from vlsi_cache.data import sources as readers
-from vlsi_cache.data.images import Shelf, decode_image, load_media
+from vlsi_cache.data.images import Shelf, decode_image, load_media, picture_size
 from vlsi_cache.data.records import RecordSet, read_records
 from vlsi_cache.data.writing import write_rows
-from vlsi_cache.errors import DataError
+from vlsi_cache.errors import DataError, SpecError
 
 ROOT = Path(__file__).parents[2]
 SAVED = ROOT / "tests" / "golden" / "saved-to-disk"  # by datasets 5.2.0: three rows with pictures in two shards
@@ -371,3 +371,69 @@ def test_spec_keeps_a_glob(shards: Path, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(shards)
     assert load_spec(file, overrides=["data.path=train-*.parquet"]).data.path == wanted
     assert load_spec(file, overrides=["data.path=../data"]).data.path == str(shards)
+
+
+# --- several files --------------------------------------------------------------------------------------------------
+
+
+def test_a_list_of_files_and_globs(tmp_path: Path) -> None:
+    """In the order of the list, of several kinds; each file once."""
+    for folder, start in (("a", 0), ("b", 2)):
+        (tmp_path / folder).mkdir()
+        write_rows([row(start), row(start + 1)], tmp_path / folder / "rows.jsonl")
+    write_rows([row(4)], tmp_path / "more.parquet")
+    paths = [str(tmp_path / name) for name in ("b/*.jsonl", "more.parquet", "a/rows.jsonl")]
+    assert [record.id for record in read_records(DataSpec(path=paths))] == ["2", "3", "4", "0", "1"]
+    with pytest.raises(DataError, match=r"names .*/b/rows\.jsonl more than once"):
+        read_records(DataSpec(path=[*paths, str(tmp_path / "b")]))
+    with pytest.raises(DataError, match=r"nowhere\.jsonl: no such file or folder"):
+        read_records(DataSpec(path=[*paths, str(tmp_path / "nowhere.jsonl")]))
+    # Files of one name are told apart, and no folder is guessed for pictures.
+    write_rows([seen(0, "a.png")], tmp_path / "a" / "rows.jsonl")
+    with pytest.raises(
+        DataError, match=r"/a/rows\.jsonl:1: image 0 `a\.png` is a path, and data\.media_root is not set"
+    ):
+        read_records(DataSpec(path=paths))
+
+
+def test_spec_keeps_a_list(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "spec.yaml"
+    file.write_text("name: t\nteacher: {model: x, layers: [2]}\ndata: {path: [data/train-*.parquet, data]}\n")
+    assert load_spec(file).data.path == [str(shards / "train-*.parquet"), str(shards)]
+    monkeypatch.chdir(tmp_path)
+    assert load_spec(file, overrides=["data.path=[data]"]).data.path == [str(shards)]
+    file.write_text("name: t\nteacher: {model: x, layers: [2]}\ndata: {path: [../rows.jsonl]}\n")
+    with pytest.raises(SpecError, match=r"`data\.path`: `\.\./rows\.jsonl` leaves the spec's folder"):
+        load_spec(file)
+
+
+# --- headers --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "MPO"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_the_header_says_the_size(form: str, orientation: int) -> None:
+    """The oracle is the picture as it is decoded, turned as the camera says."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    more = {"save_all": True, "append_images": [Image.new("RGB", (8, 6))]} if form == "MPO" else {}
+    options = more if form in ("GIF", "BMP") else {**more, "exif": exif}
+    data = picture(200, form, **options)
+    assert picture_size(data) == decode_image(data).size
+    with pytest.raises(DataError, match="cannot be decoded"):
+        picture_size(data[: len(data) // 2])
+
+
+def test_a_picture_that_is_broken_in_its_middle(tmp_path: Path) -> None:
+    """Its header is whole. With `bad_rows: list` it is found at once, else its row is named when it is used."""
+    buffer = io.BytesIO()
+    Image.effect_noise((40, 40), 90).save(buffer, "PNG")
+    data = bytearray(buffer.getvalue())
+    data[len(data) // 2 : len(data) // 2 + 40] = bytes(40)
+    write_rows([row(0), seen(1, {"bytes": bytes(data)})], tmp_path / "rows.jsonl")
+    record = read(tmp_path / "rows.jsonl")[1]
+    with pytest.raises(DataError, match=r"the image of sha256 .* cannot be decoded"):
+        record.images[0].open()
+    left = read(tmp_path / "rows.jsonl", bad_rows="list")
+    assert [record.id for record in left] == ["0"]
+    assert "image 0 cannot be decoded" in left.skipped[0]["reason"]

@@ -17,7 +17,8 @@ from transformers.models.llava.processing_llava import LlavaProcessor
 
 from vlsi_cache.config.sections import DataSpec, Encoding
 from vlsi_cache.data import vision
-from vlsi_cache.data.encoder import Encoder, fit_rows, load_encoder
+from vlsi_cache.data.encoder import Encoder, load_encoder
+from vlsi_cache.data.measuring import fit_rows
 from vlsi_cache.data.records import Record, read_records
 from vlsi_cache.data.writing import write_rows
 from vlsi_cache.errors import DataError, ModelError

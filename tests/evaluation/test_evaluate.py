@@ -121,7 +121,8 @@ def test_only_the_model_itself_is_destroyed_by_a_loss_without_a_perplexity(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for layer, last, fails in ((800.0, 2.0, False), (2.0, 800.0, True), (math.nan, 2.0, True)):
-        monkeypatch.setattr(evaluate_module, "mean_nll", lambda *_, found=(layer, last): {1: found[0], 3: found[1]})
+        found = {1: layer, 3: last}
+        monkeypatch.setattr(evaluate_module, "mean_nll", lambda *_, found=found, **__: found)
         if fails:
             with pytest.raises(ModelError, match="its last updates have destroyed it"):
                 vc.evaluate(run)

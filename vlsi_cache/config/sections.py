@@ -1,5 +1,6 @@
 """The sections of a spec, each with its defaults, bounds and what contradicts what; those about training are beside."""
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -69,8 +70,8 @@ class VideoSpec(Strict):
 
 
 class DataSpec(Strict):
-    """Chat rows: Parquet or JSONL files (`path`: a file, a folder of shards, a glob, or a folder of
-    `datasets.save_to_disk`), or an installed generator of rows (`generator`, `options`).
+    """Chat rows: Parquet or JSONL files (`path`: a file, a folder of shards, a glob, a folder of
+    `datasets.save_to_disk`, or a list of these), or an installed generator of rows (`generator`, `options`).
 
     `turns`: which of the assistant's turns are learned: `all`, each a sample of its own with the prompt that it has at
     inference, or the `last` one of every row.
@@ -82,7 +83,7 @@ class DataSpec(Strict):
     conversation ("train as the template writes history").
     """
 
-    path: str | None = None
+    path: str | Annotated[list[str], Field(min_length=1)] | None = None
     media_root: str | None = None
     generator: str | None = None
     options: dict[str, Any] = Field(default_factory=dict)
@@ -206,13 +207,23 @@ class RunSpec(Strict):
     else reads the number takes the default. `kernels`: sums over the vocabulary as torch runs them (`eager`) or fused
     by `torch.compile`; `auto` fuses them on CUDA. `vision_cache_mib`: memory of the host for what a frozen vision tower
     makes of pictures, so that it runs once for each; 0 keeps nothing. Each picture goes through the tower alone, which
-    is slower than together: it pays where pictures are shown three times or more.
+    is slower than together: it pays where pictures are shown three times or more. `workers`: processes that read rows
+    and prepare samples, started where there is enough to do; 0 does it all in the process itself, `auto` takes one less
+    than there are cores, at most 8.
     """
 
     device: str = "auto"
     batch_tokens: Literal["auto"] | Annotated[int, Field(ge=1, le=2**31)] = DEFAULT_BATCH_TOKENS
     kernels: Kernels = "auto"
     vision_cache_mib: Annotated[int, Field(ge=0, le=2**24)] = 0
+    workers: Literal["auto"] | Annotated[int, Field(ge=0, le=256)] = "auto"
+
+    @property
+    def num_workers(self) -> int:
+        """The number of worker processes, counted where it is left open."""
+        if self.workers != "auto":
+            return self.workers
+        return min(8, max(0, len(os.sched_getaffinity(0)) - 1) if hasattr(os, "sched_getaffinity") else 1)
 
     @property
     def num_batch_tokens(self) -> int:

@@ -231,12 +231,18 @@ def _apply_override(values: dict[str, Any], override: str) -> Iterator[str]:
     if last in PATH_KEYS and (problem := url_problem(value, f"`--set {override}`:")):
         yield problem
         return
-    if last in PATH_KEYS and isinstance(value, str) and (Path(value).exists() or _names_files(value)):
-        value = str(Path(value).resolve())
+    if last in PATH_KEYS:
+        value = [_absolute(one) for one in value] if isinstance(value, list) else _absolute(value)
     values[last] = value
     other = {"steps": "epochs", "epochs": "steps"}.get(last)
     if other in values and value is not None:
         values[other] = None  # a length in steps replaces one in epochs, and the other way round
+
+
+def _absolute(value: Any) -> Any:
+    """A path or pattern that is there, from the root on; anything else as it is."""
+    is_there = isinstance(value, str) and (Path(value).exists() or _names_files(value))
+    return str(Path(value).resolve()) if is_there else value
 
 
 def _names_files(pattern: str) -> bool:
@@ -256,6 +262,11 @@ def _resolve_paths(values: dict[str, Any], folder: Path, prefix: str = "") -> It
                 yield f"`{prefix}{key}`: `{value}` leaves the spec's folder {folder}; write an absolute path instead"
             elif target.exists() or key in ("path", "media_root"):
                 values[key] = str(target)
+        elif key == "path" and isinstance(value, list):
+            named = [{"path": one} for one in value]
+            for one in named:
+                yield from _resolve_paths(one, folder, prefix)
+            values[key] = [one["path"] for one in named]
 
 
 def _parsed(values: dict[str, Any]) -> tuple[CacheSpec | None, list[str]]:

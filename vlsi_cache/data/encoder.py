@@ -13,14 +13,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from vlsi_cache.config.sections import AS_IT_IS, BadRows, Encoding
-from vlsi_cache.errors import DataError, ModelError, RowError, list_problems
-from vlsi_cache.progress import progress, say
+from vlsi_cache.config.sections import AS_IT_IS, Encoding
+from vlsi_cache.errors import DataError, ModelError, RowError
 
 from .chat import Chat, Turn, open_chat
 from .records import Record, alike
@@ -31,6 +31,7 @@ from .vision import Features, Prompt, Vision, load_vision, pixel_path, token_ids
 # How rows become tokens; counts up when that changes for some row. 1: the answer was read apart from its prompt.
 CONTRACT = 2
 _PLACEHOLDER_KEYS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+READ_TOGETHER = 64  # records whose texts the tokenizer is given at once
 _STRADDLES = "a token stands half in their prompt and half in their response: the response is read as it goes on"
 
 
@@ -101,7 +102,18 @@ class Encoder:
             placeholder_ids=self._placeholder_ids,
             sees_pictures=vision is not None,
         )
-        self.notes: Counter[str] = Counter()  # what `fit_rows` says of the rows read since it began
+        self.notes: Counter[str] = Counter()  # of the rows read since somebody cleared it, for `fit_rows` to tell
+        self.origin: dict[str, Any] | None = None  # what `load_encoder` was given
+
+    @property
+    def can_be_sent(self) -> bool:
+        """Whether another process can load it."""
+        return self.origin is not None
+
+    def __reduce__(self) -> Any:
+        if self.origin is None:
+            raise TypeError("only an encoder that was loaded from a folder can be given to another process")
+        return _loaded_again, (self.origin, self.fingerprint())
 
     @property
     def eot_id(self) -> int:
@@ -152,6 +164,20 @@ class Encoder:
             "max_pixels": None if vision is None else vision.max_pixels,
         }
 
+    def deciding(self) -> str | None:
+        """A digest of all that decides token ids; None where that cannot be told, as of code that is not in a library.
+
+        `fingerprint` says less: it is what teacher and student agree on, and what a cache has stored.
+        """
+        is_known = not type(self.tokenizer).__module__.startswith("transformers_modules")
+        if not (is_known and self.tokenizer.is_fast):
+            return None
+        chat = self.chat
+        facts = [self.name, self.fingerprint(), self.tokenizer.backend_tokenizer.to_str(), self.rope_limit, self._bos]
+        facts += [repr(chat.shape), chat.eot_id, chat.writes_eot, dict(chat.control), dict(chat.templates)]
+        facts += [type(self.tokenizer).__name__, self.tokenizer.special_tokens_map, repr(type(self.vision))]
+        return _sha256(json.loads(json.dumps(facts, sort_keys=True, default=str)))
+
     def measure(self, record: Record, *, with_response: bool = True) -> tuple[int, np.ndarray]:
         """Number of prompt tokens and response ids int64 [R], as `encode` gives them, without reading pixels.
 
@@ -167,17 +193,20 @@ class Encoder:
         What a sample has in common with the one before it is what `encode_all` has once in its sequences.
         """
         before: tuple[Record, _Text] | None = None
-        for index, record in enumerate(records):
-            try:
-                with _naming(record):
-                    text = self._read(record, with_response)
-                    num_prompt = self._num_prompt(record, text)
-                    num_shared = 0 if before is None else self._shared(before, (record, text)).num_shared
-            except RowError as error:
-                yield error
-                continue
-            yield Measured(index, num_prompt, text.response_ids, num_shared)
-            before = (record, text)
+        remaining, index = iter(records), 0
+        while chosen := list(islice(remaining, READ_TOGETHER)):
+            for record, text in zip(chosen, self._read_all(chosen, with_response), strict=True):
+                try:
+                    if isinstance(text, RowError):
+                        raise text
+                    with _naming(record):
+                        num_prompt = self._num_prompt(record, text)
+                        num_shared = 0 if before is None else self._shared(before, (record, text)).num_shared
+                    yield Measured(index, num_prompt, text.response_ids, num_shared)
+                    before = (record, text)
+                except RowError as error:
+                    yield error
+                index += 1
 
     def measured(self, records: Iterable[Record]) -> list[Measured]:
         """`measure_all` of samples that have been encoded before; raises RowError where one cannot be."""
@@ -204,9 +233,10 @@ class Encoder:
         read: list[tuple[Record, _Text]] = []
         shared: list[_Shared] = []
         extents: list[Extent] = []
-        for record in records:
+        for record, text in zip(records, self._read_all(records, True), strict=True):
+            if isinstance(text, RowError):
+                raise text
             with _naming(record):
-                text = self._read(record, True)
                 shared.append(self._shared(read[-1], (record, text)) if read else NOTHING)
                 length = self._num_prompt(record, text) + len(text.response_ids)
                 extents.append(Extent(length, shared[-1].num_shared))
@@ -234,7 +264,7 @@ class Encoder:
     def _num_prompt(self, record: Record, text: _Text) -> int:
         if self.vision is None:
             return len(text.prompt_ids)
-        return self.vision.num_tokens(text.turn.prompt, record.images)
+        return self.vision.num_tokens(text.turn.prompt, record.images, text.prompt_ids.tolist())
 
     def _shared(self, before: tuple[Record, _Text], after: tuple[Record, _Text]) -> "_Shared":
         """What `after` begins with of all tokens of `before`, where the model sees the same in them."""
@@ -282,19 +312,58 @@ class Encoder:
         return self.chat.answer_of(self.decode(ids))
 
     def _read(self, record: Record, with_response: bool) -> _Text:
+        (text,) = self._read_all([record], with_response)
+        if isinstance(text, RowError):
+            raise text
+        return text
+
+    def _read_all(self, records: Sequence[Record], with_response: bool) -> list[_Text | RowError]:
+        """The texts and ids of some records, or why one has none: the tokenizer reads all of them at once."""
+        turns: list[Turn | RowError] = []
+        for record in records:
+            try:
+                with _naming(record):
+                    turns.append(self._turn(record, with_response))
+            except RowError as error:
+                turns.append(error)
+        good = [turn for turn in turns if isinstance(turn, Turn)]
+        prompts = iter(self._ids([turn.prompt for turn in good]))
+        wholes = iter(self._ids([turn.prompt + turn.response for turn in good]) if with_response else ())
+        found: list[_Text | RowError] = []
+        for record, turn in zip(records, turns, strict=True):
+            if isinstance(turn, RowError):
+                found.append(turn)
+                continue
+            prompt_ids, response_ids = next(prompts), list[int]()
+            try:
+                with _naming(record):
+                    if with_response:
+                        response_ids = self._response_ids(turn, prompt_ids, next(wholes))
+            except RowError as error:
+                found.append(error)
+                continue
+            self.notes.update(turn.notes)
+            ids_P, ids_R = (np.asarray(ids, dtype=np.int64) for ids in (prompt_ids, response_ids))
+            found.append(_Text(turn, ids_P, ids_R))
+        return found
+
+    def _turn(self, record: Record, with_response: bool) -> Turn:
         if record.images and self.vision is None:
             raise DataError(f"has {len(record.images)} images, and `{self.name}` is a text-only model")
         turn = self.chat.turn(record) if with_response else Turn(self.chat.prompt(record), "")
         if not turn.prompt.startswith(self._bos):  # never two
             turn = replace(turn, prompt=self._bos + turn.prompt)
-        prompt_ids = token_ids(self.tokenizer, turn.prompt)
-        response_ids = self._response_ids(turn, prompt_ids) if with_response else []
-        self.notes.update(turn.notes)
-        ids_P, ids_R = (np.asarray(ids, dtype=np.int64) for ids in (prompt_ids, response_ids))
-        return _Text(turn, ids_P, ids_R)
+        return turn
 
-    def _response_ids(self, turn: Turn, prompt_ids: list[int]) -> list[int]:
-        ids = token_ids(self.tokenizer, turn.prompt + turn.response)
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of texts as `token_ids` gives them one by one."""
+        if not texts or not self.tokenizer.is_fast:
+            return [token_ids(self.tokenizer, text) for text in texts]
+        options = {"return_attention_mask": False, "return_token_type_ids": False}
+        return self.tokenizer(list(texts), add_special_tokens=False, verbose=False, **options)["input_ids"]
+
+    def _response_ids(self, turn: Turn, prompt_ids: list[int], ids: list[int]) -> list[int]:
+        """Those of the response, out of the `ids` of prompt and response read together."""
         if ids[: len(prompt_ids)] == prompt_ids:
             ids = ids[len(prompt_ids) :]
         else:
@@ -371,49 +440,25 @@ def load_encoder(
     vision = load_vision(path, config, tokenizer, encoding, **options)
     found = (getattr(config, key, None) for key in _PLACEHOLDER_KEYS if vision is not None)
     placeholders = {index for index in found if index is not None}
-    return Encoder(tokenizer, vision, placeholders, name=path, encoding=encoding, rope_limit=rope_limit)
+    encoder = Encoder(tokenizer, vision, placeholders, name=path, encoding=encoding, rope_limit=rope_limit)
+    encoder.origin = {
+        "model": model,
+        "encoding": encoding,
+        "revision": revision,
+        "gguf_file": gguf_file,
+        "trust_remote_code": trust_remote_code,
+        "config_from": config_from,
+        "rope_limit": rope_limit,
+    }
+    return encoder
 
 
-def fit_rows(
-    records: Sequence[Record],
-    encoder: Encoder,
-    max_length: int,
-    *,
-    max_positions: int | None = None,
-    bad_rows: BadRows = "refuse",
-    with_response: bool = True,
-) -> tuple[list[Measured], list[dict[str, str]]]:
-    """Measure all samples: those that fit, and the {id, reason} of those that do not.
-
-    A row, or its prompt alone, fits in `max_length` tokens and in the model's `max_positions` (None: no end). No row is
-    ever cut. What the chat template does with rows that a user may not expect is said once, with counts. Raises
-    DataError if none fits, or (unless `bad_rows` is "list") if one cannot be encoded.
-    """
-    encoder.notes.clear()
-    kept: list[Measured] = []
-    skipped: list[dict[str, str]] = []
-    problems: list[str] = []
-    shown_records = progress(records, "measure rows", unit="row", delay=2)
-    for record, found in zip(records, encoder.measure_all(shown_records, with_response=with_response), strict=True):
-        if isinstance(found, RowError):
-            problems.append(str(found))
-            skipped.append({"id": record.id, "reason": found.reason})
-        elif reason := too_long(found.num_tokens, max_length, max_positions):
-            skipped.append({"id": record.id, "reason": reason})
-        else:
-            kept.append(found)
-    counts = [f"{count} of {len(records)} rows: {note}" for note, count in encoder.notes.most_common()]
-    for line in [*encoder.chat.remarks, *counts]:
-        say(line)
-    if problems and bad_rows == "refuse":
-        advice = "mend them, or leave them out with data.bad_rows: list"
-        raise DataError(
-            f"{len(problems)} rows cannot be encoded for `{encoder.name}`; {advice}\n{list_problems(problems)}"
-        )
-    if not kept:
-        lines = [f"row `{row['id']}`: {row['reason']}" for row in skipped]
-        raise DataError(f"no row is left for `{encoder.name}` out of {len(skipped)}\n{list_problems(lines)}")
-    return kept, skipped
+def _loaded_again(origin: dict[str, Any], fingerprint: dict[str, Any]) -> Encoder:
+    """The encoder in another process; raises ModelError if its folder has changed meanwhile."""
+    encoder = load_encoder(**origin)
+    if encoder.fingerprint() != fingerprint:
+        raise ModelError(f"tokenizer or processor of `{encoder.name}` have changed meanwhile; run the command again")
+    return encoder
 
 
 @contextmanager
@@ -421,17 +466,10 @@ def _naming(record: Record) -> Iterator[None]:
     """Errors say which row it was."""
     try:
         yield
+    except RowError:  # it says so already
+        raise
     except DataError as error:
         raise RowError(f"row `{shown(record.id)}`: {error}", reason=str(error)) from None
-
-
-def too_long(num_tokens: int, max_length: int, max_positions: int | None) -> str:
-    """Why a row of so many tokens does not fit; "" if it does."""
-    if num_tokens > max_length:
-        return f"{num_tokens} tokens, data.max_length is {max_length}"
-    if max_positions is not None and num_tokens > max_positions:
-        return f"{num_tokens} tokens, the model has {max_positions} positions (`max_position_embeddings`)"
-    return ""
 
 
 def _chat_templates(tokenizer: Any, vision: Vision | None, name: str) -> dict[bool, str]:

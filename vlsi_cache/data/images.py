@@ -30,6 +30,8 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 _KNOWN = "PNG, JPEG, WebP, GIF, BMP and TIFF are read"
 # How their files begin: a text that is no path is a picture in base64 if it begins so.
 _BEGINNINGS = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*")
+_DAMAGED = "cannot be decoded"
+_ORIENTATION, _LYING = 0x0112, (5, 6, 7, 8)  # of EXIF: the picture lies on its side
 # Pillow clips these to white when it converts them to 8 bit.
 _DEEP_MODES = ("I", "F")
 
@@ -48,9 +50,27 @@ class Media:
     data: bytes | None = field(default=None, repr=False, compare=False)
     again: Callable[[], bytes] | None = field(default=None, repr=False, compare=False)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Another process gets the bytes of a picture that stands in a file of rows."""
+        data = self.data if self.again is None else self.read()
+        return {"sha256": self.sha256, "size": self.size, "path": self.path, "data": data, "again": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
     def open(self) -> Image.Image:
-        """Decode to an upright RGB image; raises DataError if the file is not the one that was read before."""
-        return decode_image(self.read())
+        """Decode to an upright RGB image; raises DataError if the file is not the one that was read before, or is
+        damaged in its middle, which the header does not tell (see `picture_size`)."""
+        try:
+            return decode_image(self.read())
+        except DataError as error:
+            if not str(error).startswith(_DAMAGED):
+                raise
+            raise DataError(f"{self._name} {error}") from None
+
+    @property
+    def _name(self) -> str:
+        return f"image `{self.path}`" if self.path else f"the image of sha256 {self.sha256[:12]}..."
 
     def read(self) -> bytes:
         """The file as it was read before; raises DataError if it is another one now."""
@@ -62,8 +82,7 @@ class Media:
             assert self.path is not None
             data = read_file(self.path)
         if hashlib.sha256(data).hexdigest() != self.sha256:
-            what = f"image `{self.path}`" if self.path else f"the image of sha256 {self.sha256[:12]}..."
-            raise DataError(f"{what} has changed since the rows were read; start again")
+            raise DataError(f"{self._name} has changed since the rows were read; start again")
         return data
 
 
@@ -82,9 +101,40 @@ def decode_image(data: bytes) -> Image.Image:
     except DataError:
         raise
     except UnidentifiedImageError:
-        raise DataError(f"cannot be decoded: {_found(data)}; {_KNOWN}") from None
+        raise DataError(f"{_DAMAGED}: {_found(data)}; {_KNOWN}") from None
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
-        raise DataError(f"cannot be decoded: {_reason(error)}") from None
+        raise DataError(f"{_DAMAGED}: {_reason(error)}") from None
+
+
+def picture_size(data: bytes) -> tuple[int, int]:
+    """Upright (width, height) in pixels, from the header of a file that is as long as it says.
+
+    Any other one is decoded whole, which finds what is wrong with it, if anything is. Raises what `decode_image` does.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            _check_kind(image)
+            if _is_whole(data, image.format or ""):
+                lies = image.format != "PNG" and image.getexif().get(_ORIENTATION) in _LYING
+                width, height = image.size
+                return (height, width) if lies else (width, height)
+    except Exception:
+        pass
+    return decode_image(data).size
+
+
+def _is_whole(data: bytes, form: str) -> bool:
+    """Whether a file ends where it should, and its header says all of the size."""
+    if form in ("JPEG", "MPO"):
+        return data[-64:].rstrip(b"\0\r\n ").endswith(b"\xff\xd9")
+    if form == "PNG":  # its orientation may stand behind the pixels
+        turned = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")
+        return data.endswith(b"IEND\xaeB`\x82") and not any(mark in data for mark in turned)
+    if form == "WEBP":
+        return len(data) >= 8 + int.from_bytes(data[4:8], "little")
+    if form == "BMP":
+        return len(data) >= int.from_bytes(data[2:6], "little") > 0
+    return form == "GIF" and data.endswith(b";")
 
 
 Keep = Callable[[Media, bytes], Media]
@@ -132,21 +182,24 @@ def load_media(
     known: dict[Path | str, Media],
     again: Callable[[], bytes] | None = None,
     shelf: Shelf | None = None,
+    decode: bool = True,
 ) -> Media:
     """Check one picture of a row and make its reference.
 
     It is bytes, a text (a path, a data URI or base64), or a mapping with `bytes` or `path`. `known` remembers what has
     been decoded already, by its path or its sha256: a picture that is in many rows is kept once. With `again`, which
-    reads its bytes once more, none are kept; without, they go onto the `shelf`. Raises DataError with the reason alone.
+    reads its bytes once more, none are kept; without, they go onto the `shelf`. Without `decode` the header is believed
+    as `picture_size` does. Raises DataError with the reason alone.
     """
+    measured = partial(_media_of, decode=decode)
     keep = partial(_keep, again=again, shelf=shelf)
     if isinstance(image, Media):  # a frame of a video
         return image
     entry = image if isinstance(image, Mapping) else {"bytes": image} if _is_bytes(image) else {"path": image}
     if entry.get("bytes") is not None:
-        media = _load_bytes(_decode_bytes(entry["bytes"], "`bytes`"), known, keep)
+        media = _load_bytes(_decode_bytes(entry["bytes"], "`bytes`"), known, keep, measured)
     elif isinstance(entry.get("path"), str) and entry["path"]:
-        media = _load_text(entry["path"], root, known, keep)
+        media = _load_text(entry["path"], root, known, keep, measured)
     elif entry is image:
         raise DataError("has neither `path` nor `bytes`")
     else:
@@ -182,7 +235,9 @@ def kind_of_file(mode: int) -> str:
     return kinds.get(stat.S_IFMT(mode), "device")
 
 
-def _load_text(text: str, root: Path | None, known: dict[Path | str, Media], keep: Keep) -> Media:
+def _load_text(
+    text: str, root: Path | None, known: dict[Path | str, Media], keep: Keep, measured: Callable[..., Media]
+) -> Media:
     """A text names a file, or is a picture itself."""
     if text[:8].lower().startswith(("http://", "https://")):
         raise DataError(f"`{shown(text)}` is a web address, and nothing is downloaded: save it and name the file")
@@ -190,16 +245,16 @@ def _load_text(text: str, root: Path | None, known: dict[Path | str, Media], kee
         inline = _inline(text)
         if inline is None:
             raise DataError(f"`{shown(text)}` is no data URI of base64 (data:image/png;base64,...)")
-        return _load_bytes(_decode_bytes(inline, "the data URI"), known, keep)
+        return _load_bytes(_decode_bytes(inline, "the data URI"), known, keep, measured)
     try:
         file = file_inside(text.removeprefix("file://"), root)
     except DataError:
         if not _looks_like_base64(text):
             raise
-        return _load_bytes(_decode_bytes(text, "the text"), known, keep)
+        return _load_bytes(_decode_bytes(text, "the text"), known, keep, measured)
     if file not in known:
         try:
-            known[file] = _media_of(read_file(file), path=file)
+            known[file] = measured(read_file(file), path=file)
         except DataError as error:
             raise DataError(f"`{shown(text)}` {error}") from None
     return known[file]
@@ -218,10 +273,10 @@ def _looks_like_base64(text: str) -> bool:
         return False
 
 
-def _load_bytes(data: bytes, known: dict[Path | str, Media], keep: Keep) -> Media:
+def _load_bytes(data: bytes, known: dict[Path | str, Media], keep: Keep, measured: Callable[..., Media]) -> Media:
     sha256 = hashlib.sha256(data).hexdigest()
     if sha256 not in known:
-        known[sha256] = keep(_media_of(data), data)
+        known[sha256] = keep(measured(data), data)
     return known[sha256]
 
 
@@ -248,10 +303,10 @@ def file_inside(path: str, root: Path | None) -> Path:
     return file
 
 
-def _media_of(data: bytes, *, path: Path | None = None) -> Media:
+def _media_of(data: bytes, *, path: Path | None = None, decode: bool) -> Media:
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        size = decode_image(data).size
+        size = decode_image(data).size if decode else picture_size(data)
     return Media(hashlib.sha256(data).hexdigest(), size, path)
 
 

@@ -1,6 +1,6 @@
 """Rows out of files of every kind, one after the other: no file and no large column is held in memory.
 
-Pictures that stand in a file are not kept: `RawRow.again` reads the row once more.
+Where a row lies is told with it (`RawRow.place`): `Source.again` reads it once more.
 """
 
 import codecs
@@ -12,7 +12,7 @@ import json
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import entry_points
@@ -42,38 +42,64 @@ READ_ERRORS = (pa.ArrowException, OSError, EOFError, zlib.error, UnicodeDecodeEr
 _SPOKEN = {".parquet": "Parquet", ".arrow": "Arrow", ".jsonl.gz": "gzip", ".jsonl.zst": "Zstandard", ".json": "JSON"}
 
 
+class Place(NamedTuple):
+    """Where a row lies: in a line of JSONL its first byte and its bytes, in Parquet and Arrow its chunk and its place
+    in that."""
+
+    file: int
+    start: int
+    length: int
+
+
 class RawRow(NamedTuple):
-    """A row, or the DataError that says why it cannot be read; `again` reads it once more, where that is possible."""
+    """A row, or the DataError that says why it cannot be read; its `place`, where it can be read again."""
 
     where: str
     row: Any
-    again: Callable[[], Any] | None = None
+    place: Place | None = None
 
 
-def file_rows(path: Path, kind: str, name: str, unread: set[str]) -> Iterator[RawRow]:
-    """The rows of one file, called `name` in messages; names of columns that are not read are added to `unread`."""
+def file_rows(path: Path, kind: str, name: str, unread: set[str], *, number: int = 0) -> Iterator[RawRow]:
+    """The rows of one file, called `name` in messages; names of columns that are not read are added to `unread`.
+
+    `number` is that of the file among all of the source.
+    """
     try:
         if kind in (".parquet", ".arrow"):
-            yield from _table_rows(path, kind, name, unread)
+            yield from _table_rows(path, kind, name, unread, number)
         elif kind == ".json":
-            yield from _json_rows(path, name)
+            yield from _json_rows(path, name, number)
         else:
-            yield from _jsonl_rows(path, kind, name)
+            yield from _jsonl_rows(path, kind, name, number)
     except READ_ERRORS as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise DataError(f"{path} cannot be read as {_SPOKEN.get(kind, kind)}: {shown(reason)}") from None
 
 
-def _jsonl_rows(path: Path, kind: str, name: str) -> Iterator[RawRow]:
+def _jsonl_rows(path: Path, kind: str, name: str, number: int) -> Iterator[RawRow]:
     start = 0
     with _open_lines(path, kind) as file:
-        for number, line in enumerate(file, start=1):
+        for line_number, line in enumerate(file, start=1):
             # Only a file that is not compressed can be read from its middle.
-            again = partial(_line_again, path, start, len(line)) if kind == ".jsonl" else None
+            place = Place(number, start, len(line)) if kind == ".jsonl" else None
             start += len(line)
-            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            line = line.removeprefix(codecs.BOM_UTF8) if line_number == 1 else line
             if line.strip():
-                yield RawRow(f"{name}:{number}", _row_or_error(line), again)
+                yield RawRow(f"{name}:{line_number}", _row_or_error(line), place)
+
+
+def lines_between(path: Path, name: str, number: int, start: int, stop: int, *, first_line: int) -> Iterator[RawRow]:
+    """The rows of a JSONL file from byte `start`, where line `first_line` begins, up to byte `stop`."""
+    with path.open("rb") as file:
+        file.seek(start)
+        line_number = first_line
+        while start < stop and (line := file.readline()):
+            place = Place(number, start, len(line))
+            start += len(line)
+            line = line.removeprefix(codecs.BOM_UTF8) if line_number == 1 else line
+            if line.strip():
+                yield RawRow(f"{name}:{line_number}", _row_or_error(line), place)
+            line_number += 1
 
 
 def _open_lines(path: Path, kind: str) -> Any:
@@ -97,11 +123,11 @@ def _line_again(path: Path, start: int, length: int) -> Any:
         return parse_json(file.read(length).removeprefix(codecs.BOM_UTF8))
 
 
-def _json_rows(path: Path, name: str) -> Iterator[RawRow]:
+def _json_rows(path: Path, name: str, file_number: int) -> Iterator[RawRow]:
     """The rows of one JSON list, counted from 0; a file that begins with a mapping is JSONL by another name."""
     text = path.read_text(encoding="utf-8-sig").lstrip()
     if text.startswith("{"):
-        yield from _jsonl_rows(path, ".jsonl", name)
+        yield from _jsonl_rows(path, ".jsonl", name, file_number)
         return
     if not text.startswith("["):
         raise DataError(f"{path} holds neither a JSON list of rows nor a row on each line")
@@ -134,13 +160,13 @@ def _next(text: str, position: int) -> int:
     return position
 
 
-def _table_rows(path: Path, kind: str, name: str, unread: set[str]) -> Iterator[RawRow]:
+def _table_rows(path: Path, kind: str, name: str, unread: set[str], file_number: int) -> Iterator[RawRow]:
     number = 0
     for chunk, (batches, is_small) in enumerate(_chunks(path, kind, unread)):
         rows = chain.from_iterable(batch.to_pylist() for batch in batches)
         for index, row in enumerate(rows):
-            again = partial(_table_again, path, kind, chunk, index) if is_small else None
-            yield RawRow(f"{name} row {number}", _without_nulls(row), again)
+            place = Place(file_number, chunk, index) if is_small else None
+            yield RawRow(f"{name} row {number}", _without_nulls(row), place)
             number += 1
 
 
@@ -340,7 +366,46 @@ GENERATORS = "vlsi_cache.generators"
 RESPONSES_KEY = b"vlsi_cache.responses"  # of the Parquet schema's metadata
 
 
-def raw_rows(data: DataSpec, unread: set[str] | None = None) -> Iterator[RawRow]:
+@dataclass(frozen=True)
+class Source:
+    """The files that rows come from, each with its kind and its name in messages; none for a generator."""
+
+    name: str
+    files: tuple[tuple[Path, str, str], ...] = ()
+
+    def again(self, place: Place) -> Any:
+        """The row at this place, read once more; raises what the libraries raise, or DataError."""
+        path, kind, _ = self.files[place.file]
+        if kind in (".parquet", ".arrow"):
+            return _table_again(path, kind, place.start, place.length)
+        return _line_again(path, place.start, place.length)
+
+
+def open_source(data: DataSpec) -> Source:
+    """Find the files of `data`; raises DataError if there is no such source."""
+    if data.path is None:
+        return Source(f"generator {data.generator}")
+    files: list[tuple[Path, str, str]] = []
+    for path in paths_of(data):
+        refuse_url(path, "`data.path`")
+        found = find_files(path)
+        files += [(file, found.kind, found.name_of(file)) for file in found.paths]
+    twice = [path for path, count in Counter(file.resolve() for file, _, _ in files).items() if count > 1]
+    if twice:
+        raise DataError(f"`data.path` names {twice[0]} more than once; name each file once")
+    names = Counter(name for _, _, name in files)
+    # Files of one name in several folders are told apart by their whole path.
+    files = [(file, kind, name if names[name] == 1 else str(file)) for file, kind, name in files]
+    paths = paths_of(data)
+    return Source(paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more", tuple(files))
+
+
+def paths_of(data: DataSpec) -> list[str]:
+    """What `data.path` names, one or several."""
+    return [data.path] if isinstance(data.path, str) else list(data.path or ())
+
+
+def raw_rows(data: DataSpec, unread: set[str] | None = None, *, source: Source | None = None) -> Iterator[RawRow]:
     """The first `data.limit` rows of the source; raises DataError if there is no such source.
 
     Names of columns that are not read are added to `unread`.
@@ -348,33 +413,33 @@ def raw_rows(data: DataSpec, unread: set[str] | None = None) -> Iterator[RawRow]
     if data.generator is not None:
         rows = _generated(data.generator, data.options)
     else:
-        assert data.path is not None
-        refuse_url(data.path, "`data.path`")
-        found, names = find_files(data.path), set() if unread is None else unread
-        of_files = (file_rows(path, found.kind, found.name_of(path), names) for path in found.paths)
-        rows = chain.from_iterable(of_files)
+        files, names = (source or open_source(data)).files, set() if unread is None else unread
+        rows = chain.from_iterable(file_rows(*file, names, number=number) for number, file in enumerate(files))
     return islice(rows, data.limit)
 
 
 def media_root(data: DataSpec) -> Path | None:
-    """The folder that image paths are relative to: `media_root`, else the folder of the rows."""
+    """The folder that image paths are relative to: `media_root`, else the folder of the rows.
+
+    None for a generator, and for files in several folders: nothing then says which of them is meant.
+    """
     if data.media_root is not None:
         root = Path(data.media_root)
         if not root.is_dir():
             raise DataError(f"`data.media_root` is {root}: no such folder")
         return root.resolve()
-    return root_of(data.path) if data.path is not None else None
+    roots = {root_of(path) for path in paths_of(data)}
+    return roots.pop() if len(roots) == 1 else None
 
 
-def responses_of(data: DataSpec) -> dict[str, Any] | None:
+def responses_of(source: Source) -> dict[str, Any] | None:
     """What `vlsi-cache generate` wrote about the responses of a Parquet file; None for every other source."""
-    if data.path is None or (files := find_files(data.path)).kind != ".parquet":
-        return None
-    found = [read_responses(path) for path in files.paths]
+    files = source.files
+    found = [read_responses(path) if kind == ".parquet" else None for path, kind, _ in files] or [None]
     if any(one != found[0] for one in found):
         raise DataError(
-            f"{data.path}: {len(found)} files, some of them written by `generate`, do not agree where their responses "
-            "come from; build a cache of each and join them with: vlsi-cache merge"
+            f"{source.name}: {len(found)} files, some of them written by `generate`, do not agree where "
+            "their responses come from; build a cache of each and join them with: vlsi-cache merge"
         )
     return found[0]
 

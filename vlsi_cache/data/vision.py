@@ -101,9 +101,9 @@ class GridVision:
             raise DataError(f"an image of {width} x {height} pixels does not fit the model: {error}") from None
         return int(num_patches) // self.image_processor.merge_size**2
 
-    def num_tokens(self, text: str, images: Sequence[Media]) -> int:
-        """Length of the expanded prompt; reads no pixels."""
-        ids = self._placed_ids(text, len(images))
+    def num_tokens(self, text: str, images: Sequence[Media], ids: list[int] | None = None) -> int:
+        """Length of the expanded prompt, whose `ids` may be known; reads no pixels."""
+        ids = self._placed_ids(text, len(images), ids)
         return len(ids) - len(images) + sum(self.image_tokens(image) for image in images)
 
     def encode(self, text: str, images: Sequence[Media], features: Features | None = None) -> Prompt:
@@ -127,8 +127,8 @@ class GridVision:
     def digest(self) -> str:
         return _digest(self.image_processor)
 
-    def _placed_ids(self, text: str, num_images: int) -> list[int]:
-        ids = token_ids(self.tokenizer, text)
+    def _placed_ids(self, text: str, num_images: int, ids: list[int] | None = None) -> list[int]:
+        ids = token_ids(self.tokenizer, text) if ids is None else ids
         if ids.count(self.image_token_id) != num_images:
             count = ids.count(self.image_token_id)
             raise DataError(f"the chat template wrote {count} image placeholders for {num_images} images")
@@ -167,14 +167,14 @@ class ProcessorVision:
         self._known: dict[tuple[tuple[int, int], ...], int] = {}
         self._checks_left = CHECKED_SIZES if hasattr(processor, "_get_num_multimodal_tokens") else NEVER
 
-    def num_tokens(self, text: str, images: Sequence[Media]) -> int:
+    def num_tokens(self, text: str, images: Sequence[Media], ids: list[int] | None = None) -> int:
         """Length of the expanded prompt, from the sizes of the images: reads no image file.
 
         The processor prepares blank pictures only where the image tokens of these sizes are not known and it cannot
         count them: that takes as long as real ones.
         """
         sizes = tuple(image.size for image in images)
-        ids = token_ids(self.tokenizer, text)
+        ids = token_ids(self.tokenizer, text) if ids is None else ids
         if not sizes or self.image_token_id is None or ids.count(self.image_token_id) != len(sizes):
             return len(self._blank_ids(text, sizes))
         if sizes not in self._known:

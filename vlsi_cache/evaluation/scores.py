@@ -4,6 +4,8 @@ Legend: T response tokens, D hidden size, V vocabulary.
 """
 
 from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,12 @@ import torch
 from vlsi_cache.config.sections import AS_IT_IS, CacheSpec, Encoding, EvaluateSpec
 from vlsi_cache.config.spec import change, spec_from_dict
 from vlsi_cache.data.collate import collate, plan_sample_batches
-from vlsi_cache.data.encoder import Encoder, fit_rows
+from vlsi_cache.data.encoder import Encoded, Encoder
+from vlsi_cache.data.measuring import fit_rows
+from vlsi_cache.data.preparing import Preparer
 from vlsi_cache.data.records import Record, read_records
 from vlsi_cache.errors import ModelError, SpecError, list_problems
-from vlsi_cache.io import check_file, refuse_url, write_atomically
+from vlsi_cache.io import ahead, check_file, refuse_url, write_atomically
 from vlsi_cache.models.backbone import Backbone, head_of
 from vlsi_cache.models.load import ModelRef, max_positions, resolve_model
 from vlsi_cache.models.probe import checked_backbone
@@ -95,6 +99,7 @@ def evaluate(
         device=device or spec.run.device,
         batch_tokens=spec.run.num_batch_tokens,
         limit=limit,
+        num_workers=spec.run.num_workers,
     )
     if given is not None:
         result["verbalizers"] = _origin_of(given, folder, run)
@@ -168,6 +173,7 @@ def evaluate_model(
     device: str | None = None,
     batch_tokens: int = 8192,
     limit: int | None = None,
+    num_workers: int = 0,
 ) -> dict[str, Any]:
     """`evaluate` for any model; `limit` takes the first rows only, `batch_tokens` bounds a perplexity batch.
 
@@ -178,14 +184,14 @@ def evaluate_model(
     if settings is not None:  # before the weights are loaded: rows that cannot be read are told at once
         data = settings.data
         own = model.encoder(data.encoding())
-        found = read_records(data, limit=limit)
+        found = read_records(data, limit=limit, num_workers=num_workers)
         limits = {"max_length": data.max_length, "max_positions": max_positions(model.config)}
-        kept, do_not_fit = fit_rows(found, own, **limits, bad_rows=data.bad_rows)
+        kept, do_not_fit = fit_rows(found, own, **limits, bad_rows=data.bad_rows, num_workers=num_workers)
         skipped = [*found.skipped, *do_not_fit]
         if skipped:
             reasons = [f"row `{row['id']}`: {row['reason']}" for row in skipped]
             say(f"{len(skipped)} held-out rows were left out\n{list_problems(reasons)}")
-        records, num_skipped = [found[one.index] for one in kept], len(skipped)
+        records, num_skipped = found.take(kept.index_N), len(skipped)
     loaded = model.load(str(where))
     of_cache = own
     if own is None or cache is not None:
@@ -201,7 +207,7 @@ def evaluate_model(
     if settings is not None:
         assert own is not None
         batches = plan_sample_batches(kept, batch_tokens, backbone.layout)
-        scores = _on_held_out(backbone, spoken, settings, own, records, batches)
+        scores = _on_held_out(backbone, spoken, settings, own, records, batches, num_workers)
         result = {"num_samples": len(records), "num_skipped": num_skipped, **scores}
     if cache is not None:
         result["cache"] = against_cache(backbone, spoken, of_cache, cache, batch_tokens=batch_tokens, limit=limit)
@@ -213,10 +219,11 @@ def _on_held_out(
     verbalizers: Verbalizers | None,
     settings: EvaluateSpec,
     encoder: Encoder,
-    records: list[Record],
+    records: Sequence[Record],
     batches: list[list[int]],
+    num_workers: int,
 ) -> dict[str, Any]:
-    nll = mean_nll(backbone, verbalizers, records, batches, encoder)
+    nll = mean_nll(backbone, verbalizers, records, batches, encoder, num_workers=num_workers)
     # A layer may be read through verbalizers of another model; the model's own loss has a perplexity.
     with np.errstate(over="ignore"):
         scores = {**nll, backbone.num_layers: np.exp(nll[backbone.num_layers])}
@@ -241,16 +248,18 @@ def _on_held_out(
 def mean_nll(
     backbone: Backbone,
     verbalizers: Verbalizers | None,
-    records: list[Record],
+    records: Sequence[Record],
     batches: list[list[int]],
     encoder: Encoder,
+    *,
+    num_workers: int = 0,
 ) -> dict[int, float]:
     """Negative log-likelihood in nats per response token over the real vocabulary, by layer; the final one last."""
     layers = verbalizers.layers if verbalizers is not None else []
     sums: dict[int, float] = defaultdict(float)
     num_tokens, head = 0, head_of(backbone).real(encoder.vocab_size)
-    for indices in progress(batches, "perplexity", unit="batch"):
-        sequences = encoder.encode_all([records[i] for i in indices], backbone.layout)
+    prepared = _prepared(records, batches, encoder, backbone.layout, num_workers)
+    for sequences in progress(prepared, "perplexity", unit="batch", total=len(batches)):
         batch = collate(sequences, pad_id=encoder.pad_id, device=backbone.device, row_width=backbone.row_width)
         capture = verbalizers.capture if verbalizers is not None else partial(backbone.capture, layers=[])
         hidden: dict[int, Any] = dict(capture(batch.inputs, rows_T=batch.rows_T, positions_T=batch.positions_T))
@@ -263,7 +272,18 @@ def mean_nll(
     return {layer: total / num_tokens for layer, total in sums.items()}
 
 
-def exact_match(model: Any, records: list[Record], encoder: Encoder, settings: EvaluateSpec) -> dict[str, float]:
+def _prepared(
+    records: Sequence[Record], batches: list[list[int]], encoder: Encoder, num_workers: int
+) -> Iterator[list[Encoded]]:
+    """The batches in order, prepared while the model works."""
+    with Preparer(encoder, num_workers) as preparer:
+        chosen = ([records[i] for i in indices] for indices in batches)
+        threads = preparer.num_threads
+        with closing(ahead(preparer.encode_all, chosen, num_ahead=1 + threads, num_threads=threads)) as ready:
+            yield from ready
+
+
+def exact_match(model: Any, records: Sequence[Record], encoder: Encoder, settings: EvaluateSpec) -> dict[str, float]:
     """Share of rows whose answer is the reference, white space at the ends aside: `all`, and per kind.
 
     Answers are not sampled, and run in batches of similar length.

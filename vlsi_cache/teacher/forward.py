@@ -6,12 +6,14 @@ One thread prepares batches ahead; rows of one batch travel to the host while th
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from vlsi_cache.data.collate import Batch, collate
+from vlsi_cache.data.preparing import EncodeAll, Preparer
 from vlsi_cache.errors import BatchTooLargeError, ModelError, VlsiCacheError
 from vlsi_cache.io import ahead
 from vlsi_cache.models.backbone import Backbone, head_of
@@ -72,7 +74,18 @@ class Teacher:
         """The rows of many batches, in order; close it to leave early."""
         # One batch is always behind: its rows travel to the host and are cut there while the GPU runs the next one.
         behind: Launched | None = None
-        with closing(ahead(self.prepare, batches)) as ready:
+        features = features_of(self.backbone.model)
+        with (
+            Preparer(self.inputs.encoder, self.inputs.spec.run.num_workers, features) as preparer,
+            closing(
+                ahead(
+                    partial(self.prepare, encode_all=preparer.encode_all),
+                    batches,
+                    num_ahead=1 + preparer.num_threads,
+                    num_threads=preparer.num_threads,
+                )
+            ) as ready,
+        ):
             while True:
                 failure: Exception | None = None
                 try:
@@ -88,12 +101,13 @@ class Teacher:
                     return
                 behind = launched
 
-    def prepare(self, work: PartBatch) -> Prepared:
-        """Encode the records and draw their uniforms."""
+    def prepare(self, work: PartBatch, encode_all: EncodeAll | None = None) -> Prepared:
+        """Encode the records, here or as `encode_all` does, and draw their uniforms."""
         encoder, records = self.inputs.encoder, self.inputs.records
         with self._naming(work):
             layout, features = self.backbone.layout, features_of(self.backbone.model)
-            sequences = encoder.encode_all([records[i] for i in work.indices], layout, features=features)
+            here = partial(encoder.encode_all, layout=layout, features=features)
+            sequences = (encode_all or here)([records[i] for i in work.indices])
             batch = collate(sequences, pad_id=encoder.pad_id, row_width=layout.row_width)
             uniforms_LTm = torch.from_numpy(self._tail_uniforms(work.indices))
             if self.device.type == "cuda":

@@ -20,7 +20,8 @@ from transformers import GenerationConfig
 from vlsi_cache.config.sections import CacheSpec
 from vlsi_cache.config.spec import spec_from_dict
 from vlsi_cache.data.collate import collate_prompts
-from vlsi_cache.data.encoder import Encoder, fit_rows, too_long
+from vlsi_cache.data.encoder import Encoder
+from vlsi_cache.data.measuring import fit_rows, too_long
 from vlsi_cache.data.records import Record, read_records, row_of, with_answer
 from vlsi_cache.data.sources import media_root, read_responses
 from vlsi_cache.data.writing import write_rows
@@ -125,7 +126,7 @@ class _Job:
     out: Path
     model: ModelRef
     encoder: Encoder
-    records: list[Record]
+    records: Sequence[Record]
     left_out: list[dict[str, str]]
     batches: list[list[tuple[int, int]]]
     decoding: Decoding
@@ -221,12 +222,14 @@ def _plan(
 ) -> _Job:
     """Read everything but the weights: prompts of similar length come together, all samples of one side by side."""
     named = model_named(spec, model)
-    encoder, source = named.encoder(spec.data.encoding()), read_records(spec.data, limit=limit)
+    encoder, num_workers = named.encoder(spec.data.encoding()), spec.run.num_workers
+    source = read_records(spec.data, limit=limit, num_workers=num_workers)
     limits: dict[str, Any] = {"max_length": spec.data.max_length, "max_positions": max_positions(named.config)}
     # Batches are cut from the whole list before any is done: an attempt that goes on cuts the same ones, and with the
     # random state keyed by the batch's number it draws the same tokens.
     # Whether a row fits is decided by its prompt: the answer that it has goes.
-    kept, do_not_fit = fit_rows(source, encoder, **limits, bad_rows=spec.data.bad_rows, with_response=False)
+    limits_and_ways: Any = {**limits, "bad_rows": spec.data.bad_rows, "num_workers": num_workers}
+    kept, do_not_fit = fit_rows(source, encoder, **limits_and_ways, with_response=False)
     order = sorted(kept, key=lambda one: (one.num_prompt, one.index))
     items = [(one.index, number) for one in order for number in range(num_samples)]
     settings = {
@@ -243,7 +246,7 @@ def _plan(
         out=out,
         model=named,
         encoder=encoder,
-        records=list(source),
+        records=source,
         left_out=[*source.skipped, *do_not_fit],
         batches=[items[start : start + batch_size] for start in range(0, len(items), batch_size)],
         decoding=decoding,

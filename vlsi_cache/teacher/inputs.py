@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from vlsi_cache.config.sections import CacheSpec, TeacherSpec
-from vlsi_cache.data.encoder import Encoder, fit_rows
-from vlsi_cache.data.records import Record, read_records
+from vlsi_cache.data.encoder import Encoder
+from vlsi_cache.data.measuring import fit_rows
+from vlsi_cache.data.records import RecordSet, read_records
 from vlsi_cache.data.sequence import Extent, Layout, num_tokens, sequences
 from vlsi_cache.models.backbone import Backbone, target_layers
 from vlsi_cache.models.families import check_family
@@ -30,10 +31,10 @@ class TeacherInputs:
     spec: CacheSpec
     model: ModelRef
     encoder: Encoder
-    records: list[Record]
+    records: RecordSet
     num_prompt_N: np.ndarray
-    response_ids: list[np.ndarray]
-    extents: list[Extent]
+    response_ids: Sequence[np.ndarray]
+    extents: Sequence[Extent]
     skipped: list[dict[str, str]]
     num_model_layers: int
     target_layers: list[int]
@@ -108,18 +109,19 @@ def open_teacher_inputs(spec: CacheSpec) -> TeacherInputs:
     encoder = model.encoder(spec.data.encoding())
     # Before the rows are read, which may take long: nothing of what is refused here depends on them.
     check_vocabulary(encoder, getattr(config.get_text_config(), "vocab_size", None))
-    records = read_records(spec.data)
+    num_workers = spec.run.num_workers
+    records = read_records(spec.data, num_workers=num_workers)
     # Rows that are too long are listed, never cut: a student could not tell that the end is missing.
     limits: dict[str, Any] = {"max_length": spec.data.max_length, "max_positions": max_positions(model.config)}
-    kept, too_long = fit_rows(records, encoder, **limits, bad_rows=spec.data.bad_rows)
+    kept, too_long = fit_rows(records, encoder, **limits, bad_rows=spec.data.bad_rows, num_workers=num_workers)
     return TeacherInputs(
         spec=spec,
         model=model,
         encoder=encoder,
-        records=[records[one.index] for one in kept],
-        num_prompt_N=np.array([one.num_prompt for one in kept], dtype=np.int64),
-        response_ids=[np.asarray(one.response_ids, dtype=np.uint32) for one in kept],
-        extents=[one.extent for one in kept],
+        records=records.take(kept.index_N),
+        num_prompt_N=kept.num_prompt_N.astype(np.int64),
+        response_ids=kept.response_ids,
+        extents=kept.extents,
         skipped=[*records.skipped, *too_long],
         num_model_layers=int(config.get_text_config().num_hidden_layers),
         target_layers=layers,

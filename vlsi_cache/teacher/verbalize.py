@@ -12,7 +12,6 @@ from typing import Any
 
 from vlsi_cache.config.layers import parse_ranges, shown_layers
 from vlsi_cache.config.sections import CacheSpec
-from vlsi_cache.data.records import RecordSet
 from vlsi_cache.errors import FingerprintMismatchError, SpecError, list_problems
 from vlsi_cache.io import check_folder, refuse_url
 from vlsi_cache.models.features import features_of, keep_features
@@ -189,7 +188,7 @@ def train_verbalizers(
     chosen = choose_layers(inputs.target_layers, layers, rank=rank, world=world)
     facts = {
         "teacher_digest": inputs.weights_digest,
-        "data_digest": RecordSet(tuple(inputs.records), []).digest,
+        "data_digest": inputs.records.digest,
         "num_samples": len(inputs.records),
         "encoder": inputs.encoder.fingerprint(),
         **WHOLE_BATCH,
@@ -273,6 +272,7 @@ def _train(inputs: TeacherInputs, out: Path, folder: Path, layers: list[int], *,
             device=backbone.device,
             layout=backbone.layout,
             features=features_of(backbone.model),
+            num_workers=spec.run.num_workers,
         )
 
     with closing(MetricsLog(folder)) as log:

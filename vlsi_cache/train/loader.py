@@ -7,8 +7,9 @@ import queue
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -20,10 +21,13 @@ from vlsi_cache.config.sections import Together
 from vlsi_cache.config.training import BatchReduction
 from vlsi_cache.data.collate import Batch, collate
 from vlsi_cache.data.encoder import CONTRACT, Encoder
+from vlsi_cache.data.preparing import EncodeAll, Preparer
 from vlsi_cache.data.records import Record, RecordSet, units
 from vlsi_cache.data.sequence import PADDED, Layout, sequences
+from vlsi_cache.data.stored import names_of
 from vlsi_cache.data.vision import Features
 from vlsi_cache.errors import CacheCorruptError, FingerprintMismatchError, command_line
+from vlsi_cache.io import ahead
 from vlsi_cache.sparse.rows import SparseRows
 from vlsi_cache.store.dataset import PartWindowReader, Units, units_per_part
 from vlsi_cache.store.part import Row
@@ -113,22 +117,42 @@ def units_of(cache: Cache, by_id: Mapping[str, Record]) -> Units:
     return {part: units((by_id[name] for name in names), "prompt") for part, names in ids_by_part.items()}
 
 
-def match_records(cache: Cache, records: RecordSet) -> dict[str, Record]:
+class Matched(Mapping[str, Record]):
+    """The record of every cached sample; each is read anew when it is asked for, and none is held."""
+
+    def __init__(self, records: RecordSet, places: dict[str, int]) -> None:
+        self._records, self._places = records, places
+
+    def __getitem__(self, sample_id: str) -> Record:
+        return self._records[self._places[sample_id]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def place_of(self, sample_id: str) -> int:
+        """The number of its record among all."""
+        return self._places[sample_id]
+
+
+def match_records(cache: Cache, records: RecordSet) -> Matched:
     """The record of every cached sample; raises FingerprintMismatchError when one is gone or has changed."""
-    by_id = {record.id: record for record in records}
     # Two sources of a merged cache may use one id for different rows: the content decides.
-    by_content = {(record.id, record.digest): record for record in records}
-    table, found = cache.sample_table(), {}
+    by_content = {(name.id, name.digest): place for place, name in enumerate(names_of(records.records))}
+    table, found = cache.sample_table(), dict[str, int]()
     for sample_id, digest in zip(table["id"].to_pylist(), table["digest"].to_pylist(), strict=True):
-        record = by_content.get((sample_id, digest))
-        if record is None:
-            raise FingerprintMismatchError(_changed(cache, sample_id, digest, by_id.get(sample_id)))
-        if found.setdefault(sample_id, record) is not record:
+        place = by_content.get((sample_id, digest))
+        if place is None:
+            others = [place for (name, _), place in by_content.items() if name == sample_id]
+            raise FingerprintMismatchError(_changed(cache, sample_id, digest, records[others[-1]] if others else None))
+        if found.setdefault(sample_id, place) != place:
             raise CacheCorruptError(
                 f"sample `{sample_id}` is more than once in {cache.path}, and ids must be unique over the whole cache; "
                 f"run: {command_line('verify', cache.path)}"
             )
-    return found
+    return Matched(records, found)
 
 
 def _changed(cache: Cache, sample_id: str, digest: str, record: Record | None) -> str:
@@ -198,9 +222,12 @@ class Feed:
         device: torch.device,
         layout: Layout = PADDED,
         features: Features | None = None,
+        num_workers: int = 0,
     ) -> None:
+        """`num_workers` processes prepare the samples once there is enough to do, see `Preparer`."""
         self._samples, self._encoder, self._device = samples, encoder, device
-        self._options: Any = {"layout": layout, "features": features}
+        self._preparer = Preparer(encoder, num_workers, layout, features=features)
+        self._options: Any = {"layout": layout, "encode_all": self._preparer.encode_all}
         self._batch_size, self._micro_batch_size = batch_size, micro_batch_size
         self._reduction: BatchReduction = reduction
         self._ready: queue.Queue[MicroBatch | BaseException] = queue.Queue(PREFETCHED_BATCHES)
@@ -238,17 +265,25 @@ class Feed:
 
     def _work(self) -> None:
         try:
-            while not self._stop.is_set():
-                # Records and rows of the whole batch; pictures are decoded a micro-batch at a time.
-                samples = self._sorted([next(self._samples) for _ in range(self._batch_size)])
-                for place in range(0, self._batch_size, self._micro_batch_size):
-                    self._put(self._encode(samples, place))
+            num_threads = self._preparer.num_threads
+            with closing(ahead(self._encode, self._places(), num_ahead=num_threads, num_threads=num_threads)) as ready:
+                while not self._stop.is_set():
+                    self._put(next(ready))
         except BaseException as error:  # handed over to the loop, which raises it
             self._put(error)
         finally:
+            self._preparer.close()
             close = getattr(self._samples, "close", None)
             if close is not None:
                 close()
+
+    def _places(self) -> Iterator[tuple[list[Sample], int]]:
+        """Records and rows of a whole batch, and where in it each micro-batch begins, for ever."""
+        while True:
+            # Pictures are decoded a micro-batch at a time.
+            samples = self._sorted([next(self._samples) for _ in range(self._batch_size)])
+            for place in range(0, self._batch_size, self._micro_batch_size):
+                yield samples, place
 
     def _sorted(self, samples: list[Sample]) -> list[Sample]:
         """The whole batch; where it is padded and not packed, with samples of similar length beside each other."""
@@ -265,8 +300,9 @@ class Feed:
                 self._ready.put(item, timeout=0.1)
                 return
 
-    def _encode(self, samples: list[Sample], place: int) -> MicroBatch:
+    def _encode(self, work: tuple[list[Sample], int]) -> MicroBatch:
         """The micro-batch that begins at this place of a whole batch."""
+        samples, place = work
         chosen = samples[place : place + self._micro_batch_size]
         pairs: list[Pair] = [(sample.record, sample.row) for sample in chosen]
         micro = encode_pairs(pairs, self._encoder, **self._options)
@@ -280,13 +316,14 @@ class Feed:
 
 
 def encode_pairs(
-    pairs: Sequence[Pair], encoder: Encoder, layout: Layout = PADDED, *, features: Features | None = None
+    pairs: Sequence[Pair], encoder: Encoder, layout: Layout = PADDED, *, encode_all: EncodeAll | None = None
 ) -> MicroBatch:
     """Records and their rows as one batch on the CPU, at the tokens that have rows; the response ids are compared.
 
-    `layout` and `features` as `Encoder.encode_all` has them.
+    `layout` as `Encoder.encode_all` has it; `encode_all` takes that one's place.
     """
-    encoded = encoder.encode_all([record for record, _ in pairs], layout, features=features)
+    here = partial(encoder.encode_all, layout=layout)
+    encoded = (encode_all or here)([record for record, _ in pairs])
     rows: list[Row] = []
     for (record, row), span in zip(pairs, chain.from_iterable(one.spans for one in encoded), strict=True):
         if row is not None:

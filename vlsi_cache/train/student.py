@@ -2,17 +2,19 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from vlsi_cache.config.sections import CacheSpec, DataSpec
 from vlsi_cache.config.spec import stored_data
 from vlsi_cache.config.training import DistillSpec, InteractSpec, VerbalizerSpec
 from vlsi_cache.data.encoder import Encoder
+from vlsi_cache.data.measuring import measure_rows
 from vlsi_cache.data.records import RecordSet, read_records
+from vlsi_cache.data.stored import Joined
 from vlsi_cache.errors import DataError, ModelError, SpecError, list_problems
 from vlsi_cache.models.backbone import Backbone, target_layers
 from vlsi_cache.models.families import check_family
@@ -22,7 +24,7 @@ from vlsi_cache.models.probe import check_vocabulary, checked_backbone
 from vlsi_cache.models.save import mend_generation
 from vlsi_cache.models.verbalizer import Verbalizers, load_verbalizers
 from vlsi_cache.models.verbalizer_files import find_folder, read_record, verbalizers_digest
-from vlsi_cache.progress import progress, say
+from vlsi_cache.progress import say
 from vlsi_cache.runs.checkpoints import Checkpoints
 from vlsi_cache.runs.metrics import MetricsLog
 from vlsi_cache.runs.run_dir import Run
@@ -100,7 +102,7 @@ class StudentInputs:
         sections = data_sections(self.cache.header)
         # A merged cache was built from several sources of rows, which are read again one by one.
         if len(sections) < 2:
-            return read_records(self.spec.data)
+            return read_records(self.spec.data, num_workers=self.spec.run.num_workers)
         if any(getattr(self.spec.data, name) != stored_data(sections[0]).get(name) for name in SOURCE_KEYS):
             raise SpecError(
                 f"{self.cache.path} was merged from {len(sections)} sources of rows, each read from where it was: "
@@ -129,10 +131,16 @@ class StudentInputs:
             return
         by_id, too_long = match_records(self.cache, self.records), []
         sample_ids = self.cache.sample_table()["id"].to_pylist()
-        for sample_id in progress(sample_ids, "measure rows", unit="row", delay=2):
-            num_prompt, response_ids = self.encoder.measure(by_id[sample_id])
-            if num_prompt + len(response_ids) > limit:
-                too_long.append(f"sample `{sample_id}`: {num_prompt + len(response_ids)} tokens")
+        measured, about = measure_rows(self.records, self.encoder, num_workers=self.spec.run.num_workers)
+        num_prompt_N = measured.column("num_prompt").to_numpy()
+        num_tokens_N = num_prompt_N + np.diff(measured.column("response_ids").offsets.to_numpy())  # type: ignore[union-attr]
+        problems = {int(index): text for index, text, _ in about["problems"]}
+        for sample_id in sample_ids:
+            place = by_id.place_of(sample_id)
+            if place in problems:
+                raise DataError(problems[place])
+            if num_tokens_N[place] > limit:
+                too_long.append(f"sample `{sample_id}`: {num_tokens_N[place]} tokens")
         if too_long:
             raise DataError(
                 f"{len(too_long)} of {len(sample_ids)} cached samples are longer for student {self.path} than its "
@@ -221,6 +229,7 @@ class StudentState:
             device=self.device,
             layout=Backbone(self.model).layout,
             features=features_of(self.model),
+            num_workers=self.spec.run.num_workers,
         )
 
     @property
@@ -232,7 +241,9 @@ class StudentState:
 def cached_sources(cache: Cache) -> RecordSet:
     """The rows that a cache was built from, read again; those of all sources of a merged one."""
     sets = [read_records(section) for section in data_specs(cache.header, cache.path)]
-    return RecordSet(tuple(chain.from_iterable(sets)), [row for found in sets for row in found.skipped])
+    if len(sets) == 1:
+        return sets[0]
+    return RecordSet(Joined([found.records for found in sets]), [row for found in sets for row in found.skipped])
 
 
 def open_student(cache: Cache, spec: CacheSpec, path: str) -> StudentInputs:

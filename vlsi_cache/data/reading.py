@@ -1,0 +1,480 @@
+"""Reading a source once: every row is checked, named if it is bad, and its place is noted; no row is held in memory.
+
+What was found is kept as tables (`stored`, `table`) under the digest of the files' contents, and the next command reads
+none of the rows. Files up to CHECKED_BYTES are hashed whole each time. Of larger ones size, times and inode must be the
+same, and a sample of their bytes; whatever a table says of a row, the row is compared with its digest when it is read.
+"""
+
+import hashlib
+import os
+import tempfile
+import time
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+
+from vlsi_cache.config.sections import DataSpec, Turns
+from vlsi_cache.errors import DataError, DiskFullError
+from vlsi_cache.io import is_disk_full, remove
+from vlsi_cache.progress import Bar
+
+from . import table
+from .images import Media, Shelf, load_media
+from .messages import COLUMNS, UNSUPPORTED, image_parts
+from .rows import content_of, content_text, digest_of, for_template, id_of_row, opening_of
+from .sources import Place, RawRow, Source, lines_between, media_root, raw_rows, responses_of
+from .stored import NOWHERE, PICTURES, SAMPLES, Contents, StoredRecords, Texts
+from .values import printable, shown, text_value
+from .workers import Workers
+
+CHECKED_BYTES = 1 << 30
+SAMPLE_BYTES = 1 << 20  # of a larger file, at its start, its middle and its end
+JUST_NOW_NS = 2 * 10**9  # what is younger may change again without another time
+WORTH_BYTES = 16 << 20  # that take several seconds to check: longer than workers to start
+CONTENTS = "contents.bin"
+STRETCH_ROWS, STRETCH_BYTES = 4096, 2 << 20
+_NEVER = (-1, -1, -1, -1)  # a stat that no file has
+
+Stat = tuple[int, int, int, int]
+
+
+class Picture(NamedTuple):
+    """A picture and how it is found again: the path that the row names, and what the file system said before it was
+    read; or the row that it stands in, and its number there."""
+
+    media: Media
+    named: str | None
+    stat: Stat
+    place: Place
+    number: int
+
+
+@dataclass
+class Stretch:
+    """What reading some rows has found: columns of `samples`, and for each whether its row has an id of its own. Their
+    places are those in the `contents` of the stretch.
+
+    The pictures of samples are the `numbers` of those in `pictures`, whose keys are the same for the same picture.
+    """
+
+    samples: dict[str, list[Any]] = field(default_factory=lambda: {name: [] for name in SAMPLES.names})
+    pictures: dict[str, Picture] = field(default_factory=dict)
+    numbers: dict[str, int] = field(default_factory=dict)
+    problems: list[tuple[int, tuple[str, str, str]]] = field(default_factory=list)  # samples before; id, where, reason
+    notes: Counter[str] = field(default_factory=Counter)
+    unread: set[str] = field(default_factory=set)
+    is_given: list[bool] = field(default_factory=list)
+    contents: list[bytes] = field(default_factory=list)
+    content_bytes: int = 0
+    num_rows: int = 0
+
+
+class Reader:
+    """Checks raw rows one after the other. `decode`: all pixels of every picture, not its header alone."""
+
+    def __init__(self, source: Source, root: Path | None, turns: Turns, *, decode: bool) -> None:
+        self._turns: Turns = turns
+        self._source, self._root, self._decode = source, root, decode
+        self._known: dict[Path | str, Media] = {}
+        self._files: dict[str, Picture] = {}  # by the text that names them
+        self._shelf = Shelf()
+
+    @property
+    def files(self) -> tuple[tuple[Path, str, str], ...]:
+        return self._source.files
+
+    def read(self, rows: Iterable[RawRow], unread: set[str] | None = None) -> Stretch:
+        """Check these rows; `unread` are columns that the files have and nobody reads."""
+        found = Stretch()
+        for raw in rows:
+            found.num_rows += 1
+            notes = set[str]()
+            try:
+                self._add(found, raw, notes)
+            except DataError as error:
+                row_id = raw.row.get("id") if isinstance(raw.row, Mapping) else None
+                name = row_id if isinstance(row_id, str) and row_id else raw.where if row_id is None else shown(row_id)
+                problem = (name, raw.where, printable(str(error)))
+                found.problems.append((len(found.is_given), problem))
+            found.notes.update(notes)
+            if isinstance(raw.row, Mapping):
+                found.unread |= {str(key) for key in raw.row if key not in COLUMNS and key not in UNSUPPORTED}
+        found.unread |= unread or set()
+        return found
+
+    def _add(self, found: Stretch, raw: RawRow, notes: set[str]) -> None:
+        """The samples of a row, one for each response; raises DataError with the first thing that is wrong."""
+        row = raw.row
+        if isinstance(row, DataError):
+            raise row
+        if not isinstance(row, Mapping):
+            raise DataError(f"is a {type(row).__name__}, must be a mapping with `messages`")
+        messages, given, ends = content_of(row, self._turns, notes)
+        pictures = [self._picture(raw, entry, number) for number, entry in enumerate(given)]
+        images = [picture.media for _, picture in pictures]
+        tools, args = for_template(row, "tools"), for_template(row, "chat_template_kwargs") or {}
+        whole = content_text(messages, images, tools, args)
+        row_id = id_of_row(row, whole)
+        kind = "" if row.get("kind") is None else text_value(row["kind"], "`kind`")
+        if len(ends) > 1:
+            notes.add("each of the assistant's turns is a sample, `ID/1`, `ID/2`, ...")
+        place = (found.content_bytes, len(whole))
+        found.contents.append(whole)
+        found.content_bytes += len(whole)
+        numbers = [found.numbers.setdefault(key, len(found.numbers)) for key, _ in pictures]
+        found.pictures.update(pictures)
+        for count, end in enumerate(ends, start=1):
+            suffix = f"/{count}" if len(ends) > 1 else ""
+            said = messages[: end + 1]
+            seen = images[: sum(1 for _ in image_parts(said))]
+            text = whole if len(ends) == 1 else content_text(said, seen, tools, args)
+            digests = digest_of(text), opening_of(said[:-1], seen, tools, args)
+            values = (row_id + suffix, len(suffix), kind, *map(bytes.fromhex, digests), raw.where, *place, end)
+            for column, value in zip(found.samples.values(), (*values, numbers[: len(seen)]), strict=True):
+                column.append(value)
+            found.is_given.append(row.get("id") is not None)
+
+    def _picture(self, raw: RawRow, entry: Any, number: int) -> tuple[str, Picture]:
+        """A picture of the row with its key; raises DataError."""
+        text = entry.get("path") if isinstance(entry, Mapping) and entry.get("bytes") is None else entry
+        is_bare = not (isinstance(entry, Mapping) and entry.get("sha256") is not None)
+        if is_bare and isinstance(text, str) and text in self._files:
+            return text, self._files[text]
+        stat = _NEVER
+        named = None
+        if isinstance(text, str) and self._root is not None and len(text) < 4096:
+            named = os.path.join(self._root, text.removeprefix("file://"))
+            stat = stat_of(named)
+        again = None if raw.place is None else _not_kept
+        try:
+            media = load_media(
+                entry, root=self._root, known=self._known, again=again, shelf=self._shelf, decode=self._decode
+            )
+        except DataError as error:
+            raise DataError(f"image {number} {error}") from None
+        if media.path is None:
+            return media.sha256, Picture(media, None, _NEVER, raw.place or Place(NOWHERE, 0, 0), number)
+        assert isinstance(text, str)
+        found = Picture(media, named, stat, Place(NOWHERE, 0, 0), number)
+        if is_bare or text not in self._files:
+            self._files[text] = found
+        return text, found
+
+
+def _not_kept() -> bytes:
+    raise AssertionError("the record reads its pictures itself")
+
+
+def stat_of(path: str) -> Stat:
+    """Size, times of content and of the entry, and inode of a file, links followed; of none, one that no file has.
+
+    A file that has changed just now has none either: it may change again without another time.
+    """
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return _NEVER
+    if abs(time.time_ns() - found.st_ctime_ns) < JUST_NOW_NS:
+        return _NEVER
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
+
+
+@dataclass(frozen=True)
+class Rows:
+    """All rows of a source, checked; `key` is that of the tables that say so, "" where none are kept."""
+
+    name: str
+    records: StoredRecords
+    problems: list[tuple[str, str, str]]
+    notes: dict[str, int]
+    unread: list[str]
+    num_rows: int
+    provenance: dict[str, Any] | None
+
+
+def read_source(data: DataSpec, source: Source, *, num_workers: int = 0) -> Rows:
+    """Read and check all rows, or take what an earlier command has found; raises DataError for no source."""
+    # A row that is to be left out must be known before anything is begun with the others.
+    decode = data.bad_rows == "list"
+    root = media_root(data)
+    key = _key(data, source, root, decode=decode)
+    kept = table.find("rows", key) if key else None
+    if kept is not None and not _pictures_are_there(kept.tables["pictures"]):
+        table.discard(kept.folder)
+        kept = None
+    started = time.monotonic()
+    found = _of_table(kept) or _read_all(data, source, root, decode=decode, num_workers=num_workers)
+    # A file that changed while it was read is not what the key says.
+    is_worth_it = time.monotonic() - started >= table.WORTH_S
+    if is_worth_it and kept is None and key and not found.loose and key == _key(data, source, root, decode=decode):
+        kept = table.keep("rows", key, found.tables, found.about, [found.contents.path])
+        found = _of_table(kept) or found
+    about = found.about
+    records = StoredRecords(
+        source,
+        data.turns,
+        found.tables["samples"],
+        found.tables["pictures"],
+        found.contents,
+        found.loose,
+    )
+    return Rows(
+        source.name,
+        records,
+        [(row_id, where, reason) for row_id, where, reason in about["problems"]],
+        about["notes"],
+        about["unread"],
+        about["num_rows"],
+        responses_of(source),
+    )
+
+
+class _Found(NamedTuple):
+    """The tables of a source, what is said about them, all checked rows, and the pictures that lie in none of its
+    files."""
+
+    tables: Mapping[str, pa.RecordBatch]
+    about: dict[str, Any]
+    contents: Contents
+    loose: dict[int, Media]
+
+
+def _of_table(kept: table.Kept | None) -> _Found | None:
+    return None if kept is None else _Found(kept.tables, kept.about, Contents(kept.folder / CONTENTS), {})
+
+
+def _key(data: DataSpec, source: Source, root: Path | None, *, decode: bool) -> str:
+    """What the tables of a source follow from; "" where that is not known before its rows are made, or in flux."""
+    try:
+        files = [[str(path.resolve()), kind, name, content_id(path)] for path, kind, name in source.files]
+    except OSError:  # reading it says so with its name
+        return ""
+    if not files or not all(one[-1] for one in files):
+        return ""
+    facts = {"files": files, "root": str(root), "limit": data.limit, "turns": data.turns, "decode": decode}
+    return table.key_of(facts)
+
+
+def content_id(path: Path) -> str:
+    """What tells this content of a file from another one; "" for a large file that has changed just now."""
+    size = path.stat().st_size
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        if size <= CHECKED_BYTES:
+            while block := file.read(1 << 22):
+                digest.update(block)
+            return f"{size} {digest.hexdigest()}"
+        stat = stat_of(str(path))
+        for start in (0, size // 2, max(0, size - SAMPLE_BYTES)):
+            file.seek(start)
+            digest.update(file.read(SAMPLE_BYTES))
+    return "" if stat == _NEVER else f"{stat} {digest.hexdigest()}"
+
+
+def _pictures_are_there(pictures: pa.RecordBatch) -> bool:
+    """Whether all pictures that are files are what they were."""
+    columns = (pictures.column(name).to_pylist() for name in ("named", "stat", "sha256"))
+    for named, stat, sha256 in zip(*columns, strict=True):
+        if named is None or (tuple(stat) != _NEVER and stat_of(named) == tuple(stat)):
+            continue
+        try:
+            if hashlib.sha256(Path(named).read_bytes()).digest() != sha256:
+                return False
+        except OSError:
+            return False
+    return True
+
+
+def _read_all(data: DataSpec, source: Source, root: Path | None, *, decode: bool, num_workers: int) -> _Found:
+    gathered = _Gathered()
+    reader = Reader(source, root, data.turns, decode=decode)
+    with Bar("read rows", unit="row", delay=2) as bar:
+        for found in _stretches(data, source, reader, num_workers):
+            gathered.add(found)
+            bar.update(found.num_rows)
+    return gathered.finish()
+
+
+def _stretches(data: DataSpec, source: Source, reader: Reader, num_workers: int) -> Iterator[Stretch]:
+    """All rows, some thousand at a time: in this process, or in workers where there is enough to do."""
+    lines = None
+    can_be_cut = data.limit is None and bool(source.files) and all(kind == ".jsonl" for _, kind, _ in source.files)
+    if num_workers > 1 and can_be_cut and sum(path.stat().st_size for path, _, _ in source.files) >= WORTH_BYTES:
+        lines = list(_line_stretches(source))
+    if lines is None:
+        unread = set[str]()
+        rows = raw_rows(data, unread, source=source)
+        while part := list(islice(rows, STRETCH_ROWS)):
+            yield reader.read(part, unread)
+        yield reader.read([], unread)
+        return
+    with Workers(num_workers, "reading rows", reader) as workers:
+        yield from workers.map(read_lines, lines)
+
+
+def read_lines(reader: Reader, place: tuple[int, int, int, int]) -> Stretch:
+    """The rows of a stretch of lines: file, first byte, the byte behind it, and the number of the first line."""
+    number, start, stop, first_line = place
+    path, _, name = reader.files[number]
+    return reader.read(lines_between(path, name, number, start, stop, first_line=first_line))
+
+
+def _line_stretches(source: Source) -> Iterator[tuple[int, int, int, int]]:
+    """Stretches of whole lines, of about STRETCH_BYTES."""
+    for number, (path, _, _) in enumerate(source.files):
+        start, line_number = 0, 1
+        with path.open("rb") as file:
+            while block := file.read(STRETCH_BYTES):
+                block += file.readline()
+                yield number, start, start + len(block), line_number
+                start += len(block)
+                line_number += block.count(b"\n")
+
+
+class _Gathered:
+    """Stretches put together; rows whose names were used before are taken out at the end."""
+
+    def __init__(self) -> None:
+        self._batches: list[pa.RecordBatch] = []
+        self._numbers: dict[str, int] = {}  # of pictures, by their key
+        self._pictures: list[Picture] = []
+        self._is_given: list[bool] = []
+        self._problems: list[tuple[tuple[int, int], tuple[str, str, str]]] = []  # with its place among the samples
+        self._notes: Counter[str] = Counter()
+        self._unread: set[str] = set()
+        self._num_rows = self._num_samples = 0
+        self._folder = Path(tempfile.mkdtemp(prefix="vlsi-cache-rows-"))
+        self._contents = Contents(_touched(self._folder / CONTENTS))
+        weakref.finalize(self._contents, remove, self._folder)
+        self._content_bytes = 0
+
+    def add(self, found: Stretch) -> None:
+        for key, picture in found.pictures.items():
+            if self._numbers.setdefault(key, len(self._numbers)) == len(self._pictures):
+                self._pictures.append(picture)
+        numbers = [self._numbers[key] for key in found.numbers]
+        samples = {**found.samples, "pictures": [[numbers[one] for one in row] for row in found.samples["pictures"]]}
+        samples["start"] = [self._content_bytes + start for start in samples["start"]]
+        self._batches.append(pa.RecordBatch.from_pydict(samples, schema=SAMPLES))
+        self._is_given += found.is_given
+        self._problems += [((self._num_samples + at, 0), problem) for at, problem in found.problems]
+        self._notes.update(found.notes)
+        self._unread |= found.unread
+        self._num_rows += found.num_rows
+        self._num_samples += len(found.is_given)
+        _append(self._contents.path, b"".join(found.contents))
+        self._content_bytes += found.content_bytes
+
+    def finish(self) -> _Found:
+        samples = _one_batch(self._batches, SAMPLES)
+        self._batches = []
+        is_good, again = _without_repeats(samples, self._is_given)
+        if again:
+            self._problems = sorted([*self._problems, *again], key=lambda one: one[0])
+            samples = samples.filter(pa.array(is_good))
+        about = {
+            "problems": [problem for _, problem in self._problems],
+            "notes": dict(self._notes),
+            "unread": sorted(self._unread),
+            "num_rows": self._num_rows,
+        }
+        loose = {
+            number: one.media
+            for number, one in enumerate(self._pictures)
+            if one.media.path is None and one.place.file == NOWHERE
+        }
+        tables = {"samples": samples, "pictures": _picture_table(self._pictures)}
+        return _Found(tables, about, self._contents, loose)
+
+
+def _touched(path: Path) -> Path:
+    path.touch()
+    return path
+
+
+def _append(path: Path, data: bytes) -> None:
+    """Raises DiskFullError."""
+    try:
+        with path.open("ab") as file:
+            file.write(data)
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        raise DiskFullError(
+            f"the disk of {path.parent} is full, where checked rows lie; name a folder with room in TMPDIR"
+        ) from error
+
+
+def _one_batch(batches: list[pa.RecordBatch], schema: pa.Schema) -> pa.RecordBatch:
+    table = pa.Table.from_batches(batches, schema=schema).combine_chunks()
+    return table.to_batches()[0] if table.num_rows else pa.RecordBatch.from_pylist([], schema=schema)
+
+
+def _without_repeats(
+    samples: pa.RecordBatch, is_given: list[bool]
+) -> tuple[np.ndarray, list[tuple[tuple[int, int], tuple[str, str, str]]]]:
+    """Which samples stay: bool [N]; and the problems of rows whose id, or that of a sample, was used before."""
+    ids, wheres = Texts(samples.column("id")), Texts(samples.column("where"))
+    suffixes = samples.column("suffix").to_numpy()
+    is_good = np.ones(len(ids), dtype=bool)
+    row_N = np.cumsum([index == 0 or wheres[index] != wheres[index - 1] for index in range(len(ids))])
+    # Names that have one hash in several rows are few; only their rows are looked at one by one.
+    hashes_N = _hashes(ids)
+    of_rows = np.flatnonzero(suffixes)
+    more = _hashes([ids[int(i)][: -int(suffixes[i])] for i in of_rows])
+    pairs = np.unique(np.stack([np.concatenate([hashes_N, more]), np.concatenate([row_N, row_N[of_rows]])]), axis=1)
+    shared = pairs[0][1:][pairs[0][1:] == pairs[0][:-1]]
+    suspects = np.unique(pairs[1][np.isin(pairs[0], shared)])
+    first_of: dict[str, tuple[str, bool]] = {}  # of a name: where, and whether it was given
+    problems = []
+    for row in suspects:
+        chosen = np.flatnonzero(row_N == row)
+        name = ids[int(chosen[0])]
+        row_id = name[: len(name) - int(suffixes[chosen[0]])]
+        where, given = wheres[int(chosen[0])], is_given[int(chosen[0])]
+        if reason := _repeats([row_id, *(ids[int(i)] for i in chosen)], where, given, first_of):
+            is_good[chosen] = False
+            problems.append(((int(chosen[0]), 1), (row_id if given else where, where, reason)))
+    return is_good, problems
+
+
+def _hashes(names: Sequence[str]) -> np.ndarray:
+    return np.fromiter((xxhash.xxh3_64_intdigest(name.encode()) for name in names), np.uint64, len(names))
+
+
+def _repeats(names: list[str], where: str, given: bool, first_of: dict[str, tuple[str, bool]]) -> str:
+    """Why a row with these names cannot stay; "" if it can."""
+    for name in dict.fromkeys(names):
+        first, was_given = first_of.setdefault(name, (where, given))
+        if first != where and (given or was_given):
+            return f"id `{shown(name)}` was used before, at {first}"
+        if first != where:
+            return f"is the same row as {first} and has no `id`; drop one of them, or give each an `id`"
+    return ""
+
+
+def _picture_table(pictures: list[Picture]) -> pa.RecordBatch:
+    rows = [
+        {
+            "sha256": bytes.fromhex(one.media.sha256),
+            "width": one.media.size[0],
+            "height": one.media.size[1],
+            "path": None if one.media.path is None else str(one.media.path),
+            "named": one.named,
+            "stat": one.stat,
+            "file": one.place.file,
+            "start": one.place.start,
+            "length": one.place.length,
+            "number": one.number,
+        }
+        for one in pictures
+    ]
+    return pa.RecordBatch.from_pylist(rows, schema=PICTURES)

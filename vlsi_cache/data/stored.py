@@ -1,0 +1,303 @@
+"""Records that are not held in memory: what was measured of each, and reading it when it is asked for.
+
+The checked rows lie one behind the other in a file of contents, each as the JSON that its digest is of: rows of
+compressed files, and of Parquet's large groups, cannot be read one by one where they lie, and a row that is checked
+already is read four times faster than one that is not. Of N samples and P pictures two tables are held, or mapped from
+the folder of kept tables (`table`):
+samples: `id`; `suffix`, how many characters at the end of the id are not its row's; `kind`; `digest`; `opening`, which is
+that of what it begins with; `where` its row stands, for messages; `start` and `length` of its row in the file of contents; `end`, the place of its response among
+the messages; the numbers of its `pictures` in the other table.
+pictures: `sha256`, `width`, `height`; of a file its `path`, the path `named` by the row, and its `stat`; of one that
+stands in a row the `file`, `start` and `length` of the row, and its `number` among the row's.
+"""
+
+import hashlib
+import json
+import os
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, NamedTuple, overload
+
+import numpy as np
+import pyarrow as pa
+
+from vlsi_cache.config.sections import Turns
+from vlsi_cache.errors import DataError
+
+from .images import Media, bytes_of
+from .rows import Record, content_of
+from .sources import READ_ERRORS, Place, Source
+from .values import shown
+
+SAMPLES = pa.schema(
+    [
+        ("id", pa.large_string()),
+        ("suffix", pa.int16()),
+        ("kind", pa.large_string()),
+        ("digest", pa.binary(32)),
+        ("opening", pa.binary(8)),
+        ("where", pa.large_string()),
+        ("start", pa.int64()),
+        ("length", pa.int64()),
+        ("end", pa.int32()),
+        ("pictures", pa.large_list(pa.int32())),
+    ]
+)
+PICTURES = pa.schema(
+    [
+        ("sha256", pa.binary(32)),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("path", pa.string()),
+        ("named", pa.string()),
+        ("stat", pa.list_(pa.int64(), 4)),
+        ("file", pa.int32()),
+        ("start", pa.int64()),
+        ("length", pa.int64()),
+        ("number", pa.int32()),
+    ]
+)
+NOWHERE = -1  # the file of a picture that is a file itself, or that is kept in memory
+_MISREAD = (*READ_ERRORS, DataError, LookupError, AttributeError, TypeError, ValueError)  # of a file that is another
+
+
+class Texts(Sequence[str]):
+    """A column of texts: each is decoded when it is asked for."""
+
+    def __init__(self, column: Any) -> None:
+        _, offsets, data = column.buffers()
+        self._starts = np.frombuffer(offsets, dtype=np.int64)[column.offset :]
+        self._data = memoryview(data or b"")
+        self._num = len(column)
+
+    def __len__(self) -> int:
+        return self._num
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(self._num))]
+        return str(self._data[self._starts[index] : self._starts[index + 1]], "utf-8")
+
+
+class Contents:
+    """The file of all checked rows."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._handle = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._handle)
+
+    def read(self, start: int, length: int) -> bytes:
+        return os.pread(self._handle, length, start)  # threads read at the same time
+
+    def __reduce__(self) -> Any:
+        return Contents, (self.path,)
+
+
+class StoredRecords(Sequence[Record]):
+    """The records of a source by number: each is read from where it lies when its messages are asked for."""
+
+    def __init__(
+        self,
+        source: Source,
+        turns: Turns,
+        samples: pa.RecordBatch,
+        pictures: pa.RecordBatch,
+        contents: Contents,
+        loose: Mapping[int, Media],
+    ) -> None:
+        """`loose` are pictures by their number that cannot be read again from where they come."""
+        self._state = (source, turns, samples, pictures, contents, loose)
+        self._turns: Turns = turns
+        self._source, self._contents, self._loose = source, contents, loose
+        self._ids, self._kinds, self._wheres = (Texts(samples.column(name)) for name in ("id", "kind", "where"))
+        self._samples, self._pictures = samples, pictures
+        self._media: weakref.WeakValueDictionary[int, Media] = weakref.WeakValueDictionary()
+
+    def __reduce__(self) -> Any:
+        source, turns, samples, pictures, contents, loose = self._state
+        # Another process measures them, and reads no bytes.
+        bare = {number: Media(media.sha256, media.size) for number, media in loose.items()}
+        return StoredRecords, (source, turns, samples, pictures, contents, bare)
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Record]: ...
+    def __getitem__(self, index: int | slice) -> Record | list[Record]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]  # also of a numpy integer, and from the end
+        name, digest, row = self.names(index)
+        known = {"id": name, "digest": digest, "row": row, "kind": self._kinds[index]}
+        return Record.later(partial(self._load, index), **known, opening=_hex_at(self._openings, index, 8))
+
+    def names(self, index: int) -> tuple[str, str, str]:
+        """Id, digest and row of a sample."""
+        name, suffix = self._ids[index], int(self._column["suffix"][index])
+        return name, _hex_at(self._digests, index, 32), name[: len(name) - suffix]
+
+    def starts_row(self) -> np.ndarray:
+        """Whether each sample is of another row than the one before it: bool [N]."""
+        return np.diff(self._column["start"], prepend=-1) != 0
+
+    def names_digest(self) -> str:
+        return _digest_of_columns([self._samples.column(name) for name in ("id", "suffix", "digest")])
+
+    @cached_property
+    def _column(self) -> dict[str, np.ndarray]:
+        names = ("suffix", "start", "length", "end")
+        return {name: self._samples.column(name).to_numpy(zero_copy_only=True) for name in names}
+
+    @cached_property
+    def _digests(self) -> memoryview:
+        return _bytes_of_column(self._samples.column("digest"), 32)
+
+    @cached_property
+    def _openings(self) -> memoryview:
+        return _bytes_of_column(self._samples.column("opening"), 8)
+
+    @cached_property
+    def _picture_lists(self) -> tuple[np.ndarray, np.ndarray]:
+        """Where the pictures of a sample begin in the second, and the numbers of all: int64 [N + 1], int32."""
+        lists: Any = self._samples.column("pictures")
+        return lists.offsets.to_numpy(), lists.values.to_numpy()
+
+    def _load(self, index: int, name: str) -> dict[str, Any]:
+        starts, numbers = self._picture_lists
+        images = tuple(self._picture(int(number)) for number in numbers[starts[index] : starts[index + 1]])
+        if name == "images":
+            return {"images": images}
+        column = self._column
+        row = json.loads(self._contents.read(int(column["start"][index]), int(column["length"][index])))
+        return {
+            "images": images,
+            "messages": row["messages"][: int(column["end"][index]) + 1],
+            "tools": row.get("tools"),
+            "template_args": row.get("template_args", {}),
+        }
+
+    def _picture(self, number: int) -> Media:
+        """One object for each picture, as long as somebody holds it."""
+        if number in self._loose:
+            return self._loose[number]
+        media = self._media.get(number)
+        if media is None:
+            row = self._pictures.slice(number, 1).to_pylist()[0]
+            again: Callable[[], bytes] | None = None
+            if row["path"] is None:
+                again = partial(self._bytes_again, Place(row["file"], row["start"], row["length"]), row["number"])
+            path = None if row["path"] is None else Path(row["path"])
+            media = Media(row["sha256"].hex(), (row["width"], row["height"]), path, again=again)
+            self._media[number] = media
+        return media
+
+    def _bytes_again(self, place: Place, number: int) -> bytes:
+        """The bytes of picture `number` of the row at `place`, out of the file that it was read from."""
+        try:
+            return bytes_of(content_of(self._source.again(place), self._turns, set())[1][number])
+        except _MISREAD as error:  # it is another file now
+            name = self._source.files[place.file][2]
+            raise DataError(
+                f"image {number} of {name} (at {place.start}) cannot be read again: {shown(str(error))}; start again"
+            ) from None
+
+
+def _bytes_of_column(column: Any, width: int) -> memoryview:
+    return memoryview(column.buffers()[1] or b"")[width * column.offset :]
+
+
+def _hex_at(column: memoryview, index: int, width: int) -> str:
+    return bytes(column[width * index : width * (index + 1)]).hex()
+
+
+class Chosen(Sequence[Record]):
+    """Some of many records, in an order of their own."""
+
+    def __init__(self, records: Sequence[Record], index_N: np.ndarray) -> None:
+        self.records, self.index_N = records, index_N
+
+    def __len__(self) -> int:
+        return len(self.index_N)
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Record]: ...
+    def __getitem__(self, index: int | slice) -> Record | list[Record]:
+        if isinstance(index, slice):
+            return [self.records[int(i)] for i in self.index_N[index]]
+        return self.records[int(self.index_N[index])]
+
+
+class Joined(Sequence[Record]):
+    """Records of several sources, one source after the other."""
+
+    def __init__(self, parts: Sequence[Sequence[Record]]) -> None:
+        self._parts = parts
+        self._starts = np.cumsum([0, *map(len, parts)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Record]: ...
+    def __getitem__(self, index: int | slice) -> Record | list[Record]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        part = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self._parts[part][index - int(self._starts[part])]
+
+
+class Names(NamedTuple):
+    """What a record is called and what it is."""
+
+    id: str
+    digest: str
+    row: str
+
+
+def names_of(records: Sequence[Record]) -> Iterator[Names]:
+    """Of all records, in order; none is read."""
+    if isinstance(records, StoredRecords):
+        yield from (Names(*records.names(index)) for index in range(len(records)))
+    elif isinstance(records, Chosen) and isinstance(records.records, StoredRecords):
+        yield from (Names(*records.records.names(int(index))) for index in records.index_N)
+    else:
+        yield from (Names(record.id, record.digest, record.row) for record in records)
+
+
+def names_digest(records: Sequence[Record]) -> str:
+    """sha256 over ids, rows and contents of all records, in order; of those that lie in tables without a loop."""
+    if isinstance(records, StoredRecords):
+        return records.names_digest()
+    names = list(names_of(records))
+    suffixes = [len(name.id) - len(name.row) if name.id.startswith(name.row) else -1 for name in names]
+    columns = [
+        pa.array([name.id for name in names], pa.large_string()),
+        pa.array(suffixes, pa.int16()),
+        pa.array([bytes.fromhex(name.digest) for name in names], pa.binary(32)),
+    ]
+    return _digest_of_columns(columns)
+
+
+def _digest_of_columns(columns: Sequence[Any]) -> str:
+    """Of columns without nulls, wherever in a buffer they begin."""
+    digest = hashlib.sha256()
+    for column in columns:
+        whole = pa.concat_arrays([column.slice(0, 0), column])  # its buffers then begin with it
+        for buffer in whole.buffers()[1:]:
+            digest.update(b"\0" if buffer is None else buffer)
+    return digest.hexdigest()
