@@ -30,7 +30,6 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 _KNOWN = "PNG, JPEG, WebP, GIF, BMP and TIFF are read"
 # How their files begin: a text that is no path is a picture in base64 if it begins so.
 _BEGINNINGS = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*")
-_DAMAGED = "cannot be decoded"
 _ORIENTATION, _LYING = 0x0112, (5, 6, 7, 8)  # of EXIF: the picture lies on its side
 # Pillow clips these to white when it converts them to 8 bit.
 _DEEP_MODES = ("I", "F")
@@ -61,11 +60,10 @@ class Media:
     def open(self) -> Image.Image:
         """Decode to an upright RGB image; raises DataError if the file is not the one that was read before, or is
         damaged in its middle, which the header does not tell (see `picture_size`)."""
+        data = self.read()
         try:
-            return decode_image(self.read())
+            return decode_image(data)
         except DataError as error:
-            if not str(error).startswith(_DAMAGED):
-                raise
             raise DataError(f"{self._name} {error}") from None
 
     @property
@@ -101,9 +99,9 @@ def decode_image(data: bytes) -> Image.Image:
     except DataError:
         raise
     except UnidentifiedImageError:
-        raise DataError(f"{_DAMAGED}: {_found(data)}; {_KNOWN}") from None
+        raise DataError(f"cannot be decoded: {_found(data)}; {_KNOWN}") from None
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
-        raise DataError(f"{_DAMAGED}: {_reason(error)}") from None
+        raise DataError(f"cannot be decoded: {_reason(error)}") from None
 
 
 def picture_size(data: bytes) -> tuple[int, int]:

@@ -4,9 +4,9 @@ The checked rows lie one behind the other in a file of contents, each as the JSO
 compressed files, and of Parquet's large groups, cannot be read one by one where they lie, and a row that is checked
 already is read four times faster than one that is not. Of N samples and P pictures two tables are held, or mapped from
 the folder of kept tables (`table`):
-samples: `id`; `suffix`, how many characters at the end of the id are not its row's; `kind`; `digest`; `opening`, which is
-that of what it begins with; `where` its row stands, for messages; `start` and `length` of its row in the file of contents; `end`, the place of its response among
-the messages; the numbers of its `pictures` in the other table.
+samples: `id`; `suffix`, how many characters at the end of the id are not its row's; `kind`; `digest`; `opening`, the
+digest of what it begins with; `where` its row stands, for messages; `start` and `length` of its row in the file of
+contents; `end`, the place of its response among the messages; the numbers of its `pictures` in the other table.
 pictures: `sha256`, `width`, `height`; of a file its `path`, the path `named` by the row, and its `stat`; of one that
 stands in a row the `file`, `start` and `length` of the row, and its `number` among the row's.
 """

@@ -40,7 +40,7 @@ class _Worker:
 class Workers:
     """`number` processes that hold a copy of `state`; `what` they do is told when one dies. Close them at the end.
 
-    Raises whatever pickle does of a state that cannot be given to another process.
+    Raises TypeError or alike for a state that cannot be given to another process.
     """
 
     def __init__(self, number: int, what: str, state: Any) -> None:

@@ -16,10 +16,11 @@ import torch
 from vlsi_cache.config.sections import AS_IT_IS, CacheSpec, Encoding, EvaluateSpec
 from vlsi_cache.config.spec import change, spec_from_dict
 from vlsi_cache.data.collate import collate, plan_sample_batches
-from vlsi_cache.data.encoder import Encoded, Encoder
+from vlsi_cache.data.encoder import Encoder
 from vlsi_cache.data.measuring import fit_rows
 from vlsi_cache.data.preparing import Preparer
 from vlsi_cache.data.records import Record, read_records
+from vlsi_cache.data.sequence import Encoded, Layout
 from vlsi_cache.errors import ModelError, SpecError, list_problems
 from vlsi_cache.io import ahead, check_file, refuse_url, write_atomically
 from vlsi_cache.models.backbone import Backbone, head_of
@@ -273,10 +274,10 @@ def mean_nll(
 
 
 def _prepared(
-    records: Sequence[Record], batches: list[list[int]], encoder: Encoder, num_workers: int
+    records: Sequence[Record], batches: list[list[int]], encoder: Encoder, layout: Layout, num_workers: int
 ) -> Iterator[list[Encoded]]:
     """The batches in order, prepared while the model works."""
-    with Preparer(encoder, num_workers) as preparer:
+    with Preparer(encoder, num_workers, layout) as preparer:
         chosen = ([records[i] for i in indices] for indices in batches)
         threads = preparer.num_threads
         with closing(ahead(preparer.encode_all, chosen, num_ahead=1 + threads, num_threads=threads)) as ready:

@@ -74,9 +74,10 @@ class Teacher:
         """The rows of many batches, in order; close it to leave early."""
         # One batch is always behind: its rows travel to the host and are cut there while the GPU runs the next one.
         behind: Launched | None = None
+        encoder, num_workers = self.inputs.encoder, self.inputs.spec.run.num_workers
         features = features_of(self.backbone.model)
         with (
-            Preparer(self.inputs.encoder, self.inputs.spec.run.num_workers, features) as preparer,
+            Preparer(encoder, num_workers, self.backbone.layout, features=features) as preparer,
             closing(
                 ahead(
                     partial(self.prepare, encode_all=preparer.encode_all),

@@ -277,11 +277,15 @@ class Feed:
             if close is not None:
                 close()
 
-    def _places(self) -> Iterator[tuple[list[Sample], int]]:
-        """Records and rows of a whole batch, and where in it each micro-batch begins, for ever."""
+    def _places(self) -> Iterator[tuple[list[Sample], int] | BaseException]:
+        """Records and rows of a whole batch, and where in it each micro-batch begins, for ever, or until an error."""
         while True:
-            # Pictures are decoded a micro-batch at a time.
-            samples = self._sorted([next(self._samples) for _ in range(self._batch_size)])
+            try:
+                # Pictures are decoded a micro-batch at a time.
+                samples = self._sorted([next(self._samples) for _ in range(self._batch_size)])
+            except BaseException as error:  # raised in its place: what comes before it is still good
+                yield error
+                return
             for place in range(0, self._batch_size, self._micro_batch_size):
                 yield samples, place
 
@@ -300,8 +304,10 @@ class Feed:
                 self._ready.put(item, timeout=0.1)
                 return
 
-    def _encode(self, work: tuple[list[Sample], int]) -> MicroBatch:
+    def _encode(self, work: tuple[list[Sample], int] | BaseException) -> MicroBatch:
         """The micro-batch that begins at this place of a whole batch."""
+        if isinstance(work, BaseException):
+            raise work
         samples, place = work
         chosen = samples[place : place + self._micro_batch_size]
         pairs: list[Pair] = [(sample.record, sample.row) for sample in chosen]
