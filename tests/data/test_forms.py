@@ -428,7 +428,7 @@ BAD = {
     ),
     "bad answer": ({"prompt": "x", "completion": "y", "label": False}, "has `label: false`: its answer is a bad one"),
     "completion of a user": ({"prompt": "x", "completion": [ASK]}, "has no assistant message"),
-    "video": ({**turn(), "video": "a.mp4"}, "has `video`, which is not supported yet"),
+    "video": ({**turn(), "video": "a.mp4"}, "video 0 `a.mp4` does not exist in"),
     "image and images": ({"messages": [SEE, TELL], "image": "a.png", "images": ["a.png"]}, "both `image` and `images`"),
     "too few markers": (
         {"messages": [{"role": "user", "content": "<image>"}, TELL], "images": ["a.png", "b.png"]},
@@ -444,7 +444,10 @@ BAD = {
     "part with options": (part(type="image", image="a.png", max_pixels=9), "a part with `max_pixels`, not read here"),
     "two pictures": (part(type="image", image="a.png", url="b.png"), "a part with `image`, `url`; keep one"),
     "part without": (part(type="image_url"), "a part of type `image_url` without an `image_url`"),
-    "part of sound": (part(type="input_audio"), "the unknown type `input_audio` (known: text, image, image_url)"),
+    "part of sound": (
+        part(type="input_audio"),
+        "unknown type `input_audio` (known: text, image, image_url, video",
+    ),
     "broken data URI": (part(type="image", image="data:image/png,abc"), "is no data URI of base64"),
     "control characters": ({"messages": [{**ASK, "role": "\x1b[31mred"}, TELL]}, "unknown role `\\x1b[31mred`"),
     "deep": ({**turn(), "tools": json.loads("[" * 200 + "]" * 200)}, "`tools` is nested more than 64 levels deep"),

@@ -176,8 +176,11 @@ BAD_ROWS = {
         {"messages": [{"role": "user", "content": [{"type": "text"}]}, TELL]},
         "a text part of message 0 is a NoneType, must be a text",
     ),
-    "video part": ({"messages": [{"role": "user", "content": [{"type": "video"}]}, TELL]}, "message 0 holds a video"),
-    "videos": ({**GOOD, "videos": [{"path": "a.mp4"}]}, "has `videos`, which are not supported yet"),
+    "video part": (
+        {"messages": [{"role": "user", "content": [{"type": "video"}]}, TELL]},
+        'has 1 parts {"type": "video"} for 0 `videos`',
+    ),
+    "videos": ({**GOOD, "videos": [{"path": "a.mp4"}]}, "has 0 markers `<video>` for 1 `videos`; one marker for each"),
     "half a surrogate pair": (
         {"messages": [ASK, {"role": "assistant", "content": "ab\ud83d"}]},
         "holds half a surrogate pair at character 2",

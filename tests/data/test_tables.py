@@ -192,10 +192,10 @@ def test_tokens_are_measured_once(
     assert [row["id"] for row in skipped] == ["c"]
     for one, other in zip(kept, again, strict=True):
         num_prompt, ids = encoder.measure(records[one.index])
-        assert (one.index, one.num_prompt, one.goes_on) == (other.index, num_prompt, other.goes_on)
+        assert (one.index, one.num_prompt, one.num_shared) == (other.index, num_prompt, other.num_shared)
         np.testing.assert_array_equal(one.response_ids, ids)
         np.testing.assert_array_equal(other.response_ids, ids)
-    assert [one.goes_on for one in kept][-2] is True
+    assert [one.num_shared > 0 for one in kept][-2]
     shorter = max(one.num_tokens for one in kept) - 1
     fewer, too_long = fit_rows(records, encoder, shorter, bad_rows="list")
     assert len(fewer) < len(kept)
@@ -312,8 +312,8 @@ def test_workers_find_what_one_process_finds(
     assert capsys.readouterr().err == told
     assert everything(several) == everything(alone)
     one, two = (fit_rows(several, encoder, 100, num_workers=number)[0] for number in (0, 2))
-    assert [(a.index, a.num_prompt, a.goes_on, a.response_ids.tolist()) for a in one] == [
-        (b.index, b.num_prompt, b.goes_on, b.response_ids.tolist()) for b in two
+    assert [(a.index, a.num_prompt, a.num_shared, a.response_ids.tolist()) for a in one] == [
+        (b.index, b.num_prompt, b.num_shared, b.response_ids.tolist()) for b in two
     ]
 
 
@@ -387,7 +387,9 @@ def test_samples_are_the_same_whoever_prepares_them(
         for attempt in range(2):  # here, then in the worker
             for wanted, got in zip(encoder.encode_all(list(records)), preparer.encode_all(list(records)), strict=True):
                 np.testing.assert_array_equal(wanted.input_ids, got.input_ids)
-                assert [span.num_prompt for span in wanted.spans] == [span.num_prompt for span in got.spans]
+                assert [(span.last_prompt, span.first) for span in wanted.spans] == [
+                    (span.last_prompt, span.first) for span in got.spans
+                ]
             if attempt == 0:
                 assert preparer._thread is not None
                 preparer._thread.join()

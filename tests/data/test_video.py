@@ -1,6 +1,8 @@
 """Videos as pictures: which frames are shown, and that they are those of the file; rows that hold videos."""
 
 import os
+import pickle
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,8 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlsi_cache.config.sections import VideoSpec
-from vlsi_cache.data import video
+import vlsi_cache as vc
+from tests.helpers.tiny import write_jsonl
+from vlsi_cache.config.sections import DataSpec, VideoSpec
+from vlsi_cache.data import table, video
+from vlsi_cache.data.encoder import load_encoder
+from vlsi_cache.data.records import Record, RecordSet, read_records, row_of, write_rows
+from vlsi_cache.data.sequence import Layout
 from vlsi_cache.data.video import Frame, chosen_times, load_frames, thinned
 from vlsi_cache.errors import DataError
 
@@ -112,6 +119,120 @@ def test_a_video_that_changes_is_noticed(tmp_path: Path) -> None:
     save_video(file, num_frames=20)
     with pytest.raises(DataError, match=r"video `.*a\.mp4` has changed since the rows were read; start again"):
         frame.open()
+
+
+def read(folder: Path, *rows: dict[str, Any], **options: Any) -> RecordSet:
+    write_jsonl(folder / "rows.jsonl", list(rows))
+    return read_records(DataSpec(path=str(folder / "rows.jsonl"), video={"max_frames": 3}, **options))
+
+
+def asked(content: Any, **more: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "That."}], **more}
+
+
+def kinds(record: Record) -> list[str]:
+    return [part.get("text", part["type"]) for part in record.messages[0]["content"]]
+
+
+def test_rows_with_videos(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_video(tmp_path / "a.mp4", num_frames=30)
+    save_video(tmp_path / "b.mp4", num_frames=10)
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "red.png")
+    video = {"type": "video"}
+    records = read(
+        tmp_path,
+        asked("What?", video="a.mp4"),
+        asked("<video>and <image>?<video>", videos=["a.mp4", {"path": "b.mp4"}], images=["red.png"]),
+        asked([{**video, "video": "b.mp4"}, {"type": "text", "text": "What?"}]),
+        asked([{"type": "video_url", "video_url": {"url": "b.mp4"}}, {"type": "text", "text": "So?"}]),
+        asked([{"type": "text", "text": "What?"}, video], videos=[["red.png"] * 5]),
+    )
+    frame = ["image"]
+    assert [kinds(record) for record in records] == [
+        [*3 * frame, "What?"],
+        [*3 * frame, "and ", "image", "?", *frame],
+        [*frame, "What?"],
+        [*frame, "So?"],
+        ["What?", *3 * frame],
+    ]
+    assert numbers(list(records[0].images)) == [5, 15, 25]
+    assert numbers([*records[1].images[:3], records[1].images[4]]) == [5, 15, 25, 5]
+    assert records[1].images[3].size == (8, 8)
+    assert records[0].images == records[1].images[:3]
+    said = capsys.readouterr().err
+    assert "videos are read as pictures: the frames that `data.video` chooses (5 rows)" in said
+    assert "markers `<video>` in the text are read as the places of videos (1 row)" in said
+    # What a generated file holds of it are pictures.
+    write_rows([row_of(record) for record in records], tmp_path / "out.parquet")
+    again = read_records(DataSpec(path=str(tmp_path / "out.parquet")))
+    assert [kinds(record) for record in again] == [kinds(record) for record in records]
+    assert numbers(list(again[0].images)) == [5, 15, 25]
+
+
+def test_frames_are_found_again_in_kept_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(table.VARIABLE, str(tmp_path / "tables"))
+    monkeypatch.setattr(table, "WORTH_S", 0)
+    save_video(tmp_path / "a.mp4", num_frames=30)
+    row = asked("What?", video="a.mp4")
+    first = read(tmp_path, row)
+    load = video.load_frames
+    monkeypatch.setattr(video, "load_frames", lambda *_: pytest.fail("looked at again"))
+    again = read(tmp_path, row)
+    assert again[0].images == first[0].images
+    sent = pickle.loads(pickle.dumps(again[0]))  # noqa: S301 - as workers are given records
+    assert numbers(list(sent.images)) == [5, 15, 25]
+    # Another choice of frames, or another file of that name, are other rows.
+    monkeypatch.setattr(video, "load_frames", load)
+    other = read_records(DataSpec(path=str(tmp_path / "rows.jsonl"), video={"max_frames": 1}))
+    assert (len(other[0].images), other[0].digest == first[0].digest) == (1, False)
+    save_video(tmp_path / "a.mp4", num_frames=20)
+    assert numbers(list(read(tmp_path, row)[0].images)) == [5, 15]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (asked("What?", video="none.mp4"), "video 0 `none.mp4` does not exist in"),
+        (asked("What?", video="rows.jsonl"), "video 0 `rows.jsonl` is no video that can be read"),
+        (asked("What?", video="https://a.b/c.mp4"), "video 0 `https://a.b/c.mp4` is a web address"),
+        (asked("What?", videos=["a.mp4"]), "has 0 markers `<video>` for 1 `videos`; one marker for each"),
+        (asked("<video>?", videos=["a.mp4", "a.mp4"]), "has 1 markers `<video>` for 2 `videos`"),
+        (asked("What?", video="a.mp4", videos=["a.mp4"]), "has both `video` and `videos`; keep one of them"),
+        (asked("What?", video={"bytes": "AAAA"}), "video 0 is neither a path nor a list of frames"),
+        (asked([{"type": "video", "video": []}]), 'has 1 parts {"type": "video"} for 0 `videos`'),
+        (asked("What?", video="../a.mp4"), "video 0 `../a.mp4` lies outside"),
+    ],
+)
+def test_videos_that_cannot_be_read(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+    save_video(tmp_path / "a.mp4", num_frames=3)
+    with pytest.raises(DataError, match=re.escape(message)):
+        read(tmp_path, row)
+
+
+def test_a_video_that_is_cut_off_is_left_out(tmp_path: Path) -> None:
+    whole = save_video(tmp_path / "a.mkv", num_frames=250).read_bytes()
+    (tmp_path / "b.mkv").write_bytes(whole[: len(whole) // 2])
+    rows = [asked("What?", id=name, video=f"{name}.mkv") for name in "ab"]
+    found = read(tmp_path, *rows, bad_rows="list")
+    assert [record.id for record in found] == ["a"]
+    assert [row["id"] for row in found.skipped] == ["b"]
+    assert "is cut off" in found.skipped[0]["reason"]
+
+
+def test_a_model_sees_the_frames(tmp_path: Path) -> None:
+    """As the same pictures in a row of their own, and the questions on one video share it."""
+    save_video(tmp_path / "a.mp4", num_frames=30, size=(112, 56))
+    records = list(read(tmp_path, asked("What is it?", video="a.mp4"), asked("And what is that?", video="a.mp4")))
+    encoder = load_encoder(Path(vc.__file__).parent / "demo" / "teacher")
+    first = encoder.encode(records[0])
+    assert len(first.media["image_grid_thw"]) == 3
+    write_rows([row_of(records[0])], tmp_path / "out.parquet")
+    (pictures,) = read_records(DataSpec(path=str(tmp_path / "out.parquet")))
+    same = encoder.encode(pictures)
+    np.testing.assert_array_equal(first.input_ids, same.input_ids)
+    np.testing.assert_array_equal(first.media["pixel_values"], same.media["pixel_values"])
+    (both,) = encoder.encode_all(records, Layout(4096, branches=True))
+    assert len(both.media["image_grid_thw"]) == 3
 
 
 @pytest.mark.parametrize(

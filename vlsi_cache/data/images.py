@@ -52,7 +52,7 @@ class Media:
     def __getstate__(self) -> dict[str, Any]:
         """Another process gets the bytes of a picture that stands in a file of rows."""
         data = self.data if self.again is None else self.read()
-        return {"sha256": self.sha256, "size": self.size, "path": self.path, "data": data, "again": None}
+        return {**self.__dict__, "data": data, "again": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

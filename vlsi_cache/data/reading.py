@@ -13,6 +13,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +34,7 @@ from .rows import content_of, content_text, digest_of, for_template, id_of_row, 
 from .sources import Place, RawRow, Source, lines_between, media_root, raw_rows, responses_of
 from .stored import NOWHERE, PICTURES, SAMPLES, Contents, StoredRecords, Texts
 from .values import printable, shown, text_value
+from .video import Frame, FramesOf, frames_of
 from .workers import Workers
 
 CHECKED_BYTES = 1 << 30
@@ -80,9 +82,9 @@ class Stretch:
 class Reader:
     """Checks raw rows one after the other. `decode`: all pixels of every picture, not its header alone."""
 
-    def __init__(self, source: Source, root: Path | None, turns: Turns, *, decode: bool) -> None:
+    def __init__(self, source: Source, root: Path | None, turns: Turns, frames_of: FramesOf, *, decode: bool) -> None:
         self._turns: Turns = turns
-        self._source, self._root, self._decode = source, root, decode
+        self._source, self._root, self._frames_of, self._decode = source, root, frames_of, decode
         self._known: dict[Path | str, Media] = {}
         self._files: dict[str, Picture] = {}  # by the text that names them
         self._shelf = Shelf()
@@ -117,7 +119,7 @@ class Reader:
             raise row
         if not isinstance(row, Mapping):
             raise DataError(f"is a {type(row).__name__}, must be a mapping with `messages`")
-        messages, given, ends = content_of(row, self._turns, notes)
+        messages, given, ends = content_of(row, self._turns, notes, self._frames_of)
         pictures = [self._picture(raw, entry, number) for number, entry in enumerate(given)]
         images = [picture.media for _, picture in pictures]
         tools, args = for_template(row, "tools"), for_template(row, "chat_template_kwargs") or {}
@@ -144,6 +146,11 @@ class Reader:
 
     def _picture(self, raw: RawRow, entry: Any, number: int) -> tuple[str, Picture]:
         """A picture of the row with its key; raises DataError."""
+        if isinstance(entry, Frame):
+            if self._decode:
+                entry.open()
+            name = str(entry.clip.path)
+            return entry.sha256, Picture(entry, name, stat_of(name), Place(NOWHERE, 0, 0), number)
         text = entry.get("path") if isinstance(entry, Mapping) and entry.get("bytes") is None else entry
         is_bare = not (isinstance(entry, Mapping) and entry.get("sha256") is not None)
         if is_bare and isinstance(text, str) and text in self._files:
@@ -225,6 +232,7 @@ def read_source(data: DataSpec, source: Source, *, num_workers: int = 0) -> Rows
         found.tables["pictures"],
         found.contents,
         found.loose,
+        _frames_of(data, root),
     )
     return Rows(
         source.name,
@@ -235,6 +243,10 @@ def read_source(data: DataSpec, source: Source, *, num_workers: int = 0) -> Rows
         about["num_rows"],
         responses_of(source),
     )
+
+
+def _frames_of(data: DataSpec, root: Path | None) -> FramesOf:
+    return partial(frames_of, rule=data.video, root=root, known={})
 
 
 class _Found(NamedTuple):
@@ -260,6 +272,7 @@ def _key(data: DataSpec, source: Source, root: Path | None, *, decode: bool) -> 
     if not files or not all(one[-1] for one in files):
         return ""
     facts = {"files": files, "root": str(root), "limit": data.limit, "turns": data.turns, "decode": decode}
+    facts["video"] = data.video.model_dump()
     return table.key_of(facts)
 
 
@@ -281,12 +294,12 @@ def content_id(path: Path) -> str:
 
 def _pictures_are_there(pictures: pa.RecordBatch) -> bool:
     """Whether all pictures that are files are what they were."""
-    columns = (pictures.column(name).to_pylist() for name in ("named", "stat", "sha256"))
-    for named, stat, sha256 in zip(*columns, strict=True):
+    columns = (pictures.column(name).to_pylist() for name in ("named", "stat", "sha256", "video"))
+    for named, stat, sha256, video in zip(*columns, strict=True):
         if named is None or (tuple(stat) != _NEVER and stat_of(named) == tuple(stat)):
             continue
         try:
-            if hashlib.sha256(Path(named).read_bytes()).digest() != sha256:
+            if hashlib.sha256(Path(named).read_bytes()).digest() != (video or sha256):
                 return False
         except OSError:
             return False
@@ -295,7 +308,7 @@ def _pictures_are_there(pictures: pa.RecordBatch) -> bool:
 
 def _read_all(data: DataSpec, source: Source, root: Path | None, *, decode: bool, num_workers: int) -> _Found:
     gathered = _Gathered()
-    reader = Reader(source, root, data.turns, decode=decode)
+    reader = Reader(source, root, data.turns, _frames_of(data, root), decode=decode)
     with Bar("read rows", unit="row", delay=2) as bar:
         for found in _stretches(data, source, reader, num_workers):
             gathered.add(found)
@@ -389,7 +402,7 @@ class _Gathered:
         loose = {
             number: one.media
             for number, one in enumerate(self._pictures)
-            if one.media.path is None and one.place.file == NOWHERE
+            if one.named is None and one.place.file == NOWHERE
         }
         tables = {"samples": samples, "pictures": _picture_table(self._pictures)}
         return _Found(tables, about, self._contents, loose)
@@ -464,10 +477,11 @@ def _repeats(names: list[str], where: str, given: bool, first_of: dict[str, tupl
 def _picture_table(pictures: list[Picture]) -> pa.RecordBatch:
     rows = [
         {
+            **_of_video(one.media),
             "sha256": bytes.fromhex(one.media.sha256),
             "width": one.media.size[0],
             "height": one.media.size[1],
-            "path": None if one.media.path is None else str(one.media.path),
+            "path": one.named if isinstance(one.media, Frame) else one.media.path and str(one.media.path),
             "named": one.named,
             "stat": one.stat,
             "file": one.place.file,
@@ -478,3 +492,10 @@ def _picture_table(pictures: list[Picture]) -> pa.RecordBatch:
         for one in pictures
     ]
     return pa.RecordBatch.from_pylist(rows, schema=PICTURES)
+
+
+def _of_video(media: Media) -> dict[str, Any]:
+    """What is said of a frame alone."""
+    if not isinstance(media, Frame):
+        return {}
+    return {"video": bytes.fromhex(media.clip.sha256), "times": list(media.clip.times), "frame": media.number}

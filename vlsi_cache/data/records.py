@@ -135,15 +135,15 @@ def row_of(record: Record, *, media_root: Path | None = None) -> dict[str, Any]:
     """The row for `write_rows` that reads back as this record.
 
     Images come as bytes, wherever the row will lie; with a `media_root`, those that were read from below it come as
-    paths relative to it.
+    paths relative to it. Frames of videos have become images, which are known by another digest.
     """
-    images = []
+    images: list[dict[str, Any]] = []
     for image in record.images:
         if image.path is None or media_root is None:
-            held: dict[str, Any] = {"bytes": image.read()}
+            data = image.read()
+            images.append({"bytes": data, "sha256": hashlib.sha256(data).hexdigest()})
         else:
-            held = {"path": image.path.relative_to(media_root).as_posix()}
-        images.append({**held, "sha256": image.sha256})
+            images.append({"path": image.path.relative_to(media_root).as_posix(), "sha256": image.sha256})
     # Only the last message is this record's response: what the assistant has said before is history.
     history = [{**one, "train": False} if one["role"] == "assistant" else one for one in record.prompt_messages]
     row = {"id": record.id, "kind": record.kind, "messages": [*history, record.messages[-1]], "images": images}

@@ -1,12 +1,12 @@
 """One chat row, checked: its messages, pictures and responses, or the reason why it cannot be used.
 
-A row: `messages` [{role, content}], where content is a string or parts {"type": "text", "text": ...} and
-{"type": "image"}; `images`, one per image part and in their order: a path, or {path | bytes, sha256}; optional `id`,
-`system`, `kind`, and what a chat template is given: `tools`, `chat_template_kwargs`, and in messages
-`reasoning_content`, `tool_calls`, `name`, `tool_call_id`. Each message of the assistant is a response that is learned
-(with `data.turns: last` the last one alone), but for those of `weight: 0` or `train: false`: a row of n responses
-becomes n records, `ID/1` to `ID/n`, each of the messages up to its response. What other tools write is read too, see
-`sources`, `messages` and `images`.
+A row: `messages` [{role, content}], where content is a string or parts {"type": "text", "text": ...}, {"type": "image"}
+and {"type": "video"}; `images`, one per image part and in order: a path, or {path | bytes, sha256}; `videos` alike,
+each a path or a list of frames; optional `id`, `system`, `kind`, and what a chat template is given: `tools`,
+`chat_template_kwargs`, and in messages `reasoning_content`, `tool_calls`, `name`, `tool_call_id`. Each message of the
+assistant is a response that is learned (with `data.turns: last` the last one alone), but for those of `weight: 0` or
+`train: false`: a row of n responses becomes n records, `ID/1` to `ID/n`, each of the messages up to its response. What
+other tools write is read too, see `sources`, `messages`, `images` and `video`.
 """
 
 import hashlib
@@ -31,6 +31,7 @@ from .messages import (
     turns_of,
 )
 from .values import given_json, is_empty, shown, text_value
+from .video import FramesOf, frames_for_videos, split_video_markers
 
 _MAX_ID_BITS = 256  # of an id that is a number
 _LATER = ("messages", "images", "tools", "template_args")  # of a record that lies in a file
@@ -96,8 +97,13 @@ class Record:
         self.__dict__.update(state)
 
 
-def content_of(row: Mapping[str, Any], turns: Turns, notes: set[str]) -> tuple[list[Message], list[Any], list[int]]:
-    """The messages up to the last response, the pictures in them, one for each image part, and where responses are."""
+def content_of(
+    row: Mapping[str, Any], turns: Turns, notes: set[str], frames_of: FramesOf
+) -> tuple[list[Message], list[Any], list[int]]:
+    """The messages up to the last response, the pictures in them, one for each image part, and where responses are.
+
+    Videos have become pictures: those that `frames_of` gives for the row's entry, see `video.frames_of`.
+    """
     for key in UNSUPPORTED:
         if not is_empty(row.get(key)):
             raise DataError(f"has `{key}`, which {'are' if key.endswith('s') else 'is'} not supported yet")
@@ -107,7 +113,9 @@ def content_of(row: Mapping[str, Any], turns: Turns, notes: set[str]) -> tuple[l
             raise DataError("has both `system` and a system message")
         messages.insert(0, {"role": "system", "content": as_parts(text_value(row["system"], "`system`"))})
         may_learn.insert(0, False)
+    split_video_markers(messages, row, notes.add)
     pictures = place_pictures(messages, row, notes.add)
+    pictures = frames_for_videos(messages, pictures, row, frames_of, notes.add)
     learned = learned_turns(messages, may_learn, turns, notes.add)
     messages = messages[: learned[-1] + 1]
     return messages, pictures[: sum(1 for _ in image_parts(messages))], learned

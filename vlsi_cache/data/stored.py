@@ -8,14 +8,15 @@ samples: `id`; `suffix`, how many characters at the end of the id are not its ro
 digest of what it begins with; `where` its row stands, for messages; `start` and `length` of its row in the file of
 contents; `end`, the place of its response among the messages; the numbers of its `pictures` in the other table.
 pictures: `sha256`, `width`, `height`; of a file its `path`, the path `named` by the row, and its `stat`; of one that
-stands in a row the `file`, `start` and `length` of the row, and its `number` among the row's.
+stands in a row the `file`, `start` and `length` of the row, and its `number` among the row's; of a frame the sha256 of
+its `video`, the `times` of all frames that are shown of it, and which of them the `frame` is.
 """
 
 import hashlib
 import json
 import os
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple, overload
@@ -30,6 +31,7 @@ from .images import Media, bytes_of
 from .rows import Record, content_of
 from .sources import READ_ERRORS, Place, Source
 from .values import shown
+from .video import Clip, Frame, FramesOf
 
 SAMPLES = pa.schema(
     [
@@ -57,6 +59,9 @@ PICTURES = pa.schema(
         ("start", pa.int64()),
         ("length", pa.int64()),
         ("number", pa.int32()),
+        ("video", pa.binary(32)),
+        ("times", pa.list_(pa.float64())),
+        ("frame", pa.int32()),
     ]
 )
 NOWHERE = -1  # the file of a picture that is a file itself, or that is kept in memory
@@ -111,20 +116,22 @@ class StoredRecords(Sequence[Record]):
         pictures: pa.RecordBatch,
         contents: Contents,
         loose: Mapping[int, Media],
+        frames_of: FramesOf,
     ) -> None:
         """`loose` are pictures by their number that cannot be read again from where they come."""
-        self._state = (source, turns, samples, pictures, contents, loose)
+        self._state = (source, turns, samples, pictures, contents, loose, frames_of)
         self._turns: Turns = turns
+        self._frames_of = frames_of
         self._source, self._contents, self._loose = source, contents, loose
         self._ids, self._kinds, self._wheres = (Texts(samples.column(name)) for name in ("id", "kind", "where"))
         self._samples, self._pictures = samples, pictures
         self._media: weakref.WeakValueDictionary[int, Media] = weakref.WeakValueDictionary()
 
     def __reduce__(self) -> Any:
-        source, turns, samples, pictures, contents, loose = self._state
+        source, turns, samples, pictures, contents, loose, frames_of = self._state
         # Another process measures them, and reads no bytes.
         bare = {number: Media(media.sha256, media.size) for number, media in loose.items()}
-        return StoredRecords, (source, turns, samples, pictures, contents, bare)
+        return StoredRecords, (source, turns, samples, pictures, contents, bare, frames_of)
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -192,19 +199,25 @@ class StoredRecords(Sequence[Record]):
             return self._loose[number]
         media = self._media.get(number)
         if media is None:
-            row = self._pictures.slice(number, 1).to_pylist()[0]
-            again: Callable[[], bytes] | None = None
-            if row["path"] is None:
-                again = partial(self._bytes_again, Place(row["file"], row["start"], row["length"]), row["number"])
-            path = None if row["path"] is None else Path(row["path"])
-            media = Media(row["sha256"].hex(), (row["width"], row["height"]), path, again=again)
+            media = self._made(self._pictures.slice(number, 1).to_pylist()[0])
             self._media[number] = media
         return media
+
+    def _made(self, row: dict[str, Any]) -> Media:
+        """The picture that a row of their table says."""
+        sha256, size = row["sha256"].hex(), (row["width"], row["height"])
+        if row["video"] is not None:
+            clip = Clip(Path(row["path"]), row["video"].hex(), tuple(row["times"]), tuple(row["stat"][:2]))
+            return Frame(sha256, size, clip=clip, number=row["frame"])
+        if row["path"] is not None:
+            return Media(sha256, size, Path(row["path"]))
+        place = Place(row["file"], row["start"], row["length"])
+        return Media(sha256, size, again=partial(self._bytes_again, place, row["number"]))
 
     def _bytes_again(self, place: Place, number: int) -> bytes:
         """The bytes of picture `number` of the row at `place`, out of the file that it was read from."""
         try:
-            return bytes_of(content_of(self._source.again(place), self._turns, set())[1][number])
+            return bytes_of(content_of(self._source.again(place), self._turns, set(), self._frames_of)[1][number])
         except _MISREAD as error:  # it is another file now
             name = self._source.files[place.file][2]
             raise DataError(

@@ -32,18 +32,23 @@ FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,ogg,gif,asf
 _TURNED = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
 
 
+Stamp = tuple[int, int]  # size and mtime_ns of a file
+FramesOf = Callable[[Any], Sequence[Any]]
+
+
 @dataclass(frozen=True)
 class Clip:
-    """A video file and the times, in seconds, of the frames that are shown of it; `stamp` is its size and mtime_ns."""
+    """A video file and the times, in seconds, of the frames that are shown of it; its `stamp` when it was read."""
 
     path: Path
     sha256: str
     times: tuple[float, ...]
-    stamp: tuple[int, int] = field(compare=False)
+    stamp: Stamp = field(compare=False)
 
     def check(self) -> None:
         """Raise DataError if the file is not the one that was read before."""
-        if _stamp(self.path) != self.stamp and _file_digest(self.path) != self.sha256:
+        stamp = _stamp(self.path)
+        if stamp != self.stamp and _digest_at(self.path, stamp) != self.sha256:
             raise DataError(f"video `{self.path}` has changed since the rows were read; start again")
 
 
@@ -51,12 +56,11 @@ class Clip:
 class Frame(Media):
     """One frame as a picture; its digest is that of the video file and the frame's time."""
 
-    clip: Clip | None = field(default=None, repr=False, compare=False)
-    number: int = field(default=0, compare=False)
+    clip: Clip = field(kw_only=True, repr=False, compare=False)
+    number: int = field(kw_only=True, compare=False)
 
     def open(self) -> Image.Image:
         """The frame, upright and RGB; raises DataError if the file has changed."""
-        assert self.clip is not None
         self.clip.check()
         return _decoded(self.clip)[self.number]
 
@@ -69,15 +73,21 @@ class Frame(Media):
 
 def load_frames(path: Path, rule: VideoSpec) -> list[Media]:
     """The frames that `rule` chooses of a video file. Raises DataError, with the reason alone, for any other file."""
-    stamp, sha256 = _stamp(path), _file_digest(path)
+    stamp = _stamp(path)
+    sha256 = _digest_at(path, stamp)
     with _opened(path) as (container, stream):
         times = chosen_times(_duration(container, stream), rule)
         first = next(_frames(container, stream, times[:1]), None)
     if first is None:
         raise DataError("has no frame that can be decoded")
     clip = Clip(path, sha256, times, stamp)
-    digests = [hashlib.sha256(f"{sha256} {time!r}".encode()).hexdigest() for time in times]
+    digests = [frame_digest(sha256, time) for time in times]
     return [Frame(digest, first.size, clip=clip, number=number) for number, digest in enumerate(digests)]
+
+
+def frame_digest(video_sha256: str, time: float) -> str:
+    """What a frame is known by."""
+    return hashlib.sha256(f"{video_sha256} {time!r}".encode()).hexdigest()
 
 
 def chosen_times(duration: float, rule: VideoSpec) -> tuple[float, ...]:
@@ -193,7 +203,7 @@ def _reason(error: BaseException) -> str:
     return shown(getattr(error, "strerror", None) or str(error))
 
 
-def _stamp(path: Path) -> tuple[int, int]:
+def _stamp(path: Path) -> Stamp:
     try:
         found = os.stat(path)
     except OSError as error:
@@ -203,7 +213,9 @@ def _stamp(path: Path) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-def _file_digest(path: Path) -> str:
+@lru_cache(1024)
+def _digest_at(path: Path, _stamp: Stamp) -> str:
+    """sha256 of a file that has this stamp."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -270,7 +282,7 @@ def frames_for_videos(
     messages: list[Message],
     pictures: list[Any],
     row: Mapping[str, Any],
-    frames_of: Callable[[Any], Sequence[Any]],
+    frames_of: FramesOf,
     note: Note,
 ) -> list[Any]:
     """Put one image part for each frame in the place of every video part; `frames_of` gives those of an entry.

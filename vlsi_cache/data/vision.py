@@ -163,7 +163,6 @@ class ProcessorVision:
         self.answer_type, self.shares_prompts = int(has_prefix), not has_prefix
         # Token types are part of the mask, and say nothing of branches.
         self.may_branch = "token_type_ids" not in processor.model_input_names
-        self._encoding = PREFIX_ENCODING if has_prefix else PROCESSOR_ENCODING
         self._known: dict[tuple[tuple[int, int], ...], int] = {}
         self._checks_left = CHECKED_SIZES if hasattr(processor, "_get_num_multimodal_tokens") else NEVER
 
@@ -202,7 +201,7 @@ class ProcessorVision:
         return Prompt(ids, None, {})
 
     def digest(self) -> str:
-        return _digest(self.processor, encoding=self._encoding)
+        return _digest(self.processor, encoding=PROCESSOR_ENCODING if self.shares_prompts else PREFIX_ENCODING)
 
     def _blank_ids(self, text: str, sizes: Sequence[tuple[int, int]]) -> list[int]:
         return self._run(text, [Image.new("RGB", size) for size in sizes]).ids_P.tolist()

@@ -113,7 +113,7 @@ def distill_spec(
     )
     spec = apply_overrides(stored, overrides)
     fixed = [key for key in FIXED_BY_THE_CACHE if getattr(spec, key) != getattr(stored, key)]
-    of_data = ("turns", "keep_together")
+    of_data = ("turns", "keep_together", "video")
     fixed += [f"data.{key}" for key in of_data if getattr(spec.data, key) != getattr(stored.data, key)]
     if fixed:
         raise SpecError(f"`{'`, `'.join(fixed)}` were decided when {cache.path} was built; distill cannot change them")
