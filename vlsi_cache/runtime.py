@@ -48,7 +48,11 @@ def autocast(device: torch.device) -> torch.autocast:
 def seed_step(seed: int, stage: str, step: int) -> None:
     """Key torch's random state to this step, so that a resumed run draws the dropout that a whole one draws."""
     digest = hashlib.sha256(f"{seed} {stage} {step}".encode()).digest()
-    torch.manual_seed(int.from_bytes(digest[:8], "little"))
+    number = int.from_bytes(digest[:8], "little")
+    if torch.cuda.is_available():
+        torch.manual_seed(number)
+    else:  # `torch.manual_seed` would also write down the stack for each kind of device that is not here: milliseconds
+        torch.default_generator.manual_seed(number)
 
 
 def memory_gib(device: torch.device) -> float:

@@ -40,7 +40,6 @@ from vlsi_cache.store.reader import Cache
 AGAIN = "delete it and run again"
 TEACHER = {"num_layers": 8, "hidden": 64}
 TEACHER_STEPS = 600
-ANEW_ROWS = 2000
 TARGETS = [1, 2, 3, 4, 5, 6, 7]
 
 READ_ANEW = (VLSI, LAST, SFT, FADED)  # whose layers are read through verbalizers of their own as well
@@ -57,7 +56,8 @@ class Regime:
     """A kind of student over a kind of data.
 
     `pretraining`: steps on fresh rows before it meets the cache. `sft_alone`: what recipe `sft` has instead, where all
-    steps are its own; its learning rate is the best of those tried.
+    steps are its own; its learning rate is the best of those tried. `anew_rows`: what verbalizers of a finished student
+    are trained on; `scored_rows`: what models are held against the truth on.
     """
 
     source: str
@@ -67,6 +67,9 @@ class Regime:
     num_rows: int
     changes: tuple[str, ...]
     sft_alone: tuple[str, ...] = ()
+    heldout_rows: int = 500
+    anew_rows: int = 2000
+    scored_rows: int = 1000
 
 
 COLD = Regime(
@@ -167,7 +170,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def shrunk(cell: Cell) -> Cell:
     """The same with next to no training."""
-    regime = replace(cell.regime, num_rows=64, pretraining=min(2, cell.regime.pretraining))
+    regime = replace(cell.regime, num_rows=32, pretraining=min(2, cell.regime.pretraining))
+    regime = replace(regime, heldout_rows=32, anew_rows=32, scored_rows=64)
     regime = replace(regime, changes=(*regime.changes, "batch_size=8", "micro_batch_size=8"))
     return replace(cell, regime=regime, steps=(1, 2, 1), tables=())
 
@@ -177,7 +181,7 @@ def run_seed(work: Path, name: str, cell: Cell, seed: int, tiny: bool) -> dict[s
     regime = cell.regime
     home = work / f"{'tiny ' if tiny else ''}{regime.source}-{seed}"
     source = markov.make_source(regime.source, seed=seed)
-    teacher_kl = make_teacher(home, source, seed, tiny)
+    teacher_kl = make_teacher(home, source, regime, seed, tiny)
     folder = home / f"{regime.num_layers} layers, {regime.pretraining} pretrained, {regime.num_rows} rows"
     student_kl = make_student(folder, home, source, regime, seed, tiny)
     caches = {
@@ -201,7 +205,7 @@ def run_seed(work: Path, name: str, cell: Cell, seed: int, tiny: bool) -> dict[s
     }
 
 
-def make_teacher(home: Path, source: markov.Source, seed: int, tiny: bool) -> float:
+def make_teacher(home: Path, source: markov.Source, regime: Regime, seed: int, tiny: bool) -> float:
     """Train the teacher unless it is there; returns its KL from the truth."""
 
     def train(folder: Path) -> float:
@@ -209,7 +213,7 @@ def make_teacher(home: Path, source: markov.Source, seed: int, tiny: bool) -> fl
         steps = 5 if tiny else TEACHER_STEPS
         pretrain(model, source, steps=steps, batch_size=128, learning_rate=3e-3, seed=2 * seed)
         model.save_pretrained(folder)
-        return kl_to_truth(model, source)
+        return kl_to_truth(model, source, num_rows=regime.scored_rows)
 
     return _once(home / "teacher", train)
 
@@ -221,10 +225,10 @@ def make_student(folder: Path, home: Path, source: markov.Source, regime: Regime
         model = new_model(out, num_layers=regime.num_layers, hidden=48, seed=50 + seed)
         pretrain(model, source, steps=regime.pretraining, batch_size=64, learning_rate=3e-3, seed=2 * seed + 1)
         model.save_pretrained(out)
-        return kl_to_truth(model, source)
+        return kl_to_truth(model, source, num_rows=regime.scored_rows)
 
     student_kl = _once(folder / "student", train)
-    for file, num, first in (("rows", regime.num_rows, 700), ("heldout", 64 if tiny else 500, 800)):
+    for file, num, first in (("rows", regime.num_rows, 700), ("heldout", regime.heldout_rows, 800)):
         rows = markov.chat_rows(*source.rows(num, seed=first + seed), name=file)
         (folder / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     spec = {
@@ -278,7 +282,8 @@ def run_variant(runs: Path, teacher_cache: Cache, variant: Variant, cell: Cell, 
         nll = evaluate_model(
             ModelRef(out / "student", dtype="auto"), settings, verbalizers=str(runs / VLSI / "verbalizers")
         )
-        score = {"kl": kl_to_truth(model.eval(), source), "layers": nll["layers"], "matched": matched(out)}
+        kl = kl_to_truth(model.eval(), source, num_rows=cell.regime.scored_rows)
+        score = {"kl": kl, "layers": nll["layers"], "matched": matched(out)}
         write_atomically(out / "score.json", json.dumps(score))
     score = read_object(out / "score.json", AGAIN)
     return score | {"anew": read_anew(out, cell.regime, seed)} if variant.name in READ_ANEW else score
@@ -289,7 +294,7 @@ def read_anew(run: Path, regime: Regime, seed: int) -> dict[str, float]:
     file, folder = run / "anew.json", run.parent.parent
     if not file.is_file():
         source = markov.make_source(regime.source, seed=seed)
-        rows = markov.chat_rows(*source.rows(ANEW_ROWS, seed=900 + seed), name="anew")
+        rows = markov.chat_rows(*source.rows(regime.anew_rows, seed=900 + seed), name="anew")
         (folder / "anew.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         changes = {
             "teacher.model": run / "student",

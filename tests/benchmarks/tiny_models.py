@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 FIRST = markov.PROMPT_WORDS + 2  # position of the first response word, after the two marks of the chat
 WARM_UP = 20  # steps
-HELD_OUT = {"num": 1000, "seed": 999_999}
+HELD_OUT_SEED = 999_999
 
 
 def new_model(folder: Path, *, num_layers: int, hidden: int, seed: int) -> LlamaForCausalLM:
@@ -67,9 +67,9 @@ def pretrain(
 
 
 @torch.inference_mode()
-def kl_to_truth(model: PreTrainedModel, source: markov.Source) -> float:
+def kl_to_truth(model: PreTrainedModel, source: markov.Source, *, num_rows: int) -> float:
     """KL(truth || model) in nats per response word, on held-out rows."""
-    prompt_BP, response_BR = source.rows(**HELD_OUT)
+    prompt_BP, response_BR = source.rows(num_rows, seed=HELD_OUT_SEED)
     truth_BRV = torch.from_numpy(source.truth(prompt_BP, response_BR))
     logits = model(input_ids=token_ids(prompt_BP, response_BR)).logits.double()
     said_BRV = torch.log_softmax(logits, -1)[:, FIRST - 1 : FIRST - 1 + markov.RESPONSE_WORDS, : markov.NUM_WORDS]

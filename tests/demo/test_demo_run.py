@@ -15,6 +15,8 @@ from vlsi_cache.models.load import ModelRef, resolve_model
 SMALL = [
     "data.options.num_samples=45",
     "evaluate.data.options.num_samples=18",
+    "distill.batch_size=4",
+    "distill.micro_batch_size=4",
     "distill.verbalize.steps=2",
     "distill.interact.schedule.steps=3",
     "distill.sft.schedule.steps=2",

@@ -1,5 +1,7 @@
 """Students against every kind of cache: selected tokens, sampled rows, other widths, other profiles."""
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +29,32 @@ KINDS = {
     "exact": ["store.profile=exact"],
     "fast": ["store.profile=fast"],
 }
+PLAIN = "as the spec says"
 
 
-def build(tmp_path: Path, teacher: Path, overrides: list[str]) -> Cache:
-    spec = vc.load_spec(write_spec(tmp_path, teacher), overrides=overrides)
-    return vc.build_teacher(spec, out=tmp_path / "cache")
+BRIEF = ["distill.verbalize.steps=1", "distill.sft.schedule.steps=1", "distill.checkpoint_steps=100"]
+CacheOf = Callable[[str], Cache]
+
+
+@pytest.fixture(scope="module")
+def cache_of(teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> CacheOf:
+    """The cache of a kind, built once; its spec and rows lie beside it. Nobody writes to it."""
+
+    @functools.cache
+    def build(kind: str) -> Cache:
+        folder = tmp_path_factory.mktemp("rows")
+        spec = vc.load_spec(write_spec(folder, teacher_folder), overrides=KINDS.get(kind, []))
+        return vc.build_teacher(spec, out=folder / "cache")
+
+    return build
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_student_trains_on_it(kind: str, tmp_path: Path, teacher_folder: Path, student_folder: Path) -> None:
-    cache = build(tmp_path, teacher_folder, KINDS[kind])
+def test_a_student_trains_on_it(kind: str, tmp_path: Path, cache_of: CacheOf, student_folder: Path) -> None:
+    cache = cache_of(kind)
     if kind == "few":
         assert 0 in cache.sample_table()["num_tokens"].to_pylist()  # samples without any row are there, and trained on
-    run = vc.distill(cache, student=str(student_folder), out=tmp_path / "run")
+    run = vc.distill(cache, student=str(student_folder), out=tmp_path / "run", overrides=BRIEF)
     lines = [line for line in read_metrics(run / "metrics.jsonl") if line["stage"] == "interact"]
     assert len(lines) == 5
     assert all(np.isfinite(line["loss"]) for line in lines)
@@ -48,15 +63,15 @@ def test_a_student_trains_on_it(kind: str, tmp_path: Path, teacher_folder: Path,
 
 @pytest.mark.parametrize("recipe", ["vlsi", "last"])
 def test_other_divergences_and_temperatures_are_trained(
-    recipe: str, tmp_path: Path, teacher_folder: Path, student_folder: Path
+    recipe: str, tmp_path: Path, cache_of: CacheOf, student_folder: Path
 ) -> None:
-    cache = build(tmp_path, teacher_folder, ["rows.taus=[1.0, 2.0]", "store.profile=exact"])
+    cache = cache_of("exact")
     first = {}
     for name, tau in (
         ("forward_kl", 1.0), ("forward_kl", 2.0), ("reverse_kl", 1.0), ("jsd", 2.0), ("skewed_kl", 1.0),
         ("l2_topk", 1.0),
     ):  # fmt: skip
-        changes = [f"distill.interact.{key}={name}" for key in ("intermediate", "last")]
+        changes = [*BRIEF, *(f"distill.interact.{key}={name}" for key in ("intermediate", "last"))]
         changes += [f"distill.interact.tau={tau}", "distill.sft.fraction=0"]
         out = tmp_path / f"{name}-{tau}"
         run = vc.distill(cache, student=str(student_folder), out=out, recipe=recipe, overrides=changes)
@@ -67,9 +82,9 @@ def test_other_divergences_and_temperatures_are_trained(
 
 
 def test_ways_of_matching_and_operations_run_and_are_logged(
-    tmp_path: Path, teacher_folder: Path, student_folder: Path
+    tmp_path: Path, cache_of: CacheOf, student_folder: Path
 ) -> None:
-    cache = build(tmp_path, teacher_folder, [])
+    cache = cache_of(PLAIN)
     for name, changes in {
         "bottom": ["matching=bottom_k", "bottom_k=2"],
         "stretch": ["matching=uniform_stretch"],
@@ -77,7 +92,7 @@ def test_ways_of_matching_and_operations_run_and_are_logged(
         "late": ["layers_full_until=0.4", "layers_zero_from=0.8", "alpha_ce=0.3"],
         "labels": ["intermediate=ce", "last=none"],
     }.items():
-        overrides = [*(f"distill.interact.{change}" for change in changes), "distill.sft.fraction=0"]
+        overrides = [*BRIEF, *(f"distill.interact.{change}" for change in changes), "distill.sft.fraction=0"]
         run = vc.distill(cache, student=str(student_folder), out=tmp_path / name, overrides=overrides)
         lines = [line for line in read_metrics(run / "metrics.jsonl") if line["stage"] == "interact"]
         matches = [match for line in lines for match in line["matched_layers"]]
@@ -96,11 +111,11 @@ def test_ways_of_matching_and_operations_run_and_are_logged(
 
 
 def test_the_last_recipe_leaves_alone_what_it_does_not_use(
-    tmp_path: Path, teacher_folder: Path, student_folder: Path
+    tmp_path: Path, cache_of: CacheOf, student_folder: Path
 ) -> None:
-    cache = build(tmp_path, teacher_folder, ["rows.kind=sampled", "rows.num_draws=12"])
+    cache = cache_of("sampled")
     changes = ["matching=bottom_k", "bottom_k=9", "intermediate=jsd"]
-    overrides = [f"distill.interact.{change}" for change in changes]
+    overrides = [*(f"distill.interact.{change}" for change in changes), *BRIEF]
     run = vc.distill(cache, student=str(student_folder), out=tmp_path / "run", recipe="last", overrides=overrides)
     assert (run / "student").is_dir()
     with pytest.raises(SpecError, match=r"`distill\.interact\.bottom_k` is 9, and .* has 4 intermediate layers"):
@@ -108,9 +123,9 @@ def test_the_last_recipe_leaves_alone_what_it_does_not_use(
 
 
 def test_divergences_that_the_cache_does_not_allow_are_refused_before_anything_is_loaded(
-    tmp_path: Path, teacher_folder: Path, student_folder: Path
+    tmp_path: Path, cache_of: CacheOf, student_folder: Path
 ) -> None:
-    cache = build(tmp_path, teacher_folder, ["rows.kind=sampled", "rows.num_draws=12"])
+    cache = cache_of("sampled")
     for changes, message in (
         (["distill.interact.tau=3.0"], r"`distill\.interact\.tau` is 3\.0.* holds rows for \[1\.0, .*\] alone"),
         (["distill.interact.last=jsd"], "asks for jsd at tau 1.0, and .* holds draws from the teacher,"),
@@ -121,11 +136,11 @@ def test_divergences_that_the_cache_does_not_allow_are_refused_before_anything_i
     assert not (tmp_path / "run").exists()
 
 
-def test_only_tokens_with_rows_are_compared(tmp_path: Path, teacher_folder: Path) -> None:
+def test_only_tokens_with_rows_are_compared(cache_of: CacheOf, teacher_folder: Path) -> None:
     """The micro-batch's positions, golds and rows are those of the chosen tokens, sample by sample."""
-    cache = build(tmp_path, teacher_folder, KINDS["selected"])
+    cache = cache_of("selected")
     encoder = load_encoder(str(teacher_folder))
-    records = {record.id: record for record in read_records(vc.load_spec(tmp_path / "spec.yaml").data)}
+    records = {record.id: record for record in read_records(vc.load_spec(cache.path.parent / "spec.yaml").data)}
     names = [name for name in cache if 0 < cache[name].num_tokens < len(cache[name].response_ids_R)][:4]
     assert len(names) == 4
     samples = iter([Sample(records[name], cache[name], cache[name].num_tokens) for name in names])
@@ -155,18 +170,18 @@ def test_a_student_of_a_merged_cache_finds_the_rows_of_both(
         caches.append(vc.build_teacher(vc.load_spec(spec), out=folder / "cache"))
     both = vc.merge(caches, out=tmp_path / "both")
     assert len(both) == 20
-    run = vc.distill(both, student=str(student_folder), out=tmp_path / "run")
+    run = vc.distill(both, student=str(student_folder), out=tmp_path / "run", overrides=BRIEF)
     assert (run / "student" / "config.json").is_file()
     with pytest.raises(SpecError, match="merged from 2 sources"):
         vc.distill(both, student=str(student_folder), out=tmp_path / "other", overrides=["data.limit=5"])
     assert not (tmp_path / "other").exists()
 
 
-def test_padded_micro_batches_hold_samples_of_similar_length(tmp_path: Path, teacher_folder: Path) -> None:
+def test_padded_micro_batches_hold_samples_of_similar_length(cache_of: CacheOf, teacher_folder: Path) -> None:
     """Which samples share an optimizer step stays the same; packed batches need no order."""
-    cache = build(tmp_path, teacher_folder, [])
+    cache = cache_of(PLAIN)
     encoder = load_encoder(str(teacher_folder))
-    records = {record.id: record for record in read_records(vc.load_spec(tmp_path / "spec.yaml").data)}
+    records = {record.id: record for record in read_records(vc.load_spec(cache.path.parent / "spec.yaml").data)}
     names = list(cache)[:16]
 
     def taken(**options: Any) -> list[MicroBatch]:

@@ -102,7 +102,8 @@ def test_half_precision_students_train_on_the_cpu_and_are_saved_as_asked(
 ) -> None:
     wanted = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
     folder = save_in(torch.bfloat16, student_folder, tmp_path / "student")
-    changes = [f"distill.student_dtype={dtype}", f"distill.sft.mode={mode}"]
+    short = ["distill.verbalize.steps=1", "distill.interact.schedule.steps=2", "distill.checkpoint_steps=100"]
+    changes = [f"distill.student_dtype={dtype}", f"distill.sft.mode={mode}", *short]
     run = vc.distill(cache, student=str(folder), out=tmp_path / "run", overrides=changes)
     name = str(wanted).removeprefix("torch.")
     said = capsys.readouterr().err

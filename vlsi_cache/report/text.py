@@ -139,7 +139,8 @@ def _some(names: Sequence[Any]) -> str:
 def _yaml(value: Any) -> str:
     import yaml
 
-    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
+    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # the one in C is ten times as fast, where PyYAML has it
+    return yaml.dump(value, Dumper=dumper, sort_keys=False, allow_unicode=True)
 
 
 def write_page(file: Path, html: str) -> Path:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,13 @@ def python_call(name: str, first: str, **options: Any) -> str:
 
 def versions() -> dict[str, str]:
     """What ran: the interpreter and the packages whose version can change a result."""
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"python": platform.python_version()} | _package_versions()
+
+
+@cache
+def _package_versions() -> dict[str, str]:
+    """Read once in a process: what is imported does not change."""
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def differences(old: Any, new: Any, key: str = "") -> list[str]:

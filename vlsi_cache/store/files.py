@@ -14,7 +14,8 @@ import stat
 import time
 import uuid
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from itertools import accumulate
+from pathlib import Path
 
 from vlsi_cache.errors import CacheCorruptError, DiskFullError, command_line
 from vlsi_cache.io import checksum, fsync_dir, is_disk_full, remove
@@ -298,7 +299,7 @@ def check_part_files(root: Path, index: int, record: PartRecord) -> None:
     folder = str(part_dir(root, index))
     known = set()
     for name, file in record.files.items():
-        for parent in reversed(PurePosixPath(name).parents[:-1]):  # of `ids/c/0/0/0`: `ids`, `ids/c`, ...
+        for parent in accumulate(name.split("/")[:-1], "{}/{}".format):  # of `ids/c/0/0/0`: `ids`, `ids/c`, ...
             if parent not in known and not _is_plain_dir(path := f"{folder}/{parent}"):
                 what = " is missing or a symbolic link; a cache holds plain files only"
                 raise CacheCorruptError.at(path, what, hint=repair_hint(root))
