@@ -19,9 +19,11 @@ gc.disable()  # until everything is imported
 
 # The files that take longest, first: the last ones are then short, and no process waits long for the other.
 LONGEST = (
-    "test_distill", "test_ablate", "test_demo_run", "test_training", "test_benchmarks", "test_recompute",
-    "test_student_verbalizers", "test_verbalizer_subsets", "test_acceptance", "test_heldout", "test_interact_layers",
-    "test_generate", "test_demo_data", "test_build", "test_build_batches", "test_pages", "test_runs",
+    "test_demo_run", "test_damage", "test_distill_rows", "test_ablate", "test_demo_data", "test_acceptance",
+    "test_distill", "test_batch_reduction", "test_prune", "test_training", "test_crafted", "test_benchmarks",
+    "test_recompute",
+    "test_student_verbalizers", "test_verbalizer_subsets", "test_heldout", "test_interact_layers", "test_generate",
+    "test_build", "test_build_batches", "test_pages", "test_runs",
 )  # fmt: skip
 
 
