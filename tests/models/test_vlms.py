@@ -20,7 +20,7 @@ from transformers import AutoModelForImageTextToText
 
 import vlsi_cache as vc
 from vlsi_cache.config.sections import DataSpec
-from vlsi_cache.data.collate import SEGMENTS, collate, collate_prompts
+from vlsi_cache.data.collate import SEEN_UNTIL, collate, collate_prompts
 from vlsi_cache.data.encoder import load_encoder
 from vlsi_cache.data.records import Record, read_records
 from vlsi_cache.errors import ModelError
@@ -87,7 +87,7 @@ def test_from_pictures_to_a_student_that_generates(
     samples = [encoder.encode(record) for record in records]
     backbone = checked_backbone(model, encoder)
     batch = collate(samples, pad_id=encoder.pad_id, row_width=backbone.row_width)
-    assert (SEGMENTS in batch.inputs) == (family not in PADDED)
+    assert (SEEN_UNTIL in batch.inputs) == (family not in PADDED)
     states = backbone.capture(batch.inputs, [1, 3], batch.rows_T, batch.positions_T)
     for row, (record, sample) in enumerate(zip(records, samples, strict=True)):
         theirs = as_processed(processor, record)
