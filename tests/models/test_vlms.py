@@ -20,9 +20,10 @@ from transformers import AutoModelForImageTextToText
 
 import vlsi_cache as vc
 from vlsi_cache.config.sections import DataSpec
+from vlsi_cache.data import encoder as encoder_module
 from vlsi_cache.data.collate import SEEN_UNTIL, collate, collate_prompts
 from vlsi_cache.data.encoder import load_encoder
-from vlsi_cache.data.records import Record, read_records
+from vlsi_cache.data.records import Record, read_records, with_answer
 from vlsi_cache.errors import ModelError
 from vlsi_cache.models.load import ModelRef
 from vlsi_cache.models.probe import checked_backbone
@@ -102,10 +103,22 @@ def test_from_pictures_to_a_student_that_generates(
         for layer in (1, 3):
             wanted = own.hidden_states[layer][0, places]
             torch.testing.assert_close(states[layer].split(batch.num_tokens)[row], wanted, rtol=1e-4, atol=1e-4)
-        found, logprobs_TV = cache[record.id], own.logits[0, places, : encoder.vocab_size].log_softmax(-1).numpy()
-        cached_TK, ids_TK = found.logprobs_LTK[-1], found.ids_LTK[-1]
+        cached, logprobs_TV = cache[record.id], own.logits[0, places, : encoder.vocab_size].log_softmax(-1).numpy()
+        cached_TK, ids_TK = cached.logprobs_LTK[-1], cached.ids_LTK[-1]
         np.testing.assert_allclose(cached_TK, np.take_along_axis(logprobs_TV, ids_TK, 1), rtol=0, atol=1e-4)
         np.testing.assert_allclose(cached_TK[:, 0], logprobs_TV.max(1), rtol=0, atol=1e-4)
+
+    # Two answers to one prompt see the pictures once, and are what each is alone.
+    monkeypatch.setattr(encoder_module, "MIN_SHARED", 1)
+    pairs = [one for record in records for one in (record, with_answer(record, "another one"))]
+    trees = encoder.encode_all(pairs, backbone.layout)
+    assert len(trees) == (len(pairs) if family in PADDED else len(records))
+    once, apart = (
+        collate(some, pad_id=encoder.pad_id, row_width=backbone.row_width)
+        for some in (trees, [encoder.encode(one) for one in pairs])
+    )
+    found, wanted = (backbone.capture(b.inputs, [3], b.rows_T, b.positions_T)[3] for b in (once, apart))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
     run = vc.distill(cache, student=str(student), out=tmp_path / "run")
     exported: Any = AutoModelForImageTextToText.from_pretrained(run / "student").eval()
