@@ -170,6 +170,34 @@ def test_a_link_to_another_picture_is_measured_anew(tmp_path: Path) -> None:
         assert read(path)[0].images[0].size == size
 
 
+@pytest.mark.parametrize("how", ["missing", "broken", "empty"])
+@pytest.mark.parametrize("bad_rows", ["refuse", "list"])
+def test_a_picture_that_is_mended_is_seen(how: str, bad_rows: Any, tmp_path: Path) -> None:
+    """A row that was refused for its picture is not refused from the table once the picture is good."""
+    path, good = pictures(tmp_path), (tmp_path / "a.png").read_bytes()
+    write_jsonl(path, [*(json.loads(line) for line in path.read_text().splitlines()), *make_rows(1)])
+    (tmp_path / "a.png").unlink()
+    if how != "missing":
+        (tmp_path / "a.png").write_bytes(b"" if how == "empty" else b"no picture")
+    data = DataSpec(path=str(path), bad_rows=bad_rows)
+    if bad_rows == "list":
+        assert len(read_records(data)) == 1
+    else:
+        with pytest.raises(DataError, match=r"2 of 3 rows cannot be used"):
+            read_records(data)
+    (tmp_path / "a.png").write_bytes(good)
+    assert len(read_records(data)) == 3
+
+
+def test_what_is_still_missing_is_refused_from_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = pictures(tmp_path)
+    write_jsonl(path, [*(json.loads(line) for line in path.read_text().splitlines()), *make_rows(1)])
+    (tmp_path / "a.png").unlink()
+    first = read(path).skipped
+    forbid(monkeypatch, reading, "raw_rows")
+    assert read(path).skipped == first
+
+
 # --- tokens ---------------------------------------------------------------------------------------------------------
 
 
