@@ -489,6 +489,7 @@ def _without_repeats(
     ids, wheres = Texts(samples.column("id")), Texts(samples.column("where"))
     suffixes = samples.column("suffix").to_numpy()
     is_good = np.ones(len(ids), dtype=bool)
+    # Rising numbers of rows.
     row_N = np.cumsum([index == 0 or wheres[index] != wheres[index - 1] for index in range(len(ids))])
     # Names that have one hash in several rows are few; only their rows are looked at one by one.
     hashes_N = _hashes(ids)
@@ -500,7 +501,7 @@ def _without_repeats(
     first_of: dict[str, tuple[str, bool]] = {}  # of a name: where, and whether it was given
     problems = []
     for row in suspects:
-        chosen = np.flatnonzero(row_N == row)
+        chosen = np.arange(*np.searchsorted(row_N, [row, row + 1]))
         name = ids[int(chosen[0])]
         row_id = name[: len(name) - int(suffixes[chosen[0]])]
         where, given = wheres[int(chosen[0])], is_given[int(chosen[0])]
