@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from vlsi_cache.data.measuring import fit_rows
 from vlsi_cache.data.preparing import Preparer
 from vlsi_cache.data.records import RecordSet, read_records
 from vlsi_cache.data.workers import Workers
-from vlsi_cache.errors import DataError, RowError, WorkerDiedError
+from vlsi_cache.errors import DataError, ModelError, RowError, WorkerDiedError
 
 
 @pytest.fixture(autouse=True)
@@ -170,6 +171,34 @@ def test_a_link_to_another_picture_is_measured_anew(tmp_path: Path) -> None:
         assert read(path)[0].images[0].size == size
 
 
+@pytest.mark.parametrize("how", ["missing", "broken", "empty"])
+@pytest.mark.parametrize("bad_rows", ["refuse", "list"])
+def test_a_picture_that_is_mended_is_seen(how: str, bad_rows: Any, tmp_path: Path) -> None:
+    """A row that was refused for its picture is not refused from the table once the picture is good."""
+    path, good = pictures(tmp_path), (tmp_path / "a.png").read_bytes()
+    write_jsonl(path, [*(json.loads(line) for line in path.read_text().splitlines()), *make_rows(1)])
+    (tmp_path / "a.png").unlink()
+    if how != "missing":
+        (tmp_path / "a.png").write_bytes(b"" if how == "empty" else b"no picture")
+    data = DataSpec(path=str(path), bad_rows=bad_rows)
+    if bad_rows == "list":
+        assert len(read_records(data)) == 1
+    else:
+        with pytest.raises(DataError, match=r"2 of 3 rows cannot be used"):
+            read_records(data)
+    (tmp_path / "a.png").write_bytes(good)
+    assert len(read_records(data)) == 3
+
+
+def test_what_is_still_missing_is_refused_from_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = pictures(tmp_path)
+    write_jsonl(path, [*(json.loads(line) for line in path.read_text().splitlines()), *make_rows(1)])
+    (tmp_path / "a.png").unlink()
+    first = read(path).skipped
+    forbid(monkeypatch, reading, "raw_rows")
+    assert read(path).skipped == first
+
+
 # --- tokens ---------------------------------------------------------------------------------------------------------
 
 
@@ -288,6 +317,43 @@ def test_where_tables_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert table.folder() == Path.home() / ".cache" / "vlsi-cache"
 
 
+@pytest.mark.parametrize("how", ["changed", "cut"])
+def test_contents_that_change_while_a_command_runs(how: str, tmp_path: Path, kept: Path) -> None:
+    """A row that is not the one that was checked is an error, whichever of its turns is asked for."""
+    records = read(rows_of(tmp_path))
+    (contents,) = kept.glob("*/contents.bin")
+    turn = [record.id for record in records].index("turns/1")
+    data = contents.read_bytes()
+    with contents.open("r+b") as file:
+        if how == "cut":
+            file.truncate(10)
+        else:
+            file.write(data.replace(b"say 1 green", b"say 1 GREEN").replace(b'"text":"a"', b'"text":"z"'))
+    for number in (1, turn, turn + 1):
+        with pytest.raises(DataError, match=r"contents\.bin, where checked rows lie, has changed"):
+            assert records[number].messages
+    assert how == "cut" or records[0].messages  # the others are what they were
+
+
+def test_a_folder_of_somebody_else(tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A set is found where its time of use cannot be noted; what is no set stays; nobody needs a home."""
+    path = rows_of(tmp_path)
+    for name in ("mine", ".mine.tmp-1"):
+        (kept / name).mkdir(parents=True)
+        (kept / name / "about.json").write_text("{}")
+        os.utime(kept / name, (0, 0))
+    monkeypatch.setattr(table, "MAX_BYTES", 0)
+    first = everything(read(path))
+    assert {"mine", ".mine.tmp-1"} < {entry.name for entry in kept.iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "utime", lambda *_: (_ for _ in ()).throw(PermissionError()))
+        forbid(patch, reading, "raw_rows")
+        assert everything(read(path)) == first
+    monkeypatch.setenv(table.VARIABLE, "~nobody-of-this-name/tables")
+    assert table.folder() is None
+    assert everything(read(path)) == first
+
+
 # --- workers --------------------------------------------------------------------------------------------------------
 
 
@@ -329,7 +395,8 @@ def _refuse(state: str, item: int) -> str:
     return f"{state}{item}"
 
 
-def test_a_worker_that_dies_and_one_that_refuses() -> None:
+def test_a_worker_that_dies_and_one_that_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))  # where workers find this file
     with Workers(2, "testing", "s") as workers:
         found = workers.map(_refuse, range(4))
         assert [next(found), next(found)] == ["s0", "s1"]
@@ -337,6 +404,36 @@ def test_a_worker_that_dies_and_one_that_refuses() -> None:
             next(found)
         with pytest.raises(WorkerDiedError, match=r"that was testing has ended; .*run\.workers=0"):
             list(workers.map(_die, range(4)))
+
+
+class _Unloadable:
+    def __reduce__(self) -> Any:
+        return open, ("/no/such/file",)
+
+
+def test_workers_load_none_of_the_files_beside_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A state that cannot be loaded is told with its reason."""
+    (tmp_path / "queue.py").write_text("raise RuntimeError")
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
+    monkeypatch.chdir(tmp_path)
+    with Workers(1, "testing", "s") as workers:
+        assert workers.call(_refuse, 1) == "s1"
+    with (
+        Workers(1, "testing", _Unloadable()) as workers,
+        pytest.raises(ModelError, match=r"FileNotFoundError: .*/no/such"),
+    ):
+        workers.call(_refuse, 1)
+
+
+def test_rows_whose_folder_has_gone_are_measured_here(
+    tmp_path: Path, kept: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = read(rows_of(tmp_path, 30))
+    for name, value in (("TOGETHER", 7), ("FIRST_S", 0), ("WORTH_S", 0)):
+        monkeypatch.setattr(measuring, name, value)
+    shutil.rmtree(kept)
+    forbid(monkeypatch, measuring, "Workers")
+    assert len(fit_rows(records, encoder, 100, num_workers=2)[0]) == len(records)
 
 
 _LONG = """

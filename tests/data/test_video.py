@@ -189,6 +189,55 @@ def test_frames_are_found_again_in_kept_tables(tmp_path: Path, monkeypatch: pyte
     assert numbers(list(read(tmp_path, row)[0].images)) == [5, 15]
 
 
+def test_kept_tables_know_a_video_by_each_of_its_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link to another video, one of two copies that changes, a video that comes, and PyAV that comes."""
+    monkeypatch.setenv(table.VARIABLE, str(tmp_path / "tables"))
+    monkeypatch.setattr(table, "WORTH_S", 0)
+    save_video(tmp_path / "a.mp4", num_frames=30)
+    for name in ("b.mp4", "c.mp4"):
+        (tmp_path / name).write_bytes((tmp_path / "a.mp4").read_bytes())
+    (tmp_path / "link.mp4").symlink_to("a.mp4")
+    rows = [asked("What?", video=f"{name}.mp4", id=name) for name in ("link", "b", "c")]
+
+    def lengths() -> list[int]:
+        return [len(record.images) for record in read(tmp_path, *rows)]
+
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "av", None)
+        patch.setattr("vlsi_cache.data.reading.version", lambda _: "none")
+        with pytest.raises(DataError, match="needs PyAV"):
+            lengths()
+    assert lengths() == [3, 3, 3]
+    save_video(tmp_path / "b.mp4", num_frames=20)
+    assert lengths() == [3, 2, 3]
+    (tmp_path / "link.mp4").unlink()
+    with pytest.raises(DataError, match=r"`link\.mp4` does not exist"):
+        lengths()
+    (tmp_path / "link.mp4").symlink_to("b.mp4")
+    assert lengths() == [2, 2, 3]
+
+
+def test_the_sound_may_be_longer_and_the_video_may_begin_late(tmp_path: Path) -> None:
+    """A Matroska file says how long its longest stream is, from 0 on."""
+    with av.open(str(tmp_path / "a.mkv"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        sound = container.add_stream("pcm_s16le", rate=8000)
+        sound.layout = "mono"
+        for number in range(20):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 12 * number, np.uint8), format="rgb24")
+            frame.pts = 10 + number
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+        for second in range(9):
+            heard = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.int16), format="s16", layout="mono")
+            heard.sample_rate, heard.pts = 8000, 8000 * second
+            container.mux(sound.encode(heard))
+        container.mux(sound.encode())
+    frames = load_frames(tmp_path / "a.mkv", VideoSpec())
+    assert [round(np.asarray(frame.open()).mean() / 12) for frame in frames] == [5, 15]
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [

@@ -335,6 +335,8 @@ def _check_kind(image: Image.Image) -> None:
 
 def _found(data: bytes) -> str:
     """What the first bytes of a file say it is, without opening it as that."""
+    if len(data) < 4:  # Pillow's tests of first bytes do not look whether there are any
+        return f"it has {len(data)} bytes"
     Image.init()
     for name, (_, accepts) in Image.OPEN.items():
         if name not in FORMATS and accepts is not None and accepts(data[:16]) is True:

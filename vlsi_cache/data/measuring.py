@@ -232,8 +232,8 @@ def _measure(
         for number, (start, stop) in enumerate(stretches):
             elapsed = time.monotonic() - started
             left_s = elapsed * (len(records) - start) / max(1, start)
-            is_worth_it = num_workers > 1 and isinstance(records, StoredRecords) and encoder.can_be_sent
-            if is_worth_it and elapsed > FIRST_S and left_s * (1 - 1 / num_workers) > WORTH_S:
+            is_worth_it = num_workers > 1 and elapsed > FIRST_S and left_s * (1 - 1 / num_workers) > WORTH_S
+            if is_worth_it and encoder.can_be_sent and isinstance(records, StoredRecords) and records.can_be_sent:
                 with Workers(num_workers, "measuring rows", state) as workers:
                     for one in workers.map(measure_stretch, stretches[number:]):
                         found.join(one)

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,6 +74,7 @@ class Stretch:
     problems: list[tuple[int, tuple[str, str, str]]] = field(default_factory=list)  # samples before; id, where, reason
     notes: Counter[str] = field(default_factory=Counter)
     unread: set[str] = field(default_factory=set)
+    refused: dict[str, Stat | None] = field(default_factory=dict)  # files of pictures and videos that cannot be used
     is_given: list[bool] = field(default_factory=list)
     contents: list[bytes] = field(default_factory=list)
     content_bytes: int = 0
@@ -119,8 +121,8 @@ class Reader:
             raise row
         if not isinstance(row, Mapping):
             raise DataError(f"is a {type(row).__name__}, must be a mapping with `messages`")
-        messages, given, ends = content_of(row, self._turns, notes, self._frames_of)
-        pictures = [self._picture(raw, entry, number) for number, entry in enumerate(given)]
+        messages, given, ends = content_of(row, self._turns, notes, partial(self._frames, found))
+        pictures = [self._picture(found, raw, entry, number) for number, entry in enumerate(given)]
         images = [picture.media for _, picture in pictures]
         tools, args = for_template(row, "tools"), for_template(row, "chat_template_kwargs") or {}
         whole = content_text(messages, images, tools, args)
@@ -144,36 +146,52 @@ class Reader:
                 column.append(value)
             found.is_given.append(row.get("id") is not None)
 
-    def _picture(self, raw: RawRow, entry: Any, number: int) -> tuple[str, Picture]:
+    def _frames(self, found: Stretch, entry: Any) -> Sequence[Any]:
+        """Those of a video of the row; raises DataError."""
+        text = entry.get("path") if isinstance(entry, Mapping) else entry
+        named = self._named(text)
+        try:
+            frames = self._frames_of(entry)
+            if self._decode and frames and isinstance(frames[0], Frame):
+                frames[0].open()  # they are decoded together
+        except DataError:
+            found.refused |= refused(named)
+            raise
+        return frames
+
+    def _named(self, text: Any) -> str | None:
+        """The path that a text of the row may be, links not followed."""
+        if not isinstance(text, str) or self._root is None or len(text) >= 4096:
+            return None
+        return os.path.join(self._root, text.removeprefix("file://"))
+
+    def _picture(self, found: Stretch, raw: RawRow, entry: Any, number: int) -> tuple[str, Picture]:
         """A picture of the row with its key; raises DataError."""
         if isinstance(entry, Frame):
-            if self._decode:
-                entry.open()
-            name = str(entry.clip.path)
-            return entry.sha256, Picture(entry, name, stat_of(name), Place(NOWHERE, 0, 0), number)
+            name, stat = str(entry.clip.path), stat_of(str(entry.clip.path))
+            stat = stat if stat[:2] == entry.clip.stamp else _NEVER  # it is another file by now
+            return f"{name} {entry.sha256}", Picture(entry, name, stat, Place(NOWHERE, 0, 0), number)
         text = entry.get("path") if isinstance(entry, Mapping) and entry.get("bytes") is None else entry
         is_bare = not (isinstance(entry, Mapping) and entry.get("sha256") is not None)
         if is_bare and isinstance(text, str) and text in self._files:
             return text, self._files[text]
-        stat = _NEVER
-        named = None
-        if isinstance(text, str) and self._root is not None and len(text) < 4096:
-            named = os.path.join(self._root, text.removeprefix("file://"))
-            stat = stat_of(named)
+        named = self._named(text)
+        stat = _NEVER if named is None else stat_of(named)
         again = None if raw.place is None else _not_kept
         try:
             media = load_media(
                 entry, root=self._root, known=self._known, again=again, shelf=self._shelf, decode=self._decode
             )
         except DataError as error:
+            found.refused |= refused(named)
             raise DataError(f"image {number} {error}") from None
         if media.path is None:
             return media.sha256, Picture(media, None, _NEVER, raw.place or Place(NOWHERE, 0, 0), number)
         assert isinstance(text, str)
-        found = Picture(media, named, stat, Place(NOWHERE, 0, 0), number)
+        picture = Picture(media, named, stat, Place(NOWHERE, 0, 0), number)
         if is_bare or text not in self._files:
-            self._files[text] = found
-        return text, found
+            self._files[text] = picture
+        return text, picture
 
 
 def _not_kept() -> bytes:
@@ -192,6 +210,16 @@ def stat_of(path: str) -> Stat:
     if abs(time.time_ns() - found.st_ctime_ns) < JUST_NOW_NS:
         return _NEVER
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
+
+
+def refused(named: str | None) -> dict[str, Stat | None]:
+    """What the file system says of a file that cannot be used, by its name; None: there is none."""
+    if named is None:
+        return {}
+    try:
+        return {named: stat_of(named) if os.path.exists(named) else None}
+    except ValueError:  # it is no path
+        return {}
 
 
 @dataclass(frozen=True)
@@ -214,7 +242,7 @@ def read_source(data: DataSpec, source: Source, *, num_workers: int = 0) -> Rows
     root = media_root(data)
     key = _key(data, source, root, decode=decode)
     kept = table.find("rows", key) if key else None
-    if kept is not None and not _pictures_are_there(kept.tables["pictures"]):
+    if kept is not None and not (_pictures_are_there(kept.tables["pictures"]) and _are_refused(kept.about["refused"])):
         table.discard(kept.folder)
         kept = None
     started = time.monotonic()
@@ -273,6 +301,7 @@ def _key(data: DataSpec, source: Source, root: Path | None, *, decode: bool) -> 
         return ""
     facts = {"files": files, "root": str(root), "limit": data.limit, "turns": data.turns, "decode": decode}
     facts["video"] = data.video.model_dump()
+    facts["libraries"] = [_version(name) for name in ("pillow", "av")]  # which files can be read
     return table.key_of(facts)
 
 
@@ -292,16 +321,35 @@ def content_id(path: Path) -> str:
     return "" if stat == _NEVER else f"{stat} {digest.hexdigest()}"
 
 
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
 def _pictures_are_there(pictures: pa.RecordBatch) -> bool:
-    """Whether all pictures that are files are what they were."""
+    """Whether all pictures and videos that are files are what they were."""
     columns = (pictures.column(name).to_pylist() for name in ("named", "stat", "sha256", "video"))
-    for named, stat, sha256, video in zip(*columns, strict=True):
-        if named is None or (tuple(stat) != _NEVER and stat_of(named) == tuple(stat)):
+    of_files = {named: (tuple(stat), video or sha256) for named, stat, sha256, video in zip(*columns, strict=True)}
+    of_files.pop(None, None)  # those that stand in rows
+    for named, (stat, sha256) in of_files.items():
+        if stat != _NEVER and stat_of(named) == stat:
             continue
         try:
-            if hashlib.sha256(Path(named).read_bytes()).digest() != (video or sha256):
-                return False
+            with open(named, "rb") as file:
+                if hashlib.file_digest(file, "sha256").digest() != sha256:
+                    return False
         except OSError:
+            return False
+    return True
+
+
+def _are_refused(files: Mapping[str, Sequence[int] | None]) -> bool:
+    """Whether the files that could not be used are as they were."""
+    for named, stat in files.items():
+        found = refused(named)[named]
+        if found == _NEVER or found != (None if stat is None else tuple(stat)):
             return False
     return True
 
@@ -363,6 +411,7 @@ class _Gathered:
         self._problems: list[tuple[tuple[int, int], tuple[str, str, str]]] = []  # with its place among the samples
         self._notes: Counter[str] = Counter()
         self._unread: set[str] = set()
+        self._refused: dict[str, Stat | None] = {}
         self._num_rows = self._num_samples = 0
         self._folder = Path(tempfile.mkdtemp(prefix="vlsi-cache-rows-"))
         self._contents = Contents(_touched(self._folder / CONTENTS))
@@ -381,6 +430,7 @@ class _Gathered:
         self._problems += [((self._num_samples + at, 0), problem) for at, problem in found.problems]
         self._notes.update(found.notes)
         self._unread |= found.unread
+        self._refused |= found.refused
         self._num_rows += found.num_rows
         self._num_samples += len(found.is_given)
         _append(self._contents.path, b"".join(found.contents))
@@ -397,6 +447,7 @@ class _Gathered:
             "problems": [problem for _, problem in self._problems],
             "notes": dict(self._notes),
             "unread": sorted(self._unread),
+            "refused": self._refused,
             "num_rows": self._num_rows,
         }
         loose = {
@@ -438,6 +489,7 @@ def _without_repeats(
     ids, wheres = Texts(samples.column("id")), Texts(samples.column("where"))
     suffixes = samples.column("suffix").to_numpy()
     is_good = np.ones(len(ids), dtype=bool)
+    # Rising numbers of rows.
     row_N = np.cumsum([index == 0 or wheres[index] != wheres[index - 1] for index in range(len(ids))])
     # Names that have one hash in several rows are few; only their rows are looked at one by one.
     hashes_N = _hashes(ids)
@@ -449,7 +501,7 @@ def _without_repeats(
     first_of: dict[str, tuple[str, bool]] = {}  # of a name: where, and whether it was given
     problems = []
     for row in suspects:
-        chosen = np.flatnonzero(row_N == row)
+        chosen = np.arange(*np.searchsorted(row_N, [row, row + 1]))
         name = ids[int(chosen[0])]
         row_id = name[: len(name) - int(suffixes[chosen[0]])]
         where, given = wheres[int(chosen[0])], is_given[int(chosen[0])]

@@ -28,7 +28,7 @@ from vlsi_cache.config.sections import Turns
 from vlsi_cache.errors import DataError
 
 from .images import Media, bytes_of
-from .rows import Record, content_of
+from .rows import Record, content_of, content_text, digest_of
 from .sources import READ_ERRORS, Place, Source
 from .values import shown
 from .video import Clip, Frame, FramesOf
@@ -133,6 +133,11 @@ class StoredRecords(Sequence[Record]):
         bare = {number: Media(media.sha256, media.size) for number, media in loose.items()}
         return StoredRecords, (source, turns, samples, pictures, contents, bare, frames_of)
 
+    @property
+    def can_be_sent(self) -> bool:
+        """Whether another process would find the file of contents."""
+        return self._contents.path.exists()
+
     def __len__(self) -> int:
         return len(self._ids)
 
@@ -185,13 +190,19 @@ class StoredRecords(Sequence[Record]):
         if name == "images":
             return {"images": images}
         column = self._column
-        row = json.loads(self._contents.read(int(column["start"][index]), int(column["length"][index])))
-        return {
-            "images": images,
-            "messages": row["messages"][: int(column["end"][index]) + 1],
-            "tools": row.get("tools"),
-            "template_args": row.get("template_args", {}),
-        }
+        content = self._contents.read(int(column["start"][index]), int(column["length"][index]))
+        try:
+            row = json.loads(content)
+            messages = row["messages"][: int(column["end"][index]) + 1]
+            found = {"messages": messages, "tools": row.get("tools"), "template_args": row.get("template_args", {})}
+            is_whole = len(messages) == len(row["messages"])
+            digest = digest_of(content if is_whole else content_text(images=images, **found))
+            if digest == self.names(index)[1]:
+                return {"images": images, **found}
+        except (ValueError, LookupError, AttributeError, TypeError):
+            pass
+        where = self._contents.path
+        raise DataError(f"{where}, where checked rows lie, has changed since they were read; start again")
 
     def _picture(self, number: int) -> Media:
         """One object for each picture, as long as somebody holds it."""

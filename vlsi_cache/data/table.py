@@ -9,10 +9,12 @@ together are larger than `MAX_BYTES`. Nothing in here is needed: the folder may 
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 import uuid
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -25,10 +27,11 @@ from vlsi_cache.progress import say
 
 VARIABLE = "VLSI_CACHE_ROWS"  # the folder; `off`: nothing is kept
 # How rows are read and measured, beside `encoder.CONTRACT`; counts up when the figures of some row change.
-READING = 1
+READING = 2
 MAX_BYTES = 8 << 30
 WORTH_S = 0.5  # what is measured faster is measured again
 _ABOUT = "about.json"
+_NAME = re.compile(r"(rows|tokens)-[0-9a-f]{40}")  # of a set; what else lies in the folder is not ours
 _STALE_S = 24 * 3600.0  # of what a killed process has left half written
 
 
@@ -52,10 +55,11 @@ def folder() -> Path | None:
     named = os.environ.get(VARIABLE, "")
     if named.lower() in ("off", "0", "none"):
         return None
-    if named:
-        return Path(named).expanduser()
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(home).expanduser() / "vlsi-cache"
+    try:
+        return Path(named).expanduser() if named else Path(home).expanduser() / "vlsi-cache"
+    except RuntimeError:  # a user without a home, as in some containers
+        return None
 
 
 def find(kind: str, key: str) -> Kept | None:
@@ -68,7 +72,8 @@ def find(kind: str, key: str) -> Kept | None:
         if not found.is_dir():
             return None
         kept = _opened(found, key)
-        os.utime(found / _ABOUT)  # used just now
+        with suppress(OSError):  # a folder that others keep may not be ours to write
+            os.utime(found / _ABOUT)  # used just now
     except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
         say(f"the table {found} is damaged ({type(error).__name__}), and measured again")
         discard(found)
@@ -159,10 +164,10 @@ def _make_room(root: Path, but: Path) -> None:
     sets: list[tuple[float, int, Path]] = []
     for entry in root.iterdir():
         try:
-            if entry.name.startswith(".") and ".tmp-" in entry.name:
+            if _NAME.match(entry.name[1:]) and entry.name.startswith(".") and ".tmp-" in entry.name:
                 if time.time() - entry.stat().st_mtime > _STALE_S:
                     remove(entry)
-            elif (entry / _ABOUT).is_file() and entry != but:
+            elif _NAME.fullmatch(entry.name) and (entry / _ABOUT).is_file() and entry != but:
                 size = sum(file.stat().st_size for file in entry.iterdir())
                 sets.append(((entry / _ABOUT).stat().st_mtime, size, entry))
         except OSError:  # it went meanwhile

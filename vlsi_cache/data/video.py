@@ -157,24 +157,53 @@ def _duration(container: Any, stream: Any) -> float:
     """Seconds, as the stream or the file says; counted where neither does."""
     if stream.duration is not None and stream.time_base is not None:
         return float(stream.duration * stream.time_base)
-    if container.duration is not None:
-        return container.duration / 1e6
-    last = None
-    for frame in container.decode(stream):
-        last = frame
-    container.seek(0)
-    return 0.0 if last is None or last.time is None else float(last.time)
+    stated = None if container.duration is None else container.duration / 1e6
+    start = _start(stream)
+    if stated is not None and len(container.streams) == 1 and start == 0:
+        return stated
+    # What a file says is the end of its longest stream, which may be the sound. A file in which no stream ends there
+    # is cut off, which is told when the frames are decoded.
+    ends = _ends(container)
+    if stated is not None and max(ends.values(), default=0.0) < stated - LEAST_SHOWN_S:
+        return stated - start
+    return max(0.0, ends.get(stream.index, start) - start)
+
+
+def _start(stream: Any) -> float:
+    return float((stream.start_time or 0) * stream.time_base)
+
+
+def _ends(container: Any) -> dict[int, float]:
+    """Seconds at which the last packets of all streams end, by the number of the stream; nothing is decoded."""
+    ends: dict[int, float] = {}
+    with _opened(Path(container.name)) as (again, same):
+        # From the last keyframe of the video on: whatever ends with the file is behind it.
+        _seek(again, same, (container.duration or 0) / 1e6)
+        for packet in again.demux():
+            if packet.pts is not None:
+                end = float((packet.pts + (packet.duration or 0)) * packet.time_base)
+                ends[packet.stream.index] = max(end, ends.get(packet.stream.index, 0.0))
+    return ends
+
+
+def _seek(container: Any, stream: Any, seconds: float) -> bool:
+    """Go to the keyframe before; False for a file in which that is not possible."""
+    try:
+        container.seek(int(seconds / stream.time_base), stream=stream)
+    except _pyav().FFmpegError:
+        return False
+    return True
 
 
 def _frames(container: Any, stream: Any, times: Sequence[float]) -> Iterator[Image.Image]:
     """What is shown at each of the rising times; fewer where the file ends before."""
-    start = float((stream.start_time or 0) * stream.time_base)
+    start = _start(stream)
     decoder = container.decode(stream)
     current, following = None, next(decoder, None)
     for time in times:
         wanted = start + time
-        if following is not None and wanted - _begin(following) > SEEK_S:
-            container.seek(int(wanted / stream.time_base), stream=stream)
+        is_far = following is not None and wanted - _begin(following) > SEEK_S
+        if is_far and _seek(container, stream, wanted):
             decoder = container.decode(stream)
             current, following = None, next(decoder, None)
         while following is not None and (current is None or _begin(following) <= wanted):
@@ -237,7 +266,10 @@ def frames_of(entry: Any, rule: VideoSpec, *, root: Path | None, known: dict[Pat
         raise DataError("is neither a path nor a list of frames: save it as a file and name the file")
     if text[:8].lower().startswith(("http://", "https://")):
         raise DataError(f"`{shown(text)}` is a web address, and nothing is downloaded: save it and name the file")
-    file = file_inside(text.removeprefix("file://"), root)
+    name = text.removeprefix("file://")
+    file_inside(name, root)
+    assert root is not None
+    file = root / name  # a link stays one: it may point elsewhere the next time
     if file not in known:
         try:
             known[file] = load_frames(file, rule)

@@ -6,6 +6,7 @@ the pipe does: however this process ends, no worker stays behind.
 """
 
 import os
+import pickle
 import queue
 import signal
 import subprocess
@@ -30,8 +31,10 @@ _CODE = "from vlsi_cache.data.workers import serve; serve({handle})"
 class _Worker:
     def __init__(self) -> None:
         self.connection, theirs = Pipe()
-        env = {**os.environ, **_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        command = [sys.executable, "-c", _CODE.format(handle=theirs.fileno())]
+        path = os.pathsep.join(map(os.path.abspath, sys.path))
+        env = {**os.environ, **_ENVIRONMENT, "PYTHONPATH": path}
+        # -P: files of the working folder, `random.py` say, are modules only if they are so in this process.
+        command = [sys.executable, "-P", "-c", _CODE.format(handle=theirs.fileno())]
         self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=env)
         theirs.close()
         self.has_state = False
@@ -111,16 +114,20 @@ def serve(handle: int) -> None:
     """What a worker does: the state comes first, then functions and items until the pipe ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes of a terminal; the first one decides
     connection = Connection(handle)
+    state: list[Any] = []
     with suppress(EOFError, OSError, KeyboardInterrupt):
-        state = connection.recv()
+        sent = connection.recv_bytes()
         while True:
-            function, item = connection.recv()
-            connection.send_bytes(_answer(function, state, item))
+            connection.send_bytes(_answer(state, sent, connection.recv_bytes()))
 
 
-def _answer(function: Callable[[Any, Any], Any], state: Any, item: Any) -> Any:
+def _answer(state: list[Any], sent: bytes, asked: bytes) -> Any:
+    """What the function gives for its item, or its error, or that of a state that cannot be loaded."""
     try:
-        return ForkingPickler.dumps((True, function(state, item)))
+        if not state:
+            state.append(pickle.loads(sent))  # noqa: S301 - from the process that started this one
+        function, item = pickle.loads(asked)  # noqa: S301
+        return ForkingPickler.dumps((True, function(state[0], item)))
     except VlsiCacheError as error:
         return ForkingPickler.dumps((False, error))
     except Exception as error:  # of foreign code; not all of them can be sent
