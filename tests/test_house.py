@@ -77,6 +77,7 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
 
 
 def test_nothing_is_unpickled() -> None:
+    """Nothing that comes from a file: a worker's pipe holds what the process that started it has put in."""
     forbidden = re.compile(r"\bpickle\b|torch\.load\(|allow_pickle=True|\bdill\b|joblib|marshal|weights_only=False")
     files = [*PACKAGE.rglob("*.py"), *(ROOT / "cli").rglob("*.py")]
     assert [str(f) for f in files if forbidden.search(f.read_text(encoding="utf-8"))] == []

@@ -6,7 +6,6 @@ the pipe does: however this process ends, no worker stays behind.
 """
 
 import os
-import pickle
 import queue
 import signal
 import subprocess
@@ -125,8 +124,8 @@ def _answer(state: list[Any], sent: bytes, asked: bytes) -> Any:
     """What the function gives for its item, or its error, or that of a state that cannot be loaded."""
     try:
         if not state:
-            state.append(pickle.loads(sent))  # noqa: S301 - from the process that started this one
-        function, item = pickle.loads(asked)  # noqa: S301
+            state.append(ForkingPickler.loads(sent))  # from the process that started this one, as all on the pipe
+        function, item = ForkingPickler.loads(asked)
         return ForkingPickler.dumps((True, function(state[0], item)))
     except VlsiCacheError as error:
         return ForkingPickler.dumps((False, error))
