@@ -113,20 +113,30 @@ def serve(handle: int) -> None:
     """What a worker does: the state comes first, then functions and items until the pipe ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes of a terminal; the first one decides
     connection = Connection(handle)
-    state: list[Any] = []
     with suppress(EOFError, OSError, KeyboardInterrupt):
-        sent = connection.recv_bytes()
+        state, failure = _received(connection)
         while True:
-            connection.send_bytes(_answer(state, sent, connection.recv_bytes()))
+            asked, problem = _received(connection)
+            connection.send_bytes(_answer(state, asked, failure or problem))
 
 
-def _answer(state: list[Any], sent: bytes, asked: bytes) -> Any:
-    """What the function gives for its item, or its error, or that of a state that cannot be loaded."""
+def _received(connection: Connection) -> tuple[Any, Exception | None]:
+    """What came through the pipe, or why it cannot be loaded here; raises EOFError at the pipe's end."""
     try:
-        if not state:
-            state.append(ForkingPickler.loads(sent))  # from the process that started this one, as all on the pipe
-        function, item = ForkingPickler.loads(asked)
-        return ForkingPickler.dumps((True, function(state[0], item)))
+        return connection.recv(), None
+    except EOFError:
+        raise
+    except Exception as error:
+        return None, error
+
+
+def _answer(state: Any, asked: Any, failure: Exception | None) -> Any:
+    """What the function gives for its item, or its error, or that of what could not be loaded."""
+    try:
+        if failure is not None:
+            raise failure
+        function, item = asked
+        return ForkingPickler.dumps((True, function(state, item)))
     except VlsiCacheError as error:
         return ForkingPickler.dumps((False, error))
     except Exception as error:  # of foreign code; not all of them can be sent
