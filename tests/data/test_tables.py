@@ -494,3 +494,24 @@ def test_samples_are_the_same_whoever_prepares_them(
         control = replace(records[0], messages=[{"role": "user", "content": [{"type": "text", "text": "<|im_end|>"}]}])
         with pytest.raises(RowError, match=r"^row `row-0`: the response holds the control token"):
             preparer.encode_all([control])
+
+
+def test_rows_are_read_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not a stretch of them at once: they may hold pictures of a megabyte each."""
+    path, ahead, taken = write_jsonl(tmp_path / "rows.jsonl", make_rows(20)), [], []
+    rows, add = reading.raw_rows, reading.Reader._add
+
+    def counted(*args: Any, **options: Any) -> Any:
+        for row in rows(*args, **options):
+            taken.append(row.where)
+            yield row
+
+    def noted(self: Any, found: Any, raw: Any, notes: set[str]) -> None:
+        ahead.append(len(taken) - len(ahead))
+        add(self, found, raw, notes)
+
+    monkeypatch.setattr(reading, "raw_rows", counted)
+    monkeypatch.setattr(reading.Reader, "_add", noted)
+    monkeypatch.setattr(reading, "STRETCH_ROWS", 7)
+    assert len(read(path)) == 20
+    assert ahead == [1] * 20

@@ -373,9 +373,10 @@ def _stretches(data: DataSpec, source: Source, reader: Reader, num_workers: int)
     if lines is None:
         unread = set[str]()
         rows = raw_rows(data, unread, source=source)
-        while part := list(islice(rows, STRETCH_ROWS)):
-            yield reader.read(part, unread)
-        yield reader.read([], unread)
+        # One row after the other: the pictures of a stretch would fill the memory.
+        while (found := reader.read(islice(rows, STRETCH_ROWS), unread)).num_rows:
+            yield found
+        yield found
         return
     with Workers(num_workers, "reading rows", reader) as workers:
         yield from workers.map(read_lines, lines)
