@@ -252,9 +252,8 @@ class Encoder:
         """What the sample has beyond what it shares."""
         with _naming(record):
             ids, images = text.prompt_ids[shared.num_ids :], record.images[shared.num_images :]
-            if self.vision is None or (not images and shared.num_ids):
-                types_P = None if self.vision is None else np.zeros_like(ids)
-                prompt = Prompt(ids, types_P, {})
+            if self.vision is None:
+                prompt = Prompt(ids, None, {})
             elif shared.num_ids:
                 prompt = self.vision.encode_ids(ids, images, features)
             else:

@@ -21,8 +21,8 @@ from vlsi_cache.progress import Bar, say
 from . import table
 from .encoder import CONTRACT, Encoder, Measured
 from .records import Record, RecordSet
-from .sequence import Extents
-from .stored import StoredRecords, names_digest
+from .sequence import Extent
+from .stored import Numbered, StoredRecords, names_digest
 from .workers import Workers
 
 TOGETHER = 512  # samples that a worker measures at once; all turns of a row are among them
@@ -59,8 +59,21 @@ class Responses(Sequence[np.ndarray]):
         return self._starts[self._index_N + 1] - self._starts[self._index_N]
 
 
+class Extents(Numbered[Extent]):
+    """Those of many samples, out of arrays int [N]."""
+
+    def __init__(self, num_tokens_N: np.ndarray, num_shared_N: np.ndarray) -> None:
+        self._num_tokens_N, self._num_shared_N = num_tokens_N, num_shared_N
+
+    def __len__(self) -> int:
+        return len(self._num_tokens_N)
+
+    def _at(self, index: int) -> Extent:
+        return Extent(int(self._num_tokens_N[index]), int(self._num_shared_N[index]))
+
+
 @dataclass(frozen=True)
-class MeasuredRows(Sequence[Measured]):
+class MeasuredRows(Numbered[Measured]):
     """Samples that fit: their places among the records, int64 [N], and what was measured of each."""
 
     index_N: np.ndarray
@@ -75,13 +88,7 @@ class MeasuredRows(Sequence[Measured]):
     def extents(self) -> Extents:
         return Extents(self.num_prompt_N + self.response_ids.num_tokens_N, self.num_shared_N)
 
-    @overload
-    def __getitem__(self, index: int) -> Measured: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Measured]: ...
-    def __getitem__(self, index: int | slice) -> Measured | list[Measured]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def _at(self, index: int) -> Measured:
         ids = self.response_ids[index].astype(np.int64)
         return Measured(int(self.index_N[index]), int(self.num_prompt_N[index]), ids, int(self.num_shared_N[index]))
 

@@ -8,7 +8,7 @@ Shapes: P prompt tokens, R response tokens, S tokens of a sequence.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, overload
+from typing import NamedTuple
 
 import numpy as np
 
@@ -135,25 +135,6 @@ class Extent(NamedTuple):
 
     num_tokens: int
     num_shared: int
-
-
-class Extents(Sequence[Extent]):
-    """Those of many samples, out of arrays int [N]."""
-
-    def __init__(self, num_tokens_N: np.ndarray, num_shared_N: np.ndarray) -> None:
-        self._num_tokens_N, self._num_shared_N = num_tokens_N, num_shared_N
-
-    def __len__(self) -> int:
-        return len(self._num_tokens_N)
-
-    @overload
-    def __getitem__(self, index: int) -> Extent: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Extent]: ...
-    def __getitem__(self, index: int | slice) -> Extent | list[Extent]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        return Extent(int(self._num_tokens_N[index]), int(self._num_shared_N[index]))
 
 
 def sequences(extents: Sequence[Extent], indices: Sequence[int], layout: Layout) -> list[list[int]]:

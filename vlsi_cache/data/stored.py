@@ -19,7 +19,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple, TypeVar, overload
 
 import numpy as np
 import pyarrow as pa
@@ -64,11 +64,27 @@ PICTURES = pa.schema(
         ("frame", pa.int32()),
     ]
 )
+T = TypeVar("T")
 NOWHERE = -1  # the file of a picture that is a file itself, or that is kept in memory
 _MISREAD = (*READ_ERRORS, DataError, LookupError, AttributeError, TypeError, ValueError)  # of a file that is another
 
 
-class Texts(Sequence[str]):
+class Numbered(Sequence[T]):
+    """A sequence whose items are made when they are asked for; subclasses say how many there are, and give one."""
+
+    def _at(self, index: int) -> T:
+        raise NotImplementedError
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[T]: ...
+    def __getitem__(self, index: int | slice) -> T | list[T]:
+        numbers = range(len(self))[index]  # IndexError beyond the ends; also of a numpy integer
+        return self._at(numbers) if isinstance(numbers, int) else [self._at(number) for number in numbers]
+
+
+class Texts(Numbered[str]):
     """A column of texts: each is decoded when it is asked for."""
 
     def __init__(self, column: Any) -> None:
@@ -80,13 +96,7 @@ class Texts(Sequence[str]):
     def __len__(self) -> int:
         return self._num
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(self._num))]
+    def _at(self, index: int) -> str:
         return str(self._data[self._starts[index] : self._starts[index + 1]], "utf-8")
 
 
@@ -105,7 +115,7 @@ class Contents:
         return Contents, (self.path,)
 
 
-class StoredRecords(Sequence[Record]):
+class StoredRecords(Numbered[Record]):
     """The records of a source by number: each is read from where it lies when its messages are asked for."""
 
     def __init__(
@@ -141,14 +151,7 @@ class StoredRecords(Sequence[Record]):
     def __len__(self) -> int:
         return len(self._ids)
 
-    @overload
-    def __getitem__(self, index: int) -> Record: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Record]: ...
-    def __getitem__(self, index: int | slice) -> Record | list[Record]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        index = range(len(self))[index]  # also of a numpy integer, and from the end
+    def _at(self, index: int) -> Record:
         name, digest, row = self.names(index)
         known = {"id": name, "digest": digest, "row": row, "kind": self._kinds[index]}
         return Record.later(partial(self._load, index), **known, opening=_hex_at(self._openings, index, 8))
@@ -244,7 +247,7 @@ def _hex_at(column: memoryview, index: int, width: int) -> str:
     return bytes(column[width * index : width * (index + 1)]).hex()
 
 
-class Chosen(Sequence[Record]):
+class Chosen(Numbered[Record]):
     """Some of many records, in an order of their own."""
 
     def __init__(self, records: Sequence[Record], index_N: np.ndarray) -> None:
@@ -253,17 +256,11 @@ class Chosen(Sequence[Record]):
     def __len__(self) -> int:
         return len(self.index_N)
 
-    @overload
-    def __getitem__(self, index: int) -> Record: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Record]: ...
-    def __getitem__(self, index: int | slice) -> Record | list[Record]:
-        if isinstance(index, slice):
-            return [self.records[int(i)] for i in self.index_N[index]]
+    def _at(self, index: int) -> Record:
         return self.records[int(self.index_N[index])]
 
 
-class Joined(Sequence[Record]):
+class Joined(Numbered[Record]):
     """Records of several sources, one source after the other."""
 
     def __init__(self, parts: Sequence[Sequence[Record]]) -> None:
@@ -273,14 +270,7 @@ class Joined(Sequence[Record]):
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    @overload
-    def __getitem__(self, index: int) -> Record: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Record]: ...
-    def __getitem__(self, index: int | slice) -> Record | list[Record]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        index = range(len(self))[index]
+    def _at(self, index: int) -> Record:
         part = int(np.searchsorted(self._starts, index, side="right")) - 1
         return self._parts[part][index - int(self._starts[part])]
 
