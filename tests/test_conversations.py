@@ -5,21 +5,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import vlsi_cache as vc
+from tests.helpers.runs import assert_row_is_the_models_own, count_sequences, metrics_of
 from tests.helpers.tiny import WORDS, write_jsonl, write_spec
 from vlsi_cache.config.spec import spec_from_dict
 from vlsi_cache.data import encoder as encoder_module
-from vlsi_cache.data.collate import Batch, collate
-from vlsi_cache.run_files import read_metrics
 from vlsi_cache.store.format import sealed_json
 from vlsi_cache.store.reader import Cache
-from vlsi_cache.teacher import forward
-from vlsi_cache.train import loader
 
 NUM_TURNS = (1, 3, 2, 4, 1, 2, 3, 1, 2, 4)
 
@@ -50,16 +45,7 @@ def spec_file(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path) ->
 
 @pytest.fixture
 def num_sequences(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The sequences of every batch that is put together."""
-    counts: list[int] = []
-
-    def counted(sequences: Any, **options: Any) -> Batch:
-        counts.append(len(sequences))
-        return collate(sequences, **options)
-
-    for module in (forward, loader):
-        monkeypatch.setattr(module, "collate", counted)
-    return counts
+    return count_sequences(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -79,18 +65,7 @@ def test_rows_are_those_of_the_model_over_each_turn_alone(
     for name in names:
         row_id, _, turn = name.partition("/")
         messages = ROWS[int(row_id[1:])]["messages"][: 2 * int(turn or 1)]
-        prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, tokenize=False)
-        prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids
-        said = tokenizer(messages[-1]["content"] + "<|im_end|>", add_special_tokens=False).input_ids
-        row = cache[name]
-        assert row.response_ids_R.tolist() == said
-        with torch.no_grad():
-            logits = model(torch.tensor([prompt_ids + said])).logits[0, len(prompt_ids) - 1 : -1, : len(tokenizer)]
-        wanted_TV = logits.double().log_softmax(-1).numpy()
-        kept_TK = np.take_along_axis(wanted_TV, row.ids_LTK[-1].astype(np.int64), -1)
-        np.testing.assert_allclose(row.logprobs_LTK[-1], kept_TK, rtol=0, atol=1e-4)
-        np.testing.assert_allclose(-np.sort(-wanted_TV)[:, : row.top_k], kept_TK, rtol=0, atol=1e-5)
-        np.testing.assert_allclose(row.gold_logprob_LT[-1], wanted_TV[range(len(said)), said], rtol=0, atol=1e-4)
+        assert_row_is_the_models_own(cache[name], messages, model, tokenizer)
 
 
 def test_turns_of_a_row_lie_side_by_side(cache: Cache) -> None:
@@ -117,12 +92,6 @@ def test_the_order_of_training_keeps_turns_together(cache: Cache) -> None:
             assert later == f"{row_id}/{int(turn) + 1}"
 
 
-def metrics(run: Path) -> list[dict[str, Any]]:
-    fast = ("tokens_per_s", "data_wait_pct", "memory_gib", "seconds", "time")
-    lines = read_metrics(run / "metrics.jsonl")
-    return [{key: value for key, value in line.items() if key not in fast} for line in lines]
-
-
 def test_losses_are_those_of_turns_that_run_apart(
     spec_file: Path,
     cache: Cache,
@@ -138,7 +107,7 @@ def test_losses_are_those_of_turns_that_run_apart(
         num_sequences.clear()
         vc.distill(cache, out=tmp_path / name, **options)
         vc.train_verbalizers(spec, out=tmp_path / f"verbalizers-{name}")
-        return metrics(tmp_path / name) + metrics(tmp_path / f"verbalizers-{name}"), sum(num_sequences)
+        return metrics_of(tmp_path / name) + metrics_of(tmp_path / f"verbalizers-{name}"), sum(num_sequences)
 
     together, few = run("together")
     monkeypatch.setattr(encoder_module.Encoder, "_shared", lambda *_: encoder_module.NOTHING)

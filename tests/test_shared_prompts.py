@@ -5,20 +5,16 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import vlsi_cache as vc
+from tests.helpers.runs import assert_row_is_the_models_own, count_sequences, metrics_of
 from tests.helpers.tiny import WORDS, write_jsonl, write_spec
 from vlsi_cache.data import encoder as encoder_module
-from vlsi_cache.data.collate import Batch, collate
 from vlsi_cache.errors import FingerprintMismatchError, SpecError
-from vlsi_cache.run_files import read_metrics
 from vlsi_cache.store.format import sealed_json
 from vlsi_cache.store.reader import Cache
-from vlsi_cache.teacher import forward
 from vlsi_cache.train import loader
 from vlsi_cache.train.student import cached_sources
 
@@ -46,16 +42,7 @@ def spec_file(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path) ->
 
 @pytest.fixture
 def num_sequences(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The sequences of every batch that is put together."""
-    counts: list[int] = []
-
-    def counted(sequences: Any, **options: Any) -> Batch:
-        counts.append(len(sequences))
-        return collate(sequences, **options)
-
-    for module in (forward, loader):
-        monkeypatch.setattr(module, "collate", counted)
-    return counts
+    return count_sequences(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -71,17 +58,7 @@ def test_rows_are_those_of_the_model_over_each_sample_alone(
     model = AutoModelForCausalLM.from_pretrained(teacher_folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(teacher_folder)
     for row in ROWS:
-        prompt = tokenizer.apply_chat_template(row["messages"][:-1], add_generation_prompt=True, tokenize=False)
-        prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids
-        said = tokenizer(row["messages"][-1]["content"] + "<|im_end|>", add_special_tokens=False).input_ids
-        found = cache[row["id"]]
-        assert found.response_ids_R.tolist() == said
-        with torch.no_grad():
-            logits = model(torch.tensor([prompt_ids + said])).logits[0, len(prompt_ids) - 1 : -1, : len(tokenizer)]
-        wanted_TV = logits.double().log_softmax(-1).numpy()
-        kept_TK = np.take_along_axis(wanted_TV, found.ids_LTK[-1].astype(np.int64), -1)
-        np.testing.assert_allclose(found.logprobs_LTK[-1], kept_TK, rtol=0, atol=1e-4)
-        np.testing.assert_allclose(-np.sort(-wanted_TV)[:, : found.top_k], kept_TK, rtol=0, atol=1e-5)
+        assert_row_is_the_models_own(cache[row["id"]], row["messages"], model, tokenizer)
 
 
 def test_they_lie_side_by_side_and_are_trained_together(cache: Cache) -> None:
@@ -92,12 +69,6 @@ def test_they_lie_side_by_side_and_are_trained_together(cache: Cache) -> None:
         runs = [name.split("#")[0] for name in names]
         assert sum(one != other for one, other in pairwise(runs)) == len(NUM_ANSWERS) - 1
     assert order != list(cache)
-
-
-def metrics(run: Path) -> list[dict[str, Any]]:
-    fast = ("tokens_per_s", "data_wait_pct", "memory_gib", "seconds", "time")
-    lines = read_metrics(run / "metrics.jsonl")
-    return [{key: value for key, value in line.items() if key not in fast} for line in lines]
 
 
 def test_losses_and_scores_are_those_of_samples_that_run_apart(
@@ -115,7 +86,7 @@ def test_losses_and_scores_are_those_of_samples_that_run_apart(
         vc.distill(cache, out=tmp_path / name, **options)
         vc.train_verbalizers(vc.load_spec(spec_file), out=tmp_path / f"verbalizers-{name}")
         scores = vc.evaluate(tmp_path / name, cache=cache.path)
-        return metrics(tmp_path / name) + metrics(tmp_path / f"verbalizers-{name}"), scores, sum(num_sequences)
+        return metrics_of(tmp_path / name) + metrics_of(tmp_path / f"verbalizers-{name}"), scores, sum(num_sequences)
 
     together, scores, few = run("together")
     monkeypatch.setattr(encoder_module.Encoder, "_shared", lambda *_: encoder_module.NOTHING)

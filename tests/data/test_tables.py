@@ -21,7 +21,7 @@ from PIL import Image
 
 from tests.helpers.tiny import make_rows, save_tokenizer, write_jsonl
 from vlsi_cache.config.sections import DataSpec
-from vlsi_cache.data import measuring, preparing, reading, table
+from vlsi_cache.data import checking, measuring, preparing, reading, table
 from vlsi_cache.data.encoder import Encoder, load_encoder
 from vlsi_cache.data.measuring import fit_rows
 from vlsi_cache.data.preparing import Preparer
@@ -132,7 +132,7 @@ def test_a_large_file_is_known_by_its_inode_and_a_sample(tmp_path: Path, monkeyp
     monkeypatch.setattr(reading, "CHECKED_BYTES", 10)
     path = write_jsonl(tmp_path / "rows.jsonl", make_rows(3))
     assert reading.content_id(path) == ""  # it has changed just now, and may do so again
-    monkeypatch.setattr(reading, "JUST_NOW_NS", 0)
+    monkeypatch.setattr(checking, "JUST_NOW_NS", 0)
     before = reading.content_id(path)
     assert before == reading.content_id(path) != ""
     stat = path.stat()
