@@ -1,6 +1,9 @@
 """Features of pictures: computed once, the same bits ever after, and those that the model makes by itself."""
 
+import os
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,14 +22,28 @@ from tests.helpers.families import (
     seen_sample,
     tiny_model,
 )
+from vlsi_cache.config.sections import RunSpec
 from vlsi_cache.data.collate import PICTURES, collate
 from vlsi_cache.data.sequence import Encoded
 from vlsi_cache.data.vision import Pictures
+from vlsi_cache.models import features as features_module
 from vlsi_cache.models.backbone import Backbone
-from vlsi_cache.models.features import PictureFeatures, features_of, keep_features
+from vlsi_cache.models.feature_files import FeatureFiles
+from vlsi_cache.models.features import Held, PictureFeatures, features_of, keep_features
 
 SHAPES = ((5, [(4, 8)]), (30, [(4, 4), (4, 8)]), (9, []), (20, [(8, 4)]), (14, [(4, 4)]))
-MIB = 1 << 20
+PIXELS = {"image_processor": "0", "pixel_path": "pil", "min_pixels": 16, "max_pixels": 4096}
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_held_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features_module, "_latest", {})
+
+
+def keep(model: Any, mib: int = 1, disk_mib: int = 0, **pixels: Any) -> PictureFeatures | None:
+    encoder: Any = SimpleNamespace(fingerprint=lambda: {**PIXELS, **pixels})
+    keep_features(model, RunSpec(vision_cache_mib=mib, vision_disk_mib=disk_mib), encoder)
+    return features_of(model)
 
 
 @pytest.fixture
@@ -81,8 +98,7 @@ def test_states_are_the_model_s_own_and_the_tower_runs_once_a_picture(
     model: Any, samples: list[Encoded], packed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = states(model, samples, packed=packed)
-    keep_features(model, MIB)
-    features = features_of(model)
+    features = keep(model)
     assert features is not None
     counts = counted(model, monkeypatch)
     first = states(model, with_held(samples, features), packed=packed)
@@ -100,16 +116,16 @@ def test_states_are_the_model_s_own_and_the_tower_runs_once_a_picture(
 
 
 def test_a_batch_without_pictures_is_as_before(model: Any, samples: list[Encoded]) -> None:
-    keep_features(model, MIB)
+    keep(model)
     batch = collate(with_held([samples[2]], features_of(model)), pad_id=0)
     assert PICTURES not in batch.inputs
     torch.testing.assert_close(states(model, [samples[2]]), states(model, with_held([samples[2]], features_of(model))))
 
 
 def test_nothing_is_added_when_it_is_full(model: Any, samples: list[Encoded]) -> None:
-    keep_features(model, 1100)  # the first picture's 8 tokens of 32 numbers, and no other
-    features = features_of(model)
+    features = keep(model)
     assert features is not None
+    features.limit(1100, None)  # the first picture's 8 tokens of 32 numbers, and no other
     for _ in range(2):
         found = states(model, with_held(samples, features))
         torch.testing.assert_close(found[2], states(model, samples)[2], rtol=1e-4, atol=2e-5)
@@ -117,7 +133,7 @@ def test_nothing_is_added_when_it_is_full(model: Any, samples: list[Encoded]) ->
 
 
 def test_features_made_without_a_gradient_can_be_trained_through(model: Any, samples: list[Encoded]) -> None:
-    keep_features(model, MIB)
+    keep(model)
     with torch.inference_mode():
         states(model, with_held(samples, features_of(model)))
     model.get_output_embeddings().requires_grad_(True)
@@ -128,8 +144,7 @@ def test_features_made_without_a_gradient_can_be_trained_through(model: Any, sam
 
 
 def test_a_tower_that_trains_keeps_nothing(model: Any) -> None:
-    keep_features(model, MIB)
-    assert features_of(model) is not None
+    assert keep(model) is not None
     model.base_model.visual.merger.requires_grad_(True)
     assert features_of(model) is None
 
@@ -140,13 +155,13 @@ def test_models_without_such_a_tower(capsys: pytest.CaptureFixture[str]) -> None
         ("llava_onevision", "prepares the pictures of a sample together"),
     ):
         other = tiny_model(family)
-        keep_features(other, 0)
+        keep(other, 0)
         assert capsys.readouterr().err == ""
-        keep_features(other, MIB)
+        keep(other)
         assert why in capsys.readouterr().err
         assert features_of(other) is None
     none = tiny_model("qwen2_vl").requires_grad_(False)
-    keep_features(none, 0)
+    keep(none, 0)
     assert features_of(none) is None
 
 
@@ -165,9 +180,113 @@ def test_features_of_pictures_of_qwen3_vl() -> None:
     shapes = ((5, [(4, 8)]), (30, [(4, 4), (4, 8)]), (9, []))
     samples = [seen_sample("qwen2_vl", length, pictures, seed) for seed, (length, pictures) in enumerate(shapes)]
     wanted = states(model, samples)
-    keep_features(model, 1 << 20)
-    features = features_of(model)
+    features = keep(model)
     assert features is not None
     for _ in range(2):
         found = states(model, with_held(samples, features))
         torch.testing.assert_close(found[2], wanted[2], rtol=1e-4, atol=2e-5)
+
+
+def again(model: Any) -> Any:
+    """The same weights in another object, as another command loads them."""
+    other = tiny_model("qwen2_vl").requires_grad_(False)
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+def test_models_of_one_tower_share_them(model: Any, samples: list[Encoded], monkeypatch: pytest.MonkeyPatch) -> None:
+    features = keep(model)
+    wanted = states(model, with_held(samples, features))
+    student = again(model)
+    with torch.no_grad():
+        student.base_model.language_model.layers[0].mlp.up_proj.weight.mul_(2)
+    counts = counted(student, monkeypatch)
+    assert keep(student) is features
+    assert not torch.equal(states(student, with_held(samples, features))[2], wanted[2])
+    assert counts == []
+
+
+@pytest.mark.parametrize("change", ["weights", "pixels"])
+def test_another_tower_or_other_pixels_share_nothing(model: Any, samples: list[Encoded], change: str) -> None:
+    features = keep(model)
+    states(model, with_held(samples, features))
+    other, pixels = again(model), {}
+    if change == "weights":
+        with torch.no_grad():
+            other.base_model.visual.blocks[0].mlp.fc1.bias[0] += 1
+    else:
+        pixels = {"max_pixels": 1024}
+    found = keep(other, **pixels)
+    assert found is not features
+    assert found is not None
+    assert len(found) == 0
+    assert features_of(model) is features
+
+
+def test_files_serve_a_later_command(
+    model: Any, samples: list[Encoded], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLSI_CACHE_ROWS", str(tmp_path))
+    wanted = states(model, with_held(samples, keep(model, 0, disk_mib=1)))
+    files = list(tmp_path.rglob("*.safetensors"))
+    assert len(files) == 4
+    # One is cut short and one has another bit: both are made again.
+    files[0].write_bytes(files[0].read_bytes()[:-3])
+    files[1].write_bytes(files[1].read_bytes()[:-3] + b"\x7f\x00\x01")
+    monkeypatch.setattr(features_module, "_latest", {})
+    later = again(model)
+    counts = counted(later, monkeypatch)
+    features = keep(later, 0, disk_mib=1)
+    assert features is not None
+    found = states(later, with_held(samples, features))
+    assert torch.equal(found[2], wanted[2])
+    assert 1 <= len(counts) <= 3  # the two, of which one may be the picture that is seen twice
+    assert len(features) == 0  # the memory keeps none of them
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 4
+
+
+def held(numbers: int) -> Held:
+    return Held(np.array([1, 4, 4]), torch.arange(float(numbers)))
+
+
+def test_files_stay_below_their_limit_and_old_towers_go_first(tmp_path: Path) -> None:
+    def stored(key: str, mib: float, names: str) -> set[str]:
+        features = PictureFeatures(0, FeatureFiles(tmp_path, key, int(mib * 2**20)))
+        for name in names:
+            features.put(name * 64, held(1 << 16))  # 256 KiB
+        return {path.name[0] for path in tmp_path.rglob(f"features-{key}/*/*.safetensors")}
+
+    assert stored("one", 1, "abcdef") == set("abc")  # with what a file says of itself, no four go into a MiB
+    assert stored("one", 1, "fg") == set("abc")
+    assert stored("two", 2, "hi") == set("hi")
+    os.utime(tmp_path / "features-one", (0, 0))
+    assert stored("three", 2, "klmno") == set("klmno")
+    assert not (tmp_path / "features-one").exists()
+    assert (tmp_path / "features-two").exists()
+
+
+def test_a_full_disk_ends_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    files = FeatureFiles(tmp_path, "one", 1 << 20)
+    monkeypatch.setattr("vlsi_cache.models.feature_files.save_file", full)
+    features = PictureFeatures(1 << 20, files)
+    features.put("a" * 64, held(8))
+    features.put("b" * 64, held(8))
+    assert capsys.readouterr().err.count("the disk is full") == 1
+    assert len(features) == 2
+
+
+def test_where_nothing_can_be_kept_it_is_said(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("VLSI_CACHE_ROWS", "off")
+    assert keep(model, 0, disk_mib=1) is not None
+    assert "VLSI_CACHE_ROWS is off" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("VLSI_CACHE_ROWS", str(tmp_path / "file"))
+    assert keep(again(model), 0, disk_mib=1) is not None
+    assert "nothing can be kept in" in capsys.readouterr().err

@@ -207,7 +207,8 @@ class RunSpec(Strict):
     else reads the number takes the default. `kernels`: sums over the vocabulary as torch runs them (`eager`) or fused
     by `torch.compile`; `auto` fuses them on CUDA. `vision_cache_mib`: memory of the host for what a frozen vision tower
     makes of pictures, so that it runs once for each; 0 keeps nothing. Each picture goes through the tower alone, which
-    is slower than together: it pays where pictures are shown three times or more. `workers`: processes that read rows
+    is slower than together: it pays where pictures are shown three times or more. `vision_disk_mib`: the same on the
+    disk, in the user's cache folder, for later commands with the same tower. `workers`: processes that read rows
     and prepare samples, started where there is enough to do; 0 does it all in the process itself, `auto` takes one less
     than there are cores, at most 8.
     """
@@ -216,6 +217,7 @@ class RunSpec(Strict):
     batch_tokens: Literal["auto"] | Annotated[int, Field(ge=1, le=2**31)] = DEFAULT_BATCH_TOKENS
     kernels: Kernels = "auto"
     vision_cache_mib: Annotated[int, Field(ge=0, le=2**24)] = 0
+    vision_disk_mib: Annotated[int, Field(ge=0, le=2**30)] = 0
     workers: Literal["auto"] | Annotated[int, Field(ge=0, le=256)] = "auto"
 
     @property

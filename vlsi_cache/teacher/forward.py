@@ -239,7 +239,7 @@ def load_teacher(inputs: TeacherInputs, *, device: str | None) -> Teacher:
     """Load weights and verbalizers onto the device of the flag, or else of the spec."""
     backbone = inputs.load_backbone(device or inputs.spec.run.device)
     compiled = choose_kernels(inputs.spec.run, backbone.device)
-    keep_features(backbone.model, inputs.spec.run.vision_cache_mib << 20)
+    keep_features(backbone.model, inputs.spec.run, inputs.encoder)
     return Teacher(backbone, inputs.load_verbalizers(backbone), inputs, backbone.device, compiled)
 
 

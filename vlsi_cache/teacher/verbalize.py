@@ -257,7 +257,7 @@ def _train(inputs: TeacherInputs, out: Path, folder: Path, layers: list[int], *,
     """Train in the run folder `folder`, save into `out`; returns the stage's entry for `run.json`."""
     spec, settings = inputs.spec, inputs.spec.train_verbalizers
     backbone = inputs.load_backbone(device or spec.run.device)
-    keep_features(backbone.model, spec.run.vision_cache_mib << 20)
+    keep_features(backbone.model, spec.run, inputs.encoder)
 
     def make_feed(num_skip: int) -> Feed:
         num_tokens = [len(ids) for ids in inputs.response_ids]

@@ -163,7 +163,7 @@ class StudentInputs:
         for note in named.notes:
             say(note)
         checked_backbone(model, self.encoder)
-        keep_features(model, self.spec.run.vision_cache_mib << 20)
+        keep_features(model, self.spec.run, self.encoder)
         if mended := mend_generation(model.generation_config):
             say(
                 f"student: its generation_config.json sets {', '.join(f'`{name}`' for name in mended)}, which do "
