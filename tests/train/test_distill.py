@@ -25,8 +25,10 @@ from vlsi_cache.train.optim import learning_rate
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path) -> Cache:
+    """Its spec cuts every batch into two micro-batches."""
     folder = tmp_path_factory.mktemp("distill")
-    return vc.build_teacher(vc.load_spec(write_spec(folder, teacher_folder)), out=folder / "cache")
+    spec = vc.load_spec(write_spec(folder, teacher_folder), overrides=["distill.micro_batch_size=2"])
+    return vc.build_teacher(spec, out=folder / "cache")
 
 
 @pytest.fixture(scope="module")

@@ -99,7 +99,8 @@ def test_ways_of_matching_and_operations_run_and_are_logged(
         "late": ["layers_full_until=0.4", "layers_zero_from=0.8", "alpha_ce=0.3", "schedule.steps=5"],
         "labels": ["intermediate=ce", "last=none"],
     }.items():
-        overrides = [*BRIEF, *(f"distill.interact.{change}" for change in changes), "distill.sft.fraction=0"]
+        overrides = [*BRIEF, *(f"distill.interact.{change}" for change in changes)]
+        overrides += ["distill.micro_batch_size=2", "distill.sft.fraction=0"]
         run = vc.distill(cache, student=str(student_folder), out=tmp_path / name, overrides=overrides)
         lines = [line for line in read_metrics(run / "metrics.jsonl") if line["stage"] == "interact"]
         matches = [match for line in lines for match in line["matched_layers"]]
