@@ -24,7 +24,6 @@ from vlsi_cache.runtime import seed_step
 from vlsi_cache.store.reader import Cache
 from vlsi_cache.train.optim import clip_gradients, make_optimizer
 
-
 SHORT = ["distill.verbalize.steps=1", "distill.interact.schedule.steps=3", "distill.sft.schedule.steps=4"]
 
 
