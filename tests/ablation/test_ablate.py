@@ -31,6 +31,7 @@ SHORT = [
     "distill.verbalize.steps=2",
     "distill.interact.schedule.steps=2",
     "distill.sft.schedule.steps=1",
+    "distill.micro_batch_size=2",  # four draws: those of two ways of matching differ
     "evaluate.max_new_tokens=3",
     "evaluate.batch_size=12",
 ]

@@ -22,7 +22,6 @@ from vlsi_cache.train import sft as sft_module
 from vlsi_cache.train.distill import distill_spec, schedule_steps, stage_steps
 from vlsi_cache.train.optim import learning_rate
 
-
 ONE_STEP = ["distill.verbalize.steps=1", "distill.interact.schedule.steps=1", "distill.sft.schedule.steps=1"]
 
 
