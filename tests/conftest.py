@@ -19,11 +19,11 @@ gc.disable()  # until everything is imported
 
 # The files that take longest, first: the last ones are then short, and no process waits long for the other.
 LONGEST = (
-    "test_demo_run", "test_damage", "test_distill_rows", "test_ablate", "test_demo_data", "test_acceptance",
-    "test_distill", "test_batch_reduction", "test_prune", "test_training", "test_crafted", "test_benchmarks",
-    "test_recompute",
-    "test_student_verbalizers", "test_verbalizer_subsets", "test_heldout", "test_interact_layers", "test_generate",
-    "test_build", "test_build_batches", "test_pages", "test_runs",
+    "test_demo_run", "test_tables", "test_vlms", "test_ablate", "test_damage", "test_distill_rows", "test_benchmarks",
+    "test_acceptance", "test_recompute", "test_demo_data", "test_distill", "test_training", "test_prune",
+    "test_batch_reduction", "test_crafted", "test_run_damage", "test_commands", "test_scale", "test_field_defects",
+    "test_verbalizer_subsets", "test_heldout", "test_student_verbalizers", "test_trace", "test_merge", "test_examples",
+    "test_generate", "test_build", "test_build_batches", "test_pages", "test_runs",
 )  # fmt: skip
 
 

@@ -16,12 +16,12 @@ from vlsi_cache.run_files import read_metrics
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SHORT = [
-    "data.options.num_samples=24",
-    "distill.verbalize.steps=4",
-    "distill.interact.schedule.steps=5",
-    "distill.sft.schedule.steps=3",
-    "distill.batch_size=8",
-    "distill.micro_batch_size=8",
+    "data.options.num_samples=12",
+    "distill.verbalize.steps=2",
+    "distill.interact.schedule.steps=4",
+    "distill.sft.schedule.steps=2",
+    "distill.batch_size=4",
+    "distill.micro_batch_size=4",
 ]
 
 
@@ -37,7 +37,7 @@ def test_the_minimal_loop_has_the_losses_of_distill_on_the_demo(
     run = vc.distill(cache, student=str(tmp_path / "student"), out=tmp_path / "run", device="cpu")
     lines = read_metrics(run / "metrics.jsonl")
     found = minimal_distill.main(str(tmp_path / "cache"), str(tmp_path / "student"))
-    assert {stage: len(losses) for stage, losses in found.items()} == {"verbalize": 4, "interact": 5, "sft": 3}
+    assert {stage: len(losses) for stage, losses in found.items()} == {"verbalize": 2, "interact": 4, "sft": 2}
     for stage, losses in found.items():
         # Ours sums over blocks of the vocabulary, the example's materialises the logits.
         assert losses == pytest.approx([line["loss"] for line in lines if line["stage"] == stage], rel=1e-4)

@@ -27,7 +27,14 @@ from vlsi_cache.run_files import read_metrics
 from vlsi_cache.store.dataset import PartWindowReader
 from vlsi_cache.store.reader import Cache
 
-SHORT = ["distill.verbalize.steps=2", "distill.interact.schedule.steps=2", "distill.sft.schedule.steps=1"]
+SHORT = [
+    "distill.verbalize.steps=2",
+    "distill.interact.schedule.steps=2",
+    "distill.sft.schedule.steps=1",
+    "distill.micro_batch_size=2",  # four draws: those of two ways of matching differ
+    "evaluate.max_new_tokens=3",
+    "evaluate.batch_size=12",
+]
 CLOCK = {"seconds"}
 Start = Callable[..., dict[str, Any]]
 

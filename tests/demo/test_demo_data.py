@@ -32,6 +32,7 @@ PALETTE = {
     "black": (20, 20, 20),
 }
 RGB = np.array([1 << 16, 1 << 8, 1])
+NAME_OF = {int(np.array(rgb) @ RGB): name for name, rgb in PALETTE.items()}
 # Lit segments of a seven-segment display, a..g clockwise from the top, g the middle one.
 SEVEN = {
     "abcdef": "0", "bc": "1", "abdeg": "2", "abcdg": "3", "bcfg": "4",
@@ -53,13 +54,14 @@ def answer_of(row: Row) -> str:
     return row["messages"][1]["content"]
 
 
-def ink_of(cell_HWC: np.ndarray) -> tuple[str, np.ndarray]:
-    """(name of the only colour in a cell or "", where it is as bool [H, W])."""
-    colours_HW = cell_HWC @ RGB  # one number each
-    found = {name: colours_HW == rgb @ RGB for name, rgb in PALETTE.items()}
-    inked = [(name, mask) for name, mask in found.items() if mask.any()]
-    assert len(inked) <= 1, f"two colours in one cell: {[name for name, _ in inked]}"
-    return inked[0] if inked else ("", np.zeros(cell_HWC.shape[:2], dtype=bool))
+def ink_of(cell_HW: np.ndarray) -> tuple[str, np.ndarray]:
+    """(name of the only colour in a cell or "", where it is as bool [H, W]); a colour is one number."""
+    inked = NAME_OF.keys() & set(cell_HW.ravel().tolist())
+    assert len(inked) <= 1, f"two colours in one cell: {[NAME_OF[colour] for colour in inked]}"
+    if not inked:
+        return "", np.zeros(cell_HW.shape, dtype=bool)
+    (colour,) = inked
+    return NAME_OF[colour], cell_HW == colour
 
 
 def trim(mask: np.ndarray) -> np.ndarray:
@@ -99,14 +101,16 @@ def read_shape(mask: np.ndarray) -> str:
 
 def read_bars(pixels_HWC: np.ndarray) -> dict[str, int]:
     """Colour -> value of every bar: its height over the axis, 5 pixels a unit; must agree with the number below it."""
-    axis = next(y for y in range(1, 63) if pixels_HWC[y, 5].max() < 255 and (pixels_HWC[y] == pixels_HWC[y, 0]).all())
+    colours_HW = pixels_HWC @ RGB
+    lines_H = (colours_HW == colours_HW[:, :1]).all(1) & (pixels_HWC[:, 5].max(1) < 255)
+    axis = next(y for y in range(1, 63) if lines_H[y])
     values: dict[str, int] = {}
     for left in range(0, 64, 16):
-        colour, mask = ink_of(pixels_HWC[:axis, left : left + 16])
+        colour, mask = ink_of(colours_HW[:axis, left : left + 16])
         if not colour:
             continue
         height, remainder = divmod(int(mask.any(axis=1).sum()), 5)
-        label_colour, label = ink_of(pixels_HWC[axis + 1 :, left : left + 16])
+        label_colour, label = ink_of(colours_HW[axis + 1 :, left : left + 16])
         assert remainder == 0
         assert colour not in values
         assert (label_colour, read_digit(label)) == (colour, str(height))
@@ -116,10 +120,10 @@ def read_bars(pixels_HWC: np.ndarray) -> dict[str, int]:
 
 def read_cells(pixels_HWC: np.ndarray) -> dict[tuple[int, int], str]:
     """(row, column) -> "red circle" or "7" for every drawn cell."""
-    cells: dict[tuple[int, int], str] = {}
+    colours_HW, cells = pixels_HWC @ RGB, {}
     for y in range(4):
         for x in range(4):
-            colour, mask = ink_of(pixels_HWC[16 * y : 16 * y + 16, 16 * x : 16 * x + 16])
+            colour, mask = ink_of(colours_HW[16 * y : 16 * y + 16, 16 * x : 16 * x + 16])
             if colour:
                 cells[y, x] = read_digit(mask) if colour == "black" else f"{colour} {read_shape(mask)}"
     return cells

@@ -13,14 +13,15 @@ from vlsi_cache.evaluation.scores import evaluate_model
 from vlsi_cache.models.load import ModelRef, resolve_model
 
 SMALL = [
-    "data.options.num_samples=45",
-    "evaluate.data.options.num_samples=18",
+    "data.options.num_samples=30",
+    "evaluate.data.options.num_samples=9",
+    "evaluate.max_new_tokens=4",
     "distill.batch_size=4",
     "distill.micro_batch_size=4",
     "distill.verbalize.steps=2",
     "distill.interact.schedule.steps=3",
     "distill.sft.schedule.steps=2",
-]
+]  # 30 samples are what seven steps of four take
 
 
 def test_the_whole_demo_and_a_second_run_that_only_shows_it(
@@ -62,7 +63,7 @@ def test_only_a_build_measured_whole_has_a_time(tmp_path: Path, monkeypatch: pyt
             raise KeyboardInterrupt
         write_part(writer, part, *rest)  # type: ignore[arg-type]
 
-    small = [*SMALL, "store.part_mib=0.05"]
+    small = [*SMALL, "store.part_mib=0.05", "data.options.num_samples=16"]
     with monkeypatch.context() as patch:
         patch.setattr(CacheWriter, "write_part", killed)
         with pytest.raises(KeyboardInterrupt):
@@ -86,7 +87,7 @@ def test_a_demo_with_a_damaged_cache_stops(tmp_path: Path) -> None:
 
 
 def test_the_shipped_teacher_is_as_strong_as_its_card_says() -> None:
-    spec = vc.load_spec("demo", overrides=["evaluate.data.options.num_samples=450"])
+    spec = vc.load_spec("demo", overrides=["evaluate.data.options.num_samples=240"])
     assert spec.evaluate is not None
     assert spec.teacher.verbalizers is not None
     scores = evaluate_model(

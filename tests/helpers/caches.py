@@ -1,6 +1,8 @@
 """Small random caches for the store's tests, and the check that they are valid input."""
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,7 +103,22 @@ def build(root: Path, case: Case) -> Path:
 
 
 def copy_cache(source: Path, target: Path) -> Path:
-    return Path(shutil.copytree(source, target))
+    return Path(shutil.copytree(source, target, copy_function=shutil.copyfile))
+
+
+@contextmanager
+def put_back(*files: Path) -> Iterator[None]:
+    """These files may be changed, removed or replaced by anything; afterwards they are what they were."""
+    contents = {file: file.read_bytes() for file in files}
+    try:
+        yield
+    finally:
+        for file, content in contents.items():
+            if file.is_dir() and not file.is_symlink():
+                file.rmdir()
+            else:
+                file.unlink(missing_ok=True)
+            file.write_bytes(content)
 
 
 def file_bytes(folder: Path) -> dict[str, bytes]:

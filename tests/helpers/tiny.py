@@ -88,7 +88,7 @@ def save_model(folder: Path, *, num_layers: int, hidden: int, seed: int, extra: 
 
 
 def write_spec(folder: Path, teacher: Path, *, num_rows: int = 40) -> Path:
-    """A small spec with a few parts, next to its rows."""
+    """A small spec with a few parts, next to its rows. No batch is cut unless a test does so."""
     write_jsonl(folder / "rows.jsonl", make_rows(num_rows))
     write_jsonl(folder / "heldout.jsonl", make_rows(12, start=1000))
     spec = {
@@ -100,13 +100,13 @@ def write_spec(folder: Path, teacher: Path, *, num_rows: int = 40) -> Path:
         "train_verbalizers": {
             "schedule": {"steps": 6, "learning_rate": 0.01},
             "batch_size": 4,
-            "micro_batch_size": 2,
+            "micro_batch_size": 4,
             "checkpoint_steps": 2,
         },
         "distill": {
             "layers": [1, 2],
             "batch_size": 4,
-            "micro_batch_size": 2,
+            "micro_batch_size": 4,
             "verbalize": {"steps": 4, "learning_rate": 0.01},
             "interact": {"schedule": {"steps": 5, "learning_rate": 0.01}},
             "sft": {"schedule": {"steps": 4, "learning_rate": 0.01}},

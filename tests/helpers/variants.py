@@ -89,6 +89,18 @@ KINDS: dict[str, Callable[[str], Variant]] = {
 VARIANTS = [f"{kind}-{profile}" for kind in KINDS for profile in PROFILES]
 
 
+def last_part_alone(variant: Variant) -> Variant:
+    """A cache of the last part only: nothing but that part is read again when a file of it is damaged."""
+    part = variant.case.parts[-1]
+    counts = {
+        "num_parts": 1,
+        "num_samples": len(part.sample_ids),
+        "num_response_tokens": sum(map(len, part.response_ids)),
+    }
+    case, header = replace(variant.case, parts=[part]), variant.header.model_copy(update=counts)
+    return Variant(case, header, variant.texts)
+
+
 def variant_of(name: str) -> Variant:
     kind, profile = name.rsplit("-", 1)
     return KINDS[kind](profile)

@@ -45,7 +45,7 @@ def spec_of(folder: Path, teacher: Path, rows: Path) -> Path:
         "distill": {
             "layers": [1],
             "batch_size": 4,
-            "micro_batch_size": 2,
+            "micro_batch_size": 4,
             "verbalize": schedule,
             "interact": {"schedule": schedule},
             "sft": {"schedule": schedule},

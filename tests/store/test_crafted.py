@@ -18,7 +18,8 @@ import google_crc32c
 import numpy as np
 import pytest
 import xxhash
-from helpers.caches import build, copy_cache, header_of, make_case, standard_case
+from helpers.caches import build, copy_cache, header_of, make_case, put_back, standard_case
+from helpers.damage import data_file
 from helpers.variants import build_variant, variant_of
 from numcodecs import blosc  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -48,6 +49,12 @@ def reseal_parts(root: Path) -> None:
 
 def record_of(root: Path) -> Path:
     return root / "parts" / "000001.zarr" / "part.json"
+
+
+@pytest.fixture(scope="module")
+def lent(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One copy for all cases that put their files back."""
+    return copy_cache(built, tmp_path_factory.mktemp("lent") / "cache")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -127,10 +134,11 @@ HEADER_CASES: list[tuple[str, Any]] = [
 
 
 @pytest.mark.parametrize("number", range(len(HEADER_CASES)))
-def test_headers(root: Path, number: int) -> None:
+def test_headers(lent: Path, number: int) -> None:
     name, wrong = HEADER_CASES[number]
-    reseal(root / "cache.json", lambda value: value.update({name: wrong}))
-    assert_refused(root, r"cache\.json")
+    with put_back(lent / "cache.json"):
+        reseal(lent / "cache.json", lambda value: value.update({name: wrong}))
+        assert_refused(lent, r"cache\.json")
 
 
 def test_a_header_that_is_deep(root: Path) -> None:
@@ -170,11 +178,12 @@ RECORD_CASES: list[tuple[str, Any]] = [
 
 
 @pytest.mark.parametrize("number", range(len(RECORD_CASES)))
-def test_commit_records(root: Path, number: int) -> None:
+def test_commit_records(lent: Path, number: int) -> None:
     name, wrong = RECORD_CASES[number]
-    reseal(record_of(root), lambda value: value.update({name: wrong}))
-    (root / "samples.parquet").unlink()
-    assert_refused(root, r"000001\.zarr/part\.json")
+    with put_back(record_of(lent), lent / "samples.parquet"):
+        reseal(record_of(lent), lambda value: value.update({name: wrong}))
+        (lent / "samples.parquet").unlink()
+        assert_refused(lent, r"000001\.zarr/part\.json")
 
 
 @pytest.mark.parametrize(
@@ -224,8 +233,7 @@ def packed(values: np.ndarray) -> bytes:
 
 def rewrite(root: Path, name: str, change: Callable[[np.ndarray], np.ndarray], num_layers: int = 4) -> None:
     """Change an array of part 1 as its values lie in the file, and everything that says what it must be."""
-    folder = record_of(root).parent
-    path = next(one for one in (folder / name / "c").rglob("*") if one.is_file())
+    folder, path = record_of(root).parent, data_file(root, name)
     content = path.read_bytes()
     dtype = json.loads((folder / name / "zarr.json").read_text())["data_type"]
     if name in ("offsets", "response_offsets", "response_ids", "positions"):
@@ -327,11 +335,12 @@ def variants(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("number", range(len(ARRAY_CASES)))
-def test_arrays(variants: dict[str, Path], tmp_path: Path, number: int) -> None:
+def test_arrays(variants: dict[str, Path], number: int) -> None:
     name, array, change = ARRAY_CASES[number]
-    root = copy_cache(variants[name], tmp_path / "c")
-    rewrite(root, array, change, num_layers=3)
-    assert_refused(root, rf"000001\.zarr.*{array}")
+    root = variants[name]
+    with put_back(data_file(root, array), record_of(root), root / "samples.parquet"):
+        rewrite(root, array, change, num_layers=3)
+        assert_refused(root, rf"000001\.zarr.*{array}")
 
 
 def test_an_id_twice_in_a_row_is_seen_by_verify(variants: dict[str, Path], tmp_path: Path) -> None:
@@ -386,11 +395,25 @@ FILES += ["parts/000001.zarr/zarr.json", "parts/000001.zarr/entropy/zarr.json"]
 @pytest.mark.parametrize("kind", ["a named pipe", "a socket", "a device", "a folder"])
 @pytest.mark.parametrize("name", FILES)
 def test_special_files_are_not_opened(
-    variants: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, kind: str
+    variants: dict[str, Path], monkeypatch: pytest.MonkeyPatch, name: str, kind: str
 ) -> None:
-    root = copy_cache(variants["chosen-default"], tmp_path / "c")
-    monkeypatch.chdir(root / Path(name).parent)  # the name of a socket must be short
-    file = Path(Path(name).name)
+    root = variants["chosen-default"]
+    with put_back(root / name):
+        with monkeypatch.context() as patch:
+            patch.chdir(root / Path(name).parent)  # the name of a socket must be short
+            replace_by(kind, Path(Path(name).name))
+        report = verify(root, deep=True)
+        assert not report.ok
+        shown = r"symbolic link" if kind == "a device" and name.startswith("parts") else kind
+        if name not in ("samples.parquet", "cache.json") and "vocab" not in name:
+            assert any(re.search(shown, str(problem)) for problem in report.problems), str(report)
+        if "zarr.json" in name and name.startswith("vocab"):
+            return
+        with pytest.raises(VlsiCacheError, match=shown):
+            everything(root)
+
+
+def replace_by(kind: str, file: Path) -> None:
     file.unlink()
     if kind == "a named pipe":
         os.mkfifo(file)
@@ -401,15 +424,6 @@ def test_special_files_are_not_opened(
         file.mkdir()
     else:
         file.symlink_to("/dev/zero")  # reading it never ends
-    report = verify(root, deep=True)
-    assert not report.ok
-    shown = r"symbolic link" if kind == "a device" and name.startswith("parts") else kind
-    if name not in ("samples.parquet", "cache.json") and "vocab" not in name:
-        assert any(re.search(shown, str(problem)) for problem in report.problems), str(report)
-    if "zarr.json" in name and name.startswith("vocab"):
-        return
-    with pytest.raises(VlsiCacheError, match=shown):
-        everything(root)
 
 
 def test_links_to_files_are_read(root: Path, tmp_path: Path) -> None:

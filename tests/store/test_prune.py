@@ -1,6 +1,8 @@
 """Pruning: what stays is what a build of the smaller cache would have stored, whatever is cut."""
 
+import functools
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -78,14 +80,30 @@ def ragged_case(profile: str, kind: str) -> tuple[Case, CacheHeader]:
     return case, header
 
 
+BuiltAt = Callable[..., reader.Cache]
+
+
+@pytest.fixture(scope="module")
+def built_at(tmp_path_factory: pytest.TempPathFactory) -> BuiltAt:
+    """The cache of a `ragged_case`, whole or built at a smaller k; made once, and nobody writes to it."""
+
+    @functools.cache
+    def make(profile: str, kind: str, top_k: int | None = None) -> reader.Cache:
+        case, header = ragged_case(profile, kind)
+        root = tmp_path_factory.mktemp("cache") / "c"
+        return build_with(root, case, header) if top_k is None else build_smaller(root, case, header, top_k)
+
+    return make
+
+
 @pytest.mark.parametrize("profile", PROFILES)
 @pytest.mark.parametrize("kind", ["one width", "per layer", "top-p"])
 @pytest.mark.parametrize("top_k", [1, 3])
-def test_smaller_k_is_what_a_build_would_store(tmp_path: Path, profile: str, kind: str, top_k: int) -> None:
-    case, header = ragged_case(profile, kind)
-    source = build_with(tmp_path / "source", case, header)
+def test_smaller_k_is_what_a_build_would_store(
+    tmp_path: Path, built_at: BuiltAt, profile: str, kind: str, top_k: int
+) -> None:
+    source, want = built_at(profile, kind), built_at(profile, kind, top_k)
     small = prune(source, tmp_path / "small", top_k=top_k)
-    want = build_smaller(tmp_path / "want", case, header, top_k)
     assert small.header.top_k == want.header.top_k
     assert small.header.is_ragged == want.header.is_ragged
     assert small.verify(deep=True).ok
@@ -106,11 +124,9 @@ def test_smaller_k_is_what_a_build_would_store(tmp_path: Path, profile: str, kin
 
 @pytest.mark.parametrize("profile", PROFILES)
 @pytest.mark.parametrize("kind", ["one width", "per layer", "top-p"])
-def test_stored_values_are_prefixes_bit_for_bit(tmp_path: Path, profile: str, kind: str) -> None:
-    case, header = ragged_case(profile, kind)
-    source = build_with(tmp_path / "source", case, header)
-    want = build_smaller(tmp_path / "want", case, header, 3)
-    target = want.header.model_copy(update={"top_k": [min(k, 3) for k in header.top_k]})
+def test_stored_values_are_prefixes_bit_for_bit(built_at: BuiltAt, profile: str, kind: str) -> None:
+    source, want = built_at(profile, kind), built_at(profile, kind, 3)
+    target = want.header.model_copy(update={"top_k": [min(k, 3) for k in source.header.top_k]})
     for index in source.parts:
         part = source.part(index)
         every_S, every_T = np.ones(len(part), bool), np.ones(part.record.num_tokens, bool)
@@ -244,9 +260,9 @@ def test_tails_stay_unbiased_after_two_prunes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["one width", "per layer", "top-p"])
 @pytest.mark.parametrize(("old", "new"), [("default", "fast"), ("exact", "default"), ("exact", "fast")])
-def test_another_profile(tmp_path: Path, kind: str, old: str, new: str) -> None:
+def test_another_profile(tmp_path: Path, built_at: BuiltAt, kind: str, old: str, new: str) -> None:
     case, header = ragged_case(old, kind)
-    source = build_with(tmp_path / "source", case, header)
+    source = built_at(old, kind)
     other = prune(source, tmp_path / "other", profile=new)  # type: ignore[call-overload]
     assert other.header.profile == new
     assert other.verify(deep=True).ok

@@ -28,7 +28,7 @@ from vlsi_cache.train.loader import loss_shares
 from vlsi_cache.train.optim import Stage
 from vlsi_cache.train.student import open_student
 
-NUM_ROWS, SIZES = 16, (1, 4, 16)
+NUM_ROWS, SIZES = 8, (1, 4, 8)
 # The same weights all the time, so that what every stage finds is the loss of what was loaded.
 STILL = {"learning_rate": 1e-30, "final_learning_rate": 0.0}
 REDUCTIONS = ["token", "sample"]
@@ -38,7 +38,7 @@ Gradients = list[list[Tensor]]
 
 @dataclass(frozen=True)
 class Setup:
-    """A cache of all 16 rows, some tokens of which have rows; nearly every word of them is kept, bit by bit."""
+    """A cache of all rows, some tokens of which have rows; nearly every word of them is kept, bit by bit."""
 
     cache: Cache
     teacher: Path

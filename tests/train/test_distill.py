@@ -22,11 +22,15 @@ from vlsi_cache.train import sft as sft_module
 from vlsi_cache.train.distill import distill_spec, schedule_steps, stage_steps
 from vlsi_cache.train.optim import learning_rate
 
+ONE_STEP = ["distill.verbalize.steps=1", "distill.interact.schedule.steps=1", "distill.sft.schedule.steps=1"]
+
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path) -> Cache:
+    """Its spec cuts every batch into two micro-batches."""
     folder = tmp_path_factory.mktemp("distill")
-    return vc.build_teacher(vc.load_spec(write_spec(folder, teacher_folder)), out=folder / "cache")
+    spec = vc.load_spec(write_spec(folder, teacher_folder), overrides=["distill.micro_batch_size=2"])
+    return vc.build_teacher(spec, out=folder / "cache")
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +117,7 @@ def test_what_trains_in_each_stage(
 
         monkeypatch.setattr(module, "Backbone", remember)
         monkeypatch.setattr(module, "make_optimizer", spy)
-    vc.distill(cache, student=str(student_folder), out=tmp_path / "run")
+    vc.distill(cache, student=str(student_folder), out=tmp_path / "run", overrides=ONE_STEP)
     linears = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     assert all("lora_" in n for n in names["interact"])
     assert len(names["interact"]) == 3 * 7 * 2
@@ -144,7 +148,7 @@ def test_full_sft_trains_everything(cache: Cache, student_folder: Path, tmp_path
         student=str(student_folder),
         out=tmp_path / "run",
         recipe="last",
-        overrides=["distill.sft.mode=full", "distill.sft.schedule.learning_rate=0.01"],
+        overrides=[*ONE_STEP[:2], "distill.sft.mode=full", "distill.sft.schedule.learning_rate=0.01"],
     )
     before = load_file(student_folder / "model.safetensors")
     after = load_file(run / "student" / "model.safetensors")
@@ -225,7 +229,7 @@ def test_a_stage_that_destroys_its_weights_with_the_last_update_has_failed(
     cache: Cache, student_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # No gradient follows the last update, at which training would have stopped.
-    wild = ["distill.sft.schedule.steps=1"]
+    wild = ["distill.verbalize.steps=2", "distill.interact.schedule.steps=2", "distill.sft.schedule.steps=1"]
     monkeypatch.setattr(
         loop_module, "learning_rate", lambda _schedule, _step, num_steps: 1e30 if num_steps == 1 else 1e-4
     )
@@ -244,7 +248,7 @@ def test_activation_checkpointing_and_accumulation_change_nothing(
     # Recipe `last` matches no layers, so that nothing is drawn for each micro-batch.
     first = {}
     for size in (1, 2, 4):
-        overrides = [f"distill.micro_batch_size={size}", "distill.batch_size=4"]
+        overrides = [*ONE_STEP, f"distill.micro_batch_size={size}", "distill.batch_size=4"]
         run = vc.distill(
             cache, student=str(student_folder), out=tmp_path / f"run-{size}", recipe="last", overrides=overrides
         )

@@ -15,12 +15,21 @@ from vlsi_cache.store.reader import Cache
 
 PLAIN = ["distill.lora.rank=64", "distill.lora.alpha=64"]  # the defaults, not those of the spec
 LAYERS = ["distill.interact.mode=layers", "distill.sft.mode=full", *PLAIN]
+SHORT = ["distill.verbalize.steps=1"]
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path) -> Cache:
     folder = tmp_path_factory.mktemp("layers")
-    return vc.build_teacher(vc.load_spec(write_spec(folder, teacher_folder)), out=folder / "cache")
+    spec = vc.load_spec(write_spec(folder, teacher_folder), overrides=SHORT)
+    return vc.build_teacher(spec, out=folder / "cache")
+
+
+@pytest.fixture(scope="module")
+def whole(cache: Cache, student_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Never stopped."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    return vc.distill(cache, student=str(student_folder), out=out, overrides=LAYERS)
 
 
 def test_the_decoder_layers_train_and_nothing_else(
@@ -40,9 +49,8 @@ def test_the_decoder_layers_train_and_nothing_else(
 
 @pytest.mark.parametrize("stage", ["interact", "sft"])
 def test_a_killed_run_ends_in_the_same_weights(
-    stage: str, cache: Cache, student_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stage: str, cache: Cache, whole: Path, student_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = vc.distill(cache, student=str(student_folder), out=tmp_path / "whole", overrides=LAYERS)
     with monkeypatch.context() as patch:
         stop_after(patch, stage, 3)
         with pytest.raises(KeyboardInterrupt):

@@ -24,11 +24,14 @@ from vlsi_cache.runtime import seed_step
 from vlsi_cache.store.reader import Cache
 from vlsi_cache.train.optim import clip_gradients, make_optimizer
 
+SHORT = ["distill.verbalize.steps=1", "distill.interact.schedule.steps=3", "distill.sft.schedule.steps=4"]
+
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path) -> Cache:
     folder = tmp_path_factory.mktemp("training")
-    return vc.build_teacher(vc.load_spec(write_spec(folder, teacher_folder)), out=folder / "cache")
+    spec = vc.load_spec(write_spec(folder, teacher_folder), overrides=SHORT)
+    return vc.build_teacher(spec, out=folder / "cache")
 
 
 def save_in(dtype: torch.dtype, source: Path, folder: Path) -> Path:
@@ -41,7 +44,7 @@ def save_in(dtype: torch.dtype, source: Path, folder: Path) -> Path:
 
 
 def run_with_dropout(cache: Cache, student: Path, out: Path, share: float) -> dict[str, torch.Tensor]:
-    changes = [f"distill.lora.dropout={share}"]
+    changes = [f"distill.lora.dropout={share}", "distill.micro_batch_size=2"]
     vc.distill(cache, student=str(student), out=out, recipe="last", overrides=changes)
     return load_file(out / "student" / "model.safetensors")
 
@@ -102,7 +105,7 @@ def test_half_precision_students_train_on_the_cpu_and_are_saved_as_asked(
 ) -> None:
     wanted = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
     folder = save_in(torch.bfloat16, student_folder, tmp_path / "student")
-    short = ["distill.verbalize.steps=1", "distill.interact.schedule.steps=2", "distill.checkpoint_steps=100"]
+    short = ["distill.interact.schedule.steps=1", "distill.sft.schedule.steps=1", "distill.checkpoint_steps=100"]
     changes = [f"distill.student_dtype={dtype}", f"distill.sft.mode={mode}", *short]
     run = vc.distill(cache, student=str(folder), out=tmp_path / "run", overrides=changes)
     name = str(wanted).removeprefix("torch.")
@@ -188,7 +191,7 @@ def test_a_run_that_diverges_says_where(
 
     monkeypatch.setattr(module, "clip_gradients", poisoned)
     of = " of layer 2" if stage == "verbalize" else ""
-    with pytest.raises(ModelError, match=f"stage {stage}, step 1 of [45]: the gradient norm{of} is nan"):
+    with pytest.raises(ModelError, match=f"stage {stage}, step 1 of [134]: the gradient norm{of} is nan"):
         vc.distill(cache, student=str(student_folder), out=tmp_path / "run")
 
 
