@@ -6,11 +6,12 @@ machine. All run the same command. The first one alone writes files and speaks; 
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import ProcessLostError, SpecError, VlsiCacheError, list_problems
+from .progress import muted
 
 if TYPE_CHECKING:
     import torch
@@ -218,7 +219,8 @@ def joined() -> Iterator[Processes]:
                 f"the launcher says process {rank} of {world}, and the process group {dist.get_rank()} of "
                 f"{dist.get_world_size()}: it has fallen back to another one"
             )
-        yield Processes(rank, world)
+        with muted() if rank else nullcontext():
+            yield Processes(rank, world)
     finally:
         if is_ours and dist.is_initialized():
             dist.destroy_process_group()
