@@ -142,14 +142,14 @@ class Processes:
             f"{micro_batch_size} evenly; set {advice}, or start another number of processes"
         )
 
-    def sum_gradients(self, parameters: Iterable["torch.nn.Parameter"]) -> None:
-        """Leave the sum over all processes in each gradient; one that is nowhere stays None."""
+    def sum_gradients(self, optimizer: "torch.optim.Optimizer") -> None:
+        """Leave the sum over all processes in each gradient of what trains; one that is nowhere stays None."""
         if self.world == 1:
             return
         import torch
         import torch.distributed as dist
 
-        chosen = list(parameters)
+        chosen = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         is_there = torch.tensor([one.grad is not None for one in chosen], dtype=torch.int32)
         with _telling_of_lost():
             dist.all_reduce(is_there, op=dist.ReduceOp.MAX)
@@ -163,12 +163,15 @@ class Processes:
                 for gradient, summed in zip(gradients, flat.split([one.numel() for one in gradients]), strict=True):
                     gradient.copy_(summed.view_as(gradient))
 
-    def own_device(self, device: str) -> str:
-        """The device of this process: of several GPUs, the one with its number on this machine."""
+    def own_device(self, named: str | None, default: str) -> str | None:
+        """The device of this process, `named` or the `default`: of several GPUs, the one with its number here."""
+        if self.world == 1:
+            return named
         import torch
 
-        if self.world == 1 or device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
-            return device
+        device = named or default
+        if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+            return "cpu"
         if device not in ("auto", "cuda"):
             raise SpecError(
                 f"device `{device}` for {self.world} processes; leave it out: each takes the GPU of its number"

@@ -202,7 +202,7 @@ def _train_verbalizers(
         check_shared_folder(out)
     settings = spec.train_verbalizers
     processes.check_batch(settings.batch_size, settings.micro_batch_size, "train_verbalizers")
-    device = processes.own_device(device or spec.run.device)
+    own_device = processes.own_device(device, spec.run.device)
     inputs = processes.first_before_others(lambda: open_teacher_inputs(spec))
     if not inputs.target_layers:
         raise SpecError("`teacher.layers` is empty: there is nothing to verbalize")
@@ -220,7 +220,7 @@ def _train_verbalizers(
         if set(wanted) <= set(whole_layers(out / "verbalizers")) and already_done(run):
             processes.from_first(lambda: ensure_report(run.path))
         else:
-            stages = [_train(inputs, out, run.path, wanted, device=device, processes=processes)]
+            stages = [_train(inputs, out, run.path, wanted, device=own_device, processes=processes)]
 
             def finish() -> None:
                 finish_run(run, stages=stages)

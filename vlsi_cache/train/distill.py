@@ -92,7 +92,7 @@ def _distill(
         {"cache": opened.header.digest, "student": student_digest, "spec": spec.model_dump(mode="json")}
     )
     processes.check_batch(spec.distill.batch_size, spec.distill.micro_batch_size, "distill")
-    device = processes.own_device(device or spec.run.device)
+    own_device = processes.own_device(device, spec.run.device)
 
     def check_data() -> None:
         if not (out / "run.json").is_file():
@@ -120,7 +120,7 @@ def _distill(
             processes.from_first(lambda: ensure_report(out))
             return out
         check_ours(out / "student", STUDENT_RECORD)
-        state = inputs.load(run, device=device, processes=processes)
+        state = inputs.load(run, device=own_device, processes=processes)
         with closing(state.log):
             stages = _run_stages(state)
 

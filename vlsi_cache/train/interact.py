@@ -121,7 +121,8 @@ def interact(state: StudentState, model: Any, verbalizers: Verbalizers | None, *
                 del hidden, rows, targets
             # From here on the host waits for the device.
             losses = losses_of(results, settings, state.teacher_layers)
-            clip_gradients(optimizer, settings.schedule, "interact", step, num_steps, state.processes)
+            state.processes.sum_gradients(optimizer)
+            clip_gradients(optimizer, settings.schedule, "interact", step, num_steps)
             rate = optimizer_step(optimizer, settings.schedule, step, num_steps)
 
             own = StepOfOne(losses, [matches_of(terms, layers, state.teacher_layers) for _, terms in results], probed)

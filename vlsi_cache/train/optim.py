@@ -52,19 +52,8 @@ def learning_rate(schedule: Schedule, step: int, num_steps: int) -> float:
     return schedule.final_learning_rate + 0.5 * span * (1 + math.cos(math.pi * progress))
 
 
-def clip_gradients(
-    optimizer: torch.optim.Optimizer,
-    schedule: Schedule,
-    stage: str,
-    step: int,
-    num_steps: int,
-    processes: Processes = ALONE,
-) -> None:
-    """Sum the gradients over all processes, and clip each group of parameters to its own norm.
-
-    Raises ModelError for a gradient that is not finite.
-    """
-    processes.sum_gradients(parameter for group in optimizer.param_groups for parameter in group["params"])
+def clip_gradients(optimizer: torch.optim.Optimizer, schedule: Schedule, stage: str, step: int, num_steps: int) -> None:
+    """Clip each group of parameters to its own norm; raises ModelError for a gradient that is not finite."""
     # Each group has a norm of its own: one layer with a large gradient does not shrink the steps of the others.
     for group in optimizer.param_groups:
         norm = nn.utils.clip_grad_norm_(group["params"], schedule.clip_norm)

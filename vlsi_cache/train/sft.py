@@ -100,7 +100,8 @@ def sft(state: StudentState, model: Any, *, num_steps: int, stop: int) -> dict[s
                 loss.backward()
                 losses.append(loss.detach())
             # Gradients of all micro-batches have been added up: their shares make the loss that of the whole batch.
-            clip_gradients(optimizer, schedule, "sft", step, num_steps, state.processes)
+            state.processes.sum_gradients(optimizer)
+            clip_gradients(optimizer, schedule, "sft", step, num_steps)
             rate = optimizer_step(optimizer, schedule, step, num_steps)
 
             own_loss = float(torch.stack(losses).sum())  # waits for the device, once a step

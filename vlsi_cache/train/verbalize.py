@@ -61,7 +61,8 @@ def verbalize(
                 seed_step(settings.seed, "verbalize", step, micro.place)  # dropout is that of the step, resumed or not
                 tokens += len(micro.batch.gold_T)
                 losses += layer_losses(verbalizers, head, micro.batch, micro.share_T, loss=architecture.loss)
-            clip_gradients(optimizer, stage.schedule, "verbalize", step, num_steps, stage.processes)
+            stage.processes.sum_gradients(optimizer)
+            clip_gradients(optimizer, stage.schedule, "verbalize", step, num_steps)
             rate = optimizer_step(optimizer, stage.schedule, step, num_steps)
 
             # [micro-batches x layers] on the device, read once a step.
