@@ -20,11 +20,14 @@ from typing import Annotated, Any
 
 import typer
 
-from vlsi_cache.errors import DiskFullError, VlsiCacheError
+from vlsi_cache.errors import DiskFullError, ProcessLostError, VlsiCacheError
 from vlsi_cache.interrupts import terminating_as_interrupt
 from vlsi_cache.io import is_disk_full, refuse_url
+from vlsi_cache.processes import program, refuse_launch, speaks
 from vlsi_cache.progress import UNSAFE, printable
 
+# What several processes of one launch run together.
+SEVERAL_PROCESSES = ("train-verbalizers", "distill")
 OK, PROBLEMS, USAGE, UNREADABLE, INTERRUPTED = 0, 1, 2, 3, 130
 STAGES, LOOK, CHANGE, EVERYWHERE = "STAGES", "LOOK", "CHANGE", "On every command"
 
@@ -85,6 +88,8 @@ def _with_common_options(function: Callable[..., Answer]) -> Callable[..., None]
         del version  # its callback has ended the command
 
         def work() -> Answer:
+            if function.__name__.replace("_", "-") not in SEVERAL_PROCESSES:
+                refuse_launch(function.__name__.replace("_", "-"))
             # None of the paths may be a URL; texts that may name a model are looked at where they are read.
             for name, value in values.items():
                 for path in value if isinstance(value, list) else [value]:
@@ -108,17 +113,20 @@ def _with_common_options(function: Callable[..., Answer]) -> Callable[..., None]
 def run_guarded(work: Callable[[], Answer], *, as_json: bool, quiet: bool, verbose: bool) -> int:
     """Run a command, print its answer, and turn everything that can happen into one message and an exit code."""
     stderr = sys.stderr
+    quiet = quiet or os.environ.get("RANK", "0") != "0"  # of several processes the first one speaks
     try:
         with _messages(quiet=quiet, verbose=verbose), terminating_as_interrupt():
             answer = work()
             text = "" if as_json else answer.text if isinstance(answer.text, str) else answer.text()
-        show(_as_json(answer.data) if as_json else text if answer.is_styled else printable(text))
+        if os.environ.get("RANK", "0") == "0":
+            show(_as_json(answer.data) if as_json else text if answer.is_styled else printable(text))
         return answer.exit_code
     except (typer.Exit, typer.Abort):
         raise
     except BaseException as error:
         message, code = explain(error)
-        print(printable(message), file=stderr)
+        if speaks(message, is_lost=isinstance(error, ProcessLostError), is_interrupt=code == INTERRUPTED):
+            print(printable(message), file=stderr)
         if os.environ.get("VLSI_CACHE_DEBUG") == "1":
             traceback.print_exception(error, file=stderr)
         return code
@@ -157,7 +165,7 @@ def explain(error: BaseException) -> tuple[str, int]:
 
 def this_command() -> str:
     """What was typed, ready to be typed again."""
-    return shlex.join(["vlsi-cache", *sys.argv[1:]])
+    return shlex.join([*program(), *sys.argv[1:]])
 
 
 @contextlib.contextmanager

@@ -62,7 +62,8 @@ def test_the_commands_of_a_script_are_ours(script: Path) -> None:
 
     subprocess.run(["bash", "-n", script], check=True)
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    calls = re.findall(r"^ *vlsi-cache (.*)$", script.read_text().replace("\\\n", " "), flags=re.MULTILINE)
+    text = script.read_text().replace("\\\n", " ")
+    calls = re.findall(r"^ *(?:vlsi-cache|torchrun .*-m vlsi_cache_cli) (.*)$", text, flags=re.MULTILINE)
     assert calls
     for call in calls:
         name, *words = shlex.split(call)

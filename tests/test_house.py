@@ -15,7 +15,7 @@ PACKAGE = ROOT / "vlsi_cache"
 FLOORS = [
     {"errors"},
     {"io", "progress"},
-    {"interrupts", "run_files", "runtime"},
+    {"interrupts", "processes", "run_files", "runtime"},
     {"config"},
     {"sparse"},
     {"data", "store"},

@@ -22,6 +22,7 @@ __all__ = [
     "FingerprintMismatchError",
     "InterruptedRunError",
     "ModelError",
+    "ProcessLostError",
     "RowError",
     "RunBusyError",
     "SampleNotFoundError",
@@ -132,6 +133,10 @@ class DiskFullError(VlsiCacheError, OSError):
 
 class WorkerDiedError(VlsiCacheError, RuntimeError):
     """A process that prepares rows for this one has ended."""
+
+
+class ProcessLostError(VlsiCacheError, RuntimeError):
+    """Another process of the same launch has ended; what was saved is good, and the same launch goes on from there."""
 
 
 class InterruptedRunError(VlsiCacheError, KeyboardInterrupt):

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -51,8 +52,24 @@ LINE_S = 60.0  # between two lines where there is no terminal
 Item = TypeVar("Item")
 
 
+_is_muted = False
+
+
+@contextmanager
+def muted() -> Iterator[None]:
+    """Nothing is said and no bar is drawn in this process: another one of the same launch does."""
+    global _is_muted
+    before, _is_muted = _is_muted, True
+    try:
+        yield
+    finally:
+        _is_muted = before
+
+
 def say(message: str) -> None:
     """One line for a person, on standard error and above any progress bar."""
+    if _is_muted:
+        return
     from tqdm import tqdm
 
     tqdm.write(printable(message), file=sys.stderr)
@@ -82,6 +99,8 @@ class Bar:
         self._stream, self._closed = sys.stderr, threading.Event()
         self._bar: Any = None
         self._thread: threading.Thread | None = None
+        if _is_muted:
+            return
         from tqdm.auto import tqdm
 
         is_notebook = any(base.__module__ == "tqdm.notebook" for base in tqdm.__mro__)

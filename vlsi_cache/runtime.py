@@ -45,9 +45,13 @@ def autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
 
 
-def seed_step(seed: int, stage: str, step: int) -> None:
-    """Key torch's random state to this step, so that a resumed run draws the dropout that a whole one draws."""
-    digest = hashlib.sha256(f"{seed} {stage} {step}".encode()).digest()
+def seed_step(seed: int, stage: str, step: int, place: int = 0) -> None:
+    """Key torch's random state to this step and the micro-batch that begins at `place` of its batch.
+
+    A resumed run draws the dropout that a whole one draws, and several processes that of one.
+    """
+    name = f"{seed} {stage} {step}" + (f" {place}" if place else "")
+    digest = hashlib.sha256(name.encode()).digest()
     number = int.from_bytes(digest[:8], "little")
     if torch.cuda.is_available():
         torch.manual_seed(number)

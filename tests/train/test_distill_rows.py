@@ -196,7 +196,7 @@ def test_padded_micro_batches_hold_samples_of_similar_length(cache_of: CacheOf, 
         samples = iter([Sample(records[name], None, len(cache[name].response_ids_R)) for name in names])
         options = {"batch_size": 8, "micro_batch_size": 4, "reduction": "token", **options}
         with Feed(samples, encoder, device=torch.device("cpu"), **options) as feed:
-            return list(feed.take(4))
+            return [*feed.batch(), *feed.batch()]
 
     def padding(found: list[MicroBatch]) -> float:
         masks = [micro.batch.inputs["attention_mask"] for micro in found]

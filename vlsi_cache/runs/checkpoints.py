@@ -12,6 +12,7 @@ from torch import nn
 from vlsi_cache.errors import CacheCorruptError, list_problems
 from vlsi_cache.io import checksum, difference_from, put_all_back, remove, replacing
 from vlsi_cache.models.load import own_memory
+from vlsi_cache.processes import ALONE, Processes
 from vlsi_cache.progress import say
 from vlsi_cache.run_files import CHECKPOINT, read_checkpoint, sealed
 
@@ -24,16 +25,20 @@ class Checkpoints:
     """`RUN/checkpoints/STAGE-STEP/`: what trains, the optimizer's moments and the step; the two newest are kept.
 
     Tensors are a safetensors file, the rest is JSON: nothing is ever unpickled. `checkpoint.json` has the checksum of
-    the tensors, and its own. Where the newest one is damaged, training goes on from the one before.
+    the tensors, and its own. Where the newest one is damaged, training goes on from the one before. Of several
+    `processes`, which all hold the same, the first one writes.
     """
 
-    def __init__(self, run: Path) -> None:
-        self.folder = run / "checkpoints"
+    def __init__(self, run: Path, processes: Processes = ALONE) -> None:
+        self.folder, self._processes = run / "checkpoints", processes
+        processes.from_first(self._clear)
+        self._whole: list[tuple[str, int]] = []  # checkpoints that have been looked at or written
+
+    def _clear(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         put_all_back(self.folder)
         for leftover in self.folder.glob(".*.tmp-*"):
             remove(leftover)
-        self._whole: list[tuple[str, int]] = []  # checkpoints that have been looked at or written
 
     def latest(self) -> tuple[str, int] | None:
         """(stage, step) of the newest checkpoint that is whole; a damaged one is told once.
@@ -66,14 +71,21 @@ class Checkpoints:
         return newest[1] if newest and newest[0] == stage else 0
 
     def save(self, stage: str, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-        before, target = self.latest(), self._place(stage, step)
+        before = self.latest()
+        self._processes.from_first(lambda: self._save(stage, step, model, optimizer))
+        self._whole = [one for one in (before, (stage, step)) if one is not None]
+        self._processes.from_first(self._thin)
+
+    def _save(self, stage: str, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+        target = self._place(stage, step)
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         with replacing(target) as temporary:
             temporary.mkdir()
             save_file(_state(named, optimizer), temporary / TENSORS)
             record = {"stage": stage, "step": step, "files": {TENSORS: checksum(temporary / TENSORS)}}
             (temporary / CHECKPOINT).write_text(sealed(record), encoding="utf-8")
-        self._whole = [one for one in (before, (stage, step)) if one is not None]
+
+    def _thin(self) -> None:
         for other in self._there():
             if other not in self._whole:
                 shutil.rmtree(self._place(*other))

@@ -21,16 +21,22 @@ from vlsi_cache.run_files import read_metrics
 
 
 class MetricsLog:
-    """`metrics.jsonl` of a run and the progress bar that shows its newest line; units are in the keys."""
+    """`metrics.jsonl` of a run and the progress bar that shows its newest line; units are in the keys.
 
-    def __init__(self, folder: Path) -> None:
+    One that does not write (`writes`) is that of a process beside the one that does.
+    """
+
+    def __init__(self, folder: Path, *, writes: bool = True) -> None:
         self.path = folder / "metrics.jsonl"
+        self._writes = writes
         self._file: TextIO | None = None
         self._bar: Bar | None = None
         self._started = time.monotonic()
 
     def start_stage(self, stage: str, *, step: int, num_steps: int) -> None:
         """Begin (or go on with) a stage at `step`; lines that a lost attempt wrote beyond it are dropped."""
+        if not self._writes:
+            return
         if self._file is not None:
             self._file.close()
         kept = [line for line in read_metrics(self.path) if line["stage"] != stage or line["step"] <= step]
@@ -45,6 +51,8 @@ class MetricsLog:
         self._bar = Bar(stage, unit="step", total=num_steps, done=step)
 
     def write(self, **metrics: Any) -> None:
+        if not self._writes:
+            return
         assert self._file is not None
         assert self._bar is not None
         metrics["elapsed_s"] = round(time.monotonic() - self._started, 3)

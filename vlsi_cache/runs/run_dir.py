@@ -9,7 +9,7 @@ import shlex
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,12 +21,14 @@ from vlsi_cache.errors import (
     DiskFullError,
     FingerprintMismatchError,
     InterruptedRunError,
+    ProcessLostError,
     RunBusyError,
     SpecError,
     VlsiCacheError,
     list_problems,
 )
 from vlsi_cache.io import check_folder, put_all_back, remove, write_atomically
+from vlsi_cache.processes import ALONE, Processes, program
 from vlsi_cache.progress import say
 from vlsi_cache.run_files import RUN, read_run
 from vlsi_cache.runtime import check_device
@@ -56,8 +58,19 @@ class Run:
 
 
 @contextmanager
-def open_run(path: Path, kind: str, spec: CacheSpec, *, device: str | None, call: str, **facts: Any) -> Iterator[Run]:
+def open_run(
+    path: Path,
+    kind: str,
+    spec: CacheSpec,
+    *,
+    device: str | None,
+    call: str,
+    processes: Processes = ALONE,
+    **facts: Any,
+) -> Iterator[Run]:
     """Begin a run, or go on with the one at `path` if it is the same, and keep other processes off it meanwhile.
+
+    Of several `processes` of one launch the first one holds the folder for all.
 
     Of `facts` that have a digest beside them, `name` and `name_digest`, the digest alone decides: a copy is the same.
     `call` is the Python that goes on with it. `run.json` is of the newest call; an error that would come again makes
@@ -65,6 +78,15 @@ def open_run(path: Path, kind: str, spec: CacheSpec, *, device: str | None, call
     anything else, FingerprintMismatchError when it is another run, RunBusyError when another process works on it,
     CacheCorruptError when `run.json` is damaged, ModelError when the device is not here.
     """
+    with ExitStack() as stack:
+        run = _opened_run(path, kind, spec, device=device, call=call, facts=facts)
+        yield processes.from_first(lambda: stack.enter_context(run))
+
+
+@contextmanager
+def _opened_run(
+    path: Path, kind: str, spec: CacheSpec, *, device: str | None, call: str, facts: dict[str, Any]
+) -> Iterator[Run]:
     file = path / RUN
     check_run_folder(path, kind)
     if not file.exists() or read_run(path)["status"] != "done":
@@ -115,6 +137,9 @@ def _failure_kept(file: Path) -> Iterator[None]:
     except KeyboardInterrupt:
         raise InterruptedRunError(_end(file, status="interrupted").get("command") or "") from None
     except DiskFullError:
+        raise
+    except ProcessLostError:
+        _end(file, status="interrupted")
         raise
     except VlsiCacheError as error:
         _end(file, status="failed", message=str(error))
@@ -214,8 +239,8 @@ def _this_command() -> str | None:
     """The command line, if this program is the command line."""
     main = getattr(sys.modules.get("__main__"), "__spec__", None)
     is_script = Path((sys.argv or [""])[0]).stem == "vlsi-cache"
-    if is_script or getattr(main, "name", None) == "vlsi_cache_cli.main":
-        return shlex.join(["vlsi-cache", *sys.argv[1:]])
+    if is_script or getattr(main, "name", None) in ("vlsi_cache_cli.main", "vlsi_cache_cli.__main__"):
+        return shlex.join([*program(), *sys.argv[1:]])
     return None
 
 

@@ -16,6 +16,7 @@ from vlsi_cache.errors import FingerprintMismatchError, SpecError, list_problems
 from vlsi_cache.io import check_folder, refuse_url
 from vlsi_cache.models.features import features_of, keep_features
 from vlsi_cache.models.verbalizer_files import whole_layers
+from vlsi_cache.processes import Processes, joined
 from vlsi_cache.progress import say
 from vlsi_cache.report.pages import ensure_report, write_report
 from vlsi_cache.report.text import table
@@ -173,16 +174,36 @@ def train_verbalizers(
     says how the loss of each layer has fallen. With `layers` (`A:B`, `2,6,10` or numbers), or as `rank` of `world`, it
     trains these target layers alone, bit by bit as they would be beside the others: several processes may work on one
     `out`, each in a run folder of its own in it.
+    Under `torchrun` or `accelerate launch` all processes call it alike, and share every batch.
     Raises SpecError, FingerprintMismatchError, RunBusyError.
     """
     refuse_url(out, "out")
-    out = Path(out)
+    with joined() as processes:
+        if processes.world > 1 and (layers is not None or world > 1):
+            raise SpecError("`layers` and `rank` are for processes that were started one by one; leave them out here")
+        chosen = {"layers": layers, "rank": rank, "world": world}
+        return _train_verbalizers(spec, Path(out), device=device, processes=processes, **chosen)
+
+
+def _train_verbalizers(
+    spec: CacheSpec,
+    out: Path,
+    *,
+    device: str | None,
+    layers: str | Sequence[int] | None,
+    rank: int,
+    world: int,
+    processes: Processes,
+) -> Path:
     if layers is None and world == 1:
         check_folder_of_all(out)
         check_run_folder(out, KIND)
     else:
         check_shared_folder(out)
-    inputs = open_teacher_inputs(spec)
+    settings = spec.train_verbalizers
+    processes.check_batch(settings.batch_size, settings.micro_batch_size, "train_verbalizers")
+    own_device = processes.own_device(device, spec.run.device)
+    inputs = processes.first_before_others(lambda: open_teacher_inputs(spec))
     if not inputs.target_layers:
         raise SpecError("`teacher.layers` is empty: there is nothing to verbalize")
     chosen = choose_layers(inputs.target_layers, layers, rank=rank, world=world)
@@ -193,13 +214,19 @@ def train_verbalizers(
         "encoder": inputs.encoder.fingerprint(),
         **WHOLE_BATCH,
     }
-    with _opened(inputs, out, chosen, device=device, facts=facts) as run:
+    processes.check_same({**facts, "spec": spec.model_dump(mode="json")})
+    with _opened(inputs, out, chosen, device=device, facts=facts, processes=processes) as run:
         wanted = chosen or inputs.target_layers
         if set(wanted) <= set(whole_layers(out / "verbalizers")) and already_done(run):
-            ensure_report(run.path)
+            processes.from_first(lambda: ensure_report(run.path))
         else:
-            finish_run(run, stages=[_train(inputs, out, run.path, wanted, device=device)])
-            write_report(run.path)
+            stages = [_train(inputs, out, run.path, wanted, device=own_device, processes=processes)]
+
+            def finish() -> None:
+                finish_run(run, stages=stages)
+                write_report(run.path)
+
+            processes.from_first(finish)
             say(f"loss of each layer, nats per response token, by share of the training:\n{loss_table(run.path)}")
     if chosen is not None:
         say(f"trained: layers {shown_layers(chosen)}; report: {run.path / 'report.html'}")
@@ -212,18 +239,24 @@ def train_verbalizers(
 
 @contextmanager
 def _opened(
-    inputs: TeacherInputs, out: Path, chosen: list[int] | None, *, device: str | None, facts: dict[str, Any]
+    inputs: TeacherInputs,
+    out: Path,
+    chosen: list[int] | None,
+    *,
+    device: str | None,
+    facts: dict[str, Any],
+    processes: Processes,
 ) -> Iterator[Run]:
     """The run over all layers in `out`, or over the chosen ones in a folder of its own below."""
     name = "" if chosen is None else subset_name(inputs.target_layers, chosen)
     file = out / name / "run.json"
     stored = f"vlsi_cache.CacheSpec(**json.loads(pathlib.Path({str(file)!r}).read_text())['spec'])"
     call = python_call("train_verbalizers", stored, out=str(out), device=device, layers=chosen)
-    own = {} if chosen is None else {"layers": chosen}
+    own: dict[str, Any] = {} if chosen is None else {"layers": chosen}
     with ExitStack() as stack:
         if chosen is None:
             check_folder_of_all(out)
-            run = open_run(out, KIND, inputs.spec, device=device, call=call, **facts)
+            run = open_run(out, KIND, inputs.spec, device=device, call=call, processes=processes, **facts)
             yield stack.enter_context(run)
             return
         # Once without the lock, so that a refusal does not wait for it; then with it, since two that start at once must
@@ -253,7 +286,15 @@ def loss_table(run: Path) -> str:
     return table(["layer", *(f"{share:.0%}" for share in SHARES)], rows)
 
 
-def _train(inputs: TeacherInputs, out: Path, folder: Path, layers: list[int], *, device: str | None) -> dict[str, Any]:
+def _train(
+    inputs: TeacherInputs,
+    out: Path,
+    folder: Path,
+    layers: list[int],
+    *,
+    device: str | None,
+    processes: Processes,
+) -> dict[str, Any]:
     """Train in the run folder `folder`, save into `out`; returns the stage's entry for `run.json`."""
     spec, settings = inputs.spec, inputs.spec.train_verbalizers
     backbone = inputs.load_backbone(device or spec.run.device)
@@ -273,9 +314,10 @@ def _train(inputs: TeacherInputs, out: Path, folder: Path, layers: list[int], *,
             layout=backbone.layout,
             features=features_of(backbone.model),
             num_workers=spec.run.num_workers,
+            processes=processes,
         )
 
-    with closing(MetricsLog(folder)) as log:
+    with closing(MetricsLog(folder, writes=processes.is_first)) as log:
         verbalizers, stage = verbalize(
             backbone,
             layers,
@@ -284,15 +326,20 @@ def _train(inputs: TeacherInputs, out: Path, folder: Path, layers: list[int], *,
                 settings,
                 settings.schedule,
                 settings.schedule.num_steps(len(inputs.records), settings.batch_size),
-                Checkpoints(folder),
+                Checkpoints(folder, processes),
                 log,
                 choose_kernels(spec.run, backbone.device),
+                processes,
             ),
             architecture=spec.verbalizer,
             vocab_size=inputs.encoder.vocab_size,
         )
     facts = {"teacher_digest": inputs.weights_digest, "model": spec.teacher.model, "loss": spec.verbalizer.loss}
-    # The run over all layers holds the folder already, so it must not wait for itself.
-    with waiting_for(out) if folder != out else nullcontext():
-        verbalizers.save(out / "verbalizers", provenance=facts)
+
+    def save() -> None:
+        # The run over all layers holds the folder already, so it must not wait for itself.
+        with waiting_for(out) if folder != out else nullcontext():
+            verbalizers.save(out / "verbalizers", provenance=facts)
+
+    processes.from_first(save)
     return {**stage, "layers": layers}

@@ -28,6 +28,7 @@ from vlsi_cache.models.load import ModelRef, resolve_model
 from vlsi_cache.models.lora import add_lora, checkpoint_activations, merge_lora, reach_note, train_decoder_layers
 from vlsi_cache.models.save import STUDENT_RECORD, check_ours, save_student
 from vlsi_cache.models.verbalizer import Verbalizers, load_verbalizers
+from vlsi_cache.processes import Processes, joined
 from vlsi_cache.progress import say
 from vlsi_cache.report.pages import ensure_report, write_report
 from vlsi_cache.runs.run_dir import WHOLE_BATCH, already_done, check_run_folder, finish_run, open_run, python_call
@@ -59,9 +60,25 @@ def distill(
     The trained model is `out/student`, a plain Hugging Face folder. Raises SpecError, ModelError (another tokenizer),
     FingerprintMismatchError (the data has changed, or `out` is another run), CacheIncompleteError, DataError (samples
     too long for the student), RunBusyError (another process works on `out`).
+
+    Under `torchrun` or `accelerate launch` all processes call it alike, and share every batch.
     """
     refuse_url(out, "out")
-    out, overrides = Path(out), override_list(overrides)
+    with joined() as processes:
+        changes = override_list(overrides)
+        return _distill(cache, student, Path(out), recipe, changes, device=device, processes=processes)
+
+
+def _distill(
+    cache: Cache | Path | str,
+    student: str | None,
+    out: Path,
+    recipe: str | None,
+    overrides: list[str],
+    *,
+    device: str | None,
+    processes: Processes,
+) -> Path:
     check_run_folder(out, "distill")
     opened = cache if isinstance(cache, Cache) else reader.open(cache)
     spec = distill_spec(opened, student=student, recipe=recipe, overrides=overrides)
@@ -71,9 +88,18 @@ def distill(
         say(f"`--set {unused}` does nothing here: no stage that `recipe: {spec.distill.recipe}` runs looks at it")
     student_digest = ModelRef(path).digest
     given = check_verbalizers(spec.distill.verbalizers, inputs.layers, spec.verbalizer, student_digest=student_digest)
-    if not (out / "run.json").is_file():
-        inputs.check_turns()
-        inputs.check_lengths()
+    processes.check_same(
+        {"cache": opened.header.digest, "student": student_digest, "spec": spec.model_dump(mode="json")}
+    )
+    processes.check_batch(spec.distill.batch_size, spec.distill.micro_batch_size, "distill")
+    own_device = processes.own_device(device, spec.run.device)
+
+    def check_data() -> None:
+        if not (out / "run.json").is_file():
+            inputs.check_turns()
+            inputs.check_lengths()
+
+    processes.from_first(check_data)
     options = {"student": student, "out": str(out), "recipe": recipe, "overrides": overrides, "device": device}
     with open_run(
         out,
@@ -81,6 +107,7 @@ def distill(
         spec,
         device=device,
         call=python_call("distill", repr(str(opened.path)), **options),
+        processes=processes,
         cache=str(opened.path.resolve()),
         cache_digest=opened.header.digest,
         student=path,
@@ -90,13 +117,18 @@ def distill(
         **given,
     ) as run:
         if already_done(run):
-            ensure_report(out)
+            processes.from_first(lambda: ensure_report(out))
             return out
         check_ours(out / "student", STUDENT_RECORD)
-        state = inputs.load(run, device=device)
+        state = inputs.load(run, device=own_device, processes=processes)
         with closing(state.log):
-            finish_run(run, stages=_run_stages(state))
-        write_report(out)
+            stages = _run_stages(state)
+
+        def finish() -> None:
+            finish_run(run, stages=stages)
+            write_report(out)
+
+        processes.from_first(finish)
     return out
 
 
@@ -180,13 +212,11 @@ def _run_stages(state: StudentState) -> list[dict[str, Any]]:
     trained = merge_lora(model) if uses_lora else model
     refuse_destroyed(trained.named_parameters(), stages[-1]["name"])
     # Head and embeddings may have been trained in fp32; configuration and all tensors agree again.
-    save_student(
-        trained.to(state.dtype),
-        ModelRef(state.student_path),
-        state.run.path / "student",
-        end_of_turn=state.encoder.eot_id,
-        pad=state.encoder.pad_id,
-        facts={key: state.run.record[key] for key in ("recipe", "cache_digest", "student_digest")},
+    facts = {key: state.run.record[key] for key in ("recipe", "cache_digest", "student_digest")}
+    ids = {"end_of_turn": state.encoder.eot_id, "pad": state.encoder.pad_id}
+    target = state.run.path / "student"
+    state.processes.from_first(
+        lambda: save_student(trained.to(state.dtype), ModelRef(state.student_path), target, **ids, facts=facts)
     )
     return stages
 
@@ -195,21 +225,23 @@ def _verbalize(state: StudentState, num_steps: int) -> tuple[Verbalizers, dict[s
     """Train the student's verbalizers, or take those of the spec, or read back what an earlier attempt has finished."""
     distill, backbone = state.spec.distill, Backbone(state.model)
     folder = state.run.path / "verbalizers"
-    if (folder / "verbalizers.json").exists():
+    if state.processes.from_first((folder / "verbalizers.json").exists):
         loaded = load_verbalizers(str(folder), backbone, state.layers)
         seconds = state.log.stage_seconds("verbalize")
         return loaded, {"name": "verbalize", "steps": num_steps, "seconds": seconds}
     if distill.verbalizers is not None:
-        taken = take_verbalizers(distill.verbalizers, folder, backbone, state.layers)
+        into = folder if state.processes.is_first else None
+        taken = take_verbalizers(distill.verbalizers, into, backbone, state.layers)
         return taken, {"name": "verbalize", "steps": num_steps, "seconds": 0.0}
     verbalizers, entry = verbalize(
         backbone,
         state.layers,
         lambda num_skip: state.feed("verbalize", num_skip),
-        Stage(distill, distill.verbalize, num_steps, state.checkpoints, state.log, state.compiled),
+        Stage(distill, distill.verbalize, num_steps, state.checkpoints, state.log, state.compiled, state.processes),
         architecture=state.spec.verbalizer,
         vocab_size=state.encoder.vocab_size,
     )
     facts = {"teacher_digest": state.run.record["student_digest"], "model": state.student_path}
-    verbalizers.save(folder, provenance={**facts, "loss": state.spec.verbalizer.loss})
+    provenance = {**facts, "loss": state.spec.verbalizer.loss}
+    state.processes.from_first(lambda: verbalizers.save(folder, provenance=provenance))
     return verbalizers.requires_grad_(False).eval(), entry  # as `load_verbalizers` gives them to a resumed run

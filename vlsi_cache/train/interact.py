@@ -36,7 +36,7 @@ from vlsi_cache.sparse.kl import LayerRows, candidate_kl
 from vlsi_cache.sparse.matching import Matching, SearchRange, match_rng
 
 from .loader import MicroBatch
-from .optim import clip_gradients, make_optimizer, optimizer_step
+from .optim import all_done, clip_gradients, make_optimizer, optimizer_step
 from .probe import is_due, probe
 from .student import StudentState
 
@@ -87,7 +87,6 @@ def interact(state: StudentState, model: Any, verbalizers: Verbalizers | None, *
     if first:
         checkpoints.load("interact", first, model, optimizer)
     log.start_stage("interact", step=first, num_steps=num_steps)
-    num_micro = distill.batch_size // distill.micro_batch_size
     head = head_of(backbone, compiled=state.compiled).real(header.vocab_size)
     capture = verbalizers.capture if verbalizers is not None else partial(backbone.capture, layers=[])
     with state.feed("interact", first * distill.batch_size) as feed, stopping_between_steps() as signals:
@@ -96,8 +95,8 @@ def interact(state: StudentState, model: Any, verbalizers: Verbalizers | None, *
             layer_weight = settings.layer_weight(step / num_steps)
             results: list[tuple[MicroBatch, list[Term]]] = []
             probed = None
-            seed_step(distill.seed, "interact", step)
-            for micro in feed.take(num_micro):
+            for micro in feed.batch():
+                seed_step(distill.seed, "interact", step, micro.place)
                 batch, cached = micro.batch, micro.rows
                 assert cached is not None
                 terms: list[Term] = []
@@ -122,15 +121,18 @@ def interact(state: StudentState, model: Any, verbalizers: Verbalizers | None, *
                 del hidden, rows, targets
             # From here on the host waits for the device.
             losses = losses_of(results, settings, state.teacher_layers)
+            state.processes.sum_gradients(optimizer)
             clip_gradients(optimizer, settings.schedule, "interact", step, num_steps)
             rate = optimizer_step(optimizer, settings.schedule, step, num_steps)
 
+            own = StepOfOne(losses, [matches_of(terms, layers, state.teacher_layers) for _, terms in results], probed)
+            done = all_done(state.processes, own, num_tokens, memory_gib(state.device), is_ending=signals.came)
+            losses, matched, probed = of_all(done.found)
             seconds = time.monotonic() - started
             # What was not trained in this step is not logged either: 0 would read as a perfect match.
             # `kl_last` is the last layer's loss, whatever `last` and `alpha_ce` make of it.
             kl_last = losses.get(backbone.num_layers)
             by_layer = {layer: losses[layer] for layer in layers if layer in losses}
-            matched = [match for _, terms in results for match in matches_of(terms, layers, state.teacher_layers)]
             reduced = sum(by_layer.values()) / (len(layers) or 1 if settings.layer_reduction == "mean" else 1)
             log.write(
                 stage="interact",
@@ -144,13 +146,13 @@ def interact(state: StudentState, model: Any, verbalizers: Verbalizers | None, *
                 **({"teacher_layers": state.teacher_layers[:-1]} if layers and is_due(step, num_steps) else {}),
                 **({} if probed is None else {"probe": probed}),
                 learning_rate=rate,
-                tokens_per_s=num_tokens / seconds,
+                tokens_per_s=done.num_tokens / seconds,
                 data_wait_pct=100 * (feed.wait_s - waited) / seconds,
-                memory_gib=memory_gib(state.device),
+                memory_gib=done.memory_gib,
             )
-            if (step + 1) % distill.checkpoint_steps == 0 or step + 1 == num_steps or signals.came:
+            if (step + 1) % distill.checkpoint_steps == 0 or step + 1 == num_steps or done.is_ending:
                 checkpoints.save("interact", step + 1, model, optimizer)
-                signals.end_here()
+                done.end_here()
     warn_of(interact_findings(read_metrics(log.path)))
     return {"name": "interact", "steps": num_steps, "seconds": log.stage_seconds("interact")}
 
@@ -257,6 +259,25 @@ def losses_of(
             raise ModelError(_impossible(micro, term, loss, lowest, teacher_layers))
         losses[term.layer] = losses.get(term.layer, 0.0) + loss
     return losses
+
+
+class StepOfOne(NamedTuple):
+    """What one process has found in a step: losses by layer, matches of each of its micro-batches, and its probe."""
+
+    losses: dict[int, float]
+    matches: list[list[list[int]]]
+    probed: dict[str, Any] | None
+
+
+def of_all(steps: Sequence[StepOfOne]) -> tuple[dict[int, float], list[list[int]], dict[str, Any] | None]:
+    """The losses of the whole batch, the matches in the order of its micro-batches, and the first probe."""
+    losses: dict[int, float] = {}
+    for step in steps:
+        for layer, loss in step.losses.items():
+            losses[layer] = losses.get(layer, 0.0) + loss
+    # Micro-batches were dealt out in turns.
+    matched = [match for turn in zip(*(step.matches for step in steps), strict=True) for one in turn for match in one]
+    return losses, matched, next((step.probed for step in steps if step.probed is not None), None)
 
 
 def matches_of(terms: Sequence[Term], layers: Sequence[int], teacher_layers: Sequence[int]) -> list[list[int]]:

@@ -28,6 +28,7 @@ from vlsi_cache.data.stored import names_of
 from vlsi_cache.data.vision import Features
 from vlsi_cache.errors import CacheCorruptError, FingerprintMismatchError, command_line
 from vlsi_cache.io import ahead
+from vlsi_cache.processes import ALONE, Processes
 from vlsi_cache.sparse.rows import SparseRows
 from vlsi_cache.store.dataset import PartWindowReader, Units, units_per_part
 from vlsi_cache.store.part import Row
@@ -223,13 +224,18 @@ class Feed:
         layout: Layout = PADDED,
         features: Features | None = None,
         num_workers: int = 0,
+        processes: Processes = ALONE,
     ) -> None:
-        """`num_workers` processes prepare the samples once there is enough to do, see `Preparer`."""
+        """`num_workers` processes prepare the samples once there is enough to do, see `Preparer`.
+
+        Of several `processes` of one launch each takes its own micro-batches of every batch, in turns.
+        """
         self._samples, self._encoder, self._device = samples, encoder, device
         self._preparer = Preparer(encoder, num_workers, layout, features=features)
         self._options: Any = {"layout": layout, "encode_all": self._preparer.encode_all}
         self._batch_size, self._micro_batch_size = batch_size, micro_batch_size
         self._reduction: BatchReduction = reduction
+        self._processes = processes
         self._ready: queue.Queue[MicroBatch | BaseException] = queue.Queue(PREFETCHED_BATCHES)
         self._stop = threading.Event()
         self.wait_s = 0.0
@@ -251,9 +257,9 @@ class Feed:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def take(self, num_micro: int) -> Iterator[MicroBatch]:
-        """The next `num_micro` micro-batches: a whole batch, if one has so many."""
-        for _ in range(num_micro):
+    def batch(self) -> Iterator[MicroBatch]:
+        """The next whole batch, or what of it is this process's."""
+        for _ in range(self._batch_size // self._micro_batch_size // self._processes.world):
             yield self.next()
 
     def close(self) -> None:
@@ -279,6 +285,7 @@ class Feed:
 
     def _places(self) -> Iterator[tuple[list[Sample], int] | BaseException]:
         """Records and rows of a whole batch, and where in it each micro-batch begins, for ever, or until an error."""
+        rank, world = self._processes.rank, self._processes.world
         while True:
             try:
                 # Pictures are decoded a micro-batch at a time.
@@ -286,7 +293,7 @@ class Feed:
             except BaseException as error:  # raised in its place: what comes before it is still good
                 yield error
                 return
-            for place in range(0, self._batch_size, self._micro_batch_size):
+            for place in list(range(0, self._batch_size, self._micro_batch_size))[rank::world]:
                 yield samples, place
 
     def _sorted(self, samples: list[Sample]) -> list[Sample]:

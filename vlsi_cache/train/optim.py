@@ -3,14 +3,18 @@
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import nn
 
 from vlsi_cache.config.training import DistillSpec, Schedule, TrainVerbalizersSpec
-from vlsi_cache.errors import ModelError
+from vlsi_cache.errors import InterruptedRunError, ModelError
+from vlsi_cache.processes import ALONE, Processes
 from vlsi_cache.runs.checkpoints import Checkpoints
 from vlsi_cache.runs.metrics import MetricsLog
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,7 @@ class Stage:
     checkpoints: Checkpoints
     log: MetricsLog
     compiled: bool
+    processes: Processes = ALONE
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], schedule: Schedule) -> torch.optim.AdamW:
@@ -59,6 +64,28 @@ def clip_gradients(optimizer: torch.optim.Optimizer, schedule: Schedule, stage: 
                 f"rate {learning_rate(schedule, step, num_steps):.3g}: training has diverged. Start a new run with a "
                 "lower `learning_rate` or a longer `warmup` for this stage"
             )
+
+
+@dataclass(frozen=True)
+class Done(Generic[Found]):
+    """A step of all processes: what each has `found`, tokens of all, peak memory of the one that took most."""
+
+    found: list[Found]
+    num_tokens: int
+    memory_gib: float
+    is_ending: bool
+
+    def end_here(self) -> None:
+        """Raise InterruptedRunError after a signal to any of them; all have saved the step by now."""
+        if self.is_ending:
+            raise InterruptedRunError
+
+
+def all_done(processes: Processes, found: Found, num_tokens: int, memory_gib: float, *, is_ending: bool) -> Done[Found]:
+    """Tell each other how a step went; a signal that came to one ends it for all."""
+    everyone = processes.gather((found, num_tokens, memory_gib, is_ending))
+    founds, tokens, memories, endings = zip(*everyone, strict=True)
+    return Done(list(founds), sum(tokens), max(memories), any(endings))
 
 
 def refuse_destroyed(parameters: Iterable[tuple[str, torch.Tensor]], stage: str) -> None:

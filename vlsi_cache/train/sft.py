@@ -18,7 +18,7 @@ from vlsi_cache.runtime import autocast, memory_gib, seed_step
 from vlsi_cache.sparse.cross_entropy import linear_cross_entropy
 from vlsi_cache.sparse.head import Head
 
-from .optim import clip_gradients, make_optimizer, optimizer_step
+from .optim import all_done, clip_gradients, make_optimizer, optimizer_step
 from .student import StudentState
 
 
@@ -79,13 +79,12 @@ def sft(state: StudentState, model: Any, *, num_steps: int, stop: int) -> dict[s
     with_liger, reason = pick_liger(state.device, head_of(backbone), distill.batch_reduction)
     say(f"sft: cross-entropy is {reason}")
     log.start_stage("sft", step=first, num_steps=stop)
-    num_micro = distill.batch_size // distill.micro_batch_size
     with state.feed("sft", first * distill.batch_size) as feed, stopping_between_steps() as signals:
         for step in range(first, stop):
             started, waited, tokens = time.monotonic(), feed.wait_s, 0
             losses: list[torch.Tensor] = []
-            seed_step(distill.seed, "sft", step)  # dropout is that of the step, whether resumed or not
-            for micro in feed.take(num_micro):
+            for micro in feed.batch():
+                seed_step(distill.seed, "sft", step, micro.place)  # dropout is that of the step, resumed or not
                 batch = micro.batch
                 tokens += len(batch.gold_T)
                 with autocast(state.device):
@@ -101,23 +100,26 @@ def sft(state: StudentState, model: Any, *, num_steps: int, stop: int) -> dict[s
                 loss.backward()
                 losses.append(loss.detach())
             # Gradients of all micro-batches have been added up: their shares make the loss that of the whole batch.
+            state.processes.sum_gradients(optimizer)
             clip_gradients(optimizer, schedule, "sft", step, num_steps)
             rate = optimizer_step(optimizer, schedule, step, num_steps)
 
+            own_loss = float(torch.stack(losses).sum())  # waits for the device, once a step
+            done = all_done(state.processes, own_loss, tokens, memory_gib(state.device), is_ending=signals.came)
             seconds = time.monotonic() - started
             log.write(
                 stage="sft",
                 step=step + 1,
                 num_steps=num_steps,
-                loss=float(torch.stack(losses).sum()),  # waits for the device, once a step
+                loss=sum(done.found),
                 learning_rate=rate,
-                tokens_per_s=tokens / seconds,
+                tokens_per_s=done.num_tokens / seconds,
                 data_wait_pct=100 * (feed.wait_s - waited) / seconds,
-                memory_gib=memory_gib(state.device),
+                memory_gib=done.memory_gib,
             )
-            if (step + 1) % distill.checkpoint_steps == 0 or step + 1 == stop or signals.came:
+            if (step + 1) % distill.checkpoint_steps == 0 or step + 1 == stop or done.is_ending:
                 checkpoints.save("sft", step + 1, model, optimizer)
-                signals.end_here()
+                done.end_here()
     return {
         "name": "sft",
         "steps": stop,

@@ -24,6 +24,7 @@ from vlsi_cache.models.probe import check_vocabulary, checked_backbone
 from vlsi_cache.models.save import mend_generation
 from vlsi_cache.models.verbalizer import Verbalizers, load_verbalizers
 from vlsi_cache.models.verbalizer_files import find_folder, read_record, verbalizers_digest
+from vlsi_cache.processes import ALONE, Processes
 from vlsi_cache.progress import say
 from vlsi_cache.runs.checkpoints import Checkpoints
 from vlsi_cache.runs.metrics import MetricsLog
@@ -72,10 +73,12 @@ def check_verbalizers(
     return {"verbalizers_digest": verbalizers_digest(path, layers)}
 
 
-def take_verbalizers(folder: str, into: Path, backbone: Backbone, layers: list[int]) -> Verbalizers:
-    """Load them, and write them into the run folder `into` as a run does that has trained them."""
+def take_verbalizers(folder: str, into: Path | None, backbone: Backbone, layers: list[int]) -> Verbalizers:
+    """Load them, and write them into the run folder `into` (None: no folder) as a run does that has trained them."""
     path = find_folder(folder)
     verbalizers = load_verbalizers(path, backbone, layers)
+    if into is None:
+        return verbalizers
     provenance = read_record(path, layers)["provenance"]
     verbalizers.save(into, provenance={key: value for key, value in provenance.items() if key != "head_digest"})
     return verbalizers
@@ -148,7 +151,7 @@ class StudentInputs:
                 f"choose another student, or build a cache with a lower `data.max_length`:\n{list_problems(too_long)}"
             )
 
-    def load(self, run: Run, *, device: str | None) -> "StudentState":
+    def load(self, run: Run, *, device: str | None, processes: Processes = ALONE) -> "StudentState":
         """Load the weights onto the device of the flag, or else of the spec."""
         distill, where = self.spec.distill, pick_device(device or self.spec.run.device)
         # Without autocast, bf16 weights and the fp32 ones that train would not fit each other.
@@ -185,8 +188,9 @@ class StudentInputs:
             layers=self.layers,
             device=where,
             compiled=choose_kernels(self.spec.run, where),
-            log=MetricsLog(run.path),
-            checkpoints=Checkpoints(run.path),
+            log=MetricsLog(run.path, writes=processes.is_first),
+            checkpoints=Checkpoints(run.path, processes),
+            processes=processes,
         )
 
 
@@ -207,6 +211,7 @@ class StudentState:
     compiled: bool
     log: MetricsLog
     checkpoints: Checkpoints
+    processes: Processes
 
     def feed(self, stage: str, num_skip: int) -> Feed:
         """Micro-batches of the cached samples; teacher rows come along only where the stage compares with them."""
@@ -230,6 +235,7 @@ class StudentState:
             layout=Backbone(self.model).layout,
             features=features_of(self.model),
             num_workers=self.spec.run.num_workers,
+            processes=self.processes,
         )
 
     @property

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from vlsi_cache.config.training import VerbalizerSpec
@@ -26,7 +27,7 @@ from vlsi_cache.sparse.cross_entropy import head_output, kl_to_output, linear_cr
 from vlsi_cache.sparse.head import Head
 
 from .loader import Feed
-from .optim import Stage, clip_gradients, make_grouped_optimizer, optimizer_step, refuse_destroyed
+from .optim import Stage, all_done, clip_gradients, make_grouped_optimizer, optimizer_step, refuse_destroyed
 
 
 def verbalize(
@@ -52,22 +53,22 @@ def verbalize(
         checkpoints.load("verbalize", first, verbalizers, optimizer)
     log.start_stage("verbalize", step=first, num_steps=num_steps)
     head = head_of(backbone, compiled=stage.compiled).real(vocab_size)
-    num_micro = settings.batch_size // settings.micro_batch_size
     with make_feed(first * settings.batch_size) as feed, stopping_between_steps() as signals:
         for step in range(first, num_steps):
             started, waited, tokens = time.monotonic(), feed.wait_s, 0
             losses: list[LayerLoss] = []
-            seed_step(settings.seed, "verbalize", step)  # dropout is that of the step, whether resumed or not
-            for micro in feed.take(num_micro):
+            for micro in feed.batch():
+                seed_step(settings.seed, "verbalize", step, micro.place)  # dropout is that of the step, resumed or not
                 tokens += len(micro.batch.gold_T)
                 losses += layer_losses(verbalizers, head, micro.batch, micro.share_T, loss=architecture.loss)
+            stage.processes.sum_gradients(optimizer)
             clip_gradients(optimizer, stage.schedule, "verbalize", step, num_steps)
             rate = optimizer_step(optimizer, stage.schedule, step, num_steps)
 
             # [micro-batches x layers] on the device, read once a step.
-            trained, nll = (
-                torch.stack(column).view(num_micro, -1).sum(0).tolist() for column in zip(*losses, strict=True)
-            )
+            own = [torch.stack(column).view(-1, len(layers)).sum(0).tolist() for column in zip(*losses, strict=True)]
+            done = all_done(stage.processes, own, tokens, memory_gib(backbone.device), is_ending=signals.came)
+            trained, nll = np.sum(done.found, axis=0).tolist()
             seconds = time.monotonic() - started
             log.write(
                 stage="verbalize",
@@ -76,13 +77,13 @@ def verbalize(
                 loss=sum(trained),
                 layers={str(layer): value for layer, value in zip(layers, nll, strict=True)},
                 learning_rate=rate,
-                tokens_per_s=tokens / seconds,
+                tokens_per_s=done.num_tokens / seconds,
                 data_wait_pct=100 * (feed.wait_s - waited) / seconds,
-                memory_gib=memory_gib(backbone.device),
+                memory_gib=done.memory_gib,
             )
-            if (step + 1) % settings.checkpoint_steps == 0 or step + 1 == num_steps or signals.came:
+            if (step + 1) % settings.checkpoint_steps == 0 or step + 1 == num_steps or done.is_ending:
                 checkpoints.save("verbalize", step + 1, verbalizers, optimizer)
-                signals.end_here()
+                done.end_here()
     refuse_destroyed(verbalizers.named_parameters(), "verbalize")
     warn_of(verbalizer_findings(read_metrics(log.path), vocab_size=vocab_size))
     entry = {"name": "verbalize", "steps": num_steps, "seconds": log.stage_seconds("verbalize"), "v_real": vocab_size}
