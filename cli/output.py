@@ -27,7 +27,7 @@ from vlsi_cache.processes import program, refuse_launch, speaks
 from vlsi_cache.progress import UNSAFE, printable
 
 # What several processes of one launch run together.
-SEVERAL_PROCESSES = ("train-verbalizers", "distill")
+SEVERAL_PROCESSES = ("train-verbalizers", "build-teacher", "distill")
 OK, PROBLEMS, USAGE, UNREADABLE, INTERRUPTED = 0, 1, 2, 3, 130
 STAGES, LOOK, CHANGE, EVERYWHERE = "STAGES", "LOOK", "CHANGE", "On every command"
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.builds import dense_logprobs, part_bytes
+from helpers.launch import run_together
 from helpers.tiny import make_rows, write_jsonl, write_spec
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,6 +21,7 @@ import vlsi_cache as vc
 from vlsi_cache.errors import DataError, DiskFullError, FingerprintMismatchError, ModelError, SpecError, VlsiCacheError
 from vlsi_cache.store.writer import CacheWriter
 from vlsi_cache.teacher.build import build_teacher
+from vlsi_cache.teacher.forward import Teacher
 from vlsi_cache.teacher.verbalize import train_verbalizers
 
 
@@ -76,6 +78,53 @@ def test_two_ranks_fill_one_cache(spec_file: Path, tmp_path: Path) -> None:
     spec = vc.load_spec(spec_file)
     build_teacher(spec, out=tmp_path / "one")
     build_teacher(spec, out=tmp_path / "two", rank=1, world=2)
+    assert part_bytes(tmp_path / "one") == part_bytes(tmp_path / "two")
+
+
+def test_parts_that_others_have_written_meanwhile_are_left(
+    spec_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that is done does not stay to make again what a slower one has made by then."""
+    spec = vc.load_spec(spec_file)
+    parts = len(build_teacher(spec, out=tmp_path / "one").parts)
+    launch, begun = Teacher.launch, list[int]()
+
+    def counted(self: Teacher, prepared: Any) -> Any:
+        if prepared.work.part not in begun:
+            begun.append(prepared.work.part)
+        if begun == [0, 1] and not (tmp_path / "two" / "samples.parquet").exists():
+            with monkeypatch.context() as patch:
+                patch.setattr(Teacher, "launch", launch)
+                build_teacher(spec, out=tmp_path / "two", rank=0, world=2)
+        return launch(self, prepared)
+
+    monkeypatch.setattr(Teacher, "launch", counted)
+    build_teacher(spec, out=tmp_path / "two", rank=1, world=2)
+    assert parts > 4
+    assert len(begun) <= 4  # part 0 for the vocabulary order, its own first one, and what a thread had prepared
+    assert part_bytes(tmp_path / "one") == part_bytes(tmp_path / "two")
+
+
+def test_torchrun_numbers_the_processes_of_a_build(spec_file: Path, tmp_path: Path) -> None:
+    spec = vc.load_spec(spec_file)
+    build_teacher(spec, out=tmp_path / "one")
+    write, written = CacheWriter.write_part, list[int]()
+
+    def noted(self: CacheWriter, index: int, samples: Any) -> bool:
+        is_ours = write(self, index, samples)
+        written.extend([index] * is_ours)
+        return is_ours
+
+    def work(_: int) -> list[int]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(CacheWriter, "write_part", noted)
+            build_teacher(spec, out=tmp_path / "two")
+        return written
+
+    first, second = run_together(2, work)
+    assert sorted([*first, *second]) == list(range(len(vc.open(tmp_path / "one").parts)))
+    assert {index % 2 for index in first[:1]} == {0}
+    assert {index % 2 for index in second[:1]} == {1}
     assert part_bytes(tmp_path / "one") == part_bytes(tmp_path / "two")
 
 

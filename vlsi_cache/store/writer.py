@@ -102,6 +102,10 @@ class CacheWriter:
         rest = [index for index in missing if index % world != rank]
         return own + [index for index in rest if index % world > rank] + [i for i in rest if i % world < rank]
 
+    def is_written(self, index: int) -> bool:
+        """Whether part `index` is committed, by whomever."""
+        return part_dir(self.path, index).exists()
+
     def write_part(self, index: int, samples: PartSamples) -> bool:
         """Commit part `index`; False when another process had committed it first.
 
@@ -109,7 +113,7 @@ class CacheWriter:
         """
         if not 0 <= index < self.header.num_parts:
             raise DataError(f"part {index} of `{self.path}`: the cache has parts 0 to {self.header.num_parts - 1}")
-        if part_dir(self.path, index).exists():
+        if self.is_written(index):
             return False
         check_samples(self.header, index, samples)
         assert samples.rows is not None

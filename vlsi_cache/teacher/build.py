@@ -9,7 +9,7 @@ Legend: T response tokens, L layers (intermediate targets, then the final layer)
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from functools import cache as remember
 from itertools import chain, islice
@@ -25,6 +25,7 @@ from vlsi_cache.data.encoder import CONTRACT
 from vlsi_cache.data.records import units
 from vlsi_cache.errors import BatchTooLargeError, SpecError
 from vlsi_cache.io import refuse_url
+from vlsi_cache.processes import Processes, launched
 from vlsi_cache.progress import Bar, say
 from vlsi_cache.runs.run_dir import spec_changes_note, versions
 from vlsi_cache.sparse.rows import SparseRows, select_at_random, select_by_entropy
@@ -55,13 +56,17 @@ def build_teacher(
     """Build the cache of `spec` at `out`, or go on with it after a kill; a finished one is only opened.
 
     Any number of processes may work on one `out`: process `rank` of `world` takes its own parts first, then whatever
-    is missing. With `run.batch_tokens: auto` the first of them finds the number and records it, and all take that one.
+    is missing. Under `torchrun` they are numbered by it, and each takes the GPU of its number. With
+    `run.batch_tokens: auto` the first of them finds the number and records it, and all take that one.
     Raises FingerprintMismatchError when `out` holds a cache of something else, BatchTooLargeError, DiskFullError,
     DataError, ModelError.
     """
     refuse_url(out, "out")
     if not 0 <= rank < world:
         raise SpecError(f"rank {rank} of {world}: ranks go from 0 to {world - 1}")
+    if world == 1:
+        rank, world = launched()
+        device = Processes(rank, world).own_device(device, spec.run.device)
     out = Path(out)
     check_root(out)
     inputs = open_teacher_inputs(as_begun(spec, out))
@@ -281,7 +286,11 @@ def _build_parts(
     with (
         Bar("build", unit="tok", total=total, done=total - left, scaled=True) as bar,
         writer.in_background() as queue,
-        closing(teacher.stream(islice(_batches(teacher, parts, missing, batch_tokens), len(made), None))) as stream,
+        closing(
+            teacher.stream(
+                islice(_batches(teacher, parts, _still_missing(missing, writer), batch_tokens), len(made), None)
+            )
+        ) as stream,
     ):
         for (part, indices), rows in chain(made, stream):
             # Batches are sorted by length, so records come in another order than their part has.
@@ -292,6 +301,12 @@ def _build_parts(
                 bar.note("waits for the disk" if queue.is_full else "")
                 queue.put(part, part_samples(inputs, parts[part], found))
                 found = {}
+
+
+def _still_missing(missing: list[int], writer: CacheWriter) -> Iterator[int]:
+    """The parts that nobody else has written by the time that their turn comes; the first one in any case."""
+    yield missing[0]
+    yield from (part for part in missing[1:] if not writer.is_written(part))
 
 
 def part_samples(inputs: TeacherInputs, indices: list[int], found: dict[int, SparseRows]) -> PartSamples:
@@ -325,7 +340,7 @@ def selected_positions(inputs: TeacherInputs, indices: list[int], rows: SparseRo
     return [np.flatnonzero(piece) for piece in np.split(chosen_T, np.cumsum(lengths)[:-1])]
 
 
-def _batches(teacher: Teacher, parts: list[list[int]], chosen: list[int], batch_tokens: int) -> Iterator[PartBatch]:
+def _batches(teacher: Teacher, parts: list[list[int]], chosen: Iterable[int], batch_tokens: int) -> Iterator[PartBatch]:
     """Records of some parts that go through the teacher together: planned from the data and the kind of the model
     alone, never across parts."""
     inputs, layout = teacher.inputs, teacher.backbone.layout
