@@ -174,7 +174,7 @@ def test_a_group_that_has_fallen_back_is_refused() -> None:
     def work(_: int) -> None:
         import torch.distributed as dist
 
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # pyright: ignore[reportPrivateImportUsage]
         with joined():
             pass
 
