@@ -321,13 +321,7 @@ class Encoder:
 
     def _read_all(self, records: Sequence[Record], with_response: bool) -> list[_Text | RowError]:
         """The texts and ids of some records, or why one has none: the tokenizer reads all of them at once."""
-        turns: list[Turn | RowError] = []
-        for record in records:
-            try:
-                with _naming(record):
-                    turns.append(self._turn(record, with_response))
-            except RowError as error:
-                turns.append(error)
+        turns = self._turns(records, with_response)
         good = [turn for turn in turns if isinstance(turn, Turn)]
         # What stands behind the cut is read twice: alone, and with the response that goes on from it.
         cut = [self._reader.cut(turn.prompt) for turn in good]
@@ -353,13 +347,27 @@ class Encoder:
             found.append(_Text(turn, ids_P, ids_R))
         return found
 
-    def _turn(self, record: Record, with_response: bool) -> Turn:
-        if record.images and self.vision is None:
-            raise DataError(f"has {len(record.images)} images, and `{self.name}` is a text-only model")
-        turn = self.chat.turn(record) if with_response else Turn(self.chat.prompt(record), "")
-        if not turn.prompt.startswith(self._bos):  # never two
-            turn = replace(turn, prompt=self._bos + turn.prompt)
-        return turn
+    def _turns(self, records: Sequence[Record], with_response: bool) -> list[Turn | RowError]:
+        """The texts of some records, or why one has none."""
+        found: dict[int, Turn | RowError] = {}
+        for number, record in enumerate(records):
+            try:
+                with _naming(record):
+                    if record.images and self.vision is None:
+                        raise DataError(f"has {len(record.images)} images, and `{self.name}` is a text-only model")
+                    self.chat.refuse_control(record, with_response=with_response)
+            except RowError as error:
+                found[number] = error
+        good = [number for number in range(len(records)) if number not in found]
+        turns = self.chat.turns([records[number] for number in good], with_response=with_response)
+        for number, turn in zip(good, turns, strict=True):
+            if isinstance(turn, DataError):
+                found[number] = _named(records[number], turn)
+            elif turn.prompt.startswith(self._bos):  # never two
+                found[number] = turn
+            else:
+                found[number] = replace(turn, prompt=self._bos + turn.prompt)
+        return [found[number] for number in range(len(records))]
 
     def _response_ids(self, turn: Turn, prompt_ids: list[int], ids: list[int]) -> list[int]:
         """Those of the response, out of the `ids` of (the end of) the prompt and the response read together."""
@@ -469,7 +477,11 @@ def _naming(record: Record) -> Iterator[None]:
     except RowError:  # it says so already
         raise
     except DataError as error:
-        raise RowError(f"row `{shown(record.id)}`: {error}", reason=str(error)) from None
+        raise _named(record, error) from None
+
+
+def _named(record: Record, error: DataError) -> RowError:
+    return RowError(f"row `{shown(record.id)}`: {error}", reason=str(error))
 
 
 def _chat_templates(tokenizer: Any, vision: Vision | None, name: str) -> dict[bool, str]:
