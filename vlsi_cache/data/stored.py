@@ -28,7 +28,7 @@ from vlsi_cache.config.sections import Turns
 from vlsi_cache.errors import DataError
 
 from .images import Media, bytes_of
-from .rows import Record, content_of, content_text, digest_of
+from .rows import Record, as_json, content_of, content_text, digest_of
 from .sources import READ_ERRORS, Place, Source
 from .values import shown
 from .video import Clip, Frame, FramesOf
@@ -197,11 +197,11 @@ class StoredRecords(Numbered[Record]):
         try:
             row = json.loads(content)
             messages = row["messages"][: int(column["end"][index]) + 1]
-            found = {"messages": messages, "tools": row.get("tools"), "template_args": row.get("template_args", {})}
+            tools, args = row.get("tools"), row.get("template_args", {})
             is_whole = len(messages) == len(row["messages"])
-            digest = digest_of(content if is_whole else content_text(images=images, **found))
-            if digest == self.names(index)[1]:
-                return {"images": images, **found}
+            text = content if is_whole else content_text(as_json(messages), images, tools, args)
+            if digest_of(text) == self.names(index)[1]:
+                return {"messages": messages, "images": images, "tools": tools, "template_args": args}
         except (ValueError, LookupError, AttributeError, TypeError):
             pass
         where = self._contents.path
