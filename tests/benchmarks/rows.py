@@ -90,15 +90,17 @@ def prepare_case(path: str, workers: int, seconds: float) -> dict[str, Any]:
     from vlsi_cache.data.encoder import load_encoder
     from vlsi_cache.data.preparing import encode_in_worker
     from vlsi_cache.data.records import read_records
+    from vlsi_cache.data.sequence import PADDED
     from vlsi_cache.data.workers import Workers
 
     encoder = load_encoder(Path(vlsi_cache.__file__).parent / "demo" / "teacher")
     records = read_records(DataSpec(path=path))
     batches = (list(records[start : start + 8]) for start in range(0, len(records), 8))
+    state = (encoder, PADDED)
     if not workers:
-        stream = (encode_in_worker(encoder, batch) for batch in batches)
+        stream = (encode_in_worker(state, batch) for batch in batches)
         return {"rows_per_s": _rate(stream, seconds)}
-    with Workers(workers, "preparing samples", encoder) as several:
+    with Workers(workers, "preparing samples", state) as several:
         return {"rows_per_s": _rate(several.map(encode_in_worker, batches), seconds, warm=2 * workers + 2)}
 
 

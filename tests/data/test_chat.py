@@ -300,6 +300,39 @@ def test_what_the_template_does_not_read_is_told_once(cores: dict[str, str], cap
     assert "1 of 1 rows: the chat template leaves out a part of their answer" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("refuses", [True, False])
+@pytest.mark.parametrize("with_response", [True, False])
+def test_rows_read_together_are_what_each_is_alone(cores: dict[str, str], with_response: bool, refuses: bool) -> None:
+    """Among them rows that are refused, by the template too, and rows with arguments of their own."""
+    rows = [
+        _row("paris"),
+        _row("paris", before=[{"role": "system", "content": "a rule"}] * refuses),
+        _row("two", before=HISTORY),
+        _row("<end_of_turn>"),
+        _row("yes", ask="<end_of_turn>"),
+        _row("yes", tools=[{"name": "x"}]),
+        _row("no", template_args={"none": 1}),
+        _row("no", reasoning_content="because"),
+    ]
+    encoder = Encoder(_tokenizer(cores["byte-level"], GEMMA), None, (), name="m")
+
+    def alone(row: Record) -> tuple[int, list[int]] | str:
+        try:
+            num_prompt, ids = encoder.measure(row, with_response=with_response)
+        except DataError as error:
+            return str(error)
+        return num_prompt, ids.tolist()
+
+    found = encoder.measure_all(rows, with_response=with_response)
+    results = [str(one) if isinstance(one, DataError) else (one.num_prompt, one.response_ids.tolist()) for one in found]
+    together = dict(encoder.notes)
+    encoder.notes.clear()
+    assert results == [alone(row) for row in rows]
+    assert together == dict(encoder.notes)
+    refused = [index for index, one in enumerate(results) if isinstance(one, str)]
+    assert refused == [1] * refuses + [3] * with_response + [4]
+
+
 def test_turn_markers_and_content(cores: dict[str, str]) -> None:
     """Markers that reasoning and tools write are content; those around texts are not, special or not."""
     hybrid = Encoder(_tokenizer(cores["byte-level"], HYBRID), None, (), name="m")

@@ -74,6 +74,21 @@ def test_digest_is_of_content_alone(tmp_path: Path) -> None:
     assert len({a, c, e, g}) == 4
 
 
+def test_digests_are_of_one_way_to_write_json(tmp_path: Path) -> None:
+    """Keys in order, nothing between them, letters as they are: of the sample, and of what is before its answer."""
+    messages = [{"role": "system", "content": 'a "rule"\n'}, {"role": "user", "content": "\u00e9?"}, TELL]
+    tools, args = [{"type": "function", "name": "x"}], {"b": 1.5, "a": [True]}
+    rows = [{"messages": messages, "tools": tools, "chat_template_kwargs": args}, {"messages": [ASK, TELL, ASK, TELL]}]
+    whole, first, second = read(rows, tmp_path)
+    for record, more in ((whole, {"tools": tools, "template_args": args}), (first, {}), (second, {})):
+        pairs = ((record.messages, record.digest), (record.messages[:-1], record.opening))
+        for said, digest in pairs:
+            content = {"images": [], "messages": said, **more}
+            text = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+            assert hashlib.sha256(text.encode()).hexdigest().startswith(digest)
+    assert len(second.messages) == 4
+
+
 def test_the_bytes_of_one_picture_are_kept_once(tmp_path: Path) -> None:
     """However they are written, and in however many rows: several responses to one picture take no more memory."""
     forms = [{"bytes": PNG}, {"bytes": base64.b64encode(PNG).decode()}, {"bytes": picture(9, 6)}, {"bytes": PNG}]

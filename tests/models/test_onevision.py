@@ -20,6 +20,7 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 import vlsi_cache as vc
 from vlsi_cache.config.sections import DataSpec
 from vlsi_cache.data import vision
+from vlsi_cache.data.chat import Turn
 from vlsi_cache.data.collate import collate, collate_prompts
 from vlsi_cache.data.encoder import Encoder, load_encoder
 from vlsi_cache.data.records import read_records
@@ -117,7 +118,7 @@ def test_a_batch_is_what_the_processor_and_the_model_make_of_it(teacher: Path, t
     assert batch.inputs["batch_num_images"].tolist() == [1, 1, 2, 1, 1]
     assert batch.inputs["pixel_values"].shape == (6, 5, 3, SIDE, SIDE)
 
-    texts = [(turn := encoder.chat.turn(record)).prompt + turn.response for record in records]
+    texts = [turn.prompt + turn.response for turn in encoder.chat.turns(records) if isinstance(turn, Turn)]
     images = [[image.open() for image in record.images] for record in records]
     whole = processor_of(encoder)(text=texts, images=images, padding=True, padding_side="right", return_tensors="pt")
     mask = whole["attention_mask"].bool()

@@ -8,6 +8,7 @@ of the turn: whatever the template adds, trims or moves is then right by constru
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
@@ -101,16 +102,40 @@ class Chat:
     def template(self) -> str:
         return self.templates[False]
 
-    def prompt(self, record: Record) -> str:
-        """What the model sees before it answers. Raises DataError."""
-        self._refuse_control(record, record.messages[:-1])
-        return self._prompt(record)
+    def refuse_control(self, record: Record, *, with_response: bool = True) -> None:
+        """Raise DataError for a text that holds a token which steers the chat."""
+        for number, message in enumerate(record.messages if with_response else record.prompt_messages):
+            is_response = number == len(record.messages) - 1
+            what = "the response" if is_response else f"the {message['role']} text"
+            self._refuse(text_of(message), what)
+            for key in _EXTRA_KEYS:
+                if value := message.get(key):
+                    self._refuse(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), f"`{key}`")
+        if record.tools:
+            self._refuse(json.dumps(record.tools, ensure_ascii=False), "`tools`")
 
-    def turn(self, record: Record) -> Turn:
-        """Prompt and response of a row; raises DataError where the template does not go on from its own prompt."""
-        self._refuse_control(record, record.messages)
-        whole = self._render(record, record.messages, generation=False)
-        prompt = self._prompt(record) if self.mode == "generation" else self._before_answer(record, whole)
+    def turns(self, records: Sequence[Record], *, with_response: bool = True) -> list[Turn | DataError]:
+        """Prompt and response of rows, or what the model sees before it answers; of what has none the error.
+
+        The response of a row is an error where the template does not go on from its own prompt.
+        """
+        given = [[_given(one, as_parts=self.shape.as_parts) for one in record.messages] for record in records]
+        asked = [messages[:-1] for messages in given]
+        befores = self._render_all(records, asked, generation=self.mode == "generation")
+        wholes = self._render_all(records, given, generation=False) if with_response else befores
+        found: list[Turn | DataError] = []
+        for record, before, whole in zip(records, befores, wholes, strict=True):
+            try:
+                before, whole = _text_or_raise(before), _text_or_raise(whole)
+                found.append(self._turn(record, before, whole) if with_response else Turn(self._prompt(before), ""))
+            except DataError as error:
+                found.append(error)
+        return found
+
+    def _turn(self, record: Record, before: str, whole: str) -> Turn:
+        """`before` is what the template writes before the answer, with its generation prompt if that is asked for;
+        raises DataError where the template does not go on from its own prompt."""
+        prompt = self._prompt(before) if self.mode == "generation" else self._before_answer(record, before, whole)
         notes = tuple(self._unread(record))
         if self.shape.ignores_generation and _has_more(record.messages[-1]):
             # The header is that of a plain answer; of another one it is what both have.
@@ -131,16 +156,11 @@ class Chat:
         text = text.removeprefix(lead) if lead else text
         return text.removesuffix(tail) if tail else text
 
-    def _prompt(self, record: Record) -> str:
-        before = record.messages[:-1]
-        if self.mode == "template":
-            return self._render(record, before, generation=False) + self.shape.header
-        text = self._render(record, before, generation=True)
-        return text + self.shape.header if self.shape.ignores_generation else text
+    def _prompt(self, before: str) -> str:
+        return before + self.shape.header if self.mode == "template" or self.shape.ignores_generation else before
 
-    def _before_answer(self, record: Record, whole: str) -> str:
+    def _before_answer(self, record: Record, before: str, whole: str) -> str:
         """F before the answer's content; before what the template writes of its reasoning or tool calls."""
-        before = self._render(record, record.messages[:-1], generation=False)
         if whole.startswith(before):
             if not _has_more(record.messages[-1]):
                 starts = (whole.find(text, len(before)) for text in (record.answer, record.answer.strip()))
@@ -191,8 +211,8 @@ class Chat:
     def _unread(self, record: Record) -> Iterable[str]:
         """What the row has and the template never names."""
         template = self.templates[bool(record.tools)]
-        for key in _EXTRA_KEYS:
-            if key not in template and any(message.get(key) for message in record.messages):
+        for key in self._never_read[bool(record.tools)]:
+            if any(message.get(key) for message in record.messages):
                 yield f"the chat template does not read their `{key}`"
         if record.tools and not re.search(r"\btools\b", template):
             yield "the chat template does not read their `tools`"
@@ -201,19 +221,13 @@ class Chat:
                 yield f"the chat template does not read `{key}` of their `chat_template_kwargs`"
 
     @cached_property
+    def _never_read(self) -> dict[bool, list[str]]:
+        """Keys of messages that the templates never name."""
+        return {tools: [key for key in _EXTRA_KEYS if key not in text] for tools, text in self.templates.items()}
+
+    @cached_property
     def control_pattern(self) -> re.Pattern[str]:
         return re.compile("|".join(re.escape(token) for token in sorted(self.control, key=len, reverse=True)))
-
-    def _refuse_control(self, record: Record, messages: Sequence[Message]) -> None:
-        for number, message in enumerate(messages):
-            is_response = number == len(record.messages) - 1
-            what = "the response" if is_response else f"the {message['role']} text"
-            self._refuse(text_of(message), what)
-            for key in _EXTRA_KEYS:
-                if value := message.get(key):
-                    self._refuse(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), f"`{key}`")
-        if record.tools:
-            self._refuse(json.dumps(record.tools, ensure_ascii=False), "`tools`")
 
     def _refuse(self, text: str, what: str) -> None:
         found = self.control_pattern.search(text) if self.control else None
@@ -221,15 +235,38 @@ class Chat:
             raise DataError(f"{what} holds the control token `{found.group()}`, which would not be read as text")
 
     def _render(self, record: Record, messages: Sequence[Message], *, generation: bool) -> str:
-        return _rendered(
-            self.tokenizer,
-            self.templates[bool(record.tools)],
-            [_given(message, as_parts=self.shape.as_parts) for message in messages],
-            {**self.args, **record.template_args},
-            name=self.name,
-            generation=generation,
-            tools=record.tools,
-        )
+        given = [_given(message, as_parts=self.shape.as_parts) for message in messages]
+        return self._rendered(given, record.tools, {**self.args, **record.template_args}, generation=generation)
+
+    def _render_all(
+        self, records: Sequence[Record], conversations: Sequence[list[Any]], *, generation: bool
+    ) -> list[str | DataError]:
+        """What the template writes of each; rows that give it nothing but messages go through it together, which takes
+        half the time."""
+        plain = [
+            number
+            for number, (record, messages) in enumerate(zip(records, conversations, strict=True))
+            if messages and record.tools is None and not record.template_args
+        ]
+        found: dict[int, str | DataError] = {}
+        # Where the template refuses one of them each is asked for alone.
+        with suppress(DataError):
+            together = [conversations[number] for number in plain]
+            found |= zip(plain, self._rendered(together, None, self.args, generation=generation), strict=True)
+        for number, (record, messages) in enumerate(zip(records, conversations, strict=True)):
+            if number not in found:
+                args = {**self.args, **record.template_args}
+                try:
+                    found[number] = self._rendered(messages, record.tools, args, generation=generation)
+                except DataError as error:
+                    found[number] = error
+        return [found[number] for number in range(len(records))]
+
+    def _rendered(
+        self, messages: list[Any], tools: list[Any] | None, args: Mapping[str, Any], *, generation: bool
+    ) -> Any:
+        template = self.templates[bool(tools)]
+        return _rendered(self.tokenizer, template, messages, args, name=self.name, generation=generation, tools=tools)
 
 
 def open_chat(
@@ -324,13 +361,14 @@ def _probe_text(render: Any, as_parts: bool, sees_pictures: bool) -> str:
 def _rendered(
     tokenizer: Any,
     template: str,
-    messages: list[dict[str, Any]],
+    messages: list[Any],
     args: Mapping[str, Any],
     *,
     name: str,
     generation: bool,
     tools: list[dict[str, Any]] | None,
-) -> str:
+) -> Any:
+    """What the template writes of the messages; of a list of conversations, a text for each. Raises DataError."""
     import jinja2
 
     try:
@@ -356,6 +394,12 @@ def _given(message: Message, *, as_parts: bool) -> dict[str, Any]:
 
 def _message(role: str, text: str) -> dict[str, Any]:
     return {"role": role, "content": [{"type": "text", "text": text}]}
+
+
+def _text_or_raise(text: str | DataError) -> str:
+    if isinstance(text, DataError):
+        raise text
+    return text
 
 
 def _has_more(message: Message) -> bool:

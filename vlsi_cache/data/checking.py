@@ -17,7 +17,7 @@ from vlsi_cache.errors import DataError
 
 from .images import Media, Shelf, load_media
 from .messages import COLUMNS, UNSUPPORTED, image_parts
-from .rows import content_of, content_text, digest_of, for_template, id_of_row, opening_of
+from .rows import as_json, content_of, content_text, digest_of, for_template, id_of_row, opening_of
 from .sources import Place, RawRow, Source
 from .stored import NOWHERE, SAMPLES
 from .values import printable, shown, text_value
@@ -105,7 +105,8 @@ class Reader:
         pictures = [self._picture(found, raw, entry, number) for number, entry in enumerate(given)]
         images = [picture.media for _, picture in pictures]
         tools, args = for_template(row, "tools"), for_template(row, "chat_template_kwargs") or {}
-        whole = content_text(messages, images, tools, args)
+        texts = as_json(messages)
+        whole = content_text(texts, images, tools, args)
         row_id = id_of_row(row, whole)
         kind = "" if row.get("kind") is None else text_value(row["kind"], "`kind`")
         if len(ends) > 1:
@@ -117,10 +118,9 @@ class Reader:
         found.pictures.update(pictures)
         for count, end in enumerate(ends, start=1):
             suffix = f"/{count}" if len(ends) > 1 else ""
-            said = messages[: end + 1]
-            seen = images[: sum(1 for _ in image_parts(said))]
-            text = whole if len(ends) == 1 else content_text(said, seen, tools, args)
-            digests = digest_of(text), opening_of(said[:-1], seen, tools, args)
+            seen = images[: sum(1 for _ in image_parts(messages[: end + 1]))]
+            text = whole if len(ends) == 1 else content_text(texts[: end + 1], seen, tools, args)
+            digests = digest_of(text), opening_of(texts[:end], seen, tools, args)
             values = (row_id + suffix, len(suffix), kind, *map(bytes.fromhex, digests), raw.where, *place, end)
             for column, value in zip(found.samples.values(), (*values, numbers[: len(seen)]), strict=True):
                 column.append(value)

@@ -25,6 +25,7 @@ from vlsi_cache.errors import DataError, ModelError, RowError
 from .chat import Chat, Turn, open_chat
 from .records import Record, alike
 from .sequence import MIN_SHARED, PADDED, Encoded, Extent, Layout, Piece, join, num_in_common, sequences
+from .tokens import TextReader
 from .values import shown
 from .vision import Features, Prompt, Vision, load_vision, pixel_path, token_ids
 
@@ -102,6 +103,8 @@ class Encoder:
             placeholder_ids=self._placeholder_ids,
             sees_pictures=vision is not None,
         )
+        self._control = {*self.chat.control.values()}
+        self._reader = TextReader(tokenizer, self.chat.control)
         self.notes: Counter[str] = Counter()  # of the rows read since somebody cleared it, for `fit_rows` to tell
         self.origin: dict[str, Any] | None = None  # what `load_encoder` was given
 
@@ -318,51 +321,56 @@ class Encoder:
 
     def _read_all(self, records: Sequence[Record], with_response: bool) -> list[_Text | RowError]:
         """The texts and ids of some records, or why one has none: the tokenizer reads all of them at once."""
-        turns: list[Turn | RowError] = []
-        for record in records:
-            try:
-                with _naming(record):
-                    turns.append(self._turn(record, with_response))
-            except RowError as error:
-                turns.append(error)
+        turns = self._turns(records, with_response)
         good = [turn for turn in turns if isinstance(turn, Turn)]
-        prompts = iter(self._ids([turn.prompt for turn in good]))
-        wholes = iter(self._ids([turn.prompt + turn.response for turn in good]) if with_response else ())
+        # What stands behind the cut is read twice: alone, and with the response that goes on from it.
+        cut = [self._reader.cut(turn.prompt) for turn in good]
+        texts = [text for parts in cut for text in parts]
+        texts += [last + turn.response for (_, last), turn in zip(cut, good, strict=True)] if with_response else []
+        ids = self._reader.ids(texts)
+        parts, wholes = zip(ids[: 2 * len(cut) : 2], ids[1 : 2 * len(cut) : 2], strict=True), iter(ids[2 * len(cut) :])
         found: list[_Text | RowError] = []
         for record, turn in zip(records, turns, strict=True):
             if isinstance(turn, RowError):
                 found.append(turn)
                 continue
-            prompt_ids, response_ids = next(prompts), list[int]()
+            (first_ids, last_ids), response_ids = next(parts), list[int]()
             try:
                 with _naming(record):
                     if with_response:
-                        response_ids = self._response_ids(turn, prompt_ids, next(wholes))
+                        response_ids = self._response_ids(turn, last_ids, next(wholes))
             except RowError as error:
                 found.append(error)
                 continue
             self.notes.update(turn.notes)
-            ids_P, ids_R = (np.asarray(ids, dtype=np.int64) for ids in (prompt_ids, response_ids))
+            ids_P, ids_R = (np.asarray(ids, dtype=np.int64) for ids in (first_ids + last_ids, response_ids))
             found.append(_Text(turn, ids_P, ids_R))
         return found
 
-    def _turn(self, record: Record, with_response: bool) -> Turn:
-        if record.images and self.vision is None:
-            raise DataError(f"has {len(record.images)} images, and `{self.name}` is a text-only model")
-        turn = self.chat.turn(record) if with_response else Turn(self.chat.prompt(record), "")
-        if not turn.prompt.startswith(self._bos):  # never two
-            turn = replace(turn, prompt=self._bos + turn.prompt)
-        return turn
-
-    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of texts as `token_ids` gives them one by one."""
-        if not texts or not self.tokenizer.is_fast:
-            return [token_ids(self.tokenizer, text) for text in texts]
-        options = {"return_attention_mask": False, "return_token_type_ids": False}
-        return self.tokenizer(list(texts), add_special_tokens=False, verbose=False, **options)["input_ids"]
+    def _turns(self, records: Sequence[Record], with_response: bool) -> list[Turn | RowError]:
+        """The texts of some records, or why one has none."""
+        found: dict[int, Turn | RowError] = {}
+        for number, record in enumerate(records):
+            try:
+                with _naming(record):
+                    if record.images and self.vision is None:
+                        raise DataError(f"has {len(record.images)} images, and `{self.name}` is a text-only model")
+                    self.chat.refuse_control(record, with_response=with_response)
+            except RowError as error:
+                found[number] = error
+        good = [number for number in range(len(records)) if number not in found]
+        turns = self.chat.turns([records[number] for number in good], with_response=with_response)
+        for number, turn in zip(good, turns, strict=True):
+            if isinstance(turn, DataError):
+                found[number] = _named(records[number], turn)
+            elif turn.prompt.startswith(self._bos):  # never two
+                found[number] = turn
+            else:
+                found[number] = replace(turn, prompt=self._bos + turn.prompt)
+        return [found[number] for number in range(len(records))]
 
     def _response_ids(self, turn: Turn, prompt_ids: list[int], ids: list[int]) -> list[int]:
-        """Those of the response, out of the `ids` of prompt and response read together."""
+        """Those of the response, out of the `ids` of (the end of) the prompt and the response read together."""
         if ids[: len(prompt_ids)] == prompt_ids:
             ids = ids[len(prompt_ids) :]
         else:
@@ -392,11 +400,12 @@ class Encoder:
 
     def _refuse_control_ids(self, ids: Sequence[int], text: str) -> None:
         """Control tokens that the response is read as though its text, and the template, do not write them."""
+        found = [index for index in ids[:-1] if index in self._control]
+        if not found:
+            return
         unknown = self.tokenizer.unk_token_id
-        control = set(self.chat.control.values())
-        found = [index for index in ids[:-1] if index in control]
         written = len(self.chat.control_pattern.findall(text)) - self.chat.writes_eot
-        if found and (unknown in found or len(found) > written):
+        if unknown in found or len(found) > written:
             bad = unknown if unknown in found else found[0]
             raise DataError(f"the response is read as the control token `{self.tokenizer.convert_ids_to_tokens(bad)}`")
 
@@ -468,7 +477,11 @@ def _naming(record: Record) -> Iterator[None]:
     except RowError:  # it says so already
         raise
     except DataError as error:
-        raise RowError(f"row `{shown(record.id)}`: {error}", reason=str(error)) from None
+        raise _named(record, error) from None
+
+
+def _named(record: Record, error: DataError) -> RowError:
+    return RowError(f"row `{shown(record.id)}`: {error}", reason=str(error))
 
 
 def _chat_templates(tokenizer: Any, vision: Vision | None, name: str) -> dict[bool, str]:

@@ -269,6 +269,8 @@ def _content(content: Any, where: str, *, is_call: bool) -> list[dict[str, Any]]
 
 
 def _tool_calls(calls: Any, role: str, where: str) -> list[dict[str, Any]]:
+    if calls is None:
+        return []
     calls = given_json(calls, f"`tool_calls` of {where}") or []
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise DataError(f"`tool_calls` of {where} must be a list of mappings")

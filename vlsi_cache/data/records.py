@@ -21,7 +21,7 @@ from vlsi_cache.progress import say
 from .images import Media
 from .messages import as_parts, text_of
 from .reading import Rows, read_source
-from .rows import Record, content_text, digest_of
+from .rows import Record, as_json, content_text, digest_of
 from .sources import media_root, open_source
 from .stored import Chosen, names_of
 from .values import listed, printable
@@ -127,7 +127,7 @@ def read_records(data: DataSpec, *, limit: int | None = None, num_workers: int =
 def with_answer(record: Record, answer: str) -> Record:
     """The same sample with another text as its response, which then is all of it: no reasoning and no call."""
     messages = [*record.prompt_messages, {"role": "assistant", "content": as_parts(answer)}]
-    content = content_text(messages, record.images, record.tools, record.template_args)
+    content = content_text(as_json(messages), record.images, record.tools, record.template_args)
     return replace(record, messages=messages, digest=digest_of(content))
 
 

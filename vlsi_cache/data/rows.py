@@ -11,7 +11,7 @@ other tools write is read too, see `sources`, `messages`, `images` and `video`.
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -61,7 +61,7 @@ class Record:
     @cached_property
     def opening(self) -> str:
         """What the sample begins with, see `opening_of`; samples of one opening begin alike."""
-        return opening_of(self.prompt_messages, self.images, self.tools, self.template_args)
+        return opening_of(as_json(self.prompt_messages), self.images, self.tools, self.template_args)
 
     @property
     def prompt_messages(self) -> list[dict[str, Any]]:
@@ -145,27 +145,37 @@ def for_template(row: Mapping[str, Any], key: str) -> Any:
     return found
 
 
+def as_json(messages: Iterable[Message]) -> list[str]:
+    """Each message in the one way in which it is written."""
+    return [_AS_JSON.encode(message) for message in messages]
+
+
 def content_text(
-    messages: list[Message],
+    messages: Sequence[str],
     images: Sequence[Media],
     tools: list[dict[str, Any]] | None,
     template_args: dict[str, Any],
 ) -> bytes:
-    """All that a record is, but for its names: the same for every way to write the same row."""
-    content: dict[str, Any] = {"messages": messages, "images": [image.sha256 for image in images]}
+    """All that a record is, but for its names: the same for every way to write the same row.
+
+    `messages` are those of `as_json`: turns of one row have most of them in common.
+    """
+    sha256 = ",".join(f'"{image.sha256}"' for image in images)
+    text = f'{{"images":[{sha256}],"messages":[{",".join(messages)}]'
     # Rows without these keep the digest that they had before there were any.
-    content |= {"tools": tools} if tools else {}
-    content |= {"template_args": template_args} if template_args else {}
-    return _AS_JSON.encode(content).encode("utf-8")
+    text += f',"template_args":{_AS_JSON.encode(template_args)}' if template_args else ""
+    text += f',"tools":{_AS_JSON.encode(tools)}' if tools else ""
+    return f"{text}}}".encode()
 
 
 def opening_of(
-    before: list[Message],
+    before: Sequence[str],
     images: Sequence[Media],
     tools: list[dict[str, Any]] | None,
     template_args: dict[str, Any],
 ) -> str:
-    """A short digest of the pictures, or of all that is said `before` the response where there are none."""
+    """A short digest of the pictures, or of all that is said `before` the response (see `as_json`) where there are
+    none."""
     if images:
         return hashlib.sha256("".join(image.sha256 for image in images).encode()).hexdigest()[:16]
     return digest_of(content_text(before, (), tools, template_args))[:16]

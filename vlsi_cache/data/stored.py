@@ -28,7 +28,7 @@ from vlsi_cache.config.sections import Turns
 from vlsi_cache.errors import DataError
 
 from .images import Media, bytes_of
-from .rows import Record, content_of, content_text, digest_of
+from .rows import Record, as_json, content_of, content_text, digest_of
 from .sources import READ_ERRORS, Place, Source
 from .values import shown
 from .video import Clip, Frame, FramesOf
@@ -197,11 +197,11 @@ class StoredRecords(Numbered[Record]):
         try:
             row = json.loads(content)
             messages = row["messages"][: int(column["end"][index]) + 1]
-            found = {"messages": messages, "tools": row.get("tools"), "template_args": row.get("template_args", {})}
+            tools, args = row.get("tools"), row.get("template_args", {})
             is_whole = len(messages) == len(row["messages"])
-            digest = digest_of(content if is_whole else content_text(images=images, **found))
-            if digest == self.names(index)[1]:
-                return {"images": images, **found}
+            text = content if is_whole else content_text(as_json(messages), images, tools, args)
+            if digest_of(text) == self.names(index)[1]:
+                return {"messages": messages, "images": images, "tools": tools, "template_args": args}
         except (ValueError, LookupError, AttributeError, TypeError):
             pass
         where = self._contents.path
@@ -213,20 +213,24 @@ class StoredRecords(Numbered[Record]):
             return self._loose[number]
         media = self._media.get(number)
         if media is None:
-            media = self._made(self._pictures.slice(number, 1).to_pylist()[0])
+            media = self._made(number)
             self._media[number] = media
         return media
 
-    def _made(self, row: dict[str, Any]) -> Media:
+    def _made(self, number: int) -> Media:
         """The picture that a row of their table says."""
-        sha256, size = row["sha256"].hex(), (row["width"], row["height"])
-        if row["video"] is not None:
-            clip = Clip(Path(row["path"]), row["video"].hex(), tuple(row["times"]), tuple(row["stat"][:2]))
-            return Frame(sha256, size, clip=clip, number=row["frame"])
-        if row["path"] is not None:
-            return Media(sha256, size, Path(row["path"]))
-        place = Place(row["file"], row["start"], row["length"])
-        return Media(sha256, size, again=partial(self._bytes_again, place, row["number"]))
+
+        def said(name: str) -> Any:
+            return self._pictures.column(name)[number].as_py()
+
+        sha256, size, path = said("sha256").hex(), (said("width"), said("height")), said("path")
+        if (video := said("video")) is not None:
+            clip = Clip(Path(path), video.hex(), tuple(said("times")), tuple(said("stat")[:2]))
+            return Frame(sha256, size, clip=clip, number=said("frame"))
+        if path is not None:
+            return Media(sha256, size, Path(path))
+        place = Place(said("file"), said("start"), said("length"))
+        return Media(sha256, size, again=partial(self._bytes_again, place, said("number")))
 
     def _bytes_again(self, place: Place, number: int) -> bytes:
         """The bytes of picture `number` of the row at `place`, out of the file that it was read from."""
