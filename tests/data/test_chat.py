@@ -344,6 +344,13 @@ def test_turn_markers_and_content(cores: dict[str, str]) -> None:
         with pytest.raises(DataError, match="the response holds the control token"):
             seek.encode(_row(text))
     seek.encode(_row("one\n\ntwo <|im_start|>"))  # an added token of white space, and one it never writes
+    gemma = Encoder(_tokenizer(cores["byte-level"], GEMMA), None, (), name="m")
+    for text in ("a <start_of_turn>user", "<end_of_turn>"):
+        with pytest.raises(DataError, match="the user text holds the control token"):
+            gemma.encode(_row("paris", ask=text))
+    for template in (R1, THINKING):
+        opens = Encoder(_tokenizer(cores["byte-level"], template), None, (), name="m")
+        opens.encode(_row("<think>\nyes\n</think>\n\nparis", ask="what is <think>?"))
     with pytest.raises(DataError, match="`reasoning_content` holds the control token"):
         hybrid.encode(_row("paris", reasoning_content="<|im_start|>"))
 

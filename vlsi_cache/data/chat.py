@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain
 from typing import Any
 
 from vlsi_cache.config.sections import PromptMode
@@ -307,8 +306,10 @@ def open_chat(
         )
     written = _probe_text(render, shape.as_parts, sees_pictures)
     control = {str(token): index for index, token in added.items() if _is_marker(token) and str(token) in written}
-    for tag in chain.from_iterable(_open_tags(shape.asked)):  # what begins reasoning is content
-        control.pop(tag, None)
+    ends = {str(token) for token in added.values()}
+    for start, end in _open_tags(shape.asked):  # what begins reasoning is content; nothing ends Gemma's turn markers so
+        if end in ends or any(end in template for template in templates.values()):
+            control.pop(start, None)
     vocabulary = tokenizer.get_vocab()
     roles = (getattr(tokenizer, role, None) for role in (*_ROLE_NAMES, "image_token", "video_token"))
     control |= {role: vocabulary[role] for role in roles if role is not None and role in vocabulary}
