@@ -5,19 +5,22 @@ machine. All run the same command. The first one alone writes files and speaks; 
 """
 
 import os
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import ProcessLostError, SpecError, VlsiCacheError, list_problems
-from .progress import muted
+from .progress import muted, say
 
 if TYPE_CHECKING:
     import torch
 
 Result = TypeVar("Result")
 TIMEOUT = timedelta(hours=2)  # for what the first process does while the others wait; a killed one is noticed at once
+JOIN_S, LATE_S = 600.0, 20.0  # that all processes may take to be there, and after which it is said what is waited for
 TOLD_S = timedelta(seconds=5)  # that a process waits to hear whether the first one has the same error
 BUCKET_BYTES = 64 << 20  # of gradients that travel together
 # Engines of Accelerate's configuration file, and the settings here that do what they do.
@@ -113,12 +116,13 @@ class Processes:
 
     def check_same(self, facts: Mapping[str, Any]) -> None:
         """Raise SpecError unless all processes have the same facts."""
-        everyone = self.gather(dict(facts))
+        everyone = self.gather(_leaves(facts))
+        first = everyone[0]
         other = [
-            f"{name}: `{theirs[name]}` in process {rank}, `{everyone[0][name]}` in process 0"
+            f"{name}: `{theirs.get(name)}` in process {rank}, `{first.get(name)}` in process 0"
             for rank, theirs in enumerate(everyone)
-            for name in facts
-            if theirs[name] != everyone[0][name]
+            for name in first | theirs
+            if theirs.get(name) != first.get(name)
         ]
         if other:
             raise SpecError(
@@ -215,7 +219,7 @@ def joined() -> Iterator[Processes]:
             raise SpecError(f"WORLD_SIZE is {world} and {missing[0]} is not set; start this with torchrun")
         # Objects travel between the hosts, gradients between the devices.
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        _meet(lambda: dist.init_process_group(backend, timeout=TIMEOUT), rank, world)
     try:
         if (dist.get_rank(), dist.get_world_size()) != (rank, world):
             raise SpecError(
@@ -227,6 +231,39 @@ def joined() -> Iterator[Processes]:
     finally:
         if is_ours and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _meet(init: Callable[[], None], rank: int, world: int) -> None:
+    """`init`, which waits for all processes, in a thread, so that Ctrl-C and SIGTERM end the wait.
+
+    Raises ProcessLostError after JOIN_S.
+    """
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            init()
+        except BaseException as error:
+            failed.append(error)
+
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    thread = threading.Thread(target=run, name="vlsi-cache-join", daemon=True)
+    thread.start()
+    started, is_told = time.monotonic(), False
+    while thread.is_alive():
+        thread.join(0.1)
+        waited = time.monotonic() - started
+        if waited > LATE_S and not is_told:
+            is_told = True
+            say(f"process {rank} of {world} waits for the others at {where}, which torchrun would have started too")
+        if waited > JOIN_S:
+            raise ProcessLostError(
+                f"process {rank} of {world} has waited {JOIN_S:.0f} s at {where}, and not all others came; start all "
+                "of them with torchrun, or unset RANK and WORLD_SIZE for one process alone"
+            )
+    if failed:
+        reason = " ".join(str(failed[0]).split())[:200]
+        raise ProcessLostError(f"process {rank} of {world} cannot join the others at {where}: {reason}") from failed[0]
 
 
 def speaks(message: str, *, is_lost: bool = False, is_interrupt: bool = False) -> bool:
@@ -252,8 +289,16 @@ def speaks(message: str, *, is_lost: bool = False, is_interrupt: bool = False) -
         except DistStoreError:  # the first has no error
             return not is_lost or store.add(_LOST, 1) == 1
         return not is_lost and told != message
-    except (RuntimeError, ValueError):  # the launcher has gone, and says why
-        return rank == 0
+    except (RuntimeError, ValueError):  # where they met is gone, with the launcher or with the first process
+        return rank == 0 or is_lost
+
+
+def _leaves(facts: Mapping[str, Any], key: str = "") -> dict[str, Any]:
+    """The values in nested mappings by their dotted keys."""
+    found: dict[str, Any] = {}
+    for name, value in facts.items():
+        found |= _leaves(value, f"{key}{name}.") if isinstance(value, Mapping) else {f"{key}{name}": value}
+    return found
 
 
 def _buckets(parameters: Iterable["torch.nn.Parameter"]) -> Iterator[list["torch.nn.Parameter"]]:

@@ -1,24 +1,28 @@
 """Students and verbalizers trained by several processes of one launch: as by one, whatever their number."""
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+from contextlib import redirect_stderr
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers.launch import run_together
+from helpers.launch import environment, free_port, run_together
 from helpers.runs import metrics_of
 from helpers.tiny import write_spec
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import vlsi_cache as vc
+from vlsi_cache import processes as processes_module
 from vlsi_cache.errors import ProcessLostError, SpecError
-from vlsi_cache.processes import Processes, joined
+from vlsi_cache.processes import Processes, joined, speaks
 from vlsi_cache.store.reader import Cache
 
 CHANGES = ("distill.batch_size=6", "distill.micro_batch_size=1", "distill.lora.dropout=0.2", "run.workers=0")
@@ -154,6 +158,7 @@ def test_what_cannot_be_shared_is_refused(
 
     found = run_together(2, other_spec)
     assert all(isinstance(one, SpecError) and "do not see the same" in str(one) for one in found)
+    assert str(found[0]).splitlines()[1:] == ["  - spec.distill.seed: `1` in process 1, `0` in process 0"]
     assert not (tmp_path / "run").exists()
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     found = distilled(cache, student_folder, tmp_path / "run", 2)
@@ -166,6 +171,45 @@ def test_an_environment_that_no_launcher_makes(rank: str, world: str, monkeypatc
     monkeypatch.setenv("WORLD_SIZE", world)
     with pytest.raises(SpecError, match="start this with torchrun"), joined():
         pass
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_process_that_waits_for_others_says_so_and_can_be_stopped(rank: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """WORLD_SIZE set by hand, or a machine that never came."""
+
+    def joining() -> str:
+        err = io.StringIO()
+        with redirect_stderr(err), pytest.raises((ProcessLostError, InterruptedError)) as caught, joined():
+            pass
+        return f"{err.getvalue()}{type(caught.value).__name__}: {caught.value}"
+
+    def work(_: int) -> tuple[str, str]:
+        os.environ.update(RANK=rank, WORLD_SIZE="2")
+        monkeypatch.setattr(processes_module, "LATE_S", 0.2)
+        monkeypatch.setattr(processes_module, "JOIN_S", 0.5)
+        in_vain = joining()
+        monkeypatch.setattr(processes_module, "JOIN_S", 100.0)
+
+        def stop(*_: Any) -> None:
+            raise InterruptedError
+
+        signal.signal(signal.SIGALRM, stop)
+        signal.setitimer(signal.ITIMER_REAL, 0.5)
+        return in_vain, joining()
+
+    ((in_vain, stopped),) = run_together(1, work, timeout_s=30)
+    assert f"process {rank} of 2 waits for the others at 127.0.0.1:" in in_vain
+    assert "not all others came; start all of them with torchrun, or unset RANK" in in_vain
+    assert "InterruptedError" in stopped
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_lost_process_is_told_of_where_nobody_can_be_asked(rank: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first process has been killed, and with it the store it held."""
+    monkeypatch.setattr(processes_module, "TOLD_S", timedelta(seconds=1))
+    for name, value in environment(int(rank), 2, free_port()).items():
+        monkeypatch.setenv(name, value)
+    assert speaks("lost", is_lost=True)
 
 
 def test_a_group_that_has_fallen_back_is_refused() -> None:
