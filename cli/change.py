@@ -72,7 +72,7 @@ def prune(
     return Answer(facts, f"cache: {out} ({human_bytes(facts['bytes'])} of {human_bytes(planned.source_bytes)})")
 
 
-def _suggestion(cache: Path, *, keep: int | None, max_kl: float | None) -> Answer:
+def _suggestion(cache: str, *, keep: int | None, max_kl: float | None) -> Answer:
     import vlsi_cache as vc
     from vlsi_cache.report.layers import suggest_layers, suggestion_text
 
@@ -81,7 +81,9 @@ def _suggestion(cache: Path, *, keep: int | None, max_kl: float | None) -> Answe
 
 
 def merge(
-    caches: Annotated[list[Path], typer.Argument(metavar="A B [C ...]", help="Folders of caches.", show_default=False)],
+    caches: Annotated[
+        list[str], typer.Argument(metavar="A B [C ...]", help="Folders or URLs of caches.", show_default=False)
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="NEW", help="Where the new cache goes.")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what the new cache would be.")] = False,
 ) -> Answer:

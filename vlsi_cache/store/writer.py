@@ -124,7 +124,7 @@ class CacheWriter:
         need_bytes = sum(spec.size_bytes for spec in specs.values())
         check_free_space(root, need_bytes)
         with tmp_path(root, f"{index:06d}", ".zarr") as tmp, disk_full_is_an_error(root, need_bytes):
-            files = write_arrays(tmp, arrays, specs)
+            files, chunk_bytes = write_arrays(tmp, arrays, specs)
             for name in part_file_names(specs) - set(files):
                 files[name] = hash_file(tmp / name)
             record = PartRecord(
@@ -132,6 +132,7 @@ class CacheWriter:
                 index=index,
                 num_response_tokens=num_response,
                 files=dict(sorted(files.items())),
+                chunk_bytes=chunk_bytes,
                 **sizes,
                 **_describe(samples, arrays),
             )
