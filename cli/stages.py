@@ -146,7 +146,7 @@ def train_verbalizers(
 
 def build_teacher(
     spec: SpecName,
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="CACHE", help="Where the cache goes.")],
+    out: Annotated[str, typer.Option("--out", "-o", metavar="CACHE", help="Where the cache goes: a folder or a URL.")],
     sets: Sets = None,
     device: Device = None,
     rank: Annotated[int, typer.Option(min=0, help="Number of this process, from 0.")] = 0,

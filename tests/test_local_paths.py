@@ -5,13 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.caches import header_of, standard_case
 from vlsi_cache_cli.main import main
 
 import vlsi_cache as vc
 from vlsi_cache.errors import SpecError
 from vlsi_cache.io import url_problem
-from vlsi_cache.store.writer import CacheWriter
 
 URLS = ["s3://bucket/c", "gs://bucket/c", "http://host/c", "https://host/c", "hf://datasets/a/b", "file:///tmp/c"]
 
@@ -30,11 +28,8 @@ def test_what_is_none(path: Any) -> None:
 def calls(url: str) -> dict[str, Any]:
     """Every way into the library that takes a path."""
     spec = vc.load_spec("demo")
-    case = standard_case()
     return {
         "repair": lambda: vc.repair(url),
-        "write": lambda: CacheWriter.create_or_resume(url, header_of(case), case.vocab_order),
-        "build": lambda: vc.build_teacher(spec, out=url),
         "train": lambda: vc.train_verbalizers(spec, out=url),
         "generate": lambda: vc.generate(spec, out=f"{url}.parquet"),
         "distill": lambda: vc.distill("cache", out=url),

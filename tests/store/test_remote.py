@@ -8,14 +8,13 @@ import json
 import os
 import sys
 import threading
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers.caches import build, file_bytes, header_of, make_case
-from helpers.s3 import ENVIRONMENT, Proxy, Request, free_port, make_bucket, proxied, serving
+from helpers.remote import assert_same_rows, copied, new_url, objects_of
+from helpers.s3 import ENVIRONMENT, Proxy, Request, free_port
 from helpers.variants import VARIANTS, build_variant, variant_of
 from vlsi_cache_cli.main import main
 
@@ -31,58 +30,9 @@ from vlsi_cache.errors import (
 from vlsi_cache.store import part_cache, remote
 from vlsi_cache.store.dataset import PartWindowReader
 from vlsi_cache.store.format import sealed_json, unseal_json
-from vlsi_cache.store.location import UrlPath, place_of
-from vlsi_cache.store.objects import Objects, open_objects
-from vlsi_cache.store.reader import Cache
 from vlsi_cache.store.writer import CacheWriter
 
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Proxy]:
-    with serving() as port, proxied(port) as proxy:
-        make_bucket(port, "bucket")
-        yield proxy
-
-
-@pytest.fixture
-def s3(server: Proxy, monkeypatch: pytest.MonkeyPatch) -> Proxy:
-    """The proxy before an S3 server, where this process finds its settings."""
-    server.clear()
-    for name, value in {**ENVIRONMENT, "AWS_ENDPOINT_URL": server.endpoint}.items():
-        monkeypatch.setenv(name, value)
-    return server
-
-
-@pytest.fixture(autouse=True)
-def part_cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("VLSI_CACHE_DIR", str(tmp_path / "part-cache"))
-    return tmp_path / "part-cache"
-
-
-def new_url(scheme: str = "memory") -> str:
-    return f"{scheme}://bucket/{uuid.uuid4().hex}"
-
-
-def objects_of(url: str) -> Objects:
-    place = place_of(url)
-    assert isinstance(place, UrlPath)
-    return open_objects(place)
-
-
-def copied(root: Path, scheme: str = "memory") -> str:
-    """The URL of a cache as any tool copies a folder."""
-    url = new_url(scheme)
-    objects = objects_of(url)
-    for name, content in file_bytes(root).items():
-        objects.put(name, content)
-    return url
-
-
-def assert_same_rows(one: Cache, other: Cache, layers: list[int | str] | None = None) -> None:
-    assert list(one) == list(other)
-    for name in one:
-        for key, value in vars(one.row(name, layers)).items():
-            assert np.array_equal(value, getattr(other.row(name, layers), key)), (name, key)
+pytestmark = pytest.mark.usefixtures("part_cache_dir")
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ Every problem is told with its file and what to do about it; corruption is repor
 """
 
 import os
-import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from .files import (
     remove_dead_tmp,
     repair_hint,
     size_problem,
+    tmp_path,
 )
 from .format import (
     HEADER_NAME,
@@ -127,9 +127,8 @@ def verify(path: str | os.PathLike[str], *, deep: bool = False) -> VerifyReport:
 def _verify_remote(url: UrlPath) -> VerifyReport:
     """The same, part by part, in a folder of its own: what lies in the part cache proves nothing."""
     report = VerifyReport(url, deep=True)
-    part_cache.folder().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=part_cache.folder(), prefix="verify-") as folder:
-        mirror = Mirror(url, within=Path(folder))
+    with tmp_path(part_cache.folder(), "verify") as folder:
+        mirror = Mirror(url, within=folder)
         try:
             header = mirror.header
         except VlsiCacheError as error:

@@ -101,14 +101,20 @@ def _is_alive(pid: int) -> bool:
 @contextlib.contextmanager
 def tmp_path(root: Path, what: str, suffix: str = "") -> Iterator[Path]:
     """A name of our own in `tmp/`; whatever is left there when the block ends is removed."""
+    path = new_tmp(root, what, suffix)
+    try:
+        yield path
+    finally:
+        remove(path)
+        _live.discard(path.name)
+
+
+def new_tmp(root: Path, what: str, suffix: str = "") -> Path:
+    """A name of our own in `tmp/`, for as long as this process lives; what is there then is garbage."""
     (root / "tmp").mkdir(parents=True, exist_ok=True)
     name = f"{what}.{host_name()}.{os.getpid()}.{uuid.uuid4().hex[:12]}{suffix}"
     _live.add(name)
-    try:
-        yield root / "tmp" / name
-    finally:
-        remove(root / "tmp" / name)
-        _live.discard(name)
+    return root / "tmp" / name
 
 
 def list_tmp(root: Path) -> tuple[list[str], list[str]]:

@@ -37,10 +37,11 @@ from .format import (
     PartRecord,
     files_digest,
     part_dir,
+    part_indices,
     part_name,
 )
 from .location import UrlPath
-from .objects import Got, changed, open_objects
+from .objects import Got, Objects, changed, open_objects
 from .part_cache import Held, Span
 
 Result = TypeVar("Result")
@@ -108,19 +109,8 @@ class Mirror:
         return f"`{self.url}` is not a cache: it has no `{HEADER_NAME}`, but {len(names)} other objects"
 
     def part_sizes(self) -> dict[int, int]:
-        """Committed parts, and the size of the commit record of each: one request for a thousand objects."""
-        found = {}
-        for name, size in self.objects.sizes("parts").items():
-            pieces = name.split("/")
-            index = pieces[1].removesuffix(".zarr")
-            if (
-                len(pieces) == 3
-                and pieces[2] == RECORD_NAME
-                and index.isdecimal()
-                and part_name(int(index)) == pieces[1]
-            ):
-                found[int(index)] = size
-        return dict(sorted(found.items()))
+        """Committed parts, and the size of the commit record of each."""
+        return committed_parts(self.objects)
 
     def table(self) -> Path | None:
         """`samples.parquet` in the local copy, as it is on the store now; None where there is none."""
@@ -321,6 +311,16 @@ class Mirror:
         except VlsiCacheError as error:
             about_the_store(error, local or self.root, self.url)
             raise
+
+
+def committed_parts(objects: Objects) -> dict[int, int]:
+    """The parts on a store, and the size of the commit record of each; one request for a thousand objects."""
+    found = {}
+    for name, size in objects.sizes("parts").items():
+        folder, _, file = name.removeprefix("parts/").partition("/")
+        if file == RECORD_NAME and (indices := part_indices([folder])):
+            found[indices[0]] = size
+    return dict(sorted(found.items()))
 
 
 def about_the_store(error: VlsiCacheError, local: Path, url: UrlPath) -> None:
