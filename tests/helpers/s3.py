@@ -39,17 +39,22 @@ class Request:
 
 @dataclass
 class Proxy:
-    """What stands before the server. `fault(request)` may say `403`, `503`, `lose` (the answer, once the work is done),
-    or `drop` (the connection, in the middle of an answer that is no error: obstore tries none of those again)."""
+    """What stands before the server; `most_open` requests were waiting in it at once.
+
+    `fault(request)` may say `403`, `503`, `lose` (the answer, once the work is done), or `drop` (the connection, in the
+    middle of an answer that is no error: obstore tries none of those again).
+    """
 
     port: int
     delay_s: float = 0.0
     fault: Fault = lambda _: None
     requests: list[Request] = field(default_factory=list)
     received_bytes: int = 0
+    num_open: int = 0
+    most_open: int = 0
 
     def clear(self) -> None:
-        self.delay_s, self.fault, self.received_bytes = 0.0, lambda _: None, 0
+        self.delay_s, self.fault, self.received_bytes, self.most_open = 0.0, lambda _: None, 0, 0
         self.requests.clear()
 
     @property
@@ -97,7 +102,11 @@ def proxied(upstream: int) -> Iterator[Proxy]:
             with lock:
                 request = Request(len(proxy.requests), self.command, self.path, self.headers.get("Range"))
                 proxy.requests.append(request)
+                proxy.num_open += 1
+                proxy.most_open = max(proxy.most_open, proxy.num_open)
             time.sleep(proxy.delay_s)
+            with lock:
+                proxy.num_open -= 1
             fault = proxy.fault(request)
             if fault in ("403", "503"):
                 self.send_response(int(fault))

@@ -131,6 +131,17 @@ def test_a_bad_link_is_tried_again(s3: Proxy, built: Path, fault: str) -> None:
     assert len(spoilt) > 5
 
 
+def test_a_slow_link_is_asked_for_many_things_at_once(s3: Proxy, built: Path) -> None:
+    """Window after window is read ahead, and the arrays of a part together."""
+    url = copied(built, "s3")
+    s3.clear()
+    s3.delay_s = 0.05
+    rows = {row.sample_id: row for row in PartWindowReader(vc.open_cache(url), seed=0, epoch=0, window_parts=1)}
+    assert s3.most_open >= 8
+    local = vc.open_cache(built)
+    assert all((rows[name].ids_LTK == local.row(name).ids_LTK).all() for name in local)
+
+
 @pytest.mark.parametrize("scheme", ["memory", "s3"])
 def test_an_array_that_changes_between_two_reads(s3: Proxy, wide: Path, scheme: str) -> None:
     del s3
@@ -170,6 +181,36 @@ def test_damage_on_the_store_and_on_the_disk(built: Path, part_cache_dir: Path, 
     report = vc.verify(url)
     assert [problem.file for problem in report.problems] == [file], report
     assert str(part_cache_dir) not in str(report)
+
+
+def test_damage_of_what_is_mapped(tmp_path: Path, part_cache_dir: Path) -> None:
+    root = build_variant(tmp_path / "cache", variant_of("plain-fast"))
+    url, file = copied(root), "parts/000000.zarr/ids/c/0/0/0"
+    vc.open_cache(url).part(0)
+    (local,) = part_cache_dir.glob(f"*/{file}")
+    content = bytearray(local.read_bytes())
+    content[3] ^= 1
+    local.write_bytes(content)
+    assert_same_rows(vc.open_cache(root), vc.open_cache(url))
+    objects_of(url).put(file, bytes(content))
+    part_cache.make_room(0)
+    with pytest.raises(CacheCorruptError, match=f"`{url}/{file}`: .*; what lies on the store is damaged"):
+        vc.open_cache(url).part(0)
+
+
+def test_a_fork_is_told(built: Path) -> None:
+    """It would hang: the threads that speak to the store stay with the parent."""
+    cache = vc.open_cache(copied(built))
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            cache.part(1)
+        except StoreError as error:
+            code = 42 if error.hint and "multiprocessing_context='spawn'" in error.hint else 2
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 42
 
 
 def test_a_file_that_is_missing(built: Path) -> None:

@@ -35,6 +35,7 @@ CREDENTIALS = {
 }
 _memory: dict[str, Any] = {}  # the stores of memory://NAME, which live as long as the process
 _lock = threading.Lock()
+_used_in: int | None = None  # the process that used a store first
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,7 @@ class BucketObjects:
         from obstore import exceptions as of
 
         place = self.url / key if key else self.url
+        _refuse_fork(self.url)
         try:
             yield
         except (of.PermissionDeniedError, of.UnauthenticatedError) as error:
@@ -174,6 +176,16 @@ class BucketObjects:
             what = f"`{place}` cannot be {PARTICIPLE[verb]} ({_first_line(error)})"
             hint = f"is the address right, and the store up? {_credentials_hint(self.url.scheme)}"
             raise StoreError(what, file=place, hint=hint) from error
+
+
+def _refuse_fork(url: UrlPath) -> None:
+    """Raise StoreError in a fork of the process that used a store first: without obstore's threads it would hang."""
+    global _used_in
+    with _lock:
+        _used_in = _used_in or os.getpid()
+    if _used_in != os.getpid():
+        hint = "start workers afresh, in a DataLoader with multiprocessing_context='spawn', or have none"
+        raise StoreError(f"`{url}` cannot be reached in a fork of a process that reads object stores", hint=hint)
 
 
 PARTICIPLE = {"read": "read", "list": "listed", "write": "written", "delete": "deleted"}

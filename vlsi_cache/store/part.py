@@ -135,12 +135,16 @@ class Part:
         other readers, and whether the response ids are those of part.json."""
         if not self.is_copy:
             check_metadata(self.folder, self.record)
-        for array in self.arrays.values():
-            if isinstance(array, MappedLayers):
-                array.check_all()
+        self.check_blocks()
         spans = pairwise(self.arrays["response_offsets"].tolist())
         if [response_digest(self.arrays["response_ids"][lo:hi]) for lo, hi in spans] != self.record.response_xxh3:
             raise self._other_responses()
+
+    def check_blocks(self) -> None:
+        """Look at every block of memory-mapped arrays now."""
+        for array in self.arrays.values():
+            if isinstance(array, MappedLayers):
+                array.check_all()
 
     def _other_responses(self) -> CacheCorruptError:
         return CacheCorruptError.at(self.folder / "response_ids", ": response ids are not those of part.json")

@@ -29,7 +29,7 @@ from vlsi_cache.errors import (
 from vlsi_cache.progress import html_text
 
 from .codec import Known
-from .files import load_header, load_part_record, refuse_special, repair_hint
+from .files import hints_at_repair, load_header, load_part_record, refuse_special, repair_hint
 from .format import HEADER_NAME, CacheHeader, PartRecord, list_parts, part_dir
 from .header import is_interrupted_start, resume_command
 from .location import UrlPath, place_of
@@ -186,13 +186,18 @@ class Cache(Mapping[str, Row]):
                 return self._parts[key]
         ids_LV = self._ids_by_place()
         chosen_LV = None if ids_LV is None else ids_LV[list(key[1])]
-        # What is mapped of a local copy may be fetched again, and then was never checked.
-        options: dict[str, Any] = {"undone": undone, "known": self._known if self._mirror is None else None}
-        part = self.read_files(
-            index,
-            lambda root: load_part(root, self.header, index, key[1], chosen_LV, **options),
-            Want(layers=key[1]),
-        )
+        # What is mapped of a local copy may be fetched again, and then was never checked: it is looked at here, where
+        # damage leads to another try.
+        known = self._known if self._mirror is None else None
+
+        def read(root: Path) -> Part:
+            part = load_part(root, self.header, index, key[1], chosen_LV, undone=undone, known=known)
+            if self._mirror is not None:
+                with hints_at_repair(root):
+                    part.check_blocks()
+            return part
+
+        part = self.read_files(index, read, Want(layers=key[1]))
         part = replace(part, folder=part_dir(self.path, index), is_copy=self._mirror is not None)
         if keep:
             with self._lock:
