@@ -121,7 +121,7 @@ def push(
 
 
 def pull(
-    url: Annotated[str, typer.Argument(metavar="URL", help="The cache: s3://, gs:// or az://BUCKET/NAME.")],
+    url: Annotated[str, typer.Argument(metavar="URL", help="The cache: s3://BUCKET/NAME, gs://, az:// or hf://.")],
     out: Annotated[Path, typer.Argument(metavar="CACHE", help="The folder where it goes.")],
     layers: Annotated[str | None, typer.Option(metavar="LIST", help="Only these layers, e.g. 2-6,18,last.")] = None,
     samples: Annotated[Path | None, typer.Option(metavar="FILE", help="Only these samples: one id a line.")] = None,

@@ -51,7 +51,9 @@ def print_version(wanted: bool) -> None:
         raise typer.Exit()
 
 
-CachePath = Annotated[str, typer.Argument(metavar="CACHE", help="Folder of a cache, or its URL (s3://, gs://, az://).")]
+CachePath = Annotated[
+    str, typer.Argument(metavar="CACHE", help="Folder of a cache, or its URL (s3://, gs://, az://, hf://).")
+]
 Version = Annotated[
     bool,
     typer.Option(

@@ -11,7 +11,7 @@ from urllib.parse import unquote, urlsplit
 
 from vlsi_cache.io import refuse_url
 
-SCHEMES = ("s3", "gs", "az", "memory")
+SCHEMES = ("s3", "gs", "az", "hf", "memory")
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)", re.DOTALL)  # pathlib makes s3:/bucket of s3://bucket
 
 

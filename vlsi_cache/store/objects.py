@@ -61,6 +61,10 @@ class Objects(Protocol):
 
 def open_objects(url: UrlPath) -> Objects:
     """The store of a URL. Raises SpecError where the library for it is not installed."""
+    if url.scheme == "hf":
+        from .hub import HubObjects
+
+        return HubObjects(url)
     return BucketObjects(url)
 
 
