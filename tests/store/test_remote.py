@@ -164,6 +164,13 @@ def test_a_part_that_another_took_the_place_of(built: Path) -> None:
     assert_same_rows(vc.open_cache(built), vc.open_cache(url))  # whoever begins now reads the new one alone
 
 
+def test_a_damaged_record_in_the_part_cache(built: Path, part_cache_dir: Path) -> None:
+    vc.open_cache(url := copied(built)).part(0)
+    (record,) = part_cache_dir.glob("*/parts/000000.zarr/part.json")
+    record.write_bytes(record.read_bytes()[:-9])
+    assert_same_rows(vc.open_cache(built), vc.open_cache(url))
+
+
 @pytest.mark.parametrize("name", ["ids/c/0/0/0", "response_ids/c/0", "entropy/c/0/0"])
 def test_damage_on_the_store_and_on_the_disk(built: Path, part_cache_dir: Path, name: str) -> None:
     url, file = copied(built), f"parts/000001.zarr/{name}"
@@ -256,7 +263,7 @@ def test_a_full_disk_under_the_part_cache(built: Path, part_cache_dir: Path, mon
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(remote.os, "pwrite", full)
+        patch.setattr(os, "pwrite", full)
         with pytest.raises(DiskFullError, match=f"under the part cache `{part_cache_dir}` is full.*VLSI_CACHE_DIR"):
             cache.part(0)
     assert_same_rows(vc.open_cache(built), cache)  # nothing half-written is taken for data

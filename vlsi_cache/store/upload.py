@@ -15,6 +15,7 @@ from pathlib import Path
 from vlsi_cache.errors import CacheCorruptError, SpecError, VlsiCacheError
 
 from . import part_cache, table
+from .fetch import check_content
 from .files import hash_file, load_header, load_part_record, new_tmp, remove_dead_tmp, tmp_path
 from .format import (
     HEADER_NAME,
@@ -30,7 +31,7 @@ from .format import (
 from .header import OrderOrMaker, TokenTexts, publish_header
 from .location import UrlPath
 from .objects import Objects, open_objects
-from .remote import about_the_store, check_content, committed_parts
+from .remote import about_the_store, committed_parts
 from .vocab_order import VocabOrder, vocab_files
 from .writer import CacheWriter
 
