@@ -1,4 +1,4 @@
-"""Commands that make a new cache out of others, or mend one: prune, merge, repair."""
+"""Commands that make a new cache out of others, copy one, or mend one: prune, merge, push, pull, repair."""
 
 import sys
 from dataclasses import asdict, replace
@@ -15,12 +15,13 @@ from .output import Answer, CachePath, require_cache
 
 if TYPE_CHECKING:
     from vlsi_cache.store.derive.prune import PrunePlan
+    from vlsi_cache.store.transfer import Transfer
 
 
 def prune(
     cache: CachePath,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", metavar="NEW", help="Where the smaller cache goes.")
+        str | None, typer.Option("--out", "-o", metavar="NEW", help="Where the smaller cache goes: a folder or a URL.")
     ] = None,
     layers: Annotated[str | None, typer.Option(metavar="LIST", help="Layers to keep, e.g. 2-6,18,last.")] = None,
     top_k: Annotated[int | None, typer.Option(min=1, metavar="K", help="Entries to keep per distribution.")] = None,
@@ -72,7 +73,7 @@ def prune(
     return Answer(facts, f"cache: {out} ({human_bytes(facts['bytes'])} of {human_bytes(planned.source_bytes)})")
 
 
-def _suggestion(cache: Path, *, keep: int | None, max_kl: float | None) -> Answer:
+def _suggestion(cache: str, *, keep: int | None, max_kl: float | None) -> Answer:
     import vlsi_cache as vc
     from vlsi_cache.report.layers import suggest_layers, suggestion_text
 
@@ -81,8 +82,12 @@ def _suggestion(cache: Path, *, keep: int | None, max_kl: float | None) -> Answe
 
 
 def merge(
-    caches: Annotated[list[Path], typer.Argument(metavar="A B [C ...]", help="Folders of caches.", show_default=False)],
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="NEW", help="Where the new cache goes.")],
+    caches: Annotated[
+        list[str], typer.Argument(metavar="A B [C ...]", help="Folders or URLs of caches.", show_default=False)
+    ],
+    out: Annotated[
+        str, typer.Option("--out", "-o", metavar="NEW", help="Where the new cache goes: a folder or a URL.")
+    ],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what the new cache would be.")] = False,
 ) -> Answer:
     """Join caches of one teacher with different samples.
@@ -100,6 +105,43 @@ def merge(
     say(holds)
     facts["bytes"] = sum(vc.merge(caches, out).bytes_by_array().values())
     return Answer(facts, f"cache: {out} ({planned.num_samples} samples, {human_bytes(facts['bytes'])})")
+
+
+def push(
+    cache: Annotated[str, typer.Argument(metavar="CACHE", help="Folder of a finished cache.")],
+    url: Annotated[str, typer.Argument(metavar="URL", help="Where it goes: s3://, gs:// or az://BUCKET/NAME.")],
+) -> Answer:
+    """Copy a cache to an object store.
+
+    Every file is compared with its checksum on the way. What is there already stays: run again after a crash to go on.
+    """
+    import vlsi_cache as vc
+
+    return _transferred(vc.push(cache, url))
+
+
+def pull(
+    url: Annotated[str, typer.Argument(metavar="URL", help="The cache: s3://BUCKET/NAME, gs://, az:// or hf://.")],
+    out: Annotated[Path, typer.Argument(metavar="CACHE", help="The folder where it goes.")],
+    layers: Annotated[str | None, typer.Option(metavar="LIST", help="Only these layers, e.g. 2-6,18,last.")] = None,
+    samples: Annotated[Path | None, typer.Option(metavar="FILE", help="Only these samples: one id a line.")] = None,
+) -> Answer:
+    """Copy a cache from an object store.
+
+    Every file is compared with its checksum. With --layers or --samples little else is fetched, and the result is a
+    pruned cache. Run again after a crash to go on.
+    """
+    import vlsi_cache as vc
+
+    chosen = None if layers is None else parse_layers(layers)
+    return _transferred(vc.pull(url, out, layers=chosen, samples=samples))
+
+
+def _transferred(done: "Transfer") -> Answer:
+    before = f", {done.parts_before} of them were there" if done.parts_before else ""
+    return Answer(
+        asdict(done), f"cache: {done.target} ({done.num_parts} parts{before}; {human_bytes(done.moved_bytes)})"
+    )
 
 
 def repair(
@@ -143,5 +185,7 @@ def _cuts(planned: "PrunePlan") -> str:
 COMMANDS = (  # name, function, example
     ("prune", prune, "prune caches/demo -o caches/small --layers 2,4,last --top-k 8"),
     ("merge", merge, "merge caches/a caches/b -o caches/both"),
+    ("push", push, "push caches/demo s3://bucket/demo"),
+    ("pull", pull, "pull s3://bucket/demo caches/demo --layers 8,24,last"),
     ("repair", repair, "repair caches/demo"),
 )

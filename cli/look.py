@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,17 +18,25 @@ from vlsi_cache.progress import human_bytes
 
 from .output import OK, PROBLEMS, Answer, CachePath, require_cache
 
+if TYPE_CHECKING:
+    from vlsi_cache.store.format import CacheHeader
+
 NUM_LOOKS, LOOK_AGAIN_S = 3, 0.05
 MARKERS = {"cache.json": "cache", "run.json": "run", "demo.json": "demo", "ablation.json": "ablation"}
 PageFile = Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE.html", help="Also write a page.")]
 
 
 def ls(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to look, with all folders below.")] = Path(),
+    folder: Annotated[
+        str, typer.Argument(metavar="FOLDER", help="Where to look, with all folders below; or the URL of a cache.")
+    ] = ".",
 ) -> Answer:
     """List caches and runs below a folder."""
-    found = find_artifacts(folder)
-    return Answer(found, lambda: listing_table(found) if found else f"no caches and no runs below {folder.resolve()}")
+    from vlsi_cache.store.location import UrlPath, place_of
+
+    place = place_of(folder, "folder")
+    found = [_remote_cache(place)] if isinstance(place, UrlPath) else find_artifacts(place)
+    return Answer(found, lambda: listing_table(found) if found else f"no caches and no runs below {place.resolve()}")
 
 
 def inspect(cache: CachePath) -> Answer:
@@ -190,8 +198,8 @@ def verify(
 
 
 def diff(
-    a: Annotated[Path, typer.Argument(metavar="A", help="Folder of a cache.")],
-    b: Annotated[Path, typer.Argument(metavar="B", help="Folder of the cache to compare it with.")],
+    a: Annotated[str, typer.Argument(metavar="A", help="Folder or URL of a cache.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Folder or URL of the cache to compare it with.")],
     samples: Annotated[int, typer.Option(min=0, metavar="N", help="Common samples whose rows are compared.")] = 200,
 ) -> Answer:
     """Compare two caches: origin, samples, and what every layer says.
@@ -277,9 +285,22 @@ def _cache(path: Path) -> dict[str, Any]:
     from vlsi_cache.store.format import list_parts
 
     header, done = load_header(path), len(list_parts(path))
+    return _cache_facts(header, done, _cache_size(path, done))
+
+
+def _remote_cache(url: Path) -> dict[str, Any]:
+    """One line's facts about a cache on an object store; when it was written is not asked for."""
+    from vlsi_cache.store.reader import open
+
+    cache = open(url, allow_incomplete=True)
+    facts = _cache_facts(cache.header, len(cache.parts), sum(cache.bytes_by_array().values()))
+    return {"path": str(url), "kind": "cache", "date": "", **facts}
+
+
+def _cache_facts(header: "CacheHeader", done: int, size_bytes: int | None) -> dict[str, Any]:
     return {
         "state": "complete" if done == header.num_parts else f"{done}/{header.num_parts} parts",
-        "size_bytes": _cache_size(path, done),
+        "size_bytes": size_bytes,
         "num_samples": header.num_samples,
         "num_response_tokens": header.num_response_tokens,
         "layers": header.layers,

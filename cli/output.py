@@ -54,7 +54,9 @@ def print_version(wanted: bool) -> None:
         raise typer.Exit()
 
 
-CachePath = Annotated[Path, typer.Argument(metavar="CACHE", help="Folder of a cache.")]
+CachePath = Annotated[
+    str, typer.Argument(metavar="CACHE", help="Folder of a cache, or its URL (s3://, gs://, az://, hf://).")
+]
 Version = Annotated[
     bool,
     typer.Option(
@@ -90,7 +92,7 @@ def _with_common_options(function: Callable[..., Answer]) -> Callable[..., None]
         def work() -> Answer:
             if function.__name__.replace("_", "-") not in SEVERAL_PROCESSES:
                 refuse_launch(function.__name__.replace("_", "-"))
-            # None of the paths may be a URL; texts that may name a model are looked at where they are read.
+            # None of the paths may be a URL; texts that may name a model or a cache are looked at where they are read.
             for name, value in values.items():
                 for path in value if isinstance(value, list) else [value]:
                     if isinstance(path, Path):
@@ -140,9 +142,9 @@ def show(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def require_cache(path: Path) -> None:
+def require_cache(path: str) -> None:
     """Raise what opening would raise when this is no cache at all; a damaged one passes."""
-    if not (path / "cache.json").is_file():
+    if "://" not in path and not (Path(path) / "cache.json").is_file():
         from vlsi_cache.store.reader import open
 
         open(path)

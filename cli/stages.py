@@ -146,7 +146,7 @@ def train_verbalizers(
 
 def build_teacher(
     spec: SpecName,
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="CACHE", help="Where the cache goes.")],
+    out: Annotated[str, typer.Option("--out", "-o", metavar="CACHE", help="Where the cache goes: a folder or a URL.")],
     sets: Sets = None,
     device: Device = None,
     rank: Annotated[int, typer.Option(min=0, help="Number of this process, from 0.")] = 0,
@@ -180,7 +180,7 @@ def build_teacher(
 
 
 def distill(
-    cache: Annotated[Path, typer.Argument(metavar="CACHE", help="The cache to train against.")],
+    cache: Annotated[str, typer.Argument(metavar="CACHE", help="The cache to train against: its folder or URL.")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="RUN", help="Where the run goes.")],
     student: Student = None,
     recipe: Annotated[
@@ -210,7 +210,7 @@ def evaluate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run, or a model folder together with --spec.")],
     spec: Annotated[str | None, typer.Option(metavar="SPEC", help="Held-out rows of this spec, not the run's.")] = None,
     cache: Annotated[
-        Path | None, typer.Option(metavar="CACHE", help="Also measure the distance to the teacher of this cache.")
+        str | None, typer.Option(metavar="CACHE", help="Also measure the distance to the teacher of this cache.")
     ] = None,
     verbalizers: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Read the layers through these, or those of this run.")

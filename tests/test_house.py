@@ -145,6 +145,7 @@ def test_readme_names_every_command() -> None:
 READ_A_MESSAGE = {
     "io.py:is_disk_full": "safetensors and arrow give the number of the error in their text alone",
     "models/save.py:mend_generation": "transformers names the settings that it refuses in its text alone",
+    "store/objects.py:_is_no_bucket": "obstore has no class for a bucket that is missing: its text has the status",
     "teacher/forward.py:is_out_of_memory": "torch raises a plain RuntimeError for the memory of the host",
 }
 SEARCHES = {"startswith", "endswith", "removeprefix", "removesuffix", "find", "index", "partition", "rpartition"}

@@ -1,18 +1,15 @@
-"""A URL where a path is taken is one clear error, and no folder named `s3:` comes to be."""
+"""A URL where only a path is taken is one clear error, and no folder named `s3:` comes to be."""
 
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.caches import header_of, standard_case
 from vlsi_cache_cli.main import main
 
 import vlsi_cache as vc
 from vlsi_cache.errors import SpecError
 from vlsi_cache.io import url_problem
-from vlsi_cache.store.check import verify
-from vlsi_cache.store.writer import CacheWriter
 
 URLS = ["s3://bucket/c", "gs://bucket/c", "http://host/c", "https://host/c", "hf://datasets/a/b", "file:///tmp/c"]
 
@@ -31,13 +28,8 @@ def test_what_is_none(path: Any) -> None:
 def calls(url: str) -> dict[str, Any]:
     """Every way into the library that takes a path."""
     spec = vc.load_spec("demo")
-    case = standard_case()
     return {
-        "open": lambda: vc.open(url),
-        "verify": lambda: verify(url),
         "repair": lambda: vc.repair(url),
-        "write": lambda: CacheWriter.create_or_resume(url, header_of(case), case.vocab_order),
-        "build": lambda: vc.build_teacher(spec, out=url),
         "train": lambda: vc.train_verbalizers(spec, out=url),
         "generate": lambda: vc.generate(spec, out=f"{url}.parquet"),
         "distill": lambda: vc.distill("cache", out=url),
@@ -68,13 +60,13 @@ def test_a_spec(tmp_path: Path, key: str) -> None:
 
 @pytest.mark.parametrize(
     "words",
-    [["inspect", "URL"], ["ls", "URL"], ["diff", "URL", "b"], ["merge", "URL", "b", "-o", "c"], ["repair", "URL"]],
+    [["inspect", "URL"], ["ls", "URL"], ["diff", "URL", "b"], ["merge", "URL", "b", "-o", "c"], ["match", "URL"]],
 )
 def test_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["vlsi-cache", *(word.replace("URL", "hf://a/b") for word in words)])
+    monkeypatch.setattr(sys, "argv", ["vlsi-cache", *(word.replace("URL", "http://a/b") for word in words)])
     assert main() == 2
-    assert "is a URL (hf), and only local paths are supported" in capsys.readouterr().err
+    assert "is a URL (http), and only local paths are supported" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -27,6 +27,7 @@ __all__ = [
     "RunBusyError",
     "SampleNotFoundError",
     "SpecError",
+    "StoreError",
     "VlsiCacheError",
     "WorkerDiedError",
     "command_line",
@@ -49,7 +50,7 @@ class VlsiCacheError(Exception):
     def __init__(self, what: str = "", *, file: str | os.PathLike[str] | None = None, hint: str | None = None) -> None:
         super().__init__(what)
         self.what = what
-        self.file = None if file is None else Path(file)
+        self.file = file if file is None or isinstance(file, Path) else Path(file)
         self.hint = hint
 
     def __str__(self) -> str:
@@ -101,6 +102,12 @@ class CacheCorruptError(VlsiCacheError, OSError):
     def at(cls, path: str | os.PathLike[str], what: str, *, hint: str | None = None) -> "CacheCorruptError":
         """The error about `path` with which the message begins; `what` follows it: ` is missing`, `: id 7 of 5`."""
         return cls(f"`{path}`{what}", file=path, hint=hint)
+
+
+class StoreError(VlsiCacheError, OSError):
+    """An object store cannot be reached, or does not let us in."""
+
+    exit_code = 3
 
 
 class FingerprintMismatchError(VlsiCacheError, ValueError):

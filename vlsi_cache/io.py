@@ -46,8 +46,8 @@ def url_problem(path: object, what: str) -> str:
         return ""
     text = text if "://" in text else text.replace(":/", "://", 1)
     return (
-        f"{what} `{text}` is a URL ({found[1]}), and only local paths are supported: copy it to a local folder, or "
-        "mount it there, and name that"
+        f"{what} `{text}` is a URL ({found[1]}), and only local paths are supported here: copy it to a local folder, "
+        "or mount it there, and name that. A cache may also lie at s3://, gs://, az:// or hf://"
     )
 
 

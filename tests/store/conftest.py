@@ -1,9 +1,11 @@
-"""The small cache that most tests of the store read or damage."""
+"""The small cache that most tests of the store read or damage, and an S3 server for some of them."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from helpers.caches import Case, build, copy_cache, standard_case
+from helpers.s3 import ENVIRONMENT, Proxy, make_bucket, proxied, serving
 
 
 @pytest.fixture(scope="session")
@@ -21,3 +23,25 @@ def built(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def root(built: Path, tmp_path: Path) -> Path:
     """A copy of it for one test."""
     return copy_cache(built, tmp_path / "cache")
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Proxy]:
+    with serving() as port, proxied(port) as proxy:
+        make_bucket(port, "bucket")
+        yield proxy
+
+
+@pytest.fixture
+def s3(server: Proxy, monkeypatch: pytest.MonkeyPatch) -> Proxy:
+    """The proxy before an S3 server, where this process finds its settings."""
+    server.clear()
+    for name, value in {**ENVIRONMENT, "AWS_ENDPOINT_URL": server.endpoint}.items():
+        monkeypatch.setenv(name, value)
+    return server
+
+
+@pytest.fixture
+def part_cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("VLSI_CACHE_DIR", str(tmp_path / "part-cache"))
+    return tmp_path / "part-cache"

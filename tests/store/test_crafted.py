@@ -257,6 +257,7 @@ def rewrite(root: Path, name: str, change: Callable[[np.ndarray], np.ndarray], n
 
     def update(value: dict[str, Any]) -> None:
         value["files"][file] = entry
+        value.pop("chunk_bytes", None)  # as in parts of earlier writers
         if name == "response_ids":
             ends = np.cumsum(value["sample_response_tokens"])
             value["response_xxh3"] = [xxhash.xxh3_64_hexdigest(one.tobytes()) for one in np.split(ids, ends[:-1])]

@@ -16,8 +16,10 @@ from vlsi_cache.errors import CacheCorruptError, command_line
 from vlsi_cache.progress import human_bytes
 from vlsi_cache.store.arrays import array_specs, data_file_name, layered_names, part_specs
 from vlsi_cache.store.codec import layer_bytes, read_layered
+from vlsi_cache.store.fetch import Want
 from vlsi_cache.store.files import check_part_files, list_tmp, load_part_record
-from vlsi_cache.store.format import part_dir
+from vlsi_cache.store.format import CacheHeader, PartRecord, part_dir
+from vlsi_cache.store.location import place_of
 from vlsi_cache.store.reader import Cache, CachePath, open, surprise_of, surprise_warning
 
 from .layers import spaced
@@ -48,7 +50,7 @@ def inspect(cache: CachePath) -> Inspection:
 
     Raises what opening a cache raises, but not for one that is unfinished.
     """
-    return Inspection(describe_cache(cache.path if isinstance(cache, Cache) else Path(cache)))
+    return Inspection(describe_cache(cache.path if isinstance(cache, Cache) else place_of(cache)))
 
 
 def describe_cache(path: Path) -> dict[str, Any]:
@@ -118,7 +120,7 @@ def _bytes(cache: Cache) -> dict[str, Any]:
         )
     return {
         "size_bytes": stored,
-        "vocab_bytes": sum(file.lstat().st_size for file in (cache.path / "vocab").rglob("*") if file.is_file()),
+        "vocab_bytes": _vocab_bytes(cache),
         "bytes_per_layer_token": cache.bytes_per_layer_token(),
         "bytes_per_token": sum(stored.values()) / max(1, cache.num_tokens),
         "bytes_per_response_token": sum(stored.values()) / max(1, _sum(cache, "num_response_tokens")),
@@ -128,29 +130,44 @@ def _bytes(cache: Cache) -> dict[str, Any]:
     }
 
 
+def _vocab_bytes(cache: Cache) -> int:
+    if cache.header.vocab_files:
+        return sum(file.size for file in cache.header.vocab_files.values())
+    return sum(file.lstat().st_size for file in (cache.path / "vocab").rglob("*") if file.is_file())
+
+
 def _measure(cache: Cache, parts: Sequence[int]) -> tuple[dict[str, np.ndarray], int, int]:
     """(bytes [L] of every layered array, response tokens, 1 at least, entries) of these parts."""
-    root, header = cache.path, cache.header
-    sizes = {name: np.zeros(len(header.layers)) for name in layered_names(header)}
+    header, names = cache.header, layered_names(cache.header)
+    sizes = {name: np.zeros(len(header.layers)) for name in names}
     num_tokens = num_entries = 0
     for part in parts:
-        record, folder = load_part_record(root, header, part), part_dir(root, part)
-        check_part_files(root, part, record)
-        specs, entries_L = part_specs(header, record), np.zeros(len(header.layers))
-        if header.is_ragged:
-            kept_LT = read_layered(folder, specs, ["kept"], range(len(header.layers)))["kept"]
-            entries_L = kept_LT.sum(1, dtype=np.int64)
-        for name in sizes:
-            if not specs[name].size_bytes:
-                continue
-            file = folder / data_file_name(name, specs[name])
-            try:
-                sizes[name] += layer_bytes(file, specs[name], entries_L)
-            except ValueError as error:
-                raise CacheCorruptError(f"`{file}`: {error}; run: {command_line('verify', root)}") from error
+        want = Want(names=names)  # their indices, and nothing of the layers
+        record, found = cache.read_files(part, lambda root, part=part: _measured_part(root, header, part), want)
+        for name, size_L in found.items():
+            sizes[name] += size_L
         num_tokens += record.num_tokens
         num_entries += record.num_entries
     return sizes, max(1, num_tokens), num_entries
+
+
+def _measured_part(root: Path, header: CacheHeader, part: int) -> tuple[PartRecord, dict[str, np.ndarray]]:
+    """The record of a part, and the bytes [L] of its layered arrays."""
+    record, folder = load_part_record(root, header, part), part_dir(root, part)
+    check_part_files(root, part, record)
+    specs, entries_L, sizes = part_specs(header, record), np.zeros(len(header.layers)), {}
+    if header.is_ragged:
+        kept_LT = read_layered(folder, specs, ["kept"], range(len(header.layers)))["kept"]
+        entries_L = kept_LT.sum(1, dtype=np.int64)
+    for name in layered_names(header):
+        if not specs[name].size_bytes:
+            continue
+        file = folder / data_file_name(name, specs[name])
+        try:
+            sizes[name] = layer_bytes(file, specs[name], entries_L)
+        except ValueError as error:
+            raise CacheCorruptError(f"`{file}`: {error}; run: {command_line('verify', root)}") from error
+    return record, sizes
 
 
 def _raw_bytes(cache: Cache, entries_per_token: float) -> dict[str, int]:

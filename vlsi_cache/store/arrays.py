@@ -75,6 +75,11 @@ class ArraySpec:
         return self.sharded and len(self.shape) > 1
 
 
+def shard_index_bytes(spec: ArraySpec) -> int:
+    """Size of the index at the end of a shard: offset and size of every chunk, and a crc32c."""
+    return 16 * math.prod(spec.grid) + 4
+
+
 def value_array(header: CacheHeader) -> str:
     """Name of the array that holds what the entries of `ids` weigh."""
     return "counts" if header.row_kind == "sampled" else VALUE_ARRAY[header.profile]

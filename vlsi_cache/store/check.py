@@ -4,14 +4,14 @@ Every problem is told with its file and what to do about it; corruption is repor
 """
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from vlsi_cache import io
 from vlsi_cache.errors import CacheCorruptError, VlsiCacheError
 from vlsi_cache.progress import progress
 
-from . import table
+from . import part_cache, table
 from .files import (
     FROM_A_COPY,
     hash_file,
@@ -21,6 +21,7 @@ from .files import (
     remove_dead_tmp,
     repair_hint,
     size_problem,
+    tmp_path,
 )
 from .format import (
     HEADER_NAME,
@@ -35,7 +36,9 @@ from .format import (
     part_name,
 )
 from .header import is_interrupted_start
+from .location import UrlPath, place_of
 from .part import load_part
+from .remote import Mirror
 from .vocab_order import (
     VOCAB_NAMES,
     complete_copies,
@@ -91,9 +94,13 @@ class VerifyReport:
 
 
 def verify(path: str | os.PathLike[str], *, deep: bool = False) -> VerifyReport:
-    """Check sizes and the checksum of every chunk (`deep`: also the hash of every file), and what is foreign."""
-    io.refuse_url(path, "cache")
-    root = Path(path)
+    """Check sizes and the checksum of every chunk (`deep`: also the hash of every file), and what is foreign.
+
+    Of a cache on an object store every byte is read, and every file is compared with its hash.
+    """
+    root = place_of(path)
+    if isinstance(root, UrlPath):
+        return _verify_remote(root)
     report = VerifyReport(root, deep)
     if is_interrupted_start(root):
         what = "is missing: the start of this cache was interrupted, and nothing is lost"
@@ -115,6 +122,59 @@ def verify(path: str | os.PathLike[str], *, deep: bool = False) -> VerifyReport:
     if not report.bad_parts:
         _check_table(root, header, report)
     return report
+
+
+def _verify_remote(url: UrlPath) -> VerifyReport:
+    """The same, part by part, in a folder of its own: what lies in the part cache proves nothing."""
+    report = VerifyReport(url, deep=True)
+    with tmp_path(part_cache.folder(), "verify") as folder:
+        mirror = Mirror(url, within=folder)
+        try:
+            header = mirror.header
+        except VlsiCacheError as error:
+            report.add(HEADER_NAME, _text(error), FROM_A_COPY)
+            return report
+        _check_remote_vocab(mirror, header, report)
+        there = mirror.part_sizes()
+        _list_missing(header, [index for index in there if index < header.num_parts], report)
+        for index in progress([index for index in there if index < header.num_parts], "verify", unit="part", delay=2):
+            try:
+                mirror.whole(index)
+            except VlsiCacheError as error:
+                report.num_parts += 1
+                report.bad_parts.append(index)
+                report.add(_label(error, url, f"parts/{part_name(index)}"), _text(error))
+            else:
+                before = len(report.problems)
+                _check_part(mirror.root, header, index, report)
+                report.problems[before:] = [about_store(one, mirror) for one in report.problems[before:]]
+            part_cache.drop(mirror.root, index)
+        for index in (index for index in there if index >= header.num_parts):
+            report.add(f"parts/{part_name(index)}", "is not a part of this cache")
+        if not report.bad_parts:
+            mirror.table()
+            mirror.with_records(lambda folder: _check_table(folder, header, report, table_in=mirror.root))
+    return report
+
+
+def about_store(problem: Problem, mirror: Mirror) -> Problem:
+    """A problem of the local copy as one of what it was copied from."""
+    return replace(problem, what=problem.what.replace(str(mirror.root), str(mirror.url)))
+
+
+def _check_remote_vocab(mirror: Mirror, header: CacheHeader, report: VerifyReport) -> None:
+    try:
+        mirror.with_vocab(("id_of_rank", "heads"), lambda root: load_vocab(root, header))
+        if header.text_xxh3 is not None:
+            mirror.with_vocab(("text", "text_offsets"), lambda root: load_texts(root, header))
+    except VlsiCacheError as error:
+        report.add(_label(error, mirror.url, VOCAB_NAME), _text(error))
+
+
+def _label(error: VlsiCacheError, root: Path, otherwise: str) -> str:
+    """The file that an error is about, relative to the cache."""
+    file = error.file
+    return otherwise if file is None or not file.is_relative_to(root) else file.relative_to(root).as_posix()
 
 
 def _list_missing(header: CacheHeader, there: list[int], report: VerifyReport) -> None:
@@ -157,9 +217,7 @@ def _check_part(root: Path, header: CacheHeader, index: int, report: VerifyRepor
             part.check()
             part.check_distinct()
     except (OSError, VlsiCacheError) as error:
-        file = error.file if isinstance(error, VlsiCacheError) else None
-        label = name if file is None else file.relative_to(root).as_posix()
-        report.add(label, _text(error))
+        report.add(_label(error, root, name) if isinstance(error, VlsiCacheError) else name, _text(error))
     if len(report.problems) > before:
         report.bad_parts.append(index)
 
@@ -192,7 +250,7 @@ def _foreign_names(root: Path, header: CacheHeader) -> list[str]:
     return [f"parts/{name}" for name in sorted(found - expected)]
 
 
-def _check_table(root: Path, header: CacheHeader, report: VerifyReport) -> None:
+def _check_table(root: Path, header: CacheHeader, report: VerifyReport, *, table_in: Path | None = None) -> None:
     """What only shows over all parts: ids that repeat, counts that are not those of the plan, a stale table."""
     try:
         fresh = table.collect(root, header)
@@ -204,7 +262,7 @@ def _check_table(root: Path, header: CacheHeader, report: VerifyReport) -> None:
         what = f"sample {name!r} is in parts {parts}; ids must be unique"
         report.add(f"parts/{part_name(parts[-1])}/{RECORD_NAME}", what)
         report.bad_parts.append(parts[-1])
-    elif report.num_parts == header.num_parts and not table.is_current(root, header, fresh):
+    elif report.num_parts == header.num_parts and not table.is_current(table_in or root, header, fresh, parts=root):
         report.add(TABLE_NAME, "is missing, damaged or older than the parts")
 
 
@@ -246,7 +304,7 @@ def repair(path: str | os.PathLike[str], *, yes: bool = False, deep: bool = True
     Nothing is deleted without `yes`; with it, what dead processes left in `tmp/` is. Raises CacheCorruptError when
     `cache.json` itself is broken.
     """
-    io.refuse_url(path, "cache")
+    io.refuse_url(path, "cache")  # what is damaged on an object store is deleted there
     root = Path(path)
     if is_interrupted_start(root):
         removed, left = _sweep(root, yes)

@@ -21,7 +21,7 @@ from numcodecs import blosc  # pyright: ignore[reportAttributeAccessIssue]  (com
 
 from vlsi_cache.errors import CacheCorruptError, DataError
 
-from .arrays import ENTRY_ARRAYS, ArraySpec, data_file_name
+from .arrays import ENTRY_ARRAYS, ArraySpec, data_file_name, shard_index_bytes
 from .files import read_file
 from .format import FileRecord
 
@@ -99,14 +99,19 @@ def encode_array(values: np.ndarray, spec: ArraySpec) -> Iterator[bytes]:
     if not spec.sharded:
         yield encode_chunk(values, spec)
         return
-    index, at = [], 0
+    sizes = []
     for where in np.ndindex(*spec.grid):
         piece = encode_chunk(_chunk_of(values, spec, where), spec)
-        index.append((at, len(piece)))
-        at += len(piece)
+        sizes.append(len(piece))
         yield piece
-    table = np.array(index, "<u8").tobytes()
-    yield table + _crc(table)
+    yield encode_index(sizes)
+
+
+def encode_index(sizes: Sequence[int]) -> bytes:
+    """The end of a shard: where each of its chunks begins, and how many bytes it has."""
+    starts = np.cumsum([0, *sizes])[:-1]
+    table = np.stack([starts, np.asarray(sizes, np.int64)], 1).astype("<u8").tobytes()
+    return table + _crc(table)
 
 
 def _chunk_of(values: np.ndarray, spec: ArraySpec, where: tuple[int, ...]) -> np.ndarray:
@@ -160,6 +165,12 @@ def read_spans(path: Path, spec: ArraySpec, spans: Sequence[tuple[int, int]]) ->
     ]
 
 
+def read_index(path: Path, spec: ArraySpec) -> np.ndarray:
+    """Offset and size of every chunk of a shard, uint64 [*grid, 2]; ValueError unless they lie in order."""
+    with path.open("rb", buffering=0) as file:
+        return _read_index(file.fileno(), spec)
+
+
 def layer_bytes(path: Path, spec: ArraySpec, entries_L: np.ndarray) -> np.ndarray:
     """Stored bytes of every layer of a sharded array, float64 [L]: only the index of the shard is read.
 
@@ -178,11 +189,10 @@ def layer_bytes(path: Path, spec: ArraySpec, entries_L: np.ndarray) -> np.ndarra
 
 def _read_index(handle: int, spec: ArraySpec) -> np.ndarray:
     """Offset and size of every chunk of a shard, uint64 [*grid, 2]; they must lie in C order without gaps."""
-    num_bytes = 16 * math.prod(spec.grid)
-    size = os.fstat(handle).st_size
-    if num_bytes + CRC_BYTES > size:
+    num_bytes, size = shard_index_bytes(spec), os.fstat(handle).st_size
+    if num_bytes > size:
         raise ValueError(f"{size} bytes cannot hold the index of {math.prod(spec.grid)} chunks")
-    stored = _read_at(handle, size - num_bytes - CRC_BYTES, num_bytes + CRC_BYTES)
+    stored = _read_at(handle, size - num_bytes, num_bytes)
     index = checked(stored).view("<u8").reshape(-1, 2)
     if index[:, 1].max() > size:  # else their sum might wrap around
         raise ValueError(f"a chunk of {index[:, 1].max()} bytes in a file of {size}")
@@ -274,7 +284,9 @@ class MappedLayers:
         with self._lock:
             if self._is_known[block]:
                 return
-            if self.path.stat().st_size != self._file_bytes:  # touching a page behind the end would kill the process
+            if (
+                _size_of(self.path, self._file_bytes) != self._file_bytes
+            ):  # a page behind the end would kill the process
                 raise CacheCorruptError.at(self.path, ": the file has changed its size since it was opened")
             for layer in (layer for layer in self._layers if not self._known_BL[block, layer]):
                 try:
@@ -287,26 +299,38 @@ class MappedLayers:
             self._is_known[block] = True
 
 
+def _size_of(path: Path, otherwise: int) -> int:
+    """Size of a file; `otherwise` when it has no name any more, which leaves what is mapped as it was."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return otherwise
+
+
 NOTHING: Mapping[str, Undo] = {}
 Arrays = dict[str, Any]  # numpy arrays, or MappedLayers that are sliced like them
 
 
-def write_arrays(folder: Path, arrays: Mapping[str, np.ndarray], specs: dict[str, ArraySpec]) -> dict[str, FileRecord]:
-    """Write a new Zarr group at `folder`; equal input gives equal bytes. Returns what was written, data files hashed.
+def write_arrays(
+    folder: Path, arrays: Mapping[str, np.ndarray], specs: dict[str, ArraySpec]
+) -> tuple[dict[str, FileRecord], dict[str, list[int]]]:
+    """Write a new Zarr group at `folder`; equal input gives equal bytes. Nothing is flushed to the disk here.
 
-    Nothing is flushed to the disk here.
+    Returns size and hash of every data file, and of every shard, by the name of its array, the sizes of its chunks.
     """
     for name, spec in specs.items():
         shape = (spec.shape[1], spec.shape[0], *spec.shape[2:]) if spec.is_layered else spec.shape
         if spec.size_bytes and arrays[name].shape != shape:  # else the rest of a chunk would be filled up in silence
             raise DataError(f"`{name}` is {arrays[name].shape}, this part needs {shape}")
     _write_metadata(folder, specs)
-    written = {}
+    written, chunk_bytes = {}, {}
     for name, spec in specs.items():
         if spec.size_bytes:
             file = data_file_name(name, spec)
-            written[file] = _write_file(folder / file, encode_array(arrays[name], spec))
-    return written
+            written[file], sizes = _write_file(folder / file, encode_array(arrays[name], spec))
+            if spec.sharded:
+                chunk_bytes[name] = sizes[:-1]  # what comes last is the index
+    return written, chunk_bytes
 
 
 def _write_metadata(folder: Path, specs: dict[str, ArraySpec]) -> None:
@@ -344,15 +368,16 @@ def _metadata_of(spec: ArraySpec | None) -> bytes:
     return files["array/zarr.json"].to_bytes()
 
 
-def _write_file(path: Path, pieces: Iterable[bytes]) -> FileRecord:
+def _write_file(path: Path, pieces: Iterable[bytes]) -> tuple[FileRecord, list[int]]:
+    """Size and hash of the new file, and the sizes of its pieces."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    digest, size = xxhash.xxh3_64(), 0
+    digest, sizes = xxhash.xxh3_64(), []
     with path.open("wb") as file:
         for piece in pieces:
             file.write(piece)
             digest.update(piece)
-            size += len(piece)
-    return FileRecord(size=size, xxh3=digest.hexdigest())
+            sizes.append(len(piece))
+    return FileRecord(size=sum(sizes), xxh3=digest.hexdigest()), sizes
 
 
 def read_samples(folder: Path, specs: dict[str, ArraySpec], names: Iterable[str]) -> Arrays:

@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -184,7 +183,7 @@ class CacheDataset:
     ) -> None:
         opened = cache if isinstance(cache, Cache) else open(cache)
         opened.header.layer_indices(layers)  # an unknown layer is an error now, not in a worker
-        self.path = Path(opened.path)
+        self.path = opened.path
         self.layers = None if layers is None else list(layers)
         self.recent_bytes = recent_bytes
         self._use(opened)

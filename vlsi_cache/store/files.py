@@ -6,6 +6,7 @@ renames first has won; the loser removes what it wrote and says nothing.
 
 import contextlib
 import errno
+import math
 import os
 import re
 import shutil
@@ -20,7 +21,15 @@ from pathlib import Path
 from vlsi_cache.errors import CacheCorruptError, DiskFullError, command_line
 from vlsi_cache.io import checksum, fsync_dir, is_disk_full, remove
 
-from .arrays import SUMMARY_ARRAYS, data_file_name, part_file_names, part_specs, vocab_specs
+from .arrays import (
+    SUMMARY_ARRAYS,
+    ArraySpec,
+    data_file_name,
+    part_file_names,
+    part_specs,
+    shard_index_bytes,
+    vocab_specs,
+)
 from .format import (
     FORMAT_VERSION,
     HEADER_NAME,
@@ -34,6 +43,7 @@ from .format import (
     shown,
     unseal_json,
 )
+from .location import UrlPath
 
 RESERVE_BYTES = 1 << 20  # metadata, directories and the commit record of a part
 STALE_S = 86400.0  # an unfinished file of another host counts as abandoned after this
@@ -41,6 +51,7 @@ STALE_S = 86400.0  # an unfinished file of another host counts as abandoned afte
 _TMP_NAME = re.compile(r"^(?P<what>.+)\.(?P<host>[A-Za-z0-9_-]+)\.(?P<pid>\d+)\.(?P<uuid>[0-9a-f]{12})(\.[a-z]+)?$")
 _live: set[str] = set()
 FROM_A_COPY = "restore this file from a copy of the cache"
+DAMAGED_REMOTE = "what lies on the store is damaged: delete it there, and build or push the cache again; it continues"
 
 KINDS = {
     stat.S_IFDIR: "a folder",
@@ -90,14 +101,20 @@ def _is_alive(pid: int) -> bool:
 @contextlib.contextmanager
 def tmp_path(root: Path, what: str, suffix: str = "") -> Iterator[Path]:
     """A name of our own in `tmp/`; whatever is left there when the block ends is removed."""
+    path = new_tmp(root, what, suffix)
+    try:
+        yield path
+    finally:
+        remove(path)
+        _live.discard(path.name)
+
+
+def new_tmp(root: Path, what: str, suffix: str = "") -> Path:
+    """A name of our own in `tmp/`, for as long as this process lives; what is there then is garbage."""
     (root / "tmp").mkdir(parents=True, exist_ok=True)
     name = f"{what}.{host_name()}.{os.getpid()}.{uuid.uuid4().hex[:12]}{suffix}"
     _live.add(name)
-    try:
-        yield root / "tmp" / name
-    finally:
-        remove(root / "tmp" / name)
-        _live.discard(name)
+    return root / "tmp" / name
 
 
 def list_tmp(root: Path) -> tuple[list[str], list[str]]:
@@ -186,6 +203,8 @@ def disk_full_is_an_error(root: Path, need_bytes: int) -> Iterator[None]:
 
 def repair_hint(root: Path) -> str:
     """What to do about a damaged cache."""
+    if isinstance(root, UrlPath):
+        return DAMAGED_REMOTE
     return f"run: {command_line('repair', root)}"
 
 
@@ -291,6 +310,18 @@ def _record_problem(header: CacheHeader, index: int, record: PartRecord) -> str:
         num_bytes = spec.size_bytes
         if num_bytes and num_bytes > MAX_SHRINK * (size := record.files[data_file_name(name, spec)].size):
             return f"`{name}` would be {num_bytes} bytes, which its file of {size} bytes cannot hold"
+    return _chunks_problem(record, specs)
+
+
+def _chunks_problem(record: PartRecord, specs: dict[str, ArraySpec]) -> str:
+    """What contradicts the files in `chunk_bytes`, which may be missing."""
+    sharded = {name: spec for name, spec in specs.items() if spec.sharded and spec.size_bytes}
+    if record.chunk_bytes and record.chunk_bytes.keys() != sharded.keys():
+        return f"`chunk_bytes` must name {shown(sorted(sharded))}, got {shown(sorted(record.chunk_bytes))}"
+    for name, sizes in record.chunk_bytes.items():
+        num_chunks, size = math.prod(sharded[name].grid), record.files[data_file_name(name, sharded[name])].size
+        if len(sizes) != num_chunks or sum(sizes) + shard_index_bytes(sharded[name]) != size:
+            return f"`chunk_bytes`: {len(sizes)} chunks of `{name}` with {sum(sizes)} bytes are not its file of {size}"
     return ""
 
 

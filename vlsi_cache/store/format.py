@@ -270,6 +270,15 @@ class PartRecord(StrictRecord):
     summary: dict[str, list[float | None]]
     skipped: list[dict[str, Any]] = []
     files: dict[str, FileRecord]
+    chunk_bytes: dict[str, list[Count]] = {}
+
+    @model_serializer(mode="wrap")
+    def _without_later_fields(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """`chunk_bytes` came later: a record that does without stays what it was."""
+        fields: dict[str, Any] = dump(self)
+        if not self.chunk_bytes:
+            del fields["chunk_bytes"]
+        return fields
 
     @model_validator(mode="after")
     def _columns_fit(self) -> "PartRecord":
@@ -301,9 +310,19 @@ def part_dir(root: Path, index: int) -> Path:
     return root / "parts" / part_name(index)
 
 
+def files_digest(files: dict[str, FileRecord]) -> str:
+    """xxh3-64 over names, sizes and hashes: on an object store, the name of the folder in which these files lie."""
+    return xxhash.xxh3_64_hexdigest(canonical_json({name: file.model_dump() for name, file in files.items()}))
+
+
 def list_parts(root: Path) -> list[int]:
     """Indices of the committed parts: what is in `parts/` under a part's name is done."""
-    names = set(os.listdir(root / "parts")) if (root / "parts").is_dir() else set()
+    return part_indices(os.listdir(root / "parts")) if (root / "parts").is_dir() else []
+
+
+def part_indices(names: Iterable[str]) -> list[int]:
+    """The parts that these folders of `parts/` are, ascending."""
+    names = set(names)
     indices = (int(name[:-5]) for name in names if name.endswith(".zarr") and name[:-5].isdecimal())
     return sorted(index for index in indices if part_name(index) in names)
 

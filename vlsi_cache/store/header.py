@@ -16,6 +16,7 @@ from vlsi_cache.io import check_folder
 
 from .files import disk_full_is_an_error, load_header, publish_new_file, repair_hint, tmp_path, write_durable
 from .format import HEADER_NAME, IDENTITY_FIELDS, VOCAB_NAME, CacheHeader, sealed_json
+from .location import UrlPath
 from .vocab_order import OrderOrMaker, TokenTexts, VocabOrder, complete_copies, publish_vocab, text_digest, vocab_files
 
 MAX_SHOWN = 120  # characters of a differing fingerprint value in a message
@@ -68,10 +69,24 @@ def _as_stored(header: CacheHeader) -> CacheHeader:
 
 
 def check_root(root: Path) -> None:
-    """Raise SpecError unless `root` is a cache, or a folder that can become one."""
+    """Raise SpecError unless `root` is a cache, or a folder or a URL that can become one."""
+    if isinstance(root, UrlPath):
+        from .upload import check_url
+
+        check_url(root)
+        return
     check_folder(root)
     if root.is_dir() and not (root / HEADER_NAME).exists():
         _refuse_foreign_directory(root)
+
+
+def header_at(root: Path) -> CacheHeader | None:
+    """The header of the cache in a folder or at a URL; None where none was begun."""
+    if isinstance(root, UrlPath):
+        from .upload import stored_header
+
+        return stored_header(root)
+    return load_header(root) if (root / HEADER_NAME).exists() else None
 
 
 def _refuse_foreign_directory(root: Path) -> None:
@@ -102,8 +117,13 @@ def foreign_names(root: Path) -> set[str]:
 
 
 def _compare(root: Path, stored: CacheHeader, asked: CacheHeader) -> None:
+    compare_headers(root, stored, asked, without=("id_of_rank_xxh3",))  # the table there stays
+
+
+def compare_headers(root: Path, stored: CacheHeader, asked: CacheHeader, *, without: Sequence[str]) -> None:
+    """Raise FingerprintMismatchError with every field in which the cache at `root` is another than is asked for."""
     lines = differences(stored.fingerprint, asked.fingerprint)
-    of_both = [identity_of(header, without=("id_of_rank_xxh3",)) for header in (stored, asked)]  # the table there stays
+    of_both = [identity_of(header, without=without) for header in (stored, asked)]
     lines += differences(*of_both)
     if lines:
         raise FingerprintMismatchError(

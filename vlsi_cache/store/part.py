@@ -51,6 +51,7 @@ class Part:
     `arrays` holds the layered arrays [L, T, ...] of the layer rows that were asked for; where rows differ in width, one
     array per layer for the entries, and their offsets by token under `edges` [L, T + 1]. `id_of_rank_LV` is of the
     same layers; None when ids are stored. `is_undone`: see encoding.UNDO; otherwise everything is as on the disk.
+    `is_copy`: read from a local copy of a part on an object store, without what only other readers need.
     """
 
     header: CacheHeader
@@ -60,6 +61,7 @@ class Part:
     id_of_rank_LV: np.ndarray | None
     is_undone: bool = False
     is_decoded: bool = False
+    is_copy: bool = False
 
     def decoded(self) -> "Part":
         """The part with ids and log-probs of all its rows decoded at once, at 8 bytes an entry; rows are views then.
@@ -131,13 +133,18 @@ class Part:
     def check(self) -> None:
         """What reading does not look at, or not before it is needed: blocks of memory-mapped arrays, the metadata for
         other readers, and whether the response ids are those of part.json."""
-        check_metadata(self.folder, self.record)
-        for array in self.arrays.values():
-            if isinstance(array, MappedLayers):
-                array.check_all()
+        if not self.is_copy:
+            check_metadata(self.folder, self.record)
+        self.check_blocks()
         spans = pairwise(self.arrays["response_offsets"].tolist())
         if [response_digest(self.arrays["response_ids"][lo:hi]) for lo, hi in spans] != self.record.response_xxh3:
             raise self._other_responses()
+
+    def check_blocks(self) -> None:
+        """Look at every block of memory-mapped arrays now."""
+        for array in self.arrays.values():
+            if isinstance(array, MappedLayers):
+                array.check_all()
 
     def _other_responses(self) -> CacheCorruptError:
         return CacheCorruptError.at(self.folder / "response_ids", ": response ids are not those of part.json")

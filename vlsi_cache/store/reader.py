@@ -9,11 +9,11 @@ import operator
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import TYPE_CHECKING, Any, SupportsIndex, TypeVar
 
 import numpy as np
 
@@ -26,14 +26,16 @@ from vlsi_cache.errors import (
     command_line,
     did_you_mean,
 )
-from vlsi_cache.io import refuse_url
 from vlsi_cache.progress import html_text
 
 from .codec import Known
-from .files import load_header, load_part_record, refuse_special, repair_hint
+from .fetch import NOTHING, Want
+from .files import hints_at_repair, load_header, load_part_record, refuse_special, repair_hint
 from .format import HEADER_NAME, CacheHeader, PartRecord, list_parts, part_dir
 from .header import is_interrupted_start, resume_command
+from .location import UrlPath, place_of
 from .part import Part, Row, load_part
+from .remote import Mirror
 from .vocab_order import VocabOrder, load_texts, load_vocab
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from .check import VerifyReport
     from .table import Index
 
+Result = TypeVar("Result")
 RECENT_BYTES = 256 << 20  # decoded parts that stay in memory for the next look, at least one
 
 
@@ -55,8 +58,9 @@ class Cache(Mapping[str, Row]):
     __eq__ = object.__eq__  # Mapping's would read every row of both
     __hash__ = object.__hash__  # type: ignore[assignment]
 
-    def __init__(self, root: Path, header: CacheHeader, index: "Index") -> None:
-        self.path = root
+    def __init__(self, path: Path, header: CacheHeader, index: "Index", mirror: Mirror | None = None) -> None:
+        self.path = path
+        self._mirror = mirror
         self.header = header
         self.recent_bytes = RECENT_BYTES
         self._index = index
@@ -94,7 +98,7 @@ class Cache(Mapping[str, Row]):
         """What turns stored numbers into token ids, checked against cache.json."""
         with self._lock:
             if self._vocab_order is None:
-                self._vocab_order = load_vocab(self.path, self.header)
+                self._vocab_order = self._from_vocab(("id_of_rank", "heads"), load_vocab)
             return self._vocab_order
 
     def token_text(self, token: int) -> str | None:
@@ -103,7 +107,7 @@ class Cache(Mapping[str, Row]):
             return None
         with self._lock:
             if self._texts is None:
-                self._texts = load_texts(self.path, self.header)
+                self._texts = self._from_vocab(("text", "text_offsets"), load_texts)
         text, offsets = self._texts
         return text[offsets[token] : offsets[token + 1]].decode("utf-8", "replace")
 
@@ -183,7 +187,19 @@ class Cache(Mapping[str, Row]):
                 return self._parts[key]
         ids_LV = self._ids_by_place()
         chosen_LV = None if ids_LV is None else ids_LV[list(key[1])]
-        part = load_part(self.path, self.header, index, key[1], chosen_LV, undone=undone, known=self._known)
+        # What is mapped of a local copy may be fetched again, and then was never checked: it is looked at here, where
+        # damage leads to another try.
+        known = self._known if self._mirror is None else None
+
+        def read(root: Path) -> Part:
+            part = load_part(root, self.header, index, key[1], chosen_LV, undone=undone, known=known)
+            if self._mirror is not None:
+                with hints_at_repair(root):
+                    part.check_blocks()
+            return part
+
+        part = self.read_files(index, read, Want(layers=key[1]))
+        part = replace(part, folder=part_dir(self.path, index), is_copy=self._mirror is not None)
         if keep:
             with self._lock:
                 self._parts[key] = part
@@ -204,7 +220,19 @@ class Cache(Mapping[str, Row]):
 
     def part_record(self, index: int) -> PartRecord:
         """The commit record of a part: per-layer summary, skipped samples, files."""
-        return load_part_record(self.path, self.header, index)
+        return self.read_files(index, lambda root: load_part_record(root, self.header, index), NOTHING)
+
+    def read_files(self, index: int, read: Callable[[Path], Result], want: Want) -> Result:
+        """`read(root)`, where the files of part `index` are in their places below `root`, with what it wants of them.
+
+        That is the cache's own folder; for a cache on an object store a local copy, in which all else is missing.
+        """
+        return read(self.path) if self._mirror is None else self._mirror.read(index, want, read)
+
+    def _from_vocab(self, names: Sequence[str], read: Callable[[Path, CacheHeader], Result]) -> Result:
+        if self._mirror is None:
+            return read(self.path, self.header)
+        return self._mirror.with_vocab(names, lambda root: read(root, self.header))
 
     def verify(self, *, deep: bool = False) -> "VerifyReport":
         """Check every file and every chunk (`deep`: also the hash of every file)."""
@@ -260,14 +288,18 @@ CachePath = Cache | str | os.PathLike[str]
 def open(path: str | os.PathLike[str], *, allow_incomplete: bool = False) -> Cache:
     """Open a cache for reading: its header, and which samples lie where. Nothing is decoded yet.
 
+    `path` is a folder, or a URL on an object store (s3://, gs://, az://): of that only what is asked for is read,
+    through the local part cache.
+
     The files of a part are checked for their sizes when the part is first read; `verify` checks them all. A table of
     samples that is missing or stale is written again where the folder allows it. Raises CacheNotFoundError,
     CacheIncompleteError (not with `allow_incomplete`), CacheCorruptError.
     """
     from .table import load_index
 
-    refuse_url(path, "cache")
-    root = Path(path)
+    root = place_of(path)
+    if isinstance(root, UrlPath):
+        return _open_remote(root, allow_incomplete=allow_incomplete)
     refuse_special(root / HEADER_NAME)
     if not (root / HEADER_NAME).is_file():
         raise CacheNotFoundError(_not_a_cache(root), file=root)
@@ -275,13 +307,30 @@ def open(path: str | os.PathLike[str], *, allow_incomplete: bool = False) -> Cac
     there = list_parts(root)
     done = sum(index < header.num_parts for index in there)
     if done < header.num_parts and not allow_incomplete:
-        what = f"`{root}` is not finished: {done} of {header.num_parts} parts are there"
-        raise CacheIncompleteError(what, file=root, hint=f"to continue run: {resume_command(header, root)}")
+        raise _not_finished(root, header, done)
     extra = [index for index in there if index >= header.num_parts]
     if extra:
         what = f" is not part of this cache of {header.num_parts} parts"
         raise CacheCorruptError.at(part_dir(root, extra[0]), what, hint=repair_hint(root))
     return Cache(root, header, load_index(root, header))
+
+
+def _open_remote(url: UrlPath, *, allow_incomplete: bool) -> Cache:
+    from .table import load_remote_index
+
+    mirror = Mirror(url)
+    header, index = mirror.header, load_remote_index(mirror)
+    extra = [part for part in index.parts if part >= header.num_parts]
+    if extra:
+        raise CacheCorruptError.at(part_dir(url, extra[0]), f" is not part of this cache of {header.num_parts} parts")
+    if len(index.parts) < header.num_parts and not allow_incomplete:
+        raise _not_finished(url, header, len(index.parts))
+    return Cache(url, header, index, mirror)
+
+
+def _not_finished(root: Path, header: CacheHeader, done: int) -> CacheIncompleteError:
+    what = f"`{root}` is not finished: {done} of {header.num_parts} parts are there"
+    return CacheIncompleteError(what, file=root, hint=f"to continue run: {resume_command(header, root)}")
 
 
 def _not_a_cache(root: Path) -> str:

@@ -10,8 +10,9 @@ import json
 import os
 import stat
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -30,6 +31,9 @@ from .format import (
     sealed_json,
     unseal_json,
 )
+
+if TYPE_CHECKING:
+    from .remote import Mirror
 
 MANIFEST_KEY = b"vlsi_cache.parts"
 FILES_KEY = b"vlsi_cache.files"
@@ -64,10 +68,13 @@ class Index:
         num_samples: int,
         samples: pa.Table | None,
         file_sizes: FileSizes | bytes,
+        rebuild: "Callable[[], Index] | None" = None,
     ) -> None:
+        """`rebuild` makes the index from the part records, where those are not in `root`."""
         self.parts = parts
         self.num_samples = num_samples
-        self._root, self._header = root, header
+        self._root = root
+        self._from_records = rebuild or (lambda: build_index(root, header))
         self._columns = {} if samples is None else {name: samples[name] for name in SCHEMA.names}
         self._file_sizes = file_sizes
 
@@ -101,7 +108,7 @@ class Index:
         return pa.table([self.column(name) for name in SCHEMA.names], schema=SCHEMA)
 
     def _rebuild(self) -> None:
-        rebuilt = build_index(self._root, self._header)
+        rebuilt = self._from_records()
         self._columns, self._file_sizes = rebuilt._columns, rebuilt._file_sizes
         self.num_samples, self.parts = rebuilt.num_samples, rebuilt.parts
 
@@ -235,11 +242,14 @@ def load_index(root: Path, header: CacheHeader) -> Index:
     return index
 
 
-def is_current(root: Path, header: CacheHeader, fresh: Index) -> bool:
-    """Whether `samples.parquet` is there, whole, and says what the part records, read into `fresh`, say."""
+def is_current(root: Path, header: CacheHeader, fresh: Index, *, parts: Path | None = None) -> bool:
+    """Whether `samples.parquet` in `root` is there, whole, and says what the part records, read into `fresh`, say.
+
+    The records lie in `parts`, by default in `root` too.
+    """
     try:
         refuse_special(root / TABLE_NAME)
-        index = _current_table(root, header)
+        index = _current_table(root, header, parts=parts)
         if index is None:
             return False
         sizes = _parsed_sizes(index._file_sizes, root / TABLE_NAME, index.parts)  # type: ignore[arg-type]
@@ -249,8 +259,27 @@ def is_current(root: Path, header: CacheHeader, fresh: Index) -> bool:
         return False
 
 
-def _current_table(root: Path, header: CacheHeader) -> Index | None:
-    """What the table's footer says, if it was made from the parts that are there; no column is read."""
+def load_remote_index(mirror: "Mirror") -> Index:
+    """The index of a cache on an object store: from its table if that lists all parts, else from all part records.
+
+    Parts are never replaced, and the table is written when all are there: none of them is asked for. The size of a
+    part's record is compared when the part is first read.
+    """
+    header = mirror.header
+
+    def from_records() -> Index:
+        return mirror.with_records(lambda folder: build_index(folder, header))
+
+    if mirror.table() is None or (footer := _footer(mirror.root, header)) is None:
+        return from_records()
+    records, num_samples, files = footer
+    if sorted(records) != list(range(header.num_parts)) or num_samples > header.num_samples:
+        return from_records()
+    return Index(mirror.root, header, sorted(records), num_samples, None, files, from_records)
+
+
+def _footer(root: Path, header: CacheHeader) -> tuple[dict[int, int], int, bytes] | None:
+    """What the table's footer says: size of each part's record, number of samples, files; None if it cannot be used."""
     path = root / TABLE_NAME
     try:
         with pq.ParquetFile(path) as file:
@@ -262,12 +291,21 @@ def _current_table(root: Path, header: CacheHeader) -> Index | None:
         return None
     if manifest.get("cache_digest") != header.digest or schema.remove_metadata() != SCHEMA:
         return None
-    parts = list_parts(root)
-    if sorted(records) != parts or not _records_are_there(root, records):
+    return records, num_samples, files
+
+
+def _current_table(root: Path, header: CacheHeader, *, parts: Path | None = None) -> Index | None:
+    """The index from the table's footer, if it was made from the parts that are there; no column is read."""
+    of_parts = parts or root
+    if (footer := _footer(root, header)) is None:
         return None
-    if len(parts) == header.num_parts and num_samples > header.num_samples:
+    records, num_samples, files = footer
+    there = list_parts(of_parts)
+    if sorted(records) != there or not _records_are_there(of_parts, records):
         return None
-    return Index(root, header, parts, num_samples, None, files)
+    if len(there) == header.num_parts and num_samples > header.num_samples:
+        return None
+    return Index(root, header, there, num_samples, None, files)
 
 
 def _records_are_there(root: Path, records: dict[int, int]) -> bool:

@@ -31,8 +31,9 @@ from .files import (
     tmp_path,
     write_durable,
 )
-from .format import RECORD_NAME, CacheHeader, PartRecord, list_parts, part_dir, response_digest, sealed_json
+from .format import RECORD_NAME, TABLE_NAME, CacheHeader, PartRecord, list_parts, part_dir, response_digest, sealed_json
 from .header import OrderOrMaker, TokenTexts, publish_header
+from .location import UrlPath, place_of
 from .vocab_order import VocabOrder
 
 MAX_WAITING_PARTS = 2  # finished parts that wait for the disk before whoever makes them has to
@@ -79,15 +80,18 @@ class CacheWriter:
         *,
         token_texts: TokenTexts = None,
     ) -> "CacheWriter":
-        """Create the cache at `path`, or continue the one that is there.
+        """Create the cache at `path`, a folder or a URL, or continue the one that is there.
 
         `vocab_order`, or a function that makes it when it is needed, turns token ids into small numbers; a cache that
         has one keeps it. `token_texts` makes the texts of the V tokens, for people. Raises
         FingerprintMismatchError with every differing field when the cache there is another one, SpecError when the
         directory is something else.
         """
-        io.refuse_url(path, "cache")
-        root = Path(path)
+        root = place_of(path)
+        if isinstance(root, UrlPath):
+            from .upload import RemoteWriter
+
+            return RemoteWriter.begin(root, header, vocab_order, token_texts)
         with disk_full_is_an_error(root, 0):
             stored, order = publish_header(root, header, vocab_order, token_texts)
             (root / "parts").mkdir(exist_ok=True)
@@ -96,15 +100,22 @@ class CacheWriter:
 
     def missing_parts(self, rank: int = 0, world: int = 1) -> list[int]:
         """Parts not yet committed: the own ones (p % world == rank) first, then those nobody has done so far."""
-        done = set(list_parts(self.path))
+        done = self.done_parts()
         missing = [index for index in range(self.header.num_parts) if index not in done]
         own = [index for index in missing if index % world == rank]
         rest = [index for index in missing if index % world != rank]
         return own + [index for index in rest if index % world > rank] + [i for i in rest if i % world < rank]
 
-    def is_written(self, index: int) -> bool:
-        """Whether part `index` is committed, by whomever."""
+    def done_parts(self) -> set[int]:
+        """The parts that are committed, by whomever."""
+        return set(list_parts(self.path))
+
+    def has_part(self, index: int) -> bool:
         return part_dir(self.path, index).exists()
+
+    def has_table(self) -> bool:
+        """Whether the cache is finished."""
+        return (self.path / TABLE_NAME).is_file()
 
     def write_part(self, index: int, samples: PartSamples) -> bool:
         """Commit part `index`; False when another process had committed it first.
@@ -113,7 +124,7 @@ class CacheWriter:
         """
         if not 0 <= index < self.header.num_parts:
             raise DataError(f"part {index} of `{self.path}`: the cache has parts 0 to {self.header.num_parts - 1}")
-        if self.is_written(index):
+        if self.has_part(index):
             return False
         check_samples(self.header, index, samples)
         assert samples.rows is not None
@@ -128,7 +139,7 @@ class CacheWriter:
         need_bytes = sum(spec.size_bytes for spec in specs.values())
         check_free_space(root, need_bytes)
         with tmp_path(root, f"{index:06d}", ".zarr") as tmp, disk_full_is_an_error(root, need_bytes):
-            files = write_arrays(tmp, arrays, specs)
+            files, chunk_bytes = write_arrays(tmp, arrays, specs)
             for name in part_file_names(specs) - set(files):
                 files[name] = hash_file(tmp / name)
             record = PartRecord(
@@ -136,12 +147,17 @@ class CacheWriter:
                 index=index,
                 num_response_tokens=num_response,
                 files=dict(sorted(files.items())),
+                chunk_bytes=chunk_bytes,
                 **sizes,
                 **_describe(samples, arrays),
             )
             write_durable(tmp / RECORD_NAME, sealed_json(record.model_dump()))
             io.fsync_tree(tmp)
-            return publish_dir(tmp, part_dir(root, index))
+            return self._publish(tmp, index)
+
+    def _publish(self, tmp: Path, index: int) -> bool:
+        """Give the finished folder `tmp` its place; False when the place is taken."""
+        return publish_dir(tmp, part_dir(self.path, index))
 
     def in_background(self) -> "PartQueue":
         """A queue that encodes and writes parts while the caller makes the next ones; use it as a context."""

@@ -24,15 +24,14 @@ from vlsi_cache.data.collate import plan_batches, plan_parts
 from vlsi_cache.data.encoder import CONTRACT
 from vlsi_cache.data.records import units
 from vlsi_cache.errors import BatchTooLargeError, SpecError
-from vlsi_cache.io import refuse_url
 from vlsi_cache.processes import Processes, launched
 from vlsi_cache.progress import Bar, say
 from vlsi_cache.runs.run_dir import spec_changes_note, versions
 from vlsi_cache.sparse.rows import SparseRows, select_at_random, select_by_entropy
 from vlsi_cache.store import reader
-from vlsi_cache.store.files import load_header
-from vlsi_cache.store.format import HEADER_NAME, TABLE_NAME, CacheHeader
-from vlsi_cache.store.header import check_root
+from vlsi_cache.store.format import HEADER_NAME, CacheHeader
+from vlsi_cache.store.header import check_root, header_at
+from vlsi_cache.store.location import place_of
 from vlsi_cache.store.reader import Cache, surprise_warning
 from vlsi_cache.store.vocab_order import VocabOrder, one_order, order_by_count
 from vlsi_cache.store.writer import CacheWriter, PartSamples
@@ -53,7 +52,7 @@ MadeBatch = tuple[PartBatch, list[SparseRows]]
 def build_teacher(
     spec: CacheSpec, *, out: Path | str, device: str | None = None, rank: int = 0, world: int = 1
 ) -> Cache:
-    """Build the cache of `spec` at `out`, or go on with it after a kill; a finished one is only opened.
+    """Build the cache of `spec` at `out`, a folder or a URL, or go on with it after a kill; a finished one is opened.
 
     Any number of processes may work on one `out`: process `rank` of `world` takes its own parts first, then whatever
     is missing. Under `torchrun` they are numbered by it, and each takes the GPU of its number. With
@@ -61,20 +60,19 @@ def build_teacher(
     Raises FingerprintMismatchError when `out` holds a cache of something else, BatchTooLargeError, DiskFullError,
     DataError, ModelError.
     """
-    refuse_url(out, "out")
+    out = place_of(out, "out")
     if not 0 <= rank < world:
         raise SpecError(f"rank {rank} of {world}: ranks go from 0 to {world - 1}")
     if world == 1:
         rank, world = launched()
         device = Processes(rank, world).own_device(device, spec.run.device)
-    out = Path(out)
     check_root(out)
     inputs = open_teacher_inputs(as_begun(spec, out))
     parts = parts_of(inputs)
     # Loaded when it is first asked for, and once: a finished cache is opened without it.
     teacher = remember(lambda: load_teacher(inputs, device=device))
     batch_tokens = settled_batch_tokens(inputs, out, lambda: find_batch_tokens(teacher(), parts))
-    if not (out / HEADER_NAME).exists():
+    if header_at(out) is None:
         teacher()  # a teacher that cannot be used leaves no cache folder behind
     first_rows: list[MadeBatch] = []
     writer = CacheWriter.create_or_resume(
@@ -99,7 +97,7 @@ def build_teacher(
     else:
         say(f"{out} is finished: all {len(parts)} parts are there; nothing to do")
     # Does nothing while another process still has parts to write: the last one finishes.
-    if missing or not (out / TABLE_NAME).is_file():
+    if missing or not writer.has_table():
         writer.finish()
     cache = reader.open(out)
     if warning := surprise_warning(cache):
@@ -109,7 +107,8 @@ def build_teacher(
 
 def as_begun(spec: CacheSpec, out: Path) -> CacheSpec:
     """A cache that an earlier release has begun, which kept turns of a row together and nothing else, goes on so."""
-    if (out / HEADER_NAME).exists() and "keep_together" not in (load_header(out).spec.get("data") or {}):
+    header = header_at(out)
+    if header is not None and "keep_together" not in (header.spec.get("data") or {}):
         return change(spec, data=change(spec.data, keep_together="row"))
     return spec
 
@@ -118,9 +117,9 @@ def settled_batch_tokens(inputs: TeacherInputs, out: Path, find: Callable[[], in
     """The number the spec names; for `auto` the one that the cache has recorded, or else one found now."""
     if inputs.spec.run.batch_tokens != "auto":
         return inputs.spec.run.batch_tokens
-    if not (out / HEADER_NAME).exists():
+    if (header := header_at(out)) is None:
         return find()
-    recorded = int(load_header(out).spec["run"]["batch_tokens"])
+    recorded = int(header.spec["run"]["batch_tokens"])
     say(f"batch tokens: {recorded} (recorded in {out / HEADER_NAME})")
     return recorded
 
@@ -306,7 +305,7 @@ def _build_parts(
 def _still_missing(missing: list[int], writer: CacheWriter) -> Iterator[int]:
     """The parts that nobody else has written by the time that their turn comes; the first one in any case."""
     yield missing[0]
-    yield from (part for part in missing[1:] if not writer.is_written(part))
+    yield from (part for part in missing[1:] if not writer.has_part(part))
 
 
 def part_samples(inputs: TeacherInputs, indices: list[int], found: dict[int, SparseRows]) -> PartSamples:

@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from vlsi_cache.errors import CacheIncompleteError, SpecError
-from vlsi_cache.io import refuse_url
 from vlsi_cache.store.files import check_free_space
+from vlsi_cache.store.location import UrlPath
 from vlsi_cache.store.reader import Cache, CachePath, open
 
 
@@ -22,8 +22,7 @@ def open_source(cache: CachePath) -> Cache:
 
 def check_target(out: Path, sources: Sequence[Cache]) -> None:
     """The new cache must be another folder than those it is made from, and neither a file nor inside of them."""
-    refuse_url(out, "out")
-    if out.exists() and not out.is_dir():
+    if not isinstance(out, UrlPath) and out.exists() and not out.is_dir():
         raise SpecError(f"`{out}` is a file; name a new folder for the cache")
     for source in sources:
         if source.path.resolve() in (out.resolve(), *out.resolve().parents):

@@ -17,8 +17,9 @@ from vlsi_cache.progress import progress
 from vlsi_cache.store.arrays import layered_names, value_array
 from vlsi_cache.store.codec import Arrays
 from vlsi_cache.store.encoding import by_layer
-from vlsi_cache.store.format import CacheHeader, list_parts, part_dir
+from vlsi_cache.store.format import CacheHeader, list_parts
 from vlsi_cache.store.header import check_root, differences, identity_of, lineage, merged_responses
+from vlsi_cache.store.location import UrlPath, place_of
 from vlsi_cache.store.part import Part
 from vlsi_cache.store.reader import Cache, open
 from vlsi_cache.store.writer import CacheWriter
@@ -56,30 +57,31 @@ def merge(caches: Sequence[CachePath], out: str | os.PathLike[str], *, dry_run: 
     Rows are stored as they are, their ids in the vocabulary order of the first cache. With `dry_run` only the plan is
     made. Raises FingerprintMismatchError with every field that differs, DataError for samples in two of the caches.
     """
-    check_root(Path(out))
+    target = place_of(out, "out")
+    check_root(target)
     sources = [open_source(cache) for cache in caches]
     if len(sources) < 2:
         raise SpecError(f"merge needs at least two caches, got {len(sources)}")
-    check_target(Path(out), sources)
+    check_target(target, sources)
     for source in sources[1:]:
         _check_alike(sources[0], source)
     _check_disjoint(sources)
-    plan = _plan(sources, Path(out))
+    plan = _plan(sources, target)
     return plan if dry_run else _run(sources, plan)
 
 
 def _run(sources: list[Cache], plan: MergePlan) -> Cache:
-    done = set(list_parts(plan.out))
     homes = [(source, index) for source in sources for index in source.parts]
-    need_bytes = sum(_part_bytes(*home) for number, home in enumerate(homes) if number not in done)
-    check_room(plan.out, need_bytes)
+    if not isinstance(plan.out, UrlPath):
+        done = set(list_parts(plan.out))
+        check_room(plan.out, sum(_part_bytes(*home) for number, home in enumerate(homes) if number not in done))
     first = sources[0]
     writer = CacheWriter.create_or_resume(
         plan.out, _merged_header(sources), first.vocab_order, token_texts=token_texts(first)
     )
     maps = {source.path: _rank_map(source, writer) for source in sources}
     for number in progress(writer.missing_parts(), "merge", unit="part", delay=2):
-        if part_dir(plan.out, number).exists():  # another process was faster
+        if writer.has_part(number):  # another process was faster
             continue
         source, index = homes[number]
         part = in_memory(source.part(index, keep=False))

@@ -13,8 +13,9 @@ import numpy as np
 
 from vlsi_cache.errors import SpecError
 from vlsi_cache.progress import progress
-from vlsi_cache.store.format import CacheHeader, list_parts, part_dir
+from vlsi_cache.store.format import CacheHeader, list_parts
 from vlsi_cache.store.header import check_root, lineage
+from vlsi_cache.store.location import UrlPath, place_of
 from vlsi_cache.store.part import Part
 from vlsi_cache.store.reader import Cache, open
 from vlsi_cache.store.vocab_order import VocabOrder, one_order
@@ -154,9 +155,10 @@ def prune(
     (another profile aside); the mass of dropped entries joins `tail_mass`, and tail samples are redrawn so that they
     are again independent draws from everything outside the new top-k. With `dry_run` only the plan is made.
     """
-    check_root(Path(out))
+    target = place_of(out, "out")
+    check_root(target)
     source = open_source(cache)
-    check_target(Path(out), [source])
+    check_target(target, [source])
     cuts = read_cuts(
         source,
         layers=layers,
@@ -167,19 +169,20 @@ def prune(
         tokens=tokens,
         profile=profile,
     )
-    job = plan_prune(source, Path(out), cuts)
+    job = plan_prune(source, target, cuts)
     return job.plan if dry_run else run_prune(job)
 
 
 def run_prune(job: Job) -> Cache:
     """Do what was planned; parts that are there are left alone."""
     source, out = job.source, job.plan.out
-    done = set(list_parts(out))
-    check_room(out, sum(size for index, size in enumerate(job.group_bytes) if index not in done))
+    if not isinstance(out, UrlPath):
+        done = set(list_parts(out))
+        check_room(out, sum(size for index, size in enumerate(job.group_bytes) if index not in done))
     writer = CacheWriter.create_or_resume(out, job.header, job.vocab_order, token_texts=token_texts(source))
     generation = len(earlier_cuts(source.header, "top_k"))
     for index in progress(writer.missing_parts(), "prune", unit="part", delay=2):
-        if part_dir(out, index).exists():  # another process was faster
+        if writer.has_part(index):  # another process was faster
             continue
         pieces = []
         for number in job.groups[index]:

@@ -22,7 +22,8 @@ from vlsi_cache.io import refuse_url
 from vlsi_cache.sparse.rows import select_at_random, select_by_entropy
 from vlsi_cache.store.arrays import SAMPLE_ARRAYS, part_specs
 from vlsi_cache.store.encoding import check_sample_arrays
-from vlsi_cache.store.files import check_part_files
+from vlsi_cache.store.fetch import Want
+from vlsi_cache.store.files import check_part_files, load_part_record
 from vlsi_cache.store.format import CacheHeader, canonical_json, part_dir
 from vlsi_cache.store.reader import Cache
 
@@ -247,14 +248,19 @@ def read_part_tokens(cache: Cache, index: int) -> PartTokens:
     """The same of a part on disk; nothing else of it is read."""
     from vlsi_cache.store.codec import read_layered, read_samples
 
-    record, folder = cache.part_record(index), part_dir(cache.path, index)
-    check_part_files(cache.path, index, record)
-    specs = part_specs(cache.header, record)
-    samples = read_samples(folder, specs, SAMPLE_ARRAYS)
-    check_sample_arrays(folder, cache.header, record, samples)
-    entropy_LT = read_layered(folder, specs, ["entropy"], [len(cache.layers) - 1])["entropy"]
-    lengths = record.sample_response_tokens
-    return PartTokens(record.sample_ids, lengths, samples["offsets"], samples["positions"], entropy_LT[0])
+    last = [len(cache.layers) - 1]
+
+    def read(root: Path) -> PartTokens:
+        record, folder = load_part_record(root, cache.header, index), part_dir(root, index)
+        check_part_files(root, index, record)
+        specs = part_specs(cache.header, record)
+        samples = read_samples(folder, specs, SAMPLE_ARRAYS)
+        check_sample_arrays(folder, cache.header, record, samples)
+        entropy_T = read_layered(folder, specs, ["entropy"], last)["entropy"][0]
+        lengths = record.sample_response_tokens
+        return PartTokens(record.sample_ids, lengths, samples["offsets"], samples["positions"], entropy_T)
+
+    return cache.read_files(index, read, Want(layers=last, names=[*SAMPLE_ARRAYS, "entropy"]))
 
 
 def choose_rows(header: CacheHeader, rule: TokenRule | None, part: PartTokens, chosen_S: np.ndarray) -> np.ndarray:
