@@ -25,7 +25,7 @@ STAGES += ["init-student", "demo", "ablate"]
 
 
 LOOK = ["ls", "inspect", "sample", "stats", "trace", "match", "verify", "diff", "report", "specs"]
-COMMANDS = [*STAGES, *LOOK, "prune", "merge", "repair"]
+COMMANDS = [*STAGES, *LOOK, "prune", "merge", "push", "pull", "repair"]
 
 
 @pytest.fixture
@@ -154,7 +154,7 @@ def test_stages_pass_on_what_was_typed(run: Any, monkeypatch: pytest.MonkeyPatch
     calls = record_calls(monkeypatch, tmp_path)
     assert run("build-teacher", "demo", "-o", "c", "--set", "rows.top_k=8", "--rank", 1, "--world", 4)[0] == 0
     assert calls["build_teacher"][0].rows.top_k == 8
-    assert calls["build_teacher"][1] == {"out": Path("c"), "device": None, "rank": 1, "world": 4}
+    assert calls["build_teacher"][1] == {"out": "c", "device": None, "rank": 1, "world": 4}
     assert run("build-teacher", "demo", "-o", "c", "--batch-tokens", "auto", "--kernels", "eager")[0] == 0
     made = calls["build_teacher"][0].run
     assert (made.batch_tokens, made.kernels) == ("auto", "eager")
@@ -167,7 +167,7 @@ def test_stages_pass_on_what_was_typed(run: Any, monkeypatch: pytest.MonkeyPatch
     unset = dict.fromkeys(("spec", "cache", "verbalizers", "num_beams", "device"))
     assert calls["evaluate"][1] == {**unset, "limit": 3, "trust_remote_code": False}
     assert run("evaluate", "r", "--trust-remote-code", "--cache", "c", "--verbalizers", "v", "--beams", 5)[0] == 0
-    given = {"cache": Path("c"), "verbalizers": Path("v"), "num_beams": 5}
+    given = {"cache": "c", "verbalizers": Path("v"), "num_beams": 5}
     assert calls["evaluate"][1] == {**unset, **given, "limit": None, "trust_remote_code": True}
     words = ["--model", "m", "--temperature", "0.7", "--top-p", "0.9", "--num-samples", 2, "--max-new-tokens", 7]
     words += ["--batch-size", 3, "--seed", 4, "--limit", 5, "--set", "data.max_length=99", "--device", "cpu"]

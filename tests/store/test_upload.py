@@ -56,6 +56,16 @@ def test_a_copied_folder_is_pulled_too(built: Path, tmp_path: Path) -> None:
     assert file_bytes(tmp_path / "back") == file_bytes(built)
 
 
+def test_a_copied_folder_is_gone_on_with(built: Path) -> None:
+    """Parts beside their records, and parts under a digest, in one cache."""
+    url = copied(built)
+    objects = objects_of(url)
+    objects.delete([name for name in objects.sizes() if "000001.zarr" in name or name == "samples.parquet"])
+    assert vc.push(built, url).parts_before == 2
+    assert_same_rows(vc.open_cache(built), vc.open_cache(url), ["last"])
+    assert vc.verify(url).ok
+
+
 def test_only_some_of_it(built: Path, tmp_path: Path, run: Any) -> None:
     vc.push(built, url := new_url())
     (tmp_path / "ids").write_text("sample-1\nsample-4\n")

@@ -29,10 +29,10 @@ Span = tuple[int, int]
 
 
 def folder() -> Path:
-    """`VLSI_CACHE_DIR`, by default `vlsi-cache` in the user's folder for such files."""
+    """`VLSI_CACHE_DIR`, by default `vlsi-cache-parts` in the user's folder for such files."""
     named = os.environ.get("VLSI_CACHE_DIR")
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(named) if named else Path(base) / "vlsi-cache"
+    return Path(named) if named else Path(base) / "vlsi-cache-parts"
 
 
 def limit() -> int:

@@ -230,17 +230,14 @@ class Mirror:
 
     def _get(self, folder: str, digest: str, file: str, *, span: Span | None = None, etag: str | None = None) -> Got:
         """A file that a sealed record lists: under the digest of its list, or beside the record in a copied folder."""
-        if self._is_plain:
-            return self.objects.get(f"{folder}/{file}", span=span, etag=etag)
+        homes = [f"{folder}/{digest}", folder]
+        homes = homes[::-1] if self._is_plain else homes  # a copied folder may have been gone on with
         try:
-            found = self.objects.get(f"{folder}/{digest}/{file}", span=span, etag=etag)
+            found = self.objects.get(f"{homes[0]}/{file}", span=span, etag=etag)
+            self._is_plain = homes[0] == folder
         except FileNotFoundError:
-            if self._is_plain is False:
-                raise
-            found = self.objects.get(f"{folder}/{file}", span=span, etag=etag)
-            self._is_plain = True
-        else:
-            self._is_plain = False
+            found = self.objects.get(f"{homes[1]}/{file}", span=span, etag=etag)
+            self._is_plain = homes[1] == folder
         return found
 
     def bring_all(self, jobs: Sequence[tuple[str, str, str, Span, str | None]]) -> list[Got]:
