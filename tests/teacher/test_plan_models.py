@@ -42,7 +42,15 @@ def test_plan_raises_what_a_build_would(
         vc.plan(spec_of(tmp_path, family, missing=missing, **options))
 
 
-@pytest.mark.parametrize(("family", "options"), [("gpt2", {"n_embd": 16, "n_layer": 3, "n_head": 2}), ("qwen3", WIDE)])
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("gpt2", {"n_embd": 16, "n_layer": 3, "n_head": 2}),
+        ("qwen3", WIDE),
+        ("mpt", {"d_model": 16, "n_layers": 3, "n_heads": 2}),
+        ("mamba", {"hidden_size": 16, "num_hidden_layers": 3, "state_size": 4}),
+    ],
+)
 def test_plan_counts_the_parameters_of_any_family(tmp_path: Path, family: str, options: dict[str, Any]) -> None:
     spec = spec_of(tmp_path, family, **options)
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path / "model"))

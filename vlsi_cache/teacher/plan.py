@@ -67,7 +67,8 @@ def forward_flops(model: Any, lengths: Iterable[int], patches: Iterable[int]) ->
     """
     lengths, patches = list(lengths), list(patches)
     layers, text = Backbone(model).layers, model.config.get_text_config()
-    width = text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    num_heads = getattr(text, "num_attention_heads", None) or 0  # Mamba has none
+    width = num_heads * (getattr(text, "head_dim", None) or text.hidden_size // max(num_heads, 1))
     # Two products, queries with keys and weights with values, of two operations each.
     squares = float(sum(length * length for length in lengths))
     weights = sum(_active(layers, text).values())
