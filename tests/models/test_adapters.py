@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers.tiny import save_model, write_spec
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 import vlsi_cache as vc
 from vlsi_cache.config.spec import load_spec
@@ -122,6 +122,15 @@ def test_experts_out_of_reach_are_said_with_the_share() -> None:
 def test_gpt2s_own_linear_layers_are_adapted() -> None:
     adapted = add_lora(make_model("gpt2"), rank=2, alpha=2.0, dropout=0.0)
     assert sum("lora_A" in name for name, _ in adapted.named_parameters()) == 4 * 3
+
+
+def test_mamba_is_adapted_where_peft_allows_it() -> None:
+    options = {"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4, "vocab_size": 30}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", **options))
+    adapted = add_lora(model, rank=2, alpha=2, dropout=0.0)
+    names = [name for name, one in adapted.named_parameters() if one.requires_grad]
+    assert any(".in_proj." in name for name in names)
+    assert not any(".out_proj." in name for name in names)
 
 
 def test_generation_settings_that_cannot_be_saved_are_put_back(tmp_path: Path) -> None:

@@ -20,6 +20,9 @@ from .families import head_module
 VISION_TOWERS = frozenset({"visual", "vision_tower", "vision_model"})  # what transformers' VLMs call it
 
 
+_MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")  # PEFT's list
+
+
 def add_lora(model: nn.Module, *, rank: int, alpha: float, dropout: float) -> Any:
     """Wrap `model` with a fresh adapter on every linear layer and all experts of the text stack, and on nothing else.
 
@@ -49,9 +52,14 @@ def add_lora(model: nn.Module, *, rank: int, alpha: float, dropout: float) -> An
 
 
 def text_linears(model: nn.Module) -> list[str]:
-    """Full names of the linear layers inside the text decoder's layers."""
+    """Full names of the linear layers inside the text decoder's layers that an adapter can be on.
+
+    Kernels of Mamba read the weight of `out_proj` past its module, so PEFT refuses an adapter there.
+    """
     inside = {id(module) for module in Backbone(model).layers.modules() if isinstance(module, nn.Linear | Conv1D)}
-    return [name for name, module in model.named_modules() if id(module) in inside]
+    found = [name for name, module in model.named_modules() if id(module) in inside]
+    is_mamba = model.config.model_type in _MAMBA  # type: ignore[union-attr]
+    return [name for name in found if not (is_mamba and name.endswith(".out_proj"))]
 
 
 def experts_of(model: nn.Module) -> list[str]:
