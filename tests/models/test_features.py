@@ -265,6 +265,17 @@ def test_files_stay_below_their_limit_and_old_towers_go_first(tmp_path: Path) ->
     assert (tmp_path / "features-two").exists()
 
 
+def test_what_a_killed_process_has_left_goes_after_a_day(tmp_path: Path) -> None:
+    old, young = (tmp_path / "features-one" / "ab" / f".{name}.safetensors.tmp-1" for name in ("old", "young"))
+    for file in (old, young):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("half")
+    os.utime(old, (0, 0))
+    FeatureFiles(tmp_path, "one", 1 << 20)
+    assert not old.exists()
+    assert young.exists()
+
+
 def test_a_full_disk_ends_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

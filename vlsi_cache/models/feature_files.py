@@ -6,6 +6,7 @@ is needed: the folders may be deleted at any time.
 """
 
 import os
+import time
 import uuid
 from contextlib import suppress
 from pathlib import Path
@@ -20,6 +21,7 @@ from vlsi_cache.io import is_disk_full, remove
 from vlsi_cache.progress import say
 
 PREFIX = "features-"
+STALE_S = 24 * 3600.0
 _SUM = "xxh3"
 
 
@@ -34,6 +36,10 @@ class FeatureFiles:
         self.folder = root / f"{PREFIX}{key}"
         self.folder.mkdir(parents=True, exist_ok=True)
         os.utime(self.folder)  # used just now
+        for leftover in root.glob(f"{PREFIX}*/*/.*.tmp-*"):
+            with suppress(OSError):  # of a process that was killed; one that lives is done within a day
+                if time.time() - leftover.stat().st_mtime > STALE_S:
+                    leftover.unlink()
         folders = [folder for folder in root.glob(f"{PREFIX}*") if folder.is_dir()]
         self._sizes = {folder: _size(folder) for folder in sorted(folders, key=_used, reverse=True)}
         self._room = max_bytes - sum(self._sizes.values())
@@ -51,7 +57,8 @@ class FeatureFiles:
         except (OSError, SafetensorError, KeyError, TypeError):
             said = found = None
         if found is None or said != _checksum(found):
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # a folder that is not ours to write
+                path.unlink(missing_ok=True)
             return None
         return found
 
