@@ -272,7 +272,10 @@ def speaks(message: str, *, is_lost: bool = False, is_interrupt: bool = False) -
     `is_lost`: the error is that another process has ended; one process is enough to tell. `is_interrupt`: all of them
     have had the signal.
     """
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    try:
+        rank, world = launched()
+    except SpecError:  # which is the error
+        return True
     if world == 1 or is_interrupt:
         return rank == 0
     from torch.distributed import DistStoreError

@@ -166,11 +166,15 @@ def test_what_cannot_be_shared_is_refused(
 
 
 @pytest.mark.parametrize(("rank", "world"), [("2", "2"), ("-1", "2"), ("x", "2"), ("0", "0")])
-def test_an_environment_that_no_launcher_makes(rank: str, world: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_environment_that_no_launcher_makes(
+    rank: str, world: str, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", world)
     with pytest.raises(SpecError, match="start this with torchrun"), joined():
         pass
+    code, _, err = run("specs")
+    assert (code, err.count("start this with torchrun")) == (2, 1)
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
