@@ -9,7 +9,6 @@ import inspect
 import json
 import logging
 import os
-import shlex
 import sys
 import traceback
 import warnings
@@ -23,7 +22,7 @@ import typer
 from vlsi_cache.errors import DiskFullError, ProcessLostError, VlsiCacheError
 from vlsi_cache.interrupts import terminating_as_interrupt
 from vlsi_cache.io import is_disk_full, refuse_url
-from vlsi_cache.processes import program, refuse_launch, speaks
+from vlsi_cache.processes import refuse_launch, speaks, typed_command
 from vlsi_cache.progress import UNSAFE, printable
 
 # What several processes of one launch run together.
@@ -153,21 +152,16 @@ def require_cache(path: str) -> None:
 def explain(error: BaseException) -> tuple[str, int]:
     """The message for a person, and the exit code."""
     if isinstance(error, KeyboardInterrupt):
-        return f"\ninterrupted; this goes on from here:\n  {str(error) or this_command()}", INTERRUPTED
+        return f"\ninterrupted; this goes on from here:\n  {str(error) or typed_command()}", INTERRUPTED
     if is_disk_full(error):
         ours = isinstance(error, DiskFullError)  # says all but the command
         what = str(error) if ours else f"the disk is full: {error}; free some space and run the same command again"
-        return f"error: {what}:\n  {this_command()}", UNREADABLE
+        return f"error: {what}:\n  {typed_command()}", UNREADABLE
     if isinstance(error, VlsiCacheError):
         return f"error: {error}", error.exit_code
     if isinstance(error, OSError):
         return f"error: {error}", UNREADABLE
     return f"error: {type(error).__name__}: {error}\n(VLSI_CACHE_DEBUG=1 shows where)", USAGE
-
-
-def this_command() -> str:
-    """What was typed, ready to be typed again."""
-    return shlex.join([*program(), *sys.argv[1:]])
 
 
 @contextlib.contextmanager

@@ -5,6 +5,8 @@ machine. All run the same command. The first one alone writes files and speaks; 
 """
 
 import os
+import shlex
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -46,14 +48,15 @@ def launched() -> tuple[int, int]:
     return rank, world
 
 
-def program() -> list[str]:
-    """What starts a command as this one was started: `vlsi-cache`, or torchrun with as many processes."""
+def typed_command() -> str:
+    """What was typed, ready to be typed again: as `vlsi-cache`, or with torchrun and as many processes."""
     _, world = launched()
-    if world == 1:
-        return ["vlsi-cache"]
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    nodes = [] if local == world else ["--nnodes", str(world // local)]
-    return ["torchrun", *nodes, "--nproc-per-node", str(local), "-m", "vlsi_cache_cli"]
+    program = ["vlsi-cache"]
+    if world > 1:
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+        nodes = [] if local == world else ["--nnodes", str(world // local)]
+        program = ["torchrun", *nodes, "--nproc-per-node", str(local), "-m", "vlsi_cache_cli"]
+    return shlex.join([*program, *sys.argv[1:]])
 
 
 def refuse_launch(command: str) -> None:
@@ -61,7 +64,8 @@ def refuse_launch(command: str) -> None:
     _, world = launched()
     if world > 1:
         raise SpecError(
-            f"`{command}` is one process, and {world} were started; run it without torchrun or accelerate launch"
+            f"`{command}` is one process, and {world} were started; run it without torchrun or accelerate launch, or "
+            "unset RANK and WORLD_SIZE"
         )
 
 
@@ -157,15 +161,16 @@ class Processes:
         is_there = torch.tensor([one.grad is not None for one in chosen], dtype=torch.int32)
         with _telling_of_lost():
             dist.all_reduce(is_there, op=dist.ReduceOp.MAX)
-            for bucket in _buckets(one for one, there in zip(chosen, is_there.tolist(), strict=True) if there):
-                for one in bucket:
-                    if one.grad is None:
-                        one.grad = torch.zeros_like(one)
-                gradients = [one.grad for one in bucket if one.grad is not None]
-                flat = torch.cat([gradient.flatten() for gradient in gradients])
+        for bucket in _buckets(one for one, there in zip(chosen, is_there.tolist(), strict=True) if there):
+            for one in bucket:
+                if one.grad is None:
+                    one.grad = torch.zeros_like(one)
+            gradients = [one.grad for one in bucket if one.grad is not None]
+            flat = torch.cat([gradient.flatten() for gradient in gradients])
+            with _telling_of_lost():
                 dist.all_reduce(flat)
-                for gradient, summed in zip(gradients, flat.split([one.numel() for one in gradients]), strict=True):
-                    gradient.copy_(summed.view_as(gradient))
+            for gradient, summed in zip(gradients, flat.split([one.numel() for one in gradients]), strict=True):
+                gradient.copy_(summed.view_as(gradient))
 
     def own_device(self, named: str | None, default: str) -> str | None:
         """The device of this process, `named` or the `default`: of several GPUs, the one with its number here."""

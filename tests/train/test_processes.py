@@ -24,6 +24,7 @@ from vlsi_cache import processes as processes_module
 from vlsi_cache.errors import ProcessLostError, SpecError
 from vlsi_cache.processes import Processes, joined, speaks
 from vlsi_cache.store.reader import Cache
+from vlsi_cache.train import interact, sft
 
 CHANGES = ("distill.batch_size=6", "distill.micro_batch_size=1", "distill.lora.dropout=0.2", "run.workers=0")
 
@@ -70,26 +71,29 @@ def test_any_number_of_processes_trains_the_same_student(
     assert_same(tmp_path / "run", alone)
 
 
+def signal_process_1(patch: pytest.MonkeyPatch, stage: Any, *, step: int, number: signal.Signals) -> None:
+    """Send it a signal when its gradients of a step of this stage are summed, before it takes the step."""
+    take = stage.optimizer_step
+
+    def signalled(optimizer: Any, schedule: Any, index: int, num_steps: int) -> float:
+        if index == step - 1 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), number)
+        return take(optimizer, schedule, index, num_steps)
+
+    patch.setattr(stage, "optimizer_step", signalled)
+
+
 def test_a_killed_process_ends_the_others_and_another_number_goes_on(
     cache: Cache, alone: Path, student_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vlsi_cache.train import interact as module
-
-    step = module.optimizer_step
-
-    def killed_at_step_4(optimizer: Any, schedule: Any, index: int, num_steps: int) -> float:
-        if index == 3 and os.environ["RANK"] == "1":
-            os.kill(os.getpid(), signal.SIGKILL)
-        return step(optimizer, schedule, index, num_steps)
-
     with monkeypatch.context() as patch:
-        patch.setattr(module, "optimizer_step", killed_at_step_4)
+        signal_process_1(patch, interact, step=4, number=signal.SIGKILL)
         first, second = distilled(cache, student_folder, tmp_path / "run", 2, "distill.checkpoint_steps=2")
     assert isinstance(first, ProcessLostError)
     assert "another process of this launch has ended" in str(first)
     assert second is None
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "interrupted"
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()][-1:] != []
+    assert (tmp_path / "run" / "checkpoints" / "interact-0000002").is_dir()
     distilled(cache, student_folder, tmp_path / "run", 3, "distill.checkpoint_steps=2")
     assert_same(tmp_path / "run", alone)
 
@@ -97,17 +101,8 @@ def test_a_killed_process_ends_the_others_and_another_number_goes_on(
 def test_a_signal_to_one_process_saves_the_step_of_all(
     cache: Cache, alone: Path, student_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vlsi_cache.train import sft as module
-
-    step = module.optimizer_step
-
-    def signalled_at_step_2(optimizer: Any, schedule: Any, index: int, num_steps: int) -> float:
-        if index == 1 and os.environ["RANK"] == "1":
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(optimizer, schedule, index, num_steps)
-
     with monkeypatch.context() as patch:
-        patch.setattr(module, "optimizer_step", signalled_at_step_2)
+        signal_process_1(patch, sft, step=2, number=signal.SIGTERM)
         found = distilled(cache, student_folder, tmp_path / "run", 2)
     assert [type(one).__name__ for one in found] == ["InterruptedRunError"] * 2
     assert (tmp_path / "run" / "checkpoints" / "sft-0000002").is_dir()

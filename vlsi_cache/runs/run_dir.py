@@ -5,7 +5,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import shlex
 import socket
 import sys
 from collections.abc import Iterator
@@ -28,7 +27,7 @@ from vlsi_cache.errors import (
     list_problems,
 )
 from vlsi_cache.io import check_folder, put_all_back, remove, write_atomically
-from vlsi_cache.processes import ALONE, Processes, program
+from vlsi_cache.processes import ALONE, Processes, typed_command
 from vlsi_cache.progress import say
 from vlsi_cache.run_files import RUN, read_run
 from vlsi_cache.runtime import check_device
@@ -240,7 +239,7 @@ def _this_command() -> str | None:
     main = getattr(sys.modules.get("__main__"), "__spec__", None)
     is_script = Path((sys.argv or [""])[0]).stem == "vlsi-cache"
     if is_script or getattr(main, "name", None) in ("vlsi_cache_cli.main", "vlsi_cache_cli.__main__"):
-        return shlex.join([*program(), *sys.argv[1:]])
+        return typed_command()
     return None
 
 
