@@ -26,7 +26,7 @@ from vlsi_cache.processes import refuse_launch, speaks, typed_command
 from vlsi_cache.progress import UNSAFE, printable
 
 # What several processes of one launch run together.
-SEVERAL_PROCESSES = ("train-verbalizers", "build-teacher", "distill")
+SEVERAL_PROCESSES = ("train-verbalizers", "build-teacher", "distill", "evaluate")
 OK, PROBLEMS, USAGE, UNREADABLE, INTERRUPTED = 0, 1, 2, 3, 130
 STAGES, LOOK, CHANGE, EVERYWHERE = "STAGES", "LOOK", "CHANGE", "On every command"
 

@@ -9,7 +9,7 @@ import shlex
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -89,6 +89,16 @@ class Processes:
         with _telling_of_lost():
             dist.all_gather_object(found, value)
         return found
+
+    def share(self, items: Sequence[Result]) -> Sequence[Result]:
+        """Every `world`-th of the items, from `rank` on: the part of the work that this process does."""
+        return items[self.rank :: self.world]
+
+    def gather_shares(self, results: Sequence[Result]) -> list[Result]:
+        """What all processes made of their `share` of the items, one result each, in the order of the items."""
+        shares = self.gather(results)
+        most = max(len(one) for one in shares)
+        return [one[place] for place in range(most) for one in shares if place < len(one)]
 
     def from_first(self, make: Callable[[], Result]) -> Result:
         """What `make` gives in the first process, in all of them; its error is raised in all of them."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.launch import run_together
 from helpers.pages import evaluation_page
 from helpers.tiny import make_rows, save_model, write_jsonl, write_spec
 
@@ -271,3 +272,18 @@ def test_beams_are_recorded(run: Path, folder: Path, monkeypatch: pytest.MonkeyP
     assert (one["num_beams"], three["num_beams"]) == (1, 3)
     assert "beam search with 3 beams" in evaluation_table(three)
     assert "beam" not in evaluation_table(one)
+
+
+def test_any_number_of_processes_finds_the_same_scores(run: Path, cache: Cache, spec_path: Path) -> None:
+    spec = vc.load_spec(spec_path, overrides=["run.batch_tokens=130", "run.workers=0", "evaluate.batch_size=2"])
+    alone = vc.evaluate(run, spec=spec, cache=cache.path)
+    assert alone["exact_match"] is not None
+    assert alone["cache"]["layers"]
+    for world in (2, 3):
+        assert run_together(world, lambda _: vc.evaluate(run, spec=spec, cache=cache.path)) == [alone] * world
+
+
+def test_processes_that_measure_something_else_are_refused(run: Path) -> None:
+    first, second = run_together(2, lambda rank: vc.evaluate(run, limit=4 + rank))
+    assert str(first) == str(second)
+    assert "limit: `5` in process 1, `4` in process 0" in str(first)

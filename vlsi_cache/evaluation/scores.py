@@ -15,7 +15,7 @@ import torch
 
 from vlsi_cache.config.sections import AS_IT_IS, CacheSpec, Encoding, EvaluateSpec
 from vlsi_cache.config.spec import change, spec_from_dict
-from vlsi_cache.data.collate import collate, plan_sample_batches
+from vlsi_cache.data.collate import Batch, collate, plan_sample_batches
 from vlsi_cache.data.encoder import Encoder
 from vlsi_cache.data.measuring import fit_rows
 from vlsi_cache.data.preparing import Preparer
@@ -28,12 +28,14 @@ from vlsi_cache.models.load import ModelRef, max_positions, resolve_model
 from vlsi_cache.models.probe import checked_backbone
 from vlsi_cache.models.verbalizer import Verbalizers, load_verbalizers
 from vlsi_cache.models.verbalizer_files import find_folder, read_record
+from vlsi_cache.processes import ALONE, Processes, joined
 from vlsi_cache.progress import progress, say
 from vlsi_cache.run_files import EVALUATION as RESULT
 from vlsi_cache.run_files import read_evaluation, read_run, sealed
 from vlsi_cache.runs.run_dir import check_has_student
 from vlsi_cache.runtime import pick_device
 from vlsi_cache.sparse.cross_entropy import linear_cross_entropy
+from vlsi_cache.sparse.head import Head
 from vlsi_cache.store import reader
 from vlsi_cache.store.reader import Cache
 from vlsi_cache.teacher.generate import Decoding, respond
@@ -64,9 +66,36 @@ def evaluate(
     student's own), `verbalizers` (which ones, when not the run's own), `num_samples`, `num_by_kind`, `num_skipped`
     (rows left out); with a `cache` also `cache`: see `against_cache` and `trained_on`; and `measured_with`, the options
     of this call. Raises SpecError when there is nothing to measure on, ModelError when a loss is not finite.
+
+    Under `torchrun` or `accelerate launch` all processes call it alike and share the batches; the scores are the same.
     """
     refuse_url(model, "model")
-    folder = Path(model)
+    with joined() as processes:
+        return _evaluate(
+            Path(model),
+            spec,
+            cache,
+            verbalizers,
+            num_beams=num_beams,
+            device=device,
+            limit=limit,
+            trust_remote_code=trust_remote_code,
+            processes=processes,
+        )
+
+
+def _evaluate(
+    folder: Path,
+    spec: CacheSpec | None,
+    cache: Cache | Path | str | None,
+    verbalizers: Path | str | None,
+    *,
+    num_beams: int | None,
+    device: str | None,
+    limit: int | None,
+    trust_remote_code: bool,
+    processes: Processes,
+) -> dict[str, Any]:
     run = read_run(folder) if (folder / "run.json").exists() else None
     if run is not None:
         check_has_student(folder, run)
@@ -86,10 +115,18 @@ def evaluate(
     if given is not None:
         read_record(given, [])
     named = ModelRef(
-        str(folder / "student") if run else resolve_model(str(model)),
+        str(folder / "student") if run else resolve_model(str(folder)),
         dtype=spec.distill.student_dtype,
         attn_implementation=spec.distill.attn_implementation,
         trust_remote_code=trust_remote_code,
+    )
+    processes.check_same(
+        {
+            "model": named.digest,
+            "spec": spec.model_dump(mode="json"),
+            "cache": None if opened is None else opened.header.digest,
+            "limit": limit,
+        }
     )
     result = evaluate_model(
         named,
@@ -97,10 +134,11 @@ def evaluate(
         cache=opened,
         encoding=spec.data.encoding(),
         verbalizers=str(given or own) if given or own.is_dir() else None,
-        device=device or spec.run.device,
+        device=processes.own_device(device, spec.run.device) or spec.run.device,
         batch_tokens=spec.run.num_batch_tokens,
         limit=limit,
         num_workers=spec.run.num_workers,
+        processes=processes,
     )
     if given is not None:
         result["verbalizers"] = _origin_of(given, folder, run)
@@ -113,7 +151,7 @@ def evaluate(
         "cache": None if opened is None else str(opened.path.resolve()),
     }
     if run is not None:
-        _keep(folder, run, result)
+        processes.from_first(lambda: _keep(folder, run, result))
     return result
 
 
@@ -175,6 +213,7 @@ def evaluate_model(
     batch_tokens: int = 8192,
     limit: int | None = None,
     num_workers: int = 0,
+    processes: Processes = ALONE,
 ) -> dict[str, Any]:
     """`evaluate` for any model; `limit` takes the first rows only, `batch_tokens` bounds a perplexity batch.
 
@@ -187,7 +226,10 @@ def evaluate_model(
         own = model.encoder(data.encoding())
         found = read_records(data, limit=limit, num_workers=num_workers)
         limits = {"max_length": data.max_length, "max_positions": max_positions(model.config)}
-        kept, do_not_fit = fit_rows(found, own, **limits, bad_rows=data.bad_rows, num_workers=num_workers)
+        # The others find the table of rows that the first one has made.
+        kept, do_not_fit = processes.first_before_others(
+            partial(fit_rows, found, own, **limits, bad_rows=data.bad_rows, num_workers=num_workers)
+        )
         skipped = [*found.skipped, *do_not_fit]
         if skipped:
             reasons = [f"row `{row['id']}`: {row['reason']}" for row in skipped]
@@ -208,10 +250,11 @@ def evaluate_model(
     if settings is not None:
         assert own is not None
         batches = plan_sample_batches(kept, batch_tokens, backbone.layout)
-        scores = _on_held_out(backbone, spoken, settings, own, records, batches, num_workers)
+        scores = _on_held_out(backbone, spoken, settings, own, records, batches, num_workers, processes)
         result = {"num_samples": len(records), "num_skipped": num_skipped, **scores}
     if cache is not None:
-        result["cache"] = against_cache(backbone, spoken, of_cache, cache, batch_tokens=batch_tokens, limit=limit)
+        options = {"batch_tokens": batch_tokens, "limit": limit, "processes": processes}
+        result["cache"] = against_cache(backbone, spoken, of_cache, cache, **options)
     return result
 
 
@@ -223,8 +266,10 @@ def _on_held_out(
     records: Sequence[Record],
     batches: list[list[int]],
     num_workers: int,
+    processes: Processes,
 ) -> dict[str, Any]:
-    nll = mean_nll(backbone, verbalizers, records, batches, encoder, num_workers=num_workers)
+    options = {"num_workers": num_workers, "processes": processes}
+    nll = mean_nll(backbone, verbalizers, records, batches, encoder, **options)
     # A layer may be read through verbalizers of another model; the model's own loss has a perplexity.
     with np.errstate(over="ignore"):
         scores = {**nll, backbone.num_layers: np.exp(nll[backbone.num_layers])}
@@ -237,7 +282,9 @@ def _on_held_out(
     last = nll.pop(backbone.num_layers)
     return {
         "num_by_kind": dict(Counter(record.kind for record in records)),
-        "exact_match": exact_match(backbone.model, records, encoder, settings) if settings.generate else None,
+        "exact_match": exact_match(backbone.model, records, encoder, settings, processes)
+        if settings.generate
+        else None,
         "num_beams": settings.num_beams if settings.generate else None,
         "nll": last,
         "perplexity": float(np.exp(last)),
@@ -254,27 +301,40 @@ def mean_nll(
     encoder: Encoder,
     *,
     num_workers: int = 0,
+    processes: Processes = ALONE,
 ) -> dict[int, float]:
     """Negative log-likelihood in nats per response token over the real vocabulary, by layer; the final one last."""
-    layers = verbalizers.layers if verbalizers is not None else []
-    sums: dict[int, float] = defaultdict(float)
-    num_tokens, head = 0, head_of(backbone).real(encoder.vocab_size)
-    prepared = _prepared(records, batches, encoder, backbone.layout, num_workers)
-    for sequences in progress(prepared, "perplexity", unit="batch", total=len(batches)):
+    head, own = head_of(backbone).real(encoder.vocab_size), processes.share(batches)
+    prepared = _prepared(records, own, encoder, backbone.layout, num_workers)
+    sums = []  # one of every batch, so that they are added in the order of the batches whoever has made them
+    for sequences in progress(prepared, "perplexity", unit="batch", total=len(own)):
         batch = collate(sequences, pad_id=encoder.pad_id, device=backbone.device, row_width=backbone.row_width)
-        capture = verbalizers.capture if verbalizers is not None else partial(backbone.capture, layers=[])
-        hidden: dict[int, Any] = dict(capture(batch.inputs, rows_T=batch.rows_T, positions_T=batch.positions_T))
-        for layer in [*layers, backbone.num_layers]:
-            state_TD = hidden.pop(layer)
-            if verbalizers is not None and layer != backbone.num_layers:
-                state_TD = verbalizers.apply(layer, state_TD)
-            sums[layer] += float(linear_cross_entropy(state_TD, head, batch.gold_T)) * len(batch.gold_T)
-        num_tokens += len(batch.gold_T)
-    return {layer: total / num_tokens for layer, total in sums.items()}
+        sums.append((len(batch.gold_T), _nll_by_layer(backbone, verbalizers, batch, head)))
+    totals: dict[int, float] = defaultdict(float)
+    num_tokens = 0
+    for count, nll in processes.gather_shares(sums):
+        num_tokens += count
+        for layer, mean in nll.items():
+            totals[layer] += mean * count
+    return {layer: total / num_tokens for layer, total in totals.items()}
+
+
+def _nll_by_layer(backbone: Backbone, verbalizers: Verbalizers | None, batch: Batch, head: Head) -> dict[int, float]:
+    """Means over the response tokens of a batch."""
+    layers = verbalizers.layers if verbalizers is not None else []
+    capture = verbalizers.capture if verbalizers is not None else partial(backbone.capture, layers=[])
+    hidden: dict[int, Any] = dict(capture(batch.inputs, rows_T=batch.rows_T, positions_T=batch.positions_T))
+    nll = {}
+    for layer in [*layers, backbone.num_layers]:
+        state_TD = hidden.pop(layer)
+        if verbalizers is not None and layer != backbone.num_layers:
+            state_TD = verbalizers.apply(layer, state_TD)
+        nll[layer] = float(linear_cross_entropy(state_TD, head, batch.gold_T))
+    return nll
 
 
 def _prepared(
-    records: Sequence[Record], batches: list[list[int]], encoder: Encoder, layout: Layout, num_workers: int
+    records: Sequence[Record], batches: Sequence[list[int]], encoder: Encoder, layout: Layout, num_workers: int
 ) -> Iterator[list[Encoded]]:
     """The batches in order, prepared while the model works."""
     with Preparer(encoder, num_workers, layout) as preparer:
@@ -284,7 +344,9 @@ def _prepared(
             yield from ready
 
 
-def exact_match(model: Any, records: Sequence[Record], encoder: Encoder, settings: EvaluateSpec) -> dict[str, float]:
+def exact_match(
+    model: Any, records: Sequence[Record], encoder: Encoder, settings: EvaluateSpec, processes: Processes = ALONE
+) -> dict[str, float]:
     """Share of rows whose answer is the reference, white space at the ends aside: `all`, and per kind.
 
     Answers are not sampled, and run in batches of similar length.
@@ -292,10 +354,12 @@ def exact_match(model: Any, records: Sequence[Record], encoder: Encoder, setting
     order = sorted(range(len(records)), key=lambda i: encoder.measure(records[i])[0])
     size, decoding = settings.batch_size, Decoding(settings.max_new_tokens, num_beams=settings.num_beams)
     right: Counter[str] = Counter()
-    for start in progress(range(0, len(order), size), "generate", unit="batch"):
+    own = processes.share(range(0, len(order), size))
+    for start in progress(own, "generate", unit="batch"):
         chosen = [records[i] for i in order[start : start + size]]
         for record, response in zip(chosen, respond(model, encoder, chosen, decoding), strict=True):
             right[record.kind] += encoder.answer(response.ids).strip() == record.answer.strip()
+    right = sum(processes.gather(right), Counter())
     counts = Counter(record.kind for record in records)
     per_kind = {kind: right[kind] / count for kind, count in sorted(counts.items()) if kind}
     return {"all": sum(right.values()) / len(records), **per_kind}

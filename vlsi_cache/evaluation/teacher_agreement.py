@@ -6,7 +6,9 @@ training; the rows of one part are in memory at a time, and logits of a few toke
 Legend: T response tokens, L cached teacher layers, K kept entries, V vocabulary, D hidden size.
 """
 
+import itertools
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -21,10 +23,12 @@ from vlsi_cache.data.sequence import Layout
 from vlsi_cache.errors import DataError, ModelError, VlsiCacheError
 from vlsi_cache.models.backbone import Backbone, head_of
 from vlsi_cache.models.verbalizer import Verbalizers
+from vlsi_cache.processes import ALONE, Processes
 from vlsi_cache.progress import progress, say
 from vlsi_cache.sparse.head import Head, compute_dtype
 from vlsi_cache.sparse.kl import LayerRows, candidate_kl
 from vlsi_cache.store import reader
+from vlsi_cache.store.format import CacheHeader
 from vlsi_cache.store.reader import Cache
 from vlsi_cache.train.loader import MicroBatch, Pair, encode_pairs, match_records
 from vlsi_cache.train.probe import agreement
@@ -33,7 +37,25 @@ from vlsi_cache.train.student import cached_sources, check_tokenizer
 LOGIT_BYTES = 2**26  # logits that are alive at a time
 
 
-@torch.no_grad()
+@dataclass
+class Sums:
+    """Over response tokens: `kl`, `entropy` in nats, `mass` and `agree` as `against_cache` has them."""
+
+    num_samples: int = 0
+    num_tokens: int = 0
+    agree: int = 0
+    kl: float = 0.0
+    entropy: float = 0.0
+    mass: float = 0.0
+    kl_by_layer: dict[int, np.ndarray] = field(default_factory=dict)  # [L] each
+
+    def add(self, other: "Sums") -> None:
+        for name in ("num_samples", "num_tokens", "agree", "kl", "entropy", "mass"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for layer, kl_L in other.kl_by_layer.items():
+            self.kl_by_layer[layer] = kl_L + self.kl_by_layer.get(layer, 0.0)
+
+
 def against_cache(
     backbone: Backbone,
     verbalizers: Verbalizers | None,
@@ -42,6 +64,7 @@ def against_cache(
     *,
     batch_tokens: int,
     limit: int | None = None,
+    processes: Processes = ALONE,
 ) -> dict[str, Any]:
     """Measure a model on the (first `limit`) samples of a cache.
 
@@ -52,39 +75,15 @@ def against_cache(
     """
     header, is_top = cache.header, cache.header.row_kind == "top-k"
     check_tokenizer(header, encoder, encoder.name, where=cache.path)
-    head = head_of(backbone).real(header.vocab_size)
-    layers = [] if verbalizers is None else verbalizers.layers
-    capture = partial(backbone.capture, layers=[]) if verbalizers is None else verbalizers.capture
-    # Sums over the response tokens met so far.
-    num_samples, num_tokens, agree = 0, 0, 0
-    entropy, kl, mass = 0.0, 0.0, 0.0
-    kl_by_layer: dict[int, Any] = {}
-    batches = _batches(cache, encoder, verbalizers, batch_tokens, limit, layout=backbone.layout)
-    for micro in progress(batches, "cache", unit="batch"):
-        num_samples += len(micro.sample_ids)
-        rows = micro.rows
-        if rows is None or not rows.num_tokens:  # token selection may leave a sample without rows
-            continue
-        batch = micro.batch.to(backbone.device)
-        hidden: dict[int, Any] = dict(capture(batch.inputs, rows_T=batch.rows_T, positions_T=batch.positions_T))
-        teacher = LayerRows.of(rows, device=backbone.device)
-        # The last layer against the last one, then each verbalized layer against all.
-        final, last_TD = teacher.num_layers - 1, hidden.pop(backbone.num_layers)
-        num_tokens += rows.num_tokens
-        kl += float(candidate_kl(last_TD, head, teacher, range(final, final + 1)).matching_MT.double().sum())
-        entropy += float(rows.entropy_LT[-1].sum(dtype=np.float64))
-        if is_top:
-            ids_TK, logprobs_TK = teacher.ids_LTX[final, :, : rows.top_k], teacher.logprobs_LTK[final]
-            more_agree, more_mass = _agreement(last_TD, head, ids_TK, logprobs_TK)
-            agree, mass = agree + more_agree, mass + more_mass
-        for layer in layers:
-            assert verbalizers is not None
-            state_TD = verbalizers.apply(layer, hidden.pop(layer))
-            kl_L = candidate_kl(state_TD, head, teacher).matching_MT.double().sum(1).cpu().numpy()
-            kl_by_layer[layer] = kl_L + kl_by_layer.get(layer, 0.0)
+    batches = _batches(cache, encoder, verbalizers, batch_tokens, limit, layout=backbone.layout, processes=processes)
+    own = [_sums(micro, backbone, verbalizers, header) for micro in progress(batches, "cache", unit="batch")]
+    sums = Sums()
+    for one in processes.gather_shares(own):
+        sums.add(one)
+    num_tokens = sums.num_tokens
     if not num_tokens:
-        raise DataError(f"{cache.path}: none of its first {num_samples} samples has a row to compare with")
-    if not np.isfinite([kl, mass, *(value for kl_L in kl_by_layer.values() for value in kl_L)]).all():
+        raise DataError(f"{cache.path}: none of its first {sums.num_samples} samples has a row to compare with")
+    if not np.isfinite([sums.kl, sums.mass, *(value for kl_L in sums.kl_by_layer.values() for value in kl_L)]).all():
         raise ModelError(
             f"the model's divergence from the teacher of {cache.path} is not finite: its last updates have destroyed "
             "it. Train it again in a new folder, with a lower `learning_rate` or a longer `warmup`"
@@ -94,15 +93,40 @@ def against_cache(
         "cache": str(cache.path.resolve()),
         "cache_digest": header.digest,
         "teacher": {"model": teacher_model, "weights": header.fingerprint.get("teacher.weights")},
-        "num_samples": num_samples,
+        "num_samples": sums.num_samples,
         "num_tokens": num_tokens,
-        "kl": kl / num_tokens,
-        "teacher_entropy": entropy / num_tokens,
-        "top1_agreement": agree / num_tokens if is_top else None,
-        "mass_on_top_k": mass / num_tokens if is_top else None,
+        "kl": sums.kl / num_tokens,
+        "teacher_entropy": sums.entropy / num_tokens,
+        "top1_agreement": sums.agree / num_tokens if is_top else None,
+        "mass_on_top_k": sums.mass / num_tokens if is_top else None,
         "teacher_layers": cache.layers,
-        "layers": {str(layer): (kl_L / num_tokens).tolist() for layer, kl_L in kl_by_layer.items()},
+        "layers": {str(layer): (kl_L / num_tokens).tolist() for layer, kl_L in sums.kl_by_layer.items()},
     }
+
+
+@torch.no_grad()
+def _sums(micro: MicroBatch, backbone: Backbone, verbalizers: Verbalizers | None, header: CacheHeader) -> Sums:
+    """The last layer against the teacher's last one, then each verbalized layer against all."""
+    rows, found = micro.rows, Sums(num_samples=len(micro.sample_ids))
+    if rows is None or not rows.num_tokens:  # token selection may leave a sample without rows
+        return found
+    head, batch = head_of(backbone).real(header.vocab_size), micro.batch.to(backbone.device)
+    layers = [] if verbalizers is None else verbalizers.layers
+    capture = partial(backbone.capture, layers=[]) if verbalizers is None else verbalizers.capture
+    hidden: dict[int, Any] = dict(capture(batch.inputs, rows_T=batch.rows_T, positions_T=batch.positions_T))
+    teacher = LayerRows.of(rows, device=backbone.device)
+    final, last_TD = teacher.num_layers - 1, hidden.pop(backbone.num_layers)
+    found.num_tokens = rows.num_tokens
+    found.kl = float(candidate_kl(last_TD, head, teacher, range(final, final + 1)).matching_MT.double().sum())
+    found.entropy = float(rows.entropy_LT[-1].sum(dtype=np.float64))
+    if header.row_kind == "top-k":
+        ids_TK, logprobs_TK = teacher.ids_LTX[final, :, : rows.top_k], teacher.logprobs_LTK[final]
+        found.agree, found.mass = _agreement(last_TD, head, ids_TK, logprobs_TK)
+    for layer in layers:
+        assert verbalizers is not None
+        state_TD = verbalizers.apply(layer, hidden.pop(layer))
+        found.kl_by_layer[layer] = candidate_kl(state_TD, head, teacher).matching_MT.double().sum(1).cpu().numpy()
+    return found
 
 
 def _batches(
@@ -113,8 +137,11 @@ def _batches(
     limit: int | None,
     *,
     layout: Layout,
+    processes: Processes,
 ) -> Iterator[MicroBatch]:
-    """The samples part by part, as the build has them; all layers where some are verbalized, else the last."""
+    """The share of this process of the samples, part by part, as the build has them; all layers where some are
+    verbalized, else the last."""
+    turns = itertools.cycle(range(processes.world))  # whose batch is next
     by_id, left = match_records(cache, cached_sources(cache)), len(cache) if limit is None else limit
     for part in cache.parts:
         rows = cache.read_part(part, None if verbalizers is not None else ["last"])[:left]
@@ -122,7 +149,8 @@ def _batches(
         pairs: list[Pair] = [(by_id[row.sample_id], row) for row in rows]
         measured = encoder.measured(record for record, _ in pairs)
         for batch in plan_sample_batches(measured, batch_tokens, layout):
-            yield encode_pairs([pairs[i] for i in batch], encoder, layout)
+            if next(turns) == processes.rank:
+                yield encode_pairs([pairs[i] for i in batch], encoder, layout)
         if not left:
             return
 
