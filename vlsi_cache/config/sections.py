@@ -210,7 +210,8 @@ class RunSpec(Strict):
     is slower than together: it pays where pictures are shown three times or more. `vision_disk_mib`: the same on the
     disk, in the user's cache folder, for later commands with the same tower. `workers`: processes that read rows
     and prepare samples, started where there is enough to do; 0 does it all in the process itself, `auto` takes one less
-    than there are cores, at most 8.
+    than there are cores, at most 8. `track`: trackers that get what `metrics.jsonl` of a training has, TensorBoard
+    (in RUN/tensorboard) and Weights & Biases (as its own environment variables say).
     """
 
     device: str = "auto"
@@ -219,6 +220,7 @@ class RunSpec(Strict):
     vision_cache_mib: Annotated[int, Field(ge=0, le=2**24)] = 0
     vision_disk_mib: Annotated[int, Field(ge=0, le=2**30)] = 0
     workers: Literal["auto"] | Annotated[int, Field(ge=0, le=256)] = "auto"
+    track: tuple[Literal["tensorboard", "wandb"], ...] = ()
 
     @property
     def num_workers(self) -> int:

@@ -19,15 +19,18 @@ from vlsi_cache.io import with_null, write_atomically
 from vlsi_cache.progress import Bar, say
 from vlsi_cache.run_files import read_metrics
 
+from .trackers import Trackers
+
 
 class MetricsLog:
     """`metrics.jsonl` of a run and the progress bar that shows its newest line; units are in the keys.
 
-    One that does not write (`writes`) is that of a process beside the one that does.
+    One that does not write (`writes`) is that of a process beside the one that does. `trackers` get every line too.
     """
 
-    def __init__(self, folder: Path, *, writes: bool = True) -> None:
+    def __init__(self, folder: Path, *, writes: bool = True, trackers: Trackers | None = None) -> None:
         self.path = folder / "metrics.jsonl"
+        self._trackers, self._steps_before = trackers, 0
         self._writes = writes
         self._file: TextIO | None = None
         self._bar: Bar | None = None
@@ -49,6 +52,10 @@ class MetricsLog:
         else:
             self._bar.close()
         self._bar = Bar(stage, unit="step", total=num_steps, done=step)
+        last = {line["stage"]: line["step"] for line in kept if line["stage"] != stage}
+        self._steps_before = sum(last.values())
+        if self._trackers is not None:
+            self._trackers.start(self._steps_before + step)
 
     def write(self, **metrics: Any) -> None:
         if not self._writes:
@@ -61,6 +68,8 @@ class MetricsLog:
         speed, waited = int(metrics["tokens_per_s"]), metrics["data_wait_pct"]
         self._bar.note(f"loss={metrics['loss']:.3f}, tok/s={speed}, data={waited:.0f}%")
         self._bar.update()
+        if self._trackers is not None:
+            self._trackers.log(metrics, self._steps_before + metrics["step"])
 
     def stage_seconds(self, stage: str) -> float:
         """Time from the first to the last line of a stage, summed over attempts."""
@@ -77,6 +86,8 @@ class MetricsLog:
             self._file.close()
         if self._bar is not None:
             self._bar.close()
+        if self._trackers is not None:
+            self._trackers.close()
 
 
 @dataclass(frozen=True)

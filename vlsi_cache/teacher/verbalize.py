@@ -36,6 +36,7 @@ from vlsi_cache.runs.run_dir import (
     waiting_for,
     whole_spec,
 )
+from vlsi_cache.runs.trackers import Trackers, check_trackers
 from vlsi_cache.sparse.head import choose_kernels
 from vlsi_cache.train.loader import Feed, shuffled_records
 from vlsi_cache.train.optim import Stage
@@ -201,6 +202,7 @@ def _train_verbalizers(
     else:
         check_shared_folder(out)
     settings = spec.train_verbalizers
+    check_trackers(spec.run.track)
     processes.check_batch(settings.batch_size, settings.micro_batch_size, "train_verbalizers")
     own_device = processes.own_device(device, spec.run.device)
     inputs = processes.first_before_others(lambda: open_teacher_inputs(spec))
@@ -317,7 +319,8 @@ def _train(
             processes=processes,
         )
 
-    with closing(MetricsLog(folder, writes=processes.is_first)) as log:
+    trackers = Trackers(folder, inputs.spec, KIND)
+    with closing(MetricsLog(folder, writes=processes.is_first, trackers=trackers)) as log:
         verbalizers, stage = verbalize(
             backbone,
             layers,

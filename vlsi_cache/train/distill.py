@@ -32,6 +32,7 @@ from vlsi_cache.processes import Processes, joined
 from vlsi_cache.progress import say
 from vlsi_cache.report.pages import ensure_report, write_report
 from vlsi_cache.runs.run_dir import WHOLE_BATCH, already_done, check_run_folder, finish_run, open_run, python_call
+from vlsi_cache.runs.trackers import check_trackers
 from vlsi_cache.store import reader
 from vlsi_cache.store.reader import Cache
 
@@ -82,6 +83,7 @@ def _distill(
     check_run_folder(out, "distill")
     opened = cache if isinstance(cache, Cache) else reader.open(cache)
     spec = distill_spec(opened, student=student, recipe=recipe, overrides=overrides)
+    check_trackers(spec.run.track)
     path = resolve_model(str(spec.distill.student))
     inputs = open_student(opened, spec, path)  # a student that does not fit leaves no run folder behind
     for unused in unused_by_recipe(spec.distill, overrides):  # one script may well run all recipes

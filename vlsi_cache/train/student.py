@@ -29,6 +29,7 @@ from vlsi_cache.progress import say
 from vlsi_cache.runs.checkpoints import Checkpoints
 from vlsi_cache.runs.metrics import MetricsLog
 from vlsi_cache.runs.run_dir import Run
+from vlsi_cache.runs.trackers import Trackers
 from vlsi_cache.runtime import pick_device
 from vlsi_cache.sparse.head import choose_kernels
 from vlsi_cache.store.format import CacheHeader
@@ -188,7 +189,7 @@ class StudentInputs:
             layers=self.layers,
             device=where,
             compiled=choose_kernels(self.spec.run, where),
-            log=MetricsLog(run.path, writes=processes.is_first),
+            log=MetricsLog(run.path, writes=processes.is_first, trackers=Trackers(run.path, self.spec, "distill")),
             checkpoints=Checkpoints(run.path, processes),
             processes=processes,
         )
