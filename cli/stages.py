@@ -161,11 +161,16 @@ def build_teacher(
         Literal["auto", "eager", "compiled"] | None,
         typer.Option(help="Sums over the vocabulary, fused by torch.compile or not. Default: the spec's."),
     ] = None,
+    sync: Annotated[
+        bool,
+        typer.Option("--sync", help="The data has changed: only rows that are new or other go through the teacher."),
+    ] = False,
 ) -> Answer:
     """Run the teacher once and write the cache.
 
-    Run again after a crash to go on. Several processes may work on one cache: --rank and --world say which parts each
-    takes first. With --batch-tokens auto the number found is recorded in the cache, and taken again when it goes on.
+    Run again after a crash to go on. When the data has grown or changed, --sync brings a finished cache up to it.
+    Several processes may work on one cache: --rank and --world say which parts each takes first. With --batch-tokens
+    auto the number found is recorded in the cache, and taken again when it goes on.
     """
     import vlsi_cache as vc
 
@@ -173,7 +178,8 @@ def build_teacher(
     _refuse_twice(sets, {**flags, "run.device": device})
     given = [f"{key}={value}" for key, value in flags.items() if value is not None]
     resolved = vc.load_spec(spec, overrides=[*(sets or []), *given])
-    cache = vc.build_teacher(resolved, out=out, device=device, rank=rank, world=world)
+    build = vc.sync_cache if sync else vc.build_teacher
+    cache = build(resolved, out=out, device=device, rank=rank, world=world)
     facts = {"cache": cache.path, "num_samples": cache.num_samples, "num_tokens": cache.num_tokens}
     counts = f"{cache.num_samples} samples, {cache.num_tokens} response tokens, {len(cache.layers)} layers"
     return Answer(facts, f"cache: {cache.path} ({counts})\nnext: {command_line('inspect', out)}")

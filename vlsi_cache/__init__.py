@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from vlsi_cache.teacher.build import build_teacher
     from vlsi_cache.teacher.generate import generate
     from vlsi_cache.teacher.plan import plan
+    from vlsi_cache.teacher.sync import sync_cache
     from vlsi_cache.teacher.verbalize import train_verbalizers
     from vlsi_cache.train.distill import distill
 
@@ -66,6 +67,7 @@ _HOME = {
     "sample": "report.example",
     "sparse_kl": "sparse.kl",
     "stats": "report.layers",
+    "sync_cache": "teacher.sync",
     "trace": "evaluation.trace",
     "train_verbalizers": "teacher.verbalize",
     "verify": "store.check",
@@ -103,6 +105,7 @@ __all__ = [
     "sample",
     "sparse_kl",
     "stats",
+    "sync_cache",
     "trace",
     "train_verbalizers",
     "verify",

@@ -125,7 +125,7 @@ def replacing(target: Path) -> Iterator[Path]:
     put_back(target)
     try:
         yield temporary
-        _replace_durably(temporary, target)
+        replace_durably(temporary, target)
     except BaseException as error:
         remove(temporary)
         if isinstance(error, DiskFullError) or not is_disk_full(error):
@@ -167,7 +167,8 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _replace_durably(temporary: Path, target: Path) -> None:
+def replace_durably(temporary: Path, target: Path) -> None:
+    """Give what is at `temporary` the name `target`, in one step where the kernel can; an old one goes."""
     if not temporary.is_dir():
         fsync_file(temporary)
         temporary.replace(target)

@@ -100,6 +100,12 @@ def write_demo_report(folder: Path | str, *, example: dict[str, Any] | None = No
     return write_page(folder / REPORT_NAME, demo_page(folder, demo, read_json(folder / EXAMPLE_NAME), cache))
 
 
+def _ancestor(parent: dict[str, Any]) -> tuple[str, str]:
+    if parent.get("operation") == "sync":  # which has the same path
+        return "before", f"{parent.get('num_samples')} samples, digest {str(parent.get('digest'))[:12]}"
+    return "parent", str(parent.get("path", parent))
+
+
 def run_page(run: RunFiles) -> str:
     """How a run went: result, what looks wrong, loss curves, layers, matches, and the settings."""
     record = run.record
@@ -150,7 +156,7 @@ def cache_page(cache: "Cache") -> str:
         for name, one in zip(layer_names(cache.layers), layers, strict=False)
     ]
     provenance = [("made by", header.created_by), ("format version", str(header.format_version))]
-    provenance += [("parent", str(parent.get("path", parent))) for parent in header.parents]
+    provenance += [_ancestor(parent) for parent in header.parents]
     provenance += [("responses", response_text(origin)) for origin in header.responses]
     return render(
         "cache.html",

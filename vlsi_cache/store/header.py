@@ -20,6 +20,8 @@ from .location import UrlPath
 from .vocab_order import OrderOrMaker, TokenTexts, VocabOrder, complete_copies, publish_vocab, text_digest, vocab_files
 
 MAX_SHOWN = 120  # characters of a differing fingerprint value in a message
+# Fields of fingerprint and header that only say which rows there are and how they are laid out.
+OF_THE_DATA = ("data.content", "data.num_samples", "num_parts", "num_samples", "num_response_tokens", "id_of_rank_xxh3")
 OPTIONS = ("layers", "top_k", "samples", "min_kept_mass", "where", "tokens", "profile")  # of the command prune
 
 
@@ -122,13 +124,16 @@ def _compare(root: Path, stored: CacheHeader, asked: CacheHeader) -> None:
 
 def compare_headers(root: Path, stored: CacheHeader, asked: CacheHeader, *, without: Sequence[str]) -> None:
     """Raise FingerprintMismatchError with every field in which the cache at `root` is another than is asked for."""
-    lines = differences(stored.fingerprint, asked.fingerprint)
-    of_both = [identity_of(header, without=without) for header in (stored, asked)]
-    lines += differences(*of_both)
+    sides = [{**header.fingerprint, **identity_of(header, without=without)} for header in (stored, asked)]
+    lines = differences(*sides)
     if lines:
+        other = {name for name in {**sides[0], **sides[1]} if sides[0].get(name) != sides[1].get(name)}
+        advice = "name another folder, or go back to what the cache was made from"
+        if other <= set(OF_THE_DATA):
+            advice += "; if the data has changed, `build-teacher --sync` brings a finished cache up to it"
         raise FingerprintMismatchError(
             f"`{root}` was made from something else ({len(lines)} fields differ):\n"
-            f"{list_problems(lines, limit=100)}\nname another folder, or go back to what the cache was made from"
+            f"{list_problems(lines, limit=100)}\n{advice}"
         )
 
 
@@ -199,8 +204,15 @@ def merged_responses(headers: Sequence[CacheHeader]) -> list[dict[str, Any]]:
     return [origin for i, origin in enumerate(found) if origin not in found[:i]]
 
 
+def is_synced(header: CacheHeader) -> bool:
+    """Whether the cache has followed its data: its parts are not those of one build."""
+    return bool(header.parents) and header.parents[-1].get("operation") == "sync"
+
+
 def resume_command(header: CacheHeader, root: Path) -> str:
     """The command that continues an unfinished cache."""
+    if is_synced(header):
+        return command_line("build-teacher", "SPEC", "-o", root, "--sync")
     paths = [str(parent.get("path", "CACHE")) for parent in header.parents]
     if not paths:
         return command_line("build-teacher", "SPEC", "-o", root)

@@ -5,6 +5,8 @@ A part is written under `tmp/`, flushed, and renamed into `parts/`: the rename i
 Shape suffixes: L layers, T response tokens with a row, K kept entries, m tail samples, n temperatures.
 """
 
+import os
+import shutil
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -155,6 +157,19 @@ class CacheWriter:
             io.fsync_tree(tmp)
             return self._publish(tmp, index)
 
+    def adopt_part(self, index: int, folder: Path, record: PartRecord) -> bool:
+        """Commit part `index` with the files of another cache's part in `folder`, whose rows are stored alike.
+
+        The files are linked where the disk can do that, else copied; only the commit record is new.
+        """
+        adopted = record.model_copy(update={"cache_digest": self.header.digest, "index": index})
+        with tmp_path(self.path, f"{index:06d}", ".zarr") as tmp, disk_full_is_an_error(self.path, 0):
+            # The record must not be a link: writing it would change that of the other cache.
+            shutil.copytree(folder, tmp, copy_function=_link, ignore=shutil.ignore_patterns(RECORD_NAME))
+            write_durable(tmp / RECORD_NAME, sealed_json(adopted.model_dump()))
+            io.fsync_tree(tmp)
+            return self._publish(tmp, index)
+
     def _publish(self, tmp: Path, index: int) -> bool:
         """Give the finished folder `tmp` its place; False when the place is taken."""
         return publish_dir(tmp, part_dir(self.path, index))
@@ -208,6 +223,13 @@ class PartQueue:
         self._pool.shutdown(wait=True)
         if error is None:
             self.check()
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without links
+        shutil.copyfile(source, target)
 
 
 def sample_arrays(samples: PartSamples) -> Arrays:

@@ -9,7 +9,7 @@ Legend: T response tokens, L layers (intermediate targets, then the final layer)
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import closing
 from functools import cache as remember
 from itertools import chain, islice
@@ -23,14 +23,14 @@ from vlsi_cache.config.spec import change
 from vlsi_cache.data.collate import plan_batches, plan_parts
 from vlsi_cache.data.encoder import CONTRACT
 from vlsi_cache.data.records import units
-from vlsi_cache.errors import BatchTooLargeError, SpecError
+from vlsi_cache.errors import BatchTooLargeError, SpecError, command_line
 from vlsi_cache.processes import Processes, launched
 from vlsi_cache.progress import Bar, say
 from vlsi_cache.runs.run_dir import spec_changes_note, versions
 from vlsi_cache.sparse.rows import SparseRows, select_at_random, select_by_entropy
 from vlsi_cache.store import reader
 from vlsi_cache.store.format import HEADER_NAME, CacheHeader
-from vlsi_cache.store.header import check_root, header_at
+from vlsi_cache.store.header import check_root, header_at, is_synced
 from vlsi_cache.store.location import place_of
 from vlsi_cache.store.reader import Cache, surprise_warning
 from vlsi_cache.store.vocab_order import VocabOrder, one_order, order_by_count
@@ -68,6 +68,8 @@ def build_teacher(
         device = Processes(rank, world).own_device(device, spec.run.device)
     check_root(out)
     inputs = open_teacher_inputs(as_begun(spec, out))
+    if (synced := _synced(inputs, out)) is not None:
+        return synced
     parts = parts_of(inputs)
     # Loaded when it is first asked for, and once: a finished cache is opened without it.
     teacher = remember(lambda: load_teacher(inputs, device=device))
@@ -93,7 +95,7 @@ def build_teacher(
     if missing:
         # The rows that gave the vocabulary order are the first batches of part 0, if they were cut as the header says.
         made = first_rows if missing[0] == 0 and batch_tokens == planned else []
-        _build_parts(teacher(), parts, missing, writer, batch_tokens, made)
+        build_parts(teacher(), parts, missing, writer, batch_tokens, made)
     else:
         say(f"{out} is finished: all {len(parts)} parts are there; nothing to do")
     # Does nothing while another process still has parts to write: the last one finishes.
@@ -102,6 +104,19 @@ def build_teacher(
     cache = reader.open(out)
     if warning := surprise_warning(cache):
         say(f"warning: {warning}")
+    return cache
+
+
+def _synced(inputs: TeacherInputs, out: Path) -> Cache | None:
+    """A cache that has followed its data, which has other parts than a build would make; it must have all rows."""
+    header = header_at(out)
+    if header is None or not is_synced(header):
+        return None
+    cache = reader.open(out, allow_incomplete=True)
+    if not cache.is_complete or header.fingerprint != cache_header(inputs, []).fingerprint:
+        again = command_line("build-teacher", "SPEC", "-o", out, "--sync")
+        raise SpecError(f"`{out}` has followed its data with --sync, and does not fit it now; run: {again}")
+    say(f"{out} is finished: it has all rows of the data; nothing to do")
     return cache
 
 
@@ -269,7 +284,7 @@ def _first_batches(teacher: Teacher, parts: list[list[int]], batch_tokens: int) 
         yield batch
 
 
-def _build_parts(
+def build_parts(
     teacher: Teacher,
     parts: list[list[int]],
     missing: list[int],
@@ -349,13 +364,17 @@ def _batches(teacher: Teacher, parts: list[list[int]], chosen: Iterable[int], ba
             yield PartBatch(part, [index for j in batch for index in together[j]])
 
 
-def parts_of(inputs: TeacherInputs) -> list[list[int]]:
-    """The records of every part; those that begin alike are in one."""
+def parts_of(inputs: TeacherInputs, chosen: Collection[int] | None = None) -> list[list[int]]:
+    """The records of every part, all or the `chosen` ones; those that begin alike are in one."""
+    together: list[list[int]] = [list(unit) for unit in units(inputs.records, inputs.spec.data.keep_together)]
+    if chosen is not None:
+        wanted = set(chosen)
+        together = [own for unit in together if (own := [index for index in unit if index in wanted])]
     return plan_parts(
         [len(ids) for ids in inputs.response_ids],
         seed=inputs.spec.rows.seed,
         tokens_per_part=part_tokens(inputs),
-        units=units(inputs.records, inputs.spec.data.keep_together),
+        units=together,
     )
 
 

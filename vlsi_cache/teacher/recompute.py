@@ -26,7 +26,7 @@ from vlsi_cache.progress import progress
 from vlsi_cache.sparse.rows import SparseRows, truncate
 from vlsi_cache.store.diff import Entries, LayerDiff, add_layer
 from vlsi_cache.store.format import CacheHeader, response_digest
-from vlsi_cache.store.header import data_specs, differences
+from vlsi_cache.store.header import data_specs, differences, is_synced
 from vlsi_cache.store.part import Row
 from vlsi_cache.store.reader import Cache
 
@@ -186,7 +186,7 @@ def _rows_now(teacher: Teacher, index: int, row: Row, header: CacheHeader) -> Sp
 
 def _compare(checks: Sequence[LayerCheck], row: Row, now: SparseRows, header: CacheHeader, teacher: Teacher) -> None:
     noise = NOISE.get(str(teacher.backbone.head_weight.dtype), NOISE_OF_HALF)
-    was_pruned = header.profile == "default" and bool(header.parents)
+    was_pruned = header.profile == "default" and bool(header.parents) and not is_synced(header)
     tail_limit = noise + (PRUNED_TAIL if was_pruned else 0.0)
     for number, check in enumerate(checks if row.num_tokens else ()):
         entries = add_layer(check, row.layer(number), now.layer(number))
