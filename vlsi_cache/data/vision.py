@@ -136,8 +136,9 @@ class ProcessorVision:
     max_pixels = None
     takes_pictures_alone = False
 
-    def __init__(self, processor: Any) -> None:
-        self.processor = processor
+    def __init__(self, processor: Any, feature_token_id: int | None = None) -> None:
+        """`feature_token_id`: the token in whose places the model puts features; Gemma 3's placeholder is another."""
+        self.processor, self.feature_token_id = processor, feature_token_id
         self.tokenizer = processor.tokenizer
         self.image_processor = processor.image_processor
         self.image_token_id = getattr(processor, "image_token_id", None)
@@ -194,7 +195,7 @@ class ProcessorVision:
             media = {name: array for name, array in prompt.media.items() if not is_pixels(name, array)}
             prompt = replace(prompt, media=media)
         num_rows = {name: len(array) for name, array in prompt.media.items() if name not in TEXT_KEYS}
-        num_tokens = 0 if self.image_token_id is None else int((prompt.ids_P == self.image_token_id).sum())
+        num_tokens = 0 if self.feature_token_id is None else int((prompt.ids_P == self.feature_token_id).sum())
         group = PictureGroup(digest, num_tokens, num_rows, about, held)
         return replace(prompt, pictures=Pictures((group,), features is not None))
 
@@ -279,7 +280,7 @@ def load_vision(path: str, config: Any, tokenizer: Any, encoding: Encoding, **op
     if "image_grid_thw" not in image_processor.model_input_names:
         if encoding.min_pixels is not None or encoding.max_pixels is not None:
             raise ModelError(f"`min_pixels` and `max_pixels` are for the Qwen2-VL family, not for `{path}`")
-        return ProcessorVision(_load_processor(path, config, options))
+        return ProcessorVision(_load_processor(path, config, options), getattr(config, "image_token_id", None))
     size = {"shortest_edge": encoding.min_pixels, "longest_edge": encoding.max_pixels}
     old = {key: image_processor.size[key] for key in size}
     image_processor.size = {key: old[key] if value is None else value for key, value in size.items()}
