@@ -1,5 +1,6 @@
 """Features of pictures: computed once, the same bits ever after, and those that the model makes by itself."""
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -24,14 +25,15 @@ from tests.helpers.families import (
 )
 from vlsi_cache.config.sections import RunSpec
 from vlsi_cache.data.collate import PICTURES, collate
+from vlsi_cache.data.pictures import PictureGroup, Pictures
 from vlsi_cache.data.sequence import Encoded
-from vlsi_cache.data.vision import Pictures
 from vlsi_cache.models import features as features_module
 from vlsi_cache.models.backbone import Backbone
 from vlsi_cache.models.feature_files import FeatureFiles
 from vlsi_cache.models.features import Held, PictureFeatures, features_of, keep_features
 
 SHAPES = ((5, [(4, 8)]), (30, [(4, 4), (4, 8)]), (9, []), (20, [(8, 4)]), (14, [(4, 4)]))
+PIXEL_VALUES, GRID = "pixel_values", "image_grid_thw"
 PIXELS = {"image_processor": "0", "pixel_path": "pil", "min_pixels": 16, "max_pixels": 4096}
 
 
@@ -63,17 +65,24 @@ def with_held(samples: list[Encoded], features: PictureFeatures | None) -> list[
     """As the encoder gives them: pixels of those pictures alone that are not held."""
     named = []
     for sample in samples:
-        if "pixel_values" not in sample.media:
+        if PIXEL_VALUES not in sample.media:
             named.append(sample)
             continue
-        grids, pixels = sample.media["image_grid_thw"], sample.media["pixel_values"]
+        grids, pixels = sample.media[GRID], sample.media[PIXEL_VALUES]
         ends = np.cumsum(grids.prod(1))
         pieces = np.split(pixels, ends[:-1])
         digests = [piece.tobytes().hex()[:64] for piece in pieces]
-        held = [None if features is None else features.get(digest) for digest in digests]
-        fresh = [piece for piece, one in zip(pieces, held, strict=True) if one is None]
-        media = {"image_grid_thw": grids, **({"pixel_values": np.concatenate(fresh)} if fresh else {})}
-        named.append(replace(sample, media=media, pictures=Pictures(tuple(digests), tuple(held))))
+        groups = [
+            PictureGroup(digest, len(piece) // 4, {PIXEL_VALUES: len(piece), GRID: 1}, json.dumps(grid.tolist()))
+            for digest, piece, grid in zip(digests, pieces, grids, strict=True)
+        ]
+        if features is not None:
+            held = [features.get(digest) for digest in digests]
+            groups = [replace(one, held=found) for one, found in zip(groups, held, strict=True)]
+            groups = [replace(one, num_rows={**one.num_rows, PIXEL_VALUES: 0}) if one.held else one for one in groups]
+        fresh = [piece for piece, one in zip(pieces, groups, strict=True) if one.held is None]
+        media = {GRID: grids, **({PIXEL_VALUES: np.concatenate(fresh)} if fresh else {})}
+        named.append(replace(sample, media=media, pictures=Pictures(tuple(groups), features is not None)))
     return named
 
 
@@ -105,7 +114,7 @@ def test_states_are_the_model_s_own_and_the_tower_runs_once_a_picture(
     assert counts == [1] * 4  # of five pictures two are the same
     assert len(features) == 4
     again = with_held(samples, features)
-    assert not any("pixel_values" in sample.media for sample in again)
+    assert not any(PIXEL_VALUES in sample.media for sample in again)
     for chosen in (again, list(reversed(again)), again[:1]):
         found = states(model, chosen, packed=packed)
         assert len(counts) == 4
@@ -149,20 +158,54 @@ def test_a_tower_that_trains_keeps_nothing(model: Any) -> None:
     assert features_of(model) is None
 
 
-def test_models_without_such_a_tower(capsys: pytest.CaptureFixture[str]) -> None:
-    for family, why in (
-        ("llama", "sees no pictures"),
-        ("llava_onevision", "prepares the pictures of a sample together"),
-    ):
-        other = tiny_model(family)
+def test_models_without_such_a_tower(
+    model: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def older(self: Any, input_ids: Tensor, pixel_values: Tensor) -> None:
+        pass
+
+    monkeypatch.setattr(type(model.base_model), "forward", older)
+    for other, why in ((tiny_model("llama"), "it sees no pictures"), (model, "takes no `mm_encoder_outputs`")):
         keep(other, 0)
         assert capsys.readouterr().err == ""
         keep(other)
         assert why in capsys.readouterr().err
         assert features_of(other) is None
-    none = tiny_model("qwen2_vl").requires_grad_(False)
-    keep(none, 0)
-    assert features_of(none) is None
+
+
+def test_a_picture_that_is_in_a_batch_twice_runs_once_where_nothing_is_kept(
+    model: Any, samples: list[Encoded], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted, counts = states(model, samples), counted(model, monkeypatch)
+    for packed in (False, True):
+        found = states(model, with_held(samples, None), packed=packed)
+        torch.testing.assert_close(found[2], wanted[2], rtol=1e-4, atol=2e-5)
+    assert counts == [4, 4]  # of five pictures two are the same, and all go through the tower together
+    states(model, with_held(samples[:2], None))
+    assert counts == [4, 4, 3]
+    # A model that takes no features is given all pixels.
+    monkeypatch.setattr(features_module, "_takes_features", lambda _: False)
+    assert torch.equal(states(model, with_held(samples, None))[2], wanted[2])
+    assert counts == [4, 4, 3, 5]
+
+
+def test_features_that_come_of_the_text_stack_are_not_kept(
+    model: Any, samples: list[Encoded], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    body, features = model.base_model, keep(model)
+    own = body.get_image_features
+
+    def through_embedding(pixel_values: Tensor, image_grid_thw: Tensor, **kwargs: Any) -> Any:
+        body.get_input_embeddings()(torch.zeros(1, dtype=torch.long))
+        return own(pixel_values, image_grid_thw, **kwargs)
+
+    wanted = states(model, samples)
+    monkeypatch.setattr(body, "get_image_features", through_embedding)
+    torch.testing.assert_close(states(model, with_held(samples, features))[2], wanted[2], rtol=1e-4, atol=2e-5)
+    assert "nothing is kept for `qwen2_vl`: they use `embed_tokens` of its text stack" in capsys.readouterr().err
+    assert features_of(model) is None
+    assert features is not None
+    assert len(features) == 0
 
 
 def test_features_of_pictures_of_qwen3_vl() -> None:
@@ -246,7 +289,7 @@ def test_files_serve_a_later_command(
 
 
 def held(numbers: int) -> Held:
-    return Held(np.array([1, 4, 4]), torch.arange(float(numbers)))
+    return Held(torch.arange(float(numbers)))
 
 
 def test_files_stay_below_their_limit_and_old_towers_go_first(tmp_path: Path) -> None:

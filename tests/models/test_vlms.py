@@ -51,7 +51,7 @@ def spec_of(folder: Path, teacher: Path, rows: Path) -> Path:
             "sft": {"schedule": schedule},
             "lora": {"rank": 2, "alpha": 2},
         },
-        "run": {"device": "cpu", "batch_tokens": 300},
+        "run": {"device": "cpu", "batch_tokens": 300, "vision_cache_mib": 8},
     }
     file = folder / "spec.yaml"
     file.write_text(yaml.safe_dump(spec))

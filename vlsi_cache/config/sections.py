@@ -206,12 +206,13 @@ class RunSpec(Strict):
     `batch_tokens: auto`: a new build looks for the number that suits the machine and records it in the cache; whatever
     else reads the number takes the default. `kernels`: sums over the vocabulary as torch runs them (`eager`) or fused
     by `torch.compile`; `auto` fuses them on CUDA. `vision_cache_mib`: memory of the host for what a frozen vision tower
-    makes of pictures, so that it runs once for each; 0 keeps nothing. Each picture goes through the tower alone, which
-    is slower than together: it pays where pictures are shown three times or more. `vision_disk_mib`: the same on the
-    disk, in the user's cache folder, for later commands with the same tower. `workers`: processes that read rows
-    and prepare samples, started where there is enough to do; 0 does it all in the process itself, `auto` takes one less
-    than there are cores, at most 8. `track`: trackers that get what `metrics.jsonl` of a training has, TensorBoard
-    (in RUN/tensorboard) and Weights & Biases (as its own environment variables say).
+    makes of pictures, so that it runs once for each (or once for those of a sample, where the processor prepares them
+    together); 0 keeps nothing. They go through the tower alone, which is slower than a batch of them: it pays where
+    pictures are shown three times or more. `vision_disk_mib`: the same on the disk, in the user's cache folder, for
+    later commands with the same tower. `workers`: processes that read rows and prepare samples, started where there is
+    enough to do; 0 does it all in the process itself, `auto` takes one less than there are cores, at most 8. `track`:
+    trackers that get what `metrics.jsonl` of a training has, TensorBoard (in RUN/tensorboard) and Weights & Biases (as
+    its own environment variables say).
     """
 
     device: str = "auto"

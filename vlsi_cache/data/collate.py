@@ -4,7 +4,7 @@ Shapes: B sequences, S positions (padded on the right), T response tokens of all
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from .encoder import Measured
+from .pictures import is_pixels, join_rows, pictures_of_batch
 from .sequence import Encoded, Layout, num_tokens, sequences
-from .vision import Pictures
 
 IGNORE_INDEX = -100
 # Of the inputs of a packed batch, [B, S]: the place in its row behind the last token that sees this one. What comes
@@ -21,8 +21,8 @@ IGNORE_INDEX = -100
 SEEN_UNTIL = "seen_until"
 
 
-# Of the inputs of a batch: its `Pictures`, where features of pictures are kept; `models.features` turns them into what
-# the model takes.
+# Of the inputs of a batch: its `Pictures`, where features of pictures are kept or a picture is there twice;
+# `models.features` turns them into what the model takes.
 PICTURES = "pictures"
 
 
@@ -31,8 +31,8 @@ class Batch:
     """`model(**inputs)`; hidden[rows_T, positions_T] predicts gold_T. labels_BS has IGNORE_INDEX off the response.
 
     Of a packed batch, several sequences may lie in one row, and a sequence may branch: `inputs` then have SEEN_UNTIL
-    and `position_ids`, and go through `Backbone.capture` alone. Labels stand at the token's own position, as
-    transformers wants them (it shifts them itself).
+    and `position_ids`. With PICTURES, pixels are apart. Both go through `Backbone.capture` alone. Labels stand at the
+    token's own position, as transformers wants them (it shifts them itself).
     """
 
     inputs: dict[str, Any]
@@ -115,9 +115,7 @@ def _inputs(samples: Sequence[Encoded], lengths: list[int], *, pad_id: int, left
             [_answer_typed(sample, length) for sample, length in typed], samples[0].answer_type, left=left
         )
         del keys["token_type_ids"]
-    for key in keys:
-        inputs[key] = _join([sample.media[key] for sample in samples if key in sample.media])
-    return inputs | _pictures(samples)
+    return inputs | _media(samples, keys, shares=not left)
 
 
 def _packed_inputs(sequences: Sequence[Encoded], places: Sequence[tuple[int, int]], *, pad_id: int) -> dict[str, Any]:
@@ -142,9 +140,8 @@ def _packed_inputs(sequences: Sequence[Encoded], places: Sequence[tuple[int, int
     if any(one.token_types is not None for one in sequences):
         arrays["mm_token_type_ids"] = types_BS
     inputs: dict[str, Any] = {key: torch.from_numpy(array) for key, array in arrays.items()}
-    for key in dict.fromkeys(key for one in sequences for key in one.media):
-        inputs[key] = _join([sequences[i].media[key] for i in order if key in sequences[i].media])
-    return inputs | _pictures([sequences[i] for i in order])
+    chosen = [sequences[i] for i in order]
+    return inputs | _media(chosen, dict.fromkeys(key for one in sequences for key in one.media), shares=True)
 
 
 def seen_until(depths_S: np.ndarray) -> np.ndarray:
@@ -158,9 +155,15 @@ def seen_until(depths_S: np.ndarray) -> np.ndarray:
     return until_S
 
 
-def _pictures(samples: Sequence[Encoded]) -> dict[str, Any]:
-    found = [sample.pictures for sample in samples if sample.pictures is not None]
-    return {PICTURES: Pictures.joined(found)} if found else {}
+def _media(samples: Sequence[Encoded], keys: Iterable[str], *, shares: bool) -> dict[str, Any]:
+    """The arrays of all pictures one after another; pixels by group of pictures where those are not all to be run."""
+    pictures = pictures_of_batch([(sample.media, sample.pictures) for sample in samples]) if shares else None
+    found: dict[str, Any] = {}
+    for key in keys:
+        arrays = [sample.media[key] for sample in samples if key in sample.media]
+        if pictures is None or not is_pixels(key, arrays[0]):
+            found[key] = join_rows([torch.from_numpy(array) for array in arrays])
+    return found if pictures is None else {**found, PICTURES: pictures}
 
 
 def _answer_typed(sample: Encoded, length: int) -> np.ndarray:
@@ -175,19 +178,6 @@ def _pad(rows: list[np.ndarray], fill: int, *, left: bool) -> torch.Tensor:
         if len(values):
             row[-len(values) if left else 0 :][: len(values)] = values
     return torch.from_numpy(padded_BS)
-
-
-def _join(arrays: list[np.ndarray]) -> torch.Tensor:
-    """Concatenate along the first axis; LLaVA-OneVision's patch axis, which varies, is padded with zeros."""
-    if len({array.shape[1:] for array in arrays}) == 1:
-        return torch.from_numpy(np.concatenate(arrays))
-    shape = np.max([array.shape[1:] for array in arrays], axis=0)
-    joined = np.zeros((sum(map(len, arrays)), *shape), arrays[0].dtype)
-    first = 0
-    for array in arrays:
-        joined[(slice(first, first + len(array)), *map(slice, array.shape[1:]))] = array
-        first += len(array)
-    return torch.from_numpy(joined)
 
 
 NARROWER = 8  # numbers of rows that are tried

@@ -23,11 +23,12 @@ from vlsi_cache.config.sections import AS_IT_IS, Encoding
 from vlsi_cache.errors import DataError, ModelError, RowError
 
 from .chat import Chat, Turn, open_chat
+from .pictures import Features
 from .records import Record, alike
 from .sequence import MIN_SHARED, PADDED, Encoded, Extent, Layout, Piece, join, num_in_common, sequences
 from .tokens import TextReader
 from .values import shown
-from .vision import Features, Prompt, Vision, load_vision, pixel_path, token_ids
+from .vision import Prompt, Vision, load_vision, pixel_path, token_ids
 
 # How rows become tokens; counts up when that changes for some row. 1: the answer was read apart from its prompt.
 CONTRACT = 2
@@ -221,17 +222,22 @@ class Encoder:
         return found
 
     def encode(self, record: Record, *, with_response: bool = True) -> Encoded:
-        """Ids and pixels of one sample, or of its prompt as the model sees it at inference; raises DataError."""
+        """Ids and pixels of one sample, or of its prompt as the model sees it at inference; raises DataError.
+
+        A batch of such samples is what the model itself takes, with all pixels.
+        """
         with _naming(record):
             text = self._read(record, with_response)
-        return join([self._piece(record, text, NOTHING, None)])
+        return replace(join([self._piece(record, text, NOTHING, None)]), pictures=None)
 
     def encode_all(
         self, records: Sequence[Record], layout: Layout = PADDED, *, features: Features | None = None
     ) -> list[Encoded]:
         """Ids and pixels of some samples, in as few sequences as `layout` allows (see `sequence.sequences`).
 
-        The samples come in the same order. Pictures whose `features` are held are not opened. Raises DataError.
+        The samples come in the same order. Pictures whose `features` are held are not opened. A batch of what this
+        gives goes through `Backbone.capture`, which shows a picture that is in it twice to the tower once. Raises
+        DataError.
         """
         read: list[tuple[Record, _Text]] = []
         shared: list[_Shared] = []

@@ -13,9 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from vlsi_cache.progress import say
 
 from .encoder import Encoder
+from .pictures import Features
 from .records import Record
 from .sequence import PADDED, Encoded, Layout
-from .vision import Features
 from .workers import Workers
 
 START_S = 10.0  # that workers take to import and to load tokenizer and processor, measured on two busy cores

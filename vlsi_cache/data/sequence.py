@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .vision import Pictures, Prompt
+from .pictures import Pictures
+from .vision import Prompt
 
 MIN_SHARED = 16  # tokens; for fewer a branch is not worth its place in the mask
 
@@ -52,8 +53,8 @@ class Encoded:
     """One sequence, on the CPU: int64 ids, and the model's own media arrays. `input_ids` is prompt, then response.
 
     Of several samples `joined` has the span of each in order, `num_prompt` and `response_ids` are those of the last,
-    and `positions` [S] are depths where the sequence branches (None: 0 to S - 1). With `pictures`, the pixels of those
-    whose features are held are not in `media`. `answer_type`: see `vision.Prompt`.
+    and `positions` [S] are depths where the sequence branches (None: 0 to S - 1). `pictures` say what of
+    `media` is whose; the pixels of those whose features are held are not in it. `answer_type`: see `vision.Prompt`.
     """
 
     input_ids: np.ndarray

@@ -4,13 +4,14 @@ Two ways: Qwen2-VL's grid, which we expand ourselves and which needs no torchvis
 Shapes: P prompt tokens; the media arrays are the processor's own.
 """
 
+import copy
 import hashlib
 import inspect
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image
@@ -19,6 +20,7 @@ from vlsi_cache.config.sections import Encoding
 from vlsi_cache.errors import DataError, ModelError
 
 from .images import Media
+from .pictures import TEXT_KEYS, Features, PictureGroup, Pictures, Recorder, StandIn, group_digest, is_pixels
 
 # How `ProcessorVision` gives rows to a processor; counts up when that changes the tokens or pixels of some row.
 # 2: the pictures of a row are one sample's (before: each by itself, and cut into crops as if it were alone).
@@ -40,42 +42,13 @@ class Prompt:
     ids_P: np.ndarray
     token_types_P: np.ndarray | None
     media: dict[str, np.ndarray]
-    pictures: "Pictures | None" = None
+    pictures: Pictures | None = None
     answer_type: int = 0
 
 
 def token_ids(tokenizer: Any, text: str) -> list[int]:
     """Ids of `text` as it stands: no special tokens added."""
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-
-class Features(Protocol):
-    """What keeps the features of pictures: `get` gives those of a digest, with their `grid`, or None."""
-
-    def get(self, digest: str) -> Any: ...
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """The pictures of a sample or batch in the order of their tokens: by digest, with the features that are held.
-
-    The pixels of those that are held (not None) are not among the inputs.
-    """
-
-    digests: tuple[str, ...]
-    held: tuple[Any, ...]
-
-    def to(self, device: Any, *, non_blocking: bool = False) -> "Pictures":
-        moved = (None if one is None else one.to(device, non_blocking=non_blocking) for one in self.held)
-        return Pictures(self.digests, tuple(moved))
-
-    def pin_memory(self) -> "Pictures":
-        return self  # features lie in memory that is not copied again
-
-    @staticmethod
-    def joined(several: Sequence["Pictures"]) -> "Pictures":
-        digests = tuple(digest for one in several for digest in one.digests)
-        return Pictures(digests, tuple(held for one in several for held in one.held))
 
 
 class GridVision:
@@ -112,17 +85,29 @@ class GridVision:
 
     def encode_ids(self, ids: np.ndarray, images: Sequence[Media], features: Features | None = None) -> Prompt:
         """`encode` of a prompt, or of its end, that is ids with one placeholder for each picture."""
+        num_tokens = [self.image_tokens(image) for image in images]
         repeats = np.ones(len(ids), dtype=np.int64)
-        repeats[ids == self.image_token_id] = [self.image_tokens(image) for image in images]
+        repeats[ids == self.image_token_id] = num_tokens
         ids_P = np.repeat(ids, repeats)
         types_P = (ids_P == self.image_token_id).astype(np.int64)
-        if features is None or not images:
-            return Prompt(ids_P, types_P, self._pixels(images))
-        held = [features.get(image.sha256) for image in images]
+        if not images:
+            return Prompt(ids_P, types_P, {})
+        held = [None if features is None else features.get(image.sha256) for image in images]
         media = self._pixels([image for image, one in zip(images, held, strict=True) if one is None])
         fresh = iter(media.get("image_grid_thw", ()))
-        media["image_grid_thw"] = np.stack([next(fresh) if one is None else one.grid for one in held])
-        return Prompt(ids_P, types_P, media, Pictures(tuple(image.sha256 for image in images), tuple(held)))
+        grids = [next(fresh) if one is None else np.array(json.loads(one.about)) for one in held]
+        media["image_grid_thw"] = np.stack(grids)
+        groups = [
+            PictureGroup(
+                image.sha256,
+                num,
+                {"pixel_values": int(grid.prod()) if one is None else 0, "image_grid_thw": 1},
+                json.dumps(grid.tolist()),
+                one,
+            )
+            for image, num, grid, one in zip(images, num_tokens, grids, held, strict=True)
+        ]
+        return Prompt(ids_P, types_P, media, Pictures(tuple(groups), features is not None))
 
     def digest(self) -> str:
         return _digest(self.image_processor)
@@ -151,8 +136,9 @@ class ProcessorVision:
     max_pixels = None
     takes_pictures_alone = False
 
-    def __init__(self, processor: Any) -> None:
-        self.processor = processor
+    def __init__(self, processor: Any, feature_token_id: int | None = None) -> None:
+        """`feature_token_id`: the token in whose places the model puts features; Gemma 3's placeholder is another."""
+        self.processor, self.feature_token_id = processor, feature_token_id
         self.tokenizer = processor.tokenizer
         self.image_processor = processor.image_processor
         self.image_token_id = getattr(processor, "image_token_id", None)
@@ -190,9 +176,28 @@ class ProcessorVision:
         return len(ids) - len(sizes) + self._known[sizes]
 
     def encode(self, text: str, images: Sequence[Media], features: Features | None = None) -> Prompt:
-        """`features` are not used: what such a processor makes of a picture depends on the sample that it is in."""
-        del features
-        return self._run(text, [image.open() for image in images])
+        """With `features`, the pictures of a prompt are opened where those of all of them together are not held.
+
+        What such a processor makes of a picture can depend on the others of its sample: LLaVA-OneVision cuts one into
+        crops only when it is alone, Idefics 3 and Pixtral pad to the largest.
+        """
+        if not images:
+            return self._run(text, [])
+        digest = group_digest([image.sha256 for image in images])
+        held = None if features is None else features.get(digest)
+        if held is not None and held.about:
+            prompt, about = self._run_blank(text, images, held.about), held.about
+        else:
+            recorder = Recorder(self.image_processor)
+            prompt = self._run(text, [image.open() for image in images], recorder)
+            about = "" if features is None else self._checked(recorder.about(), text, images, prompt)
+        if held is not None:
+            media = {name: array for name, array in prompt.media.items() if not is_pixels(name, array)}
+            prompt = replace(prompt, media=media)
+        num_rows = {name: len(array) for name, array in prompt.media.items() if name not in TEXT_KEYS}
+        num_tokens = 0 if self.feature_token_id is None else int((prompt.ids_P == self.feature_token_id).sum())
+        group = PictureGroup(digest, num_tokens, num_rows, about, held)
+        return replace(prompt, pictures=Pictures((group,), features is not None))
 
     def encode_ids(self, ids: np.ndarray, images: Sequence[Media], features: Features | None = None) -> Prompt:
         """The end of a prompt; pictures are never in it, since such a processor wants all of a sample's at once."""
@@ -222,11 +227,35 @@ class ProcessorVision:
         if len(sizes) == 1 and self._checks_left > 0:
             self._checks_left = self._checks_left - 1 if self._own_count(sizes) == count else NEVER
 
-    def _run(self, text: str, images: list[Image.Image]) -> Prompt:
+    def _run_blank(self, text: str, images: Sequence[Media], about: str) -> Prompt:
+        """The prompt with zeros for pixels, from what was said `about` the pictures when they were prepared."""
+        blank = [Image.new("RGB", image.size) for image in images]
+        return self._run(text, blank, StandIn(self.image_processor, about))
+
+    def _checked(self, about: str, text: str, images: Sequence[Media], wanted: Prompt) -> str:
+        """`about` if the processor makes the same prompt of it, and all else that is no pixel; otherwise ""."""
+        if not about:
+            return ""
+        try:
+            found = self._run_blank(text, images, about)
+        except Exception:  # foreign code, which looks at the pixels themselves
+            return ""
+        facts = [name for name, array in wanted.media.items() if not is_pixels(name, array)]
+        pairs = [(found.ids_P, wanted.ids_P), (found.token_types_P, wanted.token_types_P)]
+        pairs += [(found.media.get(name), wanted.media[name]) for name in facts]
+        same = all(np.array_equal(cast(Any, one), cast(Any, other)) for one, other in pairs)
+        return about if same and found.media.keys() == wanted.media.keys() else ""
+
+    def _run(self, text: str, images: list[Image.Image], image_processor: Any = None) -> Prompt:
+        """What the processor makes of a sample, with an image processor in the place of its own if one is given."""
+        processor = self.processor
+        if image_processor is not None:
+            processor = copy.copy(self.processor)
+            processor.image_processor = image_processor
         # As one sample's pictures: LLaVA-OneVision cuts the picture of a sample into crops only when it is alone.
         nested = [images] if images else None
         try:
-            features = self.processor(text=[text], images=nested, add_special_tokens=False, return_tensors="pt")
+            features = processor(text=[text], images=nested, add_special_tokens=False, return_tensors="pt")
         except ValueError as error:
             raise DataError(f"{type(self.processor).__name__} refuses it: {error}") from None
         arrays = {key: np.asarray(value) for key, value in features.items() if key not in OURS}
@@ -251,7 +280,7 @@ def load_vision(path: str, config: Any, tokenizer: Any, encoding: Encoding, **op
     if "image_grid_thw" not in image_processor.model_input_names:
         if encoding.min_pixels is not None or encoding.max_pixels is not None:
             raise ModelError(f"`min_pixels` and `max_pixels` are for the Qwen2-VL family, not for `{path}`")
-        return ProcessorVision(_load_processor(path, config, options))
+        return ProcessorVision(_load_processor(path, config, options), getattr(config, "image_token_id", None))
     size = {"shortest_edge": encoding.min_pixels, "longest_edge": encoding.max_pixels}
     old = {key: image_processor.size[key] for key in size}
     image_processor.size = {key: old[key] if value is None else value for key, value in size.items()}

@@ -21,11 +21,11 @@ from vlsi_cache.config.sections import Together
 from vlsi_cache.config.training import BatchReduction
 from vlsi_cache.data.collate import Batch, collate
 from vlsi_cache.data.encoder import CONTRACT, Encoder
+from vlsi_cache.data.pictures import Features
 from vlsi_cache.data.preparing import EncodeAll, Preparer
 from vlsi_cache.data.records import Record, RecordSet, units
 from vlsi_cache.data.sequence import PADDED, Layout, sequences
 from vlsi_cache.data.stored import names_of
-from vlsi_cache.data.vision import Features
 from vlsi_cache.errors import CacheCorruptError, FingerprintMismatchError, command_line
 from vlsi_cache.io import ahead
 from vlsi_cache.processes import ALONE, Processes
