@@ -20,7 +20,7 @@ from vlsi_cache.data.encoder import Encoder
 from vlsi_cache.data.sequence import Layout
 from vlsi_cache.errors import DataError, ModelError, VlsiCacheError
 from vlsi_cache.models.backbone import Backbone, head_of
-from vlsi_cache.models.verbalizer import Verbalizers
+from vlsi_cache.models.verbalizer import Verbalizers, frozen_layout
 from vlsi_cache.progress import progress, say
 from vlsi_cache.sparse.head import Head, compute_dtype
 from vlsi_cache.sparse.kl import LayerRows, candidate_kl
@@ -59,7 +59,7 @@ def against_cache(
     num_samples, num_tokens, agree = 0, 0, 0
     entropy, kl, mass = 0.0, 0.0, 0.0
     kl_by_layer: dict[int, Any] = {}
-    batches = _batches(cache, encoder, verbalizers, batch_tokens, limit, layout=backbone.layout)
+    batches = _batches(cache, encoder, verbalizers, batch_tokens, limit, layout=frozen_layout(backbone, verbalizers))
     for micro in progress(batches, "cache", unit="batch"):
         num_samples += len(micro.sample_ids)
         rows = micro.rows
