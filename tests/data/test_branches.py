@@ -17,6 +17,7 @@ from tests.helpers.probe_models import make_model
 from tests.helpers.tiny import save_tokenizer, write_jsonl
 from vlsi_cache.config.sections import DataSpec
 from vlsi_cache.data import encoder as encoder_module
+from vlsi_cache.data.branches import star_of
 from vlsi_cache.data.collate import SEEN_UNTIL, collate, seen_until
 from vlsi_cache.data.encoder import Encoder, Measured, load_encoder
 from vlsi_cache.data.records import MOST_ALIKE, Record, read_records, units
@@ -25,6 +26,7 @@ from vlsi_cache.data.vision import Prompt
 from vlsi_cache.models.backbone import Backbone
 
 TREES = Layout(row_width=4096, branches=True)
+STARS = Layout(row_width=0, branches=True)
 
 
 def asked(question: str, answer: str, **more: Any) -> dict[str, Any]:
@@ -66,7 +68,8 @@ def checked(encoder: Encoder, records: list[Record], layout: Layout) -> list[Enc
             assert span.places_R.tolist() == path[single.num_prompt :]
     extents = [one.extent for one in encoder.measure_all(records) if isinstance(one, Measured)]
     planned = sequences(extents, range(len(records)), layout)
-    assert [num_tokens(extents, one) for one in planned] == [len(one.input_ids) for one in found]
+    lengths = [star_of(one).num_tokens if layout == STARS else len(one.input_ids) for one in found]
+    assert [num_tokens(extents, one, layout) for one in planned] == lengths
     return found
 
 
@@ -189,6 +192,45 @@ def test_any_tree_is_seen_along_its_paths(drawn: list[tuple[int, int]]) -> None:
         else [[]]
     )
     assert not whole or num_tokens(lengths, whole) == total
+    # As a trunk and branches that do not branch again: every path is there, once.
+    star = star_of(one)
+    ways = [[*range(star.num_trunk), *branch] for branch in star.branches] or [[*range(star.num_trunk)]]
+    assert len({way[-1] for way in ways}) == len(ways)
+    for path in paths:
+        assert any(way[: len(path)] == path for way in ways)
+    assert not whole or num_tokens(lengths, whole, STARS) == star.num_tokens
+
+
+def test_responses_to_one_prompt_go_on_from_one_trunk(tmp_path: Path, encoder: Encoder) -> None:
+    answers = [asked(LONG, answer) for answer in ("yes", "no", "the cat sat", "a")]
+    turns = [*asked(LONG, "no")["messages"], *asked("why?", "it is red")["messages"]]
+    for rows in (answers, [asked(LONG, "yes"), {"messages": turns[:2]}, {"messages": turns}]):
+        (one,) = checked(encoder, read(tmp_path, *rows), STARS)
+        assert len(one.spans) == 4
+    many = checked(encoder, read(tmp_path, *(asked(LONG, str(n)) for n in range(20))), STARS)
+    assert [len(one.spans) for one in many] == [16, 4]
+
+
+@pytest.mark.parametrize(
+    ("shared", "wanted"),
+    [
+        ([0, 500, 502, 500, 503], [5]),  # questions on one picture begin alike, by more or less
+        ([0, 20, 30, 20], [1, 1, 1, 1]),  # too little
+        ([0, 100, 500, 500], [1, 3]),  # what comes next shares more
+        ([0, 500, 100, 500], [2, 2]),
+        ([0, 500, 500, 500, 300, 300], [4, 2]),  # a shorter trunk would cost the first four more than it saves
+        ([0, 500, 400, 150], [3, 1]),
+        ([0, 600, 500, 600], [4]),  # turns that go on
+    ],
+)
+def test_a_trunk_is_shared_where_that_saves_tokens(shared: list[int], wanted: list[int]) -> None:
+    lengths = [600, 700, 600, 700] if 600 in shared else [600] * len(shared)
+    extents = [Extent(*one) for one in zip(lengths, shared, strict=True)]
+    found = sequences(extents, range(len(extents)), STARS)
+    assert [len(one) for one in found] == wanted
+    assert sum(num_tokens(extents, one, STARS) for one in found) <= sum(
+        num_tokens(extents, one) for one in sequences(extents, range(len(extents)), PADDED)
+    )
 
 
 WINDOWED = {"mistral": 6, "gemma3_text": 6, "gpt_oss": 6}

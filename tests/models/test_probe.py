@@ -23,6 +23,7 @@ from helpers.probe_models import (
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
+from vlsi_cache.data.sequence import Layout
 from vlsi_cache.errors import ModelError
 from vlsi_cache.models.backbone import Backbone
 from vlsi_cache.models.families import FAMILIES as KNOWN
@@ -32,8 +33,10 @@ from vlsi_cache.models.probe import check_against_itself
 # Their layers carry a state from token to token, see chunks of a row, or take no mask of ours.
 PADDED = {
     *("bamba", "bloom", "falcon_h1", "granitemoehybrid", "jamba", "lfm2", "llama4_text", "mamba", "mamba2"),
-    *("nemotron_h", "recurrent_gemma", "zamba2"),
+    *("nemotron_h", "qwen3_5_text", "qwen3_next", "recurrent_gemma", "zamba2"),
 }
+# Of these, those that do not go on from a cache with several tokens at once.
+UNCACHED = {"jamba", "mamba", "recurrent_gemma"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -45,6 +48,9 @@ def test_log_probs_of_a_padded_batch_are_the_models_own(family: str) -> None:
     assert bool(note) == (family == "falcon_h1")
     assert backbone.packs == (family not in PADDED), backbone.why_padded
     assert bool(backbone.why_padded) == (family in PADDED)
+    assert bool(backbone.why_uncached) == (family in UNCACHED), backbone.why_uncached
+    assert backbone.frozen_layout == (Layout(0, branches=True) if family in PADDED - UNCACHED else backbone.layout)
+    assert backbone.layout.goes_on_from_caches is False  # what trains has no cache
     torch.testing.assert_close(our_logprobs(backbone, probe), own_logprobs(model, probe), rtol=0, atol=2e-4)
     captured = backbone.capture(probe.together, [1, 2], probe.rows_T, probe.positions_T)
     short = backbone.capture(probe.together, [1], probe.rows_T, probe.positions_T, with_final=False)

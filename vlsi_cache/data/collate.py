@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .branches import BRANCHES, branches_of, star_of
 from .encoder import Measured
 from .pictures import is_pixels, join_rows, pictures_of_batch
 from .sequence import Encoded, Layout, num_tokens, sequences
@@ -31,8 +32,10 @@ class Batch:
     """`model(**inputs)`; hidden[rows_T, positions_T] predicts gold_T. labels_BS has IGNORE_INDEX off the response.
 
     Of a packed batch, several sequences may lie in one row, and a sequence may branch: `inputs` then have SEEN_UNTIL
-    and `position_ids`. With PICTURES, pixels are apart. Both go through `Backbone.capture` alone. Labels stand at the
-    token's own position, as transformers wants them (it shifts them itself).
+    and `position_ids`. So do those of a padded batch with sequences that branch: they are the trunks, and BRANCHES has
+    the other rows, which count on from them. With PICTURES, pixels are apart. All of these go through
+    `Backbone.capture` alone. Labels stand at the token's own position, as transformers wants them (it shifts them
+    itself).
     """
 
     inputs: dict[str, Any]
@@ -68,27 +71,56 @@ def collate(
 
     The sequences hold one or several samples each; `num_tokens` has one number for every sample, in their order.
     With a `row_width` they are packed: they lie end to end in fewer rows of at most so many tokens, where that makes
-    less padding; one that is longer has a row of its own.
+    less padding; one that is longer has a row of its own. Without, those that branch are taken apart.
     """
-    lengths_of_sequences = [len(one.input_ids) for one in sequences]
+    if not row_width and any(one.positions is not None for one in sequences):
+        inputs, places_S2 = _branched_inputs(sequences, pad_id=pad_id)
+    else:
+        inputs, starts = _rows(sequences, row_width, pad_id=pad_id)
+        places_S2 = [
+            np.stack([np.full(len(one.input_ids), row), start + np.arange(len(one.input_ids))], axis=1)
+            for (row, start), one in zip(starts, sequences, strict=True)
+        ]
+    spans = [(places, span) for places, one in zip(places_S2, sequences, strict=True) for span in one.spans]
+    rows_T, positions_T = np.concatenate([places[span.before_R] for places, span in spans]).T.copy()
+    gold_T = np.concatenate([span.response_ids for _, span in spans])
+    labels_BS = np.full(1 + np.max([places.max(0) for places in places_S2], axis=0), IGNORE_INDEX, dtype=np.int64)
+    labels_BS[tuple(np.concatenate([places[span.places_R] for places, span in spans]).T)] = gold_T
+    tensors = (torch.from_numpy(array) for array in (rows_T, positions_T, gold_T, labels_BS))
+    return Batch(inputs, *tensors, num_tokens=[len(span.response_ids) for _, span in spans]).to(device)
+
+
+def _rows(sequences: Sequence[Encoded], row_width: int, *, pad_id: int) -> tuple[dict[str, Any], list[tuple[int, int]]]:
+    """The inputs of a batch, packed or padded, and (row, start) of every sequence."""
+    lengths = [len(one.input_ids) for one in sequences]
     # `token_type_ids` are part of the mask (PaliGemma, Gemma 3), and say nothing of sequences.
     can_pack = row_width and not any("token_type_ids" in one.media for one in sequences)
     alone = [(row, 0) for row in range(len(sequences))]
-    places = pack(lengths_of_sequences, row_width) if can_pack else alone
+    places = pack(lengths, row_width) if can_pack else alone
     if len({row for row, _ in places}) < len(sequences) or any(one.positions is not None for one in sequences):
-        inputs = _packed_inputs(sequences, places, pad_id=pad_id)
-    else:
-        places = alone
-        inputs = _inputs(sequences, lengths_of_sequences, pad_id=pad_id, left=False)
-    spans = [(place, span) for place, one in zip(places, sequences, strict=True) for span in one.spans]
-    lengths = [len(span.response_ids) for _, span in spans]
-    rows_T = np.repeat([row for (row, _), _ in spans], lengths)
-    positions_T = np.concatenate([start + span.before_R for (_, start), span in spans])
-    gold_T = np.concatenate([span.response_ids for _, span in spans])
-    labels_BS = np.full(inputs["input_ids"].shape, IGNORE_INDEX, dtype=np.int64)
-    labels_BS[rows_T, np.concatenate([start + span.places_R for (_, start), span in spans])] = gold_T
-    tensors = (torch.from_numpy(array) for array in (rows_T, positions_T, gold_T, labels_BS))
-    return Batch(inputs, *tensors, num_tokens=lengths).to(device)
+        return _packed_inputs(sequences, places, pad_id=pad_id), places
+    return _inputs(sequences, lengths, pad_id=pad_id, left=False), alone
+
+
+def _branched_inputs(sequences: Sequence[Encoded], *, pad_id: int) -> tuple[dict[str, Any], list[np.ndarray]]:
+    """The trunks, padded on the left, so that what comes next goes on from the last place of every row; and the rows of
+    the branches. Of every token of a sequence (row, position), int64 [S, 2]: rows of branches count on from the trunks.
+    """
+    stars = [star_of(one) for one in sequences]
+    lengths = [star.num_trunk for star in stars]
+    inputs = _inputs(sequences, lengths, pad_id=pad_id, left=True)
+    # No pass has more tokens than a batch of these sequences is planned to have.
+    most = len(stars) * max(star.num_tokens for star in stars)
+    rows = [(number, branch_S) for number, star in enumerate(stars) for branch_S in star.branches]
+    passes = [[rows[i] for i in some] for some in plan_batches([len(branch_S) for _, branch_S in rows], most)]
+    places_S2 = []
+    for row, (one, length) in enumerate(zip(sequences, lengths, strict=True)):
+        places_S2.append(np.zeros((len(one.input_ids), 2), np.int64))
+        places_S2[-1][:length] = np.stack([np.full(length, row), max(lengths) - length + np.arange(length)], axis=1)
+    for row, (number, branch_S) in enumerate((pair for some in passes for pair in some), start=len(stars)):
+        places_S2[number][branch_S] = np.stack([np.full(len(branch_S), row), np.arange(len(branch_S))], axis=1)
+    ids = [[(number, sequences[number].input_ids[branch_S]) for number, branch_S in some] for some in passes]
+    return inputs | {BRANCHES: branches_of(ids, pad_id=pad_id)}, places_S2
 
 
 def collate_prompts(
@@ -273,7 +305,7 @@ def plan_sample_batches(measured: Sequence[Measured], batch_tokens: int, layout:
     """Places of samples by batch, as `plan_batches` has them; samples of one sequence stay together."""
     extents = [one.extent for one in measured]
     runs = sequences(extents, range(len(measured)), layout)
-    batches = plan_batches([num_tokens(extents, run) for run in runs], batch_tokens)
+    batches = plan_batches([num_tokens(extents, run, layout) for run in runs], batch_tokens)
     return [[index for number in batch for index in runs[number]] for batch in batches]
 
 

@@ -251,11 +251,19 @@ class Encoder:
                 extents.append(Extent(length, shared[-1].num_shared))
                 read.append((record, text))
         found = []
-        for first, *later in sequences(extents, range(len(records)), layout):
+        for first, *later in self._shown_alike(records, extents, layout):
             pieces = [self._piece(*read[first], NOTHING, features)]
             pieces += [self._piece(*read[index], shared[index], features) for index in later]
             found.append(join(pieces))
         return found
+
+    def _shown_alike(self, records: Sequence[Record], extents: Sequence[Extent], layout: Layout) -> list[list[int]]:
+        """`sequences`; where branches have rows of their own, all pictures must be in what they share."""
+        runs: list[list[int]] = []
+        for run in sequences(extents, range(len(records)), layout):
+            is_mixed = len({len(records[index].images) for index in run}) > 1
+            runs += sequences(extents, run, PADDED) if is_mixed and layout.goes_on_from_caches else [run]
+        return runs
 
     def _piece(self, record: Record, text: _Text, shared: "_Shared", features: Features | None) -> Piece:
         """What the sample has beyond what it shares."""

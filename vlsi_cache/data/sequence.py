@@ -16,14 +16,25 @@ from .pictures import Pictures
 from .vision import Prompt
 
 MIN_SHARED = 16  # tokens; for fewer a branch is not worth its place in the mask
+MIN_SHARE = 1 / 8  # of a sample; for less a second pass, from the cache of the first, is not worth its start
+MOST_BRANCHES = 16  # that go on from one cache: they are planned as one sequence, and more would save little
 
 
 class Layout(NamedTuple):
     """How the samples of a batch lie for a model: in rows of at most `row_width` tokens that hold several sequences (0:
-    each has a row, padded), and whether a sequence may branch."""
+    each has a row, padded), and whether a sequence may branch.
+
+    Branches of a packed row are kept apart by the mask. Padded ones have rows of their own, which go on from the cache
+    that their trunk has left (`data/branches.py`).
+    """
 
     row_width: int = 0
     branches: bool = False
+
+    @property
+    def goes_on_from_caches(self) -> bool:
+        """Whether sequences branch once at most, each into branches with rows of their own."""
+        return self.branches and not self.row_width
 
 
 PADDED = Layout()
@@ -142,8 +153,10 @@ def sequences(extents: Sequence[Extent], indices: Sequence[int], layout: Layout)
     """Those of the samples `indices` that run together, in order; `extents` is by sample.
 
     A sample that goes on where its left neighbour has ended is in the same sequence. One that branches from it is too,
-    where the model keeps branches apart, as long as all fits in one row.
+    where the model keeps branches apart, as long as all fits in one row; or as far as a common trunk pays.
     """
+    if layout.goes_on_from_caches:
+        return _stars(extents, indices)
     found: list[list[int]] = []
     num_tokens, is_line = 0, True
     for index in indices:
@@ -160,10 +173,43 @@ def sequences(extents: Sequence[Extent], indices: Sequence[int], layout: Layout)
     return found
 
 
-def num_tokens(extents: Sequence[Extent], sequence: Sequence[int]) -> int:
+def _stars(extents: Sequence[Extent], indices: Sequence[int]) -> list[list[int]]:
+    """`sequences` of one trunk each: the tokens that all its branches share."""
+    found: list[list[int]] = []
+    num_branches = trunk = 0
+    for index in indices:
+        own = extents[index]
+        if found and found[-1][-1] == index - 1 and own.num_shared:
+            if own.num_shared == extents[index - 1].num_tokens:
+                found[-1].append(index)
+                continue
+            shorter = own.num_shared if num_branches == 1 else min(trunk, own.num_shared)
+            # The branches that are there repeat what their trunk loses.
+            pays = (num_branches - 1) * (trunk - shorter) < shorter and own.num_shared >= MIN_SHARE * own.num_tokens
+            if pays and num_branches < MOST_BRANCHES and not _belongs_to_next(extents, index):
+                found[-1].append(index)
+                num_branches, trunk = num_branches + 1, shorter
+                continue
+        found.append([index])
+        num_branches, trunk = 1, 0
+    return found
+
+
+def _belongs_to_next(extents: Sequence[Extent], index: int) -> bool:
+    """Whether the sample shares so much more with the next one than with the one before that it opens a sequence."""
+    own, after = extents[index], extents[index + 1] if index + 1 < len(extents) else Extent(0, 0)
+    return 2 * own.num_shared < after.num_shared < own.num_tokens
+
+
+def num_tokens(extents: Sequence[Extent], sequence: Sequence[int], layout: Layout = PADDED) -> int:
     """Tokens of a sequence of samples: what they share counts once."""
     first, *later = sequence
-    return extents[first].num_tokens + sum(extents[i].num_tokens - extents[i].num_shared for i in later)
+    total = extents[first].num_tokens + sum(extents[i].num_tokens - extents[i].num_shared for i in later)
+    if not layout.goes_on_from_caches:
+        return total
+    # There is one trunk; a branch repeats what it shares beyond it.
+    shared = [extents[i].num_shared for i in later if extents[i].num_shared < extents[i - 1].num_tokens]
+    return total + sum(shared) - len(shared) * min(shared, default=0)
 
 
 def num_in_common(ids: np.ndarray, others: np.ndarray) -> int:

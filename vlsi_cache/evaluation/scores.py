@@ -26,7 +26,7 @@ from vlsi_cache.io import ahead, check_file, refuse_url, write_atomically
 from vlsi_cache.models.backbone import Backbone, head_of
 from vlsi_cache.models.load import ModelRef, max_positions, resolve_model
 from vlsi_cache.models.probe import checked_backbone
-from vlsi_cache.models.verbalizer import Verbalizers, load_verbalizers
+from vlsi_cache.models.verbalizer import Verbalizers, frozen_layout, load_verbalizers
 from vlsi_cache.models.verbalizer_files import find_folder, read_record
 from vlsi_cache.processes import ALONE, Processes, joined
 from vlsi_cache.progress import progress, say
@@ -249,7 +249,7 @@ def evaluate_model(
     result = {}
     if settings is not None:
         assert own is not None
-        batches = plan_sample_batches(kept, batch_tokens, backbone.layout)
+        batches = plan_sample_batches(kept, batch_tokens, frozen_layout(backbone, spoken))
         scores = _on_held_out(backbone, spoken, settings, own, records, batches, num_workers, processes)
         result = {"num_samples": len(records), "num_skipped": num_skipped, **scores}
     if cache is not None:
@@ -305,7 +305,7 @@ def mean_nll(
 ) -> dict[int, float]:
     """Negative log-likelihood in nats per response token over the real vocabulary, by layer; the final one last."""
     head, own = head_of(backbone).real(encoder.vocab_size), processes.share(batches)
-    prepared = _prepared(records, own, encoder, backbone.layout, num_workers)
+    prepared = _prepared(records, own, encoder, frozen_layout(backbone, verbalizers), num_workers)
     sums = []  # one of every batch, so that they are added in the order of the batches whoever has made them
     for sequences in progress(prepared, "perplexity", unit="batch", total=len(own)):
         batch = collate(sequences, pad_id=encoder.pad_id, device=backbone.device, row_width=backbone.row_width)

@@ -22,7 +22,7 @@ from vlsi_cache.data.encoder import Encoder
 from vlsi_cache.data.sequence import Layout
 from vlsi_cache.errors import DataError, ModelError, VlsiCacheError
 from vlsi_cache.models.backbone import Backbone, head_of
-from vlsi_cache.models.verbalizer import Verbalizers
+from vlsi_cache.models.verbalizer import Verbalizers, frozen_layout
 from vlsi_cache.processes import ALONE, Processes
 from vlsi_cache.progress import progress, say
 from vlsi_cache.sparse.head import Head, compute_dtype
@@ -75,7 +75,8 @@ def against_cache(
     """
     header, is_top = cache.header, cache.header.row_kind == "top-k"
     check_tokenizer(header, encoder, encoder.name, where=cache.path)
-    batches = _batches(cache, encoder, verbalizers, batch_tokens, limit, layout=backbone.layout, processes=processes)
+    layout = frozen_layout(backbone, verbalizers)
+    batches = _batches(cache, encoder, verbalizers, batch_tokens, limit, layout=layout, processes=processes)
     own = [_sums(micro, backbone, verbalizers, header) for micro in progress(batches, "cache", unit="batch")]
     sums = Sums()
     for one in processes.gather_shares(own):

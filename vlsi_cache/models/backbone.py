@@ -19,11 +19,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from vlsi_cache.config.training import TargetLayers
+from vlsi_cache.data.branches import BRANCHES
 from vlsi_cache.data.collate import PICTURES, SEEN_UNTIL
 from vlsi_cache.data.sequence import Layout
 from vlsi_cache.errors import ModelError, SpecError
 from vlsi_cache.sparse.head import Head
 
+from .branches import capture_branches, in_order
 from .families import check_family, find_parts, head_module, logit_change
 from .features import with_features
 from .packing import unpacked, widest_row
@@ -55,6 +57,8 @@ _found_changes: "WeakKeyDictionary[nn.Module, tuple[float, float | None]]" = Wea
 _why_padded: "WeakKeyDictionary[nn.Module, str]" = WeakKeyDictionary()
 # Why a sequence may not branch, alike.
 _why_unbranched: "WeakKeyDictionary[nn.Module, str]" = WeakKeyDictionary()
+# Why branches may not go on from the cache of what they share, of a model that is padded.
+_why_uncached: "WeakKeyDictionary[nn.Module, str]" = WeakKeyDictionary()
 
 
 class _Enough(Exception):
@@ -80,7 +84,7 @@ class Backbone:
         self._norm_name = parts.final_norm
         _check_head(self._inner)
         # What runs: everything below the head, the vision tower of a VLM included.
-        self._body = cast(Any, self.decoder if self._inner.base_model is self._inner else self._inner.base_model)
+        self.body = cast(Any, self.decoder if self._inner.base_model is self._inner else self._inner.base_model)
         self._ropes: list[Any] = [module for module in self.decoder.modules() if _grows(module)]
         self._offsets: list[Any] = [module for module in self._inner.modules() if hasattr(module, "rope_deltas")]
         self._rope_kind, self.rope_limit = rope_of(self.text_config)
@@ -142,8 +146,13 @@ class Backbone:
 
     @property
     def layout(self) -> Layout:
-        """How samples lie in the batches of this model."""
+        """How samples lie in the batches of this model, whether it trains or not."""
         return Layout(self.row_width, self.why_unbranched == "")
+
+    @property
+    def frozen_layout(self) -> Layout:
+        """How they lie where no gradient is asked for: then branches may go on from a cache."""
+        return Layout(0, branches=True) if not self.packs and self.why_uncached == "" else self.layout
 
     @property
     def why_unbranched(self) -> str | None:
@@ -153,6 +162,15 @@ class Backbone:
     @why_unbranched.setter
     def why_unbranched(self, reason: str) -> None:
         _why_unbranched[self._inner] = reason
+
+    @property
+    def why_uncached(self) -> str | None:
+        """Why the branches of this model do not go on from the cache of what they share, as `why_padded` has it."""
+        return _why_uncached.get(self._inner)
+
+    @why_uncached.setter
+    def why_uncached(self, reason: str) -> None:
+        _why_uncached[self._inner] = reason
 
     @property
     def why_padded(self) -> str | None:
@@ -197,8 +215,10 @@ class Backbone:
         `inputs` is what the model takes (input_ids, attention_mask, pixel_values, ...). Row t of the result is
         `hidden[rows_T[t], positions_T[t]]`, so that only response positions are kept. The final norm's output has the
         key `num_layers`; without it (`with_final`), decoder layers above the deepest of `layers` are not run.
-        Differentiable. Raises ModelError for layers out of range.
+        Differentiable, but for batches with BRANCHES. Raises ModelError for layers out of range.
         """
+        if BRANCHES in inputs:
+            return capture_branches(self, inputs, layers, rows_T, positions_T, with_final=with_final)
         groups = self._groups(inputs)
         if not groups:
 
@@ -221,8 +241,7 @@ class Backbone:
             order.append(at)
             for layer, state_TD in found.items():
                 parts.setdefault(layer, []).append(state_TD)
-        back_T = torch.cat(order).argsort()
-        return {layer: torch.cat(states)[back_T.to(states[0].device)] for layer, states in parts.items()}
+        return in_order(parts, order)
 
     def capture_sequences(
         self,
@@ -332,7 +351,7 @@ class Backbone:
         # The hooks are gone before any backward pass, so the recomputation of gradient checkpointing cannot fire them.
         handles = [self.layers[k - 1].register_forward_hook(hook_for(k), with_kwargs=True) for k in layers]
         try:
-            output = self._body(**{"use_cache": False, **inputs})
+            output = self.body(**{"use_cache": False, **inputs})
         except _Enough:
             return captured, None
         finally:

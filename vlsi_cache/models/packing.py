@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vlsi_cache.data.collate import SEEN_UNTIL
-from vlsi_cache.data.sequence import PADDED, Layout
+from vlsi_cache.data.sequence import Layout
 
 MAX_WIDTH = 1 << 20  # tokens of a row
 ATTENTION_KINDS = {"full_attention", "sliding_attention"}  # of layers, that a mask can be made for
@@ -32,7 +32,7 @@ def unmaskable_kinds(text_config: Any) -> list[str]:
 def likely_layout(text_config: Any) -> Layout:
     """How samples will lie for a model that nobody has looked at: most families pack, and keep branches apart."""
     if unmaskable_kinds(text_config):
-        return PADDED
+        return Layout(0, branches=True)  # nearly all of these families have a cache that branches go on from
     return Layout(widest_row(text_config), keeps_branches_apart(text_config))
 
 

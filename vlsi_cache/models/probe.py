@@ -44,7 +44,8 @@ _checked: "WeakSet[nn.Module]" = WeakSet()
 @dataclass(frozen=True)
 class Probe:
     """Some samples as one padded batch and each alone, the first with fewer response tokens, and all in one packed row
-    in which the first has its response twice, in two branches; None where sequences cannot lie end to end."""
+    in which the first has its response twice, in two branches; None where sequences cannot lie end to end. `branched`
+    are all with their response twice, in padded rows."""
 
     together: dict[str, Tensor]
     rows_T: Tensor
@@ -53,6 +54,7 @@ class Probe:
     shorter: dict[str, Tensor]
     num_shorter: int
     packed: Batch | None
+    branched: Batch | None
 
 
 @torch.no_grad()
@@ -110,6 +112,8 @@ def _compare(backbone: Backbone, probe: Probe, name: str) -> str:
         )
     _refuse_foresight(backbone, probe, own[0], exact, name)
     backbone.why_padded, backbone.why_unbranched = _packing(backbone, probe.packed, own_TV, exact)
+    if backbone.why_padded:
+        backbone.why_uncached = _caching(backbone, probe.branched, own, exact)
     return note
 
 
@@ -134,6 +138,27 @@ def _packing(backbone: Backbone, packed: Batch | None, own_TV: Tensor, exact: bo
         return "", "its attention finds sequences by their positions"
     difference = _difference(own_TV[: len(first_TV)], again_TV, exact)
     return "", f"beside another response to its prompt its {difference}" if difference else ""
+
+
+def _caching(backbone: Backbone, branched: Batch | None, own: list[Tensor], exact: bool) -> str:
+    """Why branches cannot go on from the cache of what they share; "" if the model says the same of each alone."""
+    if backbone.rope_limit is not None:
+        return "its rope depends on the longest row"
+    if branched is None:
+        return "its prompts cannot be parted from their responses"
+    # Layers without the final one, too: then the pass ends early, and leaves only a part of the cache.
+    layers = [1] if backbone.num_layers > 1 else []
+    try:
+        found = backbone.capture(branched.inputs, layers, branched.rows_T, branched.positions_T)
+        below = backbone.capture(branched.inputs, layers, branched.rows_T, branched.positions_T, with_final=not layers)
+    except FORWARD_ERRORS as error:
+        return f"its forward pass fails on the cache of a prompt ({type(error).__name__})"
+    found_TV = _changed(backbone, _raw(backbone, found[backbone.num_layers]))
+    if difference := _difference(torch.cat([one_TV for one_TV in own for _ in range(2)]), found_TV, exact):
+        return f"going on from the cache of a prompt its {difference}"
+    if any(not torch.allclose(found[k], below[k], rtol=1e-3, atol=1e-5) for k in layers):
+        return "the cache of its first layers alone is another one"
+    return ""
 
 
 def _both(reason: str) -> tuple[str, str]:
@@ -287,6 +312,8 @@ def checked_backbone(model: Any, encoder: Encoder) -> Backbone:
         say(note)
     if backbone.why_padded:
         say(f"model {encoder.name}: batches are padded, not packed: {backbone.why_padded}")
+        if backbone.why_uncached:
+            say(f"model {encoder.name}: each sample runs its whole prompt: {backbone.why_uncached}")
     elif backbone.why_unbranched:
         say(f"model {encoder.name}: each sample runs its whole prompt: {backbone.why_unbranched}")
     return backbone
@@ -337,6 +364,7 @@ def make_probe(backbone: Backbone, encoder: Encoder) -> Probe:
         shorter=batch_of([cut]).inputs,
         num_shorter=num_shorter,
         packed=batch_of([with_branch(first), *samples[1:]], row_width=MAX_WIDTH) if can_pack(samples) else None,
+        branched=batch_of([with_branch(one) for one in samples]) if can_pack(samples) else None,
     )
 
 

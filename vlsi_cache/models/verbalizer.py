@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from vlsi_cache.config.training import PreNorm, Structure, Style
+from vlsi_cache.data.sequence import Layout
 from vlsi_cache.errors import ModelError
 
 from .backbone import Backbone, LayerSequence, head_digest
@@ -147,6 +148,11 @@ class Verbalizers(nn.Module):
         """Whether `apply` takes what `Backbone.capture_sequences` gives instead of what `capture` gives."""
         return self.architecture.structure.startswith("decoder") and bool(self.layers)
 
+    @property
+    def layout(self) -> Layout:
+        """How samples lie in the batches that `capture` takes where the backbone is frozen."""
+        return self._backbone.layout if self.needs_sequence else self._backbone.frozen_layout
+
     def capture(
         self, inputs: dict[str, Any], rows_T: Tensor, positions_T: Tensor, *, with_final: bool = True
     ) -> "dict[int, Tensor] | dict[int, Tensor | LayerSequence]":
@@ -201,6 +207,11 @@ def build_verbalizers(
         generator = torch.Generator().manual_seed(seed * 1_000_003 + layer)
         _initialize(verbalizers.by_layer[str(layer)], style, generator)
     return verbalizers.to(backbone.device)
+
+
+def frozen_layout(backbone: Backbone, verbalizers: Verbalizers | None) -> Layout:
+    """How samples lie for a frozen model that is read at its last layer, and through verbalizers if there are any."""
+    return backbone.frozen_layout if verbalizers is None else verbalizers.layout
 
 
 def logit_lens(backbone: Backbone, layers: Sequence[int]) -> Verbalizers:

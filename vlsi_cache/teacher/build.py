@@ -145,7 +145,7 @@ def find_batch_tokens(teacher: Teacher, parts: list[list[int]]) -> int:
     Each try runs the heaviest batch that the build itself would run. A GPU says when its memory is full, but a
     process that fills the memory of the host is killed: there nothing above the default of every build is tried.
     """
-    inputs, layout = teacher.inputs, teacher.backbone.layout
+    inputs, layout = teacher.inputs, teacher.layout
 
     def speed(batch: list[int]) -> float:
         prepared = teacher.prepare(PartBatch(NO_PART, batch))  # not timed: a thread does it while the teacher works
@@ -192,7 +192,7 @@ def grow(
 
 def heaviest_batch(teacher: Teacher, parts: list[list[int]], batch_tokens: int) -> list[int]:
     """Of all batches that the build would run, the one with the most padded and response tokens."""
-    inputs, layout = teacher.inputs, teacher.backbone.layout
+    inputs, layout = teacher.inputs, teacher.layout
 
     def num_tokens(batch: list[int]) -> int:
         return inputs.padded_tokens(batch, layout) + sum(len(inputs.response_ids[i]) for i in batch)
@@ -357,7 +357,7 @@ def selected_positions(inputs: TeacherInputs, indices: list[int], rows: SparseRo
 def _batches(teacher: Teacher, parts: list[list[int]], chosen: Iterable[int], batch_tokens: int) -> Iterator[PartBatch]:
     """Records of some parts that go through the teacher together: planned from the data and the kind of the model
     alone, never across parts."""
-    inputs, layout = teacher.inputs, teacher.backbone.layout
+    inputs, layout = teacher.inputs, teacher.layout
     for part in chosen:
         together = inputs.sequences(parts[part], layout)
         for batch in plan_batches(inputs.lengths(parts[part], layout), batch_tokens):

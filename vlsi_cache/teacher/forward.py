@@ -14,6 +14,7 @@ import torch
 
 from vlsi_cache.data.collate import Batch, collate
 from vlsi_cache.data.preparing import EncodeAll, Preparer
+from vlsi_cache.data.sequence import Layout
 from vlsi_cache.errors import BatchTooLargeError, ModelError, VlsiCacheError
 from vlsi_cache.io import ahead
 from vlsi_cache.models.backbone import Backbone, head_of
@@ -66,6 +67,11 @@ class Teacher:
     device: torch.device
     compiled: bool = False
 
+    @property
+    def layout(self) -> Layout:
+        """How samples lie in its batches."""
+        return self.verbalizers.layout
+
     def rows(self, indices: list[int]) -> list[SparseRows]:
         """The sparse rows of some records, one SparseRows [L, T_i] per record; no token is left out yet."""
         return self.collect(self.launch(self.prepare(PartBatch(NO_PART, indices))))
@@ -77,7 +83,7 @@ class Teacher:
         encoder, num_workers = self.inputs.encoder, self.inputs.spec.run.num_workers
         features = features_of(self.backbone.model)
         with (
-            Preparer(encoder, num_workers, self.backbone.layout, features=features) as preparer,
+            Preparer(encoder, num_workers, self.layout, features=features) as preparer,
             closing(
                 ahead(
                     partial(self.prepare, encode_all=preparer.encode_all),
@@ -106,7 +112,7 @@ class Teacher:
         """Encode the records, here or as `encode_all` does, and draw their uniforms."""
         encoder, records = self.inputs.encoder, self.inputs.records
         with self._naming(work):
-            layout, features = self.backbone.layout, features_of(self.backbone.model)
+            layout, features = self.layout, features_of(self.backbone.model)
             here = partial(encoder.encode_all, layout=layout, features=features)
             sequences = (encode_all or here)([records[i] for i in work.indices])
             batch = collate(sequences, pad_id=encoder.pad_id, row_width=layout.row_width)
@@ -155,7 +161,7 @@ class Teacher:
             names = ", ".join(f"`{name}`" for name in ids[:SHOWN_SAMPLES])
             names += f" and {len(ids) - SHOWN_SAMPLES} more" if len(ids) > SHOWN_SAMPLES else ""
             if is_out_of_memory(error):
-                num_tokens = self.inputs.padded_tokens(work.indices, self.backbone.layout)
+                num_tokens = self.inputs.padded_tokens(work.indices, self.layout)
                 raise BatchTooLargeError(
                     f"{part}out of memory in a batch of {len(ids)} samples and {num_tokens} tokens ({names}); run the "
                     "same command again with `--batch-tokens` and a smaller number: it goes on where it was"

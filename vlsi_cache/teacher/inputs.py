@@ -46,7 +46,7 @@ class TeacherInputs:
 
     def lengths(self, indices: Sequence[int], layout: Layout) -> list[int]:
         """Tokens of the sequences of some records, prompt and response."""
-        return [num_tokens(self.extents, sequence) for sequence in self.sequences(indices, layout)]
+        return [num_tokens(self.extents, sequence, layout) for sequence in self.sequences(indices, layout)]
 
     def padded_tokens(self, indices: Sequence[int], layout: Layout) -> int:
         """Tokens of a batch of these records once all sequences are as long as the longest."""

@@ -301,6 +301,7 @@ def _train(
     spec, settings = inputs.spec, inputs.spec.train_verbalizers
     backbone = inputs.load_backbone(device or spec.run.device)
     keep_features(backbone.model, spec.run, inputs.encoder)
+    attends = spec.verbalizer.structure.startswith("decoder")
 
     def make_feed(num_skip: int) -> Feed:
         num_tokens = [len(ids) for ids in inputs.response_ids]
@@ -313,7 +314,7 @@ def _train(
             micro_batch_size=settings.micro_batch_size,
             reduction=settings.batch_reduction,
             device=backbone.device,
-            layout=backbone.layout,
+            layout=backbone.layout if attends else backbone.frozen_layout,
             features=features_of(backbone.model),
             num_workers=spec.run.num_workers,
             processes=processes,
