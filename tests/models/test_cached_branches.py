@@ -16,8 +16,9 @@ from transformers import AutoModelForImageTextToText, Qwen3_5Config
 
 from vlsi_cache.data.branches import BRANCHES
 from vlsi_cache.data.collate import PICTURES, Batch, collate
+from vlsi_cache.data.pictures import PictureGroup, Pictures
 from vlsi_cache.data.sequence import PADDED, Encoded, Piece, join
-from vlsi_cache.data.vision import Pictures, Prompt
+from vlsi_cache.data.vision import Prompt
 from vlsi_cache.models.backbone import Backbone, head_of
 from vlsi_cache.models.probe import check_against_itself
 
@@ -176,6 +177,12 @@ def test_questions_on_one_picture_go_on_from_its_positions() -> None:
             own_TD = found[layer].split(batch.num_tokens)[index]
             torch.testing.assert_close(own_TD, wanted[0, one.num_prompt - 1 : -1], rtol=1e-4, atol=5e-5)
     # Kept features take the place of pixels.
-    given = replace(batch, inputs={**batch.inputs, PICTURES: Pictures(("a", "b"), (None, None))})
+    with_groups = [
+        replace(one, pictures=Pictures((PictureGroup(name, 8, {"pixel_values": 32, "image_grid_thw": 1}),), True))
+        for name, one in zip("ab", sequences, strict=True)
+    ]
+    given = collate(with_groups, pad_id=0)
+    assert PICTURES in given.inputs
+    assert "pixel_values" not in given.inputs
     again = captured(model, given, [1])
     torch.testing.assert_close(again, found, rtol=1e-4, atol=2e-5)

@@ -127,12 +127,14 @@ def collate_prompts(
     samples: Sequence[Encoded], *, pad_id: int, device: str | torch.device = "cpu"
 ) -> dict[str, torch.Tensor]:
     """The prompts alone, padded on the left, for `model.generate(**inputs)`."""
-    inputs = _inputs(samples, [sample.num_prompt for sample in samples], pad_id=pad_id, left=True)
+    inputs = _inputs(samples, [sample.num_prompt for sample in samples], pad_id=pad_id, left=True, shares=False)
     return {key: value.to(device) for key, value in inputs.items()}
 
 
-def _inputs(samples: Sequence[Encoded], lengths: list[int], *, pad_id: int, left: bool) -> dict[str, Any]:
-    """The first `lengths` ids of every sample, padded to the longest, with all media one after another."""
+def _inputs(
+    samples: Sequence[Encoded], lengths: list[int], *, pad_id: int, left: bool, shares: bool = True
+) -> dict[str, Any]:
+    """The first `lengths` ids of every sample, padded to the longest, and their media (`shares`: see `_media`)."""
     ids = [sample.input_ids[:length] for sample, length in zip(samples, lengths, strict=True)]
     ones = [np.ones(length, dtype=np.int64) for length in lengths]
     inputs: dict[str, Any] = {"input_ids": _pad(ids, pad_id, left=left), "attention_mask": _pad(ones, 0, left=left)}
@@ -188,7 +190,8 @@ def seen_until(depths_S: np.ndarray) -> np.ndarray:
 
 
 def _media(samples: Sequence[Encoded], keys: Iterable[str], *, shares: bool) -> dict[str, Any]:
-    """The arrays of all pictures one after another; pixels by group of pictures where those are not all to be run."""
+    """The arrays of all pictures one after another. With `shares`, pixels are by group of pictures where those are not
+    all to be run; else the model itself is to take the batch, with all pixels."""
     pictures = pictures_of_batch([(sample.media, sample.pictures) for sample in samples]) if shares else None
     found: dict[str, Any] = {}
     for key in keys:
