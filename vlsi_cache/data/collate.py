@@ -149,7 +149,7 @@ def _inputs(
             [_answer_typed(sample, length) for sample, length in typed], samples[0].answer_type, left=left
         )
         del keys["token_type_ids"]
-    return inputs | _media(samples, keys, shares=not left)
+    return inputs | _media(samples, keys, shares=shares)
 
 
 def _packed_inputs(sequences: Sequence[Encoded], places: Sequence[tuple[int, int]], *, pad_id: int) -> dict[str, Any]:
