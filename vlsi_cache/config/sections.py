@@ -25,6 +25,7 @@ Turns = Literal["all", "last"]
 Together = Literal["prompt", "row"]
 PromptMode = Literal["generation", "template"]
 Kernels = Literal["auto", "eager", "compiled"]
+Parallel = Literal["ddp", "fsdp"]
 BadRows = Literal["refuse", "list"]
 DEFAULT_BATCH_TOKENS = 8192
 
@@ -210,7 +211,8 @@ class RunSpec(Strict):
     is slower than together: it pays where pictures are shown three times or more. `vision_disk_mib`: the same on the
     disk, in the user's cache folder, for later commands with the same tower. `workers`: processes that read rows
     and prepare samples, started where there is enough to do; 0 does it all in the process itself, `auto` takes one less
-    than there are cores, at most 8.
+    than there are cores, at most 8. `parallel`: what each process of a `torchrun` holds of the student that it trains,
+    or of the teacher whose verbalizers it trains: the whole (`ddp`), or its share of every decoder layer (`fsdp`).
     """
 
     device: str = "auto"
@@ -219,6 +221,7 @@ class RunSpec(Strict):
     vision_cache_mib: Annotated[int, Field(ge=0, le=2**24)] = 0
     vision_disk_mib: Annotated[int, Field(ge=0, le=2**30)] = 0
     workers: Literal["auto"] | Annotated[int, Field(ge=0, le=256)] = "auto"
+    parallel: Parallel = "ddp"
 
     @property
     def num_workers(self) -> int:

@@ -36,9 +36,11 @@ from vlsi_cache.runs.run_dir import (
     waiting_for,
     whole_spec,
 )
+from vlsi_cache.runtime import pick_device
 from vlsi_cache.sparse.head import choose_kernels
 from vlsi_cache.train.loader import Feed, shuffled_records
 from vlsi_cache.train.optim import Stage
+from vlsi_cache.train.sharding import shard, shards_layers
 from vlsi_cache.train.verbalize import verbalize
 
 from .inputs import TeacherInputs, open_teacher_inputs
@@ -297,7 +299,10 @@ def _train(
 ) -> dict[str, Any]:
     """Train in the run folder `folder`, save into `out`; returns the stage's entry for `run.json`."""
     spec, settings = inputs.spec, inputs.spec.train_verbalizers
-    backbone = inputs.load_backbone(device or spec.run.device)
+    device, is_sharded = device or spec.run.device, shards_layers(spec.run, processes)
+    backbone = inputs.load_backbone("cpu" if is_sharded else device)
+    if is_sharded:
+        shard(backbone, pick_device(device))
     keep_features(backbone.model, spec.run, inputs.encoder)
 
     def make_feed(num_skip: int) -> Feed:
@@ -317,7 +322,7 @@ def _train(
             processes=processes,
         )
 
-    with closing(MetricsLog(folder, writes=processes.is_first)) as log:
+    with closing(MetricsLog(folder, writes=processes.is_first)) as log, processes.passing():
         verbalizers, stage = verbalize(
             backbone,
             layers,
