@@ -57,6 +57,7 @@ def assert_same(run: Path, alone: Path) -> None:
     for line, other in zip(lines, wanted, strict=True):
         assert line["loss"] == pytest.approx(other["loss"], abs=1e-4)
         assert line.get("matched_layers") == other.get("matched_layers")
+        assert line.keys() == other.keys()  # probes too
         for layer, loss in other.get("layers", {}).items():
             assert line["layers"][layer] == pytest.approx(loss, abs=1e-4)
     ids = torch.arange(3, 35)[None]
@@ -68,7 +69,8 @@ def assert_same(run: Path, alone: Path) -> None:
 def test_any_number_of_processes_trains_the_same_student(
     world: int, parallel: str, cache: Cache, alone: Path, student_folder: Path, tmp_path: Path
 ) -> None:
-    found = distilled(cache, student_folder, tmp_path / "run", world, f"run.parallel={parallel}")
+    more = (f"run.parallel={parallel}", "distill.checkpoint_steps=100")
+    found = distilled(cache, student_folder, tmp_path / "run", world, *more)
     assert found == [tmp_path / "run"] * world
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "done"
     assert (tmp_path / "run" / "report.html").is_file()

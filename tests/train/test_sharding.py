@@ -1,5 +1,6 @@
 """Shares of decoder layers: what a process holds, gradients and their norm against the whole model, what is refused."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,10 +9,11 @@ from helpers.families import tiny_inputs, tiny_model
 from helpers.launch import run_together
 
 from vlsi_cache.config.sections import RunSpec
-from vlsi_cache.errors import ModelError
+from vlsi_cache.errors import CacheCorruptError, ModelError
 from vlsi_cache.models.backbone import Backbone
 from vlsi_cache.models.lora import add_lora, checkpoint_activations, train_everything
 from vlsi_cache.processes import ALONE, Processes, is_sharded, joined
+from vlsi_cache.runs.shards import read_shards, shapes_in, write_shards
 from vlsi_cache.train.sharding import clip_to_norm, local, shard, shards_layers
 
 CPU = torch.device("cpu")
@@ -84,6 +86,16 @@ def test_what_cannot_be_sharded_is_refused() -> None:
     layers[1].mlp.weight = weight
     with pytest.raises(ModelError, match=r"decoder layers are quantised \(`1.mlp.weight`\)"):
         shard(Backbone(model), CPU)
+
+
+def test_shares_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    write_shards(tmp_path, {"parameter/a": torch.arange(3.0)})
+    assert shapes_in(tmp_path) == {"parameter/a": torch.Size([3])}
+    found = {"parameter/a": torch.zeros(3)}
+    read_shards(tmp_path, found)
+    assert found["parameter/a"].tolist() == [0, 1, 2]
+    with pytest.raises(CacheCorruptError, match=r"does not fit this model \(.*\); start a new run"):
+        read_shards(tmp_path, {"parameter/a": torch.zeros(4)})
 
 
 def test_one_process_holds_everything_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
