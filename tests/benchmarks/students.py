@@ -22,7 +22,6 @@ from vlsi_cache.models.backbone import Backbone, head_of
 from vlsi_cache.models.lora import add_lora, checkpoint_activations, train_head_and_embeddings
 from vlsi_cache.models.save import init_student
 from vlsi_cache.models.verbalizer import Verbalizers, build_verbalizers
-from vlsi_cache.runs.metrics import MetricsLog
 from vlsi_cache.runs.run_dir import Run
 from vlsi_cache.runtime import autocast
 from vlsi_cache.sparse.kl import LayerRows
@@ -89,9 +88,9 @@ def load_student(folder: Path, device: str, *, checkpointing: bool = False) -> S
     student = open_student(reader.open(folder / "cache"), spec, str(folder / "student"))
     run = Run(folder / f"run-{os.getpid()}", {})
     run.path.mkdir(exist_ok=True)
-    log = MetricsLog(run.path)
-    log.close()  # nothing is logged here
-    return student.load(run, log, device=device)
+    state = student.load(run, device=device)
+    state.log.close()  # nothing is logged here
+    return state
 
 
 def touch(model: torch.nn.Module) -> None:

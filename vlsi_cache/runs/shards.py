@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint whose weights are sharded: a safetensors file for each process (torch.distributed.checkpoint).
+"""Tensors of a checkpoint whose weights are sharded: a safetensors file a process (torch.distributed.checkpoint).
 
 Each process writes the rows that it holds; what all hold, one of them writes. Where the rows of a tensor lie stands in
 the header of each file, so that any number of processes reads them back, and one alone.

@@ -31,7 +31,6 @@ from vlsi_cache.models.verbalizer import Verbalizers, load_verbalizers
 from vlsi_cache.processes import Processes, joined
 from vlsi_cache.progress import say
 from vlsi_cache.report.pages import ensure_report, write_report
-from vlsi_cache.runs.metrics import MetricsLog
 from vlsi_cache.runs.run_dir import WHOLE_BATCH, already_done, check_run_folder, finish_run, open_run, python_call
 from vlsi_cache.store import reader
 from vlsi_cache.store.reader import Cache
@@ -122,8 +121,8 @@ def _distill(
             processes.from_first(lambda: ensure_report(out))
             return out
         check_ours(out / "student", STUDENT_RECORD)
-        with closing(MetricsLog(run.path, writes=processes.is_first)) as log, processes.passing():
-            stages = _run_stages(inputs.load(run, log, device=own_device, processes=processes))
+        with processes.passing():
+            stages = _run_stages(inputs.load(run, device=own_device, processes=processes))
 
         def finish() -> None:
             finish_run(run, stages=stages)
@@ -189,27 +188,29 @@ def _run_stages(state: StudentState) -> list[dict[str, Any]]:
     distill, stages = state.spec.distill, []
     steps, whole = stage_steps(distill, len(state.cache)), schedule_steps(distill, len(state.cache))
     say(f"{distill.recipe}: {shown_steps(steps, whole)} steps of {distill.batch_size} samples")
-    verbalizers = None
-    # Before the adapter is there: verbalizers learn to read the student as it comes.
-    if "verbalize" in steps:
-        verbalizers, entry = _verbalize(state, steps["verbalize"])
-        stages.append(entry)
-    if has_shares(state.model):  # what comes next trains other weights, and its verbalizers read them
-        state = state.renewed()
-        verbalizers, _ = _verbalize(state, steps["verbalize"])
-    if _uses_lora(distill, steps) and (note := reach_note(state.model, distill.lora.dropout)):
-        say(note)
-    model = _student_to_train(state, steps)
-    if "interact" in steps:
-        if distill.interact.mode == "layers":
-            train_decoder_layers(model)
-        stages.append(interact(state, model, verbalizers, num_steps=steps["interact"]))
-    if "sft" in steps:
-        if has_shares(model):
+    with closing(state.log):
+        verbalizers = None
+        # Before the adapter is there: verbalizers learn to read the student as it comes.
+        if "verbalize" in steps:
+            verbalizers, entry = _verbalize(state, steps["verbalize"])
+            stages.append(entry)
+        if has_shares(state.model):  # what comes next trains other weights, and its verbalizers read them
             state = state.renewed()
-            model = _student_to_train(state, steps)
-        stages.append(sft(state, model, num_steps=whole["sft"], stop=steps["sft"]))
-    state.processes.from_first(lambda: _save(state, _trained(state, model, steps), stages[-1]["name"]))
+            verbalizers, _ = _verbalize(state, steps["verbalize"])
+        if _uses_lora(distill, steps) and (note := reach_note(state.model, distill.lora.dropout)):
+            say(note)
+        model = _student_to_train(state, steps)
+        if "interact" in steps:
+            if distill.interact.mode == "layers":
+                train_decoder_layers(model)
+            stages.append(interact(state, model, verbalizers, num_steps=steps["interact"]))
+        if "sft" in steps:
+            if has_shares(model):
+                verbalizers = None  # they hold the student of the stage before
+                state = state.renewed()
+                model = _student_to_train(state, steps)
+            stages.append(sft(state, model, num_steps=whole["sft"], stop=steps["sft"]))
+        state.processes.from_first(lambda: _save(state, _trained(state, model, steps), stages[-1]["name"]))
     return stages
 
 

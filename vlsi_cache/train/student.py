@@ -153,7 +153,7 @@ class StudentInputs:
                 f"choose another student, or build a cache with a lower `data.max_length`:\n{list_problems(too_long)}"
             )
 
-    def load(self, run: Run, log: MetricsLog, *, device: str | None, processes: Processes = ALONE) -> "StudentState":
+    def load(self, run: Run, *, device: str | None, processes: Processes = ALONE) -> "StudentState":
         """Load the weights onto the device of the flag, or else of the spec."""
         distill, where = self.spec.distill, pick_device(device or self.spec.run.device)
         has_autocast, is_sharded = where.type == "cuda", shards_layers(self.spec.run, processes)
@@ -183,7 +183,7 @@ class StudentInputs:
             layers=self.layers,
             device=where,
             compiled=choose_kernels(self.spec.run, where),
-            log=log,
+            log=MetricsLog(run.path, writes=processes.is_first),
             checkpoints=Checkpoints(run.path, processes),
             processes=processes,
             is_sharded=is_sharded,
