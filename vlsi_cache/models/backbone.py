@@ -95,6 +95,11 @@ class Backbone:
         return self._inner
 
     @property
+    def body(self) -> nn.Module:
+        """What a forward pass calls: everything below the head."""
+        return self._body
+
+    @property
     def layers(self) -> nn.ModuleList:
         """The decoder layers of the text stack."""
         return getattr(self.decoder, self.layers_name)
@@ -330,6 +335,7 @@ class Backbone:
         """
         self.check_layers(layers)
         captured: dict[int, Kept] = {}
+        is_sharded = hasattr(self._body, "unshard")  # FSDP has to see the end of a forward pass
 
         def hook_for(layer: int) -> Any:
             def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
@@ -337,7 +343,7 @@ class Backbone:
                     names = list(inspect.signature(module.forward).parameters)
                     kwargs = {**kwargs, **dict(zip(names[1:], args[1:], strict=False))}
                 captured[layer] = keep(output[0] if isinstance(output, tuple) else output, kwargs)
-                if not with_final and len(captured) == len(set(layers)):
+                if not with_final and len(captured) == len(set(layers)) and not is_sharded:
                     raise _Enough
 
             return hook
