@@ -76,6 +76,10 @@ def test_gradients_of_shares_are_those_of_the_whole_model() -> None:
 
 
 def test_what_cannot_be_sharded_is_refused() -> None:
+    backbone = Backbone(tiny_model("llama"))
+    backbone.rope_limit = 8
+    with pytest.raises(ModelError, match="a batch can take one pass or two"):
+        shard(backbone, CPU)
     model = tiny_model("llama")
     layers = Backbone(model).layers
     layers[1].mlp = layers[0].mlp
