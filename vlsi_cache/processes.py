@@ -25,7 +25,7 @@ TIMEOUT = timedelta(hours=2)  # for what the first process does while the others
 JOIN_S, LATE_S = 600.0, 20.0  # that all processes may take to be there, and after which it is said what is waited for
 TOLD_S = timedelta(seconds=5)  # that a process waits to hear whether the first one has the same error
 BUCKET_BYTES = 64 << 20  # of gradients that travel together
-# Engines of Accelerate's configuration file, and the settings here that do what they do.
+# Engines of Accelerate's configuration file.
 _ENGINES = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_FSDP": "FSDP",
@@ -167,7 +167,11 @@ class Processes:
         import torch
         import torch.distributed as dist
 
-        chosen = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        everything = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        chosen = [one for one in everything if not is_sharded(one)]
+        for one in everything:
+            if is_sharded(one) and one.grad is not None:
+                one.grad.mul_(self.world)  # FSDP has left its share of the mean
         is_there = torch.tensor([one.grad is not None for one in chosen], dtype=torch.int32)
         with _telling_of_lost():
             dist.all_reduce(is_there, op=dist.ReduceOp.MAX)
@@ -181,6 +185,16 @@ class Processes:
                 dist.all_reduce(flat)
             for gradient, summed in zip(gradients, flat.split([one.numel() for one in gradients]), strict=True):
                 gradient.copy_(summed.view_as(gradient))
+
+    @contextmanager
+    def passing(self) -> Iterator[None]:
+        """Forward and backward passes in which processes share weights; raises ProcessLostError where one has ended."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.world == 1 or isinstance(error, VlsiCacheError) or not _is_of_a_connection(error):
+                raise
+            raise _lost(error) from error
 
     def own_device(self, named: str | None, default: str) -> str | None:
         """The device of this process, `named` or the `default`: of several GPUs, the one with its number here."""
@@ -222,8 +236,8 @@ def joined() -> Iterator[Processes]:
     for variable, engine in _ENGINES.items():
         if os.environ.get(variable, "").lower() in ("1", "true"):
             raise SpecError(
-                f"the configuration of accelerate asks for {engine}, which nothing here obeys; take it out (each "
-                "process holds a whole student; what trains of it, `distill.lora` and `distill.sft.mode` decide)"
+                f"the configuration of accelerate asks for {engine}, which nothing here obeys; take it out, and "
+                "say `--set run.parallel=fsdp` where a student is too large for one device (FSDP2, without Accelerate)"
             )
     import torch
     import torch.distributed as dist
@@ -311,6 +325,11 @@ def speaks(message: str, *, is_lost: bool = False, is_interrupt: bool = False) -
         return rank == 0 or is_lost
 
 
+def is_sharded(tensor: "torch.Tensor") -> bool:
+    """Whether processes hold a share each of a weight or gradient, as `run.parallel: fsdp` deals them out."""
+    return hasattr(tensor, "placements")
+
+
 def _leaves(facts: Mapping[str, Any], key: str = "") -> dict[str, Any]:
     """The values in nested mappings by their dotted keys."""
     found: dict[str, Any] = {}
@@ -338,7 +357,17 @@ def _telling_of_lost() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ProcessLostError(
-            f"another process of this launch has ended ({reason}); its message stands above or in the launcher's report"
-        ) from error
+        raise _lost(error) from error
+
+
+def _is_of_a_connection(error: RuntimeError) -> bool:
+    from torch.distributed import DistError
+
+    return isinstance(error, DistError) or "gloo/transport" in str(error)
+
+
+def _lost(error: RuntimeError) -> ProcessLostError:
+    reason = " ".join(str(error).split())[:200]
+    return ProcessLostError(
+        f"another process of this launch has ended ({reason}); its message stands above or in the launcher's report"
+    )

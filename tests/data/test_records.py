@@ -4,6 +4,7 @@ import base64
 import hashlib
 import io
 import json
+from collections.abc import Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 from PIL import Image
 
 from vlsi_cache.config.sections import DataSpec
-from vlsi_cache.data import sources
+from vlsi_cache.data import reading, sources
 from vlsi_cache.data.records import RecordSet, read_records
 from vlsi_cache.data.writing import as_base64, write_rows
 from vlsi_cache.errors import DataError
@@ -421,3 +422,28 @@ def test_demo_generator_is_installed() -> None:
     pytest.importorskip("vlsi_cache.demo.data")
     records = read_records(DataSpec(generator="demo", options={"split": "heldout", "num_samples": 3}))
     assert [len(record.images) for record in records] == [1, 1, 1]
+
+
+def test_rows_of_a_generator_are_made_once_in_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the same options; the function itself counts, not its name."""
+    calls = []
+
+    def counted(num_samples: int) -> Iterator[dict[str, Any]]:
+        calls.append(num_samples)
+        yield from cats(num_samples=num_samples)
+
+    monkeypatch.setattr(sources, "installed_generator", lambda _: counted)
+    monkeypatch.setattr(reading, "installed_generator", lambda _: counted)
+    data = DataSpec(generator="cats", options={"num_samples": 4})
+    first, second = read_records(data), read_records(data)
+    assert calls == [4]
+    assert [(one.id, one.digest, one.messages) for one in first] == [
+        (one.id, one.digest, one.messages) for one in second
+    ]
+    assert len(read_records(data.model_copy(update={"limit": 2}))) == 2
+    assert len(read_records(DataSpec(generator="cats", options={"num_samples": 5}))) == 5
+    assert calls == [4, 4, 5]
+    monkeypatch.setattr(reading, "REMEMBERED_BYTES", 0)
+    for _ in range(2):
+        read_records(DataSpec(generator="cats", options={"num_samples": 6}))
+    assert calls == [4, 4, 5, 6, 6]

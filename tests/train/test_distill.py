@@ -21,6 +21,7 @@ from vlsi_cache.train import optim as loop_module
 from vlsi_cache.train import sft as sft_module
 from vlsi_cache.train.distill import distill_spec, schedule_steps, stage_steps
 from vlsi_cache.train.optim import learning_rate
+from vlsi_cache.train.student import StudentState
 
 ONE_STEP = ["distill.verbalize.steps=1", "distill.interact.schedule.steps=1", "distill.sft.schedule.steps=1"]
 
@@ -95,27 +96,22 @@ def test_what_trains_in_each_stage(
     cache: Cache, student_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names: dict[str, set[str]] = {}
+    models: list[Any] = []
+    real_backbone = StudentState.shared_out
+
+    def remember(state: StudentState, model: Any) -> Any:
+        models.append(model)
+        return real_backbone(state, model)
+
+    monkeypatch.setattr(StudentState, "shared_out", remember)
     for name, module in (("interact", interact_module), ("sft", sft_module)):
-        models: list[Any] = []
 
-        def remember(model: Any, *, real: Any = module.Backbone, models: list[Any] = models) -> Any:
-            models.append(model)
-            return real(model)
-
-        def spy(
-            parameters: Any,
-            schedule: Any,
-            *,
-            stage: str = name,
-            real: Any = module.make_optimizer,
-            models: Any = models,
-        ) -> Any:
+        def spy(parameters: Any, schedule: Any, *, stage: str = name, real: Any = module.make_optimizer) -> Any:
             optimizer = real(parameters, schedule)
             trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
             names[stage] = {n for n, p in models[-1].named_parameters() if id(p) in trained}
             return optimizer
 
-        monkeypatch.setattr(module, "Backbone", remember)
         monkeypatch.setattr(module, "make_optimizer", spy)
     vc.distill(cache, student=str(student_folder), out=tmp_path / "run", overrides=ONE_STEP)
     linears = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}

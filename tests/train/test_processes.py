@@ -21,8 +21,11 @@ from transformers import AutoModelForCausalLM
 
 import vlsi_cache as vc
 from vlsi_cache import processes as processes_module
+from vlsi_cache.config.spec import apply_overrides
 from vlsi_cache.errors import ProcessLostError, SpecError
 from vlsi_cache.processes import Processes, joined, speaks
+from vlsi_cache.runs import checkpoints
+from vlsi_cache.runs.shards import write_shards
 from vlsi_cache.store.reader import Cache
 from vlsi_cache.train import interact, sft
 
@@ -54,6 +57,7 @@ def assert_same(run: Path, alone: Path) -> None:
     for line, other in zip(lines, wanted, strict=True):
         assert line["loss"] == pytest.approx(other["loss"], abs=1e-4)
         assert line.get("matched_layers") == other.get("matched_layers")
+        assert line.keys() == other.keys()  # probes too
         for layer, loss in other.get("layers", {}).items():
             assert line["layers"][layer] == pytest.approx(loss, abs=1e-4)
     ids = torch.arange(3, 35)[None]
@@ -61,11 +65,13 @@ def assert_same(run: Path, alone: Path) -> None:
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize(("world", "parallel"), [(2, "ddp"), (3, "fsdp")])
 def test_any_number_of_processes_trains_the_same_student(
-    world: int, cache: Cache, alone: Path, student_folder: Path, tmp_path: Path
+    world: int, parallel: str, cache: Cache, alone: Path, student_folder: Path, tmp_path: Path
 ) -> None:
-    assert distilled(cache, student_folder, tmp_path / "run", world) == [tmp_path / "run"] * world
+    more = (f"run.parallel={parallel}", "distill.checkpoint_steps=100")
+    found = distilled(cache, student_folder, tmp_path / "run", world, *more)
+    assert found == [tmp_path / "run"] * world
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "done"
     assert (tmp_path / "run" / "report.html").is_file()
     assert_same(tmp_path / "run", alone)
@@ -111,14 +117,51 @@ def test_a_signal_to_one_process_saves_the_step_of_all(
     assert_same(tmp_path / "run", alone)
 
 
-def test_a_process_without_rows_counts_for_nothing(student_folder: Path, teacher_folder: Path, tmp_path: Path) -> None:
-    """Token selection leaves one row in some samples and none in most."""
+def test_a_kill_while_shares_are_saved_leaves_the_checkpoint_before(
+    cache: Cache, alone: Path, student_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Begun by two processes, gone on with by three, finished by one."""
+    run, often = tmp_path / "run", ("run.parallel=fsdp", "distill.checkpoint_steps=2")
+
+    def killed(folder: Path, tensors: Any) -> None:
+        write_shards(folder, tensors)
+        if "interact-0000004" in folder.name and os.environ["RANK"] == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "write_shards", killed)
+        first, second = distilled(cache, student_folder, run, 2, *often)
+    assert first is None
+    assert isinstance(second, ProcessLostError)
+    there = sorted(one.name for one in (run / "checkpoints").iterdir())
+    assert [name for name in there if not name.startswith(".")] == ["interact-0000002", "verbalize-0000004"]
+    assert any(name.startswith(".interact-0000004.tmp-") for name in there)
+    with monkeypatch.context() as patch:
+        signal_process_1(patch, interact, step=3, number=signal.SIGTERM)
+        found = distilled(cache, student_folder, run, 3, *often)
+    assert [type(one).__name__ for one in found] == ["InterruptedRunError"] * 3
+    files = sorted(one.name for one in (run / "checkpoints" / "interact-0000003").iterdir())
+    assert files == ["checkpoint.json", *(f"shard-0000{rank}-model-00001-of-00001.safetensors" for rank in (1, 2, 3))]
+    vc.distill(cache.path, student=str(student_folder), out=run, overrides=[*CHANGES, *often])
+    assert_same(run, alone)
+
+
+def test_a_process_without_rows_counts_for_nothing(
+    student_folder: Path, teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Token selection leaves one row in some samples and none in most. Begun by whole students, gone on with shares."""
     spec = vc.load_spec(write_spec(tmp_path, teacher_folder), overrides=["rows.select_tokens.random=0.05"])
     cache = vc.build_teacher(spec, out=tmp_path / "cache")
     counts = [len(row.positions_T) for row in (cache[name] for name in cache)]
     assert counts.count(0) > len(counts) / 2
-    vc.distill(cache, student=str(student_folder), out=tmp_path / "alone", overrides=[*CHANGES, "distill.recipe=last"])
-    distilled(cache, student_folder, tmp_path / "run", 3, "distill.recipe=last")
+    more = ["distill.recipe=last", "distill.sft.mode=full", "distill.gradient_checkpointing=true"]
+    more += ["distill.verbalize.steps=1", "distill.interact.schedule.steps=3", "distill.sft.schedule.steps=2"]
+    vc.distill(cache, student=str(student_folder), out=tmp_path / "alone", overrides=[*CHANGES, *more])
+    with monkeypatch.context() as patch:
+        signal_process_1(patch, interact, step=2, number=signal.SIGTERM)
+        distilled(cache, student_folder, tmp_path / "run", 2, *more)
+    assert (tmp_path / "run" / "checkpoints" / "interact-0000002" / "state.safetensors").is_file()
+    distilled(cache, student_folder, tmp_path / "run", 2, *more, "run.parallel=fsdp")
     assert_same(tmp_path / "run", tmp_path / "alone")
 
 
@@ -127,7 +170,8 @@ def test_verbalizers_of_a_teacher(teacher_folder: Path, tmp_path: Path) -> None:
     changes += ["train_verbalizers.micro_batch_size=2"]
     spec = vc.load_spec(write_spec(tmp_path, teacher_folder), overrides=changes)
     vc.train_verbalizers(spec, out=tmp_path / "alone")
-    found = run_together(2, lambda _: vc.train_verbalizers(spec, out=tmp_path / "together"))
+    shared = apply_overrides(spec, ["run.parallel=fsdp"])
+    found = run_together(2, lambda _: vc.train_verbalizers(shared, out=tmp_path / "together"))
     assert found == [tmp_path / "together"] * 2
     folders = [tmp_path / name / "verbalizers" for name in ("alone", "together")]
     files = sorted(path.name for path in folders[0].glob("*.safetensors"))
@@ -157,7 +201,7 @@ def test_what_cannot_be_shared_is_refused(
     assert not (tmp_path / "run").exists()
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     found = distilled(cache, student_folder, tmp_path / "run", 2)
-    assert all("asks for FSDP" in str(one) for one in found)
+    assert all("asks for FSDP" in str(one) and "--set run.parallel=fsdp" in str(one) for one in found)
 
 
 @pytest.mark.parametrize(("rank", "world"), [("2", "2"), ("-1", "2"), ("x", "2"), ("0", "0")])
@@ -184,8 +228,8 @@ def test_a_process_that_waits_for_others_says_so_and_can_be_stopped(rank: str, m
 
     def work(_: int) -> tuple[str, str]:
         os.environ.update(RANK=rank, WORLD_SIZE="2")
-        monkeypatch.setattr(processes_module, "LATE_S", 0.2)
-        monkeypatch.setattr(processes_module, "JOIN_S", 0.5)
+        monkeypatch.setattr(processes_module, "LATE_S", 0.1)
+        monkeypatch.setattr(processes_module, "JOIN_S", 0.25)
         in_vain = joining()
         monkeypatch.setattr(processes_module, "JOIN_S", 100.0)
 
@@ -193,7 +237,7 @@ def test_a_process_that_waits_for_others_says_so_and_can_be_stopped(rank: str, m
             raise InterruptedError
 
         signal.signal(signal.SIGALRM, stop)
-        signal.setitimer(signal.ITIMER_REAL, 0.5)
+        signal.setitimer(signal.ITIMER_REAL, 0.25)
         return in_vain, joining()
 
     ((in_vain, stopped),) = run_together(1, work, timeout_s=30)
@@ -205,7 +249,7 @@ def test_a_process_that_waits_for_others_says_so_and_can_be_stopped(rank: str, m
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_a_lost_process_is_told_of_where_nobody_can_be_asked(rank: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first process has been killed, and with it the store it held."""
-    monkeypatch.setattr(processes_module, "TOLD_S", timedelta(seconds=1))
+    monkeypatch.setattr(processes_module, "TOLD_S", timedelta(seconds=0.2))
     for name, value in environment(int(rank), 2, free_port()).items():
         monkeypatch.setenv(name, value)
     assert speaks("lost", is_lost=True)

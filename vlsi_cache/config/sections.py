@@ -25,6 +25,7 @@ Turns = Literal["all", "last"]
 Together = Literal["prompt", "row"]
 PromptMode = Literal["generation", "template"]
 Kernels = Literal["auto", "eager", "compiled"]
+Parallel = Literal["ddp", "fsdp"]
 BadRows = Literal["refuse", "list"]
 DEFAULT_BATCH_TOKENS = 8192
 
@@ -212,7 +213,9 @@ class RunSpec(Strict):
     later commands with the same tower. `workers`: processes that read rows and prepare samples, started where there is
     enough to do; 0 does it all in the process itself, `auto` takes one less than there are cores, at most 8. `track`:
     trackers that get what `metrics.jsonl` of a training has, TensorBoard (in RUN/tensorboard) and Weights & Biases (as
-    its own environment variables say).
+    its own environment variables say). `parallel`: what each process of a `torchrun` holds of the student that it
+    trains, or of the teacher whose verbalizers it trains: the whole (`ddp`), or its share of every decoder layer
+    (`fsdp`).
     """
 
     device: str = "auto"
@@ -222,6 +225,7 @@ class RunSpec(Strict):
     vision_disk_mib: Annotated[int, Field(ge=0, le=2**30)] = 0
     workers: Literal["auto"] | Annotated[int, Field(ge=0, le=256)] = "auto"
     track: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    parallel: Parallel = "ddp"
 
     @property
     def num_workers(self) -> int:

@@ -6,6 +6,7 @@ same, and a sample of their bytes; whatever a table says of a row, the row is co
 """
 
 import hashlib
+import json
 import tempfile
 import time
 import weakref
@@ -30,7 +31,7 @@ from vlsi_cache.progress import Bar
 from . import table
 from .checking import NEVER, Picture, Reader, Stat, Stretch, refused, stat_of
 from .images import Media
-from .sources import Source, lines_between, media_root, raw_rows, responses_of
+from .sources import Source, installed_generator, lines_between, media_root, raw_rows, responses_of
 from .stored import NOWHERE, PICTURES, SAMPLES, Contents, StoredRecords, Texts
 from .values import shown
 from .video import Frame, FramesOf, frames_of
@@ -41,6 +42,7 @@ SAMPLE_BYTES = 1 << 20  # of a larger file, at its start, its middle and its end
 WORTH_BYTES = 16 << 20  # that take several seconds to check: longer than workers to start
 CONTENTS = "contents.bin"
 STRETCH_ROWS, STRETCH_BYTES = 4096, 2 << 20
+MOST_REMEMBERED, REMEMBERED_BYTES = 3, 64 << 20  # sets of a generator's rows, and bytes of each
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,10 @@ def read_source(data: DataSpec, source: Source, *, num_workers: int = 0) -> Rows
         table.discard(kept.folder)
         kept = None
     started = time.monotonic()
-    found = _of_table(kept) or _read_all(data, source, root, decode=decode, num_workers=num_workers)
+    found = _of_table(kept) or _made_before(data, decode=decode)
+    if found is None:
+        found = _read_all(data, source, root, decode=decode, num_workers=num_workers)
+        _remember(data, found, decode=decode)
     # A file that changed while it was read is not what the key says.
     is_worth_it = time.monotonic() - started >= table.WORTH_S
     if is_worth_it and kept is None and key and not found.loose and key == _key(data, source, root, decode=decode):
@@ -110,6 +115,30 @@ class _Found(NamedTuple):
 
 def _of_table(kept: table.Kept | None) -> _Found | None:
     return None if kept is None else _Found(kept.tables, kept.about, Contents(kept.folder / CONTENTS), {})
+
+
+# Rows of generators, the latest last: they have no files by which another process could know them again, and commands
+# of one process (a build, its students, their scores) ask for the same ones.
+_made: dict[tuple[Any, str], _Found] = {}
+
+
+def _made_before(data: DataSpec, *, decode: bool) -> _Found | None:
+    return None if data.generator is None else _made.get(_name_of_rows(data, data.generator, decode=decode))
+
+
+def _remember(data: DataSpec, found: _Found, *, decode: bool) -> None:
+    num_bytes = sum(len(media.data or b"") for media in found.loose.values()) + found.contents.path.stat().st_size
+    if data.generator is None or num_bytes > REMEMBERED_BYTES:
+        return
+    _made[_name_of_rows(data, data.generator, decode=decode)] = found
+    while len(_made) > MOST_REMEMBERED:
+        del _made[next(iter(_made))]
+
+
+def _name_of_rows(data: DataSpec, generator: str, *, decode: bool) -> tuple[Any, str]:
+    facts = {"limit": data.limit, "turns": data.turns, "decode": decode, "video": data.video.model_dump()}
+    named = json.dumps([data.options, facts, str(media_root(data))], sort_keys=True, default=repr)
+    return installed_generator(generator), named
 
 
 def _key(data: DataSpec, source: Source, root: Path | None, *, decode: bool) -> str:

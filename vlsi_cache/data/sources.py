@@ -12,7 +12,7 @@ import json
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import entry_points
@@ -456,15 +456,20 @@ def read_responses(path: Path) -> dict[str, Any] | None:
     return found
 
 
-def _generated(name: str, options: dict[str, Any]) -> Iterator[RawRow]:
+def installed_generator(name: str) -> Callable[..., Iterable[Any]]:
+    """What the entry point of this name gives; raises DataError."""
     installed = {point.name: point for point in entry_points(group=GENERATORS)}
     if name not in installed:
         names = ", ".join(sorted(installed)) or "none"
         raise DataError(f"no generator `{name}`; installed: {names} (entry points of the group `{GENERATORS}`)")
     try:
-        make_rows = installed[name].load()
+        return installed[name].load()
     except (ImportError, AttributeError) as error:
         raise DataError(f"generator `{name}` ({installed[name].value}) cannot be loaded: {error}") from error
+
+
+def _generated(name: str, options: dict[str, Any]) -> Iterator[RawRow]:
+    make_rows = installed_generator(name)
     signature = inspect.signature(make_rows)
     try:
         signature.bind(**options)

@@ -84,7 +84,7 @@ class Backbone:
         self._norm_name = parts.final_norm
         _check_head(self._inner)
         # What runs: everything below the head, the vision tower of a VLM included.
-        self.body = cast(Any, self.decoder if self._inner.base_model is self._inner else self._inner.base_model)
+        self._body = cast(Any, self.decoder if self._inner.base_model is self._inner else self._inner.base_model)
         self._ropes: list[Any] = [module for module in self.decoder.modules() if _grows(module)]
         self._offsets: list[Any] = [module for module in self._inner.modules() if hasattr(module, "rope_deltas")]
         self._rope_kind, self.rope_limit = rope_of(self.text_config)
@@ -93,6 +93,11 @@ class Backbone:
     def plain(self) -> Any:
         """The model without the wrapper of an adapter."""
         return self._inner
+
+    @property
+    def body(self) -> Any:
+        """What a forward pass calls: everything below the head."""
+        return self._body
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -330,6 +335,7 @@ class Backbone:
         """
         self.check_layers(layers)
         captured: dict[int, Kept] = {}
+        is_sharded = hasattr(self._body, "unshard")  # FSDP has to see the end of a forward pass
 
         def hook_for(layer: int) -> Any:
             def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
@@ -337,7 +343,7 @@ class Backbone:
                     names = list(inspect.signature(module.forward).parameters)
                     kwargs = {**kwargs, **dict(zip(names[1:], args[1:], strict=False))}
                 captured[layer] = keep(output[0] if isinstance(output, tuple) else output, kwargs)
-                if not with_final and len(captured) == len(set(layers)):
+                if not with_final and len(captured) == len(set(layers)) and not is_sharded:
                     raise _Enough
 
             return hook
@@ -351,7 +357,7 @@ class Backbone:
         # The hooks are gone before any backward pass, so the recomputation of gradient checkpointing cannot fire them.
         handles = [self.layers[k - 1].register_forward_hook(hook_for(k), with_kwargs=True) for k in layers]
         try:
-            output = self.body(**{"use_cache": False, **inputs})
+            output = self._body(**{"use_cache": False, **inputs})
         except _Enough:
             return captured, None
         finally:

@@ -6,9 +6,11 @@ Legend: B rows, S positions.
 """
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlsi_cache.data.collate import SEEN_UNTIL
 from vlsi_cache.data.sequence import Layout
@@ -81,15 +83,15 @@ def _with_grid_positions(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
 
     Each branch gets those of its whole path: of the tokens at positions 0, 1, 2, ... up to its own.
     """
-    rope_index = getattr(model.base_model, "get_rope_index", None)
-    if rope_index is None:
+    if not hasattr(model.base_model, "get_rope_index"):
         return inputs
-    ids_BS, depths_BS = inputs["input_ids"], inputs["position_ids"]
-    types_BS = inputs.get("mm_token_type_ids", torch.zeros_like(ids_BS))
+    ids_BS, depths_BS = inputs["input_ids"].cpu(), inputs["position_ids"].cpu()
+    types_BS = inputs.get("mm_token_type_ids", torch.zeros_like(ids_BS)).cpu()
     rows_4BS = depths_BS.expand(4, *ids_BS.shape).clone()
-    grids, num_shown = inputs.get("image_grid_thw"), 0
+    grids = inputs.get("image_grid_thw")
+    shapes, num_shown = () if grids is None else tuple(map(tuple, grids.tolist())), 0
     for row, depths_S in enumerate(depths_BS):
-        path, first = torch.zeros(0, dtype=torch.long, device=ids_BS.device), num_shown
+        path, first = torch.zeros(0, dtype=torch.long), num_shown
         for branch in _branches(depths_S):
             depth = int(depths_S[branch[0]])
             if depth == 0:  # another sequence; its pictures come behind those of the last one
@@ -97,13 +99,31 @@ def _with_grid_positions(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
             path = torch.cat([path[:depth], branch])
             if len(path) == 1:  # padding
                 continue
-            types_1S = types_BS[row, path][None]
-            num_pictures = _num_runs(types_1S[0])
-            shown = None if grids is None or not num_pictures else grids[first : first + num_pictures]
+            types_S = types_BS[row, path]
+            num_pictures = _num_runs(types_S)
             num_shown = max(num_shown, first + num_pictures)
-            rows_31S, _ = rope_index(ids_BS[row, path][None], types_1S, image_grid_thw=shown)
-            rows_4BS[1:, row, branch] = rows_31S[:, 0, depth:]
-    return {**inputs, "position_ids": rows_4BS}
+            shown = shapes[first : first + num_pictures]
+            rows_3S = _grid_rows(model.base_model, ids_BS[row, path], types_S, shown)
+            rows_4BS[1:, row, branch] = rows_3S[:, depth:]
+    return {**inputs, "position_ids": rows_4BS.to(inputs["position_ids"].device)}
+
+
+# Positions by what they follow from: a sequence comes round again in every epoch, stage and run.
+_known_rows: "WeakKeyDictionary[nn.Module, dict[Any, Tensor]]" = WeakKeyDictionary()
+MOST_KNOWN_TOKENS = 1 << 20  # of the sequences that are kept, 40 bytes each
+
+
+def _grid_rows(body: Any, ids_S: Tensor, types_S: Tensor, shapes: tuple[tuple[int, ...], ...]) -> Tensor:
+    """int64 [3, S], as the model itself has them for a sequence with these grids of pictures."""
+    known = _known_rows.setdefault(body, {})
+    key = (ids_S.numpy().tobytes(), types_S.numpy().astype(np.int8).tobytes(), shapes)
+    if key not in known:
+        shown = torch.tensor(shapes) if shapes else None
+        rows_31S, _ = body.get_rope_index(ids_S[None], types_S[None], image_grid_thw=shown)
+        if sum(one.shape[1] for one in known.values()) + len(types_S) > MOST_KNOWN_TOKENS:
+            known.clear()
+        known[key] = rows_31S[:, 0]
+    return known[key]
 
 
 def _branches(depths_S: Tensor) -> tuple[Tensor, ...]:

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -12,9 +13,11 @@ from torch import nn
 from vlsi_cache.errors import CacheCorruptError, list_problems
 from vlsi_cache.io import checksum, difference_from, put_all_back, remove, replacing
 from vlsi_cache.models.load import own_memory
-from vlsi_cache.processes import ALONE, Processes
+from vlsi_cache.processes import ALONE, Processes, is_sharded
 from vlsi_cache.progress import say
 from vlsi_cache.run_files import CHECKPOINT, read_checkpoint, sealed
+
+from .shards import read_shards, shapes_in, write_shards
 
 STAGES = ("verbalize", "interact", "sft")  # in the order in which a run comes to them
 NAME = re.compile(rf"({'|'.join(STAGES)})-(\d{{7,}})")
@@ -24,9 +27,9 @@ TENSORS = "state.safetensors"
 class Checkpoints:
     """`RUN/checkpoints/STAGE-STEP/`: what trains, the optimizer's moments and the step; the two newest are kept.
 
-    Tensors are a safetensors file, the rest is JSON: nothing is ever unpickled. `checkpoint.json` has the checksum of
+    Tensors are safetensors files, the rest is JSON: nothing is ever unpickled. `checkpoint.json` has the checksums of
     the tensors, and its own. Where the newest one is damaged, training goes on from the one before. Of several
-    `processes`, which all hold the same, the first one writes.
+    `processes` the first one writes, or each its share of a model that is sharded; one folder is read into any of them.
     """
 
     def __init__(self, run: Path, processes: Processes = ALONE) -> None:
@@ -72,18 +75,33 @@ class Checkpoints:
 
     def save(self, stage: str, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
         before = self.latest()
-        self._processes.from_first(lambda: self._save(stage, step, model, optimizer))
+        state = _state({name: p for name, p in model.named_parameters() if p.requires_grad}, optimizer)
+        if any(map(is_sharded, state.values())):
+            self._save_shards(stage, step, state)
+        else:
+            self._processes.from_first(lambda: self._save(stage, step, state))
         self._whole = [one for one in (before, (stage, step)) if one is not None]
         self._processes.from_first(self._thin)
 
-    def _save(self, stage: str, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-        target = self._place(stage, step)
-        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        with replacing(target) as temporary:
+    def _save(self, stage: str, step: int, state: dict[str, torch.Tensor]) -> None:
+        with replacing(self._place(stage, step)) as temporary:
             temporary.mkdir()
-            save_file(_state(named, optimizer), temporary / TENSORS)
-            record = {"stage": stage, "step": step, "files": {TENSORS: checksum(temporary / TENSORS)}}
-            (temporary / CHECKPOINT).write_text(sealed(record), encoding="utf-8")
+            save_file(state, temporary / TENSORS)
+            _seal(temporary, stage, step)
+
+    def _save_shards(self, stage: str, step: int, state: dict[str, torch.Tensor]) -> None:
+        """All processes write into a new folder, which the first one makes and gives its name once all have written."""
+        with ExitStack() as opened:
+
+            def begin() -> Path:
+                temporary = opened.enter_context(replacing(self._place(stage, step)))
+                temporary.mkdir()
+                return temporary
+
+            temporary = self._processes.from_first(begin)
+            write_shards(temporary, state)
+            self._processes.from_first(lambda: _seal(temporary, stage, step))
+        self._processes.wait()  # until it has its name
 
     def _thin(self) -> None:
         for other in self._there():
@@ -93,8 +111,11 @@ class Checkpoints:
     def load(self, stage: str, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
         """Put the tensors back by name; raises CacheCorruptError when they are damaged or do not fit the model."""
         self._check(stage, step)
-        file = self._place(stage, step) / TENSORS
-        named = dict(model.named_parameters())
+        folder, named = self._place(stage, step), dict(model.named_parameters())
+        file = folder / TENSORS
+        if not file.exists() or any(map(is_sharded, named.values())):
+            _load_shards(folder, named, optimizer)
+            return
         with safe_open(file, framework="pt") as tensors, torch.no_grad():
             for key in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
                 kind, name = key.split("/", 1)
@@ -121,13 +142,37 @@ class Checkpoints:
         record = read_checkpoint(folder / CHECKPOINT)
         if (record["stage"], record["step"]) != (stage, step):
             raise CacheCorruptError(f"{folder / CHECKPOINT}: is of {record['stage']} step {record['step']}")
-        if problem := difference_from(record["files"][TENSORS], folder / TENSORS) if "files" in record else "":
-            raise CacheCorruptError(f"{folder / TENSORS}: {problem}")
-        try:
-            safe_open(folder / TENSORS, framework="pt").__enter__()
-        except (OSError, SafetensorError) as error:
-            raise CacheCorruptError(f"{folder / TENSORS}: cannot be read ({' '.join(str(error).split())})") from None
+        sums = record.get("files") or {TENSORS: None}
+        for name, recorded in sums.items():
+            file = folder / Path(name).name
+            if recorded and (problem := difference_from(recorded, file)):
+                raise CacheCorruptError(f"{file}: {problem}")
+            try:
+                safe_open(file, framework="pt").__enter__()
+            except (OSError, SafetensorError) as error:
+                raise CacheCorruptError(f"{file}: cannot be read ({' '.join(str(error).split())})") from None
         self._whole.append((stage, step))
+
+
+def _seal(folder: Path, stage: str, step: int) -> None:
+    """Write what is in a folder of tensors, and the checksum of each file."""
+    files = {file.name: checksum(file) for file in sorted(folder.glob("*.safetensors"))}
+    (folder / CHECKPOINT).write_text(sealed({"stage": stage, "step": step, "files": files}), encoding="utf-8")
+
+
+def _load_shards(folder: Path, named: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer | None) -> None:
+    """Fill parameters and moments, of which the folder or this process or both have shares."""
+    wanted: dict[str, torch.Tensor] = {}
+    for key, shape in shapes_in(folder).items():
+        kind, name = key.split("/", 1)
+        if name not in named:
+            raise CacheCorruptError(f"{folder}: holds `{name}`, which this model does not have; start a new run")
+        if kind == "parameter":
+            wanted[key] = named[name].detach()
+        elif optimizer is not None:
+            wanted[key] = torch.zeros(shape) if kind == "step" else torch.zeros_like(named[name].detach())
+            optimizer.state[named[name]][kind] = wanted[key]
+    read_shards(folder, wanted)
 
 
 def _state(named: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer | None) -> dict[str, torch.Tensor]:

@@ -37,9 +37,11 @@ from vlsi_cache.runs.run_dir import (
     whole_spec,
 )
 from vlsi_cache.runs.trackers import Trackers, check_trackers
+from vlsi_cache.runtime import pick_device
 from vlsi_cache.sparse.head import choose_kernels
 from vlsi_cache.train.loader import Feed, shuffled_records
 from vlsi_cache.train.optim import Stage
+from vlsi_cache.train.sharding import shard, shards_layers
 from vlsi_cache.train.verbalize import verbalize
 
 from .inputs import TeacherInputs, open_teacher_inputs
@@ -299,9 +301,13 @@ def _train(
 ) -> dict[str, Any]:
     """Train in the run folder `folder`, save into `out`; returns the stage's entry for `run.json`."""
     spec, settings = inputs.spec, inputs.spec.train_verbalizers
-    backbone = inputs.load_backbone(device or spec.run.device)
+    device, is_sharded = device or spec.run.device, shards_layers(spec.run, processes)
+    backbone = inputs.load_backbone("cpu" if is_sharded else device)
+    if is_sharded:
+        shard(backbone, pick_device(device))
     keep_features(backbone.model, spec.run, inputs.encoder)
-    attends = spec.verbalizer.structure.startswith("decoder")
+    # Branches from a cache are passes of their own, and processes that share layers run the same ones.
+    needs_whole = is_sharded or spec.verbalizer.structure.startswith("decoder")
 
     def make_feed(num_skip: int) -> Feed:
         num_tokens = [len(ids) for ids in inputs.response_ids]
@@ -314,14 +320,14 @@ def _train(
             micro_batch_size=settings.micro_batch_size,
             reduction=settings.batch_reduction,
             device=backbone.device,
-            layout=backbone.layout if attends else backbone.frozen_layout,
+            layout=backbone.layout if needs_whole else backbone.frozen_layout,
             features=features_of(backbone.model),
             num_workers=spec.run.num_workers,
             processes=processes,
         )
 
     trackers = Trackers(folder, inputs.spec, KIND)
-    with closing(MetricsLog(folder, writes=processes.is_first, trackers=trackers)) as log:
+    with closing(MetricsLog(folder, writes=processes.is_first, trackers=trackers)) as log, processes.passing():
         verbalizers, stage = verbalize(
             backbone,
             layers,

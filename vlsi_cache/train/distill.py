@@ -38,7 +38,8 @@ from vlsi_cache.store.reader import Cache
 
 from .interact import interact
 from .optim import Stage, refuse_destroyed
-from .sft import sft
+from .sft import sft, what_trains
+from .sharding import has_shares
 from .student import StudentState, check_verbalizers, open_student, take_verbalizers
 from .verbalize import verbalize
 
@@ -122,9 +123,8 @@ def _distill(
             processes.from_first(lambda: ensure_report(out))
             return out
         check_ours(out / "student", STUDENT_RECORD)
-        state = inputs.load(run, device=own_device, processes=processes)
-        with closing(state.log):
-            stages = _run_stages(state)
+        with processes.passing():
+            stages = _run_stages(inputs.load(run, device=own_device, processes=processes))
 
         def finish() -> None:
             finish_run(run, stages=stages)
@@ -190,53 +190,88 @@ def _run_stages(state: StudentState) -> list[dict[str, Any]]:
     distill, stages = state.spec.distill, []
     steps, whole = stage_steps(distill, len(state.cache)), schedule_steps(distill, len(state.cache))
     say(f"{distill.recipe}: {shown_steps(steps, whole)} steps of {distill.batch_size} samples")
-    verbalizers = None
-    # Before the adapter is there: verbalizers learn to read the student as it comes.
-    if "verbalize" in steps:
-        verbalizers, entry = _verbalize(state, steps["verbalize"])
-        stages.append(entry)
-    torch.manual_seed(distill.seed)  # the adapter starts from the same weights in every attempt
+    with closing(state.log):
+        verbalizers = None
+        # Before the adapter is there: verbalizers learn to read the student as it comes.
+        if "verbalize" in steps:
+            verbalizers, entry = _verbalize(state, steps["verbalize"])
+            stages.append(entry)
+        if has_shares(state.model):  # what comes next trains other weights, and its verbalizers read them
+            state = state.renewed()
+            verbalizers, _ = _verbalize(state, steps["verbalize"])
+        if _uses_lora(distill, steps) and (note := reach_note(state.model, distill.lora.dropout)):
+            say(note)
+        model = _student_to_train(state, steps)
+        if "interact" in steps:
+            if distill.interact.mode == "layers":
+                train_decoder_layers(model)
+            stages.append(interact(state, model, verbalizers, num_steps=steps["interact"]))
+        if "sft" in steps:
+            if has_shares(model):
+                verbalizers = None  # they hold the student of the stage before
+                state = state.renewed()
+                model = _student_to_train(state, steps)
+            stages.append(sft(state, model, num_steps=whole["sft"], stop=steps["sft"]))
+        state.processes.from_first(lambda: _save(state, _trained(state, model, steps), stages[-1]["name"]))
+    return stages
+
+
+def _uses_lora(distill: DistillSpec, steps: dict[str, int]) -> bool:
     adapts = "interact" in steps and distill.interact.mode == "lora"
-    uses_lora = adapts or ("sft" in steps and distill.sft.mode == "lora+embed_head")
-    if uses_lora and (note := reach_note(state.model, distill.lora.dropout)):
-        say(note)
-    model = add_lora(state.model, **distill.lora.model_dump()) if uses_lora else state.model
+    return adapts or ("sft" in steps and distill.sft.mode == "lora+embed_head")
+
+
+def _student_to_train(state: StudentState, steps: dict[str, int]) -> Any:
+    """The student in training mode, with a fresh adapter if the recipe's stages use one."""
+    distill = state.spec.distill
+    torch.manual_seed(distill.seed)  # the adapter starts from the same weights in every attempt
+    model = add_lora(state.model, **distill.lora.model_dump()) if _uses_lora(distill, steps) else state.model
     if distill.gradient_checkpointing:
         checkpoint_activations(model)
     model.train()
-    if "interact" in steps:
-        if not adapts:
+    return model
+
+
+def _trained(state: StudentState, model: Any, steps: dict[str, int]) -> Any:
+    """The whole student that the stages have trained, without its adapter.
+
+    Where it is sharded, that is the student of the beginning with what the last checkpoint has of it.
+    """
+    if has_shares(model):
+        newest = state.checkpoints.latest()
+        assert newest is not None
+        model = _student_to_train(state.renewed(), steps)
+        if newest[0] == "sft":
+            model = what_trains(model, state.spec.distill.sft)
+        elif state.spec.distill.interact.mode == "layers":
             train_decoder_layers(model)
-        stages.append(interact(state, model, verbalizers, num_steps=steps["interact"]))
-    if "sft" in steps:
-        stages.append(sft(state, model, num_steps=whole["sft"], stop=steps["sft"]))
-    # What is saved is a plain model: the adapter is folded into the weights.
-    trained = merge_lora(model) if uses_lora else model
-    refuse_destroyed(trained.named_parameters(), stages[-1]["name"])
+        state.checkpoints.load(*newest, model, None)
+    return merge_lora(model)
+
+
+def _save(state: StudentState, trained: Any, stage: str) -> None:
+    """Write the student as a plain folder: the adapter is folded into its weights."""
+    refuse_destroyed(trained.named_parameters(), stage)
     # Head and embeddings may have been trained in fp32; configuration and all tensors agree again.
     facts = {key: state.run.record[key] for key in ("recipe", "cache_digest", "student_digest")}
     ids = {"end_of_turn": state.encoder.eot_id, "pad": state.encoder.pad_id}
-    target = state.run.path / "student"
-    state.processes.from_first(
-        lambda: save_student(trained.to(state.dtype), ModelRef(state.student_path), target, **ids, facts=facts)
-    )
-    return stages
+    save_student(trained.to(state.dtype), ModelRef(state.student_path), state.run.path / "student", **ids, facts=facts)
 
 
 def _verbalize(state: StudentState, num_steps: int) -> tuple[Verbalizers, dict[str, Any]]:
     """Train the student's verbalizers, or take those of the spec, or read back what an earlier attempt has finished."""
-    distill, backbone = state.spec.distill, Backbone(state.model)
+    distill = state.spec.distill
     folder = state.run.path / "verbalizers"
     if state.processes.from_first((folder / "verbalizers.json").exists):
-        loaded = load_verbalizers(str(folder), backbone, state.layers)
+        loaded = load_verbalizers(str(folder), Backbone(state.model), state.layers)
         seconds = state.log.stage_seconds("verbalize")
         return loaded, {"name": "verbalize", "steps": num_steps, "seconds": seconds}
     if distill.verbalizers is not None:
         into = folder if state.processes.is_first else None
-        taken = take_verbalizers(distill.verbalizers, into, backbone, state.layers)
+        taken = take_verbalizers(distill.verbalizers, into, Backbone(state.model), state.layers)
         return taken, {"name": "verbalize", "steps": num_steps, "seconds": 0.0}
     verbalizers, entry = verbalize(
-        backbone,
+        state.shared_out(state.model),
         state.layers,
         lambda num_skip: state.feed("verbalize", num_skip),
         Stage(distill, distill.verbalize, num_steps, state.checkpoints, state.log, state.compiled, state.processes),

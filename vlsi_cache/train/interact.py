@@ -24,7 +24,7 @@ from torch import Tensor
 from vlsi_cache.config.training import InteractSpec, Operation
 from vlsi_cache.errors import ModelError
 from vlsi_cache.interrupts import stopping_between_steps
-from vlsi_cache.models.backbone import Backbone, LayerSequence, head_of
+from vlsi_cache.models.backbone import LayerSequence, head_of
 from vlsi_cache.models.verbalizer import Verbalizers
 from vlsi_cache.run_files import read_metrics
 from vlsi_cache.runs.diagnostics import interact_findings, warn_of
@@ -78,11 +78,11 @@ def interact(state: StudentState, model: Any, verbalizers: Verbalizers | None, *
     """
     distill, checkpoints, log = state.spec.distill, state.checkpoints, state.log
     settings, header, layers = distill.interact, state.cache.header, state.layers
-    backbone = Backbone(model)
-    optimizer = make_optimizer(model.parameters(), settings.schedule)
     newest = checkpoints.latest()
     if newest and newest[0] == "sft":  # an earlier attempt has come further
         return {"name": "interact", "steps": num_steps, "seconds": log.stage_seconds("interact")}
+    backbone = state.shared_out(model)
+    optimizer = make_optimizer(model.parameters(), settings.schedule)
     first = checkpoints.step_of("interact")
     if first:
         checkpoints.load("interact", first, model, optimizer)
@@ -101,11 +101,15 @@ def interact(state: StudentState, model: Any, verbalizers: Verbalizers | None, *
                 assert cached is not None
                 terms: list[Term] = []
                 results.append((micro, terms))
-                if not cached.num_tokens:  # token selection may leave a sample without rows
+                # Token selection may leave a sample without rows.
+                if not cached.num_tokens and not state.is_sharded:
                     continue
                 num_tokens += len(batch.gold_T)
                 with autocast(state.device):
                     hidden = capture(batch.inputs, rows_T=batch.rows_T, positions_T=batch.positions_T)
+                if not cached.num_tokens:
+                    pass_through(hidden, settings)
+                    continue
                 rows = LayerRows.of(cached, tau=settings.tau, device=state.device)
                 targets = Targets(rows, batch.gold_T, micro.share_T)
                 rng = match_rng(distill.seed, step, micro.place)
@@ -239,6 +243,13 @@ def micro_batch(
     if gradients:  # once through the backbone for all terms
         torch.autograd.backward([_tensor_of(hidden[layer]) for layer in gradients], list(gradients.values()))
     return terms
+
+
+def pass_through(hidden: Mapping[int, Tensor | LayerSequence], settings: InteractSpec) -> None:
+    """Step back with a gradient of 0 as far as `micro_batch` does: where layers are sharded, all processes gather each
+    layer together, those without rows too."""
+    deepest = max(layer for layer in hidden if settings.trains_last or layer != max(hidden))
+    (0.0 * _tensor_of(hidden[deepest])).sum().backward()
 
 
 def losses_of(

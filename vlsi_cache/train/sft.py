@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from vlsi_cache.config.training import BatchReduction
+from vlsi_cache.config.training import BatchReduction, SftSpec
 from vlsi_cache.interrupts import stopping_between_steps
-from vlsi_cache.models.backbone import Backbone, head_of
+from vlsi_cache.models.backbone import head_of
 from vlsi_cache.models.lora import train_everything, train_head_and_embeddings
 from vlsi_cache.progress import say
 from vlsi_cache.runtime import autocast, memory_gib, seed_step
@@ -57,6 +57,14 @@ def pick_liger(device: torch.device, head: Head, reduction: BatchReduction) -> t
     return True, "Liger's fused linear one (CUDA found)"
 
 
+def what_trains(model: Any, settings: SftSpec) -> Any:
+    """The model as this stage trains it: plain and with all its weights, or head and embeddings beside the adapter."""
+    if settings.mode == "full":
+        return train_everything(model)
+    train_head_and_embeddings(model)
+    return model
+
+
 def sft(state: StudentState, model: Any, *, num_steps: int, stop: int) -> dict[str, Any]:
     """Run the stage from its newest checkpoint up to step `stop` of a schedule of `num_steps`.
 
@@ -68,11 +76,8 @@ def sft(state: StudentState, model: Any, *, num_steps: int, stop: int) -> dict[s
     # The adapter as the interaction has left it: what trains from here on is another set of weights.
     if newest and newest[0] == "interact":
         checkpoints.load(*newest, model, None)
-    if distill.sft.mode == "full":
-        model = train_everything(model)
-    else:
-        train_head_and_embeddings(model)
-    backbone = Backbone(model)
+    model = what_trains(model, distill.sft)
+    backbone = state.shared_out(model)
     optimizer = make_optimizer(model.parameters(), schedule)
     if first:
         checkpoints.load("sft", first, model, optimizer)

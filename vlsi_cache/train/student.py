@@ -1,6 +1,7 @@
 """The student's side of a run: what is checked against the cache before any weight is loaded, and what stages share."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from vlsi_cache.models.save import mend_generation
 from vlsi_cache.models.verbalizer import Verbalizers, load_verbalizers
 from vlsi_cache.models.verbalizer_files import find_folder, read_record, verbalizers_digest
 from vlsi_cache.processes import ALONE, Processes
-from vlsi_cache.progress import say
+from vlsi_cache.progress import muted, say
 from vlsi_cache.runs.checkpoints import Checkpoints
 from vlsi_cache.runs.metrics import MetricsLog
 from vlsi_cache.runs.run_dir import Run
@@ -37,6 +38,7 @@ from vlsi_cache.store.header import data_sections, data_specs
 from vlsi_cache.store.reader import Cache
 
 from .loader import Feed, cached_records, check_response_ids, match_records
+from .sharding import shard, shards_layers, to_device_but_layers
 
 
 def check_verbalizers(
@@ -155,19 +157,12 @@ class StudentInputs:
     def load(self, run: Run, *, device: str | None, processes: Processes = ALONE) -> "StudentState":
         """Load the weights onto the device of the flag, or else of the spec."""
         distill, where = self.spec.distill, pick_device(device or self.spec.run.device)
-        # Without autocast, bf16 weights and the fp32 ones that train would not fit each other.
-        has_autocast = where.type == "cuda"
-        named = ModelRef(
-            self.path,
-            dtype=distill.student_dtype if has_autocast else "float32",
-            attn_implementation=distill.attn_implementation,
-            trust_remote_code=distill.trust_remote_code,
-        )
-        model = named.load(str(where))
-        for note in named.notes:
-            say(note)
-        checked_backbone(model, self.encoder)
-        keep_features(model, self.spec.run, self.encoder)
+        has_autocast, is_sharded = where.type == "cuda", shards_layers(self.spec.run, processes)
+
+        def reload() -> Any:
+            return self._model(where, is_sharded=is_sharded)
+
+        model = reload()
         if mended := mend_generation(model.generation_config):
             say(
                 f"student: its generation_config.json sets {', '.join(f'`{name}`' for name in mended)}, which do "
@@ -192,12 +187,36 @@ class StudentInputs:
             log=MetricsLog(run.path, writes=processes.is_first, trackers=Trackers(run.path, self.spec, "distill")),
             checkpoints=Checkpoints(run.path, processes),
             processes=processes,
+            is_sharded=is_sharded,
+            reload=reload,
         )
+
+    def _model(self, device: torch.device, *, is_sharded: bool) -> Any:
+        """The student's weights; where its layers will be sharded, these wait on the host."""
+        # Without autocast, bf16 weights and the fp32 ones that train would not fit each other.
+        named = ModelRef(
+            self.path,
+            dtype=self.spec.distill.student_dtype if device.type == "cuda" else "float32",
+            attn_implementation=self.spec.distill.attn_implementation,
+            trust_remote_code=self.spec.distill.trust_remote_code,
+        )
+        model = named.load("cpu" if is_sharded else str(device))
+        for note in named.notes:
+            say(note)
+        backbone = checked_backbone(model, self.encoder)
+        if is_sharded:
+            to_device_but_layers(backbone, device)
+        keep_features(model, self.spec.run, self.encoder)
+        return model
 
 
 @dataclass(frozen=True)
 class StudentState:
-    """Everything the stages of one run share; `dtype` is the one that the trained student is saved in."""
+    """Everything the stages of one run share; `dtype` is the one that the trained student is saved in.
+
+    `is_sharded`: the processes share out the student's decoder layers (`run.parallel: fsdp`). `reload` gives the model
+    as it was at the beginning.
+    """
 
     cache: Cache
     spec: CacheSpec
@@ -213,6 +232,20 @@ class StudentState:
     log: MetricsLog
     checkpoints: Checkpoints
     processes: Processes
+    is_sharded: bool
+    reload: Callable[[], Any]
+
+    def shared_out(self, model: Any) -> Backbone:
+        """The backbone of the model that a stage trains, its layers sharded if this run has that."""
+        backbone = Backbone(model)
+        if self.is_sharded:
+            shard(backbone, self.device)
+        return backbone
+
+    def renewed(self) -> "StudentState":
+        """The same with the student as it was at the beginning, after a stage has sharded it."""
+        with muted():
+            return replace(self, model=self.reload())
 
     def feed(self, stage: str, num_skip: int) -> Feed:
         """Micro-batches of the cached samples; teacher rows come along only where the stage compares with them."""
