@@ -109,11 +109,17 @@ def merge(
 
 def push(
     cache: Annotated[str, typer.Argument(metavar="CACHE", help="Folder of a finished cache.")],
-    url: Annotated[str, typer.Argument(metavar="URL", help="Where it goes: s3://, gs:// or az://BUCKET/NAME.")],
+    url: Annotated[
+        str,
+        typer.Argument(
+            metavar="URL", help="Where it goes: s3://, gs:// or az://BUCKET/NAME, or hf://datasets/ORG/NAME."
+        ),
+    ],
 ) -> Answer:
     """Copy a cache to an object store.
 
     Every file is compared with its checksum on the way. What is there already stays: run again after a crash to go on.
+    A data set of the hub gets a card, and is private where it is new.
     """
     import vlsi_cache as vc
 

@@ -1,5 +1,6 @@
-"""What of the Hugging Face hub a reader needs, on loopback: one data set at one commit, its files behind a redirect."""
+"""What of the Hugging Face hub a cache needs, on loopback: one data set, its files behind a redirect, and commits."""
 
+import base64
 import json
 import threading
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ NAME = "org/charts"
 
 
 @contextmanager
-def serving_hub(root: Path) -> Iterator[tuple[str, list[str]]]:
+def serving_hub(root: Path, *, refuses_commits: bool = False) -> Iterator[tuple[str, list[str]]]:
     """The address of a hub whose data set `org/charts` holds the files of `root`, and the paths asked for."""
     asked: list[str] = []
 
@@ -28,7 +29,10 @@ def serving_hub(root: Path) -> Iterator[tuple[str, list[str]]]:
             path = unquote(urlsplit(self.path).path)
             asked.append(path)
             tree, files = f"/api/datasets/{NAME}/tree/{COMMIT}", f"/datasets/{NAME}/resolve/{COMMIT}/"
-            if path in (f"/api/datasets/{NAME}", f"/api/datasets/{NAME}/revision/main"):
+            if path in (f"/api/datasets/{NAME}", *(f"/api/datasets/{NAME}/revision/{one}" for one in ("main", COMMIT))):
+                if not root.is_dir():
+                    self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
+                    return
                 self.answer(200, json.dumps({"id": NAME, "sha": COMMIT}).encode())
             elif path.startswith("/api/datasets/") and NAME not in path:
                 self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
@@ -44,6 +48,36 @@ def serving_hub(root: Path) -> Iterator[tuple[str, list[str]]]:
                     self.answer(404, b"", {"X-Error-Code": "EntryNotFound"})
             elif path.startswith("/cdn/"):
                 self.answer_span((root / path.removeprefix("/cdn/")).read_bytes())
+            else:
+                self.answer(404, b"")
+
+        def do_POST(self) -> None:
+            path, body = unquote(urlsplit(self.path).path), self.rfile.read(int(self.headers["Content-Length"]))
+            asked.append(path)
+            if path == "/api/repos/create":
+                made = json.loads(body)
+                root.mkdir()
+                asked.append(
+                    f"{made['organization']}/{made['name']} private={made.get('private', made.get('visibility'))}"
+                )
+                self.answer(200, json.dumps({"url": f"https://huggingface.co/datasets/{NAME}"}).encode())
+            elif path.endswith("/preupload/main"):
+                named = [one["path"] for one in json.loads(body)["files"]]
+                modes = [{"path": name, "uploadMode": "regular", "shouldIgnore": False, "oid": None} for name in named]
+                self.answer(200, json.dumps({"files": modes}).encode())
+            elif path == f"/api/datasets/{NAME}/commit/main":
+                if refuses_commits:
+                    self.answer(403, b"{}", {"X-Error-Message": "this token may not write"})
+                    return
+                lines = [json.loads(line) for line in body.splitlines()]
+                for value in (line["value"] for line in lines if line["key"] == "file"):
+                    (root / value["path"]).parent.mkdir(parents=True, exist_ok=True)
+                    (root / value["path"]).write_bytes(base64.b64decode(value["content"]))
+                asked.append(f"commit: {lines[0]['value']['summary']}")
+                told = {"commitUrl": f"https://huggingface.co/datasets/{NAME}/commit/{COMMIT}", "commitOid": COMMIT}
+                self.answer(200, json.dumps({"success": True, **told}).encode())
+            elif path == "/api/validate-yaml":
+                self.answer(200, json.dumps({"errors": [], "warnings": []}).encode())
             else:
                 self.answer(404, b"")
 

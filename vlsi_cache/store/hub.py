@@ -1,4 +1,4 @@
-"""A data set of the Hugging Face hub as objects to read: hf://datasets/ORG/NAME[@REVISION][/FOLDER].
+"""A data set of the Hugging Face hub as objects: hf://datasets/ORG/NAME[@REVISION][/FOLDER].
 
 The revision is resolved to its commit once: whatever is read afterwards is of one state, for as long as this lives.
 """
@@ -15,7 +15,7 @@ from .location import UrlPath
 from .objects import Got
 
 MAX_RETRIES = 5
-READ_ONLY = "the hub is read here; put a cache there with: hf upload ORG/NAME CACHE --repo-type dataset"
+READ_ONLY = "a finished cache is put there with: vlsi-cache push CACHE hf://datasets/ORG/NAME"
 
 
 class HubObjects:
@@ -26,17 +26,25 @@ class HubObjects:
         if url.bucket != "datasets" or len(pieces) < 2:
             raise SpecError(f"`{url}` names no data set of the hub; write hf://datasets/ORG/NAME or .../NAME@REVISION")
         name, _, revision = pieces[1].partition("@")
-        self.url, self._repo = url, f"{pieces[0]}/{name}"
-        self._revision, self._folder = revision or None, "/".join(pieces[2:])
+        self.url, self.repo = url, f"{pieces[0]}/{name}"
+        self.revision, self._folder = revision or None, "/".join(pieces[2:])
+
+    def look_again(self) -> None:
+        """Read from the newest commit from now on."""
+        self.__dict__.pop("_commit", None)
 
     @cached_property
     def _commit(self) -> str:
         from huggingface_hub import HfApi
 
         with self._explained(""):
-            info = HfApi().dataset_info(self._repo, revision=self._revision)
+            info = HfApi().dataset_info(self.repo, revision=self.revision)
         assert info.sha is not None
         return info.sha
+
+    def get_top(self, name: str) -> bytes:
+        """A file of the data set itself, whatever folder the cache is in."""
+        return HubObjects(UrlPath(f"hf://datasets/{self.repo}@{self._commit}")).get(name).data
 
     def get(self, key: str, *, span: tuple[int, int] | None = None, etag: str | None = None) -> Got:
         """A file, or its bytes `span`; FileNotFoundError, CacheCorruptError, StoreError. The ETag is the commit."""
@@ -48,7 +56,7 @@ class HubObjects:
         # Bytes of the file itself are counted: no encoding on the way.
         headers |= {"Accept-Encoding": "identity"}
         headers |= {"Range": f"bytes={span[0]}-{span[1] - 1}"} if span is not None else {}
-        place = hf_hub_url(self._repo, self._path(key), repo_type="dataset", revision=self._commit)
+        place = hf_hub_url(self.repo, self.path_of(key), repo_type="dataset", revision=self._commit)
         with self._explained(key):
             answer = http_backoff("GET", place, headers=headers, max_retries=MAX_RETRIES)
             hf_raise_for_status(answer)
@@ -67,12 +75,12 @@ class HubObjects:
         from huggingface_hub import HfApi
         from huggingface_hub.hf_api import RepoFile
 
-        folder, cut = self._path(prefix), len(self._folder) + 1 if self._folder else 0
+        folder, cut = self.path_of(prefix), len(self._folder) + 1 if self._folder else 0
         try:
             with self._explained(prefix):
                 found = list(
                     HfApi().list_repo_tree(
-                        self._repo, folder or None, recursive=True, revision=self._commit, repo_type="dataset"
+                        self.repo, folder or None, recursive=True, revision=self._commit, repo_type="dataset"
                     )
                 )
         except FileNotFoundError:
@@ -90,7 +98,8 @@ class HubObjects:
     def delete(self, keys: list[str]) -> None:
         raise SpecError(f"`{self.url / keys[0]}` cannot be deleted", hint=READ_ONLY)
 
-    def _path(self, key: str) -> str:
+    def path_of(self, key: str) -> str:
+        """A file of the cache by its path in the data set."""
         return "/".join(piece for piece in (self._folder, key) if piece)
 
     @contextmanager

@@ -32,6 +32,7 @@ from .format import (
     part_name,
 )
 from .header import check_root, compare_headers
+from .hub import HubObjects
 from .location import UrlPath, place_of
 from .objects import Objects, open_objects
 from .reader import Cache, open
@@ -52,7 +53,8 @@ class Transfer:
 
 
 def push(cache: str | os.PathLike[str], url: str | os.PathLike[str]) -> Transfer:
-    """Copy a complete local cache to an object store; run again after a crash, it continues.
+    """Copy a complete local cache to an object store, or into a data set of the Hugging Face hub (with a card; a new
+    one is private); run again after a crash, it continues.
 
     Every file is compared with its hash on the way. Raises FingerprintMismatchError when another cache is there.
     """
@@ -60,6 +62,8 @@ def push(cache: str | os.PathLike[str], url: str | os.PathLike[str]) -> Transfer
     if isinstance(source.path, UrlPath) or not isinstance(target, UrlPath):
         raise SpecError("push copies a local cache to an object store: vlsi-cache push CACHE s3://BUCKET/NAME")
     objects, root, header = open_objects(target), source.path, source.header
+    if isinstance(objects, HubObjects):
+        return _push_to_hub(source, objects)
     check_url(target)
     if not upload_start(objects, root):
         _refuse_other(objects, header)
@@ -79,6 +83,24 @@ def push(cache: str | os.PathLike[str], url: str | os.PathLike[str]) -> Transfer
     if len(before) < len(source.parts) or TABLE_NAME not in objects.sizes():
         finish_upload(objects, header)
     return Transfer(root, target, len(source.parts), len(before), moved)
+
+
+def _push_to_hub(source: Cache, hub: HubObjects) -> Transfer:
+    from .hub_push import make_dataset, push_parts
+
+    make_dataset(hub)
+    if HEADER_NAME in hub.sizes():
+        _refuse_other(hub, source.header)
+    there = set(committed_parts(hub)) & set(source.parts)
+    moved: list[int] = []
+    with Bar("push", unit="B", total=sum(source.bytes_by_array().values()), scaled=True, delay=2) as bar:
+
+        def tell(num_bytes: int) -> None:
+            moved.append(num_bytes)
+            bar.update(num_bytes)
+
+        push_parts(source, hub, there, tell)
+    return Transfer(source.path, hub.url, len(source.parts), len(there), sum(moved))
 
 
 def _refuse_other(objects: Objects, ours: CacheHeader) -> None:
