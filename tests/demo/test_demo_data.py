@@ -219,8 +219,11 @@ def all_rows(by_split: dict[str, list[Row]]) -> list[Row]:
     return [row for split_rows in by_split.values() for row in split_rows]
 
 
-def test_every_label_is_what_the_pixels_say(all_rows: list[Row]) -> None:
-    for row in all_rows:
+def test_every_label_is_what_the_pixels_say(by_split: dict[str, list[Row]]) -> None:
+    """Of the first 700 rows of each split; kinds of questions take turns."""
+    first = [row for split_rows in by_split.values() for row in split_rows[:700]]
+    assert {row["kind"] for row in first} == {row["kind"] for split_rows in by_split.values() for row in split_rows}
+    for row in first:
         pixels = pixels_of(row)
         if row["kind"].startswith("bar_"):
             expected = expected_chart_answer(row["kind"], question_of(row), read_bars(pixels))
