@@ -1,5 +1,7 @@
 """Prompt and response are what the chat template writes; the oracle is transformers' own over the conversation."""
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,10 +9,11 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from vlsi_cache.config.sections import Encoding
+from vlsi_cache.config.sections import DataSpec, Encoding
+from vlsi_cache.data import table
 from vlsi_cache.data.encoder import Encoder
 from vlsi_cache.data.measuring import fit_rows
-from vlsi_cache.data.records import Record
+from vlsi_cache.data.records import Record, read_records
 from vlsi_cache.errors import DataError, FingerprintMismatchError, ModelError, SpecError
 from vlsi_cache.train.loader import check_response_ids
 
@@ -433,3 +436,34 @@ def test_a_student_that_ends_turns_otherwise_is_told_so(cores: dict[str, str]) -
         check_response_ids(row, fresh, cached, thinks)
     with pytest.raises(FingerprintMismatchError, match=r"An earlier release has built this cache.*Build it again"):
         check_response_ids(row, fresh, cached, thinks, contract=1)
+
+
+def test_mappings_of_a_row_in_a_file_keep_their_order(
+    cores: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Templates write tools and their calls as the row has them; the digest is that of the content alone."""
+    monkeypatch.setenv(table.VARIABLE, str(tmp_path / "tables"))
+    monkeypatch.setattr(table, "WORTH_S", 0)
+    tools = [{"type": "function", "function": {"name": "find", "parameters": {"type": "object", "needs": ["of"]}}}]
+    calls = [{"type": "function", "function": {"name": "find", "arguments": {"where": "here", "of": {"z": 1, "a": 2}}}}]
+    turns = [
+        {"role": "user", "content": "find it"},
+        {"role": "assistant", "content": "", "tool_calls": calls},
+        {"role": "tool", "content": "there"},
+        {"role": "assistant", "content": "it is there"},
+    ]
+    template = "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}" + HYBRID
+    tokenizer = _tokenizer(cores["byte-level"], template)
+    row = {"id": "r", "messages": turns, "tools": tools}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    # Of the same content, in another order.
+    (tmp_path / "sorted.jsonl").write_text(json.dumps(row, sort_keys=True) + "\n")
+    encoder = Encoder(tokenizer, None, (), name="m")
+    for _ in range(2):  # read, and out of the tables that this has left
+        whole = [tokenizer.apply_chat_template(turns[:end], tools=tools, tokenize=False).rstrip("\n") for end in (2, 4)]
+        for which, wanted in (("last", whole[1:]), ("all", whole)):
+            found = read_records(DataSpec(path=str(tmp_path / "rows.jsonl"), turns=which))
+            assert [tokenizer.decode(encoder.encode(one).input_ids) for one in found] == wanted
+    other = read_records(DataSpec(path=str(tmp_path / "sorted.jsonl")))
+    assert [one.digest for one in other] == [one.digest for one in found]
+    assert tokenizer.decode(encoder.encode(other[-1]).input_ids) != whole[1]

@@ -17,7 +17,7 @@ from vlsi_cache.errors import DataError
 
 from .images import Media, Shelf, load_media
 from .messages import COLUMNS, UNSUPPORTED, image_parts
-from .rows import as_json, content_of, content_text, digest_of, for_template, id_of_row, opening_of
+from .rows import as_json, content_of, content_text, digest_of, for_template, id_of_row, kept_text, opening_of
 from .sources import Place, RawRow, Source
 from .stored import NOWHERE, SAMPLES
 from .values import printable, shown, text_value
@@ -111,9 +111,10 @@ class Reader:
         kind = "" if row.get("kind") is None else text_value(row["kind"], "`kind`")
         if len(ends) > 1:
             notes.add("each of the assistant's turns is a sample, `ID/1`, `ID/2`, ...")
-        place = (found.content_bytes, len(whole))
-        found.contents.append(whole)
-        found.content_bytes += len(whole)
+        kept = kept_text(messages, images, tools, args, whole)
+        place = (found.content_bytes, len(kept))
+        found.contents.append(kept)
+        found.content_bytes += len(kept)
         numbers = [found.numbers.setdefault(key, len(found.numbers)) for key, _ in pictures]
         found.pictures.update(pictures)
         for count, end in enumerate(ends, start=1):

@@ -36,6 +36,7 @@ from .video import FramesOf, frames_for_videos, split_video_markers
 _MAX_ID_BITS = 256  # of an id that is a number
 _LATER = ("messages", "images", "tools", "template_args")  # of a record that lies in a file
 _AS_JSON = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+_IN_ORDER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,22 @@ def content_text(
     text += f',"template_args":{_AS_JSON.encode(template_args)}' if template_args else ""
     text += f',"tools":{_AS_JSON.encode(tools)}' if tools else ""
     return f"{text}}}".encode()
+
+
+def kept_text(
+    messages: Sequence[Message],
+    images: Sequence[Media],
+    tools: list[dict[str, Any]] | None,
+    template_args: dict[str, Any],
+    content: bytes,
+) -> bytes:
+    """What is kept in a file of a record whose `content_text` is `content`: the same with all mappings in the order
+    that the row has them in, in which chat templates write tools and their calls."""
+    if not (tools or template_args or any("tool_calls" in message for message in messages)):
+        return content
+    facts: dict[str, Any] = {"images": [image.sha256 for image in images], "messages": messages}
+    facts |= {"template_args": template_args} if template_args else {}
+    return _IN_ORDER.encode(facts | ({"tools": tools} if tools else {})).encode()
 
 
 def opening_of(

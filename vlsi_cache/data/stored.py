@@ -198,9 +198,9 @@ class StoredRecords(Numbered[Record]):
             row = json.loads(content)
             messages = row["messages"][: int(column["end"][index]) + 1]
             tools, args = row.get("tools"), row.get("template_args", {})
-            is_whole = len(messages) == len(row["messages"])
-            text = content if is_whole else content_text(as_json(messages), images, tools, args)
-            if digest_of(text) == self.names(index)[1]:
+            digest, is_whole = self.names(index)[1], len(messages) == len(row["messages"])
+            is_known = is_whole and digest_of(content) == digest  # of most rows, which hold no mappings of their own
+            if is_known or digest_of(content_text(as_json(messages), images, tools, args)) == digest:
                 return {"messages": messages, "images": images, "tools": tools, "template_args": args}
         except (ValueError, LookupError, AttributeError, TypeError):
             pass
