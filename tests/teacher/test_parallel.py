@@ -19,7 +19,7 @@ from helpers.launch import run_together
 from helpers.tiny import save_tokenizer, write_spec
 from helpers.vlms import picture_rows, save_vlm
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3VLConfig, StableLmConfig
 from vlsi_cache_cli.main import main
 
 import vlsi_cache as vc
@@ -27,7 +27,7 @@ from vlsi_cache.config.sections import CacheSpec
 from vlsi_cache.config.spec import change, spec_from_dict
 from vlsi_cache.errors import ModelError, ProcessLostError, SpecError
 from vlsi_cache.models.load import ModelRef
-from vlsi_cache.models.parallel import check_cut
+from vlsi_cache.models.parallel import check_cut, gather_head
 from vlsi_cache.processes import joined
 from vlsi_cache.store.reader import Cache
 from vlsi_cache.store.writer import CacheWriter
@@ -130,7 +130,7 @@ def together(setup: Setup) -> list[dict[str, Any]]:
     def work(_: int) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for kind in KINDS:
-            vc.build_teacher(setup.spec(kind, *CUT), out=folder / f"cut-{kind}")
+            vc.build_teacher(setup.spec(kind, *CUT, "run.vision_cache_mib=4"), out=folder / f"cut-{kind}")
         vc.train_verbalizers(setup.spec("untied", *CUT), out=folder / "verbalizers-cut")
         out = ("-o", folder / "cut.parquet")
         found["generate"] = command(*setup.words("generate", "untied", *map(str, out), *ANSWERS, sets=(*CUT, *FEW)))
@@ -265,13 +265,19 @@ def test_killed_refused_and_by_two_launches(setup: Setup, tmp_path: Path, monkey
         assert_same_rows(vc.open(tmp_path / name), setup.caches["untied"])
 
 
-def test_without_a_launcher_it_is_refused(setup: Setup, tmp_path: Path, run: Any) -> None:
+def test_without_a_launcher_it_is_refused(
+    setup: Setup, tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = setup.words("build-teacher", "untied", "-o", str(tmp_path / "cache"), sets=CUT)
     code, _, err = run(*words)
     assert code == 2
     assert "torchrun --nproc-per-node 2 -m vlsi_cache_cli build-teacher" in err
     assert str(tmp_path / "cache") in err
     assert not (tmp_path / "cache").exists()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, err = run(*setup.words("generate", "untied", "-o", str(tmp_path / "rows.parquet")))
+    assert (code, "`generate` is one process, and 2 were started" in err) == (2, True)
+    monkeypatch.delenv("WORLD_SIZE")
     code, _, err = run("verify", setup.caches["untied"].path, "--parallel", "tensor")
     assert (code, "--parallel does nothing without --recompute" in err) == (2, True)
     with pytest.raises(ModelError, match="only the joined processes"):
@@ -290,13 +296,24 @@ def test_without_a_launcher_it_is_refused(setup: Setup, tmp_path: Path, run: Any
     ],
 )
 def test_heads_are_counted_before_loading(heads: Any, kv_heads: Any, world: int, hint: str) -> None:
-    text = SimpleNamespace(num_attention_heads=heads, num_key_value_heads=kv_heads)
+    plan = LlamaConfig().base_model_tp_plan
+    text = SimpleNamespace(num_attention_heads=heads, num_key_value_heads=kv_heads, base_model_tp_plan=plan)
     config = SimpleNamespace(get_text_config=lambda: text)
     if not hint:
         check_cut("model", config, world)
         return
     with pytest.raises(ModelError, match=hint):
         check_cut("model", config, world)
+
+
+def test_a_model_that_would_stay_whole_is_refused(setup: Setup) -> None:
+    """Of some families transformers has no plan, or one for the head alone."""
+    for config in (StableLmConfig(), Qwen3VLConfig()):
+        check_cut("model", config, 1)
+        with pytest.raises(ModelError, match=f"no plan to cut the layers of `{config.model_type}`.* use `teacher"):
+            check_cut("model", config, 2)
+    with pytest.raises(ModelError, match="no plan to cut the layers of `LlamaForCausalLM`"):
+        gather_head(ModelRef(setup.folder / "model-untied").load(), "model")
 
 
 @pytest.mark.parametrize(

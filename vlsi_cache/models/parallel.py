@@ -27,7 +27,7 @@ from vlsi_cache.errors import ModelError, ProcessLostError, SpecError
 from vlsi_cache.processes import ALONE, Processes, joined, launched
 from vlsi_cache.progress import human_bytes
 
-from .families import head_module
+from .families import find_parts, head_module
 
 if TYPE_CHECKING:
     from .load import ModelRef
@@ -70,20 +70,28 @@ def teacher_processes(parallel: Parallel) -> Iterator[Processes]:
 
 
 def check_cut(path: str | Path, config: Any, world: int) -> None:
-    """Raise ModelError unless `world` processes can share the attention heads; transformers finds out in the middle of
-    a forward pass."""
-    text = config.get_text_config()
-    heads = _numbers(getattr(text, "num_attention_heads", None))
-    kv_heads = _numbers(getattr(text, "num_key_value_heads", None)) or heads
-    common = math.gcd(*heads, *kv_heads)
-    if not common or common % world == 0:
-        return
-    fits = [str(number) for number in range(2, common + 1) if common % number == 0]
-    raise ModelError(
-        f"model `{path}` has {_listed(heads)} attention heads and {_listed(kv_heads)} key-value heads, and {world} "
-        "processes cannot share both evenly (`teacher.parallel: tensor`)",
-        hint=f"start {' or '.join(fits)} processes" if fits else "use `teacher.parallel: device_map`",
-    )
+    """Raise ModelError unless transformers has a plan for the layers, and `world` processes can share the attention
+    heads of every part that is cut: it finds out in the middle of a forward pass."""
+    if world > 1 and not getattr(config.get_text_config(), "base_model_tp_plan", None):
+        raise _uncut(path, config.model_type)
+    for name, part in (
+        ("", config.get_text_config()),
+        (" of its vision tower", getattr(config, "vision_config", None)),
+    ):
+        plan = getattr(part, "base_model_tp_plan", None) or {}
+        if not any("att" in module and style == "colwise" for module, style in plan.items()):
+            continue  # it lies whole on every process
+        heads = _numbers(getattr(part, "num_attention_heads", None))
+        kv_heads = _numbers(getattr(part, "num_key_value_heads", None)) or heads
+        common = math.gcd(*heads, *kv_heads)
+        if common % world == 0:
+            continue
+        fits = [str(number) for number in range(2, common + 1) if common % number == 0]
+        raise ModelError(
+            f"model `{path}` has {_listed(heads)} attention heads and {_listed(kv_heads)} key-value heads{name}, and "
+            f"{world} processes cannot share both evenly (`teacher.parallel: tensor`)",
+            hint=f"start {' or '.join(fits)} processes" if fits else "use `teacher.parallel: device_map`",
+        )
 
 
 def cut_options(ref: "ModelRef", device: str) -> dict[str, Any]:
@@ -123,20 +131,19 @@ def gather_head(model: nn.Module, path: str | Path) -> str:
     """Put the head of a model that has just been cut together; all processes call it. Returns a line for a person.
 
     From now on a process that is lost in the middle of a forward pass raises ProcessLostError. Raises ModelError for a
-    model of which nothing was cut.
+    model whose layers were left whole: transformers cuts what it has a plan for, of some families the head alone.
     """
-    parameters = [*model.parameters()]
-    if not any(is_cut(one) for one in parameters):
-        raise ModelError(
-            f"model `{path}`: transformers knows no way to cut `{type(model).__name__}`",
-            hint="use `teacher.parallel: device_map`",
-        )
+    parameters, parts = [*model.parameters()], find_parts(model)
+    if not any(is_cut(one) for one in getattr(parts.decoder, parts.layers).parameters()):
+        raise _uncut(path, type(model).__name__)
     head = head_module(model)
     bias = getattr(head, "bias", None)
     held = WholeHead(whole(head.weight), None if bias is None else whole(bias))
     _heads[model] = held
     for module in dict.fromkeys((model, getattr(model, "base_model", model))):
-        module.forward = _telling_of_lost(module.forward)
+        for name in ("forward", "get_image_features"):
+            if hasattr(module, name):
+                setattr(module, name, _telling_of_lost(getattr(module, name)))
     own = sum(_local(one).nbytes for one in parameters)
     extra = held.weight.nbytes if is_cut(head.weight) else 0
     return (
@@ -184,6 +191,14 @@ def _telling_of_lost(forward: Callable[..., Any]) -> Callable[..., Any]:
     return told
 
 
+def _uncut(path: str | Path, name: str) -> ModelError:
+    return ModelError(
+        f"model `{path}`: transformers has no plan to cut the layers of `{name}` (`teacher.parallel: tensor`): each "
+        "process would hold them whole",
+        hint="use `teacher.parallel: device_map`",
+    )
+
+
 def _numbers(value: Any) -> list[int]:
     """A number, or one for each layer."""
     values = value if isinstance(value, list | tuple) else [value]
@@ -191,7 +206,7 @@ def _numbers(value: Any) -> list[int]:
 
 
 def _listed(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers)) or "no"
+    return ", ".join(map(str, numbers))
 
 
 def _launch_command() -> str:
