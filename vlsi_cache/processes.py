@@ -4,6 +4,7 @@ A launcher starts one process for each device, and names them in the environment
 machine. All run the same command. The first one alone writes files and speaks; gradients are summed over all.
 """
 
+import functools
 import itertools
 import os
 import shlex
@@ -259,11 +260,19 @@ def _init(backend: str, rank: int, world: int) -> None:
     """Make the process group. A program may join several times, and must not find what it told the time before."""
     import torch.distributed as dist
     from torch.distributed.distributed_c10d import PrefixStore
-    from torch.distributed.rendezvous import rendezvous
 
-    store = next(iter(rendezvous("env://", timeout=TIMEOUT)))[0]
+    store = _meeting_place(os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], rank, world)
     own = PrefixStore(f"vlsi-cache/{next(_joins)}", store)
     dist.init_process_group(backend, store=own, rank=rank, world_size=world, timeout=TIMEOUT)
+
+
+@functools.cache
+def _meeting_place(_address: str, _port: str, _rank: int, _world: int) -> Any:
+    """The store of this launch, which the first process serves as long as it lives: another may be at the next join
+    already while the first one leaves the last."""
+    from torch.distributed.rendezvous import rendezvous
+
+    return next(iter(rendezvous("env://", timeout=TIMEOUT)))[0]
 
 
 def _meet(init: Callable[[], None], rank: int, world: int) -> None:
