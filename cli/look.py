@@ -8,12 +8,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from vlsi_cache.config.layers import parse_layers
 from vlsi_cache.errors import CacheNotFoundError, SpecError, VlsiCacheError
+from vlsi_cache.processes import refuse_launch
 from vlsi_cache.progress import human_bytes
 
 from .output import OK, PROBLEMS, Answer, CachePath, require_cache
@@ -172,17 +173,26 @@ def verify(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="With --recompute: run code that comes with the teacher.")
     ] = False,
+    parallel: Annotated[
+        Literal["none", "device_map", "tensor"] | None,
+        typer.Option(help="With --recompute: how the teacher lies on several GPUs; default: what its spec says."),
+    ] = None,
 ) -> Answer:
     """Check that every file is what was written.
 
-    Exit code 1 when something is wrong; every problem comes with what to do about it.
+    Exit code 1 when something is wrong; every problem comes with what to do about it. One process; with --recompute and
+    a teacher that is cut (--parallel tensor), those of one torchrun.
     """
     import vlsi_cache as vc
 
-    if recompute is None and (device is not None or trust_remote_code):
-        flag = "--trust-remote-code" if device is None else f"--device {device}"
-        raise SpecError(f"{flag} does nothing without --recompute N: files are checked without the teacher")
+    flags = {"--device": device, "--trust-remote-code": trust_remote_code or None, "--parallel": parallel}
+    if recompute is None and (given := [flag for flag, value in flags.items() if value is not None]):
+        raise SpecError(f"{given[0]} does nothing without --recompute N: files are checked without the teacher")
+    if recompute is None:
+        refuse_launch("verify")
     require_cache(cache)
+    if recompute is not None and (parallel or _parallel_of(cache)) != "tensor":
+        refuse_launch("verify")
     found = vc.verify(cache, deep=deep)
     answer = Answer({"ok": found.ok, **asdict(found)}, str(found), exit_code=OK if found.ok else PROBLEMS)
     if recompute is None:
@@ -192,9 +202,22 @@ def verify(
     from vlsi_cache.store.reader import open
     from vlsi_cache.teacher.recompute import recompute as run_teacher
 
-    again = run_teacher(open(cache), num_samples=recompute, device=device, trust_remote_code=trust_remote_code)
+    how: Any = {"device": device, "trust_remote_code": trust_remote_code, "parallel": parallel}
+    again = run_teacher(open(cache), num_samples=recompute, **how)
     data = {**answer.data, "ok": again.ok, "recompute": again.as_dict()}
     return Answer(data, f"{answer.text}\n{again}", exit_code=OK if again.ok else PROBLEMS)
+
+
+def _parallel_of(cache: str) -> str | None:
+    """How the teacher of a cache has lain on its GPUs, as far as its header can be read."""
+    from vlsi_cache.store.header import header_at
+    from vlsi_cache.store.location import place_of
+
+    try:
+        header = header_at(place_of(cache))
+    except VlsiCacheError:  # which is for the check to tell
+        return None
+    return None if header is None else (header.spec.get("teacher") or {}).get("parallel")
 
 
 def diff(

@@ -27,6 +27,8 @@ from vlsi_cache.progress import UNSAFE, printable
 
 # What several processes of one launch run together.
 SEVERAL_PROCESSES = ("train-verbalizers", "build-teacher", "distill", "evaluate")
+# Alike, but only if they hold one teacher together; these look at the spec and refuse others themselves.
+SEVERAL_OF_ONE_TEACHER = ("generate", "verify")
 OK, PROBLEMS, USAGE, UNREADABLE, INTERRUPTED = 0, 1, 2, 3, 130
 STAGES, LOOK, CHANGE, EVERYWHERE = "STAGES", "LOOK", "CHANGE", "On every command"
 
@@ -89,7 +91,7 @@ def _with_common_options(function: Callable[..., Answer]) -> Callable[..., None]
         del version  # its callback has ended the command
 
         def work() -> Answer:
-            if function.__name__.replace("_", "-") not in SEVERAL_PROCESSES:
+            if function.__name__.replace("_", "-") not in (*SEVERAL_PROCESSES, *SEVERAL_OF_ONE_TEACHER):
                 refuse_launch(function.__name__.replace("_", "-"))
             # None of the paths may be a URL; texts that may name a model or a cache are looked at where they are read.
             for name, value in values.items():

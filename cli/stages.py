@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from vlsi_cache.errors import SpecError, command_line
+from vlsi_cache.processes import refuse_launch
 from vlsi_cache.progress import say
 
 from .output import OK, PROBLEMS, Answer
@@ -61,11 +62,14 @@ def generate(
 
     Writes the rows with the last answer of each replaced by what the model says, ready to build a cache over:
     --set data.path=FILE.parquet. Run again after a crash to go on. Answers that do not end are left out and listed.
+    One process; under torchrun only with a teacher that is cut (--set teacher.parallel=tensor).
     """
     import vlsi_cache as vc
 
     _refuse_twice(sets, {"run.device": device, "data.limit": limit})
     resolved = vc.load_spec(spec, overrides=sets or [])
+    if model != "teacher" or resolved.teacher.parallel != "tensor":
+        refuse_launch("generate")
     result = vc.generate(
         resolved,
         out=out,
@@ -131,7 +135,8 @@ def train_verbalizers(
     """Train the teacher's verbalizers.
 
     Everything else stays frozen. Run again after a crash to go on. With --layers, or --rank and --world, several
-    processes or nodes fill one DIR with the same verbalizers that a single one would train.
+    processes or nodes fill one DIR with the same verbalizers that a single one would train. Under torchrun all share
+    every batch; with --set teacher.parallel=tensor they hold one teacher together, cut into a piece for each GPU.
     """
     import vlsi_cache as vc
     from vlsi_cache.config.spec import as_override
@@ -170,7 +175,9 @@ def build_teacher(
 
     Run again after a crash to go on. When the data has grown or changed, --sync brings a finished cache up to it.
     Several processes may work on one cache: --rank and --world say which parts each takes first. With --batch-tokens
-    auto the number found is recorded in the cache, and taken again when it goes on.
+    auto the number found is recorded in the cache, and taken again when it goes on. Under torchrun each process is one
+    of them; with --set teacher.parallel=tensor they hold one teacher together, cut into a piece for each GPU, and
+    --rank and --world number several such launches.
     """
     import vlsi_cache as vc
 

@@ -4,6 +4,8 @@ A launcher starts one process for each device, and names them in the environment
 machine. All run the same command. The first one alone writes files and speaks; gradients are summed over all.
 """
 
+import functools
+import itertools
 import os
 import shlex
 import sys
@@ -31,6 +33,7 @@ _ENGINES = {
     "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron",
 }
+_joins = itertools.count()
 _ERROR, _LOST = "vlsi-cache/error", "vlsi-cache/lost"
 
 
@@ -78,6 +81,11 @@ class Processes:
     @property
     def is_first(self) -> bool:
         return self.rank == 0
+
+    @property
+    def num_shares(self) -> int:
+        """How many parts the work is dealt into: one for each process, unless they work as one."""
+        return self.world
 
     def gather(self, value: Result) -> list[Result]:
         """The values of all processes, in their order; raises ProcessLostError."""
@@ -248,7 +256,7 @@ def joined() -> Iterator[Processes]:
             raise SpecError(f"WORLD_SIZE is {world} and {missing[0]} is not set; start this with torchrun")
         # Objects travel between the hosts, gradients between the devices.
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        _meet(lambda: dist.init_process_group(backend, timeout=TIMEOUT), rank, world)
+        _meet(lambda: _init(backend, rank, world), rank, world)
     try:
         if (dist.get_rank(), dist.get_world_size()) != (rank, world):
             raise SpecError(
@@ -260,6 +268,25 @@ def joined() -> Iterator[Processes]:
     finally:
         if is_ours and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _init(backend: str, rank: int, world: int) -> None:
+    """Make the process group. A program may join several times, and must not find what it told the time before."""
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import PrefixStore
+
+    store = _meeting_place(os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], rank, world)
+    own = PrefixStore(f"vlsi-cache/{next(_joins)}", store)
+    dist.init_process_group(backend, store=own, rank=rank, world_size=world, timeout=TIMEOUT)
+
+
+@functools.cache
+def _meeting_place(_address: str, _port: str, _rank: int, _world: int) -> Any:
+    """The store of this launch, which the first process serves as long as it lives: another may be at the next join
+    already while the first one leaves the last."""
+    from torch.distributed.rendezvous import rendezvous
+
+    return next(iter(rendezvous("env://", timeout=TIMEOUT)))[0]
 
 
 def _meet(init: Callable[[], None], rank: int, world: int) -> None:

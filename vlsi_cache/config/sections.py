@@ -27,11 +27,19 @@ PromptMode = Literal["generation", "template"]
 Kernels = Literal["auto", "eager", "compiled"]
 Parallel = Literal["ddp", "fsdp"]
 BadRows = Literal["refuse", "list"]
+Parallel = Literal["none", "device_map", "tensor"]
 DEFAULT_BATCH_TOKENS = 8192
 
 
 class TeacherSpec(Strict):
-    """The frozen teacher: a folder, `package:NAME/sub/folder` of an installed package, or a hub id."""
+    """The frozen teacher: a folder, `package:NAME/sub/folder` of an installed package, or a hub id.
+
+    `parallel` says how it lies on several GPUs. `none`: whole on one of them; device `auto` is the first, or the CPU.
+    `device_map`: as `none` on a device that is named or that torchrun has numbered, while device `auto` spreads its
+    layers over all GPUs of the machine, one after the other at work (transformers' `device_map`). `tensor`: every
+    matrix is cut into a piece for each process of a torchrun, and all GPUs work at once (tensor parallelism). Rows
+    differ by rounding only, so it is not part of the fingerprint.
+    """
 
     model: str
     revision: str | None = None
@@ -39,6 +47,7 @@ class TeacherSpec(Strict):
     dtype: Dtype = "auto"
     attn_implementation: str | None = None
     trust_remote_code: bool = False
+    parallel: Parallel = "device_map"
     layers: TargetLayers = "auto"
     num_layers: Annotated[int, Field(ge=0, le=MAX_LAYERS)] = 0
     verbalizers: str | None = None

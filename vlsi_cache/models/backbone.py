@@ -29,6 +29,7 @@ from .branches import capture_branches, in_order
 from .families import check_family, find_parts, head_module, logit_change
 from .features import with_features
 from .packing import unpacked, widest_row
+from .parallel import whole, whole_head
 
 Kept = TypeVar("Kept")
 # LLaVA-OneVision-7B: 28 layers, but the paper's targets are those of the 24-layer 0.5B model.
@@ -112,12 +113,14 @@ class Backbone:
     @property
     def head_weight(self) -> Tensor:
         """Weight of the language head, [V, D]; V can exceed the real vocabulary."""
-        return head_module(self._inner).weight
+        held = whole_head(self._inner)  # of a model that is cut into pieces
+        return head_module(self._inner).weight if held is None else held.weight
 
     @property
     def head_bias(self) -> Tensor | None:
         """Bias of the language head, [V]; None in most families."""
-        return getattr(head_module(self._inner), "bias", None)
+        held = whole_head(self._inner)
+        return getattr(head_module(self._inner), "bias", None) if held is None else held.bias
 
     @property
     def logit_scale(self) -> float:
@@ -382,7 +385,7 @@ def default_layers(num_layers: int, num_targets: int, *, model_type: str | None 
 def head_digest(backbone: Backbone) -> str:
     """What identifies head and final norm, whatever the dtype they are loaded in: a hash of their bf16 values."""
     digest = xxhash.xxh3_128()
-    norm = [parameter for _, parameter in sorted(backbone.final_norm.named_parameters())]
+    norm = [whole(parameter) for _, parameter in sorted(backbone.final_norm.named_parameters())]
     tensors = [backbone.head_weight, *([] if backbone.head_bias is None else [backbone.head_bias]), *norm]
     for tensor in tensors:
         digest.update(f"{list(tensor.shape)}".encode())

@@ -35,6 +35,7 @@ from vlsi_cache.progress import say
 
 from .families import find_parts
 from .feature_files import FeatureFiles
+from .parallel import is_cut
 
 ARGUMENT = "mm_encoder_outputs"
 FORMAT = 2  # of what is kept; counts up when that changes
@@ -130,6 +131,9 @@ def keep_features(model: nn.Module, run: RunSpec, encoder: Encoder) -> None:
         sees = getattr(body.config, "vision_config", None) is not None
         why = f"its forward pass takes no `{ARGUMENT}`" if sees else "it sees no pictures"
         say(f"features of pictures: nothing is kept for `{body.config.model_type}`: {why}")
+        return
+    if any(is_cut(one) for module in _tower(model) for one in module.parameters(recurse=False)):
+        say(f"features of pictures: nothing is kept for `{body.config.model_type}`: its tower is cut into pieces")
         return
     key = _key_of(model, encoder)
     files = _files(key, disk_bytes) if disk_bytes else None

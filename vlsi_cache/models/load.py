@@ -20,16 +20,19 @@ import xxhash
 from huggingface_hub import snapshot_download
 from transformers.utils import logging as transformers_logging
 
-from vlsi_cache.config.sections import AS_IT_IS, Encoding
+from vlsi_cache.config.sections import AS_IT_IS, Encoding, Parallel
 from vlsi_cache.config.training import Dtype
 from vlsi_cache.data.encoder import Encoder, load_encoder
 from vlsi_cache.errors import ModelError
 from vlsi_cache.io import hash_of, refuse_url
+from vlsi_cache.processes import Processes
+from vlsi_cache.progress import say
 from vlsi_cache.runtime import check_device
 
 from .backbone import rope_kinds, rope_of
 from .gguf_files import parsed_once
 from .lora import adapter_files, base_of, has_adapter, is_adapter_alone, merged, with_adapter, without_adapter
+from .parallel import cut_options, gather_head, is_cut
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 PACKAGE = re.compile(r"package:(?P<name>[A-Za-z_]\w*)(?P<folder>(?:/[^/]+)*)/?")
@@ -53,6 +56,7 @@ class ModelRef:
     dtype: Dtype = "float32"
     attn_implementation: str | None = None
     trust_remote_code: bool = False
+    parallel: Parallel = "device_map"
 
     @cached_property
     def config(self) -> Any:
@@ -123,7 +127,7 @@ class ModelRef:
     def load(self, device: str = "cpu") -> transformers.PreTrainedModel:
         """The frozen model in eval mode, a vision-language one if its configuration has a vision part.
 
-        `device` is `auto` (spread over all GPUs, or the CPU when there is none) or any torch device. An adapter in the
+        `device` is `auto` (as `parallel` has it; the CPU when there is no GPU) or any torch device. An adapter in the
         folder is merged into the weights, of its base where it lies there alone; quantised weights would be rounded
         anew, and the adapter stays beside them. A missing weight is an error.
         """
@@ -131,13 +135,23 @@ class ModelRef:
         folder = self.folder(*SMALL_FILES, self.gguf_file or "*.safetensors")
         if not self.gguf_file and has_adapter(folder):
             base = self._base_of(folder)
+            if self.parallel == "tensor":
+                raise ModelError(
+                    f"model `{self.path}` has an adapter, and `teacher.parallel: tensor` cuts plain weights only",
+                    hint="merge it first, or use `teacher.parallel: device_map`",
+                )
             with nullcontext(base.path) if base else without_adapter(folder) as path:
                 plain = replace(self, path=path, revision=None).load(device)
             with quiet(), model_errors(self.path, "its adapter cannot be applied"):
                 adapted = with_adapter(plain, folder)
                 whole = adapted if self.quantization else merged(adapted, folder)
                 return whole.eval().requires_grad_(False)
-        options: dict[str, Any] = {"config": config, "dtype": self.dtype, "device_map": _device_map(device)}
+        options: dict[str, Any] = {"config": config, "dtype": self.dtype}
+        if self.parallel == "tensor":
+            check_device(device)
+            options |= cut_options(self, device)
+        else:
+            options["device_map"] = _device_map(device, self.parallel)
         options |= {"use_safetensors": True, "output_loading_info": True, "trust_remote_code": self.trust_remote_code}
         if self.attn_implementation is not None:
             options["attn_implementation"] = self.attn_implementation
@@ -160,7 +174,10 @@ class ModelRef:
         # BLAS adds up in another order from an odd address on, so that weights read from a file would give other last
         # bits than the same weights just trained, and a resumed run others than one that was never stopped.
         for tensor in (*model.parameters(), *model.buffers()):
-            tensor.data = own_memory(tensor.data)
+            if not is_cut(tensor):
+                tensor.data = own_memory(tensor.data)
+        if self.parallel == "tensor":
+            say(gather_head(model, self.path))
         return (_without_gguf(model) if self.gguf_file else model).eval().requires_grad_(False)
 
     def empty(self) -> Any:
@@ -288,10 +305,17 @@ def _package_folder(path: str) -> Path:
     return folder.resolve()
 
 
-def _device_map(device: str) -> Any:
+def share_digests(model: ModelRef, processes: Processes) -> None:
+    """Let the first of several processes read the weights for their digest; the others take it for the same files."""
+    if processes.world > 1:
+        _digests.update(processes.from_first(lambda: (model.digest, dict(_digests))[1]))
+
+
+def _device_map(device: str, parallel: Parallel) -> Any:
     check_device(device)
     if device == "auto":
-        return "auto" if torch.cuda.is_available() else None
+        whole = {"": "cuda"} if parallel == "none" else "auto"
+        return whole if torch.cuda.is_available() else None
     return None if device == "cpu" else {"": device}
 
 

@@ -26,7 +26,7 @@ from vlsi_cache.data.images import Media
 from vlsi_cache.data.records import Record
 from vlsi_cache.data.sequence import Encoded, Piece, join
 from vlsi_cache.data.vision import Prompt
-from vlsi_cache.errors import DataError, ModelError
+from vlsi_cache.errors import DataError, ModelError, ProcessLostError, VlsiCacheError
 from vlsi_cache.progress import say
 
 from .backbone import Backbone
@@ -71,7 +71,7 @@ def check_against_itself(backbone: Backbone, make_probe: Callable[[], Probe], *,
         found = _compare(backbone, probe, name)
         backbone.forget()
     except FORWARD_ERRORS as error:
-        if isinstance(error, ModelError):
+        if isinstance(error, VlsiCacheError):  # it has spoken for itself; or another process is lost
             raise
         lines = str(error).strip().splitlines() or ["no reason given"]
         raise ModelError(
@@ -128,6 +128,8 @@ def _packing(backbone: Backbone, packed: Batch | None, own_TV: Tensor, exact: bo
         return _both("its sequences cannot be laid end to end")
     try:
         found = backbone.capture(packed.inputs, [], packed.rows_T, packed.positions_T)[backbone.num_layers]
+    except ProcessLostError:
+        raise
     except FORWARD_ERRORS as error:
         return _both(f"its forward pass fails on a packed batch ({type(error).__name__})")
     # The first sample is there twice: its second response branches from its prompt.

@@ -24,6 +24,8 @@ from vlsi_cache.data.collate import plan_batches, plan_parts
 from vlsi_cache.data.encoder import CONTRACT
 from vlsi_cache.data.records import units
 from vlsi_cache.errors import BatchTooLargeError, SpecError, command_line
+from vlsi_cache.models.load import share_digests
+from vlsi_cache.models.parallel import teacher_processes
 from vlsi_cache.processes import Processes, launched
 from vlsi_cache.progress import Bar, say
 from vlsi_cache.runs.run_dir import spec_changes_note, versions
@@ -37,6 +39,7 @@ from vlsi_cache.store.vocab_order import VocabOrder, one_order, order_by_count
 from vlsi_cache.store.writer import CacheWriter, PartSamples
 
 from .forward import NO_PART, PartBatch, Teacher, load_teacher
+from .group_writer import GroupWriter
 from .inputs import TeacherInputs, open_teacher_inputs
 
 # Uncompressed bytes of one kept entry, id and value: what `store.part_mib` counts.
@@ -55,7 +58,8 @@ def build_teacher(
     """Build the cache of `spec` at `out`, a folder or a URL, or go on with it after a kill; a finished one is opened.
 
     Any number of processes may work on one `out`: process `rank` of `world` takes its own parts first, then whatever
-    is missing. Under `torchrun` they are numbered by it, and each takes the GPU of its number. With
+    is missing. Under `torchrun` they are numbered by it, and each takes the GPU of its number; with
+    `teacher.parallel: tensor` they work as one instead, and `rank` of `world` numbers whole launches. With
     `run.batch_tokens: auto` the first of them finds the number and records it, and all take that one.
     Raises FingerprintMismatchError when `out` holds a cache of something else, BatchTooLargeError, DiskFullError,
     DataError, ModelError.
@@ -63,25 +67,48 @@ def build_teacher(
     out = place_of(out, "out")
     if not 0 <= rank < world:
         raise SpecError(f"rank {rank} of {world}: ranks go from 0 to {world - 1}")
-    if world == 1:
-        rank, world = launched()
-        device = Processes(rank, world).own_device(device, spec.run.device)
-    check_root(out)
-    inputs = open_teacher_inputs(as_begun(spec, out))
-    if (synced := _synced(inputs, out)) is not None:
-        return synced
-    parts = parts_of(inputs)
+    with teacher_processes(spec.teacher.parallel) as group:
+        if group.world > 1:
+            device = group.own_device(device, spec.run.device)
+        elif world == 1:
+            rank, world = launched()
+            device = Processes(rank, world).own_device(device, spec.run.device)
+        check_root(out)
+        spec = group.from_first(lambda: as_begun(spec, out))
+        inputs = open_for_all(spec, group)
+        if group.from_first(lambda: _is_synced(inputs, out)):
+            return reader.open(out)
+        return _build(inputs, out, device=device, rank=rank, world=world, group=group)
+
+
+def _build(inputs: TeacherInputs, out: Path, *, device: str | None, rank: int, world: int, group: Processes) -> Cache:
+    """Build what is missing. All of a group come to every line here; what lies at `out` is looked at by its first."""
+    spec, parts = inputs.spec, parts_of(inputs)
     # Loaded when it is first asked for, and once: a finished cache is opened without it.
     teacher = remember(lambda: load_teacher(inputs, device=device))
-    batch_tokens = settled_batch_tokens(inputs, out, lambda: find_batch_tokens(teacher(), parts))
-    if header_at(out) is None:
-        teacher()  # a teacher that cannot be used leaves no cache folder behind
+
+    def find() -> int:
+        if group.world > 1:  # a process that runs out of memory would leave the others waiting
+            raise SpecError("`run.batch_tokens: auto` cannot be found with `teacher.parallel: tensor`; name a number")
+        return find_batch_tokens(teacher(), parts)
+
+    batch_tokens = group.from_first(lambda: settled_batch_tokens(inputs, out, find))
     first_rows: list[MadeBatch] = []
-    writer = CacheWriter.create_or_resume(
-        out,
-        cache_header(inputs, parts, batch_tokens),
-        lambda: order_of_first_rows(teacher, parts, batch_tokens, first_rows),
-        token_texts=lambda: inputs.encoder.token_texts(range(inputs.encoder.vocab_size)),
+    make_order = remember(lambda: order_of_first_rows(teacher, parts, batch_tokens, first_rows))
+    if group.from_first(lambda: header_at(out) is None):
+        teacher()  # a teacher that cannot be used leaves no cache folder behind
+        if group.world > 1:  # all have to run the first rows, and the header is written by one
+            make_order()
+    writer = GroupWriter(
+        lambda: CacheWriter.create_or_resume(
+            out,
+            cache_header(inputs, parts, batch_tokens),
+            make_order,
+            token_texts=lambda: inputs.encoder.token_texts(range(inputs.encoder.vocab_size)),
+        ),
+        group,
+        rank=rank,
+        world=world,
     )
     # From here on the header is on the disk, and it counts: every later attempt must cut the same batches.
     planned = batch_tokens
@@ -89,7 +116,7 @@ def build_teacher(
         batch_tokens = int(writer.header.spec["run"]["batch_tokens"])
     if note := spec_changes_note(writer.header.spec, spec):
         say(note)
-    missing = writer.missing_parts(rank=rank, world=world)
+    missing = writer.missing_parts()
     if inputs.skipped:
         say(f"{len(inputs.skipped)} rows left out, listed with reasons in {out / 'cache.json'}")
     if missing:
@@ -99,25 +126,36 @@ def build_teacher(
     else:
         say(f"{out} is finished: all {len(parts)} parts are there; nothing to do")
     # Does nothing while another process still has parts to write: the last one finishes.
-    if missing or not writer.has_table():
-        writer.finish()
+    writer.finish(is_new=bool(missing))
     cache = reader.open(out)
     if warning := surprise_warning(cache):
         say(f"warning: {warning}")
     return cache
 
 
-def _synced(inputs: TeacherInputs, out: Path) -> Cache | None:
-    """A cache that has followed its data, which has other parts than a build would make; it must have all rows."""
+def open_for_all(spec: CacheSpec, group: Processes) -> TeacherInputs:
+    """The inputs of a build in every process of a group, which must all see the same."""
+    inputs = group.first_before_others(lambda: open_teacher_inputs(spec))
+    if group.world > 1:
+        share_digests(inputs.model, group)
+        # With another number of workers, samples are prepared another number of batches ahead, and the processes of a
+        # group would not look at the disk at the same place of their work.
+        facts = {"cache": fingerprint(inputs), "spec": spec.model_dump(mode="json")}
+        group.check_same({**facts, "run.workers": spec.run.num_workers})
+    return inputs
+
+
+def _is_synced(inputs: TeacherInputs, out: Path) -> bool:
+    """Whether the cache has followed its data, and has other parts than a build would make; it must have all rows."""
     header = header_at(out)
     if header is None or not is_synced(header):
-        return None
+        return False
     cache = reader.open(out, allow_incomplete=True)
     if not cache.is_complete or header.fingerprint != cache_header(inputs, []).fingerprint:
         again = command_line("build-teacher", "SPEC", "-o", out, "--sync")
         raise SpecError(f"`{out}` has followed its data with --sync, and does not fit it now; run: {again}")
     say(f"{out} is finished: it has all rows of the data; nothing to do")
-    return cache
+    return True
 
 
 def as_begun(spec: CacheSpec, out: Path) -> CacheSpec:
@@ -288,7 +326,7 @@ def build_parts(
     teacher: Teacher,
     parts: list[list[int]],
     missing: list[int],
-    writer: CacheWriter,
+    writer: GroupWriter,
     batch_tokens: int,
     made: list[MadeBatch],
 ) -> None:
@@ -302,7 +340,7 @@ def build_parts(
         writer.in_background() as queue,
         closing(
             teacher.stream(
-                islice(_batches(teacher, parts, _still_missing(missing, writer), batch_tokens), len(made), None)
+                islice(_batches(teacher, parts, writer.still_missing(missing), batch_tokens), len(made), None)
             )
         ) as stream,
     ):
@@ -315,12 +353,6 @@ def build_parts(
                 bar.note("waits for the disk" if queue.is_full else "")
                 queue.put(part, part_samples(inputs, parts[part], found))
                 found = {}
-
-
-def _still_missing(missing: list[int], writer: CacheWriter) -> Iterator[int]:
-    """The parts that nobody else has written by the time that their turn comes; the first one in any case."""
-    yield missing[0]
-    yield from (part for part in missing[1:] if not writer.has_part(part))
 
 
 def part_samples(inputs: TeacherInputs, indices: list[int], found: dict[int, SparseRows]) -> PartSamples:

@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,9 @@ from vlsi_cache.data.sources import media_root, read_responses
 from vlsi_cache.data.writing import write_rows
 from vlsi_cache.errors import DataError, FingerprintMismatchError, RowError, SpecError, list_problems
 from vlsi_cache.io import check_file, check_folder, refuse_url, write_atomically
-from vlsi_cache.models.load import ModelRef, max_positions, resolve_model
+from vlsi_cache.models.load import ModelRef, max_positions, resolve_model, share_digests
+from vlsi_cache.models.parallel import teacher_processes
+from vlsi_cache.processes import Processes
 from vlsi_cache.progress import progress, say
 from vlsi_cache.run_files import read_batch, read_object, read_run, sealed
 from vlsi_cache.runs.run_dir import LOCK_NAME, check_has_student, differences, locked, versions
@@ -162,7 +165,8 @@ def generate(
     `model` is `teacher`, a distill run's folder (its student), or a model's folder or hub id. Temperature 0 takes the
     likeliest token. With several `num_samples` the rows' ids become `ID#0`, `ID#1`, ... Responses that do not end
     within `max_new_tokens`, are empty, or cannot be rows are left out and listed. Pictures that the rows name by path
-    stay where they are.
+    stay where they are. A teacher with `teacher.parallel: tensor` is answered for by all processes of a launch, which
+    call this alike; the first one writes.
 
     Returns what the file's metadata says: `model`, `weights`, `settings`, `source_rows` (their digest), `counts`,
     `left_out` ({id, reason}), `versions`, with such pictures `media_root`; and `path`. Raises SpecError, DataError
@@ -173,18 +177,33 @@ def generate(
     _check(Path(out), decoding, num_samples=num_samples, batch_size=batch_size)
     if seed and not temperature:
         raise SpecError(f"`seed` {seed} belongs to sampling, and nothing is drawn without a `temperature` above 0")
-    job = _plan(spec, Path(out), model, decoding, num_samples, batch_size=batch_size, seed=seed, limit=limit)
-    # Looked at once without the lock, to answer at once, and again with it, since another process may have been faster.
-    if not _is_finished(job):
-        check_device(device or spec.run.device)
-        job.work.mkdir(parents=True, exist_ok=True)
-        with locked(job.work):
-            if not _is_finished(job):
-                facts = _begin(job)
-                _speak(job, seed=seed, device=device or spec.run.device)
-                _write(job, facts)
-    shutil.rmtree(job.work, ignore_errors=True)
-    return {"path": str(job.out), **(read_responses(job.out) or {})}
+    numbers: Any = {"batch_size": batch_size, "seed": seed, "limit": limit}
+    with teacher_processes(spec.teacher.parallel if model == "teacher" else "none") as group:
+        job = group.first_before_others(lambda: _plan(spec, Path(out), model, decoding, num_samples, **numbers))
+        share_digests(job.model, group)
+        group.check_same(job.facts)
+        device = group.own_device(device, spec.run.device) or spec.run.device
+        # Looked at once without the lock, to answer at once, and again with it: another process may have been faster.
+        if not group.from_first(lambda: _is_finished(job)):
+            check_device(device)
+            _answer(job, seed=seed, device=device, group=group)
+        group.from_first(lambda: shutil.rmtree(job.work, ignore_errors=True))
+        return {"path": str(job.out), **(read_responses(job.out) or {})}
+
+
+def _answer(job: _Job, *, seed: int, device: str, group: Processes) -> None:
+    """Make the output, or what is missing of it; the first of a group holds the work folder for all and writes."""
+    with ExitStack() as stack:
+
+        def begin() -> dict[str, Any] | None:
+            job.work.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(job.work))
+            return None if _is_finished(job) else _begin(job)
+
+        facts = group.from_first(begin)
+        if facts is not None:
+            _speak(job, seed=seed, device=device, group=group)
+            group.from_first(lambda: _write(job, facts))
 
 
 def _check(out: Path, decoding: Decoding, *, num_samples: int, batch_size: int) -> None:
@@ -310,9 +329,10 @@ def _refuse_other(path: Path, there: dict[str, Any], wanted: dict[str, Any], adv
         raise FingerprintMismatchError(f"{path} was made from something else; {advice}:\n{list_problems(problems)}")
 
 
-def _speak(job: _Job, *, seed: int, device: str) -> None:
+def _speak(job: _Job, *, seed: int, device: str, group: Processes) -> None:
     """Generate what no earlier attempt has: one file a batch."""
-    missing = [number for number in range(len(job.batches)) if not job.batch_file(number).is_file()]
+    everything = range(len(job.batches))
+    missing = group.from_first(lambda: [number for number in everything if not job.batch_file(number).is_file()])
     if not missing:
         return
     loaded = job.model.load(device if device == "auto" else str(pick_device(device)))  # auto: over all GPUs
@@ -323,7 +343,8 @@ def _speak(job: _Job, *, seed: int, device: str) -> None:
         records = [job.records[index] for index, _ in job.batches[number]]
         responses = respond(loaded, job.encoder, records, job.decoding)
         lines = [{"ids": one.ids, "ended": one.ended} for one in responses]
-        write_atomically(job.batch_file(number), sealed({"responses": lines}))
+        if group.is_first:
+            write_atomically(job.batch_file(number), sealed({"responses": lines}))
 
 
 def _write(job: _Job, facts: dict[str, Any]) -> None:

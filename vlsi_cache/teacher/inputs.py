@@ -15,9 +15,11 @@ from vlsi_cache.data.sequence import Extent, Layout, num_tokens, sequences
 from vlsi_cache.models.backbone import Backbone, target_layers
 from vlsi_cache.models.families import check_family
 from vlsi_cache.models.load import ModelRef, max_positions, resolve_model
+from vlsi_cache.models.parallel import check_cut
 from vlsi_cache.models.probe import check_vocabulary, checked_backbone
 from vlsi_cache.models.verbalizer import Verbalizers, load_verbalizers, logit_lens
 from vlsi_cache.models.verbalizer_files import find_folder, verbalizers_digest
+from vlsi_cache.processes import launched
 from vlsi_cache.progress import say
 
 
@@ -74,7 +76,7 @@ class TeacherInputs:
         return verbalizers_digest(self.verbalizers_path, self.target_layers)
 
     def load_backbone(self, device: str) -> Backbone:
-        """The frozen teacher; device `auto` spreads one that is too large over all GPUs."""
+        """The frozen teacher, on one device or several as `teacher.parallel` has it."""
         model = self.model.load(device)
         for note in self.model.notes:
             say(note)
@@ -97,6 +99,7 @@ def teacher_ref(teacher: TeacherSpec) -> ModelRef:
         teacher.dtype,
         teacher.attn_implementation,
         teacher.trust_remote_code,
+        teacher.parallel,
     )
 
 
@@ -105,6 +108,8 @@ def open_teacher_inputs(spec: CacheSpec) -> TeacherInputs:
     model = teacher_ref(spec.teacher)
     config = model.config
     check_family(config)
+    if spec.teacher.parallel == "tensor":
+        check_cut(model.path, config, launched()[1])
     layers = target_layers(spec.teacher.layers, spec.teacher.num_layers, config, where="teacher.layers")
     encoder = model.encoder(spec.data.encoding())
     # Before the rows are read, which may take long: nothing of what is refused here depends on them.

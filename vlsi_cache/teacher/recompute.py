@@ -20,8 +20,12 @@ from typing import Any
 
 import numpy as np
 
+from vlsi_cache.config.sections import CacheSpec, Parallel
 from vlsi_cache.config.spec import change, spec_from_dict
 from vlsi_cache.errors import DataError, FingerprintMismatchError, list_problems
+from vlsi_cache.models.load import share_digests
+from vlsi_cache.models.parallel import teacher_processes
+from vlsi_cache.processes import Processes
 from vlsi_cache.progress import progress
 from vlsi_cache.sparse.rows import SparseRows, truncate
 from vlsi_cache.store.diff import Entries, LayerDiff, add_layer
@@ -105,22 +109,38 @@ class RecomputeReport:
 
 
 def recompute(
-    cache: Cache, *, num_samples: int, device: str | None = None, seed: int = 0, trust_remote_code: bool = False
+    cache: Cache,
+    *,
+    num_samples: int,
+    device: str | None = None,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+    parallel: Parallel | None = None,
 ) -> RecomputeReport:
     """Run the teacher of the cache's own spec on random samples that the cache holds, and compare.
 
-    Code that comes with the model is not run unless asked for here, whatever the spec in the cache says. Raises
+    Code that comes with the model is not run unless asked for here, whatever the spec in the cache says. `parallel`
+    takes the place of the spec's `teacher.parallel`; with `tensor` all processes of a launch call this alike. Raises
     FingerprintMismatchError with both values when the teacher is not the one the cache was made with.
     """
     if num_samples < 1:
         raise DataError(f"`num_samples` is {num_samples}: at least one sample must be recomputed")
     spec = spec_from_dict(cache.header.spec, where=str(cache.path))
-    teacher = change(spec.teacher, trust_remote_code=trust_remote_code)
+    parallel = parallel or spec.teacher.parallel
+    spec = change(spec, teacher=change(spec.teacher, trust_remote_code=trust_remote_code, parallel=parallel))
+    with teacher_processes(parallel) as group:
+        own_device = group.own_device(device, spec.run.device)
+        return _recompute(cache, spec, num_samples=num_samples, device=own_device, seed=seed, group=group)
+
+
+def _recompute(
+    cache: Cache, spec: CacheSpec, *, num_samples: int, device: str | None, seed: int, group: Processes
+) -> RecomputeReport:
     run = change(spec.run, kernels="auto")  # what is there now need not be the machine of the build
     data = data_specs(cache.header, cache.path)  # several after a merge
-    sources = [
-        open_teacher_inputs(spec.model_copy(update={"teacher": teacher, "data": one, "run": run})) for one in data
-    ]
+    specs = [spec.model_copy(update={"data": one, "run": run}) for one in data]
+    sources = [group.first_before_others(lambda one=one: open_teacher_inputs(one)) for one in specs]
+    share_digests(sources[0].model, group)
     _refuse_another_teacher(cache, sources[0])
     names = list(cache)
     names = sorted(random.Random(seed).sample(names, min(num_samples, len(names))))

@@ -37,6 +37,7 @@ from vlsi_cache.store.writer import CacheWriter
 
 from .build import as_begun, build_parts, cache_header, parts_of
 from .forward import load_teacher
+from .group_writer import GroupWriter
 from .inputs import TeacherInputs, open_teacher_inputs
 
 
@@ -76,6 +77,11 @@ def sync_cache(spec: CacheSpec, *, out: Path | str, device: str | None = None, r
         raise SpecError(f"`{out}` cannot be synced where it lies: pull it, sync the copy, and push that")
     if header_at(out) is None:
         return build_teacher(spec, out=out, device=device, rank=rank, world=world)
+    if spec.teacher.parallel == "tensor":
+        raise SpecError(
+            f"`{out}` cannot be synced by a teacher that is cut (`teacher.parallel: tensor`): `--sync` is the work of "
+            "processes that hold it whole; use `--set teacher.parallel=device_map`"
+        )
     if world == 1:
         rank, world = launched()
         device = Processes(rank, world).own_device(device, spec.run.device)
@@ -201,7 +207,7 @@ def _make(
             index, *join([cut_part(part, writer.header, rows_T, chosen_S, generation=0)], writer.header)
         )
     if new := [index for index in missing if index >= len(sources)]:
-        build_parts(teacher(), parts, new, writer, int(header.spec["run"]["batch_tokens"]), [])
+        build_parts(teacher(), parts, new, GroupWriter(lambda: writer), int(header.spec["run"]["batch_tokens"]), [])
     writer.finish()
 
 

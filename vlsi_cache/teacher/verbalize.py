@@ -15,8 +15,10 @@ from vlsi_cache.config.sections import CacheSpec
 from vlsi_cache.errors import FingerprintMismatchError, SpecError, list_problems
 from vlsi_cache.io import check_folder, refuse_url
 from vlsi_cache.models.features import features_of, keep_features
+from vlsi_cache.models.load import share_digests
+from vlsi_cache.models.parallel import teacher_processes
 from vlsi_cache.models.verbalizer_files import whole_layers
-from vlsi_cache.processes import Processes, joined
+from vlsi_cache.processes import ALONE, Processes, joined
 from vlsi_cache.progress import say
 from vlsi_cache.report.pages import ensure_report, write_report
 from vlsi_cache.report.text import table
@@ -49,7 +51,7 @@ from .inputs import TeacherInputs, open_teacher_inputs
 PREFIX = "layers-"
 # What decides a verbalizer's weights, beside the digests of teacher and data; a node may see the data elsewhere.
 COMPARED = ("train_verbalizers", "verbalizer", "teacher")
-NOT_COMPARED = ("layers", "num_layers", "verbalizers")
+NOT_COMPARED = ("layers", "num_layers", "verbalizers", "parallel")
 
 
 def choose_layers(targets: list[int], layers: str | Sequence[int] | None, *, rank: int, world: int) -> list[int] | None:
@@ -177,12 +179,14 @@ def train_verbalizers(
     says how the loss of each layer has fallen. With `layers` (`A:B`, `2,6,10` or numbers), or as `rank` of `world`, it
     trains these target layers alone, bit by bit as they would be beside the others: several processes may work on one
     `out`, each in a run folder of its own in it.
-    Under `torchrun` or `accelerate launch` all processes call it alike, and share every batch.
+    Under `torchrun` or `accelerate launch` all processes call it alike, and share every batch; with
+    `teacher.parallel: tensor` they hold one teacher together, and each trains all verbalizers on the whole batch.
     Raises SpecError, FingerprintMismatchError, RunBusyError.
     """
     refuse_url(out, "out")
-    with joined() as processes:
-        if processes.world > 1 and (layers is not None or world > 1):
+    is_cut = spec.teacher.parallel == "tensor"
+    with teacher_processes("tensor") if is_cut else joined() as processes:
+        if processes.num_shares > 1 and (layers is not None or world > 1):
             raise SpecError("`layers` and `rank` are for processes that were started one by one; leave them out here")
         chosen = {"layers": layers, "rank": rank, "world": world}
         return _train_verbalizers(spec, Path(out), device=device, processes=processes, **chosen)
@@ -208,6 +212,7 @@ def _train_verbalizers(
     processes.check_batch(settings.batch_size, settings.micro_batch_size, "train_verbalizers")
     own_device = processes.own_device(device, spec.run.device)
     inputs = processes.first_before_others(lambda: open_teacher_inputs(spec))
+    share_digests(inputs.model, processes)
     if not inputs.target_layers:
         raise SpecError("`teacher.layers` is empty: there is nothing to verbalize")
     chosen = choose_layers(inputs.target_layers, layers, rank=rank, world=world)
@@ -256,19 +261,37 @@ def _opened(
     file = out / name / "run.json"
     stored = f"vlsi_cache.CacheSpec(**json.loads(pathlib.Path({str(file)!r}).read_text())['spec'])"
     call = python_call("train_verbalizers", stored, out=str(out), device=device, layers=chosen)
-    own: dict[str, Any] = {} if chosen is None else {"layers": chosen}
     with ExitStack() as stack:
         if chosen is None:
             check_folder_of_all(out)
             run = open_run(out, KIND, inputs.spec, device=device, call=call, processes=processes, **facts)
             yield stack.enter_context(run)
             return
+        yield processes.from_first(
+            lambda: stack.enter_context(
+                _opened_subset(inputs, out, name, chosen, device=device, call=call, facts=facts)
+            )
+        )
+
+
+@contextmanager
+def _opened_subset(
+    inputs: TeacherInputs,
+    out: Path,
+    name: str,
+    chosen: list[int],
+    *,
+    device: str | None,
+    call: str,
+    facts: dict[str, Any],
+) -> Iterator[Run]:
+    with ExitStack() as stack:
         # Once without the lock, so that a refusal does not wait for it; then with it, since two that start at once must
         # see each other. The lock of all is let go when the run has a folder and a lock of its own.
         check_neighbours(out, name, chosen, inputs.spec, facts)
         with waiting_for(out):
             check_neighbours(out, name, chosen, inputs.spec, facts)
-            run = open_run(out / name, KIND, inputs.spec, device=device, call=call, **facts, **own)
+            run = open_run(out / name, KIND, inputs.spec, device=device, call=call, **facts, layers=chosen)
             opened = stack.enter_context(run)
         yield opened
 
@@ -323,7 +346,7 @@ def _train(
             layout=backbone.layout if needs_whole else backbone.frozen_layout,
             features=features_of(backbone.model),
             num_workers=spec.run.num_workers,
-            processes=processes,
+            processes=processes if processes.num_shares > 1 else ALONE,
         )
 
     trackers = Trackers(folder, inputs.spec, KIND)

@@ -95,7 +95,8 @@ def all_done(processes: Processes, found: Found, num_tokens: int, memory_gib: fl
     """Tell each other how a step went; a signal that came to one ends it for all."""
     everyone = processes.gather((found, num_tokens, memory_gib, is_ending))
     founds, tokens, memories, endings = zip(*everyone, strict=True)
-    return Done(list(founds), sum(tokens), max(memories), any(endings))
+    own = processes.num_shares  # those that work as one have all found the same
+    return Done(list(founds[:own]), sum(tokens[:own]), max(memories), any(endings))
 
 
 def refuse_destroyed(parameters: Iterable[tuple[str, torch.Tensor]], stage: str) -> None:
