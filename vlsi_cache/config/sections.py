@@ -25,9 +25,9 @@ Turns = Literal["all", "last"]
 Together = Literal["prompt", "row"]
 PromptMode = Literal["generation", "template"]
 Kernels = Literal["auto", "eager", "compiled"]
-Parallel = Literal["ddp", "fsdp"]
+StudentParallel = Literal["ddp", "fsdp"]
 BadRows = Literal["refuse", "list"]
-Parallel = Literal["none", "device_map", "tensor"]
+TeacherParallel = Literal["none", "device_map", "tensor"]
 DEFAULT_BATCH_TOKENS = 8192
 
 
@@ -47,7 +47,7 @@ class TeacherSpec(Strict):
     dtype: Dtype = "auto"
     attn_implementation: str | None = None
     trust_remote_code: bool = False
-    parallel: Parallel = "device_map"
+    parallel: TeacherParallel = "device_map"
     layers: TargetLayers = "auto"
     num_layers: Annotated[int, Field(ge=0, le=MAX_LAYERS)] = 0
     verbalizers: str | None = None
@@ -234,7 +234,7 @@ class RunSpec(Strict):
     vision_disk_mib: Annotated[int, Field(ge=0, le=2**30)] = 0
     workers: Literal["auto"] | Annotated[int, Field(ge=0, le=256)] = "auto"
     track: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    parallel: Parallel = "ddp"
+    parallel: StudentParallel = "ddp"
 
     @property
     def num_workers(self) -> int:

@@ -20,7 +20,7 @@ import xxhash
 from huggingface_hub import snapshot_download
 from transformers.utils import logging as transformers_logging
 
-from vlsi_cache.config.sections import AS_IT_IS, Encoding, Parallel
+from vlsi_cache.config.sections import AS_IT_IS, Encoding, TeacherParallel
 from vlsi_cache.config.training import Dtype
 from vlsi_cache.data.encoder import Encoder, load_encoder
 from vlsi_cache.errors import ModelError
@@ -56,7 +56,7 @@ class ModelRef:
     dtype: Dtype = "float32"
     attn_implementation: str | None = None
     trust_remote_code: bool = False
-    parallel: Parallel = "device_map"
+    parallel: TeacherParallel = "device_map"
 
     @cached_property
     def config(self) -> Any:
@@ -311,7 +311,7 @@ def share_digests(model: ModelRef, processes: Processes) -> None:
         _digests.update(processes.from_first(lambda: (model.digest, dict(_digests))[1]))
 
 
-def _device_map(device: str, parallel: Parallel) -> Any:
+def _device_map(device: str, parallel: TeacherParallel) -> Any:
     check_device(device)
     if device == "auto":
         whole = {"": "cuda"} if parallel == "none" else "auto"

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from vlsi_cache.config.sections import Parallel
+from vlsi_cache.config.sections import TeacherParallel
 from vlsi_cache.errors import ModelError, ProcessLostError, SpecError
 from vlsi_cache.processes import ALONE, Processes, joined, launched
 from vlsi_cache.progress import human_bytes
@@ -51,7 +51,7 @@ class Group(Processes):
 
 
 @contextmanager
-def teacher_processes(parallel: Parallel) -> Iterator[Processes]:
+def teacher_processes(parallel: TeacherParallel) -> Iterator[Processes]:
     """The group of this launch where the teacher is cut; ALONE for a teacher that one process holds.
 
     Raises SpecError where no launcher has started several processes: the model would be loaded whole, without a word.

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from vlsi_cache.config.sections import CacheSpec, Parallel
+from vlsi_cache.config.sections import CacheSpec, TeacherParallel
 from vlsi_cache.config.spec import change, spec_from_dict
 from vlsi_cache.errors import DataError, FingerprintMismatchError, list_problems
 from vlsi_cache.models.load import share_digests
@@ -115,7 +115,7 @@ def recompute(
     device: str | None = None,
     seed: int = 0,
     trust_remote_code: bool = False,
-    parallel: Parallel | None = None,
+    parallel: TeacherParallel | None = None,
 ) -> RecomputeReport:
     """Run the teacher of the cache's own spec on random samples that the cache holds, and compare.
 
