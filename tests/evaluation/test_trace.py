@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 from helpers.pages import checked
-from helpers.tiny import save_model
+from helpers.probe_models import make_model
+from helpers.tiny import save_model, save_tokenizer
 from PIL import Image
 from torch.nn.functional import silu
 
@@ -90,13 +91,16 @@ def _weights(verbalizers: Path, layer: int) -> dict[str, torch.Tensor]:
     return {name.removeprefix("blocks.0."): tensor for name, tensor in found.items()}
 
 
-@pytest.mark.parametrize(("family", "num_images"), [("llama", 0), ("qwen2_vl", 2), ("qwen2_vl", 0)])
+@pytest.mark.parametrize(("family", "num_images"), [("llama", 0), ("qwen2_vl", 2), ("qwen2_vl", 0), ("bamba", 0)])
 def test_layers_say_what_a_loop_without_a_cache_says(
     family: str, num_images: int, teacher_folder: Path, picture: Path, tmp_path: Path
 ) -> None:
     folder, layers = (teacher_folder, [1, 3, 4]) if family == "llama" else (QWEN2_VL, [2, 5, 7])
+    if family == "bamba":  # a hybrid
+        folder, layers = tmp_path / "model", [1, 2]
+        make_model(family, vocab_size=save_tokenizer(folder), pad_token_id=0).save_pretrained(folder)
     images, trained = [picture] * num_images, tmp_path / "run"  # as train-verbalizers leaves it
-    verbalizers = save_verbalizers(folder, trained / "verbalizers", layers, noise=0.3 if family == "llama" else 0.02)
+    verbalizers = save_verbalizers(folder, trained / "verbalizers", layers, noise=0.02 if family == "qwen2_vl" else 0.3)
     found = vc.trace(
         folder, prompt="say the red dog", verbalizers=trained, images=images, max_new_tokens=NUM_NEW, device="cpu"
     )

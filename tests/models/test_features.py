@@ -344,3 +344,16 @@ def test_where_nothing_can_be_kept_it_is_said(
     monkeypatch.setenv("VLSI_CACHE_ROWS", str(tmp_path / "file"))
     assert keep(again(model), 0, disk_mib=1) is not None
     assert "nothing can be kept in" in capsys.readouterr().err
+
+
+def test_a_file_under_another_name_is_of_no_picture(tmp_path: Path) -> None:
+    files = FeatureFiles(tmp_path, "key", 1 << 20)
+    for name, value in (("aa11", 1.0), ("aa22", 2.0)):
+        files.put(name, {"features-00": torch.full((2, 3), value)})
+    one, other = (tmp_path / "features-key" / "aa" / f"{name}.safetensors" for name in ("aa11", "aa22"))
+    other.write_bytes(one.read_bytes())
+    assert files.get("aa22") is None
+    assert not other.exists()
+    found = files.get("aa11")
+    assert found is not None
+    assert found["features-00"].tolist() == [[1.0] * 3] * 2

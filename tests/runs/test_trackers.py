@@ -115,7 +115,7 @@ def test_a_distilled_student_is_tracked_by_both(
     monkeypatch.setenv("WANDB_MODE", "offline")
     cache = vc.build_teacher(vc.load_spec(write_spec(tmp_path, teacher_folder)), out=tmp_path / "cache")
     short = [f"distill.{stage}.steps=2" for stage in ("verbalize", "interact.schedule", "sft.schedule")]
-    changes = ["run.track=[tensorboard, wandb]", *short]
+    changes = ["run.track=[wandb, tensorboard]", *short]
     run = vc.distill(cache, student=str(student_folder), out=tmp_path / "run", overrides=changes)
     lines, found = metrics_of(run), scalars(run)
     assert len(lines) == 6

@@ -273,3 +273,32 @@ def test_new_rows_beside_kept_ones_with_one_prompt(spec: CacheSpec, tmp_path: Pa
     assert sorted(ran) == sorted(twin["id"] for twin in twins)
     assert np.isfinite(synced["twin-row-0"].logprobs_LTK[..., 0]).all()
     assert_as_built_anew(synced, vc.build_teacher(spec, out=tmp_path / "whole").path)
+
+
+def test_kinds_and_the_order_of_rows_follow_without_the_teacher(spec: CacheSpec, tmp_path: Path, ran: Ran) -> None:
+    rows = make_rows(40)
+    for row in rows[::3]:
+        row["kind"] = "hard"
+    write_jsonl(tmp_path / "rows.jsonl", [row for row in rows[::-1] if row["id"] != "row-7"])
+    before = arrays_of(tmp_path / "cache")
+    synced = vc.sync_cache(spec, out=tmp_path / "cache")
+    assert not ran
+    table = synced.sample_table()
+    kinds = dict(zip(table["id"].to_pylist(), table["kind"].to_pylist(), strict=True))
+    assert kinds == {row["id"]: row.get("kind", "") for row in rows if row["id"] != "row-7"}
+    assert len([path for path, inode in arrays_of(synced.path).items() if before.get(path) == inode]) > len(before) / 2
+    assert_as_built_anew(synced, vc.build_teacher(spec, out=tmp_path / "whole").path)
+    assert vc.diff(synced, tmp_path / "whole").header == {}
+
+
+def test_a_link_stays_and_the_folder_it_names_is_synced(
+    spec: CacheSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "cache")
+    change_data(tmp_path)
+    synced = vc.sync_cache(spec, out=tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert vc.open_cache(tmp_path / "cache").header.digest == synced.header.digest
+    write_jsonl(tmp_path / "rows.jsonl", make_rows(39))
+    monkeypatch.chdir(tmp_path / "cache")
+    assert vc.sync_cache(spec, out=".").num_samples == 39

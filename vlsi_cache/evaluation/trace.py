@@ -214,7 +214,9 @@ def _speak(
     ids_LN = torch.empty(len(layers), 0, dtype=torch.long, device=device)
     probs_LN = torch.empty(len(layers), 0, device=device)
     has_ended_L = torch.zeros(len(layers), dtype=torch.bool, device=device)
-    run = (_whole_sequences if verbalizers.needs_sequence else _with_kv_cache)(backbone, verbalizers, encoded)
+    # A cache of layers that carry a state cannot be given to several rows.
+    runs_anew = verbalizers.needs_sequence or not backbone.packs
+    run = (_whole_sequences if runs_anew else _with_kv_cache)(backbone, verbalizers, encoded)
     for _ in progress(range(max_new_tokens), "trace", unit="token"):
         states = run(ids_LN)
         rows = []
@@ -258,7 +260,7 @@ def _with_kv_cache(backbone: Backbone, verbalizers: Verbalizers, encoded: Encode
 
 
 def _whole_sequences(backbone: Backbone, verbalizers: Verbalizers, encoded: Encoded) -> Callable[[Tensor], States]:
-    """The same for verbalizers that attend to all positions: prompt and answer run anew at every step."""
+    """The same for verbalizers that attend to all positions, and hybrids: prompt and answer run anew at every step."""
 
     def states(ids_LN: Tensor) -> States:
         longer = []

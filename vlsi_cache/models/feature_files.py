@@ -56,7 +56,7 @@ class FeatureFiles:
             return None
         except (OSError, SafetensorError, KeyError, TypeError):
             said = found = None
-        if found is None or said != _checksum(found):
+        if found is None or said != _checksum(digest, found):
             with suppress(OSError):  # a folder that is not ours to write
                 path.unlink(missing_ok=True)
             return None
@@ -71,7 +71,7 @@ class FeatureFiles:
         temporary = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, temporary, metadata={_SUM: _checksum(tensors)})
+            save_file(tensors, temporary, metadata={_SUM: _checksum(digest, tensors)})
             temporary.rename(path)
             self._room -= size
         except (OSError, SafetensorError) as error:
@@ -91,8 +91,9 @@ class FeatureFiles:
         return self.folder / digest[:2] / f"{digest}.safetensors"
 
 
-def _checksum(tensors: dict[str, Tensor]) -> str:
-    digest = xxhash.xxh3_128()
+def _checksum(name_of_picture: str, tensors: dict[str, Tensor]) -> str:
+    """Of the tensors and the name that they are kept under: a file that was moved is not taken for another one."""
+    digest = xxhash.xxh3_128(name_of_picture.encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -38,7 +38,7 @@ from .feature_files import FeatureFiles
 from .parallel import is_cut
 
 ARGUMENT = "mm_encoder_outputs"
-FORMAT = 2  # of what is kept; counts up when that changes
+FORMAT = 3  # of what is kept; counts up when that changes
 # Of a configuration: what says nothing about the tower.
 OTHERS = ("text_config", "architectures", "transformers_version", "dtype", "torch_dtype")
 

@@ -78,8 +78,10 @@ class Trackers:
         self._running.clear()
 
     def _start(self, name: str, step: int) -> None:
+        from accelerate import PartialState
         from accelerate.tracking import TensorBoardTracker, WandBTracker
 
+        PartialState()  # whatever Accelerate logs needs to know which process this is
         if name == "tensorboard":
             tracker = TensorBoardTracker(name, self._folder, purge_step=step + 1 if step else None)
         else:

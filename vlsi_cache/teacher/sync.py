@@ -6,7 +6,7 @@ old one's name in one step: whoever opens the name finds the old cache or the ne
 Shape suffixes: S samples of a part.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache as remember
 from pathlib import Path
 from typing import Any
@@ -46,33 +46,43 @@ class Changes:
     """What of the data the cache does not have yet, and what it has too much.
 
     `kept`: of every part of the cache from which samples stay, which ones [S]. `new`: records without rows. `gone`:
-    how many samples of the cache leave, those included that have changed and come back as new ones.
+    how many samples of the cache leave, those included that have changed and come back as new ones. `kinds`: of samples
+    that stay and are of another kind now.
     """
 
     kept: dict[int, np.ndarray]
     new: list[int]
     gone: int
+    kinds: dict[str, str]
+
+    def kinds_of(self, names: list[str], kinds: list[str]) -> list[str]:
+        """The kinds of these samples as the data has them now."""
+        return [self.kinds.get(name, kind) for name, kind in zip(names, kinds, strict=True)]
 
     def __str__(self) -> str:
         whole = sum(chosen_S.all() for chosen_S in self.kept.values())
         return (
             f"{len(self.new)} rows go through the teacher, {self.gone} leave the cache; {whole} parts stay as they "
-            f"are, {len(self.kept) - whole} lose some of their rows"
+            f"are, {len(self.kept) - whole} lose some of their rows. Runs that were begun on the cache as it was "
+            "cannot go on with it"
         )
 
 
 def sync_cache(spec: CacheSpec, *, out: Path | str, device: str | None = None, rank: int = 0, world: int = 1) -> Cache:
     """Let the cache of `spec` at `out` follow its data, which has grown or changed since; run again, it goes on.
 
-    A row is the same as before if its id, its content and its response tokens are. Everything else of `spec` that
-    decides a row must be what it was. Where there is no cache yet it is built; one that has all rows is opened. Several
-    processes may work on one `out`, numbered as for `build_teacher`.
+    A row is the same as before if its id, its content and its response tokens are; `rows.select_tokens` by a share of
+    the part takes it of the new parts. Everything else of `spec` that decides a row must be what it was. Where there is
+    no cache yet it is built; one that has all rows is opened. Several processes may work on one `out`, numbered as for
+    `build_teacher`.
     Raises FingerprintMismatchError for another teacher or other settings, CacheIncompleteError for a cache whose build
     has not ended, SpecError, and what a build raises.
     """
     from .build import build_teacher
 
     out = place_of(out, "out")
+    if not isinstance(out, UrlPath) and (out.is_symlink() or not out.name):
+        out = out.resolve()  # a link stays, and what it names is replaced
     if isinstance(out, UrlPath):
         raise SpecError(f"`{out}` cannot be synced where it lies: pull it, sync the copy, and push that")
     if header_at(out) is None:
@@ -88,10 +98,12 @@ def sync_cache(spec: CacheSpec, *, out: Path | str, device: str | None = None, r
     old = _opened(out)
     inputs = open_teacher_inputs(as_begun(spec, out))
     parts: list[list[int]] = []
-    _check_same_rows(old, cache_header(inputs, parts))
+    asked = cache_header(inputs, parts)
+    _check_same_rows(old, asked)
     changes = find_changes(old, inputs)
     work = out.with_name(f".{out.name}.sync")
-    if old.is_complete and not changes.new and not changes.gone:
+    # The same rows in another order are another fingerprint: then all parts stay, below a new header.
+    if old.is_complete and old.header.fingerprint == asked.fingerprint and not changes.kinds:
         say(f"{out} has all rows of the data; nothing to do")
         remove(work)  # what a kill has left after the cache had taken its place
         return old
@@ -114,6 +126,7 @@ def find_changes(cache: Cache, inputs: TeacherInputs) -> Changes:
         record.id: (record.digest, response_digest(ids))
         for record, ids in zip(inputs.records, inputs.response_ids, strict=True)
     }
+    kinds = {record.id: record.kind for record in inputs.records}
     table = cache.sample_table()
     names, part_S = table["id"].to_pylist(), table["part"].to_numpy()
     facts = zip(table["digest"].to_pylist(), table["response_xxh3"].to_pylist(), strict=True)
@@ -124,6 +137,11 @@ def find_changes(cache: Cache, inputs: TeacherInputs) -> Changes:
         kept={part: chosen_S for part, chosen_S in kept.items() if chosen_S.any()},
         new=[index for index, name in enumerate(wanted) if name not in there],
         gone=int((~stays_S).sum()),
+        kinds={
+            name: kinds[name]
+            for name, kind in zip(names, table["kind"].to_pylist(), strict=True)
+            if name in there and kinds[name] != kind
+        },
     )
 
 
@@ -143,12 +161,15 @@ def _opened(out: Path) -> Cache:
 
 def _check_same_rows(old: Cache, asked: CacheHeader) -> None:
     """Raise FingerprintMismatchError unless a row of the data would be what it is in the cache."""
-    stored, found = (
-        {name: value for name, value in header.fingerprint.items() if name not in OF_THE_DATA}
+    sides = [
+        {
+            name: value
+            for name, value in {**header.fingerprint, **identity_of(header)}.items()
+            if name not in OF_THE_DATA
+        }
         for header in (old.header, asked)
-    )
-    lines = differences(stored, found)
-    lines += differences(*(identity_of(header, without=OF_THE_DATA) for header in (old.header, asked)))
+    ]
+    lines = differences(*sides)
     if lines:
         raise FingerprintMismatchError(
             f"`{old.path}` cannot be synced: its rows were made otherwise ({len(lines)} fields differ beside the "
@@ -199,13 +220,15 @@ def _make(
         if writer.has_part(index):  # another process was faster
             continue
         if chosen_S.all():
-            writer.adopt_part(index, part_dir(old.path, number), old.part_record(number))
+            record = old.part_record(number)
+            kinds = changes.kinds_of(record.sample_ids, record.kinds)
+            writer.adopt_part(index, part_dir(old.path, number), record.model_copy(update={"kinds": kinds}))
             continue
         part = old.part(number, header.layers, keep=False)
         rows_T = np.repeat(chosen_S, np.diff(part.arrays["offsets"]))
-        writer.write_encoded(
-            index, *join([cut_part(part, writer.header, rows_T, chosen_S, generation=0)], writer.header)
-        )
+        samples, arrays = join([cut_part(part, writer.header, rows_T, chosen_S, generation=0)], writer.header)
+        kinds = changes.kinds_of(samples.sample_ids, samples.kinds)
+        writer.write_encoded(index, replace(samples, kinds=kinds), arrays)
     if new := [index for index in missing if index >= len(sources)]:
         build_parts(teacher(), parts, new, GroupWriter(lambda: writer), int(header.spec["run"]["batch_tokens"]), [])
     writer.finish()

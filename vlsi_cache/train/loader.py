@@ -162,7 +162,7 @@ def _changed(cache: Cache, sample_id: str, digest: str, record: Record | None) -
         state = f"has changed ({digest[:12]} when cached, {record.digest[:12]} now)"
     return (
         f"sample `{sample_id}` {state}: the data has changed since {cache.path} was built. "
-        "Bring the data back, or build a new cache with `vlsi-cache build-teacher`"
+        "Bring the data back, or bring the cache up to it with `vlsi-cache build-teacher --sync`"
     )
 
 
