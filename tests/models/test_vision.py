@@ -64,9 +64,8 @@ def probe_of(samples: list[Encoded]) -> Probe:
     stop = first.num_prompt + half
     cut = Encoded(first.input_ids[:stop], first.num_prompt, first.response_ids[:half], media=first.media, answer_type=1)
     alone = [collate([one], pad_id=0).inputs for one in samples]
-    return Probe(
-        batch.inputs, batch.rows_T, batch.positions_T, alone, collate([cut], pad_id=0).inputs, half, packed=None
-    )
+    shorter = collate([cut], pad_id=0).inputs
+    return Probe(batch.inputs, batch.rows_T, batch.positions_T, alone, shorter, half, packed=None, branched=None)
 
 
 def test_paligemmas_answers_see_what_came_before_alone() -> None:
