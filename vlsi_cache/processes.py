@@ -34,6 +34,8 @@ _ENGINES = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron",
 }
 _joins = itertools.count()
+# In the text of what torch raises when a process that it waits for has ended.
+_LOST_WORDS = ("gloo", "nccl", "connection reset by peer", "connection closed by peer")
 _ERROR, _LOST = "vlsi-cache/error", "vlsi-cache/lost"
 
 
@@ -200,9 +202,9 @@ class Processes:
         try:
             yield
         except RuntimeError as error:
-            if self.world == 1 or isinstance(error, VlsiCacheError) or not _is_of_a_connection(error):
+            if self.world == 1 or isinstance(error, VlsiCacheError) or not is_of_a_connection(error):
                 raise
-            raise _lost(error) from error
+            raise lost_error(error) from error
 
     def own_device(self, named: str | None, default: str) -> str | None:
         """The device of this process, `named` or the `default`: of several GPUs, the one with its number here."""
@@ -384,16 +386,17 @@ def _telling_of_lost() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise _lost(error) from error
+        raise lost_error(error) from error
 
 
-def _is_of_a_connection(error: RuntimeError) -> bool:
+def is_of_a_connection(error: RuntimeError) -> bool:
+    """Whether torch raises this because a process that it waits for has ended."""
     from torch.distributed import DistError
 
-    return isinstance(error, DistError) or "gloo/transport" in str(error)
+    return isinstance(error, DistError) or any(words in str(error).lower() for words in _LOST_WORDS)
 
 
-def _lost(error: RuntimeError) -> ProcessLostError:
+def lost_error(error: RuntimeError) -> ProcessLostError:
     reason = " ".join(str(error).split())[:200]
     return ProcessLostError(
         f"another process of this launch has ended ({reason}); its message stands above or in the launcher's report"

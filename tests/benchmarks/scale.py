@@ -231,7 +231,8 @@ def resident(pid: int) -> int:
 PAPER_ROWS, RESPONSE_TOKENS, PROMPT_TOKENS = 2_900_000, 200, 60
 PICTURE = (672, 504)
 STUDENT_PARAMETERS = 2.2e9
-REQUESTS_PER_PART, PART_BYTES = 12, 40e6  # of a part of 64 MiB, compressed; see remote.py's results
+REQUESTS_PER_PART = 12  # as remote.py has counted
+PART_BYTES = 40e6  # of a part of 64 MiB, compressed: assumed
 
 
 def paper_case(report: Report, folder: Path) -> None:

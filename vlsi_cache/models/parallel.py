@@ -23,17 +23,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from vlsi_cache.config.sections import TeacherParallel
-from vlsi_cache.errors import ModelError, ProcessLostError, SpecError
-from vlsi_cache.processes import ALONE, Processes, joined, launched
+from vlsi_cache.errors import ModelError, SpecError
+from vlsi_cache.processes import ALONE, Processes, is_of_a_connection, joined, launched, lost_error
 from vlsi_cache.progress import human_bytes
 
 from .families import find_parts, head_module
 
 if TYPE_CHECKING:
     from .load import ModelRef
-
-# In the text of what torch raises when a process that it waits for has ended.
-LOST_WORDS = ("gloo", "nccl", "connection reset by peer", "connection closed by peer")
 
 
 class Group(Processes):
@@ -180,13 +177,9 @@ def _telling_of_lost(forward: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return forward(*args, **kwargs)
         except RuntimeError as error:
-            reason = " ".join(str(error).split())[:200]
-            if not (isinstance(error, torch.distributed.DistError) or any(w in reason.lower() for w in LOST_WORDS)):
+            if not is_of_a_connection(error):
                 raise
-            raise ProcessLostError(
-                f"another process of this launch has ended ({reason}); its message stands above or in the launcher's "
-                "report"
-            ) from error
+            raise lost_error(error) from error
 
     return told
 
