@@ -15,7 +15,7 @@ from .output import Answer, CachePath, require_cache
 
 if TYPE_CHECKING:
     from vlsi_cache.store.derive.prune import PrunePlan
-    from vlsi_cache.store.transfer import Transfer
+    from vlsi_cache.store.remote.transfer import Transfer
 
 
 def prune(

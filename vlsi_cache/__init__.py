@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from vlsi_cache.store.diff import diff
     from vlsi_cache.store.reader import open as open
     from vlsi_cache.store.reader import open as open_cache
-    from vlsi_cache.store.transfer import pull, push
+    from vlsi_cache.store.remote.transfer import pull, push
     from vlsi_cache.teacher.build import build_teacher
     from vlsi_cache.teacher.generate import generate
     from vlsi_cache.teacher.plan import plan
@@ -61,8 +61,8 @@ _HOME = {
     "open_run": "run_files",
     "plan": "teacher.plan",
     "prune": "store.derive.prune",
-    "pull": "store.transfer",
-    "push": "store.transfer",
+    "pull": "store.remote.transfer",
+    "push": "store.remote.transfer",
     "repair": "store.check",
     "sample": "report.example",
     "sparse_kl": "sparse.kl",

@@ -26,7 +26,7 @@ from helpers.s3 import ENVIRONMENT, Proxy, make_bucket, proxied, serving
 
 import vlsi_cache as vc
 from vlsi_cache.store.location import UrlPath, place_of
-from vlsi_cache.store.objects import open_objects
+from vlsi_cache.store.remote.objects import open_objects
 
 NUM_LAYERS, SAMPLES_PER_PART, STEP_S, WINDOW = 8, 8, 0.05, 4
 

@@ -7,8 +7,8 @@ import numpy as np
 from helpers.caches import file_bytes
 
 from vlsi_cache.store.location import UrlPath, place_of
-from vlsi_cache.store.objects import Objects, open_objects
 from vlsi_cache.store.reader import Cache
+from vlsi_cache.store.remote.objects import Objects, open_objects
 
 
 def new_url(scheme: str = "memory") -> str:

@@ -21,7 +21,7 @@ from vlsi_cache.errors import (
     SpecError,
     StoreError,
 )
-from vlsi_cache.store import hub_push
+from vlsi_cache.store.remote import hub_push
 
 pytestmark = pytest.mark.usefixtures("part_cache_dir")
 URL = "hf://datasets/org/charts"

@@ -27,9 +27,9 @@ from vlsi_cache.errors import (
     SpecError,
     StoreError,
 )
-from vlsi_cache.store import part_cache, remote
 from vlsi_cache.store.dataset import PartWindowReader
 from vlsi_cache.store.format import sealed_json, unseal_json
+from vlsi_cache.store.remote import mirror, part_cache
 from vlsi_cache.store.writer import CacheWriter
 
 pytestmark = pytest.mark.usefixtures("part_cache_dir")
@@ -233,7 +233,7 @@ def test_the_part_cache_is_bounded(wide: Path, part_cache_dir: Path, monkeypatch
     url, local = copied(wide), vc.open_cache(wide)
     one = sum(path.stat().st_size for path in (wide / "parts" / "000001.zarr").rglob("*") if path.is_file())
     monkeypatch.setenv("VLSI_CACHE_BYTES", f"{1.2 * one / 1000:.1f} kB")
-    monkeypatch.setattr(remote, "SHARE_BETWEEN_LOOKS", 1 << 30)  # look every time
+    monkeypatch.setattr(mirror, "SHARE_BETWEEN_LOOKS", 1 << 30)  # look every time
     problems: list[BaseException] = []
 
     def read() -> None:
@@ -308,7 +308,7 @@ def test_no_permission(s3: Proxy, built: Path) -> None:
 
 
 def test_nobody_answers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from vlsi_cache.store import objects
+    from vlsi_cache.store.remote import objects
 
     monkeypatch.setitem(objects.RETRIES, "max_retries", 1)
     for name, value in {**ENVIRONMENT, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{free_port()}"}.items():
@@ -322,7 +322,7 @@ def test_nobody_answers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 
 def test_no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vlsi_cache.store import objects
+    from vlsi_cache.store.remote import objects
 
     monkeypatch.setitem(objects.RETRIES, "max_retries", 1)
     for name in ENVIRONMENT:

@@ -24,9 +24,9 @@ from vlsi_cache.errors import (
     StoreError,
 )
 from vlsi_cache.run_files import read_metrics
-from vlsi_cache.store import part_cache, upload
 from vlsi_cache.store.format import FileRecord
-from vlsi_cache.store.upload import RemoteWriter
+from vlsi_cache.store.remote import part_cache, upload
+from vlsi_cache.store.remote.upload import RemoteWriter
 from vlsi_cache.store.writer import CacheWriter
 
 pytestmark = pytest.mark.usefixtures("part_cache_dir")

@@ -16,11 +16,11 @@ from vlsi_cache.errors import CacheCorruptError, command_line
 from vlsi_cache.progress import human_bytes
 from vlsi_cache.store.arrays import array_specs, data_file_name, layered_names, part_specs
 from vlsi_cache.store.codec import layer_bytes, read_layered
-from vlsi_cache.store.fetch import Want
 from vlsi_cache.store.files import check_part_files, list_tmp, load_part_record
 from vlsi_cache.store.format import CacheHeader, PartRecord, part_dir
 from vlsi_cache.store.location import place_of
 from vlsi_cache.store.reader import Cache, CachePath, open, surprise_of, surprise_warning
+from vlsi_cache.store.remote.fetch import Want
 
 from .layers import spaced
 from .text import layer_names, render, short, table

@@ -11,7 +11,7 @@ from vlsi_cache import io
 from vlsi_cache.errors import CacheCorruptError, VlsiCacheError
 from vlsi_cache.progress import progress
 
-from . import part_cache, table
+from . import table
 from .files import (
     FROM_A_COPY,
     hash_file,
@@ -38,7 +38,8 @@ from .format import (
 from .header import is_interrupted_start
 from .location import UrlPath, place_of
 from .part import load_part
-from .remote import Mirror
+from .remote import part_cache
+from .remote.mirror import Mirror
 from .vocab_order import (
     VOCAB_NAMES,
     complete_copies,

@@ -73,7 +73,7 @@ def _as_stored(header: CacheHeader) -> CacheHeader:
 def check_root(root: Path) -> None:
     """Raise SpecError unless `root` is a cache, or a folder or a URL that can become one."""
     if isinstance(root, UrlPath):
-        from .upload import check_url
+        from .remote.upload import check_url
 
         check_url(root)
         return
@@ -85,7 +85,7 @@ def check_root(root: Path) -> None:
 def header_at(root: Path) -> CacheHeader | None:
     """The header of the cache in a folder or at a URL; None where none was begun."""
     if isinstance(root, UrlPath):
-        from .upload import stored_header
+        from .remote.upload import stored_header
 
         return stored_header(root)
     return load_header(root) if (root / HEADER_NAME).exists() else None

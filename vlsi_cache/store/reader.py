@@ -29,13 +29,13 @@ from vlsi_cache.errors import (
 from vlsi_cache.progress import html_text
 
 from .codec import Known
-from .fetch import NOTHING, Want
 from .files import hints_at_repair, load_header, load_part_record, refuse_special, repair_hint
 from .format import HEADER_NAME, CacheHeader, PartRecord, list_parts, part_dir
 from .header import is_interrupted_start, resume_command
 from .location import UrlPath, place_of
 from .part import Part, Row, load_part
-from .remote import Mirror
+from .remote.fetch import NOTHING, Want
+from .remote.mirror import Mirror
 from .vocab_order import VocabOrder, load_texts, load_vocab
 
 if TYPE_CHECKING:

@@ -33,7 +33,7 @@ from .format import (
 )
 
 if TYPE_CHECKING:
-    from .remote import Mirror
+    from .remote.mirror import Mirror
 
 MANIFEST_KEY = b"vlsi_cache.parts"
 FILES_KEY = b"vlsi_cache.files"

@@ -91,7 +91,7 @@ class CacheWriter:
         """
         root = place_of(path)
         if isinstance(root, UrlPath):
-            from .upload import RemoteWriter
+            from .remote.upload import RemoteWriter
 
             return RemoteWriter.begin(root, header, vocab_order, token_texts)
         with disk_full_is_an_error(root, 0):

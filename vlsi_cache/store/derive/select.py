@@ -22,10 +22,10 @@ from vlsi_cache.io import refuse_url
 from vlsi_cache.sparse.rows import select_at_random, select_by_entropy
 from vlsi_cache.store.arrays import SAMPLE_ARRAYS, part_specs
 from vlsi_cache.store.encoding import check_sample_arrays
-from vlsi_cache.store.fetch import Want
 from vlsi_cache.store.files import check_part_files, load_part_record
 from vlsi_cache.store.format import CacheHeader, canonical_json, part_dir
 from vlsi_cache.store.reader import Cache
+from vlsi_cache.store.remote.fetch import Want
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -4,9 +4,9 @@ from typing import Any
 
 import numpy as np
 
-from .header import data_sections
-from .location import UrlPath
-from .reader import Cache
+from vlsi_cache.store.header import data_sections
+from vlsi_cache.store.location import UrlPath
+from vlsi_cache.store.reader import Cache
 
 MARK = "<!-- written by vlsi-cache: a push writes it again; take this line out to keep your own text -->"
 

@@ -9,9 +9,8 @@ from pathlib import Path
 from vlsi_cache import io
 from vlsi_cache.errors import CacheIncompleteError, SpecError
 from vlsi_cache.progress import Bar
-
-from . import table
-from .files import (
+from vlsi_cache.store import table
+from vlsi_cache.store.files import (
     check_free_space,
     disk_full_is_an_error,
     load_header,
@@ -21,7 +20,7 @@ from .files import (
     tmp_path,
     write_durable,
 )
-from .format import (
+from vlsi_cache.store.format import (
     HEADER_NAME,
     RECORD_NAME,
     TABLE_NAME,
@@ -31,14 +30,15 @@ from .format import (
     part_dir,
     part_name,
 )
-from .header import check_root, compare_headers
+from vlsi_cache.store.header import check_root, compare_headers
+from vlsi_cache.store.location import UrlPath, place_of
+from vlsi_cache.store.reader import Cache, open
+from vlsi_cache.store.vocab_order import complete_copies
+
 from .hub import HubObjects
-from .location import UrlPath, place_of
+from .mirror import committed_parts
 from .objects import Objects, open_objects
-from .reader import Cache, open
-from .remote import committed_parts
 from .upload import check_url, download_files, download_start, finish_upload, scratch_folder, upload_part, upload_start
-from .vocab_order import complete_copies
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def _pull_some(
     layers: Sequence[int | str] | None,
     samples: "Sequence[str] | str | os.PathLike[str] | None",
 ) -> Transfer:
-    from .derive.prune import prune
+    from vlsi_cache.store.derive.prune import prune
 
     small = prune(cache, out, layers=layers, samples=samples)
     return Transfer(cache.path, out, len(small.parts), 0, sum(small.bytes_by_array().values()))

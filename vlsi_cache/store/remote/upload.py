@@ -13,11 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vlsi_cache.errors import CacheCorruptError, SpecError, VlsiCacheError
-
-from . import part_cache, table
-from .fetch import check_content
-from .files import hash_file, load_header, load_part_record, new_tmp, remove_dead_tmp, tmp_path
-from .format import (
+from vlsi_cache.store import table
+from vlsi_cache.store.files import hash_file, load_header, load_part_record, new_tmp, remove_dead_tmp, tmp_path
+from vlsi_cache.store.format import (
     HEADER_NAME,
     RECORD_NAME,
     TABLE_NAME,
@@ -28,12 +26,15 @@ from .format import (
     part_dir,
     part_name,
 )
-from .header import OrderOrMaker, TokenTexts, publish_header
-from .location import UrlPath
+from vlsi_cache.store.header import OrderOrMaker, TokenTexts, publish_header
+from vlsi_cache.store.location import UrlPath
+from vlsi_cache.store.vocab_order import VocabOrder, vocab_files
+from vlsi_cache.store.writer import CacheWriter
+
+from . import part_cache
+from .fetch import check_content
+from .mirror import about_the_store, committed_parts
 from .objects import Objects, open_objects
-from .remote import about_the_store, committed_parts
-from .vocab_order import VocabOrder, vocab_files
-from .writer import CacheWriter
 
 NUM_UPLOADS = 8
 Moved = Callable[[int], object]  # is told of bytes that have been moved

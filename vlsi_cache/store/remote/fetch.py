@@ -14,17 +14,24 @@ import xxhash
 
 from vlsi_cache import io
 from vlsi_cache.errors import CacheCorruptError
+from vlsi_cache.store.arrays import (
+    SAMPLE_ARRAYS,
+    ArraySpec,
+    data_file_name,
+    layered_names,
+    part_specs,
+    shard_index_bytes,
+)
+from vlsi_cache.store.codec import BLOSC_HEADER, encode_index, read_index, read_layered
+from vlsi_cache.store.files import DAMAGED_REMOTE
+from vlsi_cache.store.format import FileRecord, PartRecord, files_digest, part_dir, part_name
 
 from . import part_cache
-from .arrays import SAMPLE_ARRAYS, ArraySpec, data_file_name, layered_names, part_specs, shard_index_bytes
-from .codec import BLOSC_HEADER, encode_index, read_index, read_layered
-from .files import DAMAGED_REMOTE
-from .format import FileRecord, PartRecord, files_digest, part_dir, part_name
 from .objects import changed
 from .part_cache import Held, Span
 
 if TYPE_CHECKING:
-    from .remote import Mirror
+    from .mirror import Mirror
 
 
 @dataclass(frozen=True)

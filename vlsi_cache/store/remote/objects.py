@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from vlsi_cache.errors import CacheCorruptError, SpecError, StoreError
-
-from .location import UrlPath
+from vlsi_cache.store.location import UrlPath
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore

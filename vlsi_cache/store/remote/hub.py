@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from vlsi_cache.errors import CacheCorruptError, SpecError, StoreError, VlsiCacheError
+from vlsi_cache.store.location import UrlPath
 
-from .location import UrlPath
 from .objects import Got
 
 MAX_RETRIES = 5

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 from vlsi_cache.errors import CacheCorruptError, StoreError, VlsiCacheError
 from vlsi_cache.io import difference_from
 from vlsi_cache.progress import say
+from vlsi_cache.store.format import HEADER_NAME, RECORD_NAME, TABLE_NAME, VOCAB_NAME, part_dir
+from vlsi_cache.store.header import repair_hint
+from vlsi_cache.store.reader import Cache
 
 from .card import MARK, card_of
-from .format import HEADER_NAME, RECORD_NAME, TABLE_NAME, VOCAB_NAME, part_dir
-from .header import repair_hint
 from .hub import HubObjects
-from .reader import Cache
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd

@@ -19,11 +19,8 @@ import xxhash
 
 from vlsi_cache import io
 from vlsi_cache.errors import CacheCorruptError, CacheNotFoundError, VlsiCacheError
-
-from . import part_cache
-from .fetch import Fetch, Want, check_content
-from .files import DAMAGED_REMOTE, load_header, load_part_record, repair_hint
-from .format import (
+from vlsi_cache.store.files import DAMAGED_REMOTE, load_header, load_part_record, repair_hint
+from vlsi_cache.store.format import (
     HEADER_NAME,
     RECORD_NAME,
     TABLE_NAME,
@@ -35,7 +32,10 @@ from .format import (
     part_indices,
     part_name,
 )
-from .location import UrlPath
+from vlsi_cache.store.location import UrlPath
+
+from . import part_cache
+from .fetch import Fetch, Want, check_content
 from .objects import Got, Objects, changed, open_objects
 from .part_cache import Held, Span
 

@@ -18,8 +18,7 @@ from pathlib import Path
 
 from vlsi_cache import io
 from vlsi_cache.errors import DiskFullError, SpecError
-
-from .format import part_name
+from vlsi_cache.store.format import part_name
 
 DEFAULT_BYTES = 32 << 30
 UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
