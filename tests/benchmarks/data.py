@@ -43,10 +43,10 @@ TEMPLATE = (
 )
 
 
-def save_teacher(folder: Path, *, num_layers: int, hidden: int) -> None:
+def save_teacher(folder: Path, *, num_layers: int, hidden: int, vocab_size: int = VOCABULARY) -> None:
     """A random model with a tokenizer in which each of the words w0, w1, ... is a token."""
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "\n", "user", "assistant"]
-    words = [f"w{index}" for index in range(VOCABULARY - len(special) - 1)]
+    words = [f"w{index}" for index in range(vocab_size - len(special) - 1)]
     vocabulary = {word: index for index, word in enumerate(["<unk>", *words])}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Split(" ", "removed")  # type: ignore[assignment]
@@ -58,12 +58,12 @@ def save_teacher(folder: Path, *, num_layers: int, hidden: int) -> None:
     )
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
-    LlamaForCausalLM(config_of(num_layers, hidden)).save_pretrained(folder)
+    LlamaForCausalLM(config_of(num_layers, hidden, vocab_size)).save_pretrained(folder)
 
 
-def config_of(num_layers: int, hidden: int) -> LlamaConfig:
+def config_of(num_layers: int, hidden: int, vocab_size: int = VOCABULARY) -> LlamaConfig:
     return LlamaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=vocab_size,
         hidden_size=hidden,
         intermediate_size=hidden * 8 // 3,
         num_hidden_layers=num_layers,

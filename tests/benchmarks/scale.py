@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from data import save_teacher
@@ -152,78 +152,97 @@ def sync_case(report: Report, folder: Path, *, num_rows: int, hidden: int) -> No
 # --- many rows --------------------------------------------------------------------------------------------------------
 
 
-def rows_case(report: Report, folder: Path, *, num_rows: int, steps: int) -> None:
-    save_teacher(folder / "teacher", num_layers=2, hidden=64)
+def rows_case(report: Report, folder: Path, *, num_rows: int, batch_size: int) -> None:
+    save_teacher(folder / "teacher", num_layers=2, hidden=64, vocab_size=4_096)
+    write_short_rows(folder / "rows.jsonl", num_rows)
+    teacher = {"model": str(folder / "teacher"), "dtype": "float32", "layers": [1]}
+    store = {"part_mib": 1 if num_rows > 10_000 else 0.01}
+    spec = write_spec(folder, "rows", teacher=teacher, rows={"top_k": 8, "tail_samples": 2}, store=store)
+    many, kept = folder / "many", {"VLSI_CACHE_ROWS": str(folder / "tables")}
+    first_s = run([*COMMAND, "plan", spec], **kept)
+    build = watched_build(spec, many, kept)
+    again_s = run([*COMMAND, "build-teacher", spec, "-o", many], **kept)
+    looks = {name: run([*COMMAND, name, where], **kept) for name, where in (("inspect", many), ("ls", folder))}
+    looks["verify"] = run([*COMMAND, "verify", many], **kept)
+    sets = {"recipe": "last", "batch_size": batch_size, "micro_batch_size": batch_size, "sft.schedule.steps": 1}
+    words = [word for key, value in sets.items() for word in ("--set", f"distill.{key}={value}")]
+    student = ["--student", folder / "teacher", "-o", folder / "run"]
+    epoch_s = run([*COMMAND, "distill", many, *student, *words], **kept)
+    lines = [line for line in read_metrics(folder / "run" / "metrics.jsonl") if line["stage"] == "interact"]
+    waits = [line["data_wait_pct"] for line in lines[1:]]
+    report.say(f"\n## {num_rows:,} short rows, {len(build)} of the build's parts\n")
+    report.table("what", "found")
+    report.row("first command over them (`plan`), s", f"{first_s:.1f}")
+    report.row(
+        "build by two processes, s (rows a second)", f"{build[-1].seconds:.1f} ({num_rows / build[-1].seconds:,.0f})"
+    )
+    report.row("speed of the last tenth of the parts, of the first tenth", f"{slowing(build, 'seconds'):.3f}")
+    report.row("the same by CPU time of both processes", f"{slowing(build, 'cpu_s'):.3f}")
+    tenth, rest = build[len(build) // 10], build[len(build) // 10 :]
+    report.row(
+        "peak memory of a process afterwards, of that after a tenth",
+        f"{max(b.memory for b in rest) / tenth.memory:.3f}",
+    )
+    report.row("the build's command again, s", f"{again_s:.1f}")
+    report.row("inspect, ls, verify, s", ", ".join(f"{seconds:.1f}" for seconds in looks.values()))
+    report.row("an epoch of a student, s (steps)", f"{epoch_s:.0f} ({len(lines)})")
+    report.row("of its steps, waiting for rows, mean, %", f"{statistics.mean(waits):.2f}")
+
+
+def write_short_rows(path: Path, num_rows: int) -> None:
     draw = random.Random(0)
-    with (folder / "rows.jsonl").open("w") as file:
+    with path.open("w") as file:
         for number in range(num_rows):
             said = [" ".join(f"w{draw.randrange(4_000)}" for _ in range(draw.randint(2, 6))) for _ in range(2)]
             turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), said, strict=True)]
             file.write(json.dumps({"id": f"r{number}", "messages": turns}) + "\n")
-    sections = {"teacher": {"model": str(folder / "teacher"), "dtype": "float32", "layers": [1]}}
-    spec = write_spec(folder, "rows", rows={"top_k": 8, "tail_samples": 2}, store={"part_mib": 1}, **sections)
-    kept = {"VLSI_CACHE_ROWS": str(folder / "tables")}
-    first_s = run([*COMMAND, "plan", spec], **kept)
-    memory, build_s = watched_build(spec, folder / "many", kept)
-    records = sorted((folder / "many" / "parts").glob("*/part.json"), key=lambda path: path.stat().st_mtime)
-    times = [path.stat().st_mtime for path in records]
+
+
+class Seen(NamedTuple):
+    """A build when one more part was there: seconds and CPU seconds so far, bytes of its largest process."""
+
+    seconds: float
+    cpu_s: float
+    memory: int
+
+
+def slowing(build: Sequence[Seen], clock: str) -> float:
+    """How fast the last tenth of the parts came, of how fast the first tenth did."""
+    times = [getattr(seen, clock) for seen in build]
     tenth = max(1, len(times) // 10)
-    speeds = [tenth / (part[-1] - part[0]) for part in (times[: tenth + 1], times[-tenth - 1 :])]
-    again_s = run([*COMMAND, "build-teacher", spec, "-o", folder / "many"], **kept)
-    looks = {
-        name: run([*COMMAND, name, where], **kept)
-        for name, where in (("inspect", folder / "many"), ("verify", folder / "many"), ("ls", folder))
-    }
-    sets = {
-        "recipe": "last",
-        "batch_size": 64,
-        "micro_batch_size": 64,
-        "verbalize.steps": 0,
-        "interact.schedule.steps": steps,
-    }
-    words = [word for key, value in sets.items() for word in ("--set", f"distill.{key}={value}")]
-    words += ["--set", "distill.sft.schedule.steps=1"]
-    run([*COMMAND, "distill", folder / "many", "--student", folder / "teacher", "-o", folder / "run", *words], **kept)
-    lines = [line for line in read_metrics(folder / "run" / "metrics.jsonl") if line["stage"] == "interact"]
-    waits = [line["data_wait_pct"] for line in lines[len(lines) // 10 :]]
-    report.say(f"\n## {num_rows:,} short rows\n")
-    report.table("what", "found")
-    report.row("first command over them (`plan`), s", f"{first_s:.1f}")
-    report.row("build by two processes, s (rows a second)", f"{build_s:.1f} ({num_rows / build_s:,.0f})")
-    report.row("parts", f"{len(records):,}")
-    report.row("speed of the last tenth of the parts, of the first", f"{speeds[1] / speeds[0]:.3f}")
-    report.row("memory of a process at the end, of that after a tenth", f"{memory:.3f}")
-    report.row("the build's command again, s", f"{again_s:.1f}")
-    report.row("inspect, verify, ls, s", ", ".join(f"{seconds:.1f}" for seconds in looks.values()))
-    report.row(f"waiting for rows in {len(lines)} steps of a student, mean, %", f"{statistics.mean(waits):.2f}")
+    return (times[tenth] - times[0]) / (times[-1] - times[-1 - tenth])
 
 
-def watched_build(spec: Path, out: Path, kept: dict[str, str]) -> tuple[float, float]:
-    """Resident memory of the processes at the end, of that after a tenth of the time; and seconds."""
-    started = time.monotonic()
+def watched_build(spec: Path, out: Path, kept: dict[str, str]) -> list[Seen]:
+    """A build by two processes. The clocks of one that has ended stand still, so its last parts are of the other."""
     command = [*COMMAND, "build-teacher", str(spec), "-o", str(out), "--world", "2"]
     environment = {**os.environ, **ENVIRONMENT, **kept}
+    seen: list[Seen] = []
     with tempfile.TemporaryFile() as said:
+        started = time.monotonic()
         processes = [
             subprocess.Popen([*command, "--rank", str(rank)], env=environment, stdout=said, stderr=said)
             for rank in range(2)
         ]
-        history: list[int] = []
-        while any(one.poll() is None for one in processes):
-            sizes = [size for one in processes if (size := resident(one.pid))]
-            if (out / "parts").is_dir() and len(sizes) == 2:
-                history.append(max(sizes))
-            time.sleep(0.2)
-        assert all(one.returncode == 0 for one in processes), [one.returncode for one in processes]
-    settled = history[len(history) // 10 :] or [1]
-    return max(settled[-5:]) / settled[0], time.monotonic() - started
+        while all(one.poll() is None for one in processes):  # both, for the one that ends later is alone
+            num_parts = len(list((out / "parts").glob("*/part.json")))
+            uses = [usage(one.pid) for one in processes]
+            now = Seen(time.monotonic() - started, sum(cpu_s for cpu_s, _ in uses), max(size for _, size in uses))
+            seen += [now] * (num_parts - len(seen))
+            time.sleep(0.05)
+        for one in processes:
+            assert one.wait() == 0, said.seek(0) or said.read()[-2000:]
+    return seen
 
 
-def resident(pid: int) -> int:
+def usage(pid: int) -> tuple[float, int]:
+    """CPU seconds and resident bytes of a process; zeros of one that has ended."""
     try:
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, IndexError):
-        return 0
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0, 0
+    ticks = int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK"), int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
 
 
 # --- on paper ---------------------------------------------------------------------------------------------------------
@@ -324,7 +343,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             elif case == "sync":
                 sync_case(report, folder, num_rows=44 if args.tiny else 1100, hidden=64 if args.tiny else 256)
             elif case == "rows":
-                rows_case(report, folder, num_rows=400 if args.tiny else args.rows, steps=10 if args.tiny else 400)
+                rows_case(report, folder, num_rows=400 if args.tiny else args.rows, batch_size=16 if args.tiny else 256)
             else:
                 paper_case(report, folder)
     if args.out:
