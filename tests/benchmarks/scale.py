@@ -153,7 +153,7 @@ def sync_case(report: Report, folder: Path, *, num_rows: int, hidden: int) -> No
 
 
 def rows_case(report: Report, folder: Path, *, num_rows: int, batch_size: int) -> None:
-    save_teacher(folder / "teacher", num_layers=2, hidden=64, vocab_size=4_096)
+    save_teacher(folder / "teacher", num_layers=2, hidden=64, vocab_size=1_024)
     write_short_rows(folder / "rows.jsonl", num_rows)
     teacher = {"model": str(folder / "teacher"), "dtype": "float32", "layers": [1]}
     store = {"part_mib": 1 if num_rows > 10_000 else 0.01}
@@ -193,7 +193,7 @@ def write_short_rows(path: Path, num_rows: int) -> None:
     draw = random.Random(0)
     with path.open("w") as file:
         for number in range(num_rows):
-            said = [" ".join(f"w{draw.randrange(4_000)}" for _ in range(draw.randint(2, 6))) for _ in range(2)]
+            said = [" ".join(f"w{draw.randrange(1_000)}" for _ in range(draw.randint(2, 6))) for _ in range(2)]
             turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), said, strict=True)]
             file.write(json.dumps({"id": f"r{number}", "messages": turns}) + "\n")
 
