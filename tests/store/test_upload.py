@@ -104,6 +104,16 @@ def test_a_kill_in_the_middle_of_an_upload(s3: Proxy, built: Path) -> None:
     assert_same_rows(vc.open_cache(built), vc.open_cache(url))
 
 
+def test_a_file_of_a_part_is_one_request(s3: Proxy, tmp_path: Path) -> None:
+    """An upload in pieces that was killed would leave them in the bucket, where no listing shows them."""
+    (tmp_path / "ids").write_bytes(bytes(12 * 2**20))
+    url = new_url("s3")
+    s3.clear()
+    objects_of(url).put("ids", tmp_path / "ids")
+    assert [request.method for request in s3.requests] == ["PUT"]
+    assert objects_of(url).sizes() == {"ids": 12 * 2**20}
+
+
 def assert_same_rows_of_part_0(root: Path, url: str) -> None:
     some, whole = vc.open_cache(url, allow_incomplete=True), vc.open_cache(root)
     assert some.parts == [0]

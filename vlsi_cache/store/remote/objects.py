@@ -26,6 +26,8 @@ RETRIES: Any = {
     "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=10), "base": 2},
 }
 CLIENT: Any = {"connect_timeout": "5s", "read_timeout": "30s", "timeout": "10m"}
+# Pieces of an upload that was killed are kept, and paid for, unseen by any listing: so what a part holds goes in one.
+LARGE = 128 * 2**20
 ALLOW_HTTP = ("AWS_ALLOW_HTTP", "GOOGLE_ALLOW_HTTP", "AZURE_ALLOW_HTTP")
 CREDENTIALS = {
     "s3": ("AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI"),
@@ -117,11 +119,12 @@ class BucketObjects:
             return {one["path"][cut:]: one["size"] for page in pages for one in page}
 
     def put(self, key: str, data: bytes | Path) -> None:
-        """Write an object, in several pieces if it is large; it appears whole, in place of an older one."""
+        """Write an object; it appears whole, in place of an older one. Only a very large one travels in pieces."""
         import obstore
 
+        size = len(data) if isinstance(data, bytes) else data.stat().st_size
         with self._explained(key, "write"):
-            obstore.put(self._store, self._path(key), data)
+            obstore.put(self._store, self._path(key), data, use_multipart=size > LARGE)
 
     def put_new(self, key: str, data: bytes) -> bool:
         """Write an object unless there is one; whether what is there now is `data`, by whomever.
