@@ -229,6 +229,9 @@ def evaluate(
         Path | None, typer.Option(metavar="DIR", help="Read the layers through these, or those of this run.")
     ] = None,
     beams: Annotated[int | None, typer.Option(min=1, metavar="N", help="Answer by beam search.")] = None,
+    draft_exit: Annotated[
+        int | None, typer.Option(min=1, metavar="K", help="Layer K drafts the answers, which stay the same.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N rows.")] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Let the model run code of its own.")
@@ -240,7 +243,9 @@ def evaluate(
     Exact match of the answers (all, and per kind of question), perplexity, and the loss of each verbalized layer, kept
     in RUN/evaluation.json. With --cache (built over held-out rows) also, for every token, the KL to the teacher and how
     often both name the same word first, and the KL of every layer to every layer of the teacher. Results of --limit,
-    --spec, --beams or --verbalizers are shown and not kept. Starts again when it is run again.
+    --spec, --beams or --verbalizers are shown and not kept. Starts again when it is run again. With --draft-exit layer
+    K, read by its verbalizer (without verbalizers by norm and head), names the next words and the whole student checks
+    them at once: answers stay the same, and how many words a pass of the student gave is shown.
     """
     import vlsi_cache as vc
     from vlsi_cache.report.text import evaluation_table
@@ -252,6 +257,7 @@ def evaluate(
         cache=cache,
         verbalizers=verbalizers,
         num_beams=beams,
+        draft_exit=draft_exit,
         device=device,
         limit=limit,
         trust_remote_code=trust_remote_code,

@@ -4,6 +4,7 @@ Legend: T response tokens, V vocabulary.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +244,26 @@ def test_one_beam_is_greedy_and_a_wide_one_is_exhaustive(student_folder: Path, s
         word, second = divmod(int(scores_VV.argmax()), encoder.vocab_size)
         ids = [] if first_V[encoder.eot_id] > scores_VV.max() else [word, second]
         assert other.ids == [word for word in ids if word != encoder.eot_id]
+
+
+@pytest.mark.parametrize("has_verbalizers", [True, False])
+def test_a_layer_drafts_the_answers(run: Path, lens_folder: Path, spec_path: Path, has_verbalizers: bool) -> None:
+    """Through the command's own function; that texts are the same is what `test_drafting` asks of many models."""
+    spec = vc.load_spec(spec_path, overrides=["evaluate.generate=true", "distill.student_dtype=float32"])
+    given: Any = {"verbalizers": lens_folder} if has_verbalizers else {}
+    plain = vc.evaluate(run / "student", spec=spec, **given)
+    result = vc.evaluate(run / "student", spec=spec, draft_exit=1, **given)
+    assert result["exact_match"] == plain["exact_match"]
+    assert result["drafts"]["num_drafted"] > 0
+    assert (result["drafts"]["layer"], result["drafts"]["structure"]) == (1, "logit-lens")
+    assert result["measured_with"]["draft_exit"] == 1
+    assert re.search(
+        r"layer 1 \(logit-lens\) drafted the answers: \d+ % of its words stood, \d\.", evaluation_table(result)
+    )
+    with pytest.raises(SpecError, match="drafts are for one answer at a time, not for 2 beams"):
+        vc.evaluate(run / "student", spec=spec, draft_exit=1, num_beams=2)
+    with pytest.raises(SpecError, match="a layer drafts answers, and the spec generates none"):
+        vc.evaluate(run, draft_exit=1)
 
 
 def next_logprobs(model: Any, encoder: Encoder, prompts: list[list[int]]) -> torch.Tensor:

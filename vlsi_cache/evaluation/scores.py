@@ -24,6 +24,7 @@ from vlsi_cache.data.sequence import Encoded, Layout
 from vlsi_cache.errors import ModelError, SpecError, list_problems
 from vlsi_cache.io import ahead, check_file, refuse_url, write_atomically
 from vlsi_cache.models.backbone import Backbone, head_of
+from vlsi_cache.models.drafting import Drafter
 from vlsi_cache.models.load import ModelRef, max_positions, resolve_model
 from vlsi_cache.models.probe import checked_backbone
 from vlsi_cache.models.verbalizer import Verbalizers, frozen_layout, load_verbalizers
@@ -50,6 +51,7 @@ def evaluate(
     cache: Cache | Path | str | None = None,
     verbalizers: Path | str | None = None,
     num_beams: int | None = None,
+    draft_exit: int | None = None,
     device: str | None = None,
     limit: int | None = None,
     trust_remote_code: bool = False,
@@ -57,15 +59,17 @@ def evaluate(
     """Measure a run's student (or any model folder) on the held-out rows of its spec, and against a teacher's cache.
 
     Device, dtype and attention are those of the spec (with none, of the cache); `device` wins over it. `verbalizers`
-    read the layers in place of the run's own; `num_beams` answers by beam search. A model's own code runs only with
-    `trust_remote_code`, whatever a spec or a run folder says: either may come from somebody else.
+    read the layers in place of the run's own; `num_beams` answers by beam search. With `draft_exit` that layer, read by
+    its verbalizer (without verbalizers by norm and head), drafts the answers, which are the same. A model's own code
+    runs only with `trust_remote_code`, whatever a spec or a run folder says: either may come from somebody else.
 
     Returns, and for a run also writes to RUN/evaluation.json unless this was measured with a `limit` or otherwise than
     the run's own spec says: `exact_match` (all and per kind, or None when the spec does not generate), `nll` in nats
     per response token, `perplexity`, `layers` (nll per verbalized student layer; head and final norm are the trained
     student's own), `verbalizers` (which ones, when not the run's own), `num_samples`, `num_by_kind`, `num_skipped`
-    (rows left out); with a `cache` also `cache`: see `against_cache` and `trained_on`; and `measured_with`, the options
-    of this call. Raises SpecError when there is nothing to measure on, ModelError when a loss is not finite.
+    (rows left out), with drafts `drafts` (see `Drafter.counts`); with a `cache` also `cache`: see `against_cache` and
+    `trained_on`; and `measured_with`, the options of this call. Raises SpecError when there is nothing to measure on,
+    ModelError when a loss is not finite.
 
     Under `torchrun` or `accelerate launch` all processes call it alike and share the batches; the scores are the same.
     """
@@ -77,6 +81,7 @@ def evaluate(
             cache,
             verbalizers,
             num_beams=num_beams,
+            draft_exit=draft_exit,
             device=device,
             limit=limit,
             trust_remote_code=trust_remote_code,
@@ -91,6 +96,7 @@ def _evaluate(
     verbalizers: Path | str | None,
     *,
     num_beams: int | None,
+    draft_exit: int | None,
     device: str | None,
     limit: int | None,
     trust_remote_code: bool,
@@ -110,6 +116,8 @@ def _evaluate(
         if spec.evaluate is None or not spec.evaluate.generate:
             raise SpecError("beams are for answers, and the spec generates none: set `evaluate.generate: true`")
         spec = change(spec, evaluate={**spec.evaluate.model_dump(), "num_beams": num_beams})
+    if draft_exit is not None:
+        _check_drafts(spec)
     own = folder / "verbalizers"
     given = None if verbalizers is None else find_folder(verbalizers)
     if given is not None:
@@ -126,6 +134,7 @@ def _evaluate(
             "spec": spec.model_dump(mode="json"),
             "cache": None if opened is None else opened.header.digest,
             "limit": limit,
+            "draft_exit": draft_exit,
         }
     )
     result = evaluate_model(
@@ -136,6 +145,7 @@ def _evaluate(
         verbalizers=str(given or own) if given or own.is_dir() else None,
         device=processes.own_device(device, spec.run.device) or spec.run.device,
         batch_tokens=spec.run.num_batch_tokens,
+        draft_exit=draft_exit,
         limit=limit,
         num_workers=spec.run.num_workers,
         processes=processes,
@@ -147,12 +157,20 @@ def _evaluate(
     result["measured_with"] = {
         **_own_settings(spec),
         "limit": limit,
+        "draft_exit": draft_exit,
         "verbalizers": None if given is None else str(given.resolve()),
         "cache": None if opened is None else str(opened.path.resolve()),
     }
     if run is not None:
         processes.from_first(lambda: _keep(folder, run, result))
     return result
+
+
+def _check_drafts(spec: CacheSpec) -> None:
+    if spec.evaluate is None or not spec.evaluate.generate:
+        raise SpecError("a layer drafts answers, and the spec generates none: set `evaluate.generate: true`")
+    if spec.evaluate.num_beams > 1:
+        raise SpecError(f"drafts are for one answer at a time, not for {spec.evaluate.num_beams} beams: leave one out")
 
 
 def _nothing_to_measure(folder: Path) -> str:
@@ -211,6 +229,7 @@ def evaluate_model(
     verbalizers: str | None = None,
     device: str | None = None,
     batch_tokens: int = 8192,
+    draft_exit: int | None = None,
     limit: int | None = None,
     num_workers: int = 0,
     processes: Processes = ALONE,
@@ -249,8 +268,10 @@ def evaluate_model(
     result = {}
     if settings is not None:
         assert own is not None
+        drafter = None if draft_exit is None else Drafter.of(backbone, draft_exit, verbalizers=spoken)
         batches = plan_sample_batches(kept, batch_tokens, frozen_layout(backbone, spoken))
-        scores = _on_held_out(backbone, spoken, settings, own, records, batches, num_workers, processes)
+        options = {"num_workers": num_workers, "processes": processes}
+        scores = _on_held_out(backbone, spoken, settings, own, records, batches, drafter=drafter, **options)
         result = {"num_samples": len(records), "num_skipped": num_skipped, **scores}
     if cache is not None:
         options = {"batch_tokens": batch_tokens, "limit": limit, "processes": processes}
@@ -265,6 +286,8 @@ def _on_held_out(
     encoder: Encoder,
     records: Sequence[Record],
     batches: list[list[int]],
+    *,
+    drafter: Drafter | None,
     num_workers: int,
     processes: Processes,
 ) -> dict[str, Any]:
@@ -280,11 +303,12 @@ def _on_held_out(
             "Train it again in a new folder, with a lower `learning_rate` or a longer `warmup`"
         )
     last = nll.pop(backbone.num_layers)
+    right = exact_match(backbone.model, records, encoder, settings, drafter, processes) if settings.generate else None
+    drafts = {} if drafter is None else {"drafts": drafter.summed(processes).counts}
     return {
         "num_by_kind": dict(Counter(record.kind for record in records)),
-        "exact_match": exact_match(backbone.model, records, encoder, settings, processes)
-        if settings.generate
-        else None,
+        "exact_match": right,
+        **drafts,
         "num_beams": settings.num_beams if settings.generate else None,
         "nll": last,
         "perplexity": float(np.exp(last)),
@@ -345,7 +369,12 @@ def _prepared(
 
 
 def exact_match(
-    model: Any, records: Sequence[Record], encoder: Encoder, settings: EvaluateSpec, processes: Processes = ALONE
+    model: Any,
+    records: Sequence[Record],
+    encoder: Encoder,
+    settings: EvaluateSpec,
+    drafter: Drafter | None = None,
+    processes: Processes = ALONE,
 ) -> dict[str, float]:
     """Share of rows whose answer is the reference, white space at the ends aside: `all`, and per kind.
 
@@ -357,7 +386,7 @@ def exact_match(
     own = processes.share(range(0, len(order), size))
     for start in progress(own, "generate", unit="batch"):
         chosen = [records[i] for i in order[start : start + size]]
-        for record, response in zip(chosen, respond(model, encoder, chosen, decoding), strict=True):
+        for record, response in zip(chosen, respond(model, encoder, chosen, decoding, drafter), strict=True):
             right[record.kind] += encoder.answer(response.ids).strip() == record.answer.strip()
     right = sum(processes.gather(right), Counter())
     counts = Counter(record.kind for record in records)

@@ -62,7 +62,7 @@ def _passes(backbone: "Backbone", inputs: dict[str, Any]) -> Iterator[dict[str, 
     cache = DynamicCache(config=backbone.text_config)
     # Models that are all Mamba have another name for it, and no positions.
     name = "cache_params" if "cache_params" in taken else "past_key_values"
-    positions_BP = _trunk_positions(backbone.plain, trunks)
+    positions_BP = trunk_positions(backbone.plain, trunks)
     placed = {"position_ids": positions_BP} if "position_ids" in taken else {}
     yield {**trunks, **placed, name: cache, "use_cache": True}
     mask_BP = trunks["attention_mask"]
@@ -80,7 +80,7 @@ def _passes(backbone: "Backbone", inputs: dict[str, Any]) -> Iterator[dict[str, 
         yield {"input_ids": ids_RS, "attention_mask": seen, **placed, name: own, "use_cache": True}
 
 
-def _trunk_positions(model: Any, trunks: dict[str, Any]) -> Tensor:
+def trunk_positions(model: Any, trunks: dict[str, Any]) -> Tensor:
     """int64 [B, P]; in the Qwen VLs, which count time, height and width of pictures too, [4, B, P]."""
     ids_BP, mask_BP = trunks["input_ids"], trunks["attention_mask"]
     depths_BP = (mask_BP.cumsum(1) - 1).clamp(min=0)

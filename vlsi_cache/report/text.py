@@ -248,7 +248,10 @@ def evaluation_parts(result: Mapping[str, Any]) -> dict[str, Any]:
         "left_out": f" ({result['num_skipped']:,} left out)" if result.get("num_skipped") else "",
         "kinds": [(kind, counts.get(kind, result["num_samples"]), match[kind]) for kind in kinds_of([match])],
         "notes": lines_of(
-            "evaluation_notes.txt", beams=result.get("num_beams") or 1, borrowed=result.get("verbalizers")
+            "evaluation_notes.txt",
+            beams=result.get("num_beams") or 1,
+            drafts=result.get("drafts"),
+            borrowed=result.get("verbalizers"),
         ),
         "layers": (["layer", "nats per token"], [[n, f"{nll:.3f}"] for n, nll in nlls.items()]) if nlls else None,
         "teacher": lines_of("teacher_notes.txt", found=found, num_trained_on=found.get("num_trained_on"))

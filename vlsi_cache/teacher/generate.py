@@ -28,6 +28,7 @@ from vlsi_cache.data.sources import media_root, read_responses
 from vlsi_cache.data.writing import write_rows
 from vlsi_cache.errors import DataError, FingerprintMismatchError, RowError, SpecError, list_problems
 from vlsi_cache.io import check_file, check_folder, refuse_url, write_atomically
+from vlsi_cache.models.drafting import Drafter, decode
 from vlsi_cache.models.load import ModelRef, max_positions, resolve_model, share_digests
 from vlsi_cache.models.parallel import teacher_processes
 from vlsi_cache.processes import Processes
@@ -69,10 +70,20 @@ class Response:
 
 
 @torch.inference_mode()
-def respond(model: Any, encoder: Encoder, records: Sequence[Record], decoding: Decoding) -> list[Response]:
-    """One response to the prompt of each record, all in one batch; draws are keyed by torch's random state."""
+def respond(
+    model: Any, encoder: Encoder, records: Sequence[Record], decoding: Decoding, drafter: Drafter | None = None
+) -> list[Response]:
+    """One response to the prompt of each record, all in one batch; draws are keyed by torch's random state.
+
+    With a `drafter` of the model the text is the same, and comes sooner where its drafts are good.
+    """
     encoded = [encoder.encode(record, with_response=False) for record in records]
     inputs = collate_prompts(encoded, pad_id=encoder.pad_id, device=model.device)
+    if drafter is not None:
+        how: Any = {"temperature": decoding.temperature, "top_p": decoding.top_p}
+        ids = {"eot_id": encoder.eot_id, "vocab_size": encoder.vocab_size}
+        said = decode(drafter, inputs, max_new_tokens=decoding.max_new_tokens, **ids, **how)
+        return [_response(one, encoder.eot_id) for one in said]
     own, model.generation_config = model.generation_config, _config(model, encoder, decoding)
     try:
         output = model.generate(**inputs)
