@@ -53,6 +53,9 @@ def generate(
     num_samples: Annotated[int, typer.Option(min=1, metavar="N", help="Answers to each row, as ID#0, ID#1, ...")] = 1,
     max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Longer answers are left out.")] = 256,
     batch_size: Annotated[int, typer.Option(min=1, metavar="B", help="Answers at a time.")] = 16,
+    draft_exit: Annotated[
+        int | None, typer.Option(min=1, metavar="K", help="Layer K drafts; answers at temperature 0 stay the same.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, metavar="S", help="Of what is drawn.")] = 0,
     limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Only the first N rows.")] = None,
     sets: Sets = None,
@@ -79,6 +82,7 @@ def generate(
         num_samples=num_samples,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
+        draft_exit=draft_exit,
         seed=seed,
         limit=limit,
         device=device,

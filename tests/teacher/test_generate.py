@@ -20,7 +20,7 @@ from vlsi_cache.data.encoder import load_encoder
 from vlsi_cache.data.records import read_records, row_of
 from vlsi_cache.data.sources import raw_rows
 from vlsi_cache.data.writing import write_rows
-from vlsi_cache.errors import DataError, FingerprintMismatchError, RunBusyError, SpecError
+from vlsi_cache.errors import DataError, FingerprintMismatchError, ModelError, RunBusyError, SpecError
 from vlsi_cache.report.describe import describe_cache, description_text
 from vlsi_cache.runs.run_dir import locked
 from vlsi_cache.store import reader as surprise
@@ -43,7 +43,7 @@ def records_of(path: Path) -> Any:
 def say_instead(monkeypatch: pytest.MonkeyPatch, answers: dict[str, Response]) -> None:
     """Let the model say these, by row id."""
 
-    def respond(_model: Any, _encoder: Any, records: Any, _decoding: Any) -> list[Response]:
+    def respond(_model: Any, _encoder: Any, records: Any, *_: Any) -> list[Response]:
         return [answers[record.id] for record in records]
 
     monkeypatch.setattr(generate_module, "respond", respond)
@@ -80,6 +80,27 @@ def test_a_killed_run_ends_in_the_same_bytes(spec: CacheSpec, tmp_path: Path, mo
     assert order == sorted(order)
     other = generate(spec, out=tmp_path / "other.parquet", seed=8, **SAMPLED)
     assert [r.answer for r in records_of(Path(other["path"]))] != [r.answer for r in records]
+
+
+def test_a_layer_drafts_the_same_answers(
+    spec: CacheSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    respond, said = generate_module.respond, []
+
+    def heard(*arguments: Any) -> list[Response]:
+        said.append(respond(*arguments))
+        return [Response([5], True)] * len(said[-1])  # the teacher of the tests would not end by itself
+
+    monkeypatch.setattr(generate_module, "respond", heard)
+    options: Any = {"max_new_tokens": 24, "limit": 6}
+    generate(spec, out=tmp_path / "plain.parquet", **options)
+    generate(spec, out=tmp_path / "drafted.parquet", draft_exit=2, **options)
+    assert said[0] == said[1]
+    assert "layer 2 (logit-lens) drafted the answers" in capsys.readouterr().err
+    with pytest.raises(FingerprintMismatchError, match="draft_exit"):
+        generate(spec, out=tmp_path / "drafted.parquet", **options)
+    with pytest.raises(ModelError, match=r"target layers \[9\] are out of range"):
+        generate(spec, out=tmp_path / "other.parquet", draft_exit=9, **options)
 
 
 def test_what_cannot_be_a_row_is_listed(

@@ -68,6 +68,13 @@ class Drafter:
         drafted, accepted, checks = (sum(counts) for counts in zip(*found, strict=True))
         return replace(self, num_drafted=drafted, num_accepted=accepted, num_checks=checks)
 
+    def __str__(self) -> str:
+        counts = self.counts
+        return (
+            f"layer {self.layer} ({counts['structure']}) drafted the answers: {100 * counts['acceptance']:.0f} % of "
+            f"its words stood, {counts['tokens_per_pass']:.2f} words a pass of the model"
+        )
+
     @property
     def counts(self) -> dict[str, Any]:
         """`acceptance`: share of drafted tokens kept; `tokens_per_pass`: of the whole model, 1 without drafts."""

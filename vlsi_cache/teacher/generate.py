@@ -31,6 +31,9 @@ from vlsi_cache.io import check_file, check_folder, refuse_url, write_atomically
 from vlsi_cache.models.drafting import Drafter, decode
 from vlsi_cache.models.load import ModelRef, max_positions, resolve_model, share_digests
 from vlsi_cache.models.parallel import teacher_processes
+from vlsi_cache.models.probe import checked_backbone
+from vlsi_cache.models.verbalizer import load_verbalizers
+from vlsi_cache.models.verbalizer_files import find_folder
 from vlsi_cache.processes import Processes
 from vlsi_cache.progress import progress, say
 from vlsi_cache.run_files import read_batch, read_object, read_run, sealed
@@ -148,6 +151,8 @@ class _Job:
     limits: dict[str, Any]  # as `fit_rows` takes them
     media_root: Path | None
     facts: dict[str, Any]
+    draft_exit: int | None
+    verbalizers: Path | None  # that read the layer which drafts; None: norm and head do
 
     @property
     def work(self) -> Path:
@@ -167,6 +172,7 @@ def generate(
     num_samples: int = 1,
     max_new_tokens: int = 256,
     batch_size: int = 16,
+    draft_exit: int | None = None,
     seed: int = 0,
     limit: int | None = None,
     device: str | None = None,
@@ -176,8 +182,9 @@ def generate(
     `model` is `teacher`, a distill run's folder (its student), or a model's folder or hub id. Temperature 0 takes the
     likeliest token. With several `num_samples` the rows' ids become `ID#0`, `ID#1`, ... Responses that do not end
     within `max_new_tokens`, are empty, or cannot be rows are left out and listed. Pictures that the rows name by path
-    stay where they are. A teacher with `teacher.parallel: tensor` is answered for by all processes of a launch, which
-    call this alike; the first one writes.
+    stay where they are. With `draft_exit` that layer drafts the answers (see `models.drafting`), read by its verbalizer
+    where the run or the spec's teacher has some. A teacher with `teacher.parallel: tensor` is answered for by all
+    processes of a launch, which call this alike; the first one writes.
 
     Returns what the file's metadata says: `model`, `weights`, `settings`, `source_rows` (their digest), `counts`,
     `left_out` ({id, reason}), `versions`, with such pictures `media_root`; and `path`. Raises SpecError, DataError
@@ -186,9 +193,11 @@ def generate(
     """
     decoding = Decoding(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
     _check(Path(out), decoding, num_samples=num_samples, batch_size=batch_size)
+    if draft_exit is not None and model == "teacher" and spec.teacher.parallel == "tensor":
+        raise SpecError("a teacher that is cut into pieces (`teacher.parallel: tensor`) answers without drafts")
     if seed and not temperature:
         raise SpecError(f"`seed` {seed} belongs to sampling, and nothing is drawn without a `temperature` above 0")
-    numbers: Any = {"batch_size": batch_size, "seed": seed, "limit": limit}
+    numbers: Any = {"batch_size": batch_size, "seed": seed, "limit": limit, "draft_exit": draft_exit}
     with teacher_processes(spec.teacher.parallel if model == "teacher" else "none") as group:
         job = group.first_before_others(lambda: _plan(spec, Path(out), model, decoding, num_samples, **numbers))
         share_digests(job.model, group)
@@ -249,6 +258,7 @@ def _plan(
     batch_size: int,
     seed: int,
     limit: int | None,
+    draft_exit: int | None,
 ) -> _Job:
     """Read everything but the weights: prompts of similar length come together, all samples of one side by side."""
     named = model_named(spec, model)
@@ -271,6 +281,7 @@ def _plan(
         "batch_size": batch_size,
         "seed": seed,
         "dtype": named.dtype,
+        **({} if draft_exit is None else {"draft_exit": draft_exit}),
     }
     return _Job(
         out=out,
@@ -292,7 +303,17 @@ def _plan(
             "source_rows": source.digest,
             "versions": versions(),
         },
+        draft_exit=draft_exit,
+        verbalizers=_verbalizers_of(spec, model),
     )
+
+
+def _verbalizers_of(spec: CacheSpec, model: str) -> Path | None:
+    """The folder of those that belong to `model`, as `model_named` takes it; None where it has none."""
+    if model == "teacher":
+        return None if spec.teacher.verbalizers is None else Path(find_folder(spec.teacher.verbalizers))
+    folder = Path(model) / "verbalizers"
+    return folder if folder.is_dir() else None
 
 
 def _is_finished(job: _Job) -> bool:
@@ -348,14 +369,24 @@ def _speak(job: _Job, *, seed: int, device: str, group: Processes) -> None:
         return
     loaded = job.model.load(device if device == "auto" else str(pick_device(device)))  # auto: over all GPUs
     say(f"model: {job.model.path} on {loaded.device}")
+    drafter = None if job.draft_exit is None else _drafter(job, loaded, job.draft_exit)
     done = len(job.batches) - len(missing)
     for number in progress(missing, "generate", unit="batch", done=done):
         seed_step(seed, "generate", number)
         records = [job.records[index] for index, _ in job.batches[number]]
-        responses = respond(loaded, job.encoder, records, job.decoding)
+        responses = respond(loaded, job.encoder, records, job.decoding, drafter)
         lines = [{"ids": one.ids, "ended": one.ended} for one in responses]
         if group.is_first:
             write_atomically(job.batch_file(number), sealed({"responses": lines}))
+    if drafter is not None:
+        say(str(drafter))
+
+
+def _drafter(job: _Job, loaded: Any, layer: int) -> Drafter:
+    backbone, verbalizers = checked_backbone(loaded, job.encoder), None
+    if job.verbalizers is not None:  # a run's are older than its student's head
+        verbalizers = load_verbalizers(job.verbalizers, backbone, [layer], check_head=False)
+    return Drafter.of(backbone, layer, verbalizers=verbalizers)
 
 
 def _write(job: _Job, facts: dict[str, Any]) -> None:
