@@ -146,7 +146,7 @@ READ_A_MESSAGE = {
     "io.py:is_disk_full": "safetensors and arrow give the number of the error in their text alone",
     "processes.py:is_of_a_connection": "gloo raises a plain RuntimeError when another process has ended",
     "models/save.py:mend_generation": "transformers names the settings that it refuses in its text alone",
-    "store/remote/objects.py:_is_no_bucket": "obstore has no class for a bucket that is missing: its text has the status",
+    "store/remote/objects.py:_is_no_bucket": "obstore has no class for a missing bucket: its text has the status",
     "teacher/forward.py:is_out_of_memory": "torch raises a plain RuntimeError for the memory of the host",
 }
 SEARCHES = {"startswith", "endswith", "removeprefix", "removesuffix", "find", "index", "partition", "rpartition"}
