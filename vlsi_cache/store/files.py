@@ -51,7 +51,10 @@ STALE_S = 86400.0  # an unfinished file of another host counts as abandoned afte
 _TMP_NAME = re.compile(r"^(?P<what>.+)\.(?P<host>[A-Za-z0-9_-]+)\.(?P<pid>\d+)\.(?P<uuid>[0-9a-f]{12})(\.[a-z]+)?$")
 _live: set[str] = set()
 FROM_A_COPY = "restore this file from a copy of the cache"
-DAMAGED_REMOTE = "what lies on the store is damaged: delete it there, and build or push the cache again; it continues"
+DAMAGED_REMOTE = (
+    "what lies on the store is damaged: `vlsi-cache repair URL` moves it away (on the hub delete it there); then build "
+    "or push the cache again, it continues"
+)
 
 KINDS = {
     stat.S_IFDIR: "a folder",
