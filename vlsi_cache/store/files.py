@@ -19,7 +19,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from vlsi_cache.errors import CacheCorruptError, DiskFullError, command_line
-from vlsi_cache.io import checksum, fsync_dir, is_disk_full, remove
+from vlsi_cache.io import checksum, fsync_dir, is_disk_full, name_file, remove
 
 from .arrays import (
     SUMMARY_ARRAYS,
@@ -195,10 +195,11 @@ def disk_full(root: Path, need_bytes: int, free_bytes: int) -> DiskFullError:
 
 @contextlib.contextmanager
 def disk_full_is_an_error(root: Path, need_bytes: int) -> Iterator[None]:
-    """Turn ENOSPC and EDQUOT into DiskFullError."""
+    """Turn ENOSPC and EDQUOT into DiskFullError; another error of a write names at least `root`."""
     try:
         yield
     except OSError as error:
+        name_file(error, root)
         if is_disk_full(error) and not isinstance(error, DiskFullError):
             raise disk_full(root, need_bytes + RESERVE_BYTES, shutil.disk_usage(root).free) from error
         raise
