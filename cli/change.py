@@ -157,15 +157,17 @@ def repair(
     """Move broken parts out of the way for the next build.
 
     They go to `quarantine/` inside the cache. What killed processes have left in `tmp/` is deleted, after a question.
+    Of a cache on an object store every byte is read; stop builds of it first. The next build or push mends it.
     """
     import vlsi_cache as vc
+    from vlsi_cache.store.check import sweep
 
     require_cache(cache)
     done = vc.repair(cache, yes=yes)
     text = str(done)
     if done.left and _confirmed(done.left):
-        removed = vc.repair(cache, yes=True).removed
-        done, text = replace(done, removed=removed, left=[]), f"{text}\nremoved: {', '.join(removed)}"
+        removed = sweep(cache)
+        done, text = replace(done, removed=[*done.removed, *removed], left=[]), f"{text}\nremoved: {', '.join(removed)}"
     return Answer(asdict(done), f"{cache}: {text}")
 
 

@@ -237,13 +237,23 @@ def diff(
 
 def report(
     path: Annotated[
-        Path, typer.Argument(metavar="CACHE-or-RUN", help="Folder of a cache, a run, an ablation or a demo.")
+        str,
+        typer.Argument(metavar="CACHE-or-RUN", help="Folder of a cache, a run, an ablation or a demo; a cache's URL."),
     ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="FILE.html",
+            help="Where the page goes. Default: report.html in the folder; of a URL, report-NAME.html here.",
+        ),
+    ] = None,
 ) -> Answer:
     """Write report.html: figures on one self-contained page."""
     from vlsi_cache.report.pages import write_report
 
-    file = write_report(path)
+    file = write_report(path, out)
     return Answer({"report": file}, f"report: {file}")
 
 

@@ -308,7 +308,8 @@ def ablate(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Where cache, runs and tables go.")],
     seeds: Annotated[int, typer.Option(min=1, metavar="N", help="Train every variant with N seeds.")] = 1,
     cache: Annotated[
-        Path | None, typer.Option(metavar="CACHE", help="A cache of SPEC; default: DIR/cache, built if missing.")
+        str | None,
+        typer.Option(metavar="CACHE", help="A cache of SPEC, folder or URL; default: DIR/cache, built if missing."),
     ] = None,
     student: Student = None,
     variants: Annotated[

@@ -99,6 +99,13 @@ def spec_file(tmp_path: Path, teacher_folder: Path) -> Path:
 
 
 @pytest.fixture
+def part_cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A part cache of this test's own, for caches on object stores."""
+    monkeypatch.setenv("VLSI_CACHE_DIR", str(tmp_path / "part-cache"))
+    return tmp_path / "part-cache"
+
+
+@pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
     """Run a command line in this process: (exit code, stdout, stderr)."""
     from vlsi_cache_cli.main import main

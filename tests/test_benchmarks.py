@@ -11,8 +11,8 @@ from helpers.tiny import benchmark_scripts
 
 FOLDER = Path(__file__).parent / "benchmarks"
 SCRIPTS = (
-    "cases", "gpu", "kernels", "measuring", "online", "online_vs_cached", "ours", "peers", "processes", "stages",
-    "students",
+    "cases", "data", "gpu", "kernels", "measuring", "online", "online_vs_cached", "ours", "peers", "processes", "scale",
+    "stages", "students",
 )  # fmt: skip
 CPU = torch.device("cpu")
 
@@ -64,6 +64,18 @@ def test_every_part_of_the_stages_benchmark_runs(scripts: dict[str, Any], tmp_pa
     text = (tmp_path / "results.md").read_text(encoding="utf-8")
     assert text.count("\n## ") == 4
     assert text.count("\n| interact |") == 3  # the stage, its step, its memory
+
+
+def test_the_papers_setting_is_worked_out_on_paper(scripts: dict[str, Any], tmp_path: Path) -> None:
+    """From the configuration of the teacher alone; the number of its parameters is that of Qwen2-VL-72B."""
+    scripts["scale"].main(["--case", "paper", "--out", str(tmp_path / "results.md")])
+    text = (tmp_path / "results.md").read_text(encoding="utf-8")
+    assert "2,900,000 rows of one picture" in text
+    assert "21 layers of Qwen2-VL-72B (73.4 B parameters), k 64" in text
+    rows = dict(re.findall(r"^\| (.+?) \| (.+) \|$", text, flags=re.MULTILINE))
+    few, many = (float(value) for value in rows["teacher's pass, hours"].split(" | "))
+    assert few == pytest.approx(8 * many, rel=0.05)  # of two digits
+    assert len(set(rows["cache, TB (hidden states)"].split(" | "))) == 1  # whatever reads it
 
 
 def test_workers_answer_one_by_one_and_say_when_they_fail(scripts: dict[str, Any], tmp_path: Path) -> None:

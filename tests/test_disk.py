@@ -1,6 +1,7 @@
 """What training writes is on the disk before anything relies on it, and a full disk is one error that says so."""
 
 import os
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from vlsi_cache import io
 from vlsi_cache.errors import DiskFullError
 from vlsi_cache.models import verbalizer_files
 from vlsi_cache.runs import checkpoints
+from vlsi_cache.store import files
 
 Work = Callable[[Path, int], object]
 
@@ -102,3 +104,17 @@ def test_a_full_disk_is_one_error_and_leaves_what_was_there(
     with pytest.raises(DiskFullError, match=f"`{tmp_path}/.*could not be written.* bytes .* same command again"):
         write(tmp_path, 2)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("write", [io.write_atomically, lambda file, data: files.replace_file(file.parent, file, data)])
+def test_a_file_that_may_not_be_so_large_is_named(tmp_path: Path, write: Callable[[Path, bytes], None]) -> None:
+    """A limit of the process (`ulimit -f`): the system's error for a write says no name."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError, match=f"File too large: '{tmp_path}") as caught:
+            write(tmp_path / "large.json", bytes(2000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not isinstance(caught.value, DiskFullError)
+    assert list(tmp_path.glob("*large*")) == []

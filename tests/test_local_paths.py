@@ -29,7 +29,6 @@ def calls(url: str) -> dict[str, Any]:
     """Every way into the library that takes a path."""
     spec = vc.load_spec("demo")
     return {
-        "repair": lambda: vc.repair(url),
         "train": lambda: vc.train_verbalizers(spec, out=url),
         "generate": lambda: vc.generate(spec, out=f"{url}.parquet"),
         "distill": lambda: vc.distill("cache", out=url),

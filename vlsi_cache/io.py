@@ -129,12 +129,19 @@ def replacing(target: Path) -> Iterator[Path]:
     except BaseException as error:
         remove(temporary)
         if isinstance(error, DiskFullError) or not is_disk_full(error):
+            name_file(error, target)
             raise
         free = shutil.disk_usage(target.parent).free
         raise DiskFullError(
             f"the disk is full: `{target}` could not be written, {free} bytes ({free / 2**20:.1f} MiB) are free; what "
             "was finished before is kept: free some space and run the same command again, it continues"
         ) from error
+
+
+def name_file(error: BaseException, path: Path) -> None:
+    """Let what the system says of a write name the file: Python knows it where it opens one, not where it writes."""
+    if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+        error.filename = str(path)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from helpers.remote import copied, new_url
 from helpers.tiny import write_spec
 from safetensors.torch import load_file, save_file
 
@@ -448,8 +449,13 @@ def test_rows_of_one_table_add_up(start: Start, tmp_path: Path, monkeypatch: pyt
     assert [row["names"] for row in record["tables"]["layers"]] == [["vlsi", "all-layers"], ["deepest-quarter"]]
 
 
-def test_smaller_caches_are_cut_from_the_one_at_hand(start: Start, cache: Cache, tmp_path: Path) -> None:
-    start(tmp_path / "ablation", axes=["k", "layers"], variants=["k-4", "every-second"])
+@pytest.mark.usefixtures("part_cache_dir")
+def test_smaller_caches_are_cut_from_the_one_at_hand(start: Start, cache: Cache, whole: Path, tmp_path: Path) -> None:
+    """Which lies on an object store here: the runs are those of a folder."""
+    url = copied(cache.path)
+    record = start(tmp_path / "ablation", axes=["k", "layers"], variants=["k-4", "every-second"], cache=url)
+    assert record["cache"] == url
+    assert scores(tmp_path / "ablation")["vlsi", "0"] == scores(whole)["vlsi", "0"]
     caches = {folder.name: vc.open(folder).header for folder in (tmp_path / "ablation" / "caches").iterdir()}
     assert {name: (header.layers, header.top_k) for name, header in caches.items()} == {
         "k-4": ([1, 2, 3, 4, 5], [4] * 5),
@@ -461,6 +467,20 @@ def test_smaller_caches_are_cut_from_the_one_at_hand(start: Start, cache: Cache,
         assert [row.sample_id for row in PartWindowReader(smaller, seed=3, epoch=1, window_parts=2)] == order
         run = json.loads((tmp_path / "ablation" / "runs" / "seed-0" / name / "run.json").read_text())
         assert run["cache"] == str(tmp_path / "ablation" / "caches" / name)
+
+
+@pytest.mark.usefixtures("part_cache_dir")
+def test_a_cache_by_its_url_from_the_command_line(
+    spec: vc.CacheSpec, cache: Cache, student_folder: Path, tmp_path: Path, run: Any
+) -> None:
+    assert isinstance(spec.data.path, str)
+    sets = [word for one in SHORT for word in ("--set", one)]
+    words = ["ablate", Path(spec.data.path).parent / "spec.yaml", "--axis", "matching", "--student", student_folder]
+    words += ["-o", tmp_path / "ablation", "--variants", "order", "--dry-run", *sets]
+    code, out, err = run(*words, "--cache", copied(cache.path))
+    assert (code, "order" in out) == (0, True), err
+    code, _, err = run(*words, "--cache", url := new_url())
+    assert (code, f"there is no cache at `{url}`" in err) == (3, True), err
 
 
 def test_settings_of_the_spec_win_over_those_in_the_cache(start: Start, spec: vc.CacheSpec, tmp_path: Path) -> None:

@@ -5,15 +5,17 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from helpers.fakes import LAYERS, SPEC, K, fake_example, write_cache, write_demo, write_run
 from helpers.pages import checked
+from helpers.remote import copied, new_url, objects_of
 
 from vlsi_cache.errors import CacheNotFoundError
 from vlsi_cache.progress import human_bytes, human_seconds
-from vlsi_cache.report import figures, text
+from vlsi_cache.report import figures, pages, text
 from vlsi_cache.report.example import example_of, grid_of
 from vlsi_cache.report.pages import write_demo_report, write_report
 from vlsi_cache.report.text import visible
@@ -53,6 +55,27 @@ def test_cache_report(cache: Path) -> None:
     assert "prompt &lt;too&gt; long" in html
     assert "the&lt;b&gt;" not in html
     assert '<th class="word">&lt;b&gt;</th>' in html  # words come from the cache: its teacher is nowhere
+
+
+@pytest.mark.usefixtures("part_cache_dir")
+def test_report_of_a_cache_on_a_store(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Any) -> None:
+    """It is the page of the folder, but for the place it names, and goes to a local file."""
+    monkeypatch.chdir(tmp_path)
+    url = copied(cache)
+    code, out, err = run("report", url, "--json")
+    file = tmp_path / f"report-{url.rpartition('/')[2]}.html"
+    assert (code, json.loads(out)["report"]) == (0, file.name), err
+    assert file.read_text().replace(url, str(cache)) == write_report(cache).read_text()
+    assert "report.html" not in objects_of(url).sizes()
+    monkeypatch.setattr(pages, "cache_page", lambda one: f"<p>{one.path}")  # drawn above
+    for where, name in ((url, "a/page.html"), (cache, "b.html")):
+        assert run("report", where, "-o", tmp_path / name)[0] == 0
+        assert (tmp_path / name).read_text() == f"<p>{where}"
+    file.write_text("mine")
+    code, _, err = run("report", url)
+    assert (code, file.read_text(), "is no page of vlsi-cache" in err) == (2, "mine", True)
+    code, _, err = run("report", missing := new_url())
+    assert (code, f"there is no cache at `{missing}`" in err) == (3, True)
 
 
 def test_cache_report_of_draws_without_texts(tmp_path: Path) -> None:

@@ -39,9 +39,3 @@ def s3(server: Proxy, monkeypatch: pytest.MonkeyPatch) -> Proxy:
     for name, value in {**ENVIRONMENT, "AWS_ENDPOINT_URL": server.endpoint}.items():
         monkeypatch.setenv(name, value)
     return server
-
-
-@pytest.fixture
-def part_cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("VLSI_CACHE_DIR", str(tmp_path / "part-cache"))
-    return tmp_path / "part-cache"

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.launch import run_together
-from helpers.tiny import save_tokenizer, write_spec
+from helpers.tiny import make_rows, save_tokenizer, write_jsonl, write_spec
 from helpers.vlms import picture_rows, save_vlm
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3VLConfig, StableLmConfig
@@ -25,7 +25,7 @@ from vlsi_cache_cli.main import main
 import vlsi_cache as vc
 from vlsi_cache.config.sections import CacheSpec
 from vlsi_cache.config.spec import change, spec_from_dict
-from vlsi_cache.errors import ModelError, ProcessLostError, SpecError
+from vlsi_cache.errors import DiskFullError, ModelError, ProcessLostError, SpecError
 from vlsi_cache.models.load import ModelRef
 from vlsi_cache.models.parallel import check_cut, gather_head
 from vlsi_cache.processes import joined
@@ -92,6 +92,9 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
     setup = Setup(folder, files, caches)
     for kind in KINDS:
         caches[kind] = vc.build_teacher(setup.spec(kind), out=folder / f"alone-{kind}")
+    (folder / "spec-grown").mkdir()  # the data of the first kind as it is later
+    files["grown"] = write_spec(folder / "spec-grown", folder / "model-untied")
+    write_jsonl(folder / "spec-grown" / "rows.jsonl", [*make_rows(3, start=900), *make_rows(24)[4:]])
     return setup
 
 
@@ -126,6 +129,7 @@ def assert_same_rows(found: Cache, wanted: Cache) -> None:
 def together(setup: Setup) -> list[dict[str, Any]]:
     """What two processes that hold the teachers together do, one after the other in one launch."""
     folder = setup.folder
+    shutil.copytree(setup.caches["untied"].path, folder / "grown")
 
     def work(_: int) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -137,12 +141,34 @@ def together(setup: Setup) -> list[dict[str, Any]]:
         verify = ("verify", setup.caches["tied"].path, "--recompute", 3)
         found["verify"] = command(*verify, "--parallel", "tensor", "--json")
         found["refused"] = command(*verify)
+        found["sync"] = sync_after_a_full_disk(setup)
         found["subset"] = vc.train_verbalizers(setup.spec("untied", *CUT), out=folder / "some", rank=1, world=2)
         with joined():
             found["parameters"] = pieces(setup)
         return found
 
     return run_together(2, work)
+
+
+def sync_after_a_full_disk(setup: Setup) -> dict[str, Any]:
+    """Two attempts at one sync, of which the first process has no room for its second part."""
+    cut, adopted = setup.spec("grown", *CUT), []
+    adopt = CacheWriter.adopt_part
+
+    def full(self: CacheWriter, *args: Any) -> bool:
+        adopted.append(args[0])
+        if len(adopted) == 2:
+            raise DiskFullError("the disk is full")
+        return adopt(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CacheWriter, "adopt_part", full)
+        with pytest.raises(DiskFullError, match="the disk is full"):
+            vc.sync_cache(cut, out=setup.folder / "grown")
+    before = vc.open(setup.folder / "grown").header.digest
+    for _ in range(2):  # the second time there is nothing to do
+        after = vc.sync_cache(cut, out=setup.folder / "grown").header.digest
+    return {"adopted": adopted, "before": before, "after": after}
 
 
 def pieces(setup: Setup) -> list[int]:
@@ -161,6 +187,19 @@ def test_rows_are_those_of_one_process(kind: str, setup: Setup, together: list[d
     assert sorted(path.name for path in (setup.folder / f"cut-{kind}").iterdir()) == sorted(
         path.name for path in setup.caches[kind].path.iterdir()
     )
+
+
+def test_a_cache_follows_its_data(setup: Setup, together: list[dict[str, Any]]) -> None:
+    """The first process decides and writes, both raise its error; rows are those of a build from nothing."""
+    ours, theirs = (one["sync"] for one in together)
+    assert (len(ours["adopted"]), theirs["adopted"]) == (2, [])
+    synced = vc.open(setup.folder / "grown")
+    assert ours["before"] == theirs["before"] == setup.caches["untied"].header.digest
+    assert ours["after"] == theirs["after"] == synced.header.digest
+    assert [synced.header.parents[0][name] for name in ("num_kept", "num_added")] == [20, 3]
+    assert_same_rows(synced, vc.build_teacher(setup.spec("grown"), out=setup.folder / "grown-alone"))
+    assert vc.verify(synced.path, deep=True).ok
+    assert not (setup.folder / ".grown.sync").exists()
 
 
 def test_each_process_holds_a_piece(together: list[dict[str, Any]]) -> None:
@@ -284,7 +323,7 @@ def test_without_a_launcher_it_is_refused(
     assert (code, "--parallel does nothing without --recompute" in err) == (2, True)
     with pytest.raises(ModelError, match="only the joined processes"):
         ModelRef(setup.folder / "model-untied", parallel="tensor").load()
-    with pytest.raises(SpecError, match="cannot be synced by a teacher that is cut"):
+    with pytest.raises(SpecError, match="cuts the teacher into one piece for each process, and this is one alone"):
         vc.sync_cache(setup.spec("untied", *CUT), out=setup.caches["untied"].path)
 
 

@@ -15,11 +15,13 @@ from helpers.tiny import make_rows, write_jsonl, write_spec
 import vlsi_cache as vc
 from vlsi_cache.config.sections import CacheSpec
 from vlsi_cache.errors import CacheCorruptError, CacheIncompleteError, FingerprintMismatchError, SpecError
+from vlsi_cache.processes import ALONE
 from vlsi_cache.store.format import RECORD_NAME
 from vlsi_cache.store.reader import Cache
 from vlsi_cache.store.writer import CacheWriter
 from vlsi_cache.teacher import sync
 from vlsi_cache.teacher.forward import Teacher
+from vlsi_cache.teacher.inputs import open_teacher_inputs
 from vlsi_cache.teacher.recompute import recompute
 
 GONE, CHANGED, NEW = ("row-3", "row-17"), ("row-5",), 6
@@ -203,16 +205,16 @@ def test_several_processes_and_one_that_comes_too_late(spec: CacheSpec, tmp_path
     old = vc.open_cache(tmp_path / "cache")
     wanted = change_data(tmp_path)
     ran.clear()
-    late = sync.find_changes(old, sync.open_teacher_inputs(spec))
+    late = sync.find_changes(old, open_teacher_inputs(spec))
     for rank in range(2):
         synced = vc.sync_cache(spec, out=tmp_path / "cache", rank=rank, world=2)
     assert sorted(ran) == sorted(wanted)
     # This one has read the old cache, and finds the new one in its place.
-    inputs, work = sync.open_teacher_inputs(spec), tmp_path / ".cache.sync"
+    inputs, work = open_teacher_inputs(spec), tmp_path / ".cache.sync"
     parts = [[] for _ in late.kept] + sync.parts_of(inputs, late.new)
-    header = sync._synced_header(old, inputs, parts, late)
+    plan = sync.Plan(sync._synced_header(old, inputs, parts, late), parts, late)
     with pytest.raises(CacheCorruptError):
-        sync._make(old, work / "cache", header, inputs, parts, late, device=None, rank=0, world=1)
+        sync._make(plan, old, work / "cache", inputs, device=None, rank=0, world=1, group=ALONE)
     shutil.copytree(synced.path, work / "cache")
     with pytest.raises(SpecError, match="has become another cache while it was synced"):
         sync._take_place(work, old)

@@ -16,9 +16,11 @@ from vlsi_cache.data.encoder import load_encoder
 from vlsi_cache.data.records import read_records
 from vlsi_cache.data.sequence import Layout
 from vlsi_cache.errors import SpecError
+from vlsi_cache.processes import ALONE, Processes
 from vlsi_cache.run_files import read_metrics
+from vlsi_cache.store.part import Part, Row
 from vlsi_cache.store.reader import Cache
-from vlsi_cache.train.loader import Feed, MicroBatch, Sample, encode_pairs
+from vlsi_cache.train.loader import Feed, MicroBatch, Sample, cached_records, encode_pairs
 
 KINDS = {
     "selected": ["rows.select_tokens.entropy_top=0.3"],
@@ -164,6 +166,45 @@ def test_only_tokens_with_rows_are_compared(cache_of: CacheOf, teacher_folder: P
     gold = np.concatenate([cache[name].response_ids_R[cache[name].positions_T] for name in names])
     np.testing.assert_array_equal(micro.batch.gold_T.numpy(), gold)
     np.testing.assert_array_equal(micro.rows.entropy_LT, np.concatenate([cache[n].entropy_LT for n in names], axis=1))
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(row_width=64)], ids=["padded", "packed"])
+@pytest.mark.parametrize("kind", ["exact", "top-p", PLAIN])
+def test_a_process_decodes_its_own_samples_alone(
+    cache_of: CacheOf, teacher_folder: Path, monkeypatch: pytest.MonkeyPatch, layout: Layout, kind: str
+) -> None:
+    """Their rows are those that one process alone trains on, batch by batch."""
+    cache, encoder = cache_of(kind), load_encoder(str(teacher_folder))
+    records = read_records(vc.load_spec(cache.path.parent / "spec.yaml").data)
+    decoded: list[str] = []
+    row = Part.row
+
+    def noted(self: Part, index: int) -> Row:
+        decoded.append(self.record.sample_ids[index])
+        return row(self, index)
+
+    def taken(processes: Processes) -> list[MicroBatch]:
+        order: Any = {"layers": cache.layers, "seed": 1, "window_parts": 2}
+        own = cached_records(cache, records, decode=processes.num_shares == 1, **order)
+        options: Any = {"batch_size": 8, "micro_batch_size": 2, "reduction": "token", "layout": layout}
+        with Feed(own, encoder, device=torch.device("cpu"), processes=processes, **options) as feed:
+            return [micro for _ in range(4) for micro in feed.batch()]
+
+    alone = taken(ALONE)
+    monkeypatch.setattr(Part, "row", noted)
+    for rank in range(2):
+        decoded.clear()
+        shared = taken(Processes(rank, 2))
+        wanted = [micro for start in range(0, 16, 4) for micro in alone[start : start + 4][rank::2]]
+        assert [one.sample_ids for one in shared] == [one.sample_ids for one in wanted]
+        said = [name for one in shared for name in one.sample_ids]
+        assert decoded[: len(said)] == said  # what follows was made ready, and nobody took it
+        for one, other in zip(shared, wanted, strict=True):
+            assert one.rows is not None
+            assert other.rows is not None
+            for name, value in vars(other.rows).items():
+                np.testing.assert_array_equal(getattr(one.rows, name), value, err_msg=name)
+            assert torch.equal(one.share_T, other.share_T)
 
 
 def test_a_student_of_a_merged_cache_finds_the_rows_of_both(

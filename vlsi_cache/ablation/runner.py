@@ -1,6 +1,6 @@
 """Stage ablate: all variants of a table from one cache, with the same budget and the same seeds.
 
-DIR/cache                      the cache, unless another one is named
+DIR/cache                      the cache, unless another one is named: a folder or a URL
 DIR/caches/NAME                smaller caches cut from it
 DIR/runs/seed-S/NAME           one training for each seed and each variant with settings of its own
 DIR/ablation.json              settings, tables and scores; written again after every run
@@ -36,6 +36,7 @@ from vlsi_cache.store import reader
 from vlsi_cache.store.derive import check_target
 from vlsi_cache.store.derive.prune import plan_prune, read_cuts, run_prune
 from vlsi_cache.store.format import CacheHeader
+from vlsi_cache.store.location import place_of
 from vlsi_cache.teacher.build import build_teacher, cache_header, parts_of
 from vlsi_cache.teacher.inputs import open_teacher_inputs
 from vlsi_cache.train.distill import FIXED_BY_THE_CACHE, distill, distill_spec
@@ -96,11 +97,11 @@ def ablate(
 ) -> dict[str, Any]:
     """Train and measure every variant of the tables `axes` with `seeds` seeds into the folder `out`, or go on with it.
 
-    An axis is the name of a shipped table, or a YAML file of the same form. `cache` is a built one; by default it is
-    `out/cache`, built when it is missing. `student` and `device` win over the spec. Seeds count from `distill.seed`.
-    `variants` leaves out others than these and the default. A run that diverges is recorded as failed, and tried again
-    the next time. Other axes, variants and more seeds may be asked of the same folder: what is finished is taken, and
-    the tables add up.
+    An axis is the name of a shipped table, or a YAML file of the same form. `cache` is a built one, its folder or URL;
+    by default it is `out/cache`, built when it is missing. `student` and `device` win over the spec. Seeds count from
+    `distill.seed`. `variants` leaves out others than these and the default. A run that diverges is recorded as failed,
+    and tried again the next time. Other axes, variants and more seeds may be asked of the same folder: what is finished
+    is taken, and the tables add up.
 
     Returns what `out/ablation.json` holds, or with `dry_run` what there is to do. Raises SpecError,
     FingerprintMismatchError (`out` or the cache is of other settings), RunBusyError, and what build and distill raise.
@@ -114,7 +115,7 @@ def ablate(
         spec=spec,
         axes=tables,
         seeds=[spec.distill.seed + number for number in range(seeds)],
-        cache_path=out / "cache" if cache is None else Path(cache),
+        cache_path=out / "cache" if cache is None else place_of(cache),
         is_own_cache=cache is None,
         student=path,
         device=device,

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vlsi_cache.errors import CacheIncompleteError, CacheNotFoundError, command_line
-from vlsi_cache.io import refuse_url, write_atomically
+from vlsi_cache.io import write_atomically
 from vlsi_cache.run_files import read_ablation
 from vlsi_cache.runs.diagnostics import findings_of
 from vlsi_cache.runs.metrics import RunFiles, curve, layer_curves, read_json, read_record, read_run, stages_of
+from vlsi_cache.store.location import UrlPath, place_of
 
 from . import ablation, figures
 from .describe import response_text
@@ -22,6 +23,7 @@ from .matches import Matches, matches_of
 from .text import (
     RECIPE_NAMES,
     Table,
+    check_page,
     demo_rows,
     evaluation_parts,
     kinds_of,
@@ -56,15 +58,20 @@ PROBES = (  # title, unit, the student's number, the teacher's
 )
 
 
-def write_report(path: Path | str) -> Path:
-    """Write `report.html` into the folder of a cache, a run, an ablation or a demo; returns the file.
+def write_report(path: Path | str, out: Path | None = None) -> Path:
+    """Write the page of a cache, a run, an ablation or a demo to the file `out`; returns the file.
 
-    Raises CacheNotFoundError when the folder is none of them, and what opening a cache raises.
+    By default it is `report.html` in the folder; of a cache on an object store, whose `path` is a URL,
+    `report-NAME.html` in the current folder. Raises CacheNotFoundError when nothing of these is there, and what
+    opening a cache raises.
     """
-    refuse_url(path, "folder")
-    folder, file = Path(path), Path(path) / REPORT_NAME
+    folder = place_of(path, "folder")
+    if isinstance(folder, UrlPath):
+        return _write_remote_report(folder, out or Path(f"report-{folder.name}.html"))
+    check_page(out)
+    file = out or folder / REPORT_NAME
     if (folder / "demo.json").exists():
-        return write_demo_report(folder)
+        return write_demo_report(folder, file=file)
     if (folder / "ablation.json").exists():
         return write_page(file, ablation_page(read_ablation(folder / "ablation.json")))
     if (folder / "run.json").exists():
@@ -78,14 +85,21 @@ def write_report(path: Path | str) -> Path:
     )
 
 
+def _write_remote_report(url: UrlPath, file: Path) -> Path:
+    from vlsi_cache.store.reader import open
+
+    check_page(file)
+    return write_page(file, cache_page(open(url, allow_incomplete=True)))
+
+
 def ensure_report(folder: Path) -> None:
     """Write the report of a finished run unless it is there: a kill can come between the two."""
     if not (folder / REPORT_NAME).is_file():
         write_report(folder)
 
 
-def write_demo_report(folder: Path | str, *, example: dict[str, Any] | None = None) -> Path:
-    """Write the report of a demo; `example` (see example_of) is kept beside it, so that it can be written again."""
+def write_demo_report(folder: Path | str, *, example: dict[str, Any] | None = None, file: Path | None = None) -> Path:
+    """Write the report of a demo; `example` (see example_of) is kept in its folder, so that it can be written again."""
     folder = Path(folder)
     again = f"run: {command_line('demo', '-o', folder)}"
     demo = read_record(folder / "demo.json", ("cache", "recipes", "runs", "seeds"), advice=again)
@@ -97,7 +111,7 @@ def write_demo_report(folder: Path | str, *, example: dict[str, Any] | None = No
     if example is not None:
         layers = example["layers"] or (cache.layers if cache else list(range(1, len(example["grid"]) + 1)))
         write_atomically(folder / EXAMPLE_NAME, json.dumps({**example, "layers": layers}, ensure_ascii=False, indent=1))
-    return write_page(folder / REPORT_NAME, demo_page(folder, demo, read_json(folder / EXAMPLE_NAME), cache))
+    return write_page(file or folder / REPORT_NAME, demo_page(folder, demo, read_json(folder / EXAMPLE_NAME), cache))
 
 
 def _ancestor(parent: dict[str, Any]) -> tuple[str, str]:

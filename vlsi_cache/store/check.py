@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from vlsi_cache import io
-from vlsi_cache.errors import CacheCorruptError, VlsiCacheError
+from vlsi_cache.errors import CacheCorruptError, DiskFullError, StoreError, VlsiCacheError
 from vlsi_cache.progress import progress
 
 from . import table
@@ -127,34 +127,45 @@ def verify(path: str | os.PathLike[str], *, deep: bool = False) -> VerifyReport:
 
 def _verify_remote(url: UrlPath) -> VerifyReport:
     """The same, part by part, in a folder of its own: what lies in the part cache proves nothing."""
-    report = VerifyReport(url, deep=True)
     with tmp_path(part_cache.folder(), "verify") as folder:
         mirror = Mirror(url, within=folder)
         try:
-            header = mirror.header
+            _ = mirror.header
         except VlsiCacheError as error:
+            report = VerifyReport(url, deep=True)
             report.add(HEADER_NAME, _text(error), FROM_A_COPY)
             return report
-        _check_remote_vocab(mirror, header, report)
-        there = mirror.part_sizes()
-        _list_missing(header, [index for index in there if index < header.num_parts], report)
-        for index in progress([index for index in there if index < header.num_parts], "verify", unit="part", delay=2):
-            try:
-                mirror.whole(index)
-            except VlsiCacheError as error:
-                report.num_parts += 1
-                report.bad_parts.append(index)
-                report.add(_label(error, url, f"parts/{part_name(index)}"), _text(error))
-            else:
-                before = len(report.problems)
-                _check_part(mirror.root, header, index, report)
-                report.problems[before:] = [about_store(one, mirror) for one in report.problems[before:]]
-            part_cache.drop(mirror.root, index)
-        for index in (index for index in there if index >= header.num_parts):
-            report.add(f"parts/{part_name(index)}", "is not a part of this cache")
-        if not report.bad_parts:
-            mirror.table()
-            mirror.with_records(lambda folder: _check_table(folder, header, report, table_in=mirror.root))
+        return check_remote(mirror)
+
+
+def check_remote(mirror: Mirror) -> VerifyReport:
+    """Check every byte of a cache on a store, through a mirror in a folder of its own.
+
+    Raises StoreError and DiskFullError: what cannot be read now may be whole.
+    """
+    report, url, header = VerifyReport(mirror.url, deep=True), mirror.url, mirror.header
+    _check_remote_vocab(mirror, header, report)
+    there = mirror.part_sizes()
+    _list_missing(header, [index for index in there if index < header.num_parts], report)
+    for index in progress([index for index in there if index < header.num_parts], "verify", unit="part", delay=2):
+        try:
+            mirror.whole(index)
+        except (StoreError, DiskFullError):
+            raise
+        except VlsiCacheError as error:
+            report.num_parts += 1
+            report.bad_parts.append(index)
+            report.add(_label(error, url, f"parts/{part_name(index)}"), _text(error))
+        else:
+            before = len(report.problems)
+            _check_part(mirror.root, header, index, report)
+            report.problems[before:] = [about_store(one, mirror) for one in report.problems[before:]]
+        part_cache.drop(mirror.root, index)
+    for index in (index for index in there if index >= header.num_parts):
+        report.add(f"parts/{part_name(index)}", "is not a part of this cache")
+    if not report.bad_parts:
+        mirror.table()
+        mirror.with_records(lambda folder: _check_table(folder, header, report, table_in=mirror.root))
     return report
 
 
@@ -164,11 +175,14 @@ def about_store(problem: Problem, mirror: Mirror) -> Problem:
 
 
 def _check_remote_vocab(mirror: Mirror, header: CacheHeader, report: VerifyReport) -> None:
+    from .remote.upload import download_files  # which writes caches, as `verify` does not
+
     try:
+        download_files(mirror.objects, VOCAB_NAME, mirror.root / VOCAB_NAME, header.vocab_files)
         mirror.with_vocab(("id_of_rank", "heads"), lambda root: load_vocab(root, header))
         if header.text_xxh3 is not None:
             mirror.with_vocab(("text", "text_offsets"), lambda root: load_texts(root, header))
-    except VlsiCacheError as error:
+    except CacheCorruptError as error:
         report.add(_label(error, mirror.url, VOCAB_NAME), _text(error))
 
 
@@ -300,13 +314,17 @@ class RepairReport:
 
 def repair(path: str | os.PathLike[str], *, yes: bool = False, deep: bool = True) -> RepairReport:
     """Move corrupt and foreign parts to `quarantine/` so that the build makes them again, restore `vocab/` from its
-    copy, and rebuild the sample table.
+    copy, and rebuild the sample table. Of a cache on an object store every byte is read.
 
-    Nothing is deleted without `yes`; with it, what dead processes left in `tmp/` is. Raises CacheCorruptError when
-    `cache.json` itself is broken.
+    Nothing is deleted without `yes`; with it, what dead processes left in `tmp/` is (on a store: files that no record
+    names, once all parts are there). Raises CacheCorruptError when `cache.json` itself is broken, and SpecError for a
+    data set of the hub.
     """
-    io.refuse_url(path, "cache")  # what is damaged on an object store is deleted there
-    root = Path(path)
+    root = place_of(path)
+    if isinstance(root, UrlPath):
+        from .remote.repair import repair_remote
+
+        return repair_remote(root, yes=yes)
     if is_interrupted_start(root):
         removed, left = _sweep(root, yes)
         return RepairReport(root, removed=removed, left=left, interrupted_start=True)
@@ -340,6 +358,16 @@ def _repair_vocab(root: Path, header: CacheHeader, found: VerifyReport) -> tuple
         if broken and content is not None and publish_files(root, name, content):
             restored.append(name)
     return moved, [*restored, *complete_copies(root, header)]
+
+
+def sweep(path: str | os.PathLike[str]) -> list[str]:
+    """Delete what `repair` has listed as left there; the names that are gone."""
+    root = place_of(path)
+    if isinstance(root, UrlPath):
+        from .remote.repair import sweep_remote
+
+        return sweep_remote(root)
+    return _sweep(root, yes=True)[0]
 
 
 def _sweep(root: Path, yes: bool) -> tuple[list[str], list[str]]:

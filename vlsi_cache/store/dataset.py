@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -38,6 +39,31 @@ class Window:
     @property
     def parts(self) -> list[int]:
         return sorted({part for part, _ in self.order})
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A sample of a part that has been read; `row` decodes it."""
+
+    part: Part
+    index: int
+
+    @property
+    def sample_id(self) -> str:
+        return self.part.record.sample_ids[self.index]
+
+    @property
+    def num_tokens(self) -> int:
+        """Response tokens with a row."""
+        return self.part.record.sample_tokens[self.index]
+
+    @property
+    def num_response_tokens(self) -> int:
+        return self.part.record.sample_response_tokens[self.index]
+
+    def row(self) -> Row:
+        """The rows of the sample. Raises CacheCorruptError."""
+        return self.part.row(self.index)
 
 
 class PartWindowReader:
@@ -84,11 +110,19 @@ class PartWindowReader:
         return sum(len(window.order) for window in self._windows)
 
     def __iter__(self) -> Iterator[Row]:
+        return (one.row() for one in self.pending())
+
+    def pending(self, *, decode: bool = True) -> Iterator[Pending]:
+        """The samples in their order, read and checked.
+
+        With `decode` all rows of a part are decoded at once, in the reading threads: fastest for who wants them all.
+        """
         parts = (part for window in self._windows for part in window.parts)
         # Mapping a file costs nothing: there a second thread would only take the interpreter from the consumer.
         num_threads = 1 if self._cache.header.profile == "fast" else READING_THREADS
         # While the rows of one window go out, as many parts as the next one has are read and decoded.
-        with closing(ahead(self._load, parts, num_ahead=self._window_parts, num_threads=num_threads)) as loaded:
+        load = partial(self._load, decode=decode)
+        with closing(ahead(load, parts, num_ahead=self._window_parts, num_threads=num_threads)) as loaded:
             found: dict[int, Part] = {}
             for window in self._windows:
                 began = time.perf_counter()
@@ -96,11 +130,12 @@ class PartWindowReader:
                 found.update((part, next(loaded)) for part in window.parts)
                 self.wait_s += time.perf_counter() - began
                 for part, row in window.order:
-                    yield found[part].row(row)
+                    yield Pending(found[part], row)
 
-    def _load(self, part: int) -> Part:
+    def _load(self, part: int, *, decode: bool) -> Part:
+        read = self._cache.part(part, self._layers, keep=False, undone=True)
         # Decoded whole: many small steps in several threads would wait for each other, not work at the same time.
-        return self._cache.part(part, self._layers, keep=False, undone=True).decoded()
+        return read.decoded() if decode else read
 
 
 def check_place(*, rank: int, world: int, window_parts: int, start: int) -> None:

@@ -19,7 +19,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from vlsi_cache.errors import CacheCorruptError, DiskFullError, command_line
-from vlsi_cache.io import checksum, fsync_dir, is_disk_full, remove
+from vlsi_cache.io import checksum, fsync_dir, is_disk_full, name_file, remove
 
 from .arrays import (
     SUMMARY_ARRAYS,
@@ -51,7 +51,10 @@ STALE_S = 86400.0  # an unfinished file of another host counts as abandoned afte
 _TMP_NAME = re.compile(r"^(?P<what>.+)\.(?P<host>[A-Za-z0-9_-]+)\.(?P<pid>\d+)\.(?P<uuid>[0-9a-f]{12})(\.[a-z]+)?$")
 _live: set[str] = set()
 FROM_A_COPY = "restore this file from a copy of the cache"
-DAMAGED_REMOTE = "what lies on the store is damaged: delete it there, and build or push the cache again; it continues"
+DAMAGED_REMOTE = (
+    "what lies on the store is damaged: `vlsi-cache repair URL` moves it away (on the hub delete it there); then build "
+    "or push the cache again, it continues"
+)
 
 KINDS = {
     stat.S_IFDIR: "a folder",
@@ -192,10 +195,11 @@ def disk_full(root: Path, need_bytes: int, free_bytes: int) -> DiskFullError:
 
 @contextlib.contextmanager
 def disk_full_is_an_error(root: Path, need_bytes: int) -> Iterator[None]:
-    """Turn ENOSPC and EDQUOT into DiskFullError."""
+    """Turn ENOSPC and EDQUOT into DiskFullError; another error of a write names at least `root`."""
     try:
         yield
     except OSError as error:
+        name_file(error, root)
         if is_disk_full(error) and not isinstance(error, DiskFullError):
             raise disk_full(root, need_bytes + RESERVE_BYTES, shutil.disk_usage(root).free) from error
         raise

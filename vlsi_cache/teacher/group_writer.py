@@ -42,6 +42,10 @@ class GroupWriter:
             if not self._group.from_first(lambda part=part: self._own[0].has_part(part)):
                 yield part
 
+    def by_first(self, work: Callable[[CacheWriter], None]) -> None:
+        """Let the first process do this with its writer; the others wait until it is done, and have its errors too."""
+        self._group.from_first(lambda: work(self._own[0]))
+
     @contextmanager
     def in_background(self) -> Iterator["PartQueue | NoQueue"]:
         """Where finished parts go; leaving the context waits until all are written."""

@@ -23,6 +23,7 @@ from vlsi_cache.errors import (
     list_problems,
 )
 from vlsi_cache.io import remove, replace_durably
+from vlsi_cache.models.parallel import teacher_processes
 from vlsi_cache.processes import Processes, launched
 from vlsi_cache.progress import progress, say
 from vlsi_cache.runs.run_dir import waiting_for
@@ -35,10 +36,10 @@ from vlsi_cache.store.location import UrlPath, place_of
 from vlsi_cache.store.reader import Cache
 from vlsi_cache.store.writer import CacheWriter
 
-from .build import as_begun, build_parts, cache_header, parts_of
+from .build import as_begun, build_parts, build_teacher, cache_header, open_for_all, parts_of
 from .forward import load_teacher
 from .group_writer import GroupWriter
-from .inputs import TeacherInputs, open_teacher_inputs
+from .inputs import TeacherInputs
 
 
 @dataclass(frozen=True)
@@ -68,56 +69,78 @@ class Changes:
         )
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a sync makes: the header of the new cache, the records of every part (none of those that stay), and why."""
+
+    header: CacheHeader
+    parts: list[list[int]]
+    changes: Changes
+
+
 def sync_cache(spec: CacheSpec, *, out: Path | str, device: str | None = None, rank: int = 0, world: int = 1) -> Cache:
     """Let the cache of `spec` at `out` follow its data, which has grown or changed since; run again, it goes on.
 
     A row is the same as before if its id, its content and its response tokens are; `rows.select_tokens` by a share of
     the part takes it of the new parts. Everything else of `spec` that decides a row must be what it was. Where there is
     no cache yet it is built; one that has all rows is opened. Several processes may work on one `out`, numbered as for
-    `build_teacher`.
+    `build_teacher`; with `teacher.parallel: tensor` those of a launch work as one.
     Raises FingerprintMismatchError for another teacher or other settings, CacheIncompleteError for a cache whose build
     has not ended, SpecError, and what a build raises.
     """
-    from .build import build_teacher
-
     out = place_of(out, "out")
     if not isinstance(out, UrlPath) and (out.is_symlink() or not out.name):
         out = out.resolve()  # a link stays, and what it names is replaced
     if isinstance(out, UrlPath):
         raise SpecError(f"`{out}` cannot be synced where it lies: pull it, sync the copy, and push that")
-    if header_at(out) is None:
-        return build_teacher(spec, out=out, device=device, rank=rank, world=world)
-    if spec.teacher.parallel == "tensor":
-        raise SpecError(
-            f"`{out}` cannot be synced by a teacher that is cut (`teacher.parallel: tensor`): `--sync` is the work of "
-            "processes that hold it whole; use `--set teacher.parallel=device_map`"
-        )
-    if world == 1:
-        rank, world = launched()
-        device = Processes(rank, world).own_device(device, spec.run.device)
-    old = _opened(out)
-    inputs = open_teacher_inputs(as_begun(spec, out))
-    parts: list[list[int]] = []
-    asked = cache_header(inputs, parts)
-    _check_same_rows(old, asked)
-    changes = find_changes(old, inputs)
+    with teacher_processes(spec.teacher.parallel) as group:
+        if group.from_first(lambda: header_at(out) is None):
+            return build_teacher(spec, out=out, device=device, rank=rank, world=world)
+        if group.world > 1:
+            device = group.own_device(device, spec.run.device)
+        elif world == 1:
+            rank, world = launched()
+            device = Processes(rank, world).own_device(device, spec.run.device)
+        inputs = open_for_all(group.from_first(lambda: as_begun(spec, out)), group)
+        return _sync(inputs, out, device=device, rank=rank, world=world, group=group)
+
+
+def _sync(inputs: TeacherInputs, out: Path, *, device: str | None, rank: int, world: int, group: Processes) -> Cache:
+    """All of a group come to every line here; its first one looks at what lies at `out`, decides and writes."""
+    opened: list[Cache] = []  # by the first process
     work = out.with_name(f".{out.name}.sync")
-    # The same rows in another order are another fingerprint: then all parts stay, below a new header.
-    if old.is_complete and old.header.fingerprint == asked.fingerprint and not changes.kinds:
-        say(f"{out} has all rows of the data; nothing to do")
-        remove(work)  # what a kill has left after the cache had taken its place
-        return old
-    say(f"sync of {out}: {changes}")
-    parts = [[] for _ in changes.kept] + parts_of(inputs, changes.new)
-    header = _synced_header(old, inputs, parts, changes)
+
+    def decide() -> Plan | None:
+        opened.append(_opened(out))
+        return _planned(opened[0], inputs, work)
+
+    plan = group.from_first(decide)
+    if plan is None:
+        return reader.open(out)
+    old = opened[0] if opened else None
     try:
-        _make(old, work / "cache", header, inputs, parts, changes, device=device, rank=rank, world=world)
-        _take_place(work, old)
+        _make(plan, old, work / "cache", inputs, device=device, rank=rank, world=world, group=group)
+        group.from_first(lambda: _take_place(work, opened[0]))
     except (OSError, VlsiCacheError):
         # Where another process has ended the sync, what this one was working on is gone.
-        if not _is_there(out, header):
+        if not _is_there(out, plan.header):
             raise
     return reader.open(out)
+
+
+def _planned(old: Cache, inputs: TeacherInputs, work: Path) -> Plan | None:
+    """What there is to do; None where the cache has all rows of the data."""
+    asked = cache_header(inputs, [])
+    _check_same_rows(old, asked)
+    changes = find_changes(old, inputs)
+    # The same rows in another order are another fingerprint: then all parts stay, below a new header.
+    if old.is_complete and old.header.fingerprint == asked.fingerprint and not changes.kinds:
+        say(f"{old.path} has all rows of the data; nothing to do")
+        remove(work)  # what a kill has left after the cache had taken its place
+        return None
+    say(f"sync of {old.path}: {changes}")
+    parts = [[] for _ in changes.kept] + parts_of(inputs, changes.new)
+    return Plan(_synced_header(old, inputs, parts, changes), parts, changes)
 
 
 def find_changes(cache: Cache, inputs: TeacherInputs) -> Changes:
@@ -195,26 +218,50 @@ def _synced_header(old: Cache, inputs: TeacherInputs, parts: list[list[int]], ch
 
 
 def _make(
-    old: Cache,
+    plan: Plan,
+    old: Cache | None,
     root: Path,
-    header: CacheHeader,
     inputs: TeacherInputs,
-    parts: list[list[int]],
-    changes: Changes,
     *,
     device: str | None,
     rank: int,
     world: int,
+    group: Processes,
 ) -> None:
-    """Write the new cache at `root`: first the parts that stay, whole or cut, then those of the new records."""
-    _discard_another(root, header)
-    check_room(root, _bytes_of_cut_parts(old, changes))
+    """Write the new cache at `root`: first the parts that stay, whole or cut, then those of the new records.
+
+    `old` is opened in the first process of the group alone, which writes.
+    """
+
+    def check() -> None:
+        assert old is not None
+        _discard_another(root, plan.header)
+        check_room(root, _bytes_of_cut_parts(old, plan.changes))
+
+    def begin() -> CacheWriter:
+        assert old is not None
+        return CacheWriter.create_or_resume(root, plan.header, old.vocab_order, token_texts=token_texts(old))
+
+    def keep(writer: CacheWriter) -> None:
+        assert old is not None
+        _keep_parts(plan.changes, old, writer, missing)
+
+    group.from_first(check)
     # Loaded before anything is written: a teacher that cannot be used leaves nothing behind.
     teacher = remember(lambda: load_teacher(inputs, device=device))
-    if changes.new:
+    if plan.changes.new:
         teacher()
-    writer = CacheWriter.create_or_resume(root, header, old.vocab_order, token_texts=token_texts(old))
-    missing, sources = writer.missing_parts(rank=rank, world=world), list(changes.kept.items())
+    writer = GroupWriter(begin, group, rank=rank, world=world)
+    missing = writer.missing_parts()
+    writer.by_first(keep)
+    if new := [index for index in missing if index >= len(plan.changes.kept)]:
+        build_parts(teacher(), plan.parts, new, writer, int(plan.header.spec["run"]["batch_tokens"]), [])
+    writer.finish()
+
+
+def _keep_parts(changes: Changes, old: Cache, writer: CacheWriter, missing: list[int]) -> None:
+    """Write those of the missing parts that stay: whole ones as hard links, others without the rows that leave."""
+    sources = list(changes.kept.items())
     for index in progress([i for i in missing if i < len(sources)], "sync", unit="part", delay=2):
         number, chosen_S = sources[index]
         if writer.has_part(index):  # another process was faster
@@ -224,14 +271,11 @@ def _make(
             kinds = changes.kinds_of(record.sample_ids, record.kinds)
             writer.adopt_part(index, part_dir(old.path, number), record.model_copy(update={"kinds": kinds}))
             continue
-        part = old.part(number, header.layers, keep=False)
+        part = old.part(number, writer.header.layers, keep=False)
         rows_T = np.repeat(chosen_S, np.diff(part.arrays["offsets"]))
         samples, arrays = join([cut_part(part, writer.header, rows_T, chosen_S, generation=0)], writer.header)
         kinds = changes.kinds_of(samples.sample_ids, samples.kinds)
         writer.write_encoded(index, replace(samples, kinds=kinds), arrays)
-    if new := [index for index in missing if index >= len(sources)]:
-        build_parts(teacher(), parts, new, GroupWriter(lambda: writer), int(header.spec["run"]["batch_tokens"]), [])
-    writer.finish()
 
 
 def _discard_another(root: Path, header: CacheHeader) -> None:

@@ -30,7 +30,7 @@ from vlsi_cache.errors import CacheCorruptError, FingerprintMismatchError, comma
 from vlsi_cache.io import ahead
 from vlsi_cache.processes import ALONE, Processes
 from vlsi_cache.sparse.rows import SparseRows
-from vlsi_cache.store.dataset import PartWindowReader, Units, units_per_part
+from vlsi_cache.store.dataset import PartWindowReader, Pending, Units, units_per_part
 from vlsi_cache.store.part import Row
 from vlsi_cache.store.reader import Cache
 
@@ -42,8 +42,13 @@ class Sample(NamedTuple):
     """A record, its row if it comes from a cache, and the number of tokens at which its loss is taken."""
 
     record: Record
-    row: Row | None
+    row: Row | Pending | None
     num_tokens: int
+
+    @property
+    def pair(self) -> Pair:
+        """The record and its row, which is decoded here if it has not been."""
+        return self.record, self.row.row() if isinstance(self.row, Pending) else self.row
 
 
 @dataclass(frozen=True)
@@ -92,17 +97,28 @@ def shuffled_records(
 
 
 def cached_records(
-    cache: Cache, records: RecordSet, *, layers: list[int], seed: int, window_parts: int, num_skip: int = 0
+    cache: Cache,
+    records: RecordSet,
+    *,
+    layers: list[int],
+    seed: int,
+    window_parts: int,
+    num_skip: int = 0,
+    decode: bool = True,
 ) -> Iterator[Sample]:
-    """Samples of the cache with their records, in the order of the window reader, for ever."""
+    """Samples of the cache with their records, in the order of the window reader, for ever.
+
+    Without `decode` a row is decoded when its sample is encoded, by a process that needs a share of them only.
+    """
     by_id = match_records(cache, records)
     together = units_of(cache, by_id)
     epoch, start = divmod(num_skip, len(cache))
     order: Any = {"seed": seed, "window_parts": window_parts, "units": together}
     while True:
-        for row in PartWindowReader(cache, layers=layers, epoch=epoch, start=start, **order):
+        reader = PartWindowReader(cache, layers=layers, epoch=epoch, start=start, **order)
+        for one in reader.pending(decode=decode):
             # Without layers the loss is that of the labels, which all response tokens have.
-            yield Sample(by_id[row.sample_id], row, row.num_tokens if layers else len(row.response_ids_R))
+            yield Sample(by_id[one.sample_id], one, one.num_tokens if layers else one.num_response_tokens)
         epoch, start = epoch + 1, 0
 
 
@@ -317,8 +333,7 @@ class Feed:
             raise work
         samples, place = work
         chosen = samples[place : place + self._micro_batch_size]
-        pairs: list[Pair] = [(sample.record, sample.row) for sample in chosen]
-        micro = encode_pairs(pairs, self._encoder, **self._options)
+        micro = encode_pairs([sample.pair for sample in chosen], self._encoder, **self._options)
         in_batch = [sample.num_tokens for sample in samples]
         assert micro.batch.num_tokens == in_batch[place : place + len(chosen)]
         share_T = loss_shares(micro.batch.num_tokens, in_batch, self._reduction)

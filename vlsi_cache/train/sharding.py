@@ -21,7 +21,7 @@ from vlsi_cache.errors import ModelError
 from vlsi_cache.models.backbone import Backbone
 from vlsi_cache.models.load import first_line
 from vlsi_cache.processes import Processes, is_sharded
-from vlsi_cache.progress import say
+from vlsi_cache.progress import human_bytes, say
 
 
 def shards_layers(run: RunSpec, processes: Processes) -> bool:
@@ -77,8 +77,8 @@ def shard(backbone: Backbone, device: torch.device) -> None:
     here = sum(local(parameter).nbytes for parameter in backbone.layers.parameters())
     rest = sum(parameter.nbytes for parameter in whole)
     say(
-        f"fsdp: {here / 2**20:.1f} of {before / 2**20:.1f} MiB of the decoder layers' weights are here, and "
-        f"{rest / 2**20:.1f} MiB of others"
+        f"fsdp: {human_bytes(here)} of {human_bytes(before)} of the decoder layers' weights are here, and "
+        f"{human_bytes(rest)} of others"
     )
 
 

@@ -258,6 +258,7 @@ class StudentState:
             seed=distill.seed * len(STAGE_SEEDS) + STAGE_SEEDS[stage],
             window_parts=distill.window_parts,
             num_skip=num_skip,
+            decode=self.processes.num_shares == 1,
         )
         return Feed(
             samples,

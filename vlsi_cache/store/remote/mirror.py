@@ -181,6 +181,10 @@ class Mirror:
         part_cache.touch(self.root, index)
         return was_there
 
+    def record_etag(self, index: int) -> str | None:
+        """The ETag of a part's commit record, as this process has read it; None if it has not."""
+        return self._records.get(index)
+
     def whole(self, index: int) -> None:
         """Bring every file of a part, all of it, and compare each with its hash."""
         with part_cache.locked(self.root, part_cache.part_lock(index)), self.told():

@@ -150,6 +150,31 @@ class BucketObjects:
                 raise
             return found == data
 
+    def replace(self, key: str, data: bytes, *, etag: str | None) -> bool:
+        """Write an object in place of the one that had this ETag; whether what is there now is `data`."""
+        import obstore
+        from obstore.exceptions import PreconditionError
+
+        try:
+            with self._explained(key, "write"):
+                there = obstore.head(self._store, self._path(key))
+                if there["e_tag"] != etag:
+                    return False
+                known: Any = {name: there[name] for name in ("e_tag", "version") if there[name] is not None}
+                obstore.put(self._store, self._path(key), data, mode=known, use_multipart=False)
+            return True
+        except (PreconditionError, StoreError):  # perhaps after it was written, and the answer was lost
+            if self.get(key).data == data:
+                return True
+            raise
+
+    def copy(self, source: str, target: str) -> None:
+        """Copy an object within the store."""
+        import obstore
+
+        with self._explained(source, "read"):
+            obstore.copy(self._store, self._path(source), self._path(target))
+
     def delete(self, keys: list[str]) -> None:
         import obstore
 

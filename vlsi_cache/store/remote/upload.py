@@ -7,7 +7,7 @@ writer that was killed and comes again, never mix their files, and what is there
 import os
 import shutil
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +23,7 @@ from vlsi_cache.store.format import (
     CacheHeader,
     FileRecord,
     files_digest,
+    list_parts,
     part_dir,
     part_name,
 )
@@ -115,6 +116,17 @@ def download_start(objects: Objects, root: Path) -> bool:
     return True
 
 
+def _has_lost_vocab(objects: Objects) -> bool:
+    """Whether there is a `cache.json` without the table that it names."""
+    if objects.sizes(VOCAB_NAME):
+        return False
+    try:
+        objects.get(HEADER_NAME)
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def stored_header(url: UrlPath) -> CacheHeader | None:
     """The header of the cache at a URL; None when none is there."""
     try:
@@ -138,36 +150,49 @@ def check_url(url: UrlPath) -> None:
 
 def finish_upload(objects: Objects, header: CacheHeader) -> bool:
     """When all parts are there, write `samples.parquet` and delete files that no record names; False before."""
-    there = committed_parts(objects)
-    if set(range(header.num_parts)) - set(there):
+    if set(range(header.num_parts)) - set(committed_parts(objects)):
         return False
+    with records_folder(objects) as folder:
+        write_remote_table(objects, header, folder)
+        garbage = unnamed_files(objects, header, folder)
+    objects.delete(garbage)
+    return True
+
+
+@contextmanager
+def records_folder(objects: Objects) -> Iterator[Path]:
+    """A folder with the commit records of all parts that are on the store, in their places."""
     with scratch_folder(objects.url) as folder:
-        for index in there:
-            part_dir(folder, index).mkdir(parents=True)
 
         def fetch(index: int) -> None:
+            part_dir(folder, index).mkdir(parents=True)
             data = objects.get(f"parts/{part_name(index)}/{RECORD_NAME}").data
             (part_dir(folder, index) / RECORD_NAME).write_bytes(data)
 
         with ThreadPoolExecutor(NUM_UPLOADS, thread_name_prefix="vlsi-cache-download") as pool:
-            list(pool.map(fetch, there))
-        table.write_table(folder, header)
-        objects.put(TABLE_NAME, folder / TABLE_NAME)
-        homes = {
-            f"parts/{part_name(index)}/{files_digest(load_part_record(folder, header, index).files)}/"
-            for index in there
-        }
-    objects.delete(_garbage(objects.sizes("parts"), homes))
-    return True
+            list(pool.map(fetch, committed_parts(objects)))
+        yield folder
 
 
-def _garbage(names: Iterable[str], homes: set[str]) -> list[str]:
-    """What writers that came second, or were killed and never came again, have left in the folders of digests."""
+def write_remote_table(objects: Objects, header: CacheHeader, folder: Path) -> None:
+    """Make `samples.parquet` out of the records in `folder`, and upload it."""
+    table.write_table(folder, header)
+    objects.put(TABLE_NAME, folder / TABLE_NAME)
+
+
+def unnamed_files(objects: Objects, header: CacheHeader, folder: Path) -> list[str]:
+    """What writers that came second, or were killed and never came again, have left in the folders of digests.
+
+    The records of all parts are in `folder`.
+    """
+    homes = set()
+    for index in list_parts(folder):
+        homes.add(f"parts/{part_name(index)}/{files_digest(load_part_record(folder, header, index).files)}")
     found = []
-    for name in names:
+    for name in objects.sizes("parts"):
         pieces = name.split("/")
         is_digest = len(pieces) > 3 and len(pieces[2]) == 16 and set(pieces[2]) <= set("0123456789abcdef")
-        if is_digest and "/".join(pieces[:3]) + "/" not in homes:
+        if is_digest and "/".join(pieces[:3]) not in homes:
             found.append(name)
     return found
 
@@ -201,7 +226,10 @@ class RemoteWriter(CacheWriter):
         remove_dead_tmp(part_cache.folder())  # of writers that were killed
         try:
             folder.mkdir()
-            if not download_start(objects, folder):
+            is_lost = _has_lost_vocab(objects)
+            if is_lost:  # `repair` has moved it away; made again below, if it comes out the same
+                (folder / HEADER_NAME).write_bytes(objects.get(HEADER_NAME).data)
+            elif not download_start(objects, folder):
                 check_url(url)
                 publish_header(folder, header, vocab_order, token_texts)
                 if not upload_start(objects, folder):  # another process was faster, and its table counts
@@ -209,6 +237,8 @@ class RemoteWriter(CacheWriter):
                     folder.mkdir()
                     download_start(objects, folder)
             stored, order = publish_header(folder, header, vocab_order, token_texts)
+            if is_lost:
+                upload_start(objects, folder)
             (folder / "parts").mkdir(exist_ok=True)
         except BaseException as error:
             shutil.rmtree(folder, ignore_errors=True)
