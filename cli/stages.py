@@ -240,6 +240,7 @@ def evaluate(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Let the model run code of its own.")
     ] = False,
+    sets: Sets = None,
     device: Device = None,
 ) -> Answer:
     """Measure a student on held-out rows.
@@ -247,13 +248,14 @@ def evaluate(
     Exact match of the answers (all, and per kind of question), perplexity, and the loss of each verbalized layer, kept
     in RUN/evaluation.json. With --cache (built over held-out rows) also, for every token, the KL to the teacher and how
     often both name the same word first, and the KL of every layer to every layer of the teacher. Results of --limit,
-    --spec, --beams or --verbalizers are shown and not kept. Starts again when it is run again. With --draft-exit layer
-    K, read by its verbalizer (without verbalizers by norm and head), names the next words and the whole student checks
-    them at once: answers stay the same, and how many words a pass of the student gave is shown.
+    --spec, --set, --beams or --verbalizers are shown and not kept. Starts again when it is run again. With --draft-exit
+    layer K, read by its verbalizer (without verbalizers by norm and head), names the next words, and the whole student
+    checks them at once: answers stay the same, and how many words a pass of the student gave is shown.
     """
     import vlsi_cache as vc
     from vlsi_cache.report.text import evaluation_table
 
+    _refuse_twice(sets, {"run.device": device, "evaluate.num_beams": beams})
     resolved = vc.load_spec(spec) if spec else None
     result = vc.evaluate(
         run,
@@ -262,6 +264,7 @@ def evaluate(
         verbalizers=verbalizers,
         num_beams=beams,
         draft_exit=draft_exit,
+        overrides=sets or [],
         device=device,
         limit=limit,
         trust_remote_code=trust_remote_code,

@@ -164,10 +164,23 @@ def test_stages_pass_on_what_was_typed(run: Any, monkeypatch: pytest.MonkeyPatch
     assert calls["distill"][1]["recipe"] == "last"
     assert calls["distill"][1]["overrides"] == ["a=1", "b=2"]
     assert run("evaluate", "r", "--limit", "3")[0] == 0
-    unset = dict.fromkeys(("spec", "cache", "verbalizers", "num_beams", "device"))
-    assert calls["evaluate"][1] == {**unset, "limit": 3, "trust_remote_code": False}
-    assert run("evaluate", "r", "--trust-remote-code", "--cache", "c", "--verbalizers", "v", "--beams", 5)[0] == 0
-    given = {"cache": "c", "verbalizers": Path("v"), "num_beams": 5}
+    unset = dict.fromkeys(("spec", "cache", "verbalizers", "num_beams", "draft_exit", "device"))
+    assert calls["evaluate"][1] == {**unset, "limit": 3, "overrides": [], "trust_remote_code": False}
+    words = [
+        "--trust-remote-code",
+        "--cache",
+        "c",
+        "--verbalizers",
+        "v",
+        "--beams",
+        5,
+        "--draft-exit",
+        2,
+        "--set",
+        "a=1",
+    ]
+    assert run("evaluate", "r", *words)[0] == 0
+    given = {"cache": "c", "verbalizers": Path("v"), "num_beams": 5, "draft_exit": 2, "overrides": ["a=1"]}
     assert calls["evaluate"][1] == {**unset, **given, "limit": None, "trust_remote_code": True}
     words = ["--model", "m", "--temperature", "0.7", "--top-p", "0.9", "--num-samples", 2, "--max-new-tokens", 7]
     words += ["--batch-size", 3, "--seed", 4, "--limit", 5, "--set", "data.max_length=99", "--device", "cpu"]
@@ -175,7 +188,7 @@ def test_stages_pass_on_what_was_typed(run: Any, monkeypatch: pytest.MonkeyPatch
     assert (code, "left out: 1" in out, "row-3: the response is empty" in out) == (0, True, True)
     assert calls["generate"][0].data.max_length == 99
     numbers = {"temperature": 0.7, "top_p": 0.9, "num_samples": 2, "max_new_tokens": 7, "batch_size": 3}
-    numbers |= {"seed": 4, "limit": 5}
+    numbers |= {"seed": 4, "limit": 5, "draft_exit": None}
     assert calls["generate"][1] == {"out": Path("r.parquet"), "model": "m", "device": "cpu", **numbers}
     assert run("init-student", "t", "--layers", "0-1,5", "-o", "s")[0] == 0
     assert calls["init_student"][1] == {"layers": "0-1,5", "out": Path("s"), "gguf_file": None}

@@ -174,6 +174,11 @@ def test_the_result_of_a_run_is_what_its_own_spec_says(run: Path, capsys: pytest
         assert result["measured_with"] != own["measured_with"]
         assert (run / "evaluation.json").read_text() == kept
         assert "measured otherwise than the run's own spec says: not kept" in capsys.readouterr().err
+    result = vc.evaluate(run, overrides=["evaluate.data.limit=5"])
+    assert result["num_samples"] == 5
+    assert (run / "evaluation.json").read_text() == kept
+    with pytest.raises(SpecError, match=r"evaluate\.data\.limits"):
+        vc.evaluate(run, overrides=["evaluate.data.limits=5"])
     with_cache = vc.evaluate(run, cache=run.parent / "cache")
     assert evaluate_module.kept_result(run) == with_cache  # adds numbers, changes none
     record = read_evaluation(run)

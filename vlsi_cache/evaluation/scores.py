@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from vlsi_cache.config.sections import AS_IT_IS, CacheSpec, Encoding, EvaluateSpec
-from vlsi_cache.config.spec import change, spec_from_dict
+from vlsi_cache.config.spec import Overrides, apply_overrides, change, override_list, spec_from_dict
 from vlsi_cache.data.collate import Batch, collate, plan_sample_batches
 from vlsi_cache.data.encoder import Encoder
 from vlsi_cache.data.measuring import fit_rows
@@ -52,13 +52,15 @@ def evaluate(
     verbalizers: Path | str | None = None,
     num_beams: int | None = None,
     draft_exit: int | None = None,
+    overrides: Overrides = (),
     device: str | None = None,
     limit: int | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Measure a run's student (or any model folder) on the held-out rows of its spec, and against a teacher's cache.
 
-    Device, dtype and attention are those of the spec (with none, of the cache); `device` wins over it. `verbalizers`
+    `overrides` are changes to the spec, such as `["evaluate.max_new_tokens=64"]`. Device, dtype and attention are those
+    of the spec (with none, of the cache); `device` wins over it. `verbalizers`
     read the layers in place of the run's own; `num_beams` answers by beam search. With `draft_exit` that layer, read by
     its verbalizer (without verbalizers by norm and head), drafts the answers, which are the same. A model's own code
     runs only with `trust_remote_code`, whatever a spec or a run folder says: either may come from somebody else.
@@ -82,6 +84,7 @@ def evaluate(
             verbalizers,
             num_beams=num_beams,
             draft_exit=draft_exit,
+            overrides=override_list(overrides),
             device=device,
             limit=limit,
             trust_remote_code=trust_remote_code,
@@ -97,6 +100,7 @@ def _evaluate(
     *,
     num_beams: int | None,
     draft_exit: int | None,
+    overrides: list[str],
     device: str | None,
     limit: int | None,
     trust_remote_code: bool,
@@ -110,6 +114,8 @@ def _evaluate(
     spec = spec or (spec_from_dict(run["spec"], where=str(folder / "run.json")) if run else None)
     if spec is None and opened is not None:
         spec = spec_from_dict(opened.header.spec, where=str(opened.path))
+    if spec is not None:
+        spec = apply_overrides(spec, overrides)
     if spec is None or (spec.evaluate is None and opened is None):
         raise SpecError(_nothing_to_measure(folder))
     if num_beams is not None:
