@@ -13,7 +13,6 @@ from helpers.tiny import make_rows, save_model, write_jsonl
 import vlsi_cache as vc
 from vlsi_cache.errors import DataError, SpecError
 from vlsi_cache.exchange import importing
-from vlsi_cache.report.pages import write_report
 
 K = 8
 
@@ -85,8 +84,6 @@ def test_commands_take_it_as_any_other(
     assert stats["layers"][0]["kept_mass"]["mean"] == pytest.approx(
         np.concatenate([np.exp(one.top(K)[1][one.response]).sum(1) for one in said]).mean(), abs=2e-3
     )
-    page = write_report(tmp_path / "cache")
-    assert "not known" in page.read_text()
     steps = ["verbalize.steps=1", "interact.schedule.steps=1", "sft.schedule.steps=1", "batch_size=2"]
     sets = [word for one in [*steps, "micro_batch_size=2"] for word in ("--set", f"distill.{one}")]
     code, _, err = run("distill", tmp_path / "cache", "--student", student_folder, "-o", tmp_path / "run", *sets)
@@ -204,7 +201,7 @@ def test_what_does_not_fit_the_tokenizer(
     said: list[Said], rows_file: Path, teacher_folder: Path, tmp_path: Path, run: Any
 ) -> None:
     capture = write_distillkit(tmp_path / "capture", said)
-    with pytest.raises(SpecError, match="the size of the vocabulary is not known.*--tokenizer"):
+    with pytest.raises(SpecError, match=r"the size of the vocabulary is not known.*--tokenizer"):
         vc.import_cache(capture, tmp_path / "cache", format="distillkit", data=rows_file)
     assert run("import", capture, "-o", tmp_path / "c", "--format", "distillkit")[0] == 2
     options: dict[str, Any] = {"format": "distillkit", "tokenizer": str(teacher_folder), "data": rows_file}

@@ -39,10 +39,9 @@ def say_all(folder: Path, rows: Sequence[dict[str, Any]]) -> list[Said]:
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
     end, found = tokenizer.convert_tokens_to_ids("<|im_end|>"), []
     for row in rows:
-        prompt, whole = (
-            tokenizer(tokenizer.apply_chat_template(messages, tokenize=False, **more), add_special_tokens=False).input_ids
-            for messages, more in ((row["messages"][:-1], {"add_generation_prompt": True}), (row["messages"], {}))
-        )
+        asked = tokenizer.apply_chat_template(row["messages"][:-1], tokenize=False, add_generation_prompt=True)
+        texts = [asked, tokenizer.apply_chat_template(row["messages"], tokenize=False)]
+        prompt, whole = tokenizer(texts, add_special_tokens=False).input_ids
         assert whole[: len(prompt)] == prompt
         num_response = len(whole) - len(prompt) - [*reversed(whole)].index(end)
         with torch.no_grad():

@@ -71,7 +71,8 @@ def against_cache(
     `kl`: forward KL(teacher || model) of the last layer in nats per response token; `teacher_entropy` (None where
     the cache lacks it); `top1_agreement`: share of tokens where both name the same word first, and `mass_on_top_k`: the
     model's mass on the teacher's kept words (both None for rows of draws); `layers`: the KL of each verbalized layer to
-    every cached teacher layer. Raises ModelError (another tokenizer), FingerprintMismatchError (the data has changed), DataError.
+    every cached teacher layer. Raises ModelError (another tokenizer), FingerprintMismatchError (the data has changed),
+    DataError.
     """
     header, is_top = cache.header, cache.header.row_kind == "top-k"
     check_tokenizer(header, encoder, encoder.name, where=cache.path)

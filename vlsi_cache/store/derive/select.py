@@ -156,8 +156,8 @@ def refuse_unknown(cache: Cache, names: Iterable[str]) -> None:
     unknown = sorted(set(names).intersection(cache.header.lacks))
     if unknown:
         raise SpecError(
-            f"`{cache.path}` does not know {' and '.join(f'`{name}`' for name in unknown)} of its rows, since the files "
-            "that it was imported from do not: choose by something else (`tokens`, `kept_mass`, random:SHARE)"
+            f"`{cache.path}` does not know {' and '.join(f'`{name}`' for name in unknown)} of its rows, since the "
+            "files that it was imported from do not: choose by something else (`tokens`, `kept_mass`, random:SHARE)"
         )
 
 
