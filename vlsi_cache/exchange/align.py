@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vlsi_cache.data.encoder import Encoder
+from vlsi_cache.data.encoder import READ_TOGETHER, Encoder
 from vlsi_cache.data.messages import text_of
 from vlsi_cache.data.records import Record, RecordSet
 from vlsi_cache.data.stored import names_of
@@ -21,6 +21,7 @@ from vlsi_cache.progress import progress
 
 from . import sources
 
+Tokens = tuple[np.ndarray, int]  # all of a sample, int64 [S], and how many are its prompt
 FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd: its powers have a period beyond any sequence
 
 
@@ -102,31 +103,33 @@ def find_samples(source: sources.Source, records: RecordSet, encoder: Encoder) -
 def _hashes_of(records: RecordSet, encoder: Encoder) -> dict[int, list[int]]:
     """The samples by the hash of their tokens without the last."""
     found: dict[int, list[int]] = defaultdict(list)
-    for index, record in enumerate(progress(records.records, "tokens", unit="sample", delay=2)):
-        found[int(prefix_hashes(encoder.encode(record).input_ids[:-1])[-1])].append(index)
+    for start in progress(range(0, len(records), READ_TOGETHER), "tokens", unit="batch", delay=2):
+        for index, (token_ids, _) in enumerate(encoder.token_ids(records[start : start + READ_TOGETHER]), start=start):
+            found[int(prefix_hashes(token_ids[:-1])[-1])].append(index)
     return found
 
 
-def place(sequence: sources.Sequence, records: Sequence[Record], encoder: Encoder) -> Iterator[Placed | Unplaced]:
-    """Where the samples of a sequence lie in it, or why one cannot be used."""
-    encoded = [encoder.encode(record) for record in records]
+def place(
+    sequence: sources.Sequence, records: Sequence[Record], encoded: Sequence[Tokens], encoder: Encoder
+) -> Iterator[Placed | Unplaced]:
+    """Where the samples of a sequence lie in it, or why one cannot be used; `encoded` are their tokens."""
     first = sequence.first
     if first is None:
         whole = np.asarray(conversation_ids(encoder, records[-1]), np.int64)
         first = len(whole) - sequence.num_rows
     else:
-        whole = encoded[-1].input_ids if sequence.token_ids is None else sequence.token_ids
-    for record, one in zip(records, encoded, strict=True):
-        token_ids, row = one.input_ids, one.num_prompt - first
+        whole = encoded[-1][0] if sequence.token_ids is None else sequence.token_ids
+    for record, (token_ids, num_prompt) in zip(records, encoded, strict=True):
+        row = num_prompt - first
         num_common = min(len(whole), len(token_ids))
         if not np.array_equal(whole[:num_common], token_ids[:num_common]) or num_common < len(token_ids) - 1:
             yield Unplaced(record.id, "its tokens are not what the chat template makes of the whole conversation")
-        elif row < 0 or row + len(one.response_ids) > sequence.num_rows:
+        elif row < 0 or row + len(token_ids) - num_prompt > sequence.num_rows:
             rows = f"rows for tokens {first} to {first + sequence.num_rows - 1}"
-            response = f"the response is tokens {one.num_prompt} to {len(token_ids) - 1}"
+            response = f"the response is tokens {num_prompt} to {len(token_ids) - 1}"
             yield Unplaced(record.id, f"{sequence.where} has {rows}, and {response}")
         else:
-            yield Placed(record.id, record.kind, record.digest, token_ids, one.num_prompt, row)
+            yield Placed(record.id, record.kind, record.digest, token_ids, num_prompt, row)
 
 
 def conversation_ids(encoder: Encoder, record: Record) -> list[int]:

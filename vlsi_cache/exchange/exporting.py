@@ -289,9 +289,9 @@ class Prompts:
             raise DataError(f"it has {len(record.images)} pictures")
         if row.num_tokens < len(row.response_ids_R):
             raise DataError(f"only {row.num_tokens} of its {len(row.response_ids_R)} response tokens have rows")
-        encoded = self.encoder.encode(record)
-        check_response_ids(record, encoded.response_ids, row, self.encoder)
-        return record, encoded.input_ids, encoded.num_prompt
+        ((token_ids, num_prompt),) = self.encoder.token_ids([record])
+        check_response_ids(record, token_ids[num_prompt:], row, self.encoder)
+        return record, token_ids, num_prompt
 
 
 def distillkit_row(row: Row, prompts: Prompts, compression: Compression) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any, get_args
 import numpy as np
 
 from vlsi_cache.config.sections import CacheSpec, DataSpec
-from vlsi_cache.data.encoder import CONTRACT, Encoder
+from vlsi_cache.data.encoder import CONTRACT, READ_TOGETHER, Encoder
 from vlsi_cache.data.measuring import fit_rows
 from vlsi_cache.data.records import RecordSet, read_records
 from vlsi_cache.data.stored import Names, names_of
@@ -34,7 +34,7 @@ from vlsi_cache.store.reader import Cache
 from vlsi_cache.store.vocab_order import VocabOrder, one_order, order_by_count
 from vlsi_cache.store.writer import CacheWriter, PartSamples
 
-from .align import Found, Placed, Unplaced, find_samples, place
+from .align import Found, Placed, Tokens, Unplaced, find_samples, place
 from .axolotl import LOGPROBS, Axolotl
 from .distillkit import DistillKit
 from .sources import Format, Sequence, Source, digest_of_files
@@ -307,9 +307,10 @@ def part_rows(job: Job, parts: list[int]) -> Generator[PartSamples, None, None]:
 def _part(job: Job, numbers: list[int], sequences: Iterator[Sequence]) -> PartSamples:
     evidence, places, rows = Evidence(job.source.rounding), list[str](), list[SparseRows]()
     part = PartSamples([], [], [], [], None)
+    tokens = _tokens_of(job, numbers)
     for number, sequence in zip(numbers, sequences, strict=True):
         places.append(sequence.where)
-        placed = list(_placed(job, number, sequence))
+        placed = list(_placed(job, number, sequence, tokens))
         part.skipped.extend(one._asdict() for one in placed if isinstance(one, Unplaced))
         good = [one for one in placed if isinstance(one, Placed)]
         top = sequence.rows(good[-1].token_ids) if good else None
@@ -339,10 +340,23 @@ def _columns(part: PartSamples) -> tuple[list[Any], ...]:
     return part.sample_ids, part.kinds, part.digests, part.response_ids
 
 
-def _placed(job: Job, number: int, sequence: Sequence) -> Iterator[Placed | Unplaced]:
+def _tokens_of(job: Job, numbers: list[int]) -> dict[int, Tokens]:
+    """Of all samples of the data in these sequences, by their numbers."""
+    if job.records is None:
+        return {}
+    chosen = [index for number in numbers for index in job.samples_of(number)]
+    found: list[Tokens] = []
+    for start in range(0, len(chosen), READ_TOGETHER):
+        found += job.encoder.token_ids([job.records[index] for index in chosen[start : start + READ_TOGETHER]])
+    return dict(zip(chosen, found, strict=True))
+
+
+def _placed(job: Job, number: int, sequence: Sequence, tokens: dict[int, Tokens]) -> Iterator[Placed | Unplaced]:
     """The samples of a sequence; without data it is one itself, of all its tokens but the first."""
     if job.records is not None:
-        yield from place(sequence, [job.records[index] for index in job.found.of_sequence[number]], job.encoder)
+        chosen = job.samples_of(number)
+        records, encoded = [job.records[index] for index in chosen], [tokens[index] for index in chosen]
+        yield from place(sequence, records, encoded, job.encoder)
         return
     assert sequence.token_ids is not None
     token_ids = sequence.token_ids[: _last_token(sequence)]
