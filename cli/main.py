@@ -8,7 +8,7 @@ import typer
 
 from vlsi_cache.progress import say
 
-from . import change, look, stages
+from . import change, exchange, look, stages
 from .output import CHANGE, INTERRUPTED, LOOK, STAGES, USAGE, Version, add_commands
 
 # Libraries that talk on their own; a value the user has set stays.
@@ -40,6 +40,7 @@ def root(version: Version = False) -> None:
 add_commands(app, stages.COMMANDS, panel=STAGES)
 add_commands(app, look.COMMANDS, panel=LOOK)
 add_commands(app, change.COMMANDS, panel=CHANGE)
+add_commands(app, exchange.COMMANDS, panel=CHANGE)
 
 
 def main() -> int:

@@ -47,6 +47,7 @@ def test_the_own_trainer_learns(
     spec_file: Path, student_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLES))
+    import hf_trainer
     import own_trainer
 
     vc.build_teacher(vc.load_spec(spec_file), out=tmp_path / "cache", device="cpu")
@@ -54,6 +55,13 @@ def test_the_own_trainer_learns(
     assert len(losses) == 8 * 5
     assert sum(losses[-5:]) < 0.95 * sum(losses[:5])
     assert (tmp_path / "out" / "model.safetensors").is_file()
+    # The same cache and student in transformers' own trainer: another order of samples, the same losses.
+    options = {"num_train_epochs": 2, "lr_scheduler_type": "constant", "use_cpu": True}
+    found = hf_trainer.main(str(tmp_path / "cache"), str(student_folder), str(tmp_path / "hf"), **options)
+    assert len(found) == 2 * 5
+    assert sum(found[:5]) == pytest.approx(sum(losses[:5]), rel=0.02)
+    assert sum(found[5:]) == pytest.approx(sum(losses[5:10]), rel=0.02)
+    assert (tmp_path / "hf" / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("script", sorted(EXAMPLES.glob("*.sh")), ids=lambda script: script.name)

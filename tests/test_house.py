@@ -24,7 +24,7 @@ FLOORS = [
     {"report"},
     {"train"},
     {"teacher"},
-    {"evaluation"},
+    {"evaluation", "exchange"},
     {"ablation"},
     {"demo"},
 ]

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from vlsi_cache.config.training import DistillSpec
     from vlsi_cache.evaluation.scores import evaluate
     from vlsi_cache.evaluation.trace import trace
+    from vlsi_cache.exchange.exporting import export_cache
+    from vlsi_cache.exchange.importing import import_cache
     from vlsi_cache.models.save import init_student
     from vlsi_cache.report.describe import inspect
     from vlsi_cache.report.example import sample
@@ -50,7 +52,9 @@ _HOME = {
     "diff": "store.diff",
     "distill": "train.distill",
     "evaluate": "evaluation.scores",
+    "export_cache": "exchange.exporting",
     "generate": "teacher.generate",
+    "import_cache": "exchange.importing",
     "init_student": "models.save",
     "inspect": "report.describe",
     "load_spec": "config.spec",
@@ -89,7 +93,9 @@ __all__ = [
     "diff",
     "distill",
     "evaluate",
+    "export_cache",
     "generate",
+    "import_cache",
     "init_student",
     "inspect",
     "load_spec",

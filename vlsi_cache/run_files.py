@@ -83,7 +83,7 @@ class _AgainstCache(_Record):
     num_samples: int
     num_tokens: int
     kl: float
-    teacher_entropy: float
+    teacher_entropy: float | None
     top1_agreement: float | None
     mass_on_top_k: float | None
     teacher_layers: list[int]

@@ -257,6 +257,24 @@ class Encoder:
             found.append(join(pieces))
         return found
 
+    def token_ids(self, records: Sequence[Record]) -> list[tuple[np.ndarray, int]]:
+        """All ids int64 [S] of each sample, prompt and response, and how many are its prompt; raises DataError.
+
+        Those without pictures are read together, which is several times as fast as one by one.
+        """
+        texts = iter(self._read_all([record for record in records if not record.images], True))
+        found = []
+        for record in records:
+            if record.images:
+                encoded = self.encode(record)
+                found.append((encoded.input_ids, encoded.num_prompt))
+                continue
+            text = next(texts)
+            if isinstance(text, RowError):
+                raise text
+            found.append((np.concatenate([text.prompt_ids, text.response_ids]), len(text.prompt_ids)))
+        return found
+
     def _shown_alike(self, records: Sequence[Record], extents: Sequence[Extent], layout: Layout) -> list[list[int]]:
         """`sequences`; where branches have rows of their own, all pictures must be in what they share."""
         runs: list[list[int]] = []

@@ -68,10 +68,11 @@ def against_cache(
 ) -> dict[str, Any]:
     """Measure a model on the (first `limit`) samples of a cache.
 
-    `kl`: forward KL(teacher || model) of the last layer in nats per response token; `teacher_entropy`;
-    `top1_agreement`: share of tokens where both name the same word first, and `mass_on_top_k`: the model's mass on the
-    teacher's kept words (both None for rows of draws); `layers`: the KL of each verbalized layer to every cached
-    teacher layer. Raises ModelError (another tokenizer), FingerprintMismatchError (the data has changed), DataError.
+    `kl`: forward KL(teacher || model) of the last layer in nats per response token; `teacher_entropy` (None where
+    the cache lacks it); `top1_agreement`: share of tokens where both name the same word first, and `mass_on_top_k`: the
+    model's mass on the teacher's kept words (both None for rows of draws); `layers`: the KL of each verbalized layer to
+    every cached teacher layer. Raises ModelError (another tokenizer), FingerprintMismatchError (the data has changed),
+    DataError.
     """
     header, is_top = cache.header, cache.header.row_kind == "top-k"
     check_tokenizer(header, encoder, encoder.name, where=cache.path)
@@ -97,7 +98,7 @@ def against_cache(
         "num_samples": sums.num_samples,
         "num_tokens": num_tokens,
         "kl": sums.kl / num_tokens,
-        "teacher_entropy": sums.entropy / num_tokens,
+        "teacher_entropy": None if "entropy" in header.lacks else sums.entropy / num_tokens,
         "top1_agreement": sums.agree / num_tokens if is_top else None,
         "mass_on_top_k": sums.mass / num_tokens if is_top else None,
         "teacher_layers": cache.layers,

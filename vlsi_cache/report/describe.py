@@ -76,6 +76,7 @@ def describe_cache(path: Path) -> dict[str, Any]:
         "num_tokens": cache.num_tokens,
         "num_response_tokens": _sum(cache, "num_response_tokens"),
         "planned_response_tokens": header.num_response_tokens,
+        "lacks": list(header.lacks),
         **of_header("layers", "num_model_layers", "row_kind", "truncated", "top_k", "tail_samples", "taus", "profile"),
         "v_real": header.vocab_size,
         "token_texts": header.text_xxh3 is not None,
@@ -217,12 +218,13 @@ def rows_text(facts: dict[str, Any]) -> str:
     if facts["row_kind"] == "sampled":
         what = f"{widths} draws"
     elif facts["truncated"]:
-        what = f"top-p, at most {widths} words"
+        what = f"{'' if facts['lacks'] else 'top-p, '}at most {widths} words"
     else:
         what = f"top-{widths} words"
     tails = "" if facts["row_kind"] == "sampled" else f", {facts['tail_samples']} tail samples"
     texts = "with" if facts["token_texts"] else "without"
-    return f"{what} of {facts['v_real']:,}{tails}; profile {facts['profile']}; {texts} token texts"
+    unknown = f"; not known of them: {', '.join(facts['lacks'])}" if facts["lacks"] else ""
+    return f"{what} of {facts['v_real']:,}{tails}; profile {facts['profile']}; {texts} token texts{unknown}"
 
 
 def _array_table(facts: dict[str, Any]) -> str:

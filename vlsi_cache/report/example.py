@@ -161,7 +161,8 @@ def _grid_cell(grid: dict[str, Any], index: int, t: int) -> Any:
         text.append(line, style="bold green" if token == gold else "")
     tail = "" if grid["row_kind"] == "sampled" else f"{_short_percent(cell['tail_mass'])} "
     rank = "#-" if cell["gold_rank"] is None else f"#{cell['gold_rank'] + 1}"
-    return text.append(f"{cell['entropy']:.2f} {tail}{rank}", style="dim")
+    entropy = "?" if cell["entropy"] is None else f"{cell['entropy']:.2f}"
+    return text.append(f"{entropy} {tail}{rank}", style="dim")
 
 
 def _short_percent(share: float) -> str:

@@ -186,14 +186,20 @@ def _max_entropy(cache: Cache) -> float:
 
 
 def _histograms(values_LT: np.ndarray, top: float) -> np.ndarray:
-    bins_LT = np.clip(values_LT / top * FINE, 0, FINE - 1).astype(np.int64)
-    return np.stack([np.bincount(bins_T, minlength=FINE) for bins_T in bins_LT])
+    """int64 [L, B]; values that are not known are in no bin."""
+    known_LT = ~np.isnan(values_LT)
+    bins_LT = np.clip(np.nan_to_num(values_LT) / top * FINE, 0, FINE - 1).astype(np.int64)
+    return np.stack([np.bincount(b_T[known_T], minlength=FINE) for b_T, known_T in zip(bins_LT, known_LT, strict=True)])
 
 
 def _quantiles(counts_LB: np.ndarray, top: float, wanted: dict[str, float]) -> list[dict[str, float]]:
-    """Quantiles of every layer: where the running sums reach a share of their end, linear inside a bin."""
+    """Quantiles of every layer: where the running sums reach a share of their end, linear inside a bin; NaN where
+    nothing is known."""
     found = []
     for counts_B in counts_LB:
+        if not counts_B.any():
+            found.append(dict.fromkeys(wanted, math.nan))
+            continue
         sums_B = np.concatenate([[0.0], np.cumsum(counts_B)])
         quantiles = {}
         for name, share in wanted.items():
@@ -246,7 +252,7 @@ def _layers_of(cache: Cache, sums: Sums, num_tokens: int, kl_LL: np.ndarray | No
                 entropy={"mean": mean["entropy"][i], **entropy[i]},
                 kept_mass=None if is_drawn else {"mean": mean["mass"][i], **mass[i]},
                 gold_nll=nll,
-                perplexity=math.exp(nll) if nll < 700 else math.inf,
+                perplexity=math.inf if nll >= 700 else math.exp(nll),
                 gold_in_top_k=mean["gold_kept"][i],
                 gold_is_top=mean["gold_top"][i],
                 gold_rank=float(sums["gold_rank"][i]) / num_kept if num_kept else None,
@@ -291,7 +297,7 @@ def stats_text(stats: CacheStats) -> str:
 def big_number(value: float) -> str:
     """`3.142`, `12,345`, `1.2e+09`: four digits at least, no more than anybody reads."""
     if not math.isfinite(value) or value >= 1e8:
-        return f"{value:.1e}" if math.isfinite(value) else "inf"
+        return f"{value:.1e}" if math.isfinite(value) else "" if math.isnan(value) else "inf"
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 

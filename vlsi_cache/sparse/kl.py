@@ -203,8 +203,9 @@ class CandidateKL:
         unbiased_MT = -entropy_MT - self._logprobs_MTK.exp().mul_(self._logq_MTK).sum(-1)
         if logq_MTm.shape[-1]:
             return unbiased_MT - self._tail_mass_MT * logq_MTm.mean(-1)
-        # Without a tail (sampled rows, or every token kept) the kept entries are all there is to estimate from.
-        return torch.where(self._tail_mass_MT > 0, self.ghost_MT, unbiased_MT)
+        # Without a tail (sampled rows, or every token kept) the kept entries are all there is to estimate from. Of rows
+        # that another tool has made the entropy may not be known.
+        return torch.where((self._tail_mass_MT > 0) | entropy_MT.isnan(), self.ghost_MT, unbiased_MT)
 
     def loss(self, candidate: int | Tensor = 0) -> Tensor:
         """The divergence from this candidate, differentiable: a scalar, the sum over the tokens by their shares.

@@ -176,6 +176,7 @@ def add_layer(sums: LayerDiff, a: SparseRows, b: SparseRows) -> Entries:
     bucket_aT, bucket_bT = (_bucket(rows, token_E, np.exp(logp_E)) for rows, logp_E in ((a, logp_aE), (b, logp_bE)))
     kl = (p_aE * (logp_aE - logp_bE)).sum() + (bucket_aT * np.log(bucket_aT / bucket_bT)).sum()
     dtail_T, dentropy_T = (np.abs(getattr(a, n)[0] - getattr(b, n)[0]) for n in ("tail_mass_LT", "entropy_LT"))
+    dentropy_T = np.nan_to_num(dentropy_T)  # what is not known differs from nothing
     sums.num_tokens += a.num_tokens
     sums.num_common += len(dlogp_E)
     sums.only_a += int((in_aU & ~in_bU).sum())

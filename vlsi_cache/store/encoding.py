@@ -59,12 +59,15 @@ def check_sample_arrays(folder: Path, header: CacheHeader, record: PartRecord, a
         raise CacheCorruptError.at(folder / "positions", what)
 
 
-def check_scalars(folder: Path, arrays: Mapping[str, Any]) -> None:
-    """Numbers are numbers, log-probs at most 0 and masses within [0, 1]."""
-    _refuse(folder, "lse", arrays["lse"], ~np.isfinite(arrays["lse"]), "is not finite")
-    _refuse(folder, "entropy", arrays["entropy"], ~np.isfinite(arrays["entropy"]), "is not finite")
+def check_scalars(folder: Path, header: CacheHeader, arrays: Mapping[str, Any]) -> None:
+    """Numbers are numbers, log-probs at most 0 and masses within [0, 1]; what the cache lacks may be NaN."""
+    unknown = {name: np.isnan(arrays[name]) for name in header.lacks}
+    for name in ("lse", "entropy"):
+        bad = ~np.isfinite(arrays[name]) & ~unknown.get(name, np.False_)
+        _refuse(folder, name, arrays[name], bad, "is not finite")
     gold_LT, mass_LT = arrays["gold_logprob"], arrays["tail_mass"]
-    _refuse(folder, "gold_logprob", gold_LT, ~(gold_LT <= ROUNDING), "is no log-prob")
+    bad = ~(gold_LT <= ROUNDING) & ~unknown.get("gold_logprob", np.False_)
+    _refuse(folder, "gold_logprob", gold_LT, bad, "is no log-prob")
     _refuse(folder, "tail_mass", mass_LT, ~((mass_LT >= -ROUNDING) & (mass_LT <= 1 + ROUNDING)), "is outside [0, 1]")
 
 

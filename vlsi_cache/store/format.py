@@ -147,6 +147,8 @@ IDENTITY_FIELDS = (
     "num_response_tokens",
     "id_of_rank_xxh3",
 )
+# What a cache that was imported from another tool's rows may not know; it is NaN in the array of that name.
+Lacking = Literal["entropy", "gold_logprob", "lse"]
 STORED_NAMES = {"vocab_size": "v_real"}  # fields of `cache.json` that go by another word here
 Record = TypeVar("Record", bound="StrictRecord")
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
@@ -201,6 +203,7 @@ class CacheHeader(StrictRecord):
     skipped: list[dict[str, Any]] = []
     parents: list[dict[str, Any]] = []
     responses: list[dict[str, Any]] = []
+    lacks: Annotated[list[Lacking], Field(max_length=3)] = []
 
     @model_validator(mode="after")
     def _makes_sense(self) -> "CacheHeader":
@@ -213,6 +216,7 @@ class CacheHeader(StrictRecord):
         """These came after the first caches of this format: a header that does without is what it always was."""
         unused = {"responses"} if not self.responses else set()
         unused |= {"contract"} if self.contract == 1 else set()
+        unused |= set() if self.lacks else {"lacks"}
         fields: dict[str, Any] = dump(self)
         return {STORED_NAMES.get(name, name): value for name, value in fields.items() if name not in unused}
 
@@ -232,6 +236,8 @@ class CacheHeader(StrictRecord):
         identity = {STORED_NAMES.get(name, name): getattr(self, name) for name in IDENTITY_FIELDS}
         if self.contract != 1:
             identity["contract"] = self.contract
+        if self.lacks:
+            identity["lacks"] = self.lacks
         return hashlib.sha256(canonical_json({"fingerprint": self.fingerprint, **identity})).hexdigest()
 
     @property

@@ -139,7 +139,7 @@ def compare_headers(root: Path, stored: CacheHeader, asked: CacheHeader, *, with
 
 def identity_of(header: CacheHeader, *, without: Sequence[str] = ()) -> dict[str, Any]:
     """The fields beside the fingerprint in which two headers must be equal for their parts to go together."""
-    return {name: getattr(header, name) for name in ("contract", *IDENTITY_FIELDS) if name not in without}
+    return {name: getattr(header, name) for name in ("contract", "lacks", *IDENTITY_FIELDS) if name not in without}
 
 
 def differences(
@@ -218,6 +218,9 @@ def resume_command(header: CacheHeader, root: Path) -> str:
         return command_line("build-teacher", "SPEC", "-o", root)
     if header.parents[0].get("operation") == "merge":
         return command_line("merge", *paths, "-o", root)
+    if header.parents[0].get("operation") == "import":
+        options = (f"--{name}={value}" for name, value in header.parents[0].get("cuts", {}).items())
+        return command_line("import", *paths, "-o", root, *options)
     cuts = header.parents[0].get("cuts", {})
     words = [f"--{name.replace('_', '-')} {_as_option(name, cuts[name])}" for name in OPTIONS if name in cuts]
     return " ".join([command_line("prune", *paths, "-o", root), *words])

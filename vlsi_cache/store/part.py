@@ -201,7 +201,7 @@ def load_part(
         arrays.setdefault("tail_mass", np.zeros(LT, np.float32))
         # values that no writer produces
         check_places(folder, header, arrays)
-        check_scalars(folder, arrays)
+        check_scalars(folder, header, arrays)
         check_entries(folder, header, arrays, undone=undone)
     return Part(header, record, folder, arrays, id_of_rank_LV, undone)
 

@@ -337,6 +337,8 @@ def _value_problems(header: CacheHeader, samples: PartSamples) -> list[str]:
     for name in ("logprobs_LTK", "lse_LTn", "entropy_LT", "gold_logprob_LT", "tail_mass_LT"):
         values = getattr(samples.rows, name)
         bad = np.isnan(values) if "logprob" in name else ~np.isfinite(values)  # a log-prob may be -inf
+        if name.rpartition("_")[0] in header.lacks:
+            bad &= ~np.isnan(values)
         if bad.any():
             token = int(np.nonzero(bad)[1].min())
             problems.append(f"`{name}` is not a number in sample {_sample_at(samples, token)!r}")

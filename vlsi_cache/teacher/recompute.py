@@ -22,7 +22,7 @@ import numpy as np
 
 from vlsi_cache.config.sections import CacheSpec, TeacherParallel
 from vlsi_cache.config.spec import change, spec_from_dict
-from vlsi_cache.errors import DataError, FingerprintMismatchError, list_problems
+from vlsi_cache.errors import DataError, FingerprintMismatchError, SpecError, list_problems
 from vlsi_cache.models.load import share_digests
 from vlsi_cache.models.parallel import teacher_processes
 from vlsi_cache.processes import Processes
@@ -125,6 +125,8 @@ def recompute(
     """
     if num_samples < 1:
         raise DataError(f"`num_samples` is {num_samples}: at least one sample must be recomputed")
+    if "import.format" in cache.header.fingerprint:
+        raise SpecError(f"{cache.path} was imported from another tool's files, which do not say whose weights spoke")
     spec = spec_from_dict(cache.header.spec, where=str(cache.path))
     parallel = parallel or spec.teacher.parallel
     spec = change(spec, teacher=change(spec.teacher, trust_remote_code=trust_remote_code, parallel=parallel))

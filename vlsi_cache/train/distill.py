@@ -138,6 +138,11 @@ def distill_spec(
     cache: Cache, *, student: str | None = None, recipe: str | None = None, overrides: Iterable[str] = ()
 ) -> CacheSpec:
     """The spec stored in the cache with the changes for this run; what the cache has fixed cannot be changed."""
+    if "import.format" in cache.header.fingerprint and "data" not in cache.header.spec:
+        raise SpecError(
+            f"{cache.path} was imported without the rows that its teacher was given, so students have no prompts to "
+            "learn from: import it again with --data ROWS"
+        )
     stored = spec_from_dict(cache.header.spec, where=str(cache.path))
     # A cache may come from somebody else: running a model's own code is allowed by this call's overrides alone.
     stored = change(

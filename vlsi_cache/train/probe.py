@@ -125,7 +125,8 @@ def _compare(logits_TV: Tensor, teacher: TeacherTokens, gold_T: Tensor, is_sampl
     if tail_ids_Tm.shape[1]:
         kl_T = kl_T - tail_mass_T * logq_TV.gather(1, tail_ids_Tm).mean(1)
     else:
-        kl_T = torch.where(tail_mass_T > 0, FORWARD_KL(Bucketed.of(logp_TK, tail_mass_T, logq_TK)).clamp(min=0), kl_T)
+        ghost_T = FORWARD_KL(Bucketed.of(logp_TK, tail_mass_T, logq_TK)).clamp(min=0)
+        kl_T = torch.where((tail_mass_T > 0) | entropy_T.isnan(), ghost_T, kl_T)
     values = {
         "kl": kl_T,
         "student_entropy": torch.special.entr(logq_TV.exp()).sum(1),

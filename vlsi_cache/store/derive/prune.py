@@ -33,6 +33,7 @@ from .select import (
     parse_token_rule,
     read_part_tokens,
     read_sample_ids,
+    refuse_unknown,
 )
 from .slice import Shares, Spent, cut_part, entry_share, join, spend
 
@@ -201,6 +202,7 @@ def read_cuts(source: Cache, **options: Unpack[Options]) -> Cuts:
     widths = _widths(header, rows, options.get("top_k"))
     profile = _checked_profile(header, options.get("profile"))
     rule = None if tokens is None else parse_token_rule(tokens)
+    refuse_unknown(source, ["entropy"] if rule is not None and rule.kind != "random" else [])
     ids = None if samples is None else read_sample_ids(samples)
     choice = {"min_kept_mass": options.get("min_kept_mass"), "where": options.get("where")}
     named = {

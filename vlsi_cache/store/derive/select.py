@@ -151,6 +151,16 @@ def _wrong(text: str, problem: str) -> SpecError:
     )
 
 
+def refuse_unknown(cache: Cache, names: Iterable[str]) -> None:
+    """SpecError for a choice by numbers that the cache lacks, which nothing could be compared with."""
+    unknown = sorted(set(names).intersection(cache.header.lacks))
+    if unknown:
+        raise SpecError(
+            f"`{cache.path}` does not know {' and '.join(f'`{name}`' for name in unknown)} of its rows, since the "
+            "files that it was imported from do not: choose by something else (`tokens`, `kept_mass`, random:SHARE)"
+        )
+
+
 SampleIds = str | os.PathLike[str] | Iterable[str]
 
 
@@ -221,6 +231,7 @@ def choose_samples(
         chosen_S &= table["kept_mass"].to_numpy() >= min_kept_mass
     if where is not None:
         chosen_S &= samples_where(where, table)
+        refuse_unknown(cache, (node.id for node in ast.walk(ast.parse(where.strip())) if isinstance(node, ast.Name)))
     return chosen_S
 
 

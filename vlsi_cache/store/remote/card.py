@@ -79,7 +79,8 @@ def _by_layer(cache: Cache) -> list[list[str]]:
         num_tokens += record.num_tokens
         for name, total_L in sums.items():
             means_L = np.array([np.nan if mean is None else mean for mean in record.summary[name]], dtype=float)
-            sums[name] = total_L + np.nan_to_num(means_L) * record.num_tokens
+            known_L = means_L if name in cache.header.lacks else np.nan_to_num(means_L)
+            sums[name] = total_L + known_L * record.num_tokens
     means = {name: total_L / max(1, num_tokens) for name, total_L in sums.items()}
     return [
         [
