@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,14 @@ def test_imports_only_run_down(file: Path) -> None:
     for other in rooms_imported(file) - {room}:
         assert other in known, f"{file.name} imports `{other}`"
         assert floor_of(other) < floor_of(room), f"{file.name}: `{room}` may not import `{other}`"
+
+
+def test_an_installed_package_has_every_room() -> None:
+    folders = {file.parent for base in (PACKAGE, ROOT / "cli") for file in base.rglob("*.py")}
+    # The command line is installed under a name of its own.
+    names = {".".join(folder.relative_to(ROOT).parts).replace("cli", "vlsi_cache_cli") for folder in folders}
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    assert set(listed) == names | {"vlsi_cache.cache_specs"}  # specs, without code
 
 
 @pytest.mark.parametrize("room", ["config", "store", "report"])
