@@ -305,10 +305,12 @@ def mean_nll(
 ) -> dict[int, float]:
     """Negative log-likelihood in nats per response token over the real vocabulary, by layer; the final one last."""
     head, own = head_of(backbone).real(encoder.vocab_size), processes.share(batches)
-    prepared = _prepared(records, own, encoder, frozen_layout(backbone, verbalizers), num_workers)
+    layout = frozen_layout(backbone, verbalizers)
+    prepared = _prepared(records, own, encoder, layout, num_workers)
+    options: dict[str, Any] = {"row_width": backbone.row_width, "marks_responses": layout.marks_responses}
     sums = []  # one of every batch, so that they are added in the order of the batches whoever has made them
     for sequences in progress(prepared, "perplexity", unit="batch", total=len(own)):
-        batch = collate(sequences, pad_id=encoder.pad_id, device=backbone.device, row_width=backbone.row_width)
+        batch = collate(sequences, pad_id=encoder.pad_id, device=backbone.device, **options)
         sums.append((len(batch.gold_T), _nll_by_layer(backbone, verbalizers, batch, head)))
     totals: dict[int, float] = defaultdict(float)
     num_tokens = 0
