@@ -197,7 +197,7 @@ def distill(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="RUN", help="Where the run goes.")],
     student: Student = None,
     recipe: Annotated[
-        Literal["vlsi", "last", "sft"] | None,
+        Literal["vlsi", "last", "sft", "trol"] | None,
         typer.Option(help="vlsi: all layers; last: the last layer alone; sft: labels only. Default: the spec's."),
     ] = None,
     sets: Annotated[

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from vlsi_cache.config.training import DistillSpec
     from vlsi_cache.evaluation.scores import evaluate
     from vlsi_cache.evaluation.trace import trace
+    from vlsi_cache.models.load import load_student
     from vlsi_cache.models.save import init_student
     from vlsi_cache.report.describe import inspect
     from vlsi_cache.report.example import sample
@@ -54,6 +55,7 @@ _HOME = {
     "init_student": "models.save",
     "inspect": "report.describe",
     "load_spec": "config.spec",
+    "load_student": "models.load",
     "match": "report.matches",
     "merge": "store.derive.merge",
     "open": "store.reader",
@@ -93,6 +95,7 @@ __all__ = [
     "init_student",
     "inspect",
     "load_spec",
+    "load_student",
     "match",
     "merge",
     "open_cache",

@@ -338,6 +338,8 @@ class DistillSpec(Strict):
             yield "`recipe: trol` trains a student whose layers are traversed: say how in `traversal`"
         if self.recipe == "sft" and self.traversal is not None:
             yield "supervised finetuning of a student with `traversal` is `recipe: trol`, and it is `sft`"
+        if self.traversal is not None and self.verbalizers is not None:
+            yield "`verbalizers` read the student as it comes, and with `traversal` stage gates trains it before them"
         if self.is_supervised or self.interact.mode != "layers":
             return
         if self.sft.fraction and self.sft.mode != "full":
