@@ -22,7 +22,8 @@ Sets = Annotated[
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: what the spec says.")]
 Student = Annotated[str | None, typer.Option(metavar="ID", help="Folder or hub id; default: the student of the spec.")]
-AXES = ("matching", "operations", "verbalizer", "sft", "decoding", "loss", "k", "layers")  # tables that are shipped
+# Tables that are shipped.
+AXES = ("matching", "operations", "verbalizer", "sft", "decoding", "loss", "k", "layers", "traversal")
 
 
 def plan(

@@ -185,3 +185,39 @@ def test_a_spec_without_it_is_stored_as_before(cache: Cache) -> None:
     changed = apply_overrides(spec, ["distill.traversal.mode=all"])
     assert changed.model_dump(mode="json")["distill"]["traversal"]["mode"] == "all"
     assert type(changed).model_validate(changed.model_dump(mode="json")) == changed
+
+
+def test_what_its_gates_do_is_shown(trained: dict[str, Any]) -> None:
+    run = trained["run"]
+    kept = json.loads((run / "mixing.json").read_text())
+    found = vc.trace(run, prompt="say 0 red", max_new_tokens=1)
+    assert found.mixing is not None
+    assert found.mixing.ratios == kept["ratios"]  # the first sample of the cache
+    assert "".join(kept["tokens"]) == "<|im_start|>user\nsay 0 red<|im_end|>\n<|im_start|>assistant\n"
+    inner: Any = vc.load_student(run).model
+    ids = ModelRef(run / "student").encoder().tokenizer("".join(kept["tokens"]), return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        first = type(inner.layers[0]).plain.forward  # the first pass of the first layer, by hand
+        rope = inner.rotary_emb(inner.embed_tokens(ids), torch.arange(ids.shape[1])[None])
+        mask = torch.full((ids.shape[1],) * 2, -1e9).triu(1)[None, None]
+        h = first(inner.layers[0], inner.embed_tokens(ids), attention_mask=mask, position_embeddings=rope)
+        w = torch.sigmoid(2 * inner.traversal_gates[0](h))[0, :, 0]
+    assert kept["ratios"][0] == pytest.approx(w.tolist(), abs=2e-4)
+    assert "layer   text  lowest  highest" in str(found)
+    page = (run / "report.html").read_text()
+    assert "Layers that run again" in page
+    assert "mixing" in found.as_dict()
+
+
+def test_other_tokens_may_be_traversed_when_it_is_measured(trained: dict[str, Any], cache: Cache) -> None:
+    run = trained["run"]
+    spec = distill_spec(cache, student="x/y")
+
+    def nll(student: Path | str, mode: str) -> float:
+        changed = apply_overrides(spec, [f"evaluate.traversal={mode}", "evaluate.generate=false"])
+        return vc.evaluate(student, spec=changed, limit=4)["nll"]
+
+    own = vc.evaluate(run, spec=apply_overrides(spec, ["evaluate.generate=false"]), limit=4)["nll"]
+    values = {mode: nll(run / "student", mode) for mode in ("none", "prompt", "all")}
+    assert values["prompt"] == own
+    assert len(set(values.values())) == 3

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from vlsi_cache.config.sections import AS_IT_IS, CacheSpec, Encoding, EvaluateSpec
+from vlsi_cache.config.sections import AS_IT_IS, CacheSpec, Encoding, EvaluateSpec, Traversed
 from vlsi_cache.config.spec import change, spec_from_dict
+from vlsi_cache.config.training import TraversalSpec
 from vlsi_cache.data.collate import Batch, collate, plan_sample_batches
 from vlsi_cache.data.encoder import Encoder
 from vlsi_cache.data.measuring import fit_rows
@@ -26,6 +27,7 @@ from vlsi_cache.io import ahead, check_file, refuse_url, write_atomically
 from vlsi_cache.models.backbone import Backbone, head_of
 from vlsi_cache.models.load import ModelRef, max_positions, resolve_model
 from vlsi_cache.models.probe import checked_backbone
+from vlsi_cache.models.traversal import add_traversal, traversal_of
 from vlsi_cache.models.verbalizer import Verbalizers, frozen_layout, load_verbalizers
 from vlsi_cache.models.verbalizer_files import find_folder, read_record
 from vlsi_cache.processes import ALONE, Processes, joined
@@ -236,6 +238,8 @@ def evaluate_model(
             say(f"{len(skipped)} held-out rows were left out\n{list_problems(reasons)}")
         records, num_skipped = found.take(kept.index_N), len(skipped)
     loaded = model.load(str(where))
+    if settings is not None and settings.traversal is not None:
+        _traverse(loaded, settings.traversal)
     of_cache = own
     if own is None or cache is not None:
         of_cache = model.encoder(encoding)
@@ -256,6 +260,15 @@ def evaluate_model(
         options = {"batch_tokens": batch_tokens, "limit": limit, "processes": processes}
         result["cache"] = against_cache(backbone, spoken, of_cache, cache, **options)
     return result
+
+
+def _traverse(model: Any, mode: Traversed) -> None:
+    """Measure a traversed student with these tokens traversed; a plain one with gates as they are drawn."""
+    state = traversal_of(model)
+    if state is None and mode != "none":
+        state = add_traversal(model, TraversalSpec(mode=mode))
+    if state is not None:
+        state.mode = mode
 
 
 def _on_held_out(

@@ -45,7 +45,7 @@ def traversal_in(folder: Path) -> TraversalSpec | None:
     file = folder / "config.json"
     if not file.is_file() or KEY.encode() not in file.read_bytes():
         return None
-    found = read_object(file, DAMAGED).get(KEY)
+    found: Any = read_object(file, DAMAGED).get(KEY)
     try:
         return TraversalSpec.model_validate({name: one for name, one in found.items() if name != "model_type"})
     except (ValidationError, AttributeError) as error:

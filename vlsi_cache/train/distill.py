@@ -4,6 +4,7 @@ The teacher is not needed here, only its cache. A run that was killed goes on fr
 same metrics.
 """
 
+import json
 from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
@@ -22,7 +23,7 @@ from vlsi_cache.config.spec import (
 )
 from vlsi_cache.config.training import DistillSpec
 from vlsi_cache.errors import SpecError
-from vlsi_cache.io import refuse_url
+from vlsi_cache.io import refuse_url, write_atomically
 from vlsi_cache.models.backbone import Backbone
 from vlsi_cache.models.load import ModelRef, resolve_model
 from vlsi_cache.models.lora import (
@@ -33,11 +34,13 @@ from vlsi_cache.models.lora import (
     train_decoder_layers,
     train_gates_and_projector,
 )
+from vlsi_cache.models.mixing import mixing_of
 from vlsi_cache.models.save import STUDENT_RECORD, check_ours, save_student
 from vlsi_cache.models.traversal_files import to_dtype
 from vlsi_cache.models.verbalizer import Verbalizers, load_verbalizers
 from vlsi_cache.processes import Processes, joined
 from vlsi_cache.progress import say
+from vlsi_cache.report.mixing import MIXING_NAME
 from vlsi_cache.report.pages import ensure_report, write_report
 from vlsi_cache.runs.run_dir import WHOLE_BATCH, already_done, check_run_folder, finish_run, open_run, python_call
 from vlsi_cache.runs.trackers import check_trackers
@@ -269,11 +272,20 @@ def _trained(state: StudentState, model: Any, steps: dict[str, int]) -> Any:
 def _save(state: StudentState, trained: Any, stage: str) -> None:
     """Write the student as a plain folder: the adapter is folded into its weights."""
     refuse_destroyed(trained.named_parameters(), stage)
+    _keep_mixing(state, trained.eval())
     # Head and embeddings may have been trained in fp32; configuration and all tensors agree again.
     facts = {key: state.run.record[key] for key in ("recipe", "cache_digest", "student_digest")}
     ids = {"end_of_turn": state.encoder.eot_id, "pad": state.encoder.pad_id}
     out, source = state.run.path / "student", ModelRef(state.student_path)
     save_student(to_dtype(trained, state.dtype), source, out, **ids, facts=facts)
+
+
+def _keep_mixing(state: StudentState, trained: Any) -> None:
+    """Of a traversed student, what its gates do with the first prompt, for the report."""
+    if state.spec.distill.traversal is not None:
+        prompt = state.encoder.encode(state.records[0], with_response=False)
+        found = mixing_of(Backbone(trained), state.encoder, prompt)
+        write_atomically(state.run.path / MIXING_NAME, json.dumps(found))
 
 
 def _gates(state: StudentState, num_steps: int) -> tuple[StudentState, dict[str, Any]]:
