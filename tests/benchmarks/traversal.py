@@ -41,9 +41,9 @@ Rows = list[list[str]]
 
 def student(num_layers: int, width: int, settings: TraversalSpec | None) -> Any:
     torch.manual_seed(0)
-    sizes = {"hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": num_layers}
-    heads = {"num_attention_heads": width // 64, "num_key_value_heads": max(1, width // 192)}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=8192, **sizes, **heads)).eval()
+    sizes: dict[str, Any] = {"hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": num_layers}
+    sizes |= {"num_attention_heads": width // 64, "num_key_value_heads": max(1, width // 192)}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=8192, **sizes)).eval()
     if settings is not None:
         add_traversal(model, settings)
     return model

@@ -28,7 +28,7 @@ from vlsi_cache.config.training import TraversalSpec
 from vlsi_cache.data.collate import RESPONSES, SEEN_UNTIL
 from vlsi_cache.errors import ModelError, SpecError
 from vlsi_cache.models.backbone import Backbone
-from vlsi_cache.models.lora import add_lora, checkpoint_activations
+from vlsi_cache.models.lora import add_lora, checkpoint_activations, train_gates_and_projector
 from vlsi_cache.models.traversal import (
     add_traversal,
     mixing_ratios,
@@ -38,6 +38,7 @@ from vlsi_cache.models.traversal import (
     remove_traversal,
     traversal_of,
 )
+from vlsi_cache.models.verbalizer import build_verbalizers
 
 PROMPT = TraversalSpec()
 EVERYWHERE = TraversalSpec(mode="all")
@@ -375,3 +376,45 @@ def test_a_copy_generates_by_itself() -> None:
     assert twin.generate.__self__ is twin
     assert traversal_of(twin).gates is twin.model.traversal_gates  # type: ignore[union-attr]
     assert twin.model.layers[0].traversal is traversal_of(twin)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "llava_onevision"])
+@torch.no_grad()
+def test_pictures_stand_in_the_prompt(family: str) -> None:
+    model = traversed(model=tiny_model(family))
+    inputs = {name: one[:1] for name, one in tiny_inputs(family).items() if name != "pixel_values"}
+    pixels = tiny_inputs(family)["pixel_values"]
+    inputs["pixel_values"] = pixels[: len(pixels) // 2]
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    out = model.generate(**inputs, **options, return_dict_in_generate=True, output_logits=True)
+    plain = {name: one for name, one in inputs.items() if one.shape[:2] != inputs["input_ids"].shape}
+    longer = {**plain, "input_ids": out.sequences, "attention_mask": torch.ones_like(out.sequences)}
+    if "mm_token_type_ids" in inputs:
+        longer["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, 4))
+    longer[RESPONSES] = torch.arange(WIDTH + 4)[None] >= WIDTH
+    at = torch.arange(WIDTH - 1, WIDTH + 3)
+    backbone = Backbone(model)
+    hidden = backbone.capture(longer, [], torch.zeros_like(at), at)[backbone.num_layers]
+    torch.testing.assert_close(torch.cat(out.logits), model.lm_head(hidden), rtol=0, atol=1e-4)
+    model.requires_grad_(False)
+    train_gates_and_projector(model)
+    names = {name for name, one in model.named_parameters() if one.requires_grad}
+    rest = {name for name in names if "traversal_gates" not in name}
+    assert len(names) - len(rest) == NUM_LAYERS
+    assert rest
+    assert all("merger" in name or "projector" in name or name.endswith("image_newline") for name in rest), rest
+
+
+@torch.no_grad()
+def test_a_verbalizer_that_is_a_decoder_layer_is_a_plain_one() -> None:
+    model = traversed()
+    backbone = Backbone(model)
+    verbalizers = build_verbalizers(backbone, [2], structure="decoder")
+    inputs = {"input_ids": some_ids(), RESPONSES: torch.arange(WIDTH)[None] >= NUM_PROMPT}
+    at = torch.arange(NUM_PROMPT, WIDTH)
+    hidden: Any = verbalizers.capture(inputs, torch.zeros_like(at), at)
+    expected = backbone.capture(inputs, [2], torch.zeros_like(at), at)[2]
+    # It starts as nothing: its last projections are zero.
+    found = verbalizers.by_layer["2"](hidden[2])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert type(verbalizers.by_layer["2"].blocks[0]) is plain_class(model.model.layers[0])  # type: ignore[index,union-attr]
