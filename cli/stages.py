@@ -199,7 +199,7 @@ def distill(
     student: Student = None,
     recipe: Annotated[
         Literal["vlsi", "last", "sft", "trol"] | None,
-        typer.Option(help="vlsi: all layers; last: the last layer alone; sft: labels only. Default: the spec's."),
+        typer.Option(help="vlsi: all layers; last: the last layer alone; sft, trol: labels only. Default: the spec's."),
     ] = None,
     sets: Annotated[
         list[str] | None,

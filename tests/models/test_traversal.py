@@ -5,6 +5,7 @@ Legend: B rows, S positions, D hidden size, L layers.
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ from vlsi_cache.config.training import TraversalSpec
 from vlsi_cache.data.collate import RESPONSES, SEEN_UNTIL
 from vlsi_cache.errors import ModelError, SpecError
 from vlsi_cache.models.backbone import Backbone
+from vlsi_cache.models.load import ModelRef
 from vlsi_cache.models.lora import add_lora, checkpoint_activations, train_gates_and_projector
 from vlsi_cache.models.traversal import (
     add_traversal,
@@ -38,6 +40,7 @@ from vlsi_cache.models.traversal import (
     remove_traversal,
     traversal_of,
 )
+from vlsi_cache.models.traversal_files import save_traversed, to_dtype
 from vlsi_cache.models.verbalizer import build_verbalizers
 
 PROMPT = TraversalSpec()
@@ -418,3 +421,27 @@ def test_a_verbalizer_that_is_a_decoder_layer_is_a_plain_one() -> None:
     found = verbalizers.by_layer["2"](hidden[2])
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     assert type(verbalizers.by_layer["2"].blocks[0]) is plain_class(model.model.layers[0])  # type: ignore[index,union-attr]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2_vl"])
+@torch.no_grad()
+def test_a_folder_holds_all_of_it(family: str, tmp_path: Path) -> None:
+    """Tied weights and renamed ones, several files, gates in fp32 beside 16 bits."""
+    model = traversed(TraversalSpec(gate_bias=True), tiny_model(family, tie_word_embeddings=True))
+    to_dtype(model, torch.bfloat16)
+    save_traversed(model, tmp_path, max_shard_size="20KB")
+    assert not [file.name for file in tmp_path.iterdir() if file.name.startswith("model.safetensors")]
+    assert len([*tmp_path.glob("model-*.safetensors")]) > 1
+    opened = ModelRef(tmp_path, dtype="auto").load()
+    state, before = traversal_of(opened), traversal_of(model)
+    assert state is not None
+    assert before is not None
+    assert state.settings == before.settings
+    own, theirs = model.state_dict(), opened.state_dict()
+    assert own.keys() == theirs.keys()
+    for name, one in own.items():
+        assert theirs[name].dtype == (torch.float32 if "traversal_gates" in name else torch.bfloat16)
+        assert torch.equal(theirs[name], one), name
+    (tmp_path / "config.json").write_text((tmp_path / "config.json").read_text().replace("per_layer", "shared"))
+    with pytest.raises(ModelError, match=r"gates\.safetensors: its gates are not those of this model"):
+        ModelRef(tmp_path).load()

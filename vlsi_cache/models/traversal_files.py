@@ -89,12 +89,12 @@ def with_gates(model: Any, folder: Path) -> Any:
     return model
 
 
-def save_traversed(model: Any, folder: Path) -> None:
-    """Write a model whose layers are traversed into `folder`."""
+def save_traversed(model: Any, folder: Path, **options: Any) -> None:
+    """Write a model whose layers are traversed into `folder`; `options` as transformers' `save_pretrained` has them."""
     state = traversal_of(model)
     assert state is not None
     weights = {name: one for name, one in model.state_dict().items() if f"{GATES}." not in name}
-    model.save_pretrained(folder, state_dict=weights)
+    model.save_pretrained(folder, state_dict=weights, **options)
     gates = {name: one.detach().float().cpu().contiguous() for name, one in state.gates.state_dict().items()}
     save_file(gates, folder / GATES_FILE)
     for name, plain in RENAMED.items():
