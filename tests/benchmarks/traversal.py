@@ -35,6 +35,7 @@ KINDS = {
 }
 WORKS = ("prefill", "prefill and answer", "training step")
 CPU = torch.device("cpu")
+TINY = ("data.options.num_samples=64", "evaluate.data.options.num_samples=16", "store.part_mib=0.1")
 PACKAGES = ("torch", "transformers", "peft")
 Rows = list[list[str]]
 
@@ -103,9 +104,9 @@ def flops_of_a_step(folder: Path, settings: TraversalSpec | None) -> int:
     return counted.get_total_flops()
 
 
-def worth(folder: Path, *, seeds: int, share: float, device: str) -> tuple[Rows, str]:
+def worth(folder: Path, *, seeds: int, share: float, device: str, overrides: Sequence[str]) -> tuple[Rows, str]:
     """Exact match and perplexity on the held-out rows of the demo, all seeds."""
-    spec = vc.load_spec("demo")
+    spec = vc.load_spec("demo", overrides=overrides)
     cache = vc.build_teacher(spec, out=folder / "cache", device=device)
     stages = spec.distill
     steps = {
@@ -171,8 +172,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             report.row(*row)
     else:
         share, seeds = (0.02, 1) if given.tiny else (given.share, given.seeds)
+        few = TINY if given.tiny else ()
         with tempfile.TemporaryDirectory(prefix="vlsi-cache-worth-") as folder:
-            rows, note = worth(Path(folder), seeds=seeds, share=share, device=given.device)
+            rows, note = worth(Path(folder), seeds=seeds, share=share, device=given.device, overrides=few)
         report.say(f"## Exact match on the demo's held-out rows (perplexity)\n\n{note}\n")
         report.table("student", *(f"seed {seed}" for seed in range(seeds)))
         for row in rows:
