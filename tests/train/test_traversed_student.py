@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.launch import run_together
 from helpers.tiny import write_spec
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
@@ -221,3 +222,23 @@ def test_other_tokens_may_be_traversed_when_it_is_measured(trained: dict[str, An
     values = {mode: nll(run / "student", mode) for mode in ("none", "prompt", "all")}
     assert values["prompt"] == own
     assert len(set(values.values())) == 3
+
+
+def test_two_processes_train_it_as_one_does(cache: Cache, student_folder: Path, tmp_path: Path) -> None:
+    changes = [*TRAVERSED, "distill.micro_batch_size=2", "run.workers=0"]
+
+    def work(*more: str) -> Path:
+        out = tmp_path / f"run{len(more)}"
+        return vc.distill(cache.path, student=str(student_folder), out=out, overrides=[*changes, *more])
+
+    run_together(2, lambda _: work())
+    whole = vc.distill(cache, student=str(student_folder), out=tmp_path / "one", overrides=changes)
+    assert losses(tmp_path / "run0") == [(*where, pytest.approx(loss, abs=1e-4)) for *where, loss in losses(whole)]
+    assert (tmp_path / "run0" / "student" / "gates.safetensors").exists()
+
+    def refused(_: int) -> str:
+        with pytest.raises(SpecError) as caught:
+            work("run.parallel=fsdp")
+        return str(caught.value)
+
+    assert all("`run.parallel: fsdp` shares out layers that run once" in text for text in run_together(2, refused))
