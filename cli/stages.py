@@ -22,7 +22,8 @@ Sets = Annotated[
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: what the spec says.")]
 Student = Annotated[str | None, typer.Option(metavar="ID", help="Folder or hub id; default: the student of the spec.")]
-AXES = ("matching", "operations", "verbalizer", "sft", "decoding", "loss", "k", "layers")  # tables that are shipped
+# Tables that are shipped.
+AXES = ("matching", "operations", "verbalizer", "sft", "decoding", "loss", "k", "layers", "traversal")
 
 
 def plan(
@@ -201,8 +202,8 @@ def distill(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="RUN", help="Where the run goes.")],
     student: Student = None,
     recipe: Annotated[
-        Literal["vlsi", "last", "sft"] | None,
-        typer.Option(help="vlsi: all layers; last: the last layer alone; sft: labels only. Default: the spec's."),
+        Literal["vlsi", "last", "sft", "trol"] | None,
+        typer.Option(help="vlsi: all layers; last: the last layer alone; sft, trol: labels only. Default: the spec's."),
     ] = None,
     sets: Annotated[
         list[str] | None,

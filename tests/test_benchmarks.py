@@ -12,7 +12,7 @@ from helpers.tiny import benchmark_scripts
 FOLDER = Path(__file__).parent / "benchmarks"
 SCRIPTS = (
     "cases", "data", "gpu", "kernels", "measuring", "online", "online_vs_cached", "ours", "peers", "processes", "scale",
-    "stages", "students",
+    "stages", "students", "traversal",
 )  # fmt: skip
 CPU = torch.device("cpu")
 
@@ -44,6 +44,13 @@ def test_every_part_of_the_gpu_benchmark_runs(scripts: dict[str, Any], tmp_path:
     text = (tmp_path / "results.md").read_text(encoding="utf-8")
     assert text.count("\n## ") == 4
     assert "failed" not in text
+
+
+def test_the_cost_of_traversing_is_measured(scripts: dict[str, Any], tmp_path: Path) -> None:
+    scripts["traversal"].main(["--tiny", "--out", str(tmp_path / "results.md")])
+    rows = [line.split(" | ") for line in (tmp_path / "results.md").read_text(encoding="utf-8").splitlines()]
+    assert [row[1].split()[0] for row in rows if row[0] == "| plain"] == ["1.00"]
+    assert len([row for row in rows if len(row) == 5]) == 6
 
 
 def test_online_and_cached_steps_run_and_agree(scripts: dict[str, Any], tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from vlsi_cache.evaluation.trace import trace
     from vlsi_cache.exchange.exporting import export_cache
     from vlsi_cache.exchange.importing import import_cache
+    from vlsi_cache.models.load import load_student
     from vlsi_cache.models.save import init_student
     from vlsi_cache.report.describe import inspect
     from vlsi_cache.report.example import sample
@@ -58,6 +59,7 @@ _HOME = {
     "init_student": "models.save",
     "inspect": "report.describe",
     "load_spec": "config.spec",
+    "load_student": "models.load",
     "match": "report.matches",
     "merge": "store.derive.merge",
     "open": "store.reader",
@@ -99,6 +101,7 @@ __all__ = [
     "init_student",
     "inspect",
     "load_spec",
+    "load_student",
     "match",
     "merge",
     "open_cache",

@@ -111,20 +111,27 @@ def test_every_variant_of_every_table_is_valid(spec: vc.CacheSpec, cache: Cache,
         ("vlsi", "all-layers"),
     }
     assert all(table[0]["names"][0] == "vlsi" and table[-1]["names"][0] == "sft" for table in tables.values())
+    traversed = {name for name, run in runs.items() if run.spec.distill.traversal is not None}
+    assert len(traversed) == 13
     changed = {name: run.spec.distill.interact for name, run in runs.items()}
     assert {name for name, run in runs.items() if changed[name] == spec.distill.interact} == {
         *("vlsi", "last", "sft", "whole-sft-full", "k-1", "k-4", "every-second", "suggested-half"),
         *("mlp", "mlp-x2", "verb-ffn-x2", "ffn", "ffn-x2", "decoder", "decoder-x2", "plain", "kl_to_final"),
         *("no-sft", "half-sft", "half-sft-full", "beams", "no-sft-beams"),
+        *("untrained", *traversed),
     }
     assert {run.num_steps for run in runs.values() if not run.variant.own_steps} == {5}
     assert {name for name, run in runs.items() if not run.takes_verbalizers} == {
         *("vlsi", "last", "sft", "mlp", "mlp-x2", "verb-ffn-x2", "ffn", "ffn-x2", "decoder", "decoder-x2"),
         *("plain", "kl_to_final", "beams"),
+        *("untrained", *traversed),
     }
     assert {name: run.trained_as for name, run in runs.items() if run.trained_as != name} == {
         "beams": "vlsi",
         "no-sft-beams": "no-sft",
+        "untrained": "vlsi",
+        "question": "nothing",
+        "question-answer": "nothing",
     }
 
 

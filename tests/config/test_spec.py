@@ -228,7 +228,7 @@ def test_every_number_of_a_spec_has_bounds_and_is_no_yes_or_no() -> None:
             *parents, last = key.split(".")
             section = values
             for name in parents:
-                section = section[name]
+                section = section.setdefault(name, {})  # some are left out where they are not set
             is_list = last in ("layers", "taus")
             section[last] = [1.0, wrong] if is_list else wrong
             if {"steps", "epochs"} <= set(section):

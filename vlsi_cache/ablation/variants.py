@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from vlsi_cache.config.plain_yaml import parse_yaml
-from vlsi_cache.config.sections import CacheSpec
+from vlsi_cache.config.sections import CacheSpec, Traversed
 from vlsi_cache.config.spec import apply_overrides
 from vlsi_cache.config.training import Count, Layer, Recipe, Strict
 from vlsi_cache.errors import SpecError, list_problems
@@ -64,7 +64,7 @@ class Variant(Strict):
     recipe: Recipe = "vlsi"
     layers: Literal["all", "every-second", "deepest-quarter", "suggested-half"] | tuple[Layer, ...] = "all"
     top_k: Count | None = None
-    evaluate: dict[Literal["num_beams", "max_new_tokens"], Count] = Field(default_factory=dict)
+    evaluate: dict[Literal["num_beams", "max_new_tokens", "traversal"], Count | Traversed] = Field(default_factory=dict)
     own_steps: bool = False
 
 

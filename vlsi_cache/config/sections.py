@@ -24,6 +24,7 @@ from .training import (
 Turns = Literal["all", "last"]
 Together = Literal["prompt", "row"]
 PromptMode = Literal["generation", "template"]
+Traversed = Literal["none", "prompt", "all"]  # tokens
 Kernels = Literal["auto", "eager", "compiled"]
 StudentParallel = Literal["ddp", "fsdp"]
 BadRows = Literal["refuse", "list"]
@@ -197,13 +198,18 @@ class StoreSpec(Strict):
 
 
 class EvaluateSpec(Strict):
-    """Held-out rows and what is measured on them; `num_beams` above 1 searches answers with that many beams."""
+    """Held-out rows and what is measured on them; `num_beams` above 1 searches answers with that many beams.
+
+    `traversal`: which tokens are traversed by a student whose layers run again, when that is not as it was trained
+    (TroL, Tables 7, 9 and 10); a plain model gets gates that nobody has trained.
+    """
 
     data: DataSpec
     generate: bool = True
     num_beams: Annotated[int, Field(ge=1, le=1024)] = 1
     max_new_tokens: Count = 64
     batch_size: Count = 16
+    traversal: Traversed | None = Field(default=None, exclude_if=lambda value: value is None)
 
     def _contradictions(self) -> Iterator[str]:
         if not self.generate and self.num_beams > 1:

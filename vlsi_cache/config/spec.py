@@ -61,7 +61,7 @@ def _is_used(key: str, distill: DistillSpec) -> bool:
     if name == "verbalize":
         return recipe == "vlsi" and distill.verbalizers is None
     if name == "lora":
-        adapts = recipe != "sft" and interact.mode == "lora"
+        adapts = not distill.is_supervised and interact.mode == "lora"
         return adapts or (bool(distill.sft.fraction) and distill.sft.mode == "lora+embed_head")
     if name == "sft" and inner:
         return inner.startswith("fraction") or bool(distill.sft.fraction)

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Recipe = Literal["vlsi", "last", "sft"]
+Recipe = Literal["vlsi", "last", "sft", "trol"]
 Structure = Literal["mlp", "mlp-x2", "verb-ffn", "verb-ffn-x2", "ffn", "ffn-x2", "decoder", "decoder-x2"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 BatchReduction = Literal["token", "sample"]
@@ -247,11 +247,49 @@ class SftSpec(Strict):
         return num_steps - (max(1, round(self.fraction * num_steps)) if self.fraction else 0)
 
 
+class TraversalSpec(Strict):
+    """A student whose decoder layers run `num_passes` times each, on their own output (TroL, arXiv 2406.12246).
+
+    A gate mixes each pass into what is there, for every token: w = sigmoid(2 gate(h)), (1 - w) h + w layer(h), where h
+    is the output of the pass before. `mode: prompt` does so for tokens of the prompt, `all` for those of the answer
+    too. `gates`: one linear map [hidden size, 1] for each layer, or one for all; `gate_bias` gives it a bias.
+    `gate_init: paper` starts as torch's linear layers do (w near 0.5), `near_zero` with weight 0 and bias -1.5
+    (w = 0.05), as the plain student nearly. `mixing` is for ablations (Table 4d): `first` keeps (1 - w) h alone,
+    `second` w layer(h); in `uniform` w is 1/2, in `random` the gates stay as they are drawn.
+
+    `schedule` is that of stage gates, which comes before all others and trains gates and vision projector alone.
+    """
+
+    mode: Literal["prompt", "all"] = "prompt"
+    gates: Literal["per_layer", "shared"] = "per_layer"
+    gate_bias: bool = False
+    gate_init: Literal["paper", "near_zero"] = "paper"
+    num_passes: Annotated[int, Field(ge=2, le=4)] = 2
+    mixing: Literal["gated", "first", "second", "uniform", "random"] = "gated"
+    schedule: Schedule = Schedule(epochs=1)
+
+    def _contradictions(self) -> Iterator[str]:
+        if self.gate_init == "near_zero" and not self.gate_bias:
+            yield "`gate_init: near_zero` starts the bias at -1.5, and there is none: say `gate_bias: true`"
+        if self.mixing == "uniform" and (changed := self.changed(("gates", "gate_bias", "gate_init"))):
+            yield f"`{'`, `'.join(changed)}` do nothing with `mixing: uniform`, which has no gates"
+        if self.mixing == "random" and self.changed(["gate_init"]):
+            yield "`gate_init` does nothing with `mixing: random`, whose gates are drawn and stay so"
+        if self.mixing == "first" and self.changed(["num_passes"]):
+            yield "`num_passes` does nothing with `mixing: first`, which keeps the first pass alone"
+
+    @property
+    def trains_gates(self) -> bool:
+        return self.mixing not in ("uniform", "random")
+
+
 class DistillSpec(Strict):
     """From a cache to a student. `recipe` decides which stages run; all recipes take the same number of steps:
 
     vlsi: verbalize, interact over all target layers, sft. last: the steps of verbalize and interact go to last-layer
     distillation, then sft. sft: all steps go to sft. What `sft.fraction` leaves out, it leaves out of every recipe.
+    trol: as sft, for a student with `traversal`. Of such a student stage gates comes first in every recipe, and its
+    steps come on top; where no gates train they go to the next stage that trains the student.
 
     The loss of a step is the mean over the tokens of its `batch_size` samples, or with `batch_reduction: sample` over
     the samples, each with the mean of its tokens; `micro_batch_size` decides about memory and speed, not about it.
@@ -277,6 +315,8 @@ class DistillSpec(Strict):
     interact: InteractSpec = InteractSpec()
     sft: SftSpec = SftSpec()
     lora: LoraSpec = LoraSpec()
+    # Left out where it is not set: specs of earlier releases are the same as they were.
+    traversal: TraversalSpec | None = Field(default=None, exclude_if=lambda value: value is None)
     checkpoint_steps: Steps = 200
     window_parts: Count = 4
     seed: Seed = 0
@@ -292,9 +332,15 @@ class DistillSpec(Strict):
         yield from _broken_batches(self)
         if self.recipe == "last" and not self.interact.trains_last:
             yield "`recipe: last` trains the last layer alone, and `interact` leaves it out"
-        if self.recipe == "sft" and not self.sft.fraction:
-            yield "`recipe: sft` is supervised finetuning alone, and `sft.fraction: 0` leaves it out"
-        if self.recipe == "sft" or self.interact.mode != "layers":
+        if self.is_supervised and not self.sft.fraction:
+            yield f"`recipe: {self.recipe}` is supervised finetuning alone, and `sft.fraction: 0` leaves it out"
+        if self.recipe == "trol" and self.traversal is None:
+            yield "`recipe: trol` trains a student whose layers are traversed: say how in `traversal`"
+        if self.recipe == "sft" and self.traversal is not None:
+            yield "supervised finetuning of a student with `traversal` is `recipe: trol`, and it is `sft`"
+        if self.traversal is not None and self.verbalizers is not None:
+            yield "`verbalizers` read the student as it comes, and with `traversal` stage gates trains it before them"
+        if self.is_supervised or self.interact.mode != "layers":
             return
         if self.sft.fraction and self.sft.mode != "full":
             yield (
@@ -306,3 +352,8 @@ class DistillSpec(Strict):
                 f"`lora.{'`, `lora.'.join(changed)}` belong to an adapter, and `interact.mode: layers` trains none; "
                 "leave `lora` as it is"
             )
+
+    @property
+    def is_supervised(self) -> bool:
+        """Whether the student learns from labels alone."""
+        return self.recipe in ("sft", "trol")

@@ -22,6 +22,10 @@ IGNORE_INDEX = -100
 SEEN_UNTIL = "seen_until"
 
 
+# Of the inputs of a batch, bool [B, S]: which tokens are of an answer, for models that do something else with a prompt.
+RESPONSES = "responses"
+
+
 # Of the inputs of a batch: its `Pictures`, where features of pictures are kept or a picture is there twice;
 # `models.features` turns them into what the model takes.
 PICTURES = "pictures"
@@ -33,9 +37,9 @@ class Batch:
 
     Of a packed batch, several sequences may lie in one row, and a sequence may branch: `inputs` then have SEEN_UNTIL
     and `position_ids`. So do those of a padded batch with sequences that branch: they are the trunks, and BRANCHES has
-    the other rows, which count on from them. With PICTURES, pixels are apart. All of these go through
-    `Backbone.capture` alone. Labels stand at the token's own position, as transformers wants them (it shifts them
-    itself).
+    the other rows, which count on from them. With PICTURES, pixels are apart, and RESPONSES are for a model whose
+    layers are traversed. All of these go through `Backbone.capture` alone. Labels stand at the token's own position,
+    as transformers wants them (it shifts them itself).
     """
 
     inputs: dict[str, Any]
@@ -65,13 +69,19 @@ class Batch:
 
 
 def collate(
-    sequences: Sequence[Encoded], *, pad_id: int, device: str | torch.device = "cpu", row_width: int = 0
+    sequences: Sequence[Encoded],
+    *,
+    pad_id: int,
+    device: str | torch.device = "cpu",
+    row_width: int = 0,
+    marks_responses: bool = False,
 ) -> Batch:
     """Pad on the right: then the positions of a sample are the same in every batch.
 
     The sequences hold one or several samples each; `num_tokens` has one number for every sample, in their order.
     With a `row_width` they are packed: they lie end to end in fewer rows of at most so many tokens, where that makes
-    less padding; one that is longer has a row of its own. Without, those that branch are taken apart.
+    less padding; one that is longer has a row of its own. Without, those that branch are taken apart. With
+    `marks_responses` the inputs have RESPONSES, for which each sequence must be of one sample.
     """
     if not row_width and any(one.positions is not None for one in sequences):
         inputs, places_S2 = _branched_inputs(sequences, pad_id=pad_id)
@@ -86,6 +96,10 @@ def collate(
     gold_T = np.concatenate([span.response_ids for _, span in spans])
     labels_BS = np.full(1 + np.max([places.max(0) for places in places_S2], axis=0), IGNORE_INDEX, dtype=np.int64)
     labels_BS[tuple(np.concatenate([places[span.places_R] for places, span in spans]).T)] = gold_T
+    if marks_responses:
+        inputs[RESPONSES] = torch.zeros(inputs["input_ids"].shape, dtype=torch.bool)
+        rows_R, places_R = np.nonzero(labels_BS != IGNORE_INDEX)
+        inputs[RESPONSES][rows_R, places_R] = True
     tensors = (torch.from_numpy(array) for array in (rows_T, positions_T, gold_T, labels_BS))
     return Batch(inputs, *tensors, num_tokens=[len(span.response_ids) for _, span in spans]).to(device)
 

@@ -131,6 +131,11 @@ class Encoder:
         return dict(self.chat.control)
 
     @property
+    def placeholder_ids(self) -> set[int]:
+        """Tokens that stand for pictures."""
+        return self._placeholder_ids
+
+    @property
     def image_processor(self) -> Any:
         return None if self.vision is None else self.vision.image_processor
 

@@ -24,12 +24,16 @@ class Layout(NamedTuple):
     """How the samples of a batch lie for a model: in rows of at most `row_width` tokens that hold several sequences (0:
     each has a row, padded), and whether a sequence may branch.
 
+    With `marks_responses` every sample is a sequence of its own, and a batch says which tokens are answers: for models
+    that do something else with a prompt, where the answer of one turn is prompt in the next.
+
     Branches of a packed row are kept apart by the mask. Padded ones have rows of their own, which go on from the cache
     that their trunk has left (`data/branches.py`).
     """
 
     row_width: int = 0
     branches: bool = False
+    marks_responses: bool = False
 
     @property
     def goes_on_from_caches(self) -> bool:
@@ -155,6 +159,8 @@ def sequences(extents: Sequence[Extent], indices: Sequence[int], layout: Layout)
     A sample that goes on where its left neighbour has ended is in the same sequence. One that branches from it is too,
     where the model keeps branches apart, as long as all fits in one row; or as far as a common trunk pays.
     """
+    if layout.marks_responses:
+        return [[index] for index in indices]
     if layout.goes_on_from_caches:
         return _stars(extents, indices)
     found: list[list[int]] = []

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from vlsi_cache.config.sections import AS_IT_IS, CacheSpec, Encoding, EvaluateSpec
+from vlsi_cache.config.sections import AS_IT_IS, CacheSpec, Encoding, EvaluateSpec, Traversed
 from vlsi_cache.config.spec import Overrides, apply_overrides, change, override_list, spec_from_dict
+from vlsi_cache.config.training import TraversalSpec
 from vlsi_cache.data.collate import Batch, collate, plan_sample_batches
 from vlsi_cache.data.encoder import Encoder
 from vlsi_cache.data.measuring import fit_rows
@@ -27,6 +28,7 @@ from vlsi_cache.models.backbone import Backbone, head_of
 from vlsi_cache.models.drafting import Drafter
 from vlsi_cache.models.load import ModelRef, max_positions, resolve_model
 from vlsi_cache.models.probe import checked_backbone
+from vlsi_cache.models.traversal import add_traversal, traversal_of
 from vlsi_cache.models.verbalizer import Verbalizers, frozen_layout, load_verbalizers
 from vlsi_cache.models.verbalizer_files import find_folder, read_record
 from vlsi_cache.processes import ALONE, Processes, joined
@@ -261,6 +263,8 @@ def evaluate_model(
             say(f"{len(skipped)} held-out rows were left out\n{list_problems(reasons)}")
         records, num_skipped = found.take(kept.index_N), len(skipped)
     loaded = model.load(str(where))
+    if settings is not None and settings.traversal is not None:
+        _traverse(loaded, settings.traversal)
     of_cache = own
     if own is None or cache is not None:
         of_cache = model.encoder(encoding)
@@ -283,6 +287,15 @@ def evaluate_model(
         options = {"batch_tokens": batch_tokens, "limit": limit, "processes": processes}
         result["cache"] = against_cache(backbone, spoken, of_cache, cache, **options)
     return result
+
+
+def _traverse(model: Any, mode: Traversed) -> None:
+    """Measure a traversed student with these tokens traversed; a plain one with gates as they are drawn."""
+    state = traversal_of(model)
+    if state is None and mode != "none":
+        state = add_traversal(model, TraversalSpec(mode=mode))
+    if state is not None:
+        state.mode = mode
 
 
 def _on_held_out(
@@ -335,10 +348,12 @@ def mean_nll(
 ) -> dict[int, float]:
     """Negative log-likelihood in nats per response token over the real vocabulary, by layer; the final one last."""
     head, own = head_of(backbone).real(encoder.vocab_size), processes.share(batches)
-    prepared = _prepared(records, own, encoder, frozen_layout(backbone, verbalizers), num_workers)
+    layout = frozen_layout(backbone, verbalizers)
+    prepared = _prepared(records, own, encoder, layout, num_workers)
+    options: dict[str, Any] = {"row_width": backbone.row_width, "marks_responses": layout.marks_responses}
     sums = []  # one of every batch, so that they are added in the order of the batches whoever has made them
     for sequences in progress(prepared, "perplexity", unit="batch", total=len(own)):
-        batch = collate(sequences, pad_id=encoder.pad_id, device=backbone.device, row_width=backbone.row_width)
+        batch = collate(sequences, pad_id=encoder.pad_id, device=backbone.device, **options)
         sums.append((len(batch.gold_T), _nll_by_layer(backbone, verbalizers, batch, head)))
     totals: dict[int, float] = defaultdict(float)
     num_tokens = 0

@@ -25,11 +25,14 @@ from vlsi_cache.data.records import Record
 from vlsi_cache.errors import DataError, ModelError, SpecError, command_line
 from vlsi_cache.models.backbone import Backbone, LayerSequence, head_of
 from vlsi_cache.models.load import ModelRef, max_positions, resolve_model
+from vlsi_cache.models.mixing import mixing_of
 from vlsi_cache.models.probe import checked_backbone
+from vlsi_cache.models.traversal import prompting
 from vlsi_cache.models.verbalizer import Verbalizers, load_verbalizers, logit_lens
 from vlsi_cache.models.verbalizer_files import RECORD, find_folder, read_record
 from vlsi_cache.progress import progress
 from vlsi_cache.report.example import Said, Token, Trace, png_of
+from vlsi_cache.report.mixing import mixing_from
 from vlsi_cache.run_files import read_run
 from vlsi_cache.runs.metrics import next_step
 from vlsi_cache.runtime import pick_device
@@ -90,7 +93,8 @@ def trace(
             f"{limit} positions; take a shorter prompt, a smaller picture or a lower --max-new-tokens"
         )
     spoken, chosen = _speakers(subject, backbone, layers)
-    ids_LN, probs_LN = _speak(backbone, spoken, chosen, encoder, encoded, max_new_tokens)
+    with prompting(backbone.plain, encoded.num_prompt):  # also where prompt and answer run anew for every token
+        ids_LN, probs_LN = _speak(backbone, spoken, chosen, encoder, encoded, max_new_tokens)
     said = []
     for layer, ids, probs in zip(chosen, ids_LN.tolist(), probs_LN.tolist(), strict=True):
         has_ended = encoder.eot_id in ids
@@ -105,6 +109,7 @@ def trace(
         png=[png_of(one.open()) for one in media],
         num_layers=backbone.num_layers,
         said=said,
+        mixing=mixing_from(mixing_of(backbone, encoder, encoded)),
     )
 
 

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map
 
 from vlsi_cache.config.training import TargetLayers
 from vlsi_cache.data.branches import BRANCHES
-from vlsi_cache.data.collate import PICTURES, SEEN_UNTIL
+from vlsi_cache.data.collate import PICTURES, RESPONSES, SEEN_UNTIL
 from vlsi_cache.data.sequence import Layout
 from vlsi_cache.errors import ModelError, SpecError
 from vlsi_cache.sparse.head import Head
@@ -30,6 +30,7 @@ from .families import check_family, find_parts, head_module, logit_change
 from .features import with_features
 from .packing import unpacked, widest_row
 from .parallel import whole, whole_head
+from .traversal import TRAVERSED, answering, traversal_of
 
 Kept = TypeVar("Kept")
 # LLaVA-OneVision-7B: 28 layers, but the paper's targets are those of the 24-layer 0.5B model.
@@ -155,12 +156,22 @@ class Backbone:
     @property
     def layout(self) -> Layout:
         """How samples lie in the batches of this model, whether it trains or not."""
+        if self._tells_prompts:
+            return Layout(self.row_width, marks_responses=True)
         return Layout(self.row_width, self.why_unbranched == "")
 
     @property
     def frozen_layout(self) -> Layout:
         """How they lie where no gradient is asked for: then branches may go on from a cache."""
+        if self._tells_prompts:
+            return self.layout
         return Layout(0, branches=True) if not self.packs and self.why_uncached == "" else self.layout
+
+    @property
+    def _tells_prompts(self) -> bool:
+        """Whether its layers are traversed for tokens of prompts alone."""
+        traversal = traversal_of(self._inner)
+        return traversal is not None and traversal.mode == "prompt"
 
     @property
     def why_unbranched(self) -> str | None:
@@ -345,6 +356,7 @@ class Backbone:
                 if len(args) > 1:  # some families hand over masks and positions without their names
                     names = list(inspect.signature(module.forward).parameters)
                     kwargs = {**kwargs, **dict(zip(names[1:], args[1:], strict=False))}
+                kwargs = {name: value for name, value in kwargs.items() if name != TRAVERSED}
                 captured[layer] = keep(output[0] if isinstance(output, tuple) else output, kwargs)
                 if not with_final and len(captured) == len(set(layers)) and not is_sharded:
                     raise _Enough
@@ -359,8 +371,11 @@ class Backbone:
             self.forget()
         # The hooks are gone before any backward pass, so the recomputation of gradient checkpointing cannot fire them.
         handles = [self.layers[k - 1].register_forward_hook(hook_for(k), with_kwargs=True) for k in layers]
+        responses_BS = inputs.get(RESPONSES)
+        inputs = {name: value for name, value in inputs.items() if name != RESPONSES}
         try:
-            output = self._body(**{"use_cache": False, **inputs})
+            with answering(self._inner, responses_BS):
+                output = self._body(**{"use_cache": False, **inputs})
         except _Enough:
             return captured, None
         finally:

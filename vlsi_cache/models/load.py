@@ -21,7 +21,7 @@ from huggingface_hub import snapshot_download
 from transformers.utils import logging as transformers_logging
 
 from vlsi_cache.config.sections import AS_IT_IS, Encoding, TeacherParallel
-from vlsi_cache.config.training import Dtype
+from vlsi_cache.config.training import Dtype, TraversalSpec
 from vlsi_cache.data.encoder import Encoder, load_encoder
 from vlsi_cache.errors import ModelError
 from vlsi_cache.io import hash_of, refuse_url
@@ -33,6 +33,7 @@ from .backbone import rope_kinds, rope_of
 from .gguf_files import parsed_once
 from .lora import adapter_files, base_of, has_adapter, is_adapter_alone, merged, with_adapter, without_adapter
 from .parallel import cut_options, gather_head, is_cut
+from .traversal_files import identity_of, plain_view, traversal_in, with_gates
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 PACKAGE = re.compile(r"package:(?P<name>[A-Za-z_]\w*)(?P<folder>(?:/[^/]+)*)/?")
@@ -68,14 +69,19 @@ class ModelRef:
         extra = {"gguf_file": self.gguf_file} if self.gguf_file else {}
         with quiet(), self._read_once(), model_errors(self.path, "its configuration cannot be read"):
             return transformers.AutoConfig.from_pretrained(
-                str(folder), trust_remote_code=self.trust_remote_code, **extra
+                str(plain_view(folder)), trust_remote_code=self.trust_remote_code, **extra
             )
 
     def encoder(self, encoding: Encoding = AS_IT_IS) -> Encoder:
         """Tokenizer, chat template and image processor; those of an adapter without a tokenizer are its base's."""
         options: dict[str, Any] = {"gguf_file": self.gguf_file, "trust_remote_code": self.trust_remote_code}
         options["rope_limit"] = rope_of(self.config.get_text_config())[1]
-        base = None if self.gguf_file else self._base_of(self.folder(*SMALL_FILES))
+        folder = self.folder(*SMALL_FILES)
+        if not self.gguf_file and traversal_in(folder) is not None:
+            encoder = load_encoder(plain_view(folder), encoding, **options)
+            encoder.name = resolve_model(self.path)
+            return encoder
+        base = None if self.gguf_file else self._base_of(folder)
         if base is None:
             with self._read_once():
                 return load_encoder(resolve_model(self.path), encoding, revision=self.revision, **options)
@@ -100,11 +106,18 @@ class ModelRef:
         if base := self._base_of(folder):
             digest.update(f"base {base.digest}\n".encode())
         else:
-            for file in [folder / self.gguf_file] if self.gguf_file else weight_files(folder):
+            for file in [folder / self.gguf_file] if self.gguf_file else weight_files(plain_view(folder)):
                 digest.update(f"{file.name} {_file_digest(file)}\n".encode())
+            for one in identity_of(folder):
+                digest.update(f"{_file_digest(one) if isinstance(one, Path) else one}\n".encode())
         for name, file in adapter.items():
             digest.update(f"{name} {_file_digest(file) if isinstance(file, Path) else file}\n".encode())
         return f"xxh3:{digest.hexdigest()}"
+
+    @property
+    def traversal(self) -> TraversalSpec | None:
+        """How the layers of a traversed student are; None for a plain model."""
+        return None if self.gguf_file else traversal_in(self.folder(*SMALL_FILES))
 
     @property
     def quantization(self) -> dict[str, Any] | None:
@@ -133,6 +146,12 @@ class ModelRef:
         """
         config = self.config
         folder = self.folder(*SMALL_FILES, self.gguf_file or "*.safetensors")
+        if not self.gguf_file and traversal_in(folder) is not None:
+            if self.parallel == "tensor":
+                raise ModelError(
+                    f"model `{self.path}`: its layers are traversed, and `teacher.parallel: tensor` cuts plain ones"
+                )
+            return with_gates(replace(self, path=plain_view(folder), revision=None).load(device), folder)
         if not self.gguf_file and has_adapter(folder):
             base = self._base_of(folder)
             if self.parallel == "tensor":
@@ -219,6 +238,21 @@ class ModelRef:
         if name is not None and (Path(name).name != name or not (folder / name).is_file()):
             there = ", ".join(sorted(file.name for file in folder.glob("*.gguf"))) or "none"
             raise ModelError(f"model {folder}: no GGUF file `{name}`; GGUF files there: {there}")
+
+
+def load_student(
+    folder: str | Path, *, device: str = "cpu", dtype: Dtype = "auto", attn_implementation: str | None = None
+) -> transformers.PreTrainedModel:
+    """The student of a run, or of a folder of one: a transformers model in eval mode, its layers traversed if so made.
+
+    Plain transformers opens plain students alone. Raises ModelError.
+    """
+    student = Path(folder) / "student"
+    path = student if (Path(folder) / "run.json").is_file() else folder
+    if path is student and not student.is_dir():
+        raise ModelError(f"{folder} has no trained student yet")
+    named = ModelRef(path, dtype=dtype, attn_implementation=attn_implementation)
+    return named.load(device)
 
 
 def resolve_model(path: str | Path) -> str:

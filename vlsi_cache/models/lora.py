@@ -16,6 +16,7 @@ from vlsi_cache.errors import ModelError
 
 from .backbone import Backbone
 from .families import head_module
+from .traversal import traversal_of
 
 VISION_TOWERS = frozenset({"visual", "vision_tower", "vision_model"})  # what transformers' VLMs call it
 
@@ -127,7 +128,22 @@ def train_everything(model: Any) -> Any:
         parameter.data = parameter.data.float()
     plain = merge_lora(model)
     _train(_language_parameters(plain))
+    traversal = traversal_of(plain)
+    if traversal is not None and not traversal.settings.trains_gates:
+        traversal.gates.requires_grad_(False)
     return plain
+
+
+def train_gates_and_projector(model: Any) -> None:
+    """Let the gates of traversed layers train, and what lies between vision tower and text stack, in fp32."""
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    traversal = traversal_of(plain)
+    assert traversal is not None
+    inside = [*Backbone(plain).decoder.parameters(), *head_module(plain).parameters()]
+    of_text = {id(parameter) for parameter in inside}
+    _train(one for one in _language_parameters(plain) if id(one) not in of_text)
+    if traversal.settings.trains_gates:
+        _train(traversal.gates.parameters())
 
 
 def _train(parameters: Iterable[nn.Parameter]) -> None:

@@ -20,6 +20,8 @@ from .backbone import Backbone
 from .gguf_files import parsed_once
 from .load import SMALL_FILES, ModelRef, check_plain, first_line, model_errors, quiet, resolve_model
 from .lora import base_of, is_adapter_alone
+from .traversal import traversal_of
+from .traversal_files import save_traversed
 
 # In the folder, where it comes from: of a trained student, and of one made of some of a model's layers.
 STUDENT_RECORD, INIT_RECORD = "vlsi_cache.json", "init_student.json"
@@ -47,6 +49,8 @@ def save_student(
 ) -> Path:
     """Write a plain folder that `from_pretrained` opens: weights, configuration, tokenizer and processor files.
 
+    A student whose layers are traversed is written so that only `load_student` opens it (`traversal_files`).
+
     The encoder's files are copied from `source`. What the student generates ends with `end_of_turn`, as what it was
     trained on does. `facts` go into STUDENT_RECORD. `out` is replaced as a whole, and only if it was written here.
     Raises ModelError for a model that still has an adapter.
@@ -71,7 +75,7 @@ def write_folder(
     with replacing(out) as temporary:
         temporary.mkdir()
         with quiet():
-            model.save_pretrained(temporary)
+            model.save_pretrained(temporary) if traversal_of(model) is None else save_traversed(model, temporary)
         _copy_encoder(source, temporary)
         whole = {**facts, "weights": ModelRef(temporary).digest}
         (temporary / record).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
@@ -179,6 +183,11 @@ def init_student(
     check_ours(out, INIT_RECORD)
     check_plain(source, "student")
     model = source.load()
+    if traversal_of(model) is not None:
+        raise ModelError(
+            f"model `{source.path}`: its layers are traversed, each with a gate that is trained for its place; make "
+            "the student of a plain model, and say `distill.traversal` when it is trained"
+        )
     num_source_layers = Backbone(model).num_layers
     keep_layers(model, layers)
     record = {

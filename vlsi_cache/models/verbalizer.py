@@ -22,6 +22,7 @@ from vlsi_cache.data.sequence import Layout
 from vlsi_cache.errors import ModelError
 
 from .backbone import Backbone, LayerSequence, head_digest
+from .traversal import plain_class
 from .verbalizer_files import FROM_WHERE, load_layer, read_record, write
 
 # For each structure its number of blocks, and the linear maps of a block; a decoder layer counts none of its own.
@@ -280,12 +281,12 @@ def num_parameters(
 
 def _decoder_layer(backbone: Backbone, layer: int) -> nn.Module:
     # Same index as the layer whose mask and rotary arguments it will get: the kind of attention must fit the mask.
-    source = cast(Any, backbone.layers[layer - 1])
+    kind = cast(Any, plain_class(backbone.layers[layer - 1]))
     try:
-        return type(source)(backbone.decoder.config, layer - 1)
+        return kind(backbone.decoder.config, layer - 1)
     except (TypeError, ValueError, AttributeError) as error:
         raise ModelError(
-            f"a verbalizer of structure `decoder` cannot be made for layer {layer}: `{type(source).__name__}` takes "
+            f"a verbalizer of structure `decoder` cannot be made for layer {layer}: `{kind.__name__}` takes "
             f"other arguments ({error}); choose another `verbalizer.structure`"
         ) from None
 

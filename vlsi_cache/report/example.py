@@ -18,6 +18,7 @@ from vlsi_cache.progress import printable
 from vlsi_cache.store.reader import Cache, CachePath, open
 
 from .layers import gold_ids, gold_ranks
+from .mixing import Mixing
 from .text import table, visible
 
 if TYPE_CHECKING:
@@ -277,7 +278,8 @@ class Said:
 
 @dataclass(frozen=True)
 class Trace:
-    """Greedy answers of some layers to one prompt, shallow to deep; `png`: the pictures, base64."""
+    """Greedy answers of some layers to one prompt, shallow to deep; `png`: the pictures, base64; `mixing`: how much a
+    student whose layers are traversed has taken of their further passes."""
 
     model: str
     verbalizers: str
@@ -286,10 +288,13 @@ class Trace:
     png: list[str]
     num_layers: int
     said: list[Said]
+    mixing: Mixing | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready, without the pixels."""
         facts = {key: getattr(self, key) for key in ("model", "verbalizers", "prompt", "images", "num_layers")}
+        if self.mixing is not None:
+            facts["mixing"] = self.mixing.as_dict()
         return {**facts, "layers": [{**asdict(one), "mean_prob": one.mean_prob} for one in self.said]}
 
     def name(self, layer: int) -> str:
@@ -301,7 +306,8 @@ class Trace:
         for one in self.said:
             text = visible(one.text) + ("" if one.has_ended else " ...")
             rows.append([self.name(one.layer), f"{100 * one.mean_prob:.0f}", text])
-        return f"{table(['layer', 'mean probability, %', 'text'], rows)}\n\n{self.note}"
+        mixing = "" if self.mixing is None else f"\n\n{self.mixing}"
+        return f"{table(['layer', 'mean probability, %', 'text'], rows)}\n\n{self.note}{mixing}"
 
     @property
     def note(self) -> str:

@@ -17,6 +17,7 @@ from vlsi_cache.runs.metrics import final_loss, smooth
 
 from .layers import LayerStats
 from .matches import Matches
+from .mixing import Mixing
 from .text import layer_names
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ MAX_SHARE = 20  # percent of a layer's tokens in one bin, from where the colour 
 INK, MUTED, LINE = "#1f2328", "#656d76", "#d1d9e0"
 PAGE_COLOURS = {INK: "var(--ink)", MUTED: "var(--muted)", LINE: "var(--line)"}
 ACCENT, WARM, GREY, GREEN = "#3d7fd6", "#dd8a2c", "#8b929b", "#2f9e74"
-RECIPE_COLOURS = {"sft": GREY, "last": WARM, "vlsi": ACCENT}
+RECIPE_COLOURS = {"sft": GREY, "last": WARM, "vlsi": ACCENT, "trol": GREEN}
 DASHED = (0, (3, 2))
 LOSS = "loss [nats per token]"
 STYLE: dict[Any, Any] = {
@@ -258,6 +259,25 @@ def _transparent_to_accent(opacity: float) -> Any:
 
     colour = to_rgb(ACCENT)
     return LinearSegmentedColormap.from_list("shades", [(*colour, 0.0), (*colour, opacity)])
+
+
+def mixing_map(mixing: Mixing) -> str:
+    """Mixing ratio of every layer and token of a prompt, each layer from its lowest to its highest; a line above shows
+    which tokens are of pictures."""
+    num_layers, num_tokens = len(mixing.ratios), len(mixing.tokens)
+    with styled_figure(min(9.6, max(4.4, 1.2 + 0.16 * num_tokens)), 1.3 + 0.17 * num_layers) as (figure, (axes,)):
+        axes.pcolormesh(mixing.normalized_LS, cmap=_transparent_to_accent(0.9), vmin=0, vmax=1, rasterized=True)
+        pictures = [(place, 1) for place, is_picture in enumerate(mixing.is_picture) if is_picture]
+        if pictures:
+            axes.broken_barh(pictures, (-0.45, 0.3), color=WARM, clip_on=False)
+        if num_tokens <= MAX_LABELS:
+            texts = [printable(text.replace("\n", "\u21b5"), keep="\u21b5")[:8] for text in mixing.tokens]
+            axes.set_xticks(np.arange(num_tokens) + 0.5, texts, rotation=60, ha="right", fontsize=8)
+        shown = some_ticks(num_layers, 12)
+        axes.set_yticks(np.array(shown) + 0.5, [str(layer + 1) for layer in shown])
+        axes.tick_params(length=0)
+        axes.set(xlim=(0, num_tokens), ylim=(num_layers, -0.6), xlabel="tokens of the prompt", ylabel="layer")
+        return svg_of(figure, "mixing", "Mixing ratio of each layer and token of a prompt")
 
 
 def bytes_bars(per_layer_token: Mapping[str, float]) -> str:

@@ -20,6 +20,7 @@ from .describe import response_text
 from .example import MAX_TOKENS, Trace, grid_of
 from .layers import CacheStats, LayerStats, big_number, cache_stats, stats_notes, stats_rows
 from .matches import Matches, matches_of
+from .mixing import Mixing, mixing_of_run
 from .text import (
     RECIPE_NAMES,
     Table,
@@ -144,6 +145,7 @@ def run_page(run: RunFiles) -> str:
         verbalizer_losses=_verbalizer_losses(run),
         **_matched(run),
         probes=_probe_curves(run),
+        **_mixing(mixing_of_run(run.path)),
         record=record,
     )
 
@@ -310,7 +312,13 @@ def write_match_png(found: Matches, file: Path) -> Path:
 def write_trace_page(trace: Trace, file: Path) -> Path:
     """Write pictures and prompt, and a line of coloured tokens for each layer, as a page; returns the file."""
     lead = f"{len(trace.said)} layers of {Path(trace.model).name}"
-    return write_page(file, render("trace.html", title="What each layer would answer", lead=lead, trace=trace))
+    title, mixing = "What each layer would answer", _mixing(trace.mixing)
+    return write_page(file, render("trace.html", title=title, lead=lead, trace=trace, **mixing))
+
+
+def _mixing(found: Mixing | None) -> dict[str, Any]:
+    """How layers of a traversed student mix their passes, and its picture; None of a plain student."""
+    return {"mixing": found, "mixing_map": None if found is None else figures.mixing_map(found)}
 
 
 def _layers_of(cache: "Cache") -> list[LayerStats]:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 Table = tuple[list[str], list[list[str]]]  # head and rows
-RECIPE_NAMES = {"sft": "labels only", "last": "last layer", "vlsi": "all layers"}
+RECIPE_NAMES = {"sft": "labels only", "last": "last layer", "vlsi": "all layers", "trol": "labels, traversed"}
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 HEAD_BYTES = 4096
 FIRST = 5  # of many names that are shown

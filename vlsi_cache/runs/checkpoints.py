@@ -19,7 +19,7 @@ from vlsi_cache.run_files import CHECKPOINT, read_checkpoint, sealed
 
 from .shards import read_shards, shapes_in, write_shards
 
-STAGES = ("verbalize", "interact", "sft")  # in the order in which a run comes to them
+STAGES = ("gates", "verbalize", "interact", "sft")  # in the order in which a run comes to them
 NAME = re.compile(rf"({'|'.join(STAGES)})-(\d{{7,}})")
 TENSORS = "state.safetensors"
 

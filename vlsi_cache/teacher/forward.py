@@ -115,7 +115,9 @@ class Teacher:
             layout, features = self.layout, features_of(self.backbone.model)
             here = partial(encoder.encode_all, layout=layout, features=features)
             sequences = (encode_all or here)([records[i] for i in work.indices])
-            batch = collate(sequences, pad_id=encoder.pad_id, row_width=layout.row_width)
+            batch = collate(
+                sequences, pad_id=encoder.pad_id, row_width=layout.row_width, marks_responses=layout.marks_responses
+            )
             uniforms_LTm = torch.from_numpy(self._tail_uniforms(work.indices))
             if self.device.type == "cuda":
                 # From page-locked memory the copy to the GPU runs beside the host; from other memory it blocks.

@@ -4,6 +4,7 @@ The teacher is not needed here, only its cache. A run that was killed goes on fr
 same metrics.
 """
 
+import json
 from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
@@ -22,14 +23,24 @@ from vlsi_cache.config.spec import (
 )
 from vlsi_cache.config.training import DistillSpec
 from vlsi_cache.errors import SpecError
-from vlsi_cache.io import refuse_url
+from vlsi_cache.io import refuse_url, write_atomically
 from vlsi_cache.models.backbone import Backbone
 from vlsi_cache.models.load import ModelRef, resolve_model
-from vlsi_cache.models.lora import add_lora, checkpoint_activations, merge_lora, reach_note, train_decoder_layers
+from vlsi_cache.models.lora import (
+    add_lora,
+    checkpoint_activations,
+    merge_lora,
+    reach_note,
+    train_decoder_layers,
+    train_gates_and_projector,
+)
+from vlsi_cache.models.mixing import mixing_of
 from vlsi_cache.models.save import STUDENT_RECORD, check_ours, save_student
+from vlsi_cache.models.traversal_files import to_dtype
 from vlsi_cache.models.verbalizer import Verbalizers, load_verbalizers
 from vlsi_cache.processes import Processes, joined
 from vlsi_cache.progress import say
+from vlsi_cache.report.mixing import MIXING_NAME
 from vlsi_cache.report.pages import ensure_report, write_report
 from vlsi_cache.runs.run_dir import WHOLE_BATCH, already_done, check_run_folder, finish_run, open_run, python_call
 from vlsi_cache.runs.trackers import check_trackers
@@ -38,9 +49,9 @@ from vlsi_cache.store.reader import Cache
 
 from .interact import interact
 from .optim import Stage, refuse_destroyed
-from .sft import sft, what_trains
+from .sft import sft, supervised, what_trains
 from .sharding import has_shares
-from .student import StudentState, check_verbalizers, open_student, take_verbalizers
+from .student import GATES_FOLDER, StudentState, check_verbalizers, open_student, take_verbalizers, write_gates
 from .verbalize import verbalize
 
 FIXED_BY_THE_CACHE = ("name", "teacher", "rows", "store", "train_verbalizers")
@@ -172,14 +183,18 @@ def stage_steps(distill: DistillSpec, num_samples: int) -> dict[str, int]:
 
 def schedule_steps(distill: DistillSpec, num_samples: int) -> dict[str, int]:
     """Steps over which each stage's learning rate falls: those it runs, and those that `sft.fraction` leaves out."""
+    traversal = distill.traversal
+    gates_steps = 0 if traversal is None else traversal.schedule.num_steps(num_samples, distill.batch_size)
+    more = 0 if traversal is None or traversal.trains_gates else gates_steps  # for the next stage that trains it
+    first = {"gates": gates_steps} if gates_steps and not more else {}
     verbalize_steps = distill.verbalize.num_steps(num_samples, distill.batch_size)
     interact_steps = distill.interact.schedule.num_steps(num_samples, distill.batch_size)
     sft_steps = distill.sft.schedule.num_steps(num_samples, distill.batch_size)
     if distill.recipe == "vlsi":
-        return {"verbalize": verbalize_steps, "interact": interact_steps, "sft": sft_steps}
+        return {**first, "verbalize": verbalize_steps, "interact": interact_steps + more, "sft": sft_steps}
     if distill.recipe == "last":
-        return {"interact": verbalize_steps + interact_steps, "sft": sft_steps}
-    return {"sft": verbalize_steps + interact_steps + sft_steps}
+        return {**first, "interact": verbalize_steps + interact_steps + more, "sft": sft_steps}
+    return {**first, "sft": verbalize_steps + interact_steps + sft_steps + more}
 
 
 def shown_steps(steps: dict[str, int], whole: dict[str, int]) -> str:
@@ -197,6 +212,9 @@ def _run_stages(state: StudentState) -> list[dict[str, Any]]:
     say(f"{distill.recipe}: {shown_steps(steps, whole)} steps of {distill.batch_size} samples")
     with closing(state.log):
         verbalizers = None
+        if "gates" in steps:
+            state, entry = _gates(state, steps["gates"])
+            stages.append(entry)
         # Before the adapter is there: verbalizers learn to read the student as it comes.
         if "verbalize" in steps:
             verbalizers, entry = _verbalize(state, steps["verbalize"])
@@ -231,6 +249,8 @@ def _student_to_train(state: StudentState, steps: dict[str, int]) -> Any:
     distill = state.spec.distill
     torch.manual_seed(distill.seed)  # the adapter starts from the same weights in every attempt
     model = add_lora(state.model, **distill.lora.model_dump()) if _uses_lora(distill, steps) else state.model
+    if distill.traversal is not None:
+        train_gates_and_projector(model)
     if distill.gradient_checkpointing:
         checkpoint_activations(model)
     model.train()
@@ -257,10 +277,36 @@ def _trained(state: StudentState, model: Any, steps: dict[str, int]) -> Any:
 def _save(state: StudentState, trained: Any, stage: str) -> None:
     """Write the student as a plain folder: the adapter is folded into its weights."""
     refuse_destroyed(trained.named_parameters(), stage)
+    _keep_mixing(state, trained.eval())
     # Head and embeddings may have been trained in fp32; configuration and all tensors agree again.
     facts = {key: state.run.record[key] for key in ("recipe", "cache_digest", "student_digest")}
     ids = {"end_of_turn": state.encoder.eot_id, "pad": state.encoder.pad_id}
-    save_student(trained.to(state.dtype), ModelRef(state.student_path), state.run.path / "student", **ids, facts=facts)
+    out, source = state.run.path / "student", ModelRef(state.student_path)
+    save_student(to_dtype(trained, state.dtype), source, out, **ids, facts=facts)
+
+
+def _keep_mixing(state: StudentState, trained: Any) -> None:
+    """Of a traversed student, what its gates do with the first prompt, for the report."""
+    if state.spec.distill.traversal is not None:
+        prompt = state.encoder.encode(state.records[0], with_response=False)
+        found = mixing_of(Backbone(trained), state.encoder, prompt)
+        write_atomically(state.run.path / MIXING_NAME, json.dumps(found))
+
+
+def _gates(state: StudentState, num_steps: int) -> tuple[StudentState, dict[str, Any]]:
+    """Train gates and vision projector alone, unless an earlier attempt has; the state with a student that has them."""
+    folder, traversal = state.run.path / GATES_FOLDER, state.spec.distill.traversal
+    assert traversal is not None
+    if state.processes.from_first(folder.exists):  # the student has been loaded with them
+        return state, {"name": "gates", "steps": num_steps, "seconds": state.log.stage_seconds("gates")}
+    train_gates_and_projector(state.model)
+    if state.spec.distill.gradient_checkpointing:
+        checkpoint_activations(state.model)
+    state.model.train()
+    entry = supervised(state, state.model, "gates", traversal.schedule, num_steps=num_steps, stop=num_steps)
+    refuse_destroyed(state.model.named_parameters(), "gates")
+    state.processes.from_first(lambda: write_gates(state.model, folder))
+    return state.renewed(), entry
 
 
 def _verbalize(state: StudentState, num_steps: int) -> tuple[Verbalizers, dict[str, Any]]:
@@ -283,7 +329,9 @@ def _verbalize(state: StudentState, num_steps: int) -> tuple[Verbalizers, dict[s
         architecture=state.spec.verbalizer,
         vocab_size=state.encoder.vocab_size,
     )
-    facts = {"teacher_digest": state.run.record["student_digest"], "model": state.student_path}
+    # Of a traversed student stage gates has trained a part: these verbalizers are for no other run.
+    made_for = state.run.record["student_digest"] + (" with gates" if distill.traversal is not None else "")
+    facts = {"teacher_digest": made_for, "model": state.student_path}
     provenance = {**facts, "loss": state.spec.verbalizer.loss}
     state.processes.from_first(lambda: verbalizers.save(folder, provenance=provenance))
     return verbalizers.requires_grad_(False).eval(), entry  # as `load_verbalizers` gives them to a resumed run

@@ -357,7 +357,7 @@ def encode_pairs(
         if row is not None:
             check_response_ids(record, span.response_ids, row, encoder)
             rows.append(row)
-    batch = collate(encoded, pad_id=encoder.pad_id, row_width=layout.row_width)
+    batch = collate(encoded, pad_id=encoder.pad_id, row_width=layout.row_width, marks_responses=layout.marks_responses)
     if rows and rows[0].num_layers:
         batch = _tokens_with_rows(batch, rows)
     share_T = loss_shares(batch.num_tokens, batch.num_tokens, "token")

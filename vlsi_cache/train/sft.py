@@ -1,15 +1,15 @@
-"""Stage sft: supervised finetuning on the labels, the cached samples and nothing else.
+"""Stages sft and gates: supervised training on the labels, the cached samples and nothing else.
 
 Legend: T response tokens, D hidden size, V head rows.
 """
 
 import importlib.util
 import time
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from vlsi_cache.config.training import BatchReduction, SftSpec
+from vlsi_cache.config.training import BatchReduction, Schedule, SftSpec
 from vlsi_cache.interrupts import stopping_between_steps
 from vlsi_cache.models.backbone import head_of
 from vlsi_cache.models.lora import train_everything, train_head_and_embeddings
@@ -20,6 +20,8 @@ from vlsi_cache.sparse.head import Head
 
 from .optim import all_done, clip_gradients, make_optimizer, optimizer_step
 from .student import StudentState
+
+Stage = Literal["gates", "sft"]
 
 
 def response_loss(
@@ -70,26 +72,34 @@ def sft(state: StudentState, model: Any, *, num_steps: int, stop: int) -> dict[s
 
     Returns its entry for `run.json`.
     """
-    distill, checkpoints, log = state.spec.distill, state.checkpoints, state.log
-    schedule = distill.sft.schedule
-    first, newest = checkpoints.step_of("sft"), checkpoints.latest()
+    distill, checkpoints = state.spec.distill, state.checkpoints
+    newest = checkpoints.latest()
     # The adapter as the interaction has left it: what trains from here on is another set of weights.
     if newest and newest[0] == "interact":
         checkpoints.load(*newest, model, None)
     model = what_trains(model, distill.sft)
+    return supervised(state, model, "sft", distill.sft.schedule, num_steps=num_steps, stop=stop)
+
+
+def supervised(
+    state: StudentState, model: Any, stage: Stage, schedule: Schedule, *, num_steps: int, stop: int
+) -> dict[str, Any]:
+    """The loop of a stage that learns from labels, of whatever of the model trains."""
+    distill, checkpoints, log = state.spec.distill, state.checkpoints, state.log
+    first = checkpoints.step_of(stage)
     backbone = state.shared_out(model)
     optimizer = make_optimizer(model.parameters(), schedule)
     if first:
-        checkpoints.load("sft", first, model, optimizer)
+        checkpoints.load(stage, first, model, optimizer)
     with_liger, reason = pick_liger(state.device, head_of(backbone), distill.batch_reduction)
-    say(f"sft: cross-entropy is {reason}")
-    log.start_stage("sft", step=first, num_steps=stop)
-    with state.feed("sft", first * distill.batch_size) as feed, stopping_between_steps() as signals:
+    say(f"{stage}: cross-entropy is {reason}")
+    log.start_stage(stage, step=first, num_steps=stop)
+    with state.feed(stage, first * distill.batch_size) as feed, stopping_between_steps() as signals:
         for step in range(first, stop):
             started, waited, tokens = time.monotonic(), feed.wait_s, 0
             losses: list[torch.Tensor] = []
             for micro in feed.batch():
-                seed_step(distill.seed, "sft", step, micro.place)  # dropout is that of the step, resumed or not
+                seed_step(distill.seed, stage, step, micro.place)  # dropout is that of the step, resumed or not
                 batch = micro.batch
                 tokens += len(batch.gold_T)
                 with autocast(state.device):
@@ -106,14 +116,14 @@ def sft(state: StudentState, model: Any, *, num_steps: int, stop: int) -> dict[s
                 losses.append(loss.detach())
             # Gradients of all micro-batches have been added up: their shares make the loss that of the whole batch.
             state.processes.sum_gradients(optimizer)
-            clip_gradients(optimizer, schedule, "sft", step, num_steps)
+            clip_gradients(optimizer, schedule, stage, step, num_steps)
             rate = optimizer_step(optimizer, schedule, step, num_steps)
 
             own_loss = float(torch.stack(losses).sum())  # waits for the device, once a step
             done = all_done(state.processes, own_loss, tokens, memory_gib(state.device), is_ending=signals.came)
             seconds = time.monotonic() - started
             log.write(
-                stage="sft",
+                stage=stage,
                 step=step + 1,
                 num_steps=num_steps,
                 loss=sum(done.found),
@@ -123,12 +133,12 @@ def sft(state: StudentState, model: Any, *, num_steps: int, stop: int) -> dict[s
                 memory_gib=done.memory_gib,
             )
             if (step + 1) % distill.checkpoint_steps == 0 or step + 1 == stop or done.is_ending:
-                checkpoints.save("sft", step + 1, model, optimizer)
+                checkpoints.save(stage, step + 1, model, optimizer)
                 done.end_here()
     return {
-        "name": "sft",
+        "name": stage,
         "steps": stop,
         "schedule_steps": num_steps,
-        "seconds": log.stage_seconds("sft"),
+        "seconds": log.stage_seconds(stage),
         "cross_entropy": reason,
     }

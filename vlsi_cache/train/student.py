@@ -1,5 +1,6 @@
 """The student's side of a run: what is checked against the cache before any weight is loaded, and what stages share."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -8,21 +9,26 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from vlsi_cache.config.sections import CacheSpec, DataSpec
 from vlsi_cache.config.spec import stored_data
-from vlsi_cache.config.training import DistillSpec, InteractSpec, VerbalizerSpec
+from vlsi_cache.config.training import DistillSpec, InteractSpec, TraversalSpec, VerbalizerSpec
 from vlsi_cache.data.encoder import Encoder
 from vlsi_cache.data.measuring import measure_rows
 from vlsi_cache.data.records import RecordSet, read_records
 from vlsi_cache.data.stored import Joined
-from vlsi_cache.errors import DataError, ModelError, SpecError, list_problems
+from vlsi_cache.errors import CacheCorruptError, DataError, ModelError, SpecError, list_problems
+from vlsi_cache.io import replacing
 from vlsi_cache.models.backbone import Backbone, target_layers
 from vlsi_cache.models.families import check_family
 from vlsi_cache.models.features import features_of, keep_features
 from vlsi_cache.models.load import ModelRef, check_plain, max_positions
 from vlsi_cache.models.probe import check_vocabulary, checked_backbone
 from vlsi_cache.models.save import mend_generation
+from vlsi_cache.models.traversal import add_traversal
+from vlsi_cache.models.traversal_files import NOT_OF_A_MODEL
 from vlsi_cache.models.verbalizer import Verbalizers, load_verbalizers
 from vlsi_cache.models.verbalizer_files import find_folder, read_record, verbalizers_digest
 from vlsi_cache.processes import ALONE, Processes
@@ -89,7 +95,8 @@ def take_verbalizers(folder: str, into: Path | None, backbone: Backbone, layers:
 
 SOURCE_KEYS = ("path", "media_root", "generator", "options", "limit", "turns")
 CHECKED_RESPONSES = 32  # before a student's weights are loaded
-STAGE_SEEDS = {"verbalize": 1, "interact": 2, "sft": 3}  # each stage sees the data in an order of its own
+STAGE_SEEDS = {"gates": 0, "verbalize": 1, "interact": 2, "sft": 3}  # each sees the data in an order of its own
+SEEDS_APART = 3  # of two runs
 
 
 @dataclass(frozen=True)
@@ -158,9 +165,14 @@ class StudentInputs:
         """Load the weights onto the device of the flag, or else of the spec."""
         distill, where = self.spec.distill, pick_device(device or self.spec.run.device)
         has_autocast, is_sharded = where.type == "cuda", shards_layers(self.spec.run, processes)
+        if is_sharded and distill.traversal is not None:
+            raise SpecError(
+                "`run.parallel: fsdp` shares out layers that run once in a step, and `distill.traversal` runs them "
+                "again; leave one of the two out (`ddp` takes both)"
+            )
 
         def reload() -> Any:
-            return self._model(where, is_sharded=is_sharded)
+            return self._model(where, run.path / GATES_FOLDER, is_sharded=is_sharded)
 
         model = reload()
         if mended := mend_generation(model.generation_config):
@@ -191,8 +203,9 @@ class StudentInputs:
             reload=reload,
         )
 
-    def _model(self, device: torch.device, *, is_sharded: bool) -> Any:
-        """The student's weights; where its layers will be sharded, these wait on the host."""
+    def _model(self, device: torch.device, gates: Path, *, is_sharded: bool) -> Any:
+        """The student's weights; where its layers will be sharded, these wait on the host. What stage gates has trained
+        of a traversed one is in the folder `gates` once it has ended."""
         # Without autocast, bf16 weights and the fp32 ones that train would not fit each other.
         named = ModelRef(
             self.path,
@@ -203,6 +216,11 @@ class StudentInputs:
         model = named.load("cpu" if is_sharded else str(device))
         for note in named.notes:
             say(note)
+        distill = self.spec.distill
+        if distill.traversal is not None:
+            if named.traversal is None:
+                add_traversal(model, distill.traversal, seed=distill.seed)
+            read_gates(model, gates)
         backbone = checked_backbone(model, self.encoder)
         if is_sharded:
             to_device_but_layers(backbone, device)
@@ -250,12 +268,12 @@ class StudentState:
     def feed(self, stage: str, num_skip: int) -> Feed:
         """Micro-batches of the cached samples; teacher rows come along only where the stage compares with them."""
         distill = self.spec.distill
-        layers = {"verbalize": [], "interact": self.teacher_layers, "sft": []}[stage]
+        layers = self.teacher_layers if stage == "interact" else []
         samples = cached_records(
             self.cache,
             self.records,
             layers=layers,
-            seed=distill.seed * len(STAGE_SEEDS) + STAGE_SEEDS[stage],
+            seed=distill.seed * SEEDS_APART + STAGE_SEEDS[stage],
             window_parts=distill.window_parts,
             num_skip=num_skip,
             decode=self.processes.num_shares == 1,
@@ -279,6 +297,33 @@ class StudentState:
         return self.cache.layers if self.layers else self.cache.layers[-1:]
 
 
+GATES_FOLDER, GATES_FILE = "gates", "trained.safetensors"  # in a run
+
+
+def write_gates(model: Any, folder: Path) -> None:
+    """What stage gates has trained, by its names: for the stages after it, and for a run that is taken up again."""
+    trained = {name: one.detach().contiguous() for name, one in model.named_parameters() if one.requires_grad}
+    with replacing(folder) as temporary:
+        temporary.mkdir()
+        save_file(trained, temporary / GATES_FILE)
+
+
+@torch.no_grad()
+def read_gates(model: Any, folder: Path) -> None:
+    """Put it into the model, if the stage has ended; raises CacheCorruptError for a file that is damaged."""
+    if not folder.exists():
+        return
+    named = dict(model.named_parameters())
+    try:
+        for name, tensor in load_file(folder / GATES_FILE).items():
+            named[name].copy_(tensor)
+    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+        raise CacheCorruptError(
+            f"{folder / GATES_FILE}: cannot be read ({type(error).__name__}); restore it from a copy, or delete "
+            f"{folder} and {folder.parent / 'checkpoints'} and run the same command again, it trains from the start"
+        ) from None
+
+
 def cached_sources(cache: Cache) -> RecordSet:
     """The rows that a cache was built from, read again; those of all sources of a merged one."""
     sets = [read_records(section) for section in data_specs(cache.header, cache.path)]
@@ -292,6 +337,7 @@ def open_student(cache: Cache, spec: CacheSpec, path: str) -> StudentInputs:
     distill = spec.distill
     named = ModelRef(path, trust_remote_code=distill.trust_remote_code)
     check_plain(named, "student")
+    check_traversal(named, distill.traversal)
     encoder, config = named.encoder(spec.data.encoding()), named.config
     say_pixels(spec.data, path, trust_remote_code=distill.trust_remote_code)
     check_tokenizer(cache.header, encoder, path, where=cache.path)
@@ -299,6 +345,21 @@ def open_student(cache: Cache, spec: CacheSpec, path: str) -> StudentInputs:
     check_vocabulary(encoder, getattr(config.get_text_config(), "vocab_size", None))
     layers = check_settings(cache.header, distill, config, where=cache.path)
     return StudentInputs(cache, spec, path, config, encoder, layers)
+
+
+def check_traversal(named: ModelRef, wanted: TraversalSpec | None) -> None:
+    """Raise SpecError where a student has traversed layers and the spec does not say the same ones."""
+    found = named.traversal
+    if found is None:
+        return
+    there, said = (
+        {} if one is None else one.model_dump(mode="json", exclude=NOT_OF_A_MODEL) for one in (found, wanted)
+    )
+    if there != said:
+        raise SpecError(
+            f"the layers of student {named.path} are traversed as {json.dumps(there)}, and `distill.traversal` says "
+            f"{json.dumps(said) if said else 'nothing'}; say the same"
+        )
 
 
 def say_pixels(data: DataSpec, path: str, *, trust_remote_code: bool = False) -> None:
@@ -315,7 +376,7 @@ def say_pixels(data: DataSpec, path: str, *, trust_remote_code: bool = False) ->
 def check_settings(header: CacheHeader, distill: DistillSpec, config: Any, *, where: Path) -> list[int]:
     """The student's target layers; raises SpecError for what the cache at `where` cannot give."""
     layers = _student_layers(distill, config, num_teacher=len(header.layers) - 1)
-    if distill.recipe != "sft":
+    if not distill.is_supervised:
         _check_interact(header, distill.interact, distill.recipe, where)
     return layers
 
