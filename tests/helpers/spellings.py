@@ -67,7 +67,7 @@ def metaspace(texts: Sequence[str] = WORDS, *, size: int = 90, template: str = T
 
 
 def _fast(core: Any, template: str) -> PreTrainedTokenizerFast:
-    pad, end, start = MARKS[template]
+    pad, end, start = MARKS.get(template, MARKS[OTHER_TEMPLATE])
     core.add_special_tokens([pad, start, end])
     core.add_tokens([AddedToken("<think>", normalized=False), AddedToken("<|obj|>", rstrip=True, normalized=False)])
     return PreTrainedTokenizerFast(
