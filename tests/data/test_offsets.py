@@ -61,7 +61,7 @@ def side(of: Encoder, answer: str) -> Side:
 
 
 @pytest.mark.parametrize("name", [name for name in MAKERS if name != "metaspace"])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(answer=ANSWERS)
 @example(answer="\u4e2d")
 @example(answer="<|obj|>  x")
@@ -79,7 +79,7 @@ def test_lengths_of_the_tokens_add_up_to_the_text(name: str, answer: str) -> Non
 
 
 @pytest.mark.parametrize("pair", [(a, b) for a in MAKERS for b in MAKERS if "metaspace" not in (a, b)], ids=str)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(answer=ANSWERS)
 @example(answer="r")
 @example(answer=" two dogs and\n")
@@ -114,7 +114,7 @@ def test_every_byte_is_in_one_chunk_and_chunks_are_as_small_as_can_be(pair: tupl
         assert ends[0] & ends[1] <= {0}
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(answer=ANSWERS)
 def test_one_tokenizer_is_aligned_token_by_token(answer: str) -> None:
     one = side(encoder("byte level"), answer)

@@ -37,9 +37,9 @@ def lengths_of(case: Case, part: int) -> list[np.ndarray]:
     return [np.arange(len(ids), dtype=np.uint16) + 7 for ids in case.parts[part].response_ids]
 
 
-def write(root: Path, case: Case, *, knows: Sequence[bool] = (True, True)) -> Cache:
+def write(root: Path, case: Case, *, knows: Sequence[bool] = (True, True), says_words: bool = True) -> Cache:
     """A cache of which some parts say the bytes of their tokens; of the second sample they are not known."""
-    said = VocabTexts([str(index) for index in range(100)], PIECES, KINDS_V)
+    said = VocabTexts([str(index) for index in range(100)], *((PIECES, KINDS_V) if says_words else ()))
     writer = CacheWriter.create_or_resume(root, header_of(case), case.vocab_order, token_texts=lambda: said)
     for index, part in enumerate(case.parts):
         lengths = lengths_of(case, index)
@@ -78,6 +78,9 @@ def test_bytes_stay_through_prune_merge_repair_and_a_store(tmp_path: Path) -> No
     both = merge([cache, mixed], tmp_path / "both")
     assert_kept(both, case, known="acd")
     assert_kept(both, other, known="vx")
+    old = write(tmp_path / "old", case_of("mnopq", seed=2), knows=(False, False), says_words=False)
+    assert old.token_pieces() is None
+    assert_kept(merge([old, cache], tmp_path / "old and new"), case, known="acd")
     far = reader.open(copied(tmp_path / "cache"))
     np.testing.assert_array_equal(far.row("a", ["last"]).response_bytes_R, [7, 8, 9])
     pieces = far.token_pieces()

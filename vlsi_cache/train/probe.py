@@ -8,6 +8,7 @@ samples, V vocabulary, D hidden size.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -69,6 +70,8 @@ def probe(
     count that both have. `match_entropy` is that of the draw of the teacher layer, where one was drawn.
     """
     device, num_rows = gold_T.device, len(gold_T) if tokens_P is None else len(tokens_P)
+    if tokens_P is not None:  # what is lost of such rows is in their tail, and no sample is of it
+        cached = replace(cached, tail_ids_LTm=cached.tail_ids_LTm[..., :0])
     num = min(MAX_TOKENS, num_rows)
     rows_T = torch.arange(num, device=device) * num_rows // num
     index_T = rows_T if tokens_P is None else torch.from_numpy(tokens_P).to(device)[rows_T]
@@ -140,7 +143,7 @@ def _compare(logits_TV: Tensor, teacher: TeacherTokens, gold_T: Tensor, is_sampl
     }
     if is_sampled:
         return values
-    width_T1 = is_kept_TK.sum(1, keepdim=True)
+    width_T1 = is_kept_TK.sum(1, keepdim=True).clamp(min=1)  # of another tokenizer's row nothing may be left
     least_T1 = logq_TV.topk(ids_TK.shape[1]).values.gather(1, width_T1 - 1)  # what the student's own top-k begins at
     agrees_T, mass_T = agreement(logits_TV, ids_TK, logp_TK)
     return values | {
