@@ -35,6 +35,7 @@ from vlsi_cache.sparse.divergences import Divergence
 from vlsi_cache.sparse.head import Head
 from vlsi_cache.sparse.kl import CandidateKL, LayerRows, candidate_kl
 from vlsi_cache.sparse.matching import Matching, SearchRange, match_rng
+from vlsi_cache.sparse.rows import SparseRows
 
 from .loader import MicroBatch
 from .optim import all_done, clip_gradients, make_optimizer, optimizer_step
@@ -121,9 +122,15 @@ def interact(state: StudentState, model: Any, verbalizers: Verbalizers | None, *
                         if term.layer in layers and term.target_n is not None
                     }
                     is_sampled = header.row_kind == "sampled"
-                    at = None if micro.chunks is None else micro.chunks.index_P
                     probed = probe(
-                        hidden, head, verbalizers, matches, cached, batch.gold_T, is_sampled=is_sampled, tokens_P=at
+                        hidden,
+                        head,
+                        verbalizers,
+                        matches,
+                        probed_rows(micro),
+                        batch.gold_T,
+                        is_sampled=is_sampled,
+                        tokens_P=None if micro.chunks is None else micro.chunks.index_P,
                     )
                 del hidden, targets
             # From here on the host waits for the device.
@@ -171,6 +178,14 @@ def rows_of(micro: MicroBatch, settings: InteractSpec) -> LayerRows | ChunkRows:
     if micro.chunks is None:
         return LayerRows.of(cached, tau=settings.tau, device=batch.gold_T.device)
     return ChunkRows.of(cached, micro.chunks, batch.gold_T, tau=settings.chunk_temperature, device=batch.gold_T.device)
+
+
+def probed_rows(micro: MicroBatch) -> SparseRows:
+    """The rows of a micro-batch; without tail samples where another vocabulary has lost some, as they are matched."""
+    assert micro.rows is not None
+    if micro.chunks is None or not micro.chunks.lost_P.any():
+        return micro.rows
+    return dataclasses.replace(micro.rows, tail_ids_LTm=micro.rows.tail_ids_LTm[..., :0])
 
 
 def _compare(

@@ -8,7 +8,6 @@ samples, V vocabulary, D hidden size.
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -70,8 +69,6 @@ def probe(
     count that both have. `match_entropy` is that of the draw of the teacher layer, where one was drawn.
     """
     device, num_rows = gold_T.device, len(gold_T) if tokens_P is None else len(tokens_P)
-    if tokens_P is not None:  # what is lost of such rows is in their tail, and no sample is of it
-        cached = replace(cached, tail_ids_LTm=cached.tail_ids_LTm[..., :0])
     num = min(MAX_TOKENS, num_rows)
     rows_T = torch.arange(num, device=device) * num_rows // num
     index_T = rows_T if tokens_P is None else torch.from_numpy(tokens_P).to(device)[rows_T]
