@@ -39,7 +39,8 @@ def lengths_of(case: Case, part: int) -> list[np.ndarray]:
 
 def write(root: Path, case: Case, *, knows: Sequence[bool] = (True, True), says_words: bool = True) -> Cache:
     """A cache of which some parts say the bytes of their tokens; of the second sample they are not known."""
-    said = VocabTexts([str(index) for index in range(100)], *((PIECES, KINDS_V) if says_words else ()))
+    texts = [str(index) for index in range(100)]
+    said = VocabTexts(texts, PIECES, KINDS_V) if says_words else VocabTexts(texts)
     writer = CacheWriter.create_or_resume(root, header_of(case), case.vocab_order, token_texts=lambda: said)
     for index, part in enumerate(case.parts):
         lengths = lengths_of(case, index)

@@ -100,6 +100,17 @@ def test_another_tokenizer_learns_in_all_stages_and_is_evaluated(
     assert {line["stage"] for line in metrics_of(last)} == {"interact", "sft"}
 
 
+def test_vocabularies_with_no_word_in_common_leave_the_chunks(
+    cache: Cache, other_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vlsi_cache.train.aligned.vocabulary_map", lambda teacher, *_: np.full(len(teacher), -1))
+    more = [*BYTE, "distill.verbalize.steps=1", "distill.interact.schedule.steps=1", "distill.sft.fraction=0"]
+    run = vc.distill(cache, student=str(other_folder), out=tmp_path / "run", recipe="last", overrides=more)
+    lines = metrics_of(run)
+    assert all(0 < line["kl_last"] < np.inf for line in lines)
+    assert lines[0]["probe"]["3"]["kept_mass"] == pytest.approx(0, abs=1e-6)
+
+
 def test_rows_say_the_same_words_and_chunks_all_of_the_response(cache: Cache, other_folder: Path) -> None:
     encoder = ModelRef(str(other_folder)).encoder()
     aligner = open_aligner(cache, encoder)
@@ -167,9 +178,8 @@ def test_what_cannot_be_aligned_is_refused(cache: Cache, other_folder: Path, tmp
     refused(SpecError, "`l2_topk` has no value for a chunk", "distill.interact.last=l2_topk")
     with pytest.raises(SpecError, match=r"`interact.chunk_temperature` belongs to `alignment: byte`"):
         vc.distill(cache, student=str(other_folder), out=out, overrides=["distill.interact.chunk_temperature=2"])
-    rows = [
-        {**row, "messages": [row["messages"][0], {"role": "assistant", "content": "The Cat"}]} for row in make_rows(4)
-    ]  # type: ignore[index]
+    said = [{"role": "user", "content": "say"}, {"role": "assistant", "content": "The Cat"}]
+    rows = [{**row, "messages": said} for row in make_rows(4)]
     write_jsonl(tmp_path / "upper.jsonl", rows)
     upper = vc.build_teacher(
         vc.load_spec(Path(cache.path).parent / "spec.yaml", overrides=[f"data.path={tmp_path / 'upper.jsonl'}"]),
