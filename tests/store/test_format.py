@@ -146,6 +146,7 @@ def test_the_text_names_every_field_and_array() -> None:
     fields = {schema.STORED_NAMES.get(name, name) for name in schema.CacheHeader.model_fields}
     names = {*fields, *schema.PartRecord.model_fields, *arrays.SAMPLE_ARRAYS}
     names |= {*arrays.ENTRY_ARRAYS, *arrays.SCALAR_ARRAYS, "kept", "tail_ids", "heads", "text", "text_offsets"}
+    names |= {arrays.BYTES_ARRAY, *arrays.PIECE_ARRAYS}
     assert sorted(name for name in names if f"`{name}`" not in text) == []
     identity = text.split("an object with the keys `fingerprint`, ")[1].split(".\n")[0].strip("`").split("`, `")
     assert identity == [schema.STORED_NAMES.get(name, name) for name in schema.IDENTITY_FIELDS]

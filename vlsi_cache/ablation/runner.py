@@ -125,7 +125,10 @@ def ablate(
     found = _finished_cache(ablation)
     header = found.header if found else _header_to_come(spec)
     encoder = ModelRef(path, trust_remote_code=spec.distill.trust_remote_code).encoder(spec.data.encoding())
-    check_tokenizer(header, encoder, path, where=ablation.cache_path)  # no variant could be trained
+    alignment = spec.distill.alignment
+    check_tokenizer(
+        header, encoder, path, where=ablation.cache_path, alignment=alignment
+    )  # no variant could be trained
     assert spec.evaluate is not None
     read_records(spec.evaluate.data)  # after hours of training nothing could be measured
     names = None if variants is None else list(variants)

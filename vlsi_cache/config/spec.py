@@ -71,7 +71,7 @@ def _is_used(key: str, distill: DistillSpec) -> bool:
         return recipe == "vlsi"
     if inner in OF_OPERATIONS:
         return interact.last in OF_OPERATIONS[inner]
-    of_last = {"schedule", "mode", "lambda_last", "last", "alpha_ce"}
+    of_last = {"schedule", "mode", "lambda_last", "last", "alpha_ce", "chunk_temperature"}
     assert of_last <= set(InteractSpec.model_fields)
     return inner.partition(".")[0] in of_last
 

@@ -9,6 +9,7 @@ Recipe = Literal["vlsi", "last", "sft", "trol"]
 Structure = Literal["mlp", "mlp-x2", "verb-ffn", "verb-ffn-x2", "ffn", "ffn-x2", "decoder", "decoder-x2"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 BatchReduction = Literal["token", "sample"]
+Alignment = Literal["tokens", "byte"]
 Style = Literal["residual", "plain"]
 PreNorm = Literal["rms", "none"]
 # Bounds that no model, machine or training comes near: what is beyond them was mistyped.
@@ -148,7 +149,8 @@ class InteractSpec(Strict):
 
     `matching` and what follows it choose teacher layers (Table 4e), by the forward KL whatever is trained: one match
     for a micro-batch. The intermediate terms have their full weight until `layers_full_until`, a share of the stage's
-    steps, and none from `layers_zero_from` on.
+    steps, and none from `layers_zero_from` on. `chunk_temperature` is that at which chunks of bytes are compared with
+    `alignment: byte` (see `sparse/alm.py`).
 
     `mode: lora` trains an adapter; `layers` the weights of the decoder layers themselves, for a student that is far
     from knowing the task, or has just been made. Head and embeddings are frozen in both.
@@ -171,6 +173,7 @@ class InteractSpec(Strict):
     bottom_k: Layer = 1
     layers_full_until: Share = 1.0
     layers_zero_from: Share = 1.0
+    chunk_temperature: Factor = 100.0
 
     @model_validator(mode="before")
     @classmethod
@@ -294,6 +297,9 @@ class DistillSpec(Strict):
     The loss of a step is the mean over the tokens of its `batch_size` samples, or with `batch_reduction: sample` over
     the samples, each with the mean of its tokens; `micro_batch_size` decides about memory and speed, not about it.
 
+    `alignment: tokens` takes the teacher's tokens for the student's, which must share its tokenizer; `byte` compares a
+    student of another tokenizer where the bytes of both are the same (`sparse/alm.py`).
+
     `recipe: sft` passes over `lora` as over `interact`, so that one spec serves all recipes; where the recipe's own
     stages would use an adapter but for `interact.mode: layers`, a changed `lora` is refused.
     """
@@ -310,6 +316,7 @@ class DistillSpec(Strict):
     batch_size: Count = 512
     micro_batch_size: Count = 4
     batch_reduction: BatchReduction = "token"
+    alignment: Alignment = "tokens"
     gradient_checkpointing: bool = False
     verbalize: Schedule = Schedule(epochs=1)
     interact: InteractSpec = InteractSpec()
@@ -330,6 +337,7 @@ class DistillSpec(Strict):
                 "`layers: auto` for so many evenly spaced ones"
             )
         yield from _broken_batches(self)
+        yield from self._unaligned()
         if self.recipe == "last" and not self.interact.trains_last:
             yield "`recipe: last` trains the last layer alone, and `interact` leaves it out"
         if self.is_supervised and not self.sft.fraction:
@@ -357,3 +365,14 @@ class DistillSpec(Strict):
     def is_supervised(self) -> bool:
         """Whether the student learns from labels alone."""
         return self.recipe in ("sft", "trol")
+
+    def _unaligned(self) -> Iterator[str]:
+        interact = self.interact
+        if self.alignment == "tokens":
+            if interact.changed(["chunk_temperature"]):
+                yield "`interact.chunk_temperature` belongs to `alignment: byte`, and it is `tokens`"
+        elif not self.is_supervised:
+            if interact.tau != 1.0:
+                yield f"`alignment: byte` compares at `tau: 1` alone, and `interact.tau` is {interact.tau}"
+            if "l2_topk" in (interact.intermediate, interact.last):
+                yield "`l2_topk` has no value for a chunk of bytes (`alignment: byte`); choose another divergence"

@@ -26,6 +26,7 @@ from .chat import Chat, Turn, open_chat
 from .pictures import Features
 from .records import Record, alike
 from .sequence import MIN_SHARED, PADDED, Encoded, Extent, Layout, Piece, join, num_in_common, sequences
+from .token_bytes import TokenBytes, token_bytes
 from .tokens import TextReader
 from .values import shown
 from .vision import Prompt, Vision, load_vision, pixel_path, token_ids
@@ -156,6 +157,11 @@ class Encoder:
         Heads have more rows than that (padding, not the same in every size of a family).
         """
         return max(self.id_of.values()) + 1
+
+    @cached_property
+    def token_bytes(self) -> TokenBytes | None:
+        """The bytes of every token; None where the vocabulary does not say them."""
+        return token_bytes(self.tokenizer, self.vocab_size)
 
     def fingerprint(self) -> dict[str, Any]:
         """What decides token ids and pixels. Teacher and student must agree in `tokenizer`, not in the rest."""

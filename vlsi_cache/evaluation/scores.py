@@ -15,7 +15,7 @@ import torch
 
 from vlsi_cache.config.sections import AS_IT_IS, CacheSpec, Encoding, EvaluateSpec, Traversed
 from vlsi_cache.config.spec import Overrides, apply_overrides, change, override_list, spec_from_dict
-from vlsi_cache.config.training import TraversalSpec
+from vlsi_cache.config.training import Alignment, TraversalSpec
 from vlsi_cache.data.collate import Batch, collate, plan_sample_batches
 from vlsi_cache.data.encoder import Encoder
 from vlsi_cache.data.measuring import fit_rows
@@ -152,6 +152,7 @@ def _evaluate(
         encoding=spec.data.encoding(),
         verbalizers=str(given or own) if given or own.is_dir() else None,
         device=processes.own_device(device, spec.run.device) or spec.run.device,
+        alignment=spec.distill.alignment,
         batch_tokens=spec.run.num_batch_tokens,
         draft_exit=draft_exit,
         limit=limit,
@@ -240,10 +241,12 @@ def evaluate_model(
     draft_exit: int | None = None,
     limit: int | None = None,
     num_workers: int = 0,
+    alignment: Alignment = "tokens",
     processes: Processes = ALONE,
 ) -> dict[str, Any]:
     """`evaluate` for any model; `limit` takes the first rows only, `batch_tokens` bounds a perplexity batch.
 
+    With `alignment: byte` the model may have another tokenizer than the teacher of the cache.
     `encoding` (see `DataSpec.encoding`) holds for the rows of the cache; held-out rows have their own.
     """
     where = pick_device(device)
@@ -284,7 +287,7 @@ def evaluate_model(
         scores = _on_held_out(backbone, spoken, settings, own, records, batches, drafter=drafter, **options)
         result = {"num_samples": len(records), "num_skipped": num_skipped, **scores}
     if cache is not None:
-        options = {"batch_tokens": batch_tokens, "limit": limit, "processes": processes}
+        options: Any = {"batch_tokens": batch_tokens, "limit": limit, "alignment": alignment, "processes": processes}
         result["cache"] = against_cache(backbone, spoken, of_cache, cache, **options)
     return result
 

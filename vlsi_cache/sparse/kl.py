@@ -84,7 +84,8 @@ def sparse_kl(
 class LayerRows:
     """The sparse rows of L teacher layers for T response tokens, made ready once for any number of passes.
 
-    Log-probs and tail mass are those at `tau`; entropy and tail samples are the teacher's at tau = 1.
+    Log-probs and tail mass are those at `tau`; entropy and tail samples are the teacher's at tau = 1. Tokens of
+    `ghost_T` are matched by the ghost value: their entropy or their tail samples are not those of the rows.
     """
 
     ids_LTX: Tensor  # int32: kept ids, then tail samples
@@ -94,6 +95,7 @@ class LayerRows:
     index: BlockIndex
     vocab_size: int
     tau: float
+    ghost_T: Tensor | None = None
 
     @classmethod
     def of(
@@ -185,6 +187,8 @@ class CandidateKL:
         self._logprobs_MTK = rows.logprobs_LTK[chosen].to(dtype)
         self._tail_mass_MT = rows.tail_mass_LT[chosen].to(dtype)
         self.matching_MT = self._matching(rows.entropy_LT[chosen].to(dtype), vocab_pass.logq[..., num_kept:])
+        if rows.ghost_T is not None:
+            self.matching_MT = torch.where(rows.ghost_T, self.ghost_MT, self.matching_MT)
 
     @property
     def matching_M(self) -> Tensor:

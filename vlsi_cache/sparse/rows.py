@@ -92,7 +92,8 @@ class SparseRows:
 
     def select_tokens(self, index_T: np.ndarray) -> "SparseRows":
         """The rows of these response tokens, in this order."""
-        return self._with({name: getattr(self, name)[:, index_T] for name in SHAPES})
+        # Sums over the tokens depend on how they lie in memory: as they would if all had been taken.
+        return self._with({name: np.ascontiguousarray(getattr(self, name)[:, index_T]) for name in SHAPES})
 
     def _with(self, arrays: dict[str, np.ndarray]) -> "SparseRows":
         return SparseRows(**arrays, vocab_size=self.vocab_size, taus=self.taus)

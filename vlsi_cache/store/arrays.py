@@ -12,6 +12,9 @@ import numpy as np
 from .format import CacheHeader, PartRecord
 
 SAMPLE_ARRAYS = ("offsets", "response_offsets", "response_ids", "positions")
+BYTES_ARRAY = "response_bytes"  # also without a layer axis; parts of earlier writers have none
+UNKNOWN_BYTES = 0xFFFF  # of every token of a response whose tokens are not just its text
+PIECE_ARRAYS = ("bytes", "bytes_offsets", "bytes_kinds")  # of `vocab/`, all or none
 ENTRY_ARRAYS = ("ids", "levels", "logprob_gaps", "logprobs", "counts")
 SCALAR_ARRAYS = ("lse", "entropy", "gold_logprob", "tail_mass")
 SUMMARY_ARRAYS = ("entropy", "gold_logprob", "tail_mass")
@@ -95,9 +98,18 @@ def layered_names(header: CacheHeader) -> list[str]:
 
 
 def array_specs(
-    header: CacheHeader, *, num_samples: int, num_tokens: int, num_response: int, num_entries: int
+    header: CacheHeader,
+    *,
+    num_samples: int,
+    num_tokens: int,
+    num_response: int,
+    num_entries: int,
+    with_bytes: bool = False,
 ) -> dict[str, ArraySpec]:
-    """Every array of a part, by name; T, R and E are `num_tokens`, `num_response` and `num_entries`."""
+    """Every array of a part, by name; T, R and E are `num_tokens`, `num_response` and `num_entries`.
+
+    `with_bytes`: the part says how many bytes every response token is.
+    """
     TL = (num_tokens, len(header.layers))
     entries = (num_entries,) if header.is_ragged else (*TL, header.widest)
     value = value_array(header)
@@ -116,6 +128,8 @@ def array_specs(
         "response_ids": _whole((num_response,), "uint32"),
         "positions": _whole((num_tokens,), "uint32"),
     }
+    if with_bytes:
+        specs[BYTES_ARRAY] = _whole((num_response,), "uint16")
     for name in layered_names(header):
         specs[name] = _chunked(name, *shapes[name], mapped=header.profile == "fast")
     return specs
@@ -128,14 +142,25 @@ def part_specs(header: CacheHeader, record: PartRecord) -> dict[str, ArraySpec]:
         num_tokens=record.num_tokens,
         num_response=record.num_response_tokens,
         num_entries=record.num_entries,
+        with_bytes=f"{BYTES_ARRAY}/zarr.json" in record.files,
     )
 
 
-def vocab_specs(vocab_size: int, heads: tuple[int, int], num_text_bytes: int | None) -> dict[str, ArraySpec]:
-    """The arrays of `vocab/`; the texts of the tokens may be missing."""
+def sample_names(specs: dict[str, ArraySpec]) -> list[str]:
+    """The arrays without a layer axis that a part of these arrays has."""
+    return [name for name in (*SAMPLE_ARRAYS, BYTES_ARRAY) if name in specs]
+
+
+def vocab_specs(
+    vocab_size: int, heads: tuple[int, int], num_text_bytes: int | None, num_piece_bytes: int | None = None
+) -> dict[str, ArraySpec]:
+    """The arrays of `vocab/`; the texts of the tokens may be missing, and so may their bytes."""
     specs = {"id_of_rank": _whole((vocab_size,), "uint32"), "heads": _whole(heads, "uint32")}
     if num_text_bytes is not None:
         specs |= {"text": _whole((num_text_bytes,), "uint8"), "text_offsets": _whole((vocab_size + 1,), "int64")}
+    if num_piece_bytes is not None:
+        specs |= {"bytes": _whole((num_piece_bytes,), "uint8"), "bytes_offsets": _whole((vocab_size + 1,), "int64")}
+        specs["bytes_kinds"] = _whole((vocab_size,), "uint8")
     return specs
 
 

@@ -12,6 +12,7 @@ from vlsi_cache.errors import CacheCorruptError, DiskFullError, StoreError, Vlsi
 from vlsi_cache.progress import progress
 
 from . import table
+from .arrays import PIECE_ARRAYS
 from .files import (
     FROM_A_COPY,
     hash_file,
@@ -43,6 +44,8 @@ from .remote.mirror import Mirror
 from .vocab_order import (
     VOCAB_NAMES,
     complete_copies,
+    has_pieces,
+    load_pieces,
     load_texts,
     load_vocab,
     publish_files,
@@ -182,6 +185,8 @@ def _check_remote_vocab(mirror: Mirror, header: CacheHeader, report: VerifyRepor
         mirror.with_vocab(("id_of_rank", "heads"), lambda root: load_vocab(root, header))
         if header.text_xxh3 is not None:
             mirror.with_vocab(("text", "text_offsets"), lambda root: load_texts(root, header))
+        if has_pieces(header):
+            mirror.with_vocab(PIECE_ARRAYS, lambda root: load_pieces(root, header))
     except CacheCorruptError as error:
         report.add(_label(error, mirror.url, VOCAB_NAME), _text(error))
 

@@ -72,6 +72,7 @@ class CacheDiff:
     num_compared: int = 0
     other_responses: list[str] = field(default_factory=list)
     other_records: list[str] = field(default_factory=list)
+    other_bytes: list[str] = field(default_factory=list)
     tokens_only_a: int = 0
     tokens_only_b: int = 0
     layers: list[LayerDiff] = field(default_factory=list)
@@ -80,7 +81,9 @@ class CacheDiff:
     @property
     def is_equal(self) -> bool:
         found = self.header, self.fingerprint, self.only_a, self.only_b, self.other_responses, self.other_records
-        return not any((*found, self.tokens_only_a, self.tokens_only_b)) and all(x.is_equal for x in self.layers)
+        return not any((*found, self.other_bytes, self.tokens_only_a, self.tokens_only_b)) and all(
+            x.is_equal for x in self.layers
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready, but for the paths."""
@@ -98,6 +101,11 @@ class CacheDiff:
             lines.append(f"error: {len(ids)} samples have other response ids: {first_of(ids)}; they are left out below")
         if self.other_records:
             lines.append(f"{len(self.other_records)} samples have another record: {first_of(self.other_records)}")
+        if self.other_bytes:
+            ids = self.other_bytes
+            lines.append(
+                f"error: the response tokens of {len(ids)} samples are other bytes of its text: {first_of(ids)}"
+            )
         if self.tokens_only_a or self.tokens_only_b:
             lines.append(f"tokens with a row only in a: {self.tokens_only_a}, only in b: {self.tokens_only_b}")
         return "\n".join([*lines, *_layer_lines(self.layers)])
@@ -156,6 +164,9 @@ def _compare_samples(found: CacheDiff, one: Cache, other: Cache) -> list[str]:
 
 def _compare_rows(found: CacheDiff, one: Row, other: Row) -> None:
     """Add the rows of one sample to the sums."""
+    bytes_aR, bytes_bR = one.response_bytes_R, other.response_bytes_R
+    if bytes_aR is not None and bytes_bR is not None and not np.array_equal(bytes_aR, bytes_bR):  # a cache may not know
+        found.other_bytes.append(one.sample_id)
     positions, mine, theirs = np.intersect1d(one.positions_T, other.positions_T, return_indices=True)
     found.tokens_only_a += one.num_tokens - len(positions)
     found.tokens_only_b += other.num_tokens - len(positions)

@@ -23,7 +23,7 @@ from vlsi_cache.sparse.quantize import (
 )
 from vlsi_cache.sparse.rows import SparseRows, share_logprobs
 
-from .arrays import value_array
+from .arrays import BYTES_ARRAY, UNKNOWN_BYTES, value_array
 from .codec import Arrays
 from .format import CacheHeader, PartRecord
 
@@ -57,6 +57,22 @@ def check_sample_arrays(folder: Path, header: CacheHeader, record: PartRecord, a
             f"{record.sample_response_tokens[sample]}; positions must rise inside the response"
         )
         raise CacheCorruptError.at(folder / "positions", what)
+    if BYTES_ARRAY in arrays:
+        _check_bytes(folder, record, arrays[BYTES_ARRAY])
+
+
+def _check_bytes(folder: Path, record: PartRecord, lengths_R: np.ndarray) -> None:
+    """The lengths of a response are known of all its tokens or of none."""
+    sample_R = np.repeat(np.arange(len(record.sample_ids)), record.sample_response_tokens)
+    unknown_S = np.bincount(sample_R, weights=lengths_R == UNKNOWN_BYTES, minlength=len(record.sample_ids))
+    wrong = np.flatnonzero((unknown_S > 0) & (unknown_S < np.array(record.sample_response_tokens)))
+    if wrong.size:
+        at = int(wrong[0])
+        what = (
+            f": of the {record.sample_response_tokens[at]} tokens of sample {record.sample_ids[at]!r} the bytes of "
+            f"{int(unknown_S[at])} are unknown; they are of all or of none"
+        )
+        raise CacheCorruptError.at(folder / BYTES_ARRAY, what)
 
 
 def check_scalars(folder: Path, header: CacheHeader, arrays: Mapping[str, Any]) -> None:

@@ -264,7 +264,7 @@ def load_header(root: Path) -> CacheHeader:
     header = as_record(CacheHeader, value, path)
     # Names from a file are only ever compared with the names a table has, so none of them can lead elsewhere.
     heads, num_text = (len(header.layers), header.num_head_ranks), None if header.text_xxh3 is None else 1
-    specs = vocab_specs(header.vocab_size, heads, num_text)
+    specs = vocab_specs(header.vocab_size, heads, num_text, 1)
     foreign = set(header.vocab_files) - part_file_names(specs)
     if foreign:
         raise CacheCorruptError.at(path, f": `vocab_files` names what no table has: {shown(sorted(foreign)[:4])}")

@@ -4,7 +4,7 @@ Shape suffixes: L layers, T response tokens with a row, R response tokens, K kep
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np
 from vlsi_cache.errors import CacheCorruptError
 from vlsi_cache.sparse.rows import SparseRows
 
-from .arrays import SAMPLE_ARRAYS, ArraySpec, layered_names, part_specs, value_array
+from .arrays import BYTES_ARRAY, UNKNOWN_BYTES, ArraySpec, layered_names, part_specs, sample_names, value_array
 from .codec import Arrays, Known, MappedLayers, read_flat, read_layered, read_samples
 from .encoding import (
     UNDO,
@@ -35,13 +35,17 @@ from .format import CacheHeader, PartRecord, part_dir, response_digest
 
 @dataclass(frozen=True)
 class Row(SparseRows):
-    """One sample: its sparse rows, and what ties them to the training record; `vocab_size`, `taus` are the cache's."""
+    """One sample: its sparse rows, and what ties them to the training record; `vocab_size`, `taus` are the cache's.
+
+    `response_bytes_R`: how many bytes of the response text each of its tokens is; None where the cache does not say.
+    """
 
     sample_id: str
     kind: str
     digest: str
     response_ids_R: np.ndarray
     positions_T: np.ndarray
+    response_bytes_R: np.ndarray | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -102,9 +106,14 @@ class Part:
             digest=record.digests[index],
             response_ids_R=response_ids_R,
             positions_T=arrays["positions"][tokens],
+            response_bytes_R=self._bytes_of(response),
             vocab_size=self.header.vocab_size,
             taus=tuple(self.header.taus),
         )
+
+    def _bytes_of(self, response: slice) -> np.ndarray | None:
+        lengths_R = self.arrays[BYTES_ARRAY][response] if BYTES_ARRAY in self.arrays else None
+        return None if lengths_R is None or UNKNOWN_BYTES in lengths_R else lengths_R
 
     @cached_property
     def _edges(self) -> tuple[list[int], list[int]]:
@@ -188,7 +197,7 @@ def load_part(
         record = load_part_record(root, header, index)
         check_part_files(root, index, record)
         specs = part_specs(header, record)
-        arrays = read_samples(folder, specs, SAMPLE_ARRAYS)
+        arrays = read_samples(folder, specs, sample_names(specs))
         check_sample_arrays(folder, header, record, arrays)
         whole = [name for name in layered_names(header) if specs[name].is_layered and name != "kept"]
         undo = UNDO if undone else {}

@@ -28,6 +28,7 @@ from vlsi_cache.errors import (
 )
 from vlsi_cache.progress import html_text
 
+from .arrays import PIECE_ARRAYS
 from .codec import Known
 from .files import hints_at_repair, load_header, load_part_record, refuse_special, repair_hint
 from .format import HEADER_NAME, CacheHeader, PartRecord, list_parts, part_dir
@@ -36,7 +37,7 @@ from .location import UrlPath, place_of
 from .part import Part, Row, load_part
 from .remote.fetch import NOTHING, Want
 from .remote.mirror import Mirror
-from .vocab_order import VocabOrder, load_texts, load_vocab
+from .vocab_order import VocabOrder, has_pieces, load_pieces, load_texts, load_vocab
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -110,6 +111,10 @@ class Cache(Mapping[str, Row]):
                 self._texts = self._from_vocab(("text", "text_offsets"), load_texts)
         text, offsets = self._texts
         return text[offsets[token] : offsets[token + 1]].decode("utf-8", "replace")
+
+    def token_pieces(self) -> tuple[list[bytes], np.ndarray] | None:
+        """The bytes of every token and its kind (`data/token_bytes.py`); None when the cache does not carry them."""
+        return self._from_vocab(PIECE_ARRAYS, load_pieces) if has_pieces(self.header) else None
 
     def __len__(self) -> int:
         return self.num_samples

@@ -11,7 +11,9 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
@@ -19,7 +21,7 @@ import xxhash
 from vlsi_cache import io
 from vlsi_cache.errors import CacheCorruptError, SpecError
 
-from .arrays import vocab_specs
+from .arrays import PIECE_ARRAYS, vocab_specs
 from .codec import read_samples, write_arrays
 from .files import (
     check_free_space,
@@ -110,13 +112,20 @@ def order_by_count(kept_LV: np.ndarray, said_V: np.ndarray) -> VocabOrder:
     return VocabOrder(order_V.astype(np.uint32), np.stack(heads).astype(np.uint32))
 
 
-def write_vocab(folder: Path, vocab_order: VocabOrder, text: bytes | None, text_offsets: np.ndarray | None) -> None:
-    """Write `vocab/`: the order of the vocabulary, and the text of every token if there is one."""
-    arrays = {"id_of_rank": vocab_order.id_of_rank_V, "heads": vocab_order.heads_LH}
-    if text is not None and text_offsets is not None:
-        arrays |= {"text": np.frombuffer(text, np.uint8), "text_offsets": np.asarray(text_offsets, np.int64)}
-    num_bytes = None if text is None else len(text)
-    write_arrays(folder, arrays, vocab_specs(len(vocab_order.id_of_rank_V), vocab_order.heads_LH.shape, num_bytes))
+class VocabTexts(NamedTuple):
+    """What the V tokens say: `texts` for people, and where they are known the bytes of each (`pieces`) and its kind
+    (`kinds_V`, uint8; what they mean is `data/token_bytes.py`)."""
+
+    texts: Sequence[str]
+    pieces: Sequence[bytes] | None = None
+    kinds_V: np.ndarray | None = None
+
+
+def write_vocab(folder: Path, vocab_order: VocabOrder, said: dict[str, np.ndarray]) -> None:
+    """Write `vocab/`: the order of the vocabulary, and what is known of what the tokens say."""
+    arrays = {"id_of_rank": vocab_order.id_of_rank_V, "heads": vocab_order.heads_LH, **said}
+    sizes = [len(said[name]) if name in said else None for name in ("text", "bytes")]
+    write_arrays(folder, arrays, vocab_specs(len(vocab_order.id_of_rank_V), vocab_order.heads_LH.shape, *sizes))
 
 
 def read_vocab(folder: Path, vocab_size: int, heads: tuple[int, int]) -> VocabOrder:
@@ -127,13 +136,17 @@ def read_vocab(folder: Path, vocab_size: int, heads: tuple[int, int]) -> VocabOr
 
 def read_vocab_text(folder: Path, vocab_size: int) -> tuple[bytes, np.ndarray]:
     """UTF-8 bytes of all tokens one after the other, and int64 [V + 1] offsets; the caller knows that they exist."""
-    specs = vocab_specs(vocab_size, (0, 0), 0)
-    offsets = read_samples(folder, specs, ["text_offsets"])["text_offsets"]
+    return _read_pieces(folder, vocab_size, "text")
+
+
+def _read_pieces(folder: Path, vocab_size: int, name: str) -> tuple[bytes, np.ndarray]:
+    specs = vocab_specs(vocab_size, (0, 0), 0, 0)
+    offsets = read_samples(folder, specs, [f"{name}_offsets"])[f"{name}_offsets"]
     if offsets[0] or (np.diff(offsets) < 0).any():
         what = f": offsets must rise from 0, found {offsets[0]} to {offsets.min()}"
-        raise CacheCorruptError.at(folder / "text_offsets", what)
-    specs = vocab_specs(vocab_size, (0, 0), int(offsets[-1]))
-    return read_samples(folder, specs, ["text"])["text"].tobytes(), offsets
+        raise CacheCorruptError.at(folder / f"{name}_offsets", what)
+    specs = vocab_specs(vocab_size, (0, 0), *[int(offsets[-1])] * 2)
+    return read_samples(folder, specs, [name])[name].tobytes(), offsets
 
 
 def load_vocab(root: Path, header: CacheHeader) -> VocabOrder:
@@ -153,6 +166,24 @@ def load_texts(root: Path, header: CacheHeader) -> tuple[bytes, np.ndarray]:
         text, offsets = read_vocab_text(root / VOCAB_NAME, header.vocab_size)
         _check_digest(root / VOCAB_NAME / "text", xxhash.xxh3_64_hexdigest(text), header.text_xxh3)
     return text, offsets
+
+
+def has_pieces(header: CacheHeader) -> bool:
+    """Whether the cache says which bytes its tokens are."""
+    return "bytes/zarr.json" in header.vocab_files
+
+
+def load_pieces(root: Path, header: CacheHeader) -> tuple[list[bytes], np.ndarray]:
+    """The bytes of every token, and its kind, uint8 [V]; the caller knows that the cache has them."""
+    folder = root / VOCAB_NAME
+    with hints_at_repair(root):
+        for name in (f"{name}/c/0" for name in PIECE_ARRAYS):
+            if name in header.vocab_files and hash_file(folder / name) != header.vocab_files[name]:
+                raise CacheCorruptError.at(folder / name, " is not the file that cache.json names")
+        joined, offsets = _read_pieces(folder, header.vocab_size, "bytes")
+        kinds_V = read_samples(folder, vocab_specs(header.vocab_size, (0, 0), 0, 0), ["bytes_kinds"])["bytes_kinds"]
+    edges = offsets.tolist()
+    return [joined[low:high] for low, high in pairwise(edges)], kinds_V
 
 
 def text_digest(root: Path, vocab_size: int) -> str | None:
@@ -233,7 +264,7 @@ def _file_names(folder: Path) -> list[str]:
 
 # What a build hands over: an order or a function that makes it when it is needed, and one for the texts of all tokens.
 OrderOrMaker = VocabOrder | Callable[[], VocabOrder]
-TokenTexts = Callable[[], Sequence[str]] | None
+TokenTexts = Callable[[], Sequence[str] | VocabTexts] | None
 
 
 def publish_vocab(root: Path, header: CacheHeader, vocab_order: OrderOrMaker, token_texts: TokenTexts) -> VocabOrder:
@@ -242,11 +273,11 @@ def publish_vocab(root: Path, header: CacheHeader, vocab_order: OrderOrMaker, to
     if not (root / VOCAB_NAME).exists():
         table = (vocab_order if isinstance(vocab_order, VocabOrder) else vocab_order()).checked(num_layers, vocab_size)
         _refuse_other_table(root, table)
-        text, offsets = _joined(token_texts, vocab_size)
-        need_bytes = table.id_of_rank_V.nbytes + table.heads_LH.nbytes + len(text or b"")
+        said = _joined(token_texts, vocab_size)
+        need_bytes = sum(array.nbytes for array in (table.id_of_rank_V, table.heads_LH, *said.values()))
         check_free_space(root, need_bytes)
         with tmp_path(root, VOCAB_NAME) as tmp, disk_full_is_an_error(root, need_bytes):
-            write_vocab(tmp, table, text, offsets)
+            write_vocab(tmp, table, said)
             io.fsync_tree(tmp)
             publish_dir(tmp, root / VOCAB_NAME)
     try:
@@ -277,11 +308,20 @@ def num_head_ranks(root: Path) -> int:
         raise CacheCorruptError.at(path, f" cannot be read: {error}") from error
 
 
-def _joined(token_texts: TokenTexts, vocab_size: int) -> tuple[bytes | None, np.ndarray | None]:
+def _joined(token_texts: TokenTexts, vocab_size: int) -> dict[str, np.ndarray]:
+    """The arrays of `vocab/` that say what tokens are."""
     if token_texts is None:
-        return None, None
-    texts = token_texts()
-    if len(texts) != vocab_size:
-        raise SpecError(f"{len(texts)} token texts for a vocabulary of {vocab_size}")
-    pieces = [text.encode("utf-8", "replace") for text in texts]
-    return b"".join(pieces), np.concatenate([[0], np.cumsum([len(piece) for piece in pieces])]).astype(np.int64)
+        return {}
+    made = token_texts()
+    said = made if isinstance(made, VocabTexts) else VocabTexts(made)
+    if len(said.texts) != vocab_size or len(said.pieces if said.pieces is not None else said.texts) != vocab_size:
+        raise SpecError(f"{len(said.texts)} token texts for a vocabulary of {vocab_size}")
+    found = _end_to_end("text", [text.encode("utf-8", "replace") for text in said.texts])
+    if said.pieces is not None and said.kinds_V is not None:
+        found |= {**_end_to_end("bytes", said.pieces), "bytes_kinds": np.asarray(said.kinds_V, np.uint8)}
+    return found
+
+
+def _end_to_end(name: str, pieces: Sequence[bytes]) -> dict[str, np.ndarray]:
+    offsets = np.concatenate([[0], np.cumsum([len(piece) for piece in pieces])]).astype(np.int64)
+    return {name: np.frombuffer(b"".join(pieces), np.uint8), f"{name}_offsets": offsets}

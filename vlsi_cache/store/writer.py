@@ -21,7 +21,7 @@ from vlsi_cache.errors import DataError, list_problems
 from vlsi_cache.sparse.rows import SparseRows
 
 from . import table
-from .arrays import SUMMARY_ARRAYS, array_specs, part_file_names
+from .arrays import BYTES_ARRAY, SUMMARY_ARRAYS, array_specs, part_file_names
 from .codec import Arrays, write_arrays
 from .encoding import encode_rows
 from .files import (
@@ -45,8 +45,9 @@ MAX_WAITING_PARTS = 2  # finished parts that wait for the disk before whoever ma
 class PartSamples:
     """What goes into one part: samples in order, and their rows concatenated along the token axis.
 
-    `positions` says which response tokens have a row; None: all of them. `rows` may be None where the layered arrays
-    are given in their disk form.
+    `positions` says which response tokens have a row; None: all of them. `byte_lengths` says how many bytes of its text
+    every response token is, UNKNOWN_BYTES for all of a sample that does not know; None: no sample does. `rows` may be
+    None where the layered arrays are given in their disk form.
     """
 
     sample_ids: list[str]
@@ -56,6 +57,7 @@ class PartSamples:
     rows: SparseRows | None
     skipped: list[dict[str, Any]] = field(default_factory=list)
     positions: list[np.ndarray] | None = None
+    byte_lengths: list[np.ndarray] | None = None
 
     @property
     def positions_or_all(self) -> list[np.ndarray]:
@@ -137,7 +139,13 @@ class CacheWriter:
         root, arrays = self.path, {**sample_arrays(samples), **layered}
         sizes = {"num_tokens": len(arrays["positions"]), "num_entries": int(arrays["ids"].size)}
         num_response = len(arrays["response_ids"])
-        specs = array_specs(self.header, num_samples=len(samples.sample_ids), num_response=num_response, **sizes)
+        specs = array_specs(
+            self.header,
+            num_samples=len(samples.sample_ids),
+            num_response=num_response,
+            with_bytes=BYTES_ARRAY in arrays,
+            **sizes,
+        )
         need_bytes = sum(spec.size_bytes for spec in specs.values())
         check_free_space(root, need_bytes)
         with tmp_path(root, f"{index:06d}", ".zarr") as tmp, disk_full_is_an_error(root, need_bytes):
@@ -235,11 +243,13 @@ def _link(source: str, target: str) -> None:
 def sample_arrays(samples: PartSamples) -> Arrays:
     """The arrays without a layer axis."""
     positions = samples.positions_or_all
+    lengths = samples.byte_lengths
     return {
         "offsets": _offsets([len(part) for part in positions]),
         "response_offsets": _offsets([len(ids) for ids in samples.response_ids]),
         "response_ids": _concat_u32(samples.response_ids),
         "positions": _concat_u32(positions),
+        **({} if lengths is None else {BYTES_ARRAY: _concat_u32(lengths).astype(np.uint16)}),
     }
 
 
@@ -306,6 +316,8 @@ def _shape_problems(header: CacheHeader, samples: PartSamples) -> list[str]:
     columns = {"kinds": samples.kinds, "digests": samples.digests, "response_ids": samples.response_ids}
     if samples.positions is not None:
         columns["positions"] = samples.positions
+    if samples.byte_lengths is not None:
+        columns["byte_lengths"] = samples.byte_lengths
     problems = [f"{len(v)} `{name}` for {num} samples" for name, v in columns.items() if len(v) != num]
     num_rows = sum(len(part) for part in samples.positions_or_all)
     LT = (len(header.layers), num_rows)
@@ -342,6 +354,9 @@ def _value_problems(header: CacheHeader, samples: PartSamples) -> list[str]:
         if bad.any():
             token = int(np.nonzero(bad)[1].min())
             problems.append(f"`{name}` is not a number in sample {_sample_at(samples, token)!r}")
+    for name, ids, lengths in zip(samples.sample_ids, samples.response_ids, samples.byte_lengths or (), strict=False):
+        if len(lengths) != len(ids):
+            problems.append(f"`byte_lengths` of sample {name!r} are {len(lengths)}, it has {len(ids)} response tokens")
     for name, ids, at in zip(samples.sample_ids, samples.response_ids, samples.positions_or_all, strict=True):
         if ids.size and (ids.min() < 0 or int(ids.max()) >= 2**32):
             problems.append(f"response ids of sample {name!r} do not fit uint32")

@@ -21,7 +21,8 @@ import numpy as np
 from vlsi_cache.config.sections import DEFAULT_BATCH_TOKENS, CacheSpec
 from vlsi_cache.config.spec import change
 from vlsi_cache.data.collate import plan_batches, plan_parts
-from vlsi_cache.data.encoder import CONTRACT
+from vlsi_cache.data.encoder import CONTRACT, Encoder
+from vlsi_cache.data.offsets import lengths_or_unknown
 from vlsi_cache.data.records import units
 from vlsi_cache.errors import BatchTooLargeError, SpecError, command_line
 from vlsi_cache.models.load import share_digests
@@ -35,7 +36,7 @@ from vlsi_cache.store.format import HEADER_NAME, CacheHeader
 from vlsi_cache.store.header import check_root, header_at, is_synced
 from vlsi_cache.store.location import place_of
 from vlsi_cache.store.reader import Cache, surprise_warning
-from vlsi_cache.store.vocab_order import VocabOrder, one_order, order_by_count
+from vlsi_cache.store.vocab_order import VocabOrder, VocabTexts, one_order, order_by_count
 from vlsi_cache.store.writer import CacheWriter, PartSamples
 
 from .forward import NO_PART, PartBatch, Teacher, load_teacher
@@ -104,7 +105,7 @@ def _build(inputs: TeacherInputs, out: Path, *, device: str | None, rank: int, w
             out,
             cache_header(inputs, parts, batch_tokens),
             make_order,
-            token_texts=lambda: inputs.encoder.token_texts(range(inputs.encoder.vocab_size)),
+            token_texts=lambda: vocab_texts(inputs.encoder),
         ),
         group,
         rank=rank,
@@ -131,6 +132,13 @@ def _build(inputs: TeacherInputs, out: Path, *, device: str | None, rank: int, w
     if warning := surprise_warning(cache):
         say(f"warning: {warning}")
     return cache
+
+
+def vocab_texts(encoder: Encoder) -> VocabTexts:
+    """What the tokens say, for people, and which bytes they are, for students with other tokens."""
+    table = encoder.token_bytes
+    known = (None, None) if table is None else (table.pieces, table.kinds_V)
+    return VocabTexts(encoder.token_texts(range(encoder.vocab_size)), *known)
 
 
 def open_for_all(spec: CacheSpec, group: Processes) -> TeacherInputs:
@@ -369,6 +377,9 @@ def part_samples(inputs: TeacherInputs, indices: list[int], found: dict[int, Spa
         response_ids=[inputs.response_ids[i] for i in indices],
         rows=rows,
         positions=positions,
+        byte_lengths=lengths_or_unknown(
+            inputs.encoder, [inputs.records[i] for i in indices], [inputs.response_ids[i] for i in indices]
+        ),
     )
 
 

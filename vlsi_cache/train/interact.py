@@ -29,11 +29,13 @@ from vlsi_cache.models.verbalizer import Verbalizers
 from vlsi_cache.run_files import read_metrics
 from vlsi_cache.runs.diagnostics import interact_findings, warn_of
 from vlsi_cache.runtime import autocast, memory_gib, seed_step
+from vlsi_cache.sparse.alm import AlignedKL, ChunkRows, aligned_kl
 from vlsi_cache.sparse.cross_entropy import linear_cross_entropy
 from vlsi_cache.sparse.divergences import Divergence
 from vlsi_cache.sparse.head import Head
-from vlsi_cache.sparse.kl import LayerRows, candidate_kl
+from vlsi_cache.sparse.kl import CandidateKL, LayerRows, candidate_kl
 from vlsi_cache.sparse.matching import Matching, SearchRange, match_rng
+from vlsi_cache.sparse.rows import SparseRows
 
 from .loader import MicroBatch
 from .optim import all_done, clip_gradients, make_optimizer, optimizer_step
@@ -51,7 +53,7 @@ class Targets:
     `gold_T` are the response ids (int64), `share_T` what each token counts for in the loss of the whole batch.
     """
 
-    rows: LayerRows
+    rows: LayerRows | ChunkRows
     gold_T: Tensor
     share_T: Tensor
 
@@ -87,7 +89,7 @@ def interact(state: StudentState, model: Any, verbalizers: Verbalizers | None, *
     if first:
         checkpoints.load("interact", first, model, optimizer)
     log.start_stage("interact", step=first, num_steps=num_steps)
-    head = head_of(backbone, compiled=state.compiled).real(header.vocab_size)
+    head = head_of(backbone, compiled=state.compiled).real(state.encoder.vocab_size)
     capture = verbalizers.capture if verbalizers is not None else partial(backbone.capture, layers=[])
     with state.feed("interact", first * distill.batch_size) as feed, stopping_between_steps() as signals:
         for step in range(first, num_steps):
@@ -102,27 +104,35 @@ def interact(state: StudentState, model: Any, verbalizers: Verbalizers | None, *
                 terms: list[Term] = []
                 results.append((micro, terms))
                 # Token selection may leave a sample without rows.
-                if not cached.num_tokens and not state.is_sharded:
+                if not len(batch.gold_T) and not state.is_sharded:
                     continue
                 num_tokens += len(batch.gold_T)
                 with autocast(state.device):
                     hidden = capture(batch.inputs, rows_T=batch.rows_T, positions_T=batch.positions_T)
-                if not cached.num_tokens:
+                if not len(batch.gold_T):
                     pass_through(hidden, settings)
                     continue
-                rows = LayerRows.of(cached, tau=settings.tau, device=state.device)
-                targets = Targets(rows, batch.gold_T, micro.share_T)
+                targets = Targets(rows_of(micro, settings), batch.gold_T, micro.share_T)
                 rng = match_rng(distill.seed, step, micro.place)
                 terms += micro_batch(hidden, targets, head, verbalizers, settings, rng, layer_weight)
-                if probed is None and is_due(step, num_steps):
+                if probed is None and cached.num_tokens and is_due(step, num_steps):
                     matches = {
                         term.layer: (term.target_n[0], term.match_logits_M)
                         for term in terms
                         if term.layer in layers and term.target_n is not None
                     }
                     is_sampled = header.row_kind == "sampled"
-                    probed = probe(hidden, head, verbalizers, matches, cached, batch.gold_T, is_sampled=is_sampled)
-                del hidden, rows, targets
+                    probed = probe(
+                        hidden,
+                        head,
+                        verbalizers,
+                        matches,
+                        probed_rows(micro),
+                        batch.gold_T,
+                        is_sampled=is_sampled,
+                        tokens_P=None if micro.chunks is None else micro.chunks.index_P,
+                    )
+                del hidden, targets
             # From here on the host waits for the device.
             losses = losses_of(results, settings, state.teacher_layers)
             state.processes.sum_gradients(optimizer)
@@ -159,6 +169,32 @@ def interact(state: StudentState, model: Any, verbalizers: Verbalizers | None, *
                 done.end_here()
     warn_of(interact_findings(read_metrics(log.path)))
     return {"name": "interact", "steps": num_steps, "seconds": log.stage_seconds("interact")}
+
+
+def rows_of(micro: MicroBatch, settings: InteractSpec) -> LayerRows | ChunkRows:
+    """What the teacher says of a micro-batch, on its device."""
+    batch, cached = micro.batch, micro.rows
+    assert cached is not None
+    if micro.chunks is None:
+        return LayerRows.of(cached, tau=settings.tau, device=batch.gold_T.device)
+    return ChunkRows.of(cached, micro.chunks, batch.gold_T, tau=settings.chunk_temperature, device=batch.gold_T.device)
+
+
+def probed_rows(micro: MicroBatch) -> SparseRows:
+    """The rows of a micro-batch; without tail samples where another vocabulary has lost some, as they are matched."""
+    assert micro.rows is not None
+    if micro.chunks is None or not micro.chunks.lost_P.any():
+        return micro.rows
+    return dataclasses.replace(micro.rows, tail_ids_LTm=micro.rows.tail_ids_LTm[..., :0])
+
+
+def _compare(
+    state_TD: Tensor, head: Head, rows: LayerRows | ChunkRows, window: range, divergence: Divergence, share_T: Tensor
+) -> CandidateKL | AlignedKL:
+    """One student layer against the teacher layers `window`."""
+    if isinstance(rows, ChunkRows):
+        return aligned_kl(state_TD, head, rows, window, divergence=divergence, share_T=share_T)
+    return candidate_kl(state_TD, head, rows, window, divergence=divergence, share_T=share_T)
 
 
 def micro_batch(
@@ -208,7 +244,7 @@ def micro_batch(
         else:
             with autocast(device):
                 only = range(final, final + 1)
-                kl = candidate_kl(leaf, head, rows, only, divergence=at_last, share_T=share_T)
+                kl = _compare(leaf, head, rows, only, at_last, share_T)
             loss, tokens_T = kl.choose(0)
             if settings.alpha_ce:
                 loss = (1 - settings.alpha_ce) * loss + settings.alpha_ce * cross_entropy(leaf)
@@ -233,7 +269,7 @@ def micro_batch(
         with autocast(device):
             window = search.range
             # Every candidate teacher layer in one pass over the vocabulary.
-            kl = candidate_kl(state_TD, head, rows, window, divergence=at_layers, share_T=share_T)
+            kl = _compare(state_TD, head, rows, window, at_layers, share_T)
         target_n, match_logits_M = search.draw(kl.matching_M)
         chosen = [kl.choose(target - window.start) for target in target_n]
         loss, tokens = torch.stack([one.value for one in chosen]).mean(), torch.cat([one.tokens_T for one in chosen])

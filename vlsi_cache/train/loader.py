@@ -29,12 +29,15 @@ from vlsi_cache.data.stored import names_of
 from vlsi_cache.errors import CacheCorruptError, FingerprintMismatchError, command_line
 from vlsi_cache.io import ahead
 from vlsi_cache.processes import ALONE, Processes
+from vlsi_cache.sparse.alm import Chunks
 from vlsi_cache.sparse.rows import SparseRows
 from vlsi_cache.store.dataset import PartWindowReader, Pending, Units, units_per_part
 from vlsi_cache.store.part import Row
 from vlsi_cache.store.reader import Cache
 
-Pair = tuple[Record, Row | None]
+from .aligned import AlignedRow
+
+Pair = tuple[Record, Row | AlignedRow | None]
 PREFETCHED_BATCHES = 4
 
 
@@ -42,7 +45,7 @@ class Sample(NamedTuple):
     """A record, its row if it comes from a cache, and the number of tokens at which its loss is taken."""
 
     record: Record
-    row: Row | Pending | None
+    row: Row | Pending | AlignedRow | None
     num_tokens: int
 
     @property
@@ -56,7 +59,8 @@ class MicroBatch:
     """Encoded records and, when they come from a cache, their sparse rows in the same token order.
 
     `share_T` is what each token counts for in the loss of the whole batch that this is a part of, float64: over the
-    whole batch it sums to 1. `place` is that of the first sample in the whole batch.
+    whole batch it sums to 1. `place` is that of the first sample in the whole batch. With `chunks` the student has
+    another tokenizer than the teacher: the rows are those of the tokens that it names.
     """
 
     batch: Batch
@@ -64,6 +68,7 @@ class MicroBatch:
     sample_ids: list[str]
     share_T: Tensor
     place: int = 0
+    chunks: Chunks | None = None
 
 
 def loss_shares(num_tokens: Sequence[int], in_batch: Sequence[int], reduction: BatchReduction) -> Tensor:
@@ -353,15 +358,38 @@ def encode_pairs(
     here = partial(encoder.encode_all, layout=layout)
     encoded = (encode_all or here)([record for record, _ in pairs])
     rows: list[Row] = []
+    aligned: list[AlignedRow] = []
     for (record, row), span in zip(pairs, chain.from_iterable(one.spans for one in encoded), strict=True):
-        if row is not None:
+        if isinstance(row, AlignedRow):
+            aligned.append(row)
+        elif row is not None:
             check_response_ids(record, span.response_ids, row, encoder)
             rows.append(row)
     batch = collate(encoded, pad_id=encoder.pad_id, row_width=layout.row_width, marks_responses=layout.marks_responses)
+    if aligned:
+        return _aligned_batch(batch, aligned)
     if rows and rows[0].num_layers:
         batch = _tokens_with_rows(batch, rows)
     share_T = loss_shares(batch.num_tokens, batch.num_tokens, "token")
     return MicroBatch(batch, SparseRows.concat(rows) if rows else None, [record.id for record, _ in pairs], share_T)
+
+
+def _aligned_batch(batch: Batch, aligned: Sequence[AlignedRow]) -> MicroBatch:
+    """The batch at the tokens that are compared with something, in the student's tokens."""
+    num_tokens = [len(row.tokens_T) for row in aligned]
+    if num_tokens != batch.num_tokens:
+        starts = np.cumsum([0, *batch.num_tokens[:-1]])
+        index_T = np.concatenate([start + row.tokens_T for start, row in zip(starts, aligned, strict=True)])
+        batch = batch.at(torch.from_numpy(index_T.astype(np.int64)), num_tokens)
+    rows = [row.rows for row in aligned if row.rows is not None]
+    pieces = [row.chunks for row in aligned if row.chunks is not None]
+    return MicroBatch(
+        batch,
+        SparseRows.concat(rows) if rows else None,
+        [row.sample_id for row in aligned],
+        loss_shares(num_tokens, num_tokens, "token"),
+        chunks=Chunks.concat(pieces, num_tokens) if pieces else None,
+    )
 
 
 def _tokens_with_rows(batch: Batch, rows: Sequence[Row]) -> Batch:

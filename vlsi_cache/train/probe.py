@@ -55,6 +55,7 @@ def probe(
     gold_T: Tensor,
     *,
     is_sampled: bool = False,
+    tokens_P: np.ndarray | None = None,
 ) -> dict[str, dict[str, float]]:
     """Means over evenly spaced tokens of a micro-batch, by student layer; the last one against the teacher's last.
 
@@ -64,21 +65,25 @@ def probe(
     vocabulary: `kl`, `student_entropy`, `teacher_entropy`, `student_loss`, `teacher_loss` (of the response) in nats,
     and the shares `kept_mass` (the teacher's, on its kept words), `student_mass` (the student's, on the same words),
     `overlap` (those words among the student's own top-k) and `top1_agreement`. Rows of draws (`is_sampled`) have no
-    top-k: they give no shares. `match_entropy` is that of the draw of the teacher layer, where one was drawn.
+    top-k: they give no shares. `tokens_P`: of another tokenizer's rows, which tokens they are of; of their words those
+    count that both have. `match_entropy` is that of the draw of the teacher layer, where one was drawn.
     """
-    num, device = min(MAX_TOKENS, len(gold_T)), gold_T.device
-    index_T = torch.arange(num, device=device) * len(gold_T) // num
+    device, num_rows = gold_T.device, len(gold_T) if tokens_P is None else len(tokens_P)
+    num = min(MAX_TOKENS, num_rows)
+    rows_T = torch.arange(num, device=device) * num_rows // num
+    index_T = rows_T if tokens_P is None else torch.from_numpy(tokens_P).to(device)[rows_T]
+    picked = rows_T, gold_T[index_T]
     found = {}
     for layer, (target, logits_M) in matches.items():
         assert verbalizers is not None
         with autocast(device):
             state_TD = verbalizers.apply(layer, hidden[layer])
-        found[str(layer)] = _measure(state_TD[index_T], head, cached, index_T, gold_T, int(target), is_sampled)
+        found[str(layer)] = _measure(state_TD[index_T], head, cached, *picked, int(target), is_sampled)
         if logits_M is not None:
             found[str(layer)]["match_entropy"] = float(torch.special.entr(logits_M[:, None].softmax(0)).sum())
     last, final = max(hidden), cached.num_layers - 1
     state: Any = hidden[last]
-    found[str(last)] = _measure(state[index_T], head, cached, index_T, gold_T, final, is_sampled)
+    found[str(last)] = _measure(state[index_T], head, cached, *picked, final, is_sampled)
     return found
 
 
@@ -86,26 +91,26 @@ def _measure(
     state_TD: Tensor,
     head: Head,
     cached: SparseRows,
-    index_T: Tensor,
+    rows_T: Tensor,
     gold_T: Tensor,
     target: int,
     is_sampled: bool,
 ) -> dict[str, float]:
-    """Means over the tokens `index_T` against one teacher layer; `state_TD` is of these tokens alone."""
+    """Means over the rows `rows_T` against one teacher layer; states and gold ids are of their tokens alone."""
     device, dtype = state_TD.device, compute_dtype(state_TD)
-    token_T = index_T.cpu().numpy()
+    token_T = rows_T.cpu().numpy()
     picked = [_tensor(getattr(cached, name)[target, token_T], dtype).to(device) for name in ARRAYS]
     sums: dict[str, Tensor] = {}
     step = max(1, CHUNK_LOGITS // head.num_rows)
-    for start in range(0, len(index_T), step):
+    for start in range(0, len(rows_T), step):
         chunk = slice(start, start + step)
         with full_precision(device):
             logits_TV = state_TD.new_empty((len(state_TD[chunk]), head.num_rows), dtype=dtype)
             head.logits_into(logits_TV, state_TD[chunk], 0)
             teacher = TeacherTokens(*(x[chunk] for x in picked))
-            values = _compare(logits_TV, teacher, gold_T[index_T[chunk]], is_sampled)
+            values = _compare(logits_TV, teacher, gold_T[chunk], is_sampled)
         sums = {name: sums.get(name, 0) + value_T.double().sum() for name, value_T in values.items()}
-    return {name: float(total) / len(index_T) for name, total in sums.items()}
+    return {name: float(total) / len(rows_T) for name, total in sums.items()}
 
 
 def _tensor(array: np.ndarray, dtype: torch.dtype) -> Tensor:
@@ -136,7 +141,7 @@ def _compare(logits_TV: Tensor, teacher: TeacherTokens, gold_T: Tensor, is_sampl
     }
     if is_sampled:
         return values
-    width_T1 = is_kept_TK.sum(1, keepdim=True)
+    width_T1 = is_kept_TK.sum(1, keepdim=True).clamp(min=1)  # of another tokenizer's row nothing may be left
     least_T1 = logq_TV.topk(ids_TK.shape[1]).values.gather(1, width_T1 - 1)  # what the student's own top-k begins at
     agrees_T, mass_T = agreement(logits_TV, ids_TK, logp_TK)
     return values | {

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from vlsi_cache.config.sections import CacheSpec, DataSpec
 from vlsi_cache.config.spec import stored_data
-from vlsi_cache.config.training import DistillSpec, InteractSpec, TraversalSpec, VerbalizerSpec
+from vlsi_cache.config.training import Alignment, DistillSpec, InteractSpec, TraversalSpec, VerbalizerSpec
 from vlsi_cache.data.encoder import Encoder
 from vlsi_cache.data.measuring import measure_rows
 from vlsi_cache.data.records import RecordSet, read_records
@@ -43,6 +43,7 @@ from vlsi_cache.store.format import CacheHeader
 from vlsi_cache.store.header import data_sections, data_specs
 from vlsi_cache.store.reader import Cache
 
+from .aligned import Aligner, aligned_samples, open_aligner, same_tokenizer
 from .loader import Feed, cached_records, check_response_ids, match_records
 from .sharding import shard, shards_layers, to_device_but_layers
 
@@ -109,6 +110,7 @@ class StudentInputs:
     config: Any
     encoder: Encoder
     layers: list[int]
+    aligner: Aligner | None = None
 
     @cached_property
     def records(self) -> RecordSet:
@@ -132,6 +134,9 @@ class StudentInputs:
         by_id, contract = match_records(self.cache, self.records), self.cache.header.contract
         for row in self.cache.read_part(self.cache.parts[0], [])[:CHECKED_RESPONSES]:
             record = by_id[row.sample_id]
+            if self.aligner is not None:
+                self.aligner.aligned(record, row)
+                continue
             check_response_ids(record, self.encoder.measure(record)[1], row, self.encoder, contract=contract)
 
     def check_lengths(self) -> None:
@@ -191,6 +196,7 @@ class StudentInputs:
             student_path=self.path,
             records=self.records,
             encoder=self.encoder,
+            aligner=self.aligner,
             model=model,
             dtype=dtype,
             layers=self.layers,
@@ -242,6 +248,7 @@ class StudentState:
     student_path: str
     records: RecordSet
     encoder: Encoder
+    aligner: Aligner | None
     model: Any
     dtype: torch.dtype
     layers: list[int]
@@ -276,8 +283,11 @@ class StudentState:
             seed=distill.seed * SEEDS_APART + STAGE_SEEDS[stage],
             window_parts=distill.window_parts,
             num_skip=num_skip,
-            decode=self.processes.num_shares == 1,
+            # How many tokens of a sample are aligned, which all processes count, is known once it is decoded.
+            decode=self.processes.num_shares == 1 or self.aligner is not None,
         )
+        if self.aligner is not None:
+            samples = aligned_samples(self.aligner, samples)
         return Feed(
             samples,
             self.encoder,
@@ -340,11 +350,12 @@ def open_student(cache: Cache, spec: CacheSpec, path: str) -> StudentInputs:
     check_traversal(named, distill.traversal)
     encoder, config = named.encoder(spec.data.encoding()), named.config
     say_pixels(spec.data, path, trust_remote_code=distill.trust_remote_code)
-    check_tokenizer(cache.header, encoder, path, where=cache.path)
+    check_tokenizer(cache.header, encoder, path, where=cache.path, alignment=distill.alignment)
+    aligner = open_aligner(cache, encoder) if distill.alignment == "byte" else None
     check_family(config)
     check_vocabulary(encoder, getattr(config.get_text_config(), "vocab_size", None))
     layers = check_settings(cache.header, distill, config, where=cache.path)
-    return StudentInputs(cache, spec, path, config, encoder, layers)
+    return StudentInputs(cache, spec, path, config, encoder, layers, aligner)
 
 
 def check_traversal(named: ModelRef, wanted: TraversalSpec | None) -> None:
@@ -378,6 +389,16 @@ def check_settings(header: CacheHeader, distill: DistillSpec, config: Any, *, wh
     layers = _student_layers(distill, config, num_teacher=len(header.layers) - 1)
     if not distill.is_supervised:
         _check_interact(header, distill.interact, distill.recipe, where)
+        if distill.alignment == "byte" and header.row_kind == "sampled":
+            raise SpecError(
+                f"`distill.alignment: byte` moves the teacher's kept words into the student's vocabulary, and {where} "
+                "holds draws from the teacher; build a cache with `rows.kind: top-k`"
+            )
+        if distill.alignment == "byte" and "gold_logprob" in header.lacks:
+            raise SpecError(
+                f"`distill.alignment: byte` compares chunks by what the teacher gives the response's own tokens, and "
+                f"{where} does not know that of all of them: it was imported; build a cache with the teacher"
+            )
     return layers
 
 
@@ -420,15 +441,19 @@ def _check_interact(header: CacheHeader, interact: InteractSpec, recipe: str, wh
         )
 
 
-def check_tokenizer(header: CacheHeader, encoder: Encoder, path: str, *, where: Path) -> None:
-    """Raise ModelError unless the student at `path` has the vocabulary of the cache at `where`."""
+def check_tokenizer(
+    header: CacheHeader, encoder: Encoder, path: str, *, where: Path, alignment: Alignment = "tokens"
+) -> None:
+    """Raise ModelError unless the student at `path` has the vocabulary of the cache at `where`, or need not."""
+    if alignment == "byte" or same_tokenizer(header, encoder):
+        return
     cached, own = str(header.fingerprint.get("encoder.tokenizer")), str(encoder.fingerprint()["tokenizer"])
-    if cached != own or header.vocab_size != encoder.vocab_size:
-        raise ModelError(
-            f"student {path} has another tokenizer than the teacher of {where}: "
-            f"{encoder.vocab_size} tokens, map {own[:12]}, against {header.vocab_size} tokens, map {cached[:12]}. "
-            "Rows are over token ids, so both must share one vocabulary; choose a student of the teacher's family"
-        )
+    raise ModelError(
+        f"student {path} has another tokenizer than the teacher of {where}: "
+        f"{encoder.vocab_size} tokens, map {own[:12]}, against {header.vocab_size} tokens, map {cached[:12]}. "
+        "Rows are over token ids, so both must share one vocabulary; choose a student of the teacher's family, or "
+        "compare where the bytes are the same: `distill.alignment: byte`"
+    )
 
 
 def _wanted_dtype(distill: DistillSpec, config: Any) -> torch.dtype:

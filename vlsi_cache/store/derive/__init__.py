@@ -7,6 +7,7 @@ from vlsi_cache.errors import CacheIncompleteError, SpecError
 from vlsi_cache.store.files import check_free_space
 from vlsi_cache.store.location import UrlPath
 from vlsi_cache.store.reader import Cache, CachePath, open
+from vlsi_cache.store.vocab_order import VocabTexts
 
 
 def open_source(cache: CachePath) -> Cache:
@@ -35,8 +36,13 @@ def check_room(out: Path, need_bytes: int) -> None:
     check_free_space(folder, need_bytes)
 
 
-def token_texts(source: Cache) -> Callable[[], list[str]] | None:
-    """What writes the token texts of `source` again; None when it has none."""
+def token_texts(source: Cache) -> Callable[[], VocabTexts] | None:
+    """What writes the texts and bytes of the tokens of `source` again; None when it has none."""
     if source.header.text_xxh3 is None:
         return None
-    return lambda: [source.token_text(token) or "" for token in range(source.header.vocab_size)]
+
+    def made() -> VocabTexts:
+        texts = [source.token_text(token) or "" for token in range(source.header.vocab_size)]
+        return VocabTexts(texts, *(source.token_pieces() or (None, None)))
+
+    return made

@@ -22,6 +22,7 @@ from vlsi_cache.store.header import check_root, differences, identity_of, lineag
 from vlsi_cache.store.location import UrlPath, place_of
 from vlsi_cache.store.part import Part
 from vlsi_cache.store.reader import Cache, open
+from vlsi_cache.store.vocab_order import has_pieces
 from vlsi_cache.store.writer import CacheWriter
 
 from . import CachePath, check_room, check_target, open_source, token_texts
@@ -76,8 +77,10 @@ def _run(sources: list[Cache], plan: MergePlan) -> Cache:
         done = set(list_parts(plan.out))
         check_room(plan.out, sum(_part_bytes(*home) for number, home in enumerate(homes) if number not in done))
     first = sources[0]
+    # They have one vocabulary; a cache of an earlier release does not say which bytes its words are.
+    knowing = next((source for source in sources if has_pieces(source.header)), first)
     writer = CacheWriter.create_or_resume(
-        plan.out, _merged_header(sources), first.vocab_order, token_texts=token_texts(first)
+        plan.out, _merged_header(sources), first.vocab_order, token_texts=token_texts(knowing)
     )
     maps = {source.path: _rank_map(source, writer) for source in sources}
     for number in progress(writer.missing_parts(), "merge", unit="part", delay=2):

@@ -12,7 +12,15 @@ from itertools import pairwise
 import numpy as np
 
 from vlsi_cache.sparse.rows import keyed_uniforms, redraw_tail
-from vlsi_cache.store.arrays import SCALAR_ARRAYS, VALUE_ARRAY, VALUE_DTYPE, layered_names, value_array
+from vlsi_cache.store.arrays import (
+    BYTES_ARRAY,
+    SCALAR_ARRAYS,
+    UNKNOWN_BYTES,
+    VALUE_ARRAY,
+    VALUE_DTYPE,
+    layered_names,
+    value_array,
+)
 from vlsi_cache.store.codec import Arrays, MappedLayers
 from vlsi_cache.store.encoding import decode_values, encode_values, padded, stored_scalar
 from vlsi_cache.store.format import CacheHeader, PartRecord
@@ -64,6 +72,7 @@ def join(pieces: Sequence[Piece], target: CacheHeader) -> tuple[PartSamples, Arr
         rows=None,
         skipped=[row for one in samples for row in one.skipped],
         positions=[at for one in samples for at in one.positions_or_all],
+        byte_lengths=_joined_lengths(samples),
     )
     flat = ("ids", value_array(target)) if target.is_ragged else ()
     arrays: Arrays = {}
@@ -71,6 +80,14 @@ def join(pieces: Sequence[Piece], target: CacheHeader) -> tuple[PartSamples, Arr
         rows = [np.concatenate(layer) for layer in zip(*(piece.layers[name] for piece in pieces), strict=True)]
         arrays[name] = np.concatenate(rows) if name in flat else np.stack(rows)
     return joined, arrays
+
+
+def _joined_lengths(samples: Sequence[PartSamples]) -> list[np.ndarray] | None:
+    """Unknown for the samples of parts that do not say them, where others do."""
+    if all(one.byte_lengths is None for one in samples):
+        return None
+    unknown = [[np.full(len(ids), UNKNOWN_BYTES, np.uint16) for ids in one.response_ids] for one in samples]
+    return [lengths for one, none in zip(samples, unknown, strict=True) for lengths in one.byte_lengths or none]
 
 
 def _cut_layer(
@@ -154,6 +171,7 @@ def stored_samples(part: Part, rows_T: np.ndarray | None = None, chosen_S: np.nd
     tokens = list(pairwise(part.arrays["offsets"].tolist()))
     rows_T = np.ones(len(positions_T), bool) if rows_T is None else rows_T
     chosen = range(len(part)) if chosen_S is None else np.flatnonzero(chosen_S).tolist()
+    lengths = part.arrays.get(BYTES_ARRAY)
     return PartSamples(
         sample_ids=[record.sample_ids[i] for i in chosen],
         kinds=[record.kinds[i] for i in chosen],
@@ -162,6 +180,7 @@ def stored_samples(part: Part, rows_T: np.ndarray | None = None, chosen_S: np.nd
         rows=None,
         skipped=record.skipped,
         positions=[positions_T[slice(*tokens[i])][rows_T[slice(*tokens[i])]] for i in chosen],
+        byte_lengths=None if lengths is None else [lengths[slice(*response[i])] for i in chosen],
     )
 
 
@@ -230,7 +249,7 @@ def _sizes(header: CacheHeader, record: PartRecord) -> tuple[float, float, float
     entries = sum(by_array.pop(name, 0.0) for name in ("ids", "kept", value_array(header)))
     layered = sum(by_array.pop(name, 0.0) for name in layered_names(header))
     per_row = by_array.pop("positions", 0.0)
-    per_response = by_array.pop("response_ids", 0.0)
+    per_response = by_array.pop("response_ids", 0.0) + by_array.pop(BYTES_ARRAY, 0.0)
     return entries, layered, per_row, per_response, sum(by_array.values())
 
 

@@ -15,11 +15,11 @@ import xxhash
 from vlsi_cache import io
 from vlsi_cache.errors import CacheCorruptError
 from vlsi_cache.store.arrays import (
-    SAMPLE_ARRAYS,
     ArraySpec,
     data_file_name,
     layered_names,
     part_specs,
+    sample_names,
     shard_index_bytes,
 )
 from vlsi_cache.store.codec import BLOSC_HEADER, encode_index, read_index, read_layered
@@ -61,7 +61,7 @@ class Fetch:
         """Fetch the arrays and layers that are wanted, in two or three rounds: each says where the next one lies."""
         header, record = self._mirror.header, self._record
         specs, every = part_specs(header, record), range(len(header.layers))
-        names = [*SAMPLE_ARRAYS, *layered_names(header)] if want.names is None else list(want.names)
+        names = [*sample_names(specs), *layered_names(header)] if want.names is None else list(want.names)
         names = [name for name in names if specs[name].size_bytes]
         sharded = [name for name in names if specs[name].sharded]
         if header.is_ragged and sharded and specs["kept"].size_bytes:
