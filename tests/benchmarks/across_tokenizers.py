@@ -120,7 +120,12 @@ def tiny_teacher(folder: Path) -> Path:
         tokenizer = trained_tokenizer(["What does it do? It returns the name."] * 3, 300, template=CHAT)
         tokenizer.save_pretrained(folder)
         torch.manual_seed(0)
-        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
+        sizes: dict[str, Any] = {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+        }
         LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **sizes)).save_pretrained(
             folder
         )
