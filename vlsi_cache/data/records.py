@@ -23,7 +23,7 @@ from .messages import as_parts, text_of
 from .reading import Rows, read_source
 from .rows import Record, as_json, content_text, digest_of
 from .sources import media_root, open_source
-from .stored import Chosen, names_of
+from .stored import Chosen, begins_of, names_of
 from .values import listed, printable
 from .writing import write_rows
 
@@ -49,12 +49,11 @@ def alike(record: Record, later: Record) -> bool:
     return (record.row != "" and record.row == later.row) or record.opening == later.opening
 
 
-def units(records: Iterable[Record], keep_together: Together) -> list[range]:
+def units(records: Sequence[Record], keep_together: Together) -> list[range]:
     """Places of neighbours that stay together, a range for each run of them: turns of one row, and with
     `data.keep_together: prompt` at most MOST_ALIKE that are `alike`."""
-    with_openings = keep_together == "prompt"
-    begins = ((record.row, record.opening if with_openings else "") for record in records)
-    return units_of(begins)
+    held = records.records if isinstance(records, RecordSet) else records
+    return units_of(begins_of(held) if keep_together == "prompt" else ((name.row, "") for name in names_of(held)))
 
 
 def units_of(begins: Iterable[tuple[str, Any]]) -> list[range]:

@@ -65,6 +65,7 @@ PICTURES = pa.schema(
     ]
 )
 T = TypeVar("T")
+AT_ONCE = 1 << 16  # samples whose names are made together
 NOWHERE = -1  # the file of a picture that is a file itself, or that is kept in memory
 _MISREAD = (*READ_ERRORS, DataError, LookupError, AttributeError, TypeError, ValueError)  # of a file that is another
 
@@ -160,6 +161,27 @@ class StoredRecords(Numbered[Record]):
         """Id, digest and row of a sample."""
         name, suffix = self._ids[index], int(self._column["suffix"][index])
         return name, _hex_at(self._digests, index, 32), name[: len(name) - suffix]
+
+    def names_at(self, index_N: np.ndarray) -> "Iterator[Names]":
+        """What some samples are called, many at a time: of a million, one by one takes most of a command's start."""
+        for chosen in self._columns_at(index_N, ["id", "suffix", "digest"]):
+            digests = _bytes_of_column(chosen.column("digest"), 32).hex()
+            named = zip(chosen.column("id").to_pylist(), chosen.column("suffix").to_pylist(), strict=True)
+            for place, (name, suffix) in enumerate(named):
+                yield Names(name, digests[64 * place : 64 * (place + 1)], name[: len(name) - suffix])
+
+    def begins_at(self, index_N: np.ndarray) -> Iterator[tuple[str, str]]:
+        """Row and opening of some samples, alike."""
+        for chosen in self._columns_at(index_N, ["id", "suffix", "opening"]):
+            openings = _bytes_of_column(chosen.column("opening"), 8).hex()
+            named = zip(chosen.column("id").to_pylist(), chosen.column("suffix").to_pylist(), strict=True)
+            for place, (name, suffix) in enumerate(named):
+                yield name[: len(name) - suffix], openings[16 * place : 16 * (place + 1)]
+
+    def _columns_at(self, index_N: np.ndarray, names: list[str]) -> Iterator[pa.RecordBatch]:
+        columns = self._samples.select(names)
+        for start in range(0, len(index_N), AT_ONCE):
+            yield columns.take(pa.array(index_N[start : start + AT_ONCE]))
 
     def starts_row(self) -> np.ndarray:
         """Whether each sample is of another row than the one before it: bool [N]."""
@@ -268,15 +290,15 @@ class Joined(Numbered[Record]):
     """Records of several sources, one source after the other."""
 
     def __init__(self, parts: Sequence[Sequence[Record]]) -> None:
-        self._parts = parts
-        self._starts = np.cumsum([0, *map(len, parts)])
+        self.parts = parts
+        self.starts = np.cumsum([0, *map(len, parts)])
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return int(self.starts[-1])
 
     def _at(self, index: int) -> Record:
-        part = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return self._parts[part][index - int(self._starts[part])]
+        part = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return self.parts[part][index - int(self.starts[part])]
 
 
 class Names(NamedTuple):
@@ -289,12 +311,35 @@ class Names(NamedTuple):
 
 def names_of(records: Sequence[Record]) -> Iterator[Names]:
     """Of all records, in order; none is read."""
-    if isinstance(records, StoredRecords):
-        yield from (Names(*records.names(index)) for index in range(len(records)))
-    elif isinstance(records, Chosen) and isinstance(records.records, StoredRecords):
-        yield from (Names(*records.records.names(int(index))) for index in records.index_N)
+    for some, index_N in _pieces(records, np.arange(len(records))):
+        if isinstance(some, StoredRecords):
+            yield from some.names_at(index_N)
+        else:
+            them = (some[index] for index in index_N.tolist())
+            yield from (Names(record.id, record.digest, record.row) for record in them)
+
+
+def begins_of(records: Sequence[Record]) -> Iterator[tuple[str, str]]:
+    """Row and opening of all records, in order; those that lie in tables are not read."""
+    for some, index_N in _pieces(records, np.arange(len(records))):
+        if isinstance(some, StoredRecords):
+            yield from some.begins_at(index_N)
+        else:
+            yield from ((record.row, record.opening) for record in (some[index] for index in index_N.tolist()))
+
+
+def _pieces(records: Sequence[Record], index_N: np.ndarray) -> Iterator[tuple[Sequence[Record], np.ndarray]]:
+    """The records `index_N` as stretches that lie in one sequence, with their places there."""
+    if isinstance(records, Chosen):
+        yield from _pieces(records.records, records.index_N[index_N])
+    elif isinstance(records, Joined):
+        part_N = np.searchsorted(records.starts, index_N, side="right") - 1
+        borders = np.flatnonzero(np.diff(part_N)) + 1
+        for stretch in np.split(index_N, borders) if len(index_N) else ():
+            part = int(np.searchsorted(records.starts, stretch[0], side="right")) - 1
+            yield from _pieces(records.parts[part], stretch - records.starts[part])
     else:
-        yield from (Names(record.id, record.digest, record.row) for record in records)
+        yield records, index_N
 
 
 def names_digest(records: Sequence[Record]) -> str:

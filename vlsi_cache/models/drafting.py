@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-from transformers.generation import TemperatureLogitsWarper, TopPLogitsWarper
+from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
 from vlsi_cache.errors import ModelError, SpecError
 from vlsi_cache.processes import Processes
@@ -128,7 +128,7 @@ def _cut(ids: list[int], eot_id: int, max_new_tokens: int) -> list[int]:
 class _Rows:
     """The rows of a batch that still speak. The last id of each is not in the cache yet."""
 
-    cache: DynamicCache
+    cache: Any  # a DynamicCache whose layers keep all keys and values, as `check_rewinds` has seen
     mask_BS: Tensor
     next_B: Tensor  # the position of each row's next token; [4, B] where a model counts several
     ids: list[list[int]]
@@ -175,7 +175,7 @@ def _gather_places(held_BHSD: Tensor, order_BS: Tensor) -> Tensor:
     return held_BHSD.gather(2, index_B1S1.expand(-1, held_BHSD.shape[1], -1, held_BHSD.shape[3]))
 
 
-def crop(cache: DynamicCache, num_layers: int, num_tokens: int) -> None:
+def crop(cache: Any, num_layers: int, num_tokens: int) -> None:
     """Forget the last tokens in the first layers of a cache."""
     for layer in cache.layers[:num_layers]:
         layer.crop(-num_tokens)
@@ -192,7 +192,7 @@ class _Speaker:
         self.backbone = self.drafter.backbone
         self.head = head_of(self.backbone).real(self.vocab_size)
         self.places = "position_ids" in inspect.signature(self.backbone.body.forward).parameters
-        self.warpers = [TemperatureLogitsWarper(self.temperature)] if self.temperature else []
+        self.warpers: list[Any] = [TemperatureLogitsWarper(self.temperature)] if self.temperature else []
         self.warpers += [TopPLogitsWarper(self.top_p)] if self.top_p < 1 else []
 
     def begin(self, inputs: dict[str, Tensor]) -> _Rows:
@@ -266,7 +266,7 @@ class _Speaker:
         if not self.temperature:
             return logits_TV.argmax(1), logits_TV
         for warper in self.warpers:
-            logits_TV = warper(None, logits_TV)  # type: ignore[arg-type]
+            logits_TV = warper(None, logits_TV)
         probs_TV = logits_TV.softmax(1)
         return probs_TV.multinomial(1)[:, 0], probs_TV
 

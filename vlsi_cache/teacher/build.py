@@ -9,7 +9,7 @@ Legend: T response tokens, L layers (intermediate targets, then the final layer)
 import hashlib
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import closing
 from functools import cache as remember
 from itertools import chain, islice
@@ -24,6 +24,7 @@ from vlsi_cache.data.collate import plan_batches, plan_parts
 from vlsi_cache.data.encoder import CONTRACT, Encoder
 from vlsi_cache.data.offsets import lengths_or_unknown
 from vlsi_cache.data.records import units
+from vlsi_cache.data.stored import names_of
 from vlsi_cache.errors import BatchTooLargeError, SpecError, command_line
 from vlsi_cache.models.load import share_digests
 from vlsi_cache.models.parallel import teacher_processes
@@ -272,7 +273,7 @@ def cache_header(inputs: TeacherInputs, parts: list[list[int]], batch_tokens: in
         profile=spec.store.profile,
         num_parts=len(parts),
         num_samples=len(inputs.records),
-        num_response_tokens=sum(len(ids) for ids in inputs.response_ids),
+        num_response_tokens=sum(inputs.num_response_tokens),
         skipped=inputs.skipped,
         responses=[] if inputs.provenance is None else [origin],
     )
@@ -280,7 +281,7 @@ def cache_header(inputs: TeacherInputs, parts: list[list[int]], batch_tokens: in
 
 def fingerprint(inputs: TeacherInputs) -> dict[str, Any]:
     """Teacher weights (which hold the head), verbalizers, tokenizer and processor, data in order, and settings."""
-    content = "\n".join(f"{record.id} {record.digest}" for record in inputs.records)
+    content = "\n".join(f"{name.id} {name.digest}" for name in names_of(inputs.records.records))
     encoder = inputs.encoder.fingerprint()
     del encoder["contract"]  # which the header has by itself
     quantization = inputs.model.quantization
@@ -340,8 +341,8 @@ def build_parts(
 ) -> None:
     """Make and write the missing parts; the first batches of the first of them may have been `made` already."""
     inputs = teacher.inputs
-    total = sum(len(ids) for ids in inputs.response_ids)
-    left = sum(len(inputs.response_ids[i]) for part in missing for i in parts[part])
+    total = sum(inputs.num_response_tokens)
+    left = sum(inputs.num_response_tokens[i] for part in missing for i in parts[part])
     found: dict[int, SparseRows] = {}  # of the part at work, by record
     with (
         Bar("build", unit="tok", total=total, done=total - left, scaled=True) as bar,
@@ -409,12 +410,12 @@ def _batches(teacher: Teacher, parts: list[list[int]], chosen: Iterable[int], ba
 
 def parts_of(inputs: TeacherInputs, chosen: Collection[int] | None = None) -> list[list[int]]:
     """The records of every part, all or the `chosen` ones; those that begin alike are in one."""
-    together: list[list[int]] = [list(unit) for unit in units(inputs.records, inputs.spec.data.keep_together)]
+    together: Sequence[Sequence[int]] = units(inputs.records, inputs.spec.data.keep_together)
     if chosen is not None:
         wanted = set(chosen)
         together = [own for unit in together if (own := [index for index in unit if index in wanted])]
     return plan_parts(
-        [len(ids) for ids in inputs.response_ids],
+        inputs.num_response_tokens,
         seed=inputs.spec.rows.seed,
         tokens_per_part=part_tokens(inputs),
         units=together,

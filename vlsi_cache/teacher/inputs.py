@@ -9,7 +9,7 @@ import numpy as np
 
 from vlsi_cache.config.sections import CacheSpec, TeacherSpec
 from vlsi_cache.data.encoder import Encoder
-from vlsi_cache.data.measuring import fit_rows
+from vlsi_cache.data.measuring import Responses, fit_rows
 from vlsi_cache.data.records import RecordSet, read_records
 from vlsi_cache.data.sequence import Extent, Layout, num_tokens, sequences
 from vlsi_cache.models.backbone import Backbone, target_layers
@@ -59,6 +59,12 @@ class TeacherInputs:
     def layers(self) -> list[int]:
         """The layers that get rows: the targets, then the final one."""
         return [*self.target_layers, self.num_model_layers]
+
+    @cached_property
+    def num_response_tokens(self) -> list[int]:
+        """Of each record."""
+        ids = self.response_ids
+        return ids.num_tokens_N.tolist() if isinstance(ids, Responses) else [len(one) for one in ids]
 
     @cached_property
     def weights_digest(self) -> str:

@@ -196,7 +196,7 @@ def plan(spec: CacheSpec, *, gpu: str = DEFAULT_GPU) -> Plan:
     """
     gpu, peak = gpu_peak(gpu)
     inputs = open_teacher_inputs(spec)
-    num_tokens = sum(len(ids) for ids in inputs.response_ids)
+    num_tokens = sum(inputs.num_response_tokens)
     layers, text = inputs.layers, inputs.model.config.get_text_config()
     model = inputs.model.empty()
     check_vocabulary(inputs.encoder, Backbone(model).real_vocab_limit)

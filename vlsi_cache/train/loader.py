@@ -127,7 +127,7 @@ def cached_records(
         epoch, start = epoch + 1, 0
 
 
-def units_of(cache: Cache, by_id: Mapping[str, Record]) -> Units:
+def units_of(cache: Cache, by_id: "Matched") -> Units:
     """The rows of every part that stay together, as the build has kept them (`data.keep_together`)."""
     found = units_per_part(cache)
     if (cache.header.spec.get("data") or {}).get("keep_together") != "prompt":
@@ -136,7 +136,7 @@ def units_of(cache: Cache, by_id: Mapping[str, Record]) -> Units:
     ids_by_part: dict[int, list[str]] = {part: [] for part in found}
     for part, name in zip(table["part"].to_pylist(), table["id"].to_pylist(), strict=True):
         ids_by_part[part].append(name)
-    return {part: units((by_id[name] for name in names), "prompt") for part, names in ids_by_part.items()}
+    return {part: units(by_id.records_of(names), "prompt") for part, names in ids_by_part.items()}
 
 
 class Matched(Mapping[str, Record]):
@@ -153,6 +153,10 @@ class Matched(Mapping[str, Record]):
 
     def __len__(self) -> int:
         return len(self._places)
+
+    def records_of(self, sample_ids: Sequence[str]) -> Sequence[Record]:
+        """The records of some samples, in their order; none is read."""
+        return self._records.take(np.array([self._places[name] for name in sample_ids], np.int64)).records
 
     def place_of(self, sample_id: str) -> int:
         """The number of its record among all."""
