@@ -12,6 +12,7 @@ import vlsi_cache as vc
 from tests.helpers.runs import assert_row_is_the_models_own, count_sequences, metrics_of
 from tests.helpers.tiny import WORDS, write_jsonl, write_spec
 from vlsi_cache.data import encoder as encoder_module
+from vlsi_cache.data.records import RecordSet
 from vlsi_cache.errors import FingerprintMismatchError, SpecError
 from vlsi_cache.store.format import sealed_json
 from vlsi_cache.store.reader import Cache
@@ -125,7 +126,8 @@ def test_what_stays_together_is_a_setting_of_the_cache(spec_file: Path, student_
     without_setting(tmp_path / "c")
     again = vc.build_teacher(vc.load_spec(spec_file), out=tmp_path / "c")
     assert list(again) == list(apart)
-    assert loader.units_of(again, loader.Matched(RecordSet([], []), {})) == {part: [range(i, i + 1) for i in range(n)] for part, n in counts(again)}
+    nothing = loader.Matched(RecordSet([], []), {})
+    assert loader.units_of(again, nothing) == {part: [range(i, i + 1) for i in range(n)] for part, n in counts(again)}
 
 
 def counts(cache: Cache) -> list[tuple[int, int]]:

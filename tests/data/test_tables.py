@@ -21,11 +21,11 @@ from PIL import Image
 
 from tests.helpers.tiny import make_rows, save_tokenizer, write_jsonl
 from vlsi_cache.config.sections import DataSpec
-from vlsi_cache.data import checking, measuring, preparing, reading, table
+from vlsi_cache.data import checking, measuring, preparing, reading, stored, table
 from vlsi_cache.data.encoder import Encoder, load_encoder
 from vlsi_cache.data.measuring import fit_rows
 from vlsi_cache.data.preparing import Preparer
-from vlsi_cache.data.records import RecordSet, read_records
+from vlsi_cache.data.records import RecordSet, read_records, units
 from vlsi_cache.data.workers import Workers
 from vlsi_cache.errors import DataError, ModelError, RowError, WorkerDiedError
 
@@ -103,6 +103,20 @@ def test_the_second_command_reads_no_row(
     assert "each of the assistant's turns is a sample" in told
     assert "not read: `extra`" in told
     assert [one["id"] for one in first[1]] == ["bad", "row-0"]
+
+
+def test_names_of_many_are_those_of_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Out of one table or two, in any order, in stretches that do not fit: as the records say, one by one."""
+    monkeypatch.setattr(stored, "AT_ONCE", 3)
+    first, second = rows_of(tmp_path), write_jsonl(tmp_path / "more.jsonl", make_rows(12)[7:])
+    for found in (read(first, turns="all"), read_records(DataSpec(path=[str(first), str(second)], bad_rows="list"))):
+        turned = found.take(np.array([4, 0, 6, 5, 9, 1][: len(found)]) % len(found))
+        for records in (found, turned, turned.take(np.array([2, 0, 1]))):
+            assert list(stored.names_of(records.records)) == [(one.id, one.digest, one.row) for one in records]
+            assert list(stored.begins_of(records.records)) == [(one.row, one.opening) for one in records]
+    listed = list(found)
+    assert units(found, "prompt") == units(listed, "prompt")
+    assert units(found, "row") == units(listed, "row")
 
 
 def test_what_is_refused_is_refused_from_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
