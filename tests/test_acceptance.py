@@ -47,6 +47,7 @@ def test_rows_are_drawn_from_the_truth(scripts: dict[str, Any]) -> None:
     assert nll == pytest.approx(entropy, abs=0.02)  # 64,000 words, each with a deviation of about 1 nat: 0.004
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs(scripts: dict[str, Any], tmp_path: Path) -> None:
     options = ["--tiny", "--seeds", "1", "--cells", "cold, 52 steps", "--work", str(tmp_path / "work")]
     code = scripts["acceptance"].main([*options, "--out", str(tmp_path / "results.md")])

@@ -65,6 +65,7 @@ def test_online_and_cached_steps_run_and_agree(scripts: dict[str, Any], tmp_path
     assert "100 % of the matches are the same" in text
 
 
+@pytest.mark.slow
 def test_every_part_of_the_stages_benchmark_runs(scripts: dict[str, Any], tmp_path: Path) -> None:
     options = ["--tiny", "--samples", "16", "--steps", "1", "--rounds", "1", "--threads", "1"]
     scripts["stages"].main([*options, "--out", str(tmp_path / "results.md")])

@@ -181,7 +181,7 @@ def test_the_command(record: dict[str, Any], tmp_path: Path, run: Any, monkeypat
         "variants": ["order", "sft"],
         "out": tmp_path,
         "seeds": 3,
-        "cache": Path("caches/demo"),
+        "cache": "caches/demo",
         "student": "models/small",
         "device": None,
         "dry_run": False,

@@ -25,7 +25,7 @@ STAGES += ["init-student", "demo", "ablate"]
 
 
 LOOK = ["ls", "inspect", "sample", "stats", "trace", "match", "verify", "diff", "report", "specs"]
-COMMANDS = [*STAGES, *LOOK, "prune", "merge", "push", "pull", "repair"]
+COMMANDS = [*STAGES, *LOOK, "prune", "merge", "push", "pull", "repair", "import", "export"]
 
 
 @pytest.fixture

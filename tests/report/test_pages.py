@@ -61,6 +61,7 @@ def test_cache_report(cache: Path) -> None:
 def test_report_of_a_cache_on_a_store(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Any) -> None:
     """It is the page of the folder, but for the place it names, and goes to a local file."""
     monkeypatch.chdir(tmp_path)
+    (cache / "report.html").unlink(missing_ok=True)  # of another test
     url = copied(cache)
     code, out, err = run("report", url, "--json")
     file = tmp_path / f"report-{url.rpartition('/')[2]}.html"
