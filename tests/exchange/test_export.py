@@ -11,7 +11,7 @@ import pytest
 import yaml
 from helpers.caches import build, standard_case
 from helpers.exchange import say_all, write_axolotl
-from helpers.tiny import make_rows
+from helpers.tiny import make_rows, write_spec
 from transformers import AutoTokenizer
 
 import vlsi_cache as vc
@@ -169,3 +169,17 @@ def test_rows_of_different_widths(teacher_folder: Path, tmp_path: Path) -> None:
         is_entry_LTK = np.isfinite(cache[name].logprobs_LTK)
         assert (back[name].ids_LTK[is_entry_LTK] == cache[name].ids_LTK[is_entry_LTK]).all()
         assert (np.isfinite(back[name].logprobs_LTK) == is_entry_LTK).all()
+
+
+def test_an_imported_cache_is_compared_by_its_last_layer(teacher_folder: Path, tmp_path: Path) -> None:
+    """It does not know the number of that layer among the teacher's."""
+    cache = vc.build_teacher(vc.load_spec(write_spec(tmp_path, teacher_folder)), out=tmp_path / "cache")
+    vc.export_cache(cache, tmp_path / "theirs", format="distillkit")
+    data = tmp_path / "rows.jsonl"
+    options: Any = {"format": "distillkit", "tokenizer": str(teacher_folder), "data": data}
+    back = vc.import_cache(tmp_path / "theirs", tmp_path / "back", **options)
+    assert Path(back.header.spec["teacher"]["model"]).is_absolute()
+    (found,) = vc.diff(cache, back).layers
+    assert found.layer == cache.layers[-1]
+    assert found.same_top1 > 0.9  # of values that are stored alike either may come first
+    assert abs(found.mean_kl) < 1e-5

@@ -12,11 +12,13 @@ from helpers.families import DECODER, seen_sample, tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from vlsi_cache.config.training import TraversalSpec
 from vlsi_cache.data.collate import collate_prompts
 from vlsi_cache.errors import ModelError, SpecError
 from vlsi_cache.models import drafting
 from vlsi_cache.models.backbone import Backbone
 from vlsi_cache.models.drafting import Drafter, check_rewinds, decode
+from vlsi_cache.models.traversal import add_traversal
 from vlsi_cache.models.verbalizer import build_verbalizers
 
 END, VOCAB_SIZE, LAYER = 2, 60, 2  # the heads have a row more than the vocabulary
@@ -159,6 +161,10 @@ def test_what_cannot_draft() -> None:
     FAMILIES["Lfm2Config"] = {"full_attn_idxs": [1, 3]}
     with pytest.raises(ModelError, match="`Lfm2ForCausalLM` cannot draft: its layers keep a state"):
         check_rewinds(Backbone(model_of("Lfm2Config")))
+    traversed = model_of("LlamaConfig")
+    add_traversal(traversed, TraversalSpec(mode="prompt"))
+    with pytest.raises(ModelError, match="cannot draft: its layers are traversed"):
+        check_rewinds(Backbone(traversed))
 
 
 def test_a_model_that_does_not_forget_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

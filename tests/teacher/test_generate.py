@@ -20,7 +20,7 @@ from vlsi_cache.data.encoder import load_encoder
 from vlsi_cache.data.records import read_records, row_of
 from vlsi_cache.data.sources import raw_rows
 from vlsi_cache.data.writing import write_rows
-from vlsi_cache.errors import DataError, FingerprintMismatchError, ModelError, RunBusyError, SpecError
+from vlsi_cache.errors import DataError, FingerprintMismatchError, RunBusyError, SpecError
 from vlsi_cache.report.describe import describe_cache, description_text
 from vlsi_cache.runs.run_dir import locked
 from vlsi_cache.store import reader as surprise
@@ -99,8 +99,9 @@ def test_a_layer_drafts_the_same_answers(
     assert "layer 2 (logit-lens) drafted the answers" in capsys.readouterr().err
     with pytest.raises(FingerprintMismatchError, match="draft_exit"):
         generate(spec, out=tmp_path / "drafted.parquet", **options)
-    with pytest.raises(ModelError, match=r"target layers \[9\] are out of range"):
+    with pytest.raises(SpecError, match=r"`draft_exit`: \[9\] out of range; this model has 5 layers"):
         generate(spec, out=tmp_path / "other.parquet", draft_exit=9, **options)
+    assert not list(tmp_path.glob(".other*"))  # nothing that the right layer would have to be begun anew for
 
 
 def test_what_cannot_be_a_row_is_listed(

@@ -148,7 +148,7 @@ def look_through(source: Source, name: str, tokenizer: str, data: Any, profile: 
     width = found.least if source.knows_gold and found.width == found.least + 1 else found.width
     values = {
         "name": name,
-        "teacher": {"model": tokenizer, "layers": []},
+        "teacher": {"model": str(Path(tokenizer).resolve()) if Path(tokenizer).is_dir() else tokenizer, "layers": []},
         "data": section,
         "rows": {"top_k": width, "tail_samples": 0},
         "store": {"profile": profile},
@@ -233,6 +233,11 @@ def _tell(job: Job, cache: Cache) -> None:
     skipped = len(found.left_out) + sum(len(cache.part_record(part).skipped) for part in cache.parts)
     if skipped:
         say(f"{skipped} rows left out, listed with reasons in {cache.path}")
+    if skipped > len(cache):
+        say(
+            "warning: more rows are left out than are in the cache: is the tokenizer that of the teacher, with its "
+            "chat template? Rows that fit by chance would be of other words"
+        )
     if unused:
         say(f"{unused} of {found.num_sequences} sequences hold no sample of the data, or one that another one holds")
     say(f"not known of these rows: {', '.join(job.lacks)}; no tail samples, one layer: students learn with recipe last")

@@ -25,6 +25,7 @@ from vlsi_cache.processes import Processes
 
 from .backbone import Backbone, head_of
 from .branches import trunk_positions
+from .traversal import traversal_of
 from .verbalizer import Verbalizers, logit_lens
 
 REWOUND_TOLERANCE = 1e-3  # of the range of hidden states, as the other probes of a model have it
@@ -318,6 +319,8 @@ def check_rewinds(backbone: Backbone) -> None:
 
 
 def _why_not(backbone: Backbone) -> str:
+    if traversal_of(backbone.plain) is not None:
+        return "its layers are traversed, and their further passes need a prompt in one call"
     if "past_key_values" not in inspect.signature(backbone.body.forward).parameters:
         return "its forward pass takes no `past_key_values`"
     if backbone.rope_limit is not None:

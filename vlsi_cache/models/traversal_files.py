@@ -56,6 +56,10 @@ def plain_view(folder: Path) -> Path:
     """A folder of links in which transformers finds the backbone alone; the folder itself of any other model."""
     if traversal_in(folder) is None:
         return folder
+    there = {file.name for file in folder.iterdir()}
+    if GATES_FILE not in there or not any(name in there for name in RENAMED):
+        missing = GATES_FILE if GATES_FILE not in there else " or ".join(RENAMED)
+        raise ModelError(f"{folder}: a student with traversed layers, and its `{missing}` is missing", hint=DAMAGED)
     key = (str(folder.resolve()), (folder / "config.json").stat().st_mtime_ns)
     if key not in _views:
         _views[key] = tempfile.TemporaryDirectory(prefix="vlsi-cache-student-")
@@ -133,8 +137,9 @@ import vlsi_cache as vc
 model = vc.load_student("this/folder")  # a transformers model: model.generate(...) as ever
 ```
 
-- `generate` may be greedy, sampled, with beams, with drafts (`prompt_lookup_num_tokens`), padded on the left, without a
-  cache; the whole prompt comes in one call: `prefill_chunk_size` and an earlier turn's `past_key_values` are refused.
+- `generate` may be greedy, sampled, with beams, with prompt lookup (`prompt_lookup_num_tokens`), padded on the left,
+  without a cache; the whole prompt comes in one call: `prefill_chunk_size` and an earlier turn's `past_key_values` are
+  refused.
 - A call of the model by itself takes what comes on an empty cache for prompt.
 - Static caches, `torch.compile` of the layers, GGUF and other engines do not know the gates.
 - Settings: `{json.dumps(settings.model_dump(mode="json", exclude=NOT_OF_A_MODEL))}`

@@ -123,8 +123,13 @@ def diff(a: CachePath, b: CachePath, *, samples: int = 200) -> CacheDiff:
     _compare_origin(found, one, other)
     comparable = _compare_samples(found, one, other)
     chosen = np.unique(np.linspace(0, len(comparable) - 1, min(samples, len(comparable))).round().astype(int))
-    common = [layer for layer in one.layers if layer in other.layers]
-    found.layers, found.num_compared = [LayerDiff(layer) for layer in common], len(chosen)
+    common: list[int | str] = [layer for layer in one.layers if layer in other.layers]
+    if one.header.lacks or other.header.lacks:  # an imported one has a last layer, and does not know its number
+        common = ["last"]
+    found.layers, found.num_compared = (
+        [LayerDiff(one.layers[-1] if layer == "last" else int(layer)) for layer in common],
+        len(chosen),
+    )
     for index in chosen:
         name = comparable[index]
         _compare_rows(found, one.row(name, layers=common), other.row(name, layers=common))

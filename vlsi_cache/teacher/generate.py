@@ -28,12 +28,13 @@ from vlsi_cache.data.sources import media_root, read_responses
 from vlsi_cache.data.writing import write_rows
 from vlsi_cache.errors import DataError, FingerprintMismatchError, RowError, SpecError, list_problems
 from vlsi_cache.io import check_file, check_folder, refuse_url, write_atomically
+from vlsi_cache.models.backbone import target_layers
 from vlsi_cache.models.drafting import Drafter, decode
 from vlsi_cache.models.load import ModelRef, max_positions, resolve_model, share_digests
 from vlsi_cache.models.parallel import teacher_processes
 from vlsi_cache.models.probe import checked_backbone
 from vlsi_cache.models.verbalizer import load_verbalizers
-from vlsi_cache.models.verbalizer_files import find_folder
+from vlsi_cache.models.verbalizer_files import find_folder, read_record
 from vlsi_cache.processes import Processes
 from vlsi_cache.progress import progress, say
 from vlsi_cache.run_files import read_batch, read_object, read_run, sealed
@@ -262,6 +263,11 @@ def _plan(
 ) -> _Job:
     """Read everything but the weights: prompts of similar length come together, all samples of one side by side."""
     named = model_named(spec, model)
+    verbalizers = _verbalizers_of(spec, model)
+    if draft_exit is not None:  # before anything is begun
+        target_layers([draft_exit], 1, named.config, where="draft_exit")
+        if verbalizers is not None:
+            read_record(verbalizers, [draft_exit])
     encoder, num_workers = named.encoder(spec.data.encoding()), spec.run.num_workers
     source = read_records(spec.data, limit=limit, num_workers=num_workers)
     limits: dict[str, Any] = {"max_length": spec.data.max_length, "max_positions": max_positions(named.config)}
@@ -304,7 +310,7 @@ def _plan(
             "versions": versions(),
         },
         draft_exit=draft_exit,
-        verbalizers=_verbalizers_of(spec, model),
+        verbalizers=verbalizers,
     )
 
 
