@@ -246,13 +246,6 @@ def test_one_beam_is_greedy_and_a_wide_one_is_exhaustive(student_folder: Path, s
         assert other.ids == [word for word in ids if word != encoder.eot_id]
 
 
-def test_what_borrowed_verbalizers_read_is_shown_and_not_kept(run: Path, lens_folder: Path) -> None:
-    own = vc.evaluate(run)
-    kept = (run / "evaluation.json").read_bytes()
-    assert vc.evaluate(run, verbalizers=lens_folder)["layers"] != own["layers"]
-    assert (run / "evaluation.json").read_bytes() == kept
-
-
 @pytest.mark.parametrize("has_verbalizers", [True, False])
 def test_a_layer_drafts_the_answers(run: Path, lens_folder: Path, spec_path: Path, has_verbalizers: bool) -> None:
     """Through the command's own function; that texts are the same is what `test_drafting` asks of many models."""

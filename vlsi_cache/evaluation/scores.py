@@ -196,8 +196,6 @@ def _keep(folder: Path, run: dict[str, Any], result: dict[str, Any]) -> None:
     used, own = result["measured_with"], _own_settings(spec_from_dict(run["spec"], where=str(folder / "run.json")))
     if used["limit"] is not None:
         say(f"measured with a limit: not kept in {folder / RESULT}")
-    elif used["verbalizers"] is not None:
-        say(f"layers were read through other verbalizers than the run's own: not kept in {folder / RESULT}")
     elif own["evaluate"] is not None and any(used[key] != value for key, value in own.items()):
         say(f"measured otherwise than the run's own spec says: not kept in {folder / RESULT}")
     else:

@@ -265,7 +265,7 @@ def _plan(
     named = model_named(spec, model)
     verbalizers = _verbalizers_of(spec, model)
     if draft_exit is not None:  # before anything is begun
-        target_layers([draft_exit], 1, named.config, where="draft_exit")
+        target_layers((draft_exit,), 1, named.config, where="draft_exit")
         if verbalizers is not None:
             read_record(verbalizers, [draft_exit])
     encoder, num_workers = named.encoder(spec.data.encoding()), spec.run.num_workers
