@@ -33,9 +33,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def model_of(name: str) -> Any:
+def model_of(name: str, **changes: Any) -> Any:
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(getattr(transformers, name)(**{**DECODER, **FAMILIES.get(name, {})})).eval()
+    config = getattr(transformers, name)(**{**DECODER, **FAMILIES.get(name, {}), **changes})
+    return AutoModelForCausalLM.from_config(config).eval()
 
 
 def prompts(lengths: tuple[int, ...]) -> dict[str, Tensor]:
@@ -158,9 +159,8 @@ def test_what_cannot_draft() -> None:
         Drafter.of(backbone, 2, verbalizers=build_verbalizers(backbone, [1, 3]))
     with pytest.raises(SpecError, match="`decoder` looks at all tokens again"):
         Drafter.of(backbone, 2, verbalizers=build_verbalizers(backbone, [2], structure="decoder"))
-    FAMILIES["Lfm2Config"] = {"full_attn_idxs": [1, 3]}
     with pytest.raises(ModelError, match="`Lfm2ForCausalLM` cannot draft: its layers keep a state"):
-        check_rewinds(Backbone(model_of("Lfm2Config")))
+        check_rewinds(Backbone(model_of("Lfm2Config", full_attn_idxs=[1, 3])))
     traversed = model_of("LlamaConfig")
     add_traversal(traversed, TraversalSpec(mode="prompt"))
     with pytest.raises(ModelError, match="cannot draft: its layers are traversed"):

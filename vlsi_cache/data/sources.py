@@ -191,7 +191,7 @@ def _chunks(path: Path, kind: str, unread: set[str]) -> Iterator[tuple[Iterator[
                 batches = file.iter_batches(size, row_groups=[number], columns=columns)
                 yield batches, group.total_byte_size <= _MAX_GROUP_BYTES
         return
-    for batch in _arrow_batches(path):
+    for batch in arrow_batches(path):
         chosen = batch.select(_columns(batch.schema.names, path, unread))
         size = _rows_at_a_time(chosen.num_rows, chosen.nbytes)
         yield map(partial(chosen.slice, length=size), range(0, chosen.num_rows, size)), True
@@ -201,7 +201,7 @@ def _rows_at_a_time(num_rows: int, num_bytes: int) -> int:
     return max(1, min(BATCH_ROWS, BATCH_BYTES * num_rows // max(1, num_bytes)))
 
 
-def _arrow_batches(path: Path) -> Iterator[pa.RecordBatch]:
+def arrow_batches(path: Path) -> Iterator[pa.RecordBatch]:
     """Of an IPC stream, as `datasets` writes it, or an IPC file; the file is mapped, not read."""
     with pa.memory_map(str(path)) as source:
         if source.read(6) == b"ARROW1":

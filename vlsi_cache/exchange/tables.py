@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vlsi_cache.data.sources import READ_ERRORS, Files, find_files
+from vlsi_cache.data.sources import READ_ERRORS, Files, arrow_batches, find_files
 from vlsi_cache.errors import DataError
 
 BATCH_ROWS = 64
@@ -59,7 +59,7 @@ def column_names(files: Files) -> list[str]:
     try:
         if files.kind == ".parquet":
             return pq.read_schema(path).names
-        return next(_arrow_batches(path)).schema.names
+        return next(arrow_batches(path)).schema.names
     except (*READ_ERRORS, StopIteration) as error:
         raise DataError(f"{path} cannot be read: {error}") from None
 
@@ -83,7 +83,7 @@ def _batches(path: Path, kind: str, columns: Sequence[str], skip: int) -> Iterat
     """Batches of one file, each with the number of its first row; row groups before row `skip` are passed over."""
     first = 0
     if kind == ".arrow":
-        for batch in _arrow_batches(path):
+        for batch in arrow_batches(path):
             batch = batch.select([name for name in columns if name in batch.schema.names])
             for at in range(0, batch.num_rows, BATCH_ROWS):
                 yield first + at, batch.slice(at, BATCH_ROWS)
@@ -101,16 +101,6 @@ def _batches(path: Path, kind: str, columns: Sequence[str], skip: int) -> Iterat
                     at += batch.num_rows
             first += num_rows
     yield first, pa.RecordBatch.from_pylist([])
-
-
-def _arrow_batches(path: Path) -> Iterator[pa.RecordBatch]:
-    with pa.memory_map(str(path)) as source:
-        if source.read(6) == b"ARROW1":
-            file = pa.ipc.open_file(source)
-            yield from map(file.get_batch, range(file.num_record_batches))
-        else:
-            source.seek(0)
-            yield from pa.ipc.open_stream(source)
 
 
 def json_rows(files: Files, start: int = 0) -> Iterator[tuple[str, Any]]:
