@@ -15,7 +15,7 @@ PACKAGE = ROOT / "vlsi_cache"
 # From the ground up. A room imports from rooms below it, never from one beside or above it.
 FLOORS = [
     {"errors"},
-    {"io", "progress"},
+    {"io", "progress", "shares"},
     {"interrupts", "processes", "run_files", "runtime"},
     {"config"},
     {"sparse"},

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import ProcessLostError, SpecError, VlsiCacheError, list_problems
 from .progress import muted, say
+from .shares import deal_gradients, is_sharded, whole_and_rows
 
 if TYPE_CHECKING:
     import torch
@@ -171,7 +172,10 @@ class Processes:
         )
 
     def sum_gradients(self, optimizer: "torch.optim.Optimizer") -> None:
-        """Leave the sum over all processes in each gradient of what trains; one that is nowhere stays None."""
+        """Leave the sum over all processes in each gradient of what trains; one that is nowhere stays None.
+
+        Of a weight that is whole here and of which the optimizer steps rows, the sum's rows are left to these.
+        """
         if self.world == 1:
             return
         import torch
@@ -179,6 +183,7 @@ class Processes:
 
         everything = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         chosen = [one for one in everything if not is_sharded(one)]
+        chosen += [whole for whole, _ in whole_and_rows(optimizer)]
         for one in everything:
             if is_sharded(one) and one.grad is not None:
                 one.grad.mul_(self.world)  # FSDP has left its share of the mean
@@ -190,11 +195,16 @@ class Processes:
                 if one.grad is None:
                     one.grad = torch.zeros_like(one)
             gradients = [one.grad for one in bucket if one.grad is not None]
+            if len(gradients) == 1 and gradients[0].is_contiguous():  # a large one is summed where it lies
+                with _telling_of_lost():
+                    dist.all_reduce(gradients[0])
+                continue
             flat = torch.cat([gradient.flatten() for gradient in gradients])
             with _telling_of_lost():
                 dist.all_reduce(flat)
             for gradient, summed in zip(gradients, flat.split([one.numel() for one in gradients]), strict=True):
                 gradient.copy_(summed.view_as(gradient))
+        deal_gradients(optimizer)
 
     @contextmanager
     def passing(self) -> Iterator[None]:
@@ -352,11 +362,6 @@ def speaks(message: str, *, is_lost: bool = False, is_interrupt: bool = False) -
         return not is_lost and told != message
     except (RuntimeError, ValueError):  # where they met is gone, with the launcher or with the first process
         return rank == 0 or is_lost
-
-
-def is_sharded(tensor: "torch.Tensor") -> bool:
-    """Whether processes hold a share each of a weight or gradient, as `run.parallel: fsdp` deals them out."""
-    return hasattr(tensor, "placements")
 
 
 def _leaves(facts: Mapping[str, Any], key: str = "") -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""Shares of decoder layers: what a process holds, gradients and their norm against the whole model, what is refused."""
+"""Shares of decoder layers and rows of the head: what a process holds, gradients, norm and a step against the whole
+model, what is refused."""
 
 from pathlib import Path
 from typing import Any
@@ -9,21 +10,26 @@ from helpers.families import tiny_inputs, tiny_model
 from helpers.launch import run_together
 
 from vlsi_cache.config.sections import RunSpec
+from vlsi_cache.config.training import Schedule
 from vlsi_cache.errors import CacheCorruptError, ModelError
 from vlsi_cache.models.backbone import Backbone
-from vlsi_cache.models.lora import add_lora, checkpoint_activations, train_everything
-from vlsi_cache.processes import ALONE, Processes, is_sharded, joined
+from vlsi_cache.models.lora import add_lora, checkpoint_activations, train_everything, train_head_and_embeddings
+from vlsi_cache.processes import ALONE, Processes, joined
 from vlsi_cache.runs.shards import read_shards, shapes_in, write_shards
-from vlsi_cache.train.sharding import clip_to_norm, local, shard, shards_layers
+from vlsi_cache.shares import is_sharded, local, whole_and_rows
+from vlsi_cache.train.optim import make_optimizer, optimizer_step
+from vlsi_cache.train.sharding import clip_to_norm, shard, shards_layers
 
 CPU = torch.device("cpu")
+SCHEDULE = Schedule(steps=2, learning_rate=1e-3, final_learning_rate=1e-3)
 
 
 def whole(family: str) -> Any:
-    """All weights train, or a fresh adapter with checkpointed activations."""
+    """All weights train, or a fresh adapter with checkpointed activations, beside head and embeddings."""
     if family == "llama":
         return train_everything(tiny_model(family, tie_word_embeddings=True).requires_grad_(False)).train()
     model = add_lora(tiny_model(family).requires_grad_(False), rank=4, alpha=4, dropout=0.0)
+    train_head_and_embeddings(model)
     for number, (name, parameter) in enumerate(model.named_parameters()):
         if "lora_B" in name:  # else adapters begin with gradients of 0 for the other factor
             torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(number))
@@ -42,7 +48,7 @@ def passes(backbone: Backbone, family: str, rank: int) -> None:
 
 
 def compared(family: str, processes: Processes) -> dict[str, float]:
-    """Relative differences of gradients and norm from those of the whole model over the tokens of all processes."""
+    """Differences of gradients, norm and stepped weights from the whole model's over the tokens of all processes."""
     reference, model = whole(family), whole(family)
     for rank in range(processes.world):
         passes(Backbone(reference), family, rank)
@@ -50,20 +56,45 @@ def compared(family: str, processes: Processes) -> dict[str, float]:
     before = sum(one.nbytes for one in backbone.layers.parameters())
     shard(backbone, CPU)
     here = sum(local(one).nbytes for one in backbone.layers.parameters())
-    trained = [one for one in model.parameters() if one.requires_grad]
+    optimizer, plain = (make_optimizer(one.parameters(), SCHEDULE) for one in (model, reference))
     passes(backbone, family, processes.rank)
-    processes.sum_gradients(torch.optim.SGD(trained))
-    norm, wanted = clip_to_norm(trained, 0.5), torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.5)
+    processes.sum_gradients(optimizer)
+    rows = {id(weight): own for weight, own in whole_and_rows(optimizer)}
+    stepped = [rows.get(id(one), one) for one in model.parameters()]
+    norm, wanted = clip_to_norm(stepped, 0.5), torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.5)
     worst = 0.0
-    for one, other in zip(model.parameters(), reference.parameters(), strict=True):
+    for one, other in zip(stepped, reference.parameters(), strict=True):
         assert (one.grad is None) == (other.grad is None)
         if one.grad is not None and other.grad is not None:
-            found: Any = one.grad.full_tensor() if is_sharded(one.grad) else one.grad  # type: ignore[attr-defined]
+            found = gathered(one.grad)
             worst = max(worst, float((found - other.grad).abs().max() / other.grad.abs().max()))
-    return {"share": here / before, "norm": float(norm / wanted), "worst": worst}
+    gradients = sum(one.grad.nbytes for one in model.parameters() if id(one) in rows and one.grad is not None)
+    start = flat(reference)
+    for each in (optimizer, plain):
+        optimizer_step(each, SCHEDULE, 0, 2)
+    moved = (flat(model) - flat(reference)).norm() / (flat(reference) - start).norm()
+    moments = sum(local(optimizer.state[own]["exp_avg"]).nbytes for own in rows.values())
+    head = moments / sum(one.nbytes for one in model.parameters() if id(one) in rows)
+    return {
+        "share": here / before,
+        "norm": float(norm / wanted),
+        "worst": worst,
+        "moved": float(moved),
+        "head": head,
+        "gradients": gradients,
+        "weights": len(rows),
+    }
 
 
-def test_gradients_of_shares_are_those_of_the_whole_model() -> None:
+def gathered(tensor: Any) -> torch.Tensor:
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def flat(model: Any) -> torch.Tensor:
+    return torch.cat([gathered(one).detach().flatten() for one in model.parameters()])
+
+
+def test_gradients_of_shares_and_a_step_are_those_of_the_whole_model() -> None:
     def work(_: int) -> list[dict[str, float]]:
         with joined() as processes:
             return [compared(family, processes) for family in ("llama", "qwen2_vl")]
@@ -73,6 +104,10 @@ def test_gradients_of_shares_are_those_of_the_whole_model() -> None:
             assert 0.45 <= one["share"] <= 0.55
             assert one["norm"] == pytest.approx(1, abs=1e-5)
             assert one["worst"] < 1e-4
+            assert one["moved"] < 1e-2  # Adam makes much of gradients that are nearly 0
+            assert 0.45 <= one["head"] <= 0.55
+            assert one["gradients"] == 0
+        assert [one["weights"] for one in found] == [1, 2]  # tied, and not
 
 
 def test_what_cannot_be_sharded_is_refused() -> None:

@@ -13,9 +13,10 @@ from torch import nn
 from vlsi_cache.errors import CacheCorruptError, list_problems
 from vlsi_cache.io import checksum, difference_from, put_all_back, remove, replacing
 from vlsi_cache.models.load import own_memory
-from vlsi_cache.processes import ALONE, Processes, is_sharded
+from vlsi_cache.processes import ALONE, Processes
 from vlsi_cache.progress import say
 from vlsi_cache.run_files import CHECKPOINT, read_checkpoint, sealed
+from vlsi_cache.shares import gather_weights, is_sharded, whole_and_rows
 
 from .shards import read_shards, shapes_in, write_shards
 
@@ -75,7 +76,8 @@ class Checkpoints:
 
     def save(self, stage: str, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
         before = self.latest()
-        state = _state({name: p for name, p in model.named_parameters() if p.requires_grad}, optimizer)
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        state = _state(_stepped(trained, optimizer), optimizer)
         if any(map(is_sharded, state.values())):
             self._save_shards(stage, step, state)
         else:
@@ -114,7 +116,9 @@ class Checkpoints:
         folder, named = self._place(stage, step), dict(model.named_parameters())
         file = folder / TENSORS
         if not file.exists() or any(map(is_sharded, named.values())):
-            _load_shards(folder, named, optimizer)
+            _load_shards(folder, _stepped(named, optimizer), optimizer)
+            if optimizer is not None:
+                gather_weights(optimizer)
             return
         with safe_open(file, framework="pt") as tensors, torch.no_grad():
             for key in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
@@ -173,6 +177,12 @@ def _load_shards(folder: Path, named: dict[str, nn.Parameter], optimizer: torch.
             wanted[key] = torch.zeros(shape) if kind == "step" else torch.zeros_like(named[name].detach())
             optimizer.state[named[name]][kind] = wanted[key]
     read_shards(folder, wanted)
+
+
+def _stepped(named: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer | None) -> dict[str, nn.Parameter]:
+    """What the optimizer steps under each name: the weight itself, or this process's rows of it."""
+    rows = {} if optimizer is None else {id(whole): own for whole, own in whole_and_rows(optimizer)}
+    return {name: rows.get(id(one), one) for name, one in named.items()}
 
 
 def _state(named: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer | None) -> dict[str, torch.Tensor]:

@@ -10,9 +10,10 @@ from torch import nn
 
 from vlsi_cache.config.training import DistillSpec, Schedule, TrainVerbalizersSpec
 from vlsi_cache.errors import InterruptedRunError, ModelError
-from vlsi_cache.processes import ALONE, Processes, is_sharded
+from vlsi_cache.processes import ALONE, Processes
 from vlsi_cache.runs.checkpoints import Checkpoints
 from vlsi_cache.runs.metrics import MetricsLog
+from vlsi_cache.shares import gather_weights, group_of_rows, is_sharded
 
 from .sharding import clip_to_norm
 
@@ -38,13 +39,21 @@ def make_optimizer(parameters: Iterable[nn.Parameter], schedule: Schedule) -> to
 
 
 def make_grouped_optimizer(groups: Mapping[str, Iterable[nn.Parameter]], schedule: Schedule) -> torch.optim.AdamW:
-    """One AdamW for several named groups of parameters, each of which is clipped by itself."""
+    """One AdamW for several named groups of parameters, each of which is clipped by itself.
+
+    Beside weights that are sharded over processes it steps rows of the whole ones; what is no matrix stays whole.
+    """
     trainable: list[dict[str, Any]] = []
     for name, group in groups.items():
         chosen = [p for p in group if p.requires_grad]
-        trainable.append({"name": name, "params": [p for p in chosen if not is_sharded(p)]})
-        if shares := [p for p in chosen if is_sharded(p)]:  # all at once, five times as fast as one by one
+        shares: list[Any] = [p for p in chosen if is_sharded(p)]
+        matrices = [p for p in chosen if shares and p.ndim > 1 and not is_sharded(p)]
+        dealt = {id(p) for p in (*shares, *matrices)}
+        trainable.append({"name": name, "params": [p for p in chosen if id(p) not in dealt]})
+        if shares:  # all at once, five times as fast as one by one
             trainable.append({"name": name, "params": shares, "foreach": True})
+        if matrices:
+            trainable.append({**group_of_rows(name, matrices, shares[0].device_mesh), "foreach": True})
     return torch.optim.AdamW(trainable, lr=schedule.learning_rate, weight_decay=schedule.weight_decay)
 
 
@@ -110,10 +119,11 @@ def refuse_destroyed(parameters: Iterable[tuple[str, torch.Tensor]], stage: str)
 
 
 def optimizer_step(optimizer: torch.optim.Optimizer, schedule: Schedule, step: int, num_steps: int) -> float:
-    """Set the rate of this step, update, clear; returns the rate."""
+    """Set the rate of this step, update, clear; returns the rate. All processes of a launch call it alike."""
     rate = learning_rate(schedule, step, num_steps)
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)  # their memory is free while the next batch runs forward
+    gather_weights(optimizer)
     return rate

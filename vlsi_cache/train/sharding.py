@@ -3,7 +3,7 @@
 A layer is whole while it runs: its rows are gathered before its forward and backward pass and let go after them, and
 its gradients are dealt out again. Only the decoder layers are sharded. All else is whole in every process and summed
 as `ddp` does: embeddings, final norm and head, which losses and verbalizers read past their modules, vision tower, and
-verbalizers.
+verbalizers. Of head and embeddings that train, each process has the moments of its rows alone (`vlsi_cache.shares`).
 
 Sharded weights cannot become whole again in place. A stage that needs another shape of the student (an adapter, fp32)
 loads its files anew and what earlier stages have trained from their checkpoint.
@@ -11,7 +11,6 @@ loads its files anew and what earlier stages have trained from their checkpoint.
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +19,9 @@ from vlsi_cache.config.sections import RunSpec
 from vlsi_cache.errors import ModelError
 from vlsi_cache.models.backbone import Backbone
 from vlsi_cache.models.load import first_line
-from vlsi_cache.processes import Processes, is_sharded
+from vlsi_cache.processes import Processes
 from vlsi_cache.progress import human_bytes, say
+from vlsi_cache.shares import is_sharded, local
 
 
 def shards_layers(run: RunSpec, processes: Processes) -> bool:
@@ -75,17 +75,11 @@ def shard(backbone: Backbone, device: torch.device) -> None:
             "`run.parallel: fsdp`"
         ) from error
     here = sum(local(parameter).nbytes for parameter in backbone.layers.parameters())
-    rest = sum(parameter.nbytes for parameter in whole)
+    rest = sum(parameter.nbytes for parameter in backbone.model.parameters() if not is_sharded(parameter))
     say(
         f"fsdp: {human_bytes(here)} of {human_bytes(before)} of the decoder layers' weights are here, and "
         f"{human_bytes(rest)} of others"
     )
-
-
-def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this process holds; a whole one is returned as it is."""
-    sharded: Any = tensor
-    return sharded.to_local() if is_sharded(tensor) else tensor
 
 
 def clip_to_norm(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
