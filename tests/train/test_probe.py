@@ -191,11 +191,13 @@ def test_a_run_is_the_same_with_and_without_probes(
     options = {"student": str(student_folder), "overrides": ["distill.lora.dropout=0.1"]}
     monkeypatch.setattr(interact_module, "interact_findings", lambda _: [Finding("low_kept_mass", "too low")])
     monkeypatch.setattr(
-        verbalize_module, "verbalizer_findings", lambda _, vocab_size: [Finding("raw", f"ln {vocab_size}")]
+        verbalize_module,
+        "verbalizer_findings",
+        lambda _, vocab_size, stage: [Finding("raw", f"{stage} ln {vocab_size}")],
     )
     with_probes = vc.distill(cache, out=tmp_path / "with", **options)
     said = capfd.readouterr().err
-    assert (said.count("warning: too low"), said.count(f"warning: ln {cache.header.vocab_size}")) == (1, 1)
+    assert (said.count("warning: too low"), said.count(f"warning: verbalize ln {cache.header.vocab_size}")) == (1, 1)
     monkeypatch.setattr(interact_module, "is_due", lambda *_: False)
     without = vc.distill(cache, out=tmp_path / "without", **options)
     clock = {"elapsed_s", "tokens_per_s", "data_wait_pct", "memory_gib"}

@@ -50,14 +50,15 @@ def unused_by_recipe(distill: DistillSpec, overrides: Iterable[str]) -> list[str
 
 def _is_used(key: str, distill: DistillSpec) -> bool:
     recipe, interact = distill.recipe, distill.interact
+    has_verbalizers = recipe == "vlsi" or distill.exits is not None
     section, _, rest = key.partition(".")
     if section == "verbalizer":
-        return recipe == "vlsi"
+        return has_verbalizers
     name, _, inner = rest.partition(".")
     if section != "distill" or not name or inner.rpartition(".")[2] in LENGTH:
         return True
     if name in ("layers", "num_layers"):
-        return recipe == "vlsi"
+        return has_verbalizers
     if name == "verbalize":
         return recipe == "vlsi" and distill.verbalizers is None
     if name == "lora":

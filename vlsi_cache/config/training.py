@@ -286,13 +286,24 @@ class TraversalSpec(Strict):
         return self.mixing not in ("uniform", "random")
 
 
+class ExitsSpec(Strict):
+    """Verbalizers of the target layers, trained when the student is finished; it stays as it is (`train/exits.py`).
+
+    `loss: kl_to_final` teaches a layer what the last one says, which is what drafts are accepted by; `ce` the response.
+    """
+
+    schedule: Schedule = Schedule(epochs=1)
+    loss: Literal["kl_to_final", "ce"] = "kl_to_final"
+
+
 class DistillSpec(Strict):
     """From a cache to a student. `recipe` decides which stages run; all recipes take the same number of steps:
 
     vlsi: verbalize, interact over all target layers, sft. last: the steps of verbalize and interact go to last-layer
     distillation, then sft. sft: all steps go to sft. What `sft.fraction` leaves out, it leaves out of every recipe.
     trol: as sft, for a student with `traversal`. Of such a student stage gates comes first in every recipe, and its
-    steps come on top; where no gates train they go to the next stage that trains the student.
+    steps come on top; where no gates train they go to the next stage that trains the student. With `exits` stage exits
+    comes last in every recipe, and its steps come on top.
 
     The loss of a step is the mean over the tokens of its `batch_size` samples, or with `batch_reduction: sample` over
     the samples, each with the mean of its tokens; `micro_batch_size` decides about memory and speed, not about it.
@@ -324,6 +335,7 @@ class DistillSpec(Strict):
     lora: LoraSpec = LoraSpec()
     # Left out where it is not set: specs of earlier releases are the same as they were.
     traversal: TraversalSpec | None = Field(default=None, exclude_if=lambda value: value is None)
+    exits: ExitsSpec | None = Field(default=None, exclude_if=lambda value: value is None)
     checkpoint_steps: Steps = 200
     window_parts: Count = 4
     seed: Seed = 0

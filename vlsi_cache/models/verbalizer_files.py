@@ -22,6 +22,7 @@ from vlsi_cache.run_files import RUN, read_run, read_verbalizers
 from .load import own_memory, resolve_model
 
 FORMAT_VERSION = 1
+EXITS_FOLDER = "exits"  # in a run: those that were trained for its finished student
 RECORD = "verbalizers.json"
 FROM_WHERE = "a teacher's come from vlsi-cache train-verbalizers, a student's from a distill run of recipe `vlsi`"
 HEADER_KEY = "verbalizer"  # one key: the order of several in a safetensors header is not fixed
@@ -32,6 +33,12 @@ def find_folder(path: str | Path) -> Path:
     folder = Path(resolve_model(path))
     inner = folder / "verbalizers"
     return inner if inner.is_dir() and not (folder / RECORD).is_file() else folder
+
+
+def of_run(run: Path) -> Path | None:
+    """Those that read a run's student best: of stage exits, else of stage verbalize; None for a run without either."""
+    folders = (run / EXITS_FOLDER, run / "verbalizers")
+    return next((folder for folder in folders if folder.is_dir()), None)
 
 
 def layer_file(folder: Path, layer: int) -> Path:

@@ -20,7 +20,7 @@ from vlsi_cache.shares import gather_weights, is_sharded, whole_and_rows
 
 from .shards import read_shards, shapes_in, write_shards
 
-STAGES = ("gates", "verbalize", "interact", "sft")  # in the order in which a run comes to them
+STAGES = ("gates", "verbalize", "interact", "sft", "exits")  # in the order in which a run comes to them
 NAME = re.compile(rf"({'|'.join(STAGES)})-(\d{{7,}})")
 TENSORS = "state.safetensors"
 

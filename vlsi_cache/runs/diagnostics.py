@@ -32,11 +32,14 @@ class Finding:
     text: str
 
 
-def verbalizer_findings(metrics: Metrics, *, vocab_size: int) -> list[Finding]:
+def verbalizer_findings(metrics: Metrics, *, vocab_size: int, stage: str = "verbalize") -> list[Finding]:
     """Layers that say the response worse than a uniform guess after the training of their verbalizers."""
-    if not is_finished(metrics, "verbalize"):
+    if not is_finished(metrics, stage):
         return []
-    _, layers = layer_curves(metrics, "verbalize")
+    _, layers = layer_curves(metrics, stage)
+    where = "`distill.verbalize` of a student, `train_verbalizers.schedule` of the teacher"
+    if stage == "exits":
+        where = "`distill.exits.schedule`"
     ends = {layer: _tenths(values)[1] for layer, values in layers.items()}
     worse = [f"layer {layer} {nats:.1f}" for layer, nats in ends.items() if nats > math.log(vocab_size)]
     if not worse:
@@ -44,7 +47,7 @@ def verbalizer_findings(metrics: Metrics, *, vocab_size: int) -> list[Finding]:
     text = (
         "after their training the verbalizers say the response worse than a uniform guess would "
         f"({math.log(vocab_size):.1f} nats per token, ln V): {', '.join(worse)}. They are barely trained: raise the "
-        "steps or the learning rate (`distill.verbalize` of a student, `train_verbalizers.schedule` of the teacher)"
+        f"steps or the learning rate ({where})"
     )
     return [Finding("verbalizers_worse_than_uniform", text)]
 
@@ -63,7 +66,10 @@ def findings_of(run: RunFiles) -> list[Finding]:
     header = read_json(Path(run.record.get("cache") or "") / "cache.json") or {}
     stages = [stage for stage in run.record.get("stages") or [] if "v_real" in stage]
     vocab_size = header.get("v_real") or (stages[0]["v_real"] if stages else None)
-    found = verbalizer_findings(run.metrics, vocab_size=vocab_size) if vocab_size else []
+    found: list[Finding] = []
+    if vocab_size:
+        for stage in ("verbalize", "exits"):
+            found += verbalizer_findings(run.metrics, vocab_size=vocab_size, stage=stage)
     return [*found, *interact_findings(run.metrics)]
 
 

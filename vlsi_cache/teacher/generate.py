@@ -34,7 +34,7 @@ from vlsi_cache.models.load import ModelRef, max_positions, resolve_model, share
 from vlsi_cache.models.parallel import teacher_processes
 from vlsi_cache.models.probe import checked_backbone
 from vlsi_cache.models.verbalizer import load_verbalizers
-from vlsi_cache.models.verbalizer_files import find_folder, read_record
+from vlsi_cache.models.verbalizer_files import find_folder, of_run, read_record
 from vlsi_cache.processes import Processes
 from vlsi_cache.progress import progress, say
 from vlsi_cache.run_files import read_batch, read_object, read_run, sealed
@@ -318,8 +318,7 @@ def _verbalizers_of(spec: CacheSpec, model: str) -> Path | None:
     """The folder of those that belong to `model`, as `model_named` takes it; None where it has none."""
     if model == "teacher":
         return None if spec.teacher.verbalizers is None else Path(find_folder(spec.teacher.verbalizers))
-    folder = Path(model) / "verbalizers"
-    return folder if folder.is_dir() else None
+    return of_run(Path(model))
 
 
 def _is_finished(job: _Job) -> bool:

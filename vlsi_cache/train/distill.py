@@ -47,6 +47,7 @@ from vlsi_cache.runs.trackers import check_trackers
 from vlsi_cache.store import reader
 from vlsi_cache.store.reader import Cache
 
+from .exits import exits
 from .interact import interact
 from .optim import Stage, refuse_destroyed
 from .sft import sft, supervised, what_trains
@@ -174,7 +175,7 @@ def distill_spec(
 
 
 def stage_steps(distill: DistillSpec, num_samples: int) -> dict[str, int]:
-    """Optimizer steps of the stages that the recipe runs; the sum is the same for every recipe."""
+    """Optimizer steps of the stages that the recipe runs; the sum of those that all have is the same for every one."""
     steps = schedule_steps(distill, num_samples)
     # Of the recipe `sft` as many are left out as of the others, not the same share.
     steps["sft"] -= distill.sft.steps_left_out(distill.sft.schedule.num_steps(num_samples, distill.batch_size))
@@ -190,11 +191,14 @@ def schedule_steps(distill: DistillSpec, num_samples: int) -> dict[str, int]:
     verbalize_steps = distill.verbalize.num_steps(num_samples, distill.batch_size)
     interact_steps = distill.interact.schedule.num_steps(num_samples, distill.batch_size)
     sft_steps = distill.sft.schedule.num_steps(num_samples, distill.batch_size)
+    last = {}
+    if distill.exits is not None:
+        last = {"exits": distill.exits.schedule.num_steps(num_samples, distill.batch_size)}
     if distill.recipe == "vlsi":
-        return {**first, "verbalize": verbalize_steps, "interact": interact_steps + more, "sft": sft_steps}
+        return {**first, "verbalize": verbalize_steps, "interact": interact_steps + more, "sft": sft_steps, **last}
     if distill.recipe == "last":
-        return {**first, "interact": verbalize_steps + interact_steps + more, "sft": sft_steps}
-    return {**first, "sft": verbalize_steps + interact_steps + sft_steps + more}
+        return {**first, "interact": verbalize_steps + interact_steps + more, "sft": sft_steps, **last}
+    return {**first, "sft": verbalize_steps + interact_steps + sft_steps + more, **last}
 
 
 def shown_steps(steps: dict[str, int], whole: dict[str, int]) -> str:
@@ -207,35 +211,51 @@ def shown_steps(steps: dict[str, int], whole: dict[str, int]) -> str:
 
 
 def _run_stages(state: StudentState) -> list[dict[str, Any]]:
-    distill, stages = state.spec.distill, []
+    distill = state.spec.distill
     steps, whole = stage_steps(distill, len(state.cache)), schedule_steps(distill, len(state.cache))
     say(f"{distill.recipe}: {shown_steps(steps, whole)} steps of {distill.batch_size} samples")
     with closing(state.log):
-        verbalizers = None
-        if "gates" in steps:
-            state, entry = _gates(state, steps["gates"])
-            stages.append(entry)
-        # Before the adapter is there: verbalizers learn to read the student as it comes.
-        if "verbalize" in steps:
-            verbalizers, entry = _verbalize(state, steps["verbalize"])
-            stages.append(entry)
-        if has_shares(state.model):  # what comes next trains other weights, and its verbalizers read them
+        newest = state.checkpoints.latest()
+        if newest and newest[0] == "exits":  # an earlier attempt has finished the student
+            seconds = state.log.stage_seconds
+            stages = [
+                {"name": name, "steps": steps[name], "seconds": seconds(name)} for name in steps if name != "exits"
+            ]
+        else:
+            stages = _train_student(state, steps, whole)
+        if "exits" in steps:
+            state = state.finished()
+            stages.append(exits(state, num_steps=steps["exits"]))
+    return stages
+
+
+def _train_student(state: StudentState, steps: dict[str, int], whole: dict[str, int]) -> list[dict[str, Any]]:
+    """All stages that train it, and its folder."""
+    distill, stages, verbalizers = state.spec.distill, [], None
+    if "gates" in steps:
+        state, entry = _gates(state, steps["gates"])
+        stages.append(entry)
+    # Before the adapter is there: verbalizers learn to read the student as it comes.
+    if "verbalize" in steps:
+        verbalizers, entry = _verbalize(state, steps["verbalize"])
+        stages.append(entry)
+    if has_shares(state.model):  # what comes next trains other weights, and its verbalizers read them
+        state = state.renewed()
+        verbalizers, _ = _verbalize(state, steps["verbalize"])
+    if _uses_lora(distill, steps) and (note := reach_note(state.model, distill.lora.dropout)):
+        say(note)
+    model = _student_to_train(state, steps)
+    if "interact" in steps:
+        if distill.interact.mode == "layers":
+            train_decoder_layers(model)
+        stages.append(interact(state, model, verbalizers, num_steps=steps["interact"]))
+    if "sft" in steps:
+        if has_shares(model):
+            verbalizers = None  # they hold the student of the stage before
             state = state.renewed()
-            verbalizers, _ = _verbalize(state, steps["verbalize"])
-        if _uses_lora(distill, steps) and (note := reach_note(state.model, distill.lora.dropout)):
-            say(note)
-        model = _student_to_train(state, steps)
-        if "interact" in steps:
-            if distill.interact.mode == "layers":
-                train_decoder_layers(model)
-            stages.append(interact(state, model, verbalizers, num_steps=steps["interact"]))
-        if "sft" in steps:
-            if has_shares(model):
-                verbalizers = None  # they hold the student of the stage before
-                state = state.renewed()
-                model = _student_to_train(state, steps)
-            stages.append(sft(state, model, num_steps=whole["sft"], stop=steps["sft"]))
-        state.processes.from_first(lambda: _save(state, _trained(state, model, steps), stages[-1]["name"]))
+            model = _student_to_train(state, steps)
+        stages.append(sft(state, model, num_steps=whole["sft"], stop=steps["sft"]))
+    state.processes.from_first(lambda: _save(state, _trained(state, model, steps), stages[-1]["name"]))
     return stages
 
 
@@ -281,8 +301,8 @@ def _save(state: StudentState, trained: Any, stage: str) -> None:
     # Head and embeddings may have been trained in fp32; configuration and all tensors agree again.
     facts = {key: state.run.record[key] for key in ("recipe", "cache_digest", "student_digest")}
     ids = {"end_of_turn": state.encoder.eot_id, "pad": state.encoder.pad_id}
-    out, source = state.run.path / "student", ModelRef(state.student_path)
-    save_student(to_dtype(trained, state.dtype), source, out, **ids, facts=facts)
+    source = ModelRef(state.student_path)
+    save_student(to_dtype(trained, state.dtype), source, state.student_folder, **ids, facts=facts)
 
 
 def _keep_mixing(state: StudentState, trained: Any) -> None:

@@ -96,7 +96,8 @@ def take_verbalizers(folder: str, into: Path | None, backbone: Backbone, layers:
 
 SOURCE_KEYS = ("path", "media_root", "generator", "options", "limit", "turns")
 CHECKED_RESPONSES = 32  # before a student's weights are loaded
-STAGE_SEEDS = {"gates": 0, "verbalize": 1, "interact": 2, "sft": 3}  # each sees the data in an order of its own
+# Each sees the data in an order of its own.
+STAGE_SEEDS = {"gates": 0, "verbalize": 1, "interact": 2, "sft": 3, "exits": 4}
 SEEDS_APART = 3  # of two runs
 
 
@@ -110,6 +111,7 @@ class StudentInputs:
     config: Any
     encoder: Encoder
     layers: list[int]
+    exit_layers: list[int]
     aligner: Aligner | None = None
 
     @cached_property
@@ -176,8 +178,8 @@ class StudentInputs:
                 "again; leave one of the two out (`ddp` takes both)"
             )
 
-        def reload() -> Any:
-            return self._model(where, run.path / GATES_FOLDER, is_sharded=is_sharded)
+        def reload(finished: Path | None = None) -> Any:
+            return self._model(where, run.path / GATES_FOLDER, is_sharded=is_sharded, finished=finished)
 
         model = reload()
         if mended := mend_generation(model.generation_config):
@@ -200,6 +202,7 @@ class StudentInputs:
             model=model,
             dtype=dtype,
             layers=self.layers,
+            exit_layers=self.exit_layers,
             device=where,
             compiled=choose_kernels(self.spec.run, where),
             log=MetricsLog(run.path, writes=processes.is_first, trackers=Trackers(run.path, self.spec, "distill")),
@@ -209,12 +212,12 @@ class StudentInputs:
             reload=reload,
         )
 
-    def _model(self, device: torch.device, gates: Path, *, is_sharded: bool) -> Any:
-        """The student's weights; where its layers will be sharded, these wait on the host. What stage gates has trained
-        of a traversed one is in the folder `gates` once it has ended."""
+    def _model(self, device: torch.device, gates: Path, *, is_sharded: bool, finished: Path | None) -> Any:
+        """The student's weights, those of the beginning or of a `finished` one; where its layers will be sharded, these
+        wait on the host. What stage gates has trained of a traversed one is in the folder `gates` once it has ended."""
         # Without autocast, bf16 weights and the fp32 ones that train would not fit each other.
         named = ModelRef(
-            self.path,
+            finished or self.path,
             dtype=self.spec.distill.student_dtype if device.type == "cuda" else "float32",
             attn_implementation=self.spec.distill.attn_implementation,
             trust_remote_code=self.spec.distill.trust_remote_code,
@@ -223,7 +226,7 @@ class StudentInputs:
         for note in named.notes:
             say(note)
         distill = self.spec.distill
-        if distill.traversal is not None:
+        if distill.traversal is not None and finished is None:
             if named.traversal is None:
                 add_traversal(model, distill.traversal, seed=distill.seed)
             read_gates(model, gates)
@@ -238,8 +241,9 @@ class StudentInputs:
 class StudentState:
     """Everything the stages of one run share; `dtype` is the one that the trained student is saved in.
 
-    `is_sharded`: the processes share out the student's decoder layers (`run.parallel: fsdp`). `reload` gives the model
-    as it was at the beginning.
+    `layers` are the target layers of the recipe, `exit_layers` those of stage exits. `is_sharded`: the processes share
+    out the student's decoder layers (`run.parallel: fsdp`). `reload` gives the model as it was at the beginning, or the
+    one in a folder.
     """
 
     cache: Cache
@@ -252,13 +256,14 @@ class StudentState:
     model: Any
     dtype: torch.dtype
     layers: list[int]
+    exit_layers: list[int]
     device: torch.device
     compiled: bool
     log: MetricsLog
     checkpoints: Checkpoints
     processes: Processes
     is_sharded: bool
-    reload: Callable[[], Any]
+    reload: Callable[..., Any]
 
     def shared_out(self, model: Any) -> Backbone:
         """The backbone of the model that a stage trains, its layers sharded if this run has that."""
@@ -271,6 +276,16 @@ class StudentState:
         """The same with the student as it was at the beginning, after a stage has sharded it."""
         with muted():
             return replace(self, model=self.reload())
+
+    @property
+    def student_folder(self) -> Path:
+        return self.run.path / "student"
+
+    def finished(self) -> "StudentState":
+        """The same with the student as the run has saved it, once the one that was trained is let go."""
+        nobody = replace(self, model=None)
+        with muted():
+            return replace(nobody, model=self.reload(self.student_folder))
 
     def feed(self, stage: str, num_skip: int) -> Feed:
         """Micro-batches of the cached samples; teacher rows come along only where the stage compares with them."""
@@ -354,8 +369,12 @@ def open_student(cache: Cache, spec: CacheSpec, path: str) -> StudentInputs:
     aligner = open_aligner(cache, encoder) if distill.alignment == "byte" else None
     check_family(config)
     check_vocabulary(encoder, getattr(config.get_text_config(), "vocab_size", None))
-    layers = check_settings(cache.header, distill, config, where=cache.path)
-    return StudentInputs(cache, spec, path, config, encoder, layers, aligner)
+    layers, exit_layers = check_settings(cache.header, distill, config, where=cache.path), []
+    if distill.exits is not None:
+        exit_layers = target_layers(distill.layers, distill.num_layers, config, where="distill.layers")
+        if not exit_layers:
+            raise SpecError("`distill.layers` is empty, and `distill.exits` reads target layers: name some")
+    return StudentInputs(cache, spec, path, config, encoder, layers, exit_layers, aligner)
 
 
 def check_traversal(named: ModelRef, wanted: TraversalSpec | None) -> None:

@@ -38,8 +38,9 @@ def verbalize(
     *,
     architecture: VerbalizerSpec,
     vocab_size: int,
+    name: str = "verbalize",
 ) -> tuple[Verbalizers, dict[str, Any]]:
-    """Train verbalizers of `layers`; `make_feed(num_skip)` gives the data from any sample on.
+    """Train verbalizers of `layers` as the stage `name`; `make_feed(num_skip)` gives the data from any sample on.
 
     Returns them and the stage's entry for `run.json`. Goes on from this stage's newest checkpoint.
     """
@@ -48,21 +49,21 @@ def verbalize(
     # One group a layer, so that the large gradient of one layer does not clip those of the others.
     groups = {f"layer {layer}": verbalizers.by_layer[str(layer)].parameters() for layer in layers}
     optimizer = make_grouped_optimizer(groups, stage.schedule)
-    first = checkpoints.step_of("verbalize")
+    first = checkpoints.step_of(name)
     if first:
-        checkpoints.load("verbalize", first, verbalizers, optimizer)
-    log.start_stage("verbalize", step=first, num_steps=num_steps)
+        checkpoints.load(name, first, verbalizers, optimizer)
+    log.start_stage(name, step=first, num_steps=num_steps)
     head = head_of(backbone, compiled=stage.compiled).real(vocab_size)
     with make_feed(first * settings.batch_size) as feed, stopping_between_steps() as signals:
         for step in range(first, num_steps):
             started, waited, tokens = time.monotonic(), feed.wait_s, 0
             losses: list[LayerLoss] = []
             for micro in feed.batch():
-                seed_step(settings.seed, "verbalize", step, micro.place)  # dropout is that of the step, resumed or not
+                seed_step(settings.seed, name, step, micro.place)  # dropout is that of the step, resumed or not
                 tokens += len(micro.batch.gold_T)
                 losses += layer_losses(verbalizers, head, micro.batch, micro.share_T, loss=architecture.loss)
             stage.processes.sum_gradients(optimizer)
-            clip_gradients(optimizer, stage.schedule, "verbalize", step, num_steps)
+            clip_gradients(optimizer, stage.schedule, name, step, num_steps)
             rate = optimizer_step(optimizer, stage.schedule, step, num_steps)
 
             # [micro-batches x layers] on the device, read once a step.
@@ -71,7 +72,7 @@ def verbalize(
             trained, nll = np.sum(done.found, axis=0).tolist()
             seconds = time.monotonic() - started
             log.write(
-                stage="verbalize",
+                stage=name,
                 step=step + 1,
                 num_steps=num_steps,
                 loss=sum(trained),
@@ -82,11 +83,11 @@ def verbalize(
                 memory_gib=done.memory_gib,
             )
             if (step + 1) % settings.checkpoint_steps == 0 or step + 1 == num_steps or done.is_ending:
-                checkpoints.save("verbalize", step + 1, verbalizers, optimizer)
+                checkpoints.save(name, step + 1, verbalizers, optimizer)
                 done.end_here()
-    refuse_destroyed(verbalizers.named_parameters(), "verbalize")
-    warn_of(verbalizer_findings(read_metrics(log.path), vocab_size=vocab_size))
-    entry = {"name": "verbalize", "steps": num_steps, "seconds": log.stage_seconds("verbalize"), "v_real": vocab_size}
+    refuse_destroyed(verbalizers.named_parameters(), name)
+    warn_of(verbalizer_findings(read_metrics(log.path), vocab_size=vocab_size, stage=name))
+    entry = {"name": name, "steps": num_steps, "seconds": log.stage_seconds(name), "v_real": vocab_size}
     return verbalizers, entry
 
 

@@ -1,0 +1,94 @@
+"""Stage exits: verbalizers of the finished student, which it leaves as it is."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.launch import run_together
+from helpers.runs import metrics_of
+from helpers.tiny import write_spec
+from safetensors.torch import load_file
+
+import vlsi_cache as vc
+from vlsi_cache.errors import SpecError
+from vlsi_cache.models.backbone import Backbone
+from vlsi_cache.models.load import ModelRef
+from vlsi_cache.models.verbalizer import load_verbalizers
+from vlsi_cache.models.verbalizer_files import of_run
+from vlsi_cache.store.reader import Cache
+from vlsi_cache.train import verbalize as verbalize_module
+
+STEPS = ("distill.verbalize.steps=1", "distill.interact.schedule.steps=1", "distill.sft.schedule.steps=1")
+EXITS = ("distill.exits.schedule.steps=4", "distill.exits.schedule.learning_rate=0.01", "distill.checkpoint_steps=1")
+CHANGES = (*STEPS, *EXITS, "distill.batch_size=4", "distill.micro_batch_size=1", "run.workers=0")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path) -> Cache:
+    folder = tmp_path_factory.mktemp("exits")
+    return vc.build_teacher(vc.load_spec(write_spec(folder, teacher_folder)), out=folder / "cache")
+
+
+def trained(cache: Cache, student: Path, out: Path, *more: str) -> Path:
+    return vc.distill(cache, student=str(student), out=out, recipe="last", overrides=[*CHANGES, *more])
+
+
+@pytest.fixture(scope="module")
+def run(cache: Cache, student_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained(cache, student_folder, tmp_path_factory.mktemp("runs") / "whole")
+
+
+def test_they_are_of_the_finished_student(run: Path, cache: Cache, student_folder: Path, tmp_path: Path) -> None:
+    plain = vc.distill(cache, student=str(student_folder), out=tmp_path / "plain", recipe="last", overrides=CHANGES[:3])
+    assert of_run(plain) is None
+    assert of_run(run) == run / "exits"
+    steps = [(line["stage"], line["step"]) for line in metrics_of(run)]
+    assert steps[-4:] == [("exits", step) for step in (1, 2, 3, 4)]
+    student = ModelRef(run / "student")
+    backbone = Backbone(student.load("cpu"))
+    exits = load_verbalizers(run / "exits", backbone, [1, 2], teacher_digest=student.digest)  # of this very head
+    ids = torch.arange(3, 19)[None]
+    hidden: Any = exits.capture({"input_ids": ids}, torch.zeros(16, dtype=torch.long), torch.arange(16))
+    said_TV = [state @ backbone.head_weight.T for state in (hidden[3], *(exits.apply(k, hidden[k]) for k in (1, 2)))]
+    lens_TV = [backbone.final_norm(hidden[k]) @ backbone.head_weight.T for k in (1, 2)]
+    own_TV = said_TV[0].log_softmax(-1)
+    for exit_TV, untrained_TV in zip(said_TV[1:], lens_TV, strict=True):
+        kls = [(own_TV.exp() * (own_TV - one.log_softmax(-1))).sum(-1).mean() for one in (exit_TV, untrained_TV)]
+        assert kls[0] < 0.9 * kls[1]
+
+
+def test_a_stopped_one_goes_on_and_leaves_the_student_alone(
+    run: Path, cache: Cache, student_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, step = tmp_path / "run", verbalize_module.optimizer_step
+
+    def stop_at_step_3(optimizer: Any, schedule: Any, index: int, num_steps: int) -> float:
+        if index == 2:
+            raise KeyboardInterrupt
+        return step(optimizer, schedule, index, num_steps)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(verbalize_module, "optimizer_step", stop_at_step_3)
+        with pytest.raises(KeyboardInterrupt):
+            trained(cache, student_folder, out)
+    before = (out / "student" / "model.safetensors").stat().st_mtime_ns
+    trained(cache, student_folder, out)
+    assert (out / "student" / "model.safetensors").stat().st_mtime_ns == before
+    lines, wanted = metrics_of(out), metrics_of(run)
+    assert [{**line, "elapsed_s": 0} for line in lines] == [{**line, "elapsed_s": 0} for line in wanted]
+    for file in sorted((run / "exits").glob("*.safetensors")):
+        for name, tensor in load_file(file).items():
+            assert torch.equal(load_file(out / "exits" / file.name)[name], tensor)
+
+
+def test_processes_with_shares_train_the_same(run: Path, cache: Cache, student_folder: Path, tmp_path: Path) -> None:
+    found = run_together(2, lambda _: trained(cache, student_folder, tmp_path / "run", "run.parallel=fsdp"))
+    assert found == [tmp_path / "run"] * 2
+    for line, other in zip(metrics_of(tmp_path / "run"), metrics_of(run), strict=True):
+        assert line["loss"] == pytest.approx(other["loss"], abs=1e-4)
+
+
+def test_there_must_be_layers(cache: Cache, student_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"`distill.layers` is empty, and `distill.exits` reads target layers"):
+        trained(cache, student_folder, tmp_path / "run", "distill.layers=[]")

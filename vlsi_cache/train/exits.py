@@ -1,0 +1,38 @@
+"""Stage exits: verbalizers of the finished student, which stays as it is: every target layer can then answer.
+
+Those of stage verbalize are older than the student's head and layers; these read the student that is in the run's
+folder, so that a layer may answer in its place, or draft for it (`models/drafting.py`).
+"""
+
+from typing import Any
+
+from vlsi_cache.models.load import ModelRef
+from vlsi_cache.models.verbalizer_files import EXITS_FOLDER
+
+from .optim import Stage
+from .student import StudentState
+from .verbalize import verbalize
+
+
+def exits(state: StudentState, *, num_steps: int) -> dict[str, Any]:
+    """Train them, or take those of an earlier attempt; returns the stage's entry for `run.json`.
+
+    `state` has the student as it was saved (`StudentState.finished`).
+    """
+    folder, settings = state.run.path / EXITS_FOLDER, state.spec.distill.exits
+    assert settings is not None
+    if state.processes.from_first((folder / "verbalizers.json").exists):
+        return {"name": "exits", "steps": num_steps, "seconds": state.log.stage_seconds("exits")}
+    distill, student = state.spec.distill, state.student_folder
+    verbalizers, entry = verbalize(
+        state.shared_out(state.model),
+        state.exit_layers,
+        lambda num_skip: state.feed("exits", num_skip),
+        Stage(distill, settings.schedule, num_steps, state.checkpoints, state.log, state.compiled, state.processes),
+        architecture=state.spec.verbalizer.model_copy(update={"loss": settings.loss}),
+        vocab_size=state.encoder.vocab_size,
+        name="exits",
+    )
+    facts = {"teacher_digest": ModelRef(student).digest, "model": str(student), "loss": settings.loss}
+    state.processes.from_first(lambda: verbalizers.save(folder, provenance=facts))
+    return entry
