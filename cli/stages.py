@@ -27,7 +27,12 @@ AXES = ("matching", "operations", "verbalizer", "sft", "decoding", "loss", "k", 
 
 
 def plan(
-    spec: SpecName,
+    spec: Annotated[
+        str | None, typer.Argument(metavar="[SPEC]", help="Name of a shipped spec, or a .yaml file.")
+    ] = None,
+    exits: Annotated[
+        str | None, typer.Option(metavar="CACHE", help="Instead: what its layers could draft for the last one.")
+    ] = None,
     sets: Sets = None,
     gpu: Annotated[
         str, typer.Option(metavar="NAME", help="Whose hours: A100, B200, H100, H200, L40S, MI300X or RTX 4090.")
@@ -35,10 +40,24 @@ def plan(
 ) -> Answer:
     """Price a build before it runs: bytes, memory, hours.
 
-    Hours are those of one GPU that reaches 40 % of its dense bf16 peak.
+    Hours are those of one GPU that reaches 40 % of its dense bf16 peak. With --exits a cache tells how often each of
+    its layers names the last one's word, how many of four drafted words would stand, and how many times as fast the
+    model would answer, by the weights that drafts and checks read: exactly that along answers of the model itself, an
+    estimate along other texts.
     """
     import vlsi_cache as vc
 
+    if (spec is None) == (exits is None):
+        raise SpecError("name a SPEC to price its build, or a cache with --exits CACHE, and not both")
+    if exits is not None or spec is None:
+        from dataclasses import asdict
+
+        from vlsi_cache.report.text import exit_plan_table
+        from vlsi_cache.teacher.draft_plan import NUM_DRAFTS
+
+        found = [asdict(one) for one in vc.plan_exits(str(exits))]
+        answer = {"num_drafts": NUM_DRAFTS, "exits": found}
+        return Answer(answer, lambda: exit_plan_table(found, NUM_DRAFTS))
     priced = vc.plan(vc.load_spec(spec, overrides=sets or []), gpu=gpu)
     return Answer(priced.as_dict(), str(priced))
 
@@ -274,6 +293,38 @@ def evaluate(
     return Answer(result, lambda: evaluation_table(result))
 
 
+def exits(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run of distill.")],
+    cache: Annotated[
+        str | None,
+        typer.Option(metavar="CACHE", help="The rows of this cache, not those of the run's spec."),
+    ] = None,
+    verbalizers: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Read the layers through these, trained for this very student.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N rows.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let the model run code of its own.")
+    ] = False,
+    device: Device = None,
+) -> Answer:
+    """Show what each layer of a student would answer in its place, and what that costs.
+
+    For every target layer: right words, nats per token, agreement with the last layer, weights that a token reads,
+    measured time of a token, and what its drafts would come to (four at a time). Then how deep tokens must go, on
+    average, where the first layer that is sure enough says them: by the lead of its likeliest word (margin) or by its
+    entropy. Layers are read by RUN/exits (distill with distill.exits.schedule.steps), else by RUN/verbalizers, else by
+    norm and head. Kept in RUN/exits.json unless --limit or --verbalizers is given, and shown in the run's report.
+    """
+    import vlsi_cache as vc
+    from vlsi_cache.report.text import exits_table
+
+    result = vc.exits(
+        run, cache=cache, verbalizers=verbalizers, limit=limit, device=device, trust_remote_code=trust_remote_code
+    )
+    return Answer(result, lambda: exits_table(result))
+
+
 def init_student(
     teacher: Annotated[str, typer.Argument(metavar="TEACHER", help="Folder or hub id of the model to take from.")],
     layers: Annotated[str, typer.Option(metavar="LIST", help="Decoder layers to keep, from 0, e.g. 0-5,24-29.")],
@@ -366,6 +417,7 @@ COMMANDS = (  # in the order in which they are run; name, function, example
     ("build-teacher", build_teacher, "build-teacher demo -o caches/demo"),
     ("distill", distill, "distill caches/demo --student models/small -o runs/a"),
     ("evaluate", evaluate, "evaluate runs/a --limit 100"),
+    ("exits", exits, "exits runs/a --cache caches/heldout"),
     ("init-student", init_student, "init-student models/teacher --layers 0-5,24-29 -o models/small"),
     ("demo", demo, "demo -o demo --seeds 3"),
     ("ablate", ablate, "ablate demo --axis matching --student models/small --seeds 3 -o ablation"),

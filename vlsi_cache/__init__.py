@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from vlsi_cache.config.sections import CacheSpec
     from vlsi_cache.config.spec import load_spec
     from vlsi_cache.config.training import DistillSpec
+    from vlsi_cache.evaluation.exits import exits
     from vlsi_cache.evaluation.scores import evaluate
     from vlsi_cache.evaluation.trace import trace
     from vlsi_cache.exchange.exporting import export_cache
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from vlsi_cache.store.reader import open as open_cache
     from vlsi_cache.store.remote.transfer import pull, push
     from vlsi_cache.teacher.build import build_teacher
+    from vlsi_cache.teacher.draft_plan import plan_exits
     from vlsi_cache.teacher.generate import generate
     from vlsi_cache.teacher.plan import plan
     from vlsi_cache.teacher.sync import sync_cache
@@ -53,6 +55,7 @@ _HOME = {
     "diff": "store.diff",
     "distill": "train.distill",
     "evaluate": "evaluation.scores",
+    "exits": "evaluation.exits",
     "export_cache": "exchange.exporting",
     "generate": "teacher.generate",
     "import_cache": "exchange.importing",
@@ -66,6 +69,7 @@ _HOME = {
     "open_cache": "store.reader",
     "open_run": "run_files",
     "plan": "teacher.plan",
+    "plan_exits": "teacher.draft_plan",
     "prune": "store.derive.prune",
     "pull": "store.remote.transfer",
     "push": "store.remote.transfer",
@@ -95,6 +99,7 @@ __all__ = [
     "diff",
     "distill",
     "evaluate",
+    "exits",
     "export_cache",
     "generate",
     "import_cache",
@@ -107,6 +112,7 @@ __all__ = [
     "open_cache",
     "open_run",
     "plan",
+    "plan_exits",
     "prune",
     "pull",
     "push",

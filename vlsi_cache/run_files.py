@@ -19,6 +19,7 @@ from .io import refuse_url
 from .progress import html_text
 
 RUN, METRICS, EVALUATION, CHECKPOINT = "run.json", "metrics.jsonl", "evaluation.json", "checkpoint.json"
+EXITS = "exits.json"
 SEAL = "xxh3"  # key of a record's checksum over the rest of it
 
 
@@ -147,6 +148,27 @@ class _AblationRow(_Record):
     num_steps: int | None = None
 
 
+class _Exit(_Record):
+    layer: int
+    accuracy: float
+    nll: float
+    agreement: float
+    weights: int
+    seconds: float | None
+    acceptance: float | None = None
+    tokens_per_pass: float | None = None
+    speedup: float | None = None
+
+
+class _Exits(_Record):
+    num_samples: int
+    num_drafts: int
+    structure: str
+    verbalizers: str | None
+    exits: list[_Exit]
+    rules: dict[str, list[dict[str, float]]]
+
+
 class _Ablation(_Record):
     runs: dict[str, dict[str, _AblationRun]]
     spec: dict[str, Any] = {}
@@ -238,6 +260,15 @@ def read_evaluation(folder: Path) -> dict[str, Any] | None:
         return None
     todo = f"delete it and run: {command_line('evaluate', folder)}"
     return _unsealed(_read(file, _Evaluation, todo), file, todo)
+
+
+def read_exits(folder: Path) -> dict[str, Any] | None:
+    """`exits.json` of a run folder; None where its exits were not measured."""
+    file = folder / EXITS
+    if not file.exists():
+        return None
+    todo = f"delete it and run: {command_line('exits', folder)}"
+    return _unsealed(_read(file, _Exits, todo), file, todo)
 
 
 def read_checkpoint(file: Path) -> dict[str, Any]:

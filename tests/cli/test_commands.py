@@ -18,7 +18,7 @@ import vlsi_cache as vc
 from vlsi_cache import errors, io
 from vlsi_cache.config.spec import load_spec
 
-STAGES = ["plan", "generate", "train-verbalizers", "build-teacher", "distill", "evaluate"]
+STAGES = ["plan", "generate", "train-verbalizers", "build-teacher", "distill", "evaluate", "exits"]
 
 
 STAGES += ["init-student", "demo", "ablate"]
@@ -67,7 +67,8 @@ def test_version_everywhere(run: Any, words: list[str]) -> None:
     ("words", "says"),
     [
         (["inspct"], "Did you mean 'inspect'"),
-        (["plan"], "Missing argument 'SPEC'"),
+        (["inspect"], "Missing argument 'CACHE'"),
+        (["plan"], "name a SPEC to price its build, or a cache with --exits CACHE"),
         (["plan", "demo", "--jsn"], "--json"),
         (["distill", "c", "-o", "r", "--recipe", "vlsl"], "vlsi"),
         (["sample", "c", "i", "--top", "0"], "--top"),

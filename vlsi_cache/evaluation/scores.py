@@ -4,8 +4,7 @@ Legend: T response tokens, D hidden size, V vocabulary.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import closing
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,19 +17,16 @@ from vlsi_cache.config.spec import Overrides, apply_overrides, change, override_
 from vlsi_cache.config.training import Alignment, TraversalSpec
 from vlsi_cache.data.collate import Batch, collate, plan_sample_batches
 from vlsi_cache.data.encoder import Encoder
-from vlsi_cache.data.measuring import fit_rows
-from vlsi_cache.data.preparing import Preparer
 from vlsi_cache.data.records import Record, read_records
-from vlsi_cache.data.sequence import Encoded, Layout
-from vlsi_cache.errors import ModelError, SpecError, list_problems
-from vlsi_cache.io import ahead, check_file, refuse_url, write_atomically
+from vlsi_cache.errors import ModelError, SpecError
+from vlsi_cache.io import check_file, refuse_url, write_atomically
 from vlsi_cache.models.backbone import Backbone, head_of
 from vlsi_cache.models.drafting import Drafter
-from vlsi_cache.models.load import ModelRef, max_positions, resolve_model
+from vlsi_cache.models.load import ModelRef, resolve_model
 from vlsi_cache.models.probe import checked_backbone
 from vlsi_cache.models.traversal import add_traversal, traversal_of
-from vlsi_cache.models.verbalizer import Verbalizers, frozen_layout, load_verbalizers
-from vlsi_cache.models.verbalizer_files import find_folder, read_record
+from vlsi_cache.models.verbalizer import Verbalizers, frozen_layout, load_verbalizers, read_exits
+from vlsi_cache.models.verbalizer_files import EXITS_FOLDER, find_folder, read_record
 from vlsi_cache.processes import ALONE, Processes, joined
 from vlsi_cache.progress import progress, say
 from vlsi_cache.run_files import EVALUATION as RESULT
@@ -43,6 +39,7 @@ from vlsi_cache.store import reader
 from vlsi_cache.store.reader import Cache
 from vlsi_cache.teacher.generate import Decoding, respond
 
+from .held_out import HeldOut, held_out, prepared
 from .teacher_agreement import against_cache, trained_on
 
 
@@ -151,6 +148,7 @@ def _evaluate(
         cache=opened,
         encoding=spec.data.encoding(),
         verbalizers=str(given or own) if given or own.is_dir() else None,
+        exits=str(folder / EXITS_FOLDER) if given is None and (folder / EXITS_FOLDER).is_dir() else None,
         device=processes.own_device(device, spec.run.device) or spec.run.device,
         alignment=spec.distill.alignment,
         batch_tokens=spec.run.num_batch_tokens,
@@ -236,6 +234,7 @@ def evaluate_model(
     cache: Cache | None = None,
     encoding: Encoding = AS_IT_IS,
     verbalizers: str | None = None,
+    exits: str | None = None,
     device: str | None = None,
     batch_tokens: int = 8192,
     draft_exit: int | None = None,
@@ -246,32 +245,19 @@ def evaluate_model(
 ) -> dict[str, Any]:
     """`evaluate` for any model; `limit` takes the first rows only, `batch_tokens` bounds a perplexity batch.
 
+    `verbalizers` read the layers, and `exits`, if they are given, the one that drafts.
     With `alignment: byte` the model may have another tokenizer than the teacher of the cache.
     `encoding` (see `DataSpec.encoding`) holds for the rows of the cache; held-out rows have their own.
     """
     where = pick_device(device)
-    own, kept, records, num_skipped = None, [], [], 0
-    if settings is not None:  # before the weights are loaded: rows that cannot be read are told at once
-        data = settings.data
-        own = model.encoder(data.encoding())
-        found = read_records(data, limit=limit, num_workers=num_workers)
-        limits = {"max_length": data.max_length, "max_positions": max_positions(model.config)}
-        # The others find the table of rows that the first one has made.
-        kept, do_not_fit = processes.first_before_others(
-            partial(fit_rows, found, own, **limits, bad_rows=data.bad_rows, num_workers=num_workers)
-        )
-        skipped = [*found.skipped, *do_not_fit]
-        if skipped:
-            reasons = [f"row `{row['id']}`: {row['reason']}" for row in skipped]
-            say(f"{len(skipped)} held-out rows were left out\n{list_problems(reasons)}")
-        records, num_skipped = found.take(kept.index_N), len(skipped)
+    rows = None
+    if settings is not None:
+        found = read_records(settings.data, limit=limit, num_workers=num_workers)
+        rows = held_out(model, found, settings.data, num_workers=num_workers, processes=processes)
     loaded = model.load(str(where))
     if settings is not None and settings.traversal is not None:
         _traverse(loaded, settings.traversal)
-    of_cache = own
-    if own is None or cache is not None:
-        of_cache = model.encoder(encoding)
-    assert of_cache is not None
+    of_cache = model.encoder(encoding) if rows is None or cache is not None else rows.encoder
     backbone = checked_backbone(loaded, of_cache)
     spoken = None
     if verbalizers is not None:
@@ -279,13 +265,15 @@ def evaluate_model(
         # The head may have been trained since: a layer is read through the head of the model that is measured.
         spoken = load_verbalizers(verbalizers, backbone, layers, check_head=False).to(where)
     result = {}
-    if settings is not None:
-        assert own is not None
-        drafter = None if draft_exit is None else Drafter.of(backbone, draft_exit, verbalizers=spoken)
-        batches = plan_sample_batches(kept, batch_tokens, frozen_layout(backbone, spoken))
+    if settings is not None and rows is not None:
+        drafter = None
+        if draft_exit is not None:
+            read = spoken if exits is None else read_exits(Path(exits), backbone, student=model.digest)
+            drafter = Drafter.of(backbone, draft_exit, verbalizers=read)
+        batches = plan_sample_batches(rows.kept, batch_tokens, frozen_layout(backbone, spoken))
         options = {"num_workers": num_workers, "processes": processes}
-        scores = _on_held_out(backbone, spoken, settings, own, records, batches, drafter=drafter, **options)
-        result = {"num_samples": len(records), "num_skipped": num_skipped, **scores}
+        scores = _on_held_out(backbone, spoken, settings, rows, batches, drafter=drafter, **options)
+        result = {"num_samples": len(rows.records), "num_skipped": rows.num_skipped, **scores}
     if cache is not None:
         options: Any = {"batch_tokens": batch_tokens, "limit": limit, "alignment": alignment, "processes": processes}
         result["cache"] = against_cache(backbone, spoken, of_cache, cache, **options)
@@ -305,14 +293,14 @@ def _on_held_out(
     backbone: Backbone,
     verbalizers: Verbalizers | None,
     settings: EvaluateSpec,
-    encoder: Encoder,
-    records: Sequence[Record],
+    rows: HeldOut,
     batches: list[list[int]],
     *,
     drafter: Drafter | None,
     num_workers: int,
     processes: Processes,
 ) -> dict[str, Any]:
+    records, encoder = rows.records, rows.encoder
     options = {"num_workers": num_workers, "processes": processes}
     nll = mean_nll(backbone, verbalizers, records, batches, encoder, **options)
     # A layer may be read through verbalizers of another model; the model's own loss has a perplexity.
@@ -352,10 +340,10 @@ def mean_nll(
     """Negative log-likelihood in nats per response token over the real vocabulary, by layer; the final one last."""
     head, own = head_of(backbone).real(encoder.vocab_size), processes.share(batches)
     layout = frozen_layout(backbone, verbalizers)
-    prepared = _prepared(records, own, encoder, layout, num_workers)
+    batches_of = prepared(records, encoder, own, layout, num_workers=num_workers)
     options: dict[str, Any] = {"row_width": backbone.row_width, "marks_responses": layout.marks_responses}
     sums = []  # one of every batch, so that they are added in the order of the batches whoever has made them
-    for sequences in progress(prepared, "perplexity", unit="batch", total=len(own)):
+    for sequences in progress(batches_of, "perplexity", unit="batch", total=len(own)):
         batch = collate(sequences, pad_id=encoder.pad_id, device=backbone.device, **options)
         sums.append((len(batch.gold_T), _nll_by_layer(backbone, verbalizers, batch, head)))
     totals: dict[int, float] = defaultdict(float)
@@ -379,17 +367,6 @@ def _nll_by_layer(backbone: Backbone, verbalizers: Verbalizers | None, batch: Ba
             state_TD = verbalizers.apply(layer, state_TD)
         nll[layer] = float(linear_cross_entropy(state_TD, head, batch.gold_T))
     return nll
-
-
-def _prepared(
-    records: Sequence[Record], batches: Sequence[list[int]], encoder: Encoder, layout: Layout, num_workers: int
-) -> Iterator[list[Encoded]]:
-    """The batches in order, prepared while the model works."""
-    with Preparer(encoder, num_workers, layout) as preparer:
-        chosen = ([records[i] for i in indices] for indices in batches)
-        threads = preparer.num_threads
-        with closing(ahead(preparer.encode_all, chosen, num_ahead=1 + threads, num_threads=threads)) as ready:
-            yield from ready
 
 
 def exact_match(

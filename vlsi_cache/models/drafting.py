@@ -11,6 +11,8 @@ vocabulary, D hidden size.
 """
 
 import inspect
+import statistics
+import time
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -39,7 +41,7 @@ class Drafter:
     verbalizers: Verbalizers
     layer: int
     num_drafts: int = 4
-    num_drafted: int = 0
+    num_drafted: int = 0  # within the answers: what lies behind the end of one does not count
     num_accepted: int = 0
     num_checks: int = 0  # passes of the whole model, rows counted one by one
 
@@ -104,20 +106,25 @@ def decode(
     """The ids that follow each prompt of `inputs` (padded on the left), with `eot_id` where the model came to it."""
     speaker = _Speaker(drafter, vocab_size, temperature, top_p)
     rows = speaker.begin(inputs)
-    while True:
-        for row, ids in zip(rows.numbers, rows.ids, strict=True):
-            rows.said[row] = _cut(ids, eot_id, max_new_tokens)
-        going = [
-            i
-            for i, row in enumerate(rows.numbers)
-            if len(rows.said[row]) < max_new_tokens and eot_id not in rows.said[row]
-        ]
-        if not going:
-            return [rows.said[row] for row in sorted(rows.said)]
+    rows.said = {row: _cut(ids, eot_id, max_new_tokens) for row, ids in zip(rows.numbers, rows.ids, strict=True)}
+
+    def is_over(said: list[int]) -> bool:
+        return len(said) >= max_new_tokens or eot_id in said
+
+    while going := [i for i, row in enumerate(rows.numbers) if not is_over(rows.said[row])]:
         if len(going) < len(rows.numbers):
             rows.keep(going)
         left = max_new_tokens - min(len(ids) for ids in rows.ids)
-        speaker.speak(rows, min(drafter.num_drafts, left - 1))
+        num_drafts = min(drafter.num_drafts, left - 1)
+        accepted = speaker.speak(rows, num_drafts)
+        for row, ids, count in zip(rows.numbers, rows.ids, accepted, strict=True):
+            num_before, said = len(rows.said[row]), _cut(ids, eot_id, max_new_tokens)
+            rows.said[row] = said
+            num_new = len(said) - num_before
+            drafter.num_accepted += min(count, num_new)
+            drafter.num_drafted += min(num_drafts, num_new) if is_over(said) else num_drafts
+            drafter.num_checks += 1
+    return [rows.said[row] for row in sorted(rows.said)]
 
 
 def _cut(ids: list[int], eot_id: int, max_new_tokens: int) -> list[int]:
@@ -216,8 +223,8 @@ class _Speaker:
             ids.append(own)
         return rows
 
-    def speak(self, rows: _Rows, num_drafts: int) -> None:
-        """Draft, check, and go on behind what is right."""
+    def speak(self, rows: _Rows, num_drafts: int) -> list[int]:
+        """Draft, check, and go on behind what is right; how many drafts of each row stand."""
         drafter, layer = self.drafter, self.drafter.layer
         last_B1 = torch.tensor([[ids[-1]] for ids in rows.ids], device=rows.mask_BS.device)
         drafted, drafts_BV = [last_B1], []
@@ -235,10 +242,15 @@ class _Speaker:
         rows.mask_BS = _seen(rows.mask_BS, ids_BM.shape[1])
         ids_BN = ids_BM[:, 1:]
         num_accepted_B, own_B = self._check(ids_BN, drafts_BV, logits_BMV)
-        drafter.num_drafted += ids_BN.numel()
-        drafter.num_accepted += int(num_accepted_B.sum())
-        drafter.num_checks += len(ids_BN)
         rows.accept(ids_BN, num_accepted_B, own_B)
+        return num_accepted_B.tolist()
+
+    def say_at(self, rows: _Rows, ids_B1: Tensor, layer: int) -> list[int]:
+        """The token of each row behind one more, said by an exit or by the last layer; the cache then has that one."""
+        is_exit = layer < self.backbone.num_layers
+        state = self._run(rows, ids_B1, 0, draft=is_exit)[layer]
+        state_BD = self.drafter.verbalizers.apply(layer, state) if is_exit else state
+        return self._say(self._logits(state_BD))[0].tolist()
 
     def _run(self, rows: _Rows, ids_BN: Tensor, num_before: int, *, draft: bool) -> dict[int, Any]:
         """Hidden states [B * N, D] of new tokens, at the layer that drafts or at the end; the cache then has them."""
@@ -289,6 +301,30 @@ class _Speaker:
         # Equal distributions leave a rest of rounding alone, and are never refused but by it.
         rest_BV = torch.where(rest_BV.sum(1, keepdim=True) > 0, rest_BV, probs_BMV[row_B, count_B])
         return count_B.to(ids_BN.device), rest_BV.multinomial(1)[:, 0].to(ids_BN.device)
+
+
+@torch.inference_mode()
+def step_seconds(
+    backbone: Backbone, verbalizers: Verbalizers, vocab_size: int, *, num_cached: int = 128, num_rounds: int = 7
+) -> dict[int, float]:
+    """Time of the next token of one text behind `num_cached` others, by the exit that says it and by the last layer.
+
+    The median over rounds in which every exit has its turn. Raises ModelError for a model that cannot be rewound.
+    """
+    check_rewinds(backbone)
+    layers, took = verbalizers.layers, dict[int, list[float]]()
+    ids_BS = (torch.arange(num_cached, device=backbone.device)[None] * 7 + 11) % vocab_size
+    speakers = {layer: _Speaker(Drafter(backbone, verbalizers, layer), vocab_size, 0.0, 1.0) for layer in layers}
+    last = _Speaker(Drafter(backbone, verbalizers, backbone.num_layers), vocab_size, 0.0, 1.0)
+    rows = last.begin({"input_ids": ids_BS, "attention_mask": torch.ones_like(ids_BS)})
+    for number in range(num_rounds + 1):  # the first one warms up
+        for layer, speaker in [*speakers.items(), (backbone.num_layers, last)]:
+            started = time.perf_counter()
+            speaker.say_at(rows, ids_BS[:, :1], layer)
+            if number:
+                took.setdefault(layer, []).append(time.perf_counter() - started)
+            crop(rows.cache, layer, 1)
+    return {layer: statistics.median(times) for layer, times in took.items()}
 
 
 def _seen(mask_BS: Tensor, num_new: int) -> Tensor:

@@ -38,6 +38,7 @@ BLOCKS = {
 }
 LAST_PROJECTIONS = frozenset({"down_proj", "o_proj"})
 PLAIN_STD = 0.02
+WITH_GATES = " with gates"  # behind the digest of a traversed student whose gates a stage has trained
 NORM_EPS = 1e-6
 
 
@@ -249,6 +250,16 @@ def load_verbalizers(
     for layer in layers:
         load_layer(Path(folder), layer, verbalizers.by_layer[str(layer)], record["architecture"])
     return verbalizers.to(backbone.device).requires_grad_(trainable).train(trainable)
+
+
+def read_exits(folder: Path, backbone: Backbone, *, student: str, start: str | None = None) -> Verbalizers:
+    """All verbalizers of a folder as exits of a student: trained for its weights, whose digest is `student`, or for
+    those that its run began with (`start`), whose head may have been another. Raises ModelError for any others."""
+    record = read_record(folder, [])
+    layers, made_for = sorted(map(int, record["layers"])), str(record["provenance"].get("teacher_digest"))
+    is_of_start = start is not None and made_for.removesuffix(WITH_GATES) == start
+    digest = None if is_of_start else student
+    return load_verbalizers(folder, backbone, layers, teacher_digest=digest, check_head=not is_of_start)
 
 
 def num_parameters(

@@ -191,6 +191,21 @@ def layer_losses(losses: Mapping[str, Mapping[int, Sequence[float]]]) -> str:
         return svg_of(figure, "layers", "Held-out loss of each student layer")
 
 
+def exit_curves(result: Mapping[str, Any]) -> str:
+    """Words that are the last layer's, and right words, against the mean depth of what says them: by each confidence
+    rule, and (points) by each exit alone."""
+    with styled_figure(8.2, 3.0, 2, room_above=0) as (figure, pair):
+        for axes, key, name in zip(pair, ("agreement", "accuracy"), ("the last layer's", "right"), strict=True):
+            for (rule, points), colour in zip(result["rules"].items(), (ACCENT, WARM), strict=True):
+                depths, shares = zip(*((one["depth"], 100 * one[key]) for one in points), strict=True)
+                axes.plot(depths, shares, color=colour, lw=1.8, label=f"the first that is sure, by {rule}")
+            depths, shares = zip(*((one["layer"], 100 * one[key]) for one in result["exits"]), strict=True)
+            axes.plot(depths, shares, color=GREY, ls="", marker="o", ms=5, label="one layer alone")
+            _label_lines(axes, xlabel="mean depth [layers]", ylabel=f"words that are {name} [%]")
+        pair[0].legend()
+        return svg_of(figure, "exits", "Quality of exits against their mean depth")
+
+
 def probe_curves(panels: Sequence[Panel], steps: Sequence[int], layers: Sequence[int]) -> str:
     """Numbers of the probes over the steps, one line a layer; the teacher's side is dashed."""
     from matplotlib.lines import Line2D

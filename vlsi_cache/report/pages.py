@@ -10,7 +10,7 @@ import numpy as np
 
 from vlsi_cache.errors import CacheIncompleteError, CacheNotFoundError, command_line
 from vlsi_cache.io import write_atomically
-from vlsi_cache.run_files import read_ablation
+from vlsi_cache.run_files import read_ablation, read_exits
 from vlsi_cache.runs.diagnostics import findings_of
 from vlsi_cache.runs.metrics import RunFiles, curve, layer_curves, read_json, read_record, read_run, stages_of
 from vlsi_cache.store.location import UrlPath, place_of
@@ -27,6 +27,7 @@ from .text import (
     check_page,
     demo_rows,
     evaluation_parts,
+    exits_parts,
     kinds_of,
     layer_names,
     mean,
@@ -146,6 +147,7 @@ def run_page(run: RunFiles) -> str:
         **_matched(run),
         probes=_probe_curves(run),
         **_mixing(mixing_of_run(run.path)),
+        **_exits(read_exits(run.path)),
         record=record,
     )
 
@@ -319,6 +321,11 @@ def write_trace_page(trace: Trace, file: Path) -> Path:
 def _mixing(found: Mixing | None) -> dict[str, Any]:
     """How layers of a traversed student mix their passes, and its picture; None of a plain student."""
     return {"mixing": found, "mixing_map": None if found is None else figures.mixing_map(found)}
+
+
+def _exits(result: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What a run's exits say and cost, and the picture of their rules; None where they were not measured."""
+    return {"exits": result and exits_parts(result), "exit_curves": result and figures.exit_curves(result)}
 
 
 def _layers_of(cache: "Cache") -> list[LayerStats]:

@@ -23,6 +23,7 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 HEAD_BYTES = 4096
 FIRST = 5  # of many names that are shown
 OPENING = b":root { color-scheme: light dark; --paper: #ffffff;"  # of the style of every page that we have written
+KEPT = (0.995, 0.99, 0.98, 0.95, 0.9)  # shares of the last layer's words whose depth is shown
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -231,6 +232,62 @@ def evaluation_table(result: Mapping[str, Any]) -> str:
     blocks = ["\n".join(lines), "\n".join(parts["notes"]), parts["layers"] and table(*parts["layers"])]
     blocks += ["\n".join(parts["teacher"]), parts["divergences"] and table(*parts["divergences"])]
     return "\n\n".join(block for block in blocks if block)
+
+
+def exit_plan_table(exits: Sequence[Mapping[str, Any]], num_drafts: int) -> str:
+    """What cached layers could draft, for the terminal."""
+    heads = ["layer", "agrees, %", f"of {num_drafts} drafts stand, %", "words a pass", "times as fast"]
+    rows = [
+        [
+            str(one["layer"]),
+            f"{100 * one['agreement']:.1f}",
+            *_drafts(one),
+            f"{one['best_num_drafts']} ({one['best_speedup']:.2f})",
+        ]
+        for one in exits
+    ]
+    return table([*heads, "best number of drafts"], rows)
+
+
+def exits_parts(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What `exits.json` says, for the terminal and for a page: a table of exits, and one of depth by rule."""
+    heads = ["layer", "right, %", "nats per token", "agrees, %", "weights, M", "ms per token"]
+    heads += [f"of {result['num_drafts']} drafts stand, %", "words a pass", "times as fast"]
+    *exits, last = result["exits"]
+    rows = [[str(one["layer"]), *_exit(one), *_drafts(one)] for one in exits]
+    rows.append([f"{last['layer']} (last)", *_exit(last), "", "", ""])
+    kept = [[f"{100 * share:g}", *(_depth_for(points, share) for points in result["rules"].values())] for share in KEPT]
+    return {
+        "exits": (heads, rows),
+        "rules": (["of the last layer's words, %", *(f"mean depth by {rule}" for rule in result["rules"])], kept),
+        "note": f"{result['num_samples']:,} samples; exits are read by {_reader(result)}; speed-up by weights read.",
+    }
+
+
+def _exit(one: Mapping[str, Any]) -> list[str]:
+    """What an exit says, reads and takes."""
+    scores = [f"{100 * one['accuracy']:.1f}", f"{one['nll']:.3f}", f"{100 * one['agreement']:.1f}"]
+    return [*scores, f"{one['weights'] / 1e6:,.3g}", "" if one["seconds"] is None else f"{1e3 * one['seconds']:.2f}"]
+
+
+def _drafts(one: Mapping[str, Any]) -> list[str]:
+    return [f"{100 * one['acceptance']:.1f}", f"{one['tokens_per_pass']:.2f}", f"{one['speedup']:.2f}"]
+
+
+def _reader(result: Mapping[str, Any]) -> str:
+    return result["verbalizers"] or "the student's own norm and head"
+
+
+def _depth_for(points: Sequence[Mapping[str, float]], share: float) -> str:
+    """The least mean depth of a rule that keeps this share of the last layer's words."""
+    depths = [point["depth"] for point in points if point["agreement"] >= share]
+    return f"{min(depths):.2f}" if depths else ""
+
+
+def exits_table(result: Mapping[str, Any]) -> str:
+    """The content of `exits.json` for the terminal."""
+    parts = exits_parts(result)
+    return "\n\n".join([parts["note"], table(*parts["exits"]), table(*parts["rules"])])
 
 
 def evaluation_parts(result: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from vlsi_cache.config.sections import CacheSpec
+from vlsi_cache.config.training import VerbalizerSpec
 from vlsi_cache.errors import SpecError
 from vlsi_cache.models.backbone import Backbone
 from vlsi_cache.models.packing import likely_layout
@@ -71,7 +72,7 @@ def forward_flops(model: Any, lengths: Iterable[int], patches: Iterable[int]) ->
     width = num_heads * (getattr(text, "head_dim", None) or text.hidden_size // max(num_heads, 1))
     # Two products, queries with keys and weights with values, of two operations each.
     squares = float(sum(length * length for length in lengths))
-    weights = sum(_active(layers, text).values())
+    weights = sum(active_weights(layers, text).values())
     return ForwardFlops(
         weights=2.0 * weights * sum(lengths),
         attention=4.0 * len(layers) * width * squares,
@@ -101,14 +102,14 @@ def _vision(model: Any, patches: list[int]) -> float:
     config = model.config.vision_config
     merged = getattr(config, "spatial_merge_size", 1) ** 2
     text = {id(weight) for weight in (*model.get_decoder().parameters(), model.get_output_embeddings().weight)}
-    weights = _active(model, config, without=text)
+    weights = active_weights(model, config, without=text)
     each = sum(count / (merged if "merger" in name else 1) for name, count in weights.items())
     depth = getattr(config, "depth", None) or config.num_hidden_layers
     width = getattr(config, "embed_dim", None) or config.hidden_size
     return 2.0 * each * sum(patches) + 4.0 * depth * width * float(sum(number * number for number in patches))
 
 
-def _active(module: nn.Module, config: Any, without: Collection[int] = ()) -> dict[str, float]:
+def active_weights(module: nn.Module, config: Any, without: Collection[int] = ()) -> dict[str, float]:
     """Weights by name that multiply every token: matrices and kernels, no tables; of experts those that are chosen."""
     tables = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
     chosen, num_experts = getattr(config, "num_experts_per_tok", None), 1
@@ -257,8 +258,13 @@ def _bytes_per_layer_token(inputs: TeacherInputs) -> float:
 
 
 def _verbalizer_parameters(inputs: TeacherInputs) -> int:
-    text, spec = inputs.model.config.get_text_config(), inputs.spec.verbalizer
-    per_layer = num_parameters(
+    text = inputs.model.config.get_text_config()
+    return len(inputs.target_layers) * verbalizer_size(text, inputs.spec.verbalizer)
+
+
+def verbalizer_size(text: Any, spec: VerbalizerSpec) -> int:
+    """Parameters of one layer's verbalizer for a model with this text configuration."""
+    return num_parameters(
         spec.structure,
         hidden_size=text.hidden_size,
         intermediate_size=getattr(text, "intermediate_size", None) or 0,
@@ -267,7 +273,6 @@ def _verbalizer_parameters(inputs: TeacherInputs) -> int:
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // num_heads,
         pre_norm=spec.pre_norm,
     )
-    return len(inputs.target_layers) * per_layer
 
 
 def _dtype(inputs: TeacherInputs) -> torch.dtype:

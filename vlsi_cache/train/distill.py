@@ -37,7 +37,7 @@ from vlsi_cache.models.lora import (
 from vlsi_cache.models.mixing import mixing_of
 from vlsi_cache.models.save import STUDENT_RECORD, check_ours, save_student
 from vlsi_cache.models.traversal_files import to_dtype
-from vlsi_cache.models.verbalizer import Verbalizers, load_verbalizers
+from vlsi_cache.models.verbalizer import WITH_GATES, Verbalizers, load_verbalizers
 from vlsi_cache.processes import Processes, joined
 from vlsi_cache.progress import say
 from vlsi_cache.report.mixing import MIXING_NAME
@@ -350,7 +350,7 @@ def _verbalize(state: StudentState, num_steps: int) -> tuple[Verbalizers, dict[s
         vocab_size=state.encoder.vocab_size,
     )
     # Of a traversed student stage gates has trained a part: these verbalizers are for no other run.
-    made_for = state.run.record["student_digest"] + (" with gates" if distill.traversal is not None else "")
+    made_for = state.run.record["student_digest"] + (WITH_GATES if distill.traversal is not None else "")
     facts = {"teacher_digest": made_for, "model": state.student_path}
     provenance = {**facts, "loss": state.spec.verbalizer.loss}
     state.processes.from_first(lambda: verbalizers.save(folder, provenance=provenance))

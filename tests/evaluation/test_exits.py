@@ -1,0 +1,164 @@
+"""What exits say, cost and could draft: against logits of the model itself, a literal decoding, and the decoder."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.tiny import write_spec
+from transformers import AutoModelForCausalLM
+
+import vlsi_cache as vc
+from vlsi_cache.data.collate import collate_prompts
+from vlsi_cache.data.records import read_records
+from vlsi_cache.errors import ModelError, SpecError
+from vlsi_cache.models.backbone import Backbone
+from vlsi_cache.models.draft_costs import Costs, best_drafts, drafts_of
+from vlsi_cache.models.drafting import Drafter, decode
+from vlsi_cache.models.load import ModelRef
+from vlsi_cache.models.verbalizer import load_verbalizers
+from vlsi_cache.report.pages import write_report
+from vlsi_cache.store.reader import Cache
+from vlsi_cache.train.student import cached_sources
+
+CHANGES = (
+    *("distill.verbalize.steps=1", "distill.interact.schedule.steps=2", "distill.sft.schedule.steps=2"),
+    *("distill.batch_size=4", "distill.micro_batch_size=4", "distill.exits.schedule.steps=6"),
+    *("distill.exits.schedule.learning_rate=0.02", "run.workers=0"),
+)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path) -> Cache:
+    folder = tmp_path_factory.mktemp("exits")
+    return vc.build_teacher(vc.load_spec(write_spec(folder, teacher_folder)), out=folder / "cache")
+
+
+@pytest.fixture(scope="module")
+def run(cache: Cache, student_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "last"
+    return vc.distill(cache, student=str(student_folder), out=out, recipe="last", overrides=CHANGES)
+
+
+def test_scores_are_those_of_the_model_s_own_logits(run: Path, cache: Cache) -> None:
+    found = vc.exits(run, cache=cache)
+    assert json.loads((run / "exits.json").read_text())["exits"] == found["exits"]
+    model = AutoModelForCausalLM.from_pretrained(run / "student").eval()
+    backbone = Backbone(model)
+    verbalizers = load_verbalizers(run / "exits", backbone, [1, 2])
+    nlls: dict[int, list[float]] = {1: [], 2: [], 3: []}
+    agrees: dict[int, list[bool]] = {1: [], 2: [], 3: []}
+    encoder = ModelRef(run / "student").encoder()
+    with torch.no_grad():
+        for record in cached_sources(cache):
+            one = encoder.encode(record)
+            states = model.model(input_ids=torch.from_numpy(one.input_ids)[None], output_hidden_states=True)
+            before = slice(one.num_prompt - 1, -1)
+            last_TV = model.lm_head(states.last_hidden_state[0, before])[:, : encoder.vocab_size]
+            for layer in nlls:
+                logits_TV = last_TV
+                if layer < 3:
+                    state_TD = verbalizers.apply(layer, states.hidden_states[layer][0, before])
+                    logits_TV = model.lm_head(state_TD)[:, : encoder.vocab_size]
+                logp_TV = logits_TV.log_softmax(-1)
+                nlls[layer] += (-logp_TV[torch.arange(len(logp_TV)), one.response_ids]).tolist()
+                agrees[layer] += (logits_TV.argmax(-1) == last_TV.argmax(-1)).tolist()
+    for one in found["exits"]:
+        assert one["nll"] == pytest.approx(np.mean(nlls[one["layer"]]), rel=1e-4)
+        assert one["agreement"] == pytest.approx(np.mean(agrees[one["layer"]]), abs=0.01)
+        assert one["seconds"] > 0
+    sizes = [sum(p.numel() for p in layer.parameters() if p.ndim > 1) for layer in model.model.layers]
+    of_exit = sum(p.numel() for p in verbalizers.by_layer["2"].parameters())
+    head = model.lm_head.weight.numel()
+    assert found["exits"][1]["weights"] == sizes[0] + sizes[1] + of_exit + head
+    assert found["exits"][2]["weights"] == sum(sizes) + head
+    for points in found["rules"].values():
+        depths = [point["depth"] for point in points]
+        assert min(depths) >= 1
+        assert max(depths) <= 3
+        deepest = max(points, key=lambda point: point["depth"])
+        assert deepest["agreement"] >= found["exits"][0]["agreement"]
+    page = write_report(run).read_text()
+    assert "<h2>Exits</h2>" in page
+    assert "3 (last)" in page
+
+
+def literal_decoding(agrees_T: np.ndarray, num_drafts: int) -> tuple[int, int, int]:
+    """Drafted, kept and checked, word by word."""
+    said, drafted, kept, checks = 1, 0, 0, 0
+    while said < len(agrees_T):
+        checks += 1
+        ahead = agrees_T[said : said + num_drafts]
+        right = 0
+        while right < len(ahead) and ahead[right]:
+            right += 1
+        is_over = said + right + 1 >= len(agrees_T)
+        drafted += len(ahead) if is_over else num_drafts
+        kept += right
+        said += right + 1
+    return drafted, kept, checks
+
+
+def test_drafts_are_counted_as_decoding_would() -> None:
+    rng = np.random.default_rng(0)
+    answers = [rng.random(length) < 0.8 for length in (1, 2, 5, 30, 60)]
+    for num_drafts in (1, 4, 7):
+        wanted = np.sum([literal_decoding(one, num_drafts) for one in answers], axis=0).tolist()
+        found = drafts_of(answers, num_drafts)
+        assert [found.num_drafted, found.num_accepted, found.num_checks] == wanted
+    assert drafts_of([np.ones(1, dtype=bool)], 4).tokens_per_pass == 1.0  # one word comes with the prompt
+    costs = Costs({1: 10}, layers=100, head=10)
+    assert costs.speedup(1, drafts_of([np.ones(21, dtype=bool)], 4)) == pytest.approx(5 * 110 / (4 * 20 + 110))
+    assert best_drafts([np.ones(41, dtype=bool)], 1, Costs({1: 1}, 100, 1)).num_drafts == 8
+    assert best_drafts([np.zeros(41, dtype=bool)], 1, costs).num_drafts == 1
+
+
+def test_along_own_answers_the_prediction_is_what_decoding_does(run: Path, cache: Cache, tmp_path: Path) -> None:
+    """A cache of the student over its own answers says beforehand how many of the drafts stand."""
+    student, answers, file = ModelRef(run / "student"), tmp_path / "own.parquet", cache.path.parent / "spec.yaml"
+    backbone, encoder = Backbone(student.load("cpu")), student.encoder()
+    vc.generate(vc.load_spec(file), out=answers, model=str(run), max_new_tokens=12)
+    changes = [f"teacher.model={run / 'student'}", f"teacher.verbalizers={run / 'exits'}", "teacher.layers=[1, 2]"]
+    own = vc.load_spec(file, overrides=[*changes, f"data.path={answers}", "data.limit=null"])
+    built = vc.build_teacher(own, out=tmp_path / "own")
+    first = {name: built[name].ids_LTK[:, :, 0] for name in built}
+    planned = {plan.layer: plan for plan in vc.plan_exits(built)}
+    # The others end otherwise in their text than in the tokens that were said: a random model speaks broken letters.
+    as_said = [one for one in read_records(own.data) if (first[one.id][-1] == encoder.encode(one).response_ids).all()]
+    assert len(as_said) > 5
+    prompts = [encoder.encode(record, with_response=False) for record in as_said]
+    verbalizers = load_verbalizers(run / "exits", backbone, [1, 2])
+    for place, layer in enumerate((1, 2)):
+        agrees = {name: first_LT[place] == first_LT[-1] for name, first_LT in first.items()}
+        assert planned[layer].agreement == pytest.approx(np.concatenate(list(agrees.values())).mean())
+        assert planned[layer].acceptance == drafts_of(agrees.values(), 4).acceptance
+        drafter = Drafter.of(backbone, layer, verbalizers=verbalizers)
+        ids: Any = {"eot_id": encoder.eot_id, "vocab_size": encoder.vocab_size}
+        decode(drafter, collate_prompts(prompts, pad_id=encoder.pad_id), max_new_tokens=40, **ids)
+        wanted = drafts_of([agrees[record.id] for record in as_said], 4)
+        found = (drafter.num_drafted, drafter.num_accepted, drafter.num_checks)
+        # Words that two layers find nearly equally likely can fall either way in batches of other shapes.
+        assert found == pytest.approx((wanted.num_drafted, wanted.num_accepted, wanted.num_checks), abs=3)
+
+
+def test_what_has_no_exits_is_refused(
+    run: Path, cache: Cache, student_folder: Path, teacher_folder: Path, tmp_path: Path
+) -> None:
+    other = vc.distill(
+        cache,
+        student=str(student_folder),
+        out=tmp_path / "other",
+        recipe="last",
+        overrides=[*CHANGES, "distill.seed=5"],
+    )
+    with pytest.raises(ModelError, match="trained for a model whose weights are"):
+        vc.exits(run, verbalizers=other / "exits", cache=cache)
+    with pytest.raises(SpecError, match="holds no run, and exits are those of a run's student"):
+        vc.exits(teacher_folder)
+    with pytest.raises(ModelError, match=r"target layers \[3\] are out of range"):
+        vc.evaluate(run, draft_exit=3, overrides={"evaluate.generate": True})
+    last = vc.prune(cache, out=tmp_path / "last", layers=["last"])
+    with pytest.raises(SpecError, match="holds the last layer alone"):
+        vc.plan_exits(last)

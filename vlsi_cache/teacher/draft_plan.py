@@ -1,0 +1,109 @@
+"""What a model's layers could draft, from a cache alone: how often each names the last layer's word, and what it reads.
+
+Legend: T response tokens, L cached layers.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlsi_cache.config.spec import spec_from_dict
+from vlsi_cache.errors import SpecError
+from vlsi_cache.models.backbone import Backbone
+from vlsi_cache.models.draft_costs import Costs, best_drafts, drafts_of
+from vlsi_cache.progress import progress
+from vlsi_cache.store import reader
+from vlsi_cache.store.reader import Cache
+
+from .inputs import teacher_ref
+from .plan import active_weights, verbalizer_size
+
+NUM_DRAFTS = 4  # at a time, as `models.drafting` has them
+
+
+def costs_of(model: Any, verbalizer_parameters: Mapping[int, int]) -> Costs:
+    """Weights that a token reads in a model (on the meta device, too), with verbalizers of these sizes at its exits."""
+    backbone, text = Backbone(model), model.config.get_text_config()
+    by_layer = [round(sum(active_weights(layer, text).values())) for layer in backbone.layers]
+    sums = np.cumsum(by_layer).tolist()
+    below = {layer: sums[layer - 1] + count for layer, count in verbalizer_parameters.items()}
+    return Costs(below, sums[-1], backbone.head_weight.numel())
+
+
+@dataclass(frozen=True)
+class ExitPlan:
+    """One layer as an exit: `agreement` with the last layer's word; with `NUM_DRAFTS` drafts at a time `acceptance`,
+    `tokens_per_pass` and `speedup` (by weights read); and the number of drafts that is best, with its speed-up."""
+
+    layer: int
+    agreement: float
+    weights: int
+    acceptance: float
+    tokens_per_pass: float
+    speedup: float
+    best_num_drafts: int
+    best_speedup: float
+
+
+def exit_plan(layer: int, agrees: list[np.ndarray], costs: Costs) -> ExitPlan:
+    """`agrees`: for each answer, at which tokens this layer names the word of the last one."""
+    drafts, best = drafts_of(agrees, NUM_DRAFTS), best_drafts(agrees, layer, costs)
+    return ExitPlan(
+        layer,
+        float(np.concatenate(agrees).mean()),
+        costs.of_exit(layer),
+        drafts.acceptance,
+        drafts.tokens_per_pass,
+        costs.speedup(layer, drafts),
+        best.num_drafts,
+        costs.speedup(layer, best),
+    )
+
+
+def plan_exits(cache: Cache | Path | str) -> list[ExitPlan]:
+    """What each cached layer could draft for the model of a cache; reads rows and a configuration, and no weights.
+
+    Along answers of the model itself the drafts are those that decoding would have; along other texts an estimate.
+    Raises SpecError for a cache that does not tell which word a layer names first.
+    """
+    opened = cache if isinstance(cache, Cache) else reader.open(cache)
+    if reason := _why_not(opened):
+        raise SpecError(f"{opened.path} {reason}, so what its layers could draft is not known")
+    spec = spec_from_dict(opened.header.spec, where=str(opened.path))
+    model = teacher_ref(spec.teacher)
+    sizes = dict.fromkeys(opened.layers[:-1], 0)
+    if spec.teacher.verbalizers is not None:
+        sizes = dict.fromkeys(sizes, verbalizer_size(model.config.get_text_config(), spec.verbalizer))
+    costs, agrees = costs_of(model.empty(), sizes), _agreements(opened)
+    return [exit_plan(layer, agrees[layer], costs) for layer in opened.layers[:-1]]
+
+
+def _why_not(cache: Cache) -> str:
+    header = cache.header
+    if header.row_kind != "top-k":
+        return "holds draws from the teacher and not its first words"
+    if len(header.layers) < 2:
+        return "holds the last layer alone"
+    if not header.spec.get("teacher"):
+        return "was imported and does not name its teacher"
+    return ""
+
+
+def _agreements(cache: Cache) -> dict[int, list[np.ndarray]]:
+    """By layer, for each sample at which of its tokens the layer's first word is the last layer's, bool [T]."""
+    found: dict[int, list[np.ndarray]] = {layer: [] for layer in cache.layers[:-1]}
+    for part in progress(cache.parts, "exits", unit="part"):
+        for row in cache.read_part(part):
+            first_LT = row.ids_LTK[:, :, 0]
+            if first_LT.shape[1] != len(row.response_ids_R):
+                raise SpecError(
+                    f"{cache.path} holds a selection of the response tokens (sample `{row.sample_id}` has rows for "
+                    f"{first_LT.shape[1]} of {len(row.response_ids_R)}), and drafts run over all: build one without "
+                    "`rows.select_tokens`"
+                )
+            for place, layer in enumerate(found):
+                found[layer].append(first_LT[place] == first_LT[-1])
+    return found
