@@ -1,5 +1,7 @@
 """The command tree. Nothing heavy is imported here: every command imports what it needs when it runs."""
 
+import atexit
+import gc
 import os
 import sys
 from typing import Any
@@ -47,6 +49,8 @@ def main() -> int:
     """Entry point: runs the command of sys.argv and returns the exit code."""
     for name, value in QUIET_LIBRARIES.items():
         os.environ.setdefault(name, value)
+    # The interpreter ends with a search for garbage among all objects of torch and transformers, for a second or two.
+    atexit.register(gc.freeze)
     try:
         code = app(prog_name="vlsi-cache", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):

@@ -1,5 +1,6 @@
 """Offline teacher-logit caching and layer-wise distillation (VLsI). Importing this package imports no torch."""
 
+import gc
 import importlib
 from typing import TYPE_CHECKING, Any
 
@@ -130,7 +131,15 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module `vlsi_cache` has no attribute `{name}`")
-    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), _OTHER_NAME.get(name, name))
+    # torch and transformers make 400,000 objects that all stay: to look for garbage among them takes a second.
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        home = importlib.import_module(f".{_HOME[name]}", __name__)
+    finally:
+        if was_on:
+            gc.enable()
+    return getattr(home, _OTHER_NAME.get(name, name))
 
 
 def __dir__() -> list[str]:

@@ -1,5 +1,7 @@
 """Plans of parts and batches: every sample once, limits kept, the same plan from the same numbers."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -19,6 +21,23 @@ def test_parts(lengths: list[int], limit: int, seed: int) -> None:
     assert all(size <= limit or len(part) == 1 for size, part in zip(sizes, parts, strict=True))
     assert all(size + lengths[after[0]] > limit for size, after in zip(sizes, parts[1:], strict=False))
     assert parts == plan_parts(lengths, seed=seed, tokens_per_part=limit)
+
+
+@given(st.lists(st.integers(min_value=0, max_value=50), max_size=40), LIMIT, st.data())
+def test_parts_of_units(lengths: list[int], limit: int, data: st.DataObject) -> None:
+    """Dealt one after the other, a new part where there is no room; some samples may be in no unit."""
+    borders = sorted({0, *data.draw(st.lists(st.integers(min_value=0, max_value=len(lengths)), max_size=20))})
+    units = [range(lo, hi) for lo, hi in pairwise(borders)]
+    expected: list[list[int]] = []
+    room = -1
+    for number in np.argsort(np.random.Philox(3).random_raw(len(units)) if units else [], kind="stable"):
+        num_tokens = sum(lengths[index] for index in units[number])
+        if not expected or num_tokens > room:
+            expected.append([])
+            room = limit
+        expected[-1] += units[number]
+        room -= num_tokens
+    assert plan_parts(lengths, seed=3, tokens_per_part=limit, units=units) == expected
 
 
 def test_parts_never_change() -> None:

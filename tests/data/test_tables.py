@@ -1,6 +1,7 @@
 """What was measured once is found again by the next command, says the same, and is never believed when it is wrong."""
 
 import gzip
+import hashlib
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +115,14 @@ def test_names_of_many_are_those_of_each(tmp_path: Path, monkeypatch: pytest.Mon
         turned = found.take(np.array([4, 0, 6, 5, 9, 1][: len(found)]) % len(found))
         for records in (found, turned, turned.take(np.array([2, 0, 1]))):
             assert list(stored.names_of(records.records)) == [(one.id, one.digest, one.row) for one in records]
-            assert list(stored.begins_of(records.records)) == [(one.row, one.opening) for one in records]
+            lines = "\n".join(f"{one.id} {one.digest}" for one in records)
+            assert stored.content_digest(records.records) == hashlib.sha256(lines.encode()).hexdigest()
+            assert stored.content_digest(list(records)) == stored.content_digest(records.records)
+            for name, same_N in zip(
+                ("row", "opening"), stored.neighbours(records.records, with_openings=True), strict=True
+            ):
+                each = [getattr(one, name) for one in records]
+                assert same_N.tolist() == [False, *(one == other for one, other in pairwise(each))]
     listed = list(found)
     assert units(found, "prompt") == units(listed, "prompt")
     assert units(found, "row") == units(listed, "row")

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,10 @@ import pytest
 import zarr
 from helpers.caches import build, standard_case
 from helpers.variants import PROFILES, VARIANTS, build_variant, plain, variant_of
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
+from vlsi_cache.store import format as names
 from vlsi_cache.store import reader
 from vlsi_cache.store.check import verify
 
@@ -200,3 +204,26 @@ def test_codecs_are_those_of_the_text(tmp_path: Path) -> None:
                 assert (turned, blosc["shuffle"], blosc["blocksize"]) == codec, (name, array)
                 assert (blosc["cname"], blosc["clevel"]) == ("zstd", 5)
             assert not turned or chain[0]["configuration"]["order"] == [1, 2, 0]
+
+
+NUMBERS = st.floats(allow_nan=False, allow_infinity=False) | st.none()
+VALUES = st.lists(NUMBERS, max_size=9) | st.lists(NUMBERS | st.integers() | st.booleans() | st.text(), max_size=4)
+
+
+@settings(max_examples=30)
+@given(st.dictionaries(st.text(max_size=3), VALUES, max_size=4))
+@example({"a": [9.9e-5, -1e-05, 1e-04, 5e-324, 1e16, 9999999999999998.0, -0.0, 1.0, None, 10.00001]})
+def test_a_seal_is_over_one_spelling(value: dict[str, object]) -> None:
+    spelled = json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+    assert names.canonical_json(value) == names._read_json(value) == spelled
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_what_is_no_number_is_not_sealed(number: float) -> None:
+    with pytest.raises(ValueError, match="Out of range float"):
+        names._read_json({"a": [1.0, number]})
+
+
+def test_a_library_that_spells_numbers_otherwise_changes_nothing(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(names, "to_json", lambda value, **_: json.dumps(value, indent=1).encode())
+    assert verify(root).ok

@@ -9,8 +9,9 @@ import pytest
 from helpers.caches import copy_cache, file_bytes
 
 from vlsi_cache.errors import CacheCorruptError
-from vlsi_cache.store import files, reader, table
+from vlsi_cache.store import check, files, part, reader, table
 from vlsi_cache.store.check import verify
+from vlsi_cache.store.format import CacheHeader, PartRecord
 
 
 def test_a_missing_table_is_written_back(root: Path) -> None:
@@ -68,6 +69,21 @@ def test_opening_with_the_table_reads_no_record_and_looks_at_one_file_a_part(
     reader.open(root)
     in_parts = [Path(name).name for name in looked if "/parts/" in name]
     assert in_parts == ["part.json"] * 3
+
+
+def test_verify_reads_each_record_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    load = check.load_part_record
+
+    def count(root: Path, header: CacheHeader, index: int) -> PartRecord:
+        read.append(index)
+        return load(root, header, index)
+
+    monkeypatch.setattr(check, "load_part_record", count)
+    monkeypatch.setattr(part, "load_part_record", None)
+    monkeypatch.setattr(table, "load_part_record", None)
+    assert verify(root).ok
+    assert read == [0, 1, 2]
 
 
 @pytest.mark.parametrize("has_table", [True, False])

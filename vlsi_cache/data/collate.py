@@ -6,6 +6,7 @@ Shapes: B sequences, S positions (padded on the right), T response tokens of all
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -287,16 +288,22 @@ def plan_parts(
     """
     if units is None:
         units = [[index] for index in range(len(num_tokens_N))]
-    keys_N = np.random.Philox(seed).random_raw(len(units)) if units else np.zeros(0)
+    keys_U = np.random.Philox(seed).random_raw(len(units)) if units else np.zeros(0)
+    order_U = np.argsort(keys_U, kind="stable")
+    # A million units dealt one by one take seconds. Their samples, unit by unit in the order in which they are dealt:
+    sizes_U = np.fromiter(map(len, units), np.int64, len(units))
+    starts_U, sizes_U = (np.cumsum(sizes_U) - sizes_U)[order_U], sizes_U[order_U]
+    ends_U = np.cumsum(np.concatenate([[0], sizes_U]))
+    samples = np.fromiter(chain.from_iterable(units), np.int64)
+    samples = samples[np.repeat(starts_U - ends_U[:-1], sizes_U) + np.arange(len(samples))]
+    # Tokens before each unit, and behind the last one: a part goes on for as long as its end is within its limit.
+    before_U = np.concatenate([[0], np.cumsum(np.asarray(num_tokens_N, np.int64)[samples])])[ends_U]
     parts: list[list[int]] = []
-    room = 0
-    for number in np.argsort(keys_N, kind="stable").tolist():
-        num_tokens = sum(num_tokens_N[index] for index in units[number])
-        if not parts or num_tokens > room:
-            parts.append([])
-            room = tokens_per_part
-        parts[-1] += units[number]
-        room -= num_tokens
+    unit = 0
+    while unit < len(units):
+        fits = int(np.searchsorted(before_U, before_U[unit] + tokens_per_part, side="right")) - 1
+        first, unit = unit, max(fits, unit + 1)
+        parts.append(samples[ends_U[first] : ends_U[unit]].tolist())
     return parts
 
 

@@ -6,7 +6,7 @@ columns that are not, are told each time.
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
@@ -23,7 +23,7 @@ from .messages import as_parts, text_of
 from .reading import Rows, read_source
 from .rows import Record, as_json, content_text, digest_of
 from .sources import media_root, open_source
-from .stored import Chosen, begins_of, names_of
+from .stored import Chosen, names_of, neighbours
 from .values import listed, printable
 from .writing import write_rows
 
@@ -53,21 +53,22 @@ def units(records: Sequence[Record], keep_together: Together) -> list[range]:
     """Places of neighbours that stay together, a range for each run of them: turns of one row, and with
     `data.keep_together: prompt` at most MOST_ALIKE that are `alike`."""
     held = records.records if isinstance(records, RecordSet) else records
-    return units_of(begins_of(held) if keep_together == "prompt" else ((name.row, "") for name in names_of(held)))
-
-
-def units_of(begins: Iterable[tuple[str, Any]]) -> list[range]:
-    """`units` of samples of which each is known by its row and its opening; "": it has none."""
-    found: list[range] = []
-    row_before, opening_before = "", ""
-    for place, (row, opening) in enumerate(begins):
-        is_alike = opening == opening_before != "" and place > 0 and len(found[-1]) < MOST_ALIKE
-        if is_alike or row == row_before != "":
-            found[-1] = range(found[-1].start, place + 1)
-        else:
-            found.append(range(place, place + 1))
-        row_before, opening_before = row, opening
+    same_row_N, same_opening_N = neighbours(held, with_openings=keep_together == "prompt")
+    borders_U = np.append(np.flatnonzero(~(same_row_N | same_opening_N)), len(held))
+    found = list(map(range, borders_U[:-1].tolist(), borders_U[1:].tolist()))  # a loop over a million takes a second
+    for number in np.flatnonzero(np.diff(borders_U) > MOST_ALIKE)[::-1].tolist():
+        found[number : number + 1] = _cut(found[number], same_row_N)
     return found
+
+
+def _cut(run: range, same_row_N: np.ndarray) -> Iterator[range]:
+    """A long run of neighbours in pieces of MOST_ALIKE, and of more where that would part a row."""
+    start = run.start
+    for place in run[1:]:
+        if place - start >= MOST_ALIKE and not same_row_N[place]:
+            yield range(start, place)
+            start = place
+    yield range(start, run.stop)
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,15 @@ import hashlib
 import json
 import os
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, overload
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from vlsi_cache.config.sections import Turns
 from vlsi_cache.errors import DataError
@@ -170,13 +172,28 @@ class StoredRecords(Numbered[Record]):
             for place, (name, suffix) in enumerate(named):
                 yield Names(name, digests[64 * place : 64 * (place + 1)], name[: len(name) - suffix])
 
-    def begins_at(self, index_N: np.ndarray) -> Iterator[tuple[str, str]]:
-        """Row and opening of some samples, alike."""
-        for chosen in self._columns_at(index_N, ["id", "suffix", "opening"]):
-            openings = _bytes_of_column(chosen.column("opening"), 8).hex()
-            named = zip(chosen.column("id").to_pylist(), chosen.column("suffix").to_pylist(), strict=True)
-            for place, (name, suffix) in enumerate(named):
-                yield name[: len(name) - suffix], openings[16 * place : 16 * (place + 1)]
+    def lines_at(self, index_N: np.ndarray) -> Iterator[pa.Buffer]:
+        """A line of id and digest for each of some samples, many lines at a time; no line break after the last."""
+        for chosen in self._columns_at(index_N, ["id", "digest"]):
+            num = len(chosen)
+            hexes = _bytes_of_column(chosen.column("digest"), 32)[: 32 * num].hex().encode()
+            places = np.arange(0, 64 * num + 1, 64)
+            digests = pa.LargeStringArray.from_buffers(num, pa.py_buffer(places), pa.py_buffer(hexes))
+            space, end = (pa.scalar(text, pa.large_string()) for text in " \n")
+            lines = pc.call_function("binary_join_element_wise", [chosen.column("id"), digests, space])
+            yield pc.call_function("binary_join", [pa.LargeListArray.from_arrays([0, num], lines), end])[0].as_buffer()
+
+    def begin(self, index: int) -> tuple[str, str]:
+        """Row and opening of a sample."""
+        return self.names(index)[2], _hex_at(self._openings, index, 8)
+
+    def neighbours_at(self, index_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`neighbours` among some samples, without a loop; the first of them has no one before it."""
+        openings_N = np.frombuffer(self._openings, np.uint64)[: len(self)][index_N]
+        starts_N = self._column["start"][index_N]  # of their rows in the file: no two rows have one in common
+        same = (np.concatenate([[False], found[1:] == found[:-1]]) for found in (starts_N, openings_N))
+        same_row_N, same_opening_N = same
+        return same_row_N, same_opening_N
 
     def _columns_at(self, index_N: np.ndarray, names: list[str]) -> Iterator[pa.RecordBatch]:
         columns = self._samples.select(names)
@@ -319,13 +336,51 @@ def names_of(records: Sequence[Record]) -> Iterator[Names]:
             yield from (Names(record.id, record.digest, record.row) for record in them)
 
 
-def begins_of(records: Sequence[Record]) -> Iterator[tuple[str, str]]:
-    """Row and opening of all records, in order; those that lie in tables are not read."""
+def content_digest(records: Sequence[Record]) -> str:
+    """sha256 over a line of id and digest for each record, in order; those that lie in tables are not read."""
+    digest, between = hashlib.sha256(), b""
+    blocks: Iterable[bytes | pa.Buffer]
     for some, index_N in _pieces(records, np.arange(len(records))):
         if isinstance(some, StoredRecords):
-            yield from some.begins_at(index_N)
+            blocks = some.lines_at(index_N)
         else:
-            yield from ((record.row, record.opening) for record in (some[index] for index in index_N.tolist()))
+            them = (some[index] for index in index_N.tolist())
+            blocks = (f"{record.id} {record.digest}".encode() for record in them)
+        for block in blocks:
+            digest.update(between)
+            digest.update(block)
+            between = b"\n"
+    return digest.hexdigest()
+
+
+def neighbours(records: Sequence[Record], *, with_openings: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Whether each record is of the row of the one before it, and whether it begins like that one: bool [N], twice.
+
+    Records that lie in tables are not read. The second is False for all unless `with_openings`.
+    """
+    same_row_N, same_opening_N = np.zeros((2, len(records)), bool)
+    done, before = 0, ("", "")
+    for some, index_N in _pieces(records, np.arange(len(records))):
+        if not len(index_N):
+            continue
+        piece = slice(done, done + len(index_N))
+        if isinstance(some, StoredRecords):
+            first, last = (some.begin(int(index_N[end])) for end in (0, -1))
+            same_row_N[piece], same_opening_N[piece] = some.neighbours_at(index_N)
+        else:
+            them = (some[index] for index in index_N.tolist())
+            begins = [(record.row, record.opening if with_openings else "") for record in them]
+            first, last = begins[0], begins[-1]
+            for place, (one, other) in enumerate(pairwise(begins), start=done + 1):
+                same_row_N[place], same_opening_N[place] = _are_same(one, other)
+        same_row_N[done], same_opening_N[done] = _are_same(before, first)
+        done, before = piece.stop, last
+    return same_row_N, same_opening_N & with_openings
+
+
+def _are_same(one: tuple[str, str], other: tuple[str, str]) -> tuple[bool, bool]:
+    """Whether two records have a row in common, and an opening; "" is none."""
+    return one[0] == other[0] != "", one[1] == other[1] != ""
 
 
 def _pieces(records: Sequence[Record], index_N: np.ndarray) -> Iterator[tuple[Sequence[Record], np.ndarray]]:

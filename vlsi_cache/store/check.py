@@ -4,6 +4,7 @@ Every problem is told with its file and what to do about it; corruption is repor
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -21,7 +22,8 @@ from .files import (
     load_part_record,
     remove_dead_tmp,
     repair_hint,
-    size_problem,
+    status_of,
+    status_problem,
     tmp_path,
 )
 from .format import (
@@ -118,13 +120,15 @@ def verify(path: str | os.PathLike[str], *, deep: bool = False) -> VerifyReport:
     _check_vocab(root, header, report)
     there = [index for index in list_parts(root) if index < header.num_parts]
     _list_missing(header, there, report)
+    records = table.Gathered()  # of the parts that are whole: each is read once, and not kept
     for index in progress(there, "verify", unit="part", delay=2):
-        _check_part(root, header, index, report)
+        if record := _check_part(root, header, index, report):
+            records.add(root, index, record)
     for name in _foreign_names(root, header):
         report.add(name, "is not a part of this cache")
     report.unfinished = [f"tmp/{name}" for names in list_tmp(root) for name in names]
     if not report.bad_parts:
-        _check_table(root, header, report)
+        _check_table(root, header, report, lambda: records.index(root, header))
     return report
 
 
@@ -168,7 +172,11 @@ def check_remote(mirror: Mirror) -> VerifyReport:
         report.add(f"parts/{part_name(index)}", "is not a part of this cache")
     if not report.bad_parts:
         mirror.table()
-        mirror.with_records(lambda folder: _check_table(folder, header, report, table_in=mirror.root))
+        mirror.with_records(
+            lambda folder: _check_table(
+                folder, header, report, lambda: table.collect(folder, header), table_in=mirror.root
+            )
+        )
     return report
 
 
@@ -225,7 +233,8 @@ def _check_vocab(root: Path, header: CacheHeader, report: VerifyReport) -> None:
             report.add(VOCAB_NAME, _text(error))
 
 
-def _check_part(root: Path, header: CacheHeader, index: int, report: VerifyReport) -> None:
+def _check_part(root: Path, header: CacheHeader, index: int, report: VerifyReport) -> PartRecord | None:
+    """Note what is wrong with a part; its record if nothing is."""
     name = f"parts/{part_name(index)}"
     report.num_parts += 1
     before = len(report.problems)
@@ -233,23 +242,24 @@ def _check_part(root: Path, header: CacheHeader, index: int, report: VerifyRepor
         record = load_part_record(root, header, index)
         _check_files(root, index, record, report)
         if len(report.problems) == before:
-            part = load_part(root, header, index, range(len(header.layers)), None)
+            part = load_part(root, header, index, range(len(header.layers)), None, record=record)
             part.check()
             part.check_distinct()
+            return record
     except (OSError, VlsiCacheError) as error:
         report.add(_label(error, root, name) if isinstance(error, VlsiCacheError) else name, _text(error))
-    if len(report.problems) > before:
-        report.bad_parts.append(index)
+    report.bad_parts.append(index)
+    return None
 
 
 def _check_files(root: Path, index: int, record: PartRecord, report: VerifyReport) -> None:
     folder = str(part_dir(root, index))  # texts, not paths: there are dozens of files in each of thousands of parts
     for name, expected in sorted(record.files.items()):
         path, label = f"{folder}/{name}", f"parts/{part_name(index)}/{name}"
-        if os.path.lexists(path):
+        if status := status_of(path):
             report.num_files += 1
-            report.num_bytes += os.lstat(path).st_size
-        if what := size_problem(path, expected.size):
+            report.num_bytes += status.st_size
+        if what := status_problem(status, expected.size):
             report.add(label, what.removeprefix(":").strip())
         elif report.deep and (found := hash_file(Path(path))) != expected:
             what = f"xxh3 is {found.xxh3}, part.json says {expected.xxh3}"
@@ -270,10 +280,18 @@ def _foreign_names(root: Path, header: CacheHeader) -> list[str]:
     return [f"parts/{name}" for name in sorted(found - expected)]
 
 
-def _check_table(root: Path, header: CacheHeader, report: VerifyReport, *, table_in: Path | None = None) -> None:
-    """What only shows over all parts: ids that repeat, counts that are not those of the plan, a stale table."""
+def _check_table(
+    root: Path,
+    header: CacheHeader,
+    report: VerifyReport,
+    collect: Callable[[], table.Index],
+    *,
+    table_in: Path | None = None,
+) -> None:
+    """What only shows over all parts, of which `collect` makes a fresh index: ids that repeat, counts that are not
+    those of the plan, a stale table."""
     try:
-        fresh = table.collect(root, header)
+        fresh = collect()
     except CacheCorruptError as error:
         report.add(HEADER_NAME, _text(error), FROM_A_COPY)
         return

@@ -125,8 +125,11 @@ def check_block(header: CacheHeader, name: str, values_TK: np.ndarray) -> None:
 
 def repeated_entry(ids_E: np.ndarray, kept: int | np.ndarray) -> int | None:
     """The first row of a layer that keeps an id twice; `ids_E` are its entries, `kept` the width of every row."""
-    widths_T = np.full(ids_E.size // max(1, kept), kept) if isinstance(kept, int) else kept.astype(np.int64)
-    keys_E = np.sort((np.repeat(np.arange(len(widths_T)), widths_T) << 32) | ids_E.reshape(-1))
+    if isinstance(kept, int):
+        sorted_TK = np.sort(ids_E.reshape(-1, max(1, kept)), axis=1)
+        found_T = np.flatnonzero((sorted_TK[:, 1:] == sorted_TK[:, :-1]).any(axis=1))
+        return int(found_T[0]) if found_T.size else None
+    keys_E = np.sort((np.repeat(np.arange(len(kept)), kept.astype(np.int64)) << 32) | ids_E.reshape(-1))
     twice = np.flatnonzero(keys_E[1:] == keys_E[:-1])
     return int(keys_E[twice[0]] >> 32) if twice.size else None
 

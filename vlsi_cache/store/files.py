@@ -347,9 +347,20 @@ def check_part_files(root: Path, index: int, record: PartRecord) -> None:
 
 def size_problem(path: str, expected: int) -> str:
     """What is wrong with a file of the cache by its kind and size, without reading it; empty when nothing is."""
+    return status_problem(status_of(path), expected)
+
+
+def status_of(path: str) -> os.stat_result | None:
+    """That of the file or the link itself; None when it is missing."""
     try:
-        status = os.lstat(path)
+        return os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def status_problem(status: os.stat_result | None, expected: int) -> str:
+    """What is wrong with a file of this status that must have `expected` bytes."""
+    if status is None:
         return " is missing"
     if not stat.S_ISREG(status.st_mode):
         return f" is {what_it_is(status.st_mode)}; a cache holds plain files only"

@@ -13,6 +13,8 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable
+from itertools import pairwise
+from operator import gt
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -28,6 +30,7 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
+from pydantic_core import to_json
 
 from vlsi_cache.errors import CacheCorruptError, SpecError, validation_message
 
@@ -298,9 +301,9 @@ class PartRecord(StrictRecord):
                 f"token counts per sample do not add up: {sum(rows)} and {sum(tokens)}, `num_tokens` is "
                 f"{self.num_tokens}, `num_response_tokens` {self.num_response_tokens}"
             )
-        wrong = [at for at, (some, every) in enumerate(zip(rows, tokens, strict=True)) if not 0 <= some <= every]
-        if wrong:
-            name, some, every = self.sample_ids[wrong[0]], rows[wrong[0]], tokens[wrong[0]]
+        if min(rows, default=0) < 0 or any(map(gt, rows, tokens)):
+            each = zip(self.sample_ids, rows, tokens, strict=True)
+            name, some, every = next(one for one in each if not 0 <= one[1] <= one[2])
             raise ValueError(f"sample {shown(name)} has {some} rows for {every} response tokens")
         if len(set(self.sample_ids)) != len(self.sample_ids):
             twice = next(name for name, num in Counter(self.sample_ids).items() if num > 1)
@@ -338,8 +341,41 @@ def response_digest(response_ids: np.ndarray) -> str:
     return xxhash.xxh3_64_hexdigest(np.ascontiguousarray(response_ids, dtype="<u4").data)
 
 
+def response_digests(response_ids: np.ndarray, edges: Iterable[int]) -> list[str]:
+    """`response_digest` of many responses, which lie one behind the other from edge to edge."""
+    data = np.ascontiguousarray(response_ids, dtype="<u4").tobytes()
+    return [xxhash.xxh3_64_hexdigest(data[4 * start : 4 * stop]) for start, stop in pairwise(edges)]
+
+
 def canonical_json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+_SPELLED_OTHERWISE = (b"e", b"0.0000", b"N", b"I")  # 1e-05 and 0.00001; NaN and Infinity are errors
+
+
+def _read_json(value: dict[str, Any]) -> bytes:
+    """`canonical_json` of what was read, several times as fast where it has long lists of numbers.
+
+    The library that writes those promises no spelling, so that only a reader may use it: what differs from a seal is
+    looked at again by `canonical_json` itself.
+    """
+    fields = (canonical_json(key) + b":" + _numbers_json(value[key]) for key in sorted(value))
+    return b"{" + b",".join(fields) + b"}"
+
+
+def _numbers_json(value: Any) -> bytes:
+    """`canonical_json`; a list of floats and nothing else by pydantic, but for numbers that it spells otherwise."""
+    if type(value) is not list or not set(map(type, value)) <= {float, type(None)}:
+        return canonical_json(value)
+    text = to_json(value, inf_nan_mode="constants")
+    if not any(mark in text for mark in _SPELLED_OTHERWISE):
+        return text
+    numbers = text[1:-1].split(b",")
+    for place, number in enumerate(numbers):
+        if any(mark in number for mark in _SPELLED_OTHERWISE):
+            numbers[place] = canonical_json(value[place])
+    return b"[" + b",".join(numbers) + b"]"
 
 
 def sealed_json(value: dict[str, Any]) -> bytes:
@@ -353,12 +389,13 @@ def unseal_json(text: bytes | str, path: Path) -> dict[str, Any]:
     try:
         value = json.loads(text)
         seal = value.pop("xxh3")
-        content = canonical_json(value)
+        content = _read_json(value)
         if b"\\ud" in content:  # a surrogate: half a pair is no text, and neither a terminal nor a table takes it
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise CacheCorruptError.at(path, f" cannot be read as a sealed JSON file ({error})") from error
-    found = xxhash.xxh3_64_hexdigest(content)
+    if seal != (found := xxhash.xxh3_64_hexdigest(content)):
+        found = xxhash.xxh3_64_hexdigest(canonical_json(value))
     if seal != found:
         raise CacheCorruptError.at(path, f": xxh3 of the content is {found}, the file says {shown(seal)}")
     return value

@@ -6,7 +6,6 @@ Shape suffixes: L layers, T response tokens with a row, R response tokens, K kep
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +29,7 @@ from .encoding import (
     undone_values,
 )
 from .files import check_metadata, check_part_files, hints_at_repair, load_part_record
-from .format import CacheHeader, PartRecord, part_dir, response_digest
+from .format import CacheHeader, PartRecord, part_dir, response_digest, response_digests
 
 
 @dataclass(frozen=True)
@@ -145,8 +144,8 @@ class Part:
         if not self.is_copy:
             check_metadata(self.folder, self.record)
         self.check_blocks()
-        spans = pairwise(self.arrays["response_offsets"].tolist())
-        if [response_digest(self.arrays["response_ids"][lo:hi]) for lo, hi in spans] != self.record.response_xxh3:
+        digests = response_digests(self.arrays["response_ids"], self.arrays["response_offsets"].tolist())
+        if digests != self.record.response_xxh3:
             raise self._other_responses()
 
     def check_blocks(self) -> None:
@@ -186,15 +185,16 @@ def load_part(
     *,
     undone: bool = False,
     known: Known | None = None,
+    record: PartRecord | None = None,
 ) -> Part:
     """Read part `index`, of the layered arrays only the layer rows `layers`, and check all that was read.
 
     Arrays come as they are on the disk, or `undone` for decoding rows faster. `known` are mapped blocks that have been
-    checked before.
+    checked before, `record` is the part's own, if it has been read already.
     """
     folder = part_dir(root, index)
     with hints_at_repair(root):
-        record = load_part_record(root, header, index)
+        record = load_part_record(root, header, index) if record is None else record
         check_part_files(root, index, record)
         specs = part_specs(header, record)
         arrays = read_samples(folder, specs, sample_names(specs))

@@ -379,9 +379,8 @@ class Surprise:
 
 def surprise_of(cache: Cache) -> Surprise | None:
     """From the table of samples alone; None where it holds no finite means."""
-    table = cache.sample_table()
-    weights_S = table["num_tokens"].to_numpy().astype(np.float64)
-    gold_S, entropy_S = (table[name].to_numpy().astype(np.float64) for name in ("gold_logprob_last", "entropy_last"))
+    names = ("num_tokens", "gold_logprob_last", "entropy_last")  # of a million samples, ids and digests take a second
+    weights_S, gold_S, entropy_S = (cache._index.column(name).to_numpy().astype(np.float64) for name in names)
     known_S = np.isfinite(gold_S) & np.isfinite(entropy_S) & (weights_S > 0)
     if not known_S.any():
         return None

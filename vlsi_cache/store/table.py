@@ -10,10 +10,11 @@ import json
 import os
 import stat
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -25,6 +26,7 @@ from .format import (
     RECORD_NAME,
     TABLE_NAME,
     CacheHeader,
+    PartRecord,
     list_parts,
     part_dir,
     part_name,
@@ -127,44 +129,58 @@ def _plausible(name: str, column: pa.ChunkedArray, parts: list[int]) -> pa.Chunk
     return column
 
 
+class Gathered:
+    """What the commit records of some parts say, record by record: the lines of the sample table, sizes of files."""
+
+    def __init__(self) -> None:
+        self._tables: list[pa.Table] = []
+        self._file_sizes: FileSizes = {}
+        self._num_skipped = 0
+
+    def add(self, root: Path, index: int, record: PartRecord) -> None:
+        """The record of part `index`, which was read and checked; parts come in order."""
+        record_bytes = os.stat(part_dir(root, index) / RECORD_NAME).st_size
+        sizes = {name: file.size for name, file in record.files.items()}
+        self._file_sizes[index] = {**sizes, RECORD_NAME: record_bytes}
+        self._num_skipped += len(record.skipped)
+        num, num_tokens_S = len(record.sample_ids), np.array(record.sample_tokens, np.int64)
+        columns = {
+            "id": record.sample_ids,
+            "kind": record.kinds,
+            "part": np.full(num, index, np.int32),
+            "row": np.arange(num, dtype=np.int32),
+            "first_token": np.cumsum(num_tokens_S) - num_tokens_S,
+            "num_tokens": num_tokens_S,
+            "num_response_tokens": record.sample_response_tokens,
+            "digest": record.digests,
+            "response_xxh3": record.response_xxh3,
+            "entropy_last": record.entropy_last,
+            "gold_logprob_last": record.gold_logprob_last,
+            "kept_mass": record.kept_mass,
+        }
+        self._tables.append(pa.table(columns, schema=SCHEMA))
+
+    def index(self, root: Path, header: CacheHeader) -> Index:
+        """The index of these parts; CacheCorruptError when they are all and hold something else than was planned."""
+        samples = pa.concat_tables([SCHEMA.empty_table(), *self._tables]).combine_chunks()
+        parts = list(self._file_sizes)
+        if len(parts) == header.num_parts and not self._num_skipped:
+            _check_plan(root, header, samples)
+        return Index(root, header, parts, len(samples), samples, self._file_sizes)
+
+
 def collect(root: Path, header: CacheHeader) -> Index:
     """Read and check every part record."""
-    parts, file_sizes = list_parts(root), {}
-    columns: dict[str, list[object]] = {name: [] for name in SCHEMA.names}
-    num_skipped = 0
-    for index in parts:
-        record = load_part_record(root, header, index)
-        record_bytes = os.stat(part_dir(root, index) / RECORD_NAME).st_size
-        file_sizes[index] = {**{name: file.size for name, file in record.files.items()}, RECORD_NAME: record_bytes}
-        num, first = len(record.sample_ids), 0
-        num_skipped += len(record.skipped)
-        for length in record.sample_tokens:
-            columns["first_token"].append(first)
-            first += length
-        columns["part"] += [index] * num
-        columns["row"] += range(num)
-        for name, values in (
-            ("id", record.sample_ids),
-            ("kind", record.kinds),
-            ("num_tokens", record.sample_tokens),
-            ("num_response_tokens", record.sample_response_tokens),
-            ("digest", record.digests),
-            ("response_xxh3", record.response_xxh3),
-            ("entropy_last", record.entropy_last),
-            ("gold_logprob_last", record.gold_logprob_last),
-            ("kept_mass", record.kept_mass),
-        ):
-            columns[name] += values
-    samples = pa.table(columns, schema=SCHEMA)
-    if len(parts) == header.num_parts and not num_skipped:
-        _check_plan(root, header, columns)
-    return Index(root, header, parts, len(samples), samples, file_sizes)
+    found = Gathered()
+    for index in list_parts(root):
+        found.add(root, index, load_part_record(root, header, index))
+    return found.index(root, header)
 
 
-def _check_plan(root: Path, header: CacheHeader, columns: Mapping[str, list[object]]) -> None:
+def _check_plan(root: Path, header: CacheHeader, samples: pa.Table) -> None:
     """A finished cache holds what was planned."""
-    found = {"num_samples": len(columns["id"]), "num_response_tokens": sum(columns["num_response_tokens"])}  # type: ignore[arg-type]
-    for name, number in found.items():
+    num_tokens = int(samples["num_response_tokens"].to_numpy().sum())
+    for name, number in {"num_samples": len(samples), "num_response_tokens": num_tokens}.items():
         if number != getattr(header, name):
             what = f": `{name}` is {getattr(header, name)}, and the parts hold {number}"
             raise CacheCorruptError.at(root / HEADER_NAME, what, hint=FROM_A_COPY)

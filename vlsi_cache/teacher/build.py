@@ -6,7 +6,6 @@ bytes. Samples are encoded, and finished parts are written, by threads while the
 Legend: T response tokens, L layers (intermediate targets, then the final layer), V vocabulary.
 """
 
-import hashlib
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -24,7 +23,7 @@ from vlsi_cache.data.collate import plan_batches, plan_parts
 from vlsi_cache.data.encoder import CONTRACT, Encoder
 from vlsi_cache.data.offsets import lengths_or_unknown
 from vlsi_cache.data.records import units
-from vlsi_cache.data.stored import names_of
+from vlsi_cache.data.stored import content_digest
 from vlsi_cache.errors import BatchTooLargeError, SpecError, command_line
 from vlsi_cache.models.load import share_digests
 from vlsi_cache.models.parallel import teacher_processes
@@ -281,7 +280,6 @@ def cache_header(inputs: TeacherInputs, parts: list[list[int]], batch_tokens: in
 
 def fingerprint(inputs: TeacherInputs) -> dict[str, Any]:
     """Teacher weights (which hold the head), verbalizers, tokenizer and processor, data in order, and settings."""
-    content = "\n".join(f"{name.id} {name.digest}" for name in names_of(inputs.records.records))
     encoder = inputs.encoder.fingerprint()
     del encoder["contract"]  # which the header has by itself
     quantization = inputs.model.quantization
@@ -290,7 +288,7 @@ def fingerprint(inputs: TeacherInputs) -> dict[str, Any]:
         **({} if quantization is None else {"teacher.quantization": quantization}),
         **{f"verbalizer.{layer}": digest for layer, digest in inputs.verbalizer_digests().items()},
         **{f"encoder.{key}": value for key, value in encoder.items()},
-        "data.content": hashlib.sha256(content.encode()).hexdigest(),
+        "data.content": content_digest(inputs.records.records),
         "data.num_samples": len(inputs.records),
         "layers": inputs.layers,
         "v_real": inputs.encoder.vocab_size,
