@@ -11,7 +11,7 @@ import pytest
 import yaml
 from helpers.caches import build, standard_case
 from helpers.exchange import say_all, write_axolotl
-from helpers.tiny import make_rows, write_spec
+from helpers.tiny import make_rows, save_model, write_spec
 from transformers import AutoTokenizer
 
 import vlsi_cache as vc
@@ -140,6 +140,13 @@ def test_it_goes_on_and_refuses_other_folders(tmp_path: Path, monkeypatch: pytes
     ):
         with pytest.raises(SpecError, match=message):
             vc.export_cache(cache, folder, **options)
+    other = save_model(tmp_path / "other", num_layers=1, hidden=8, seed=0, extra="other words altogether")
+    with pytest.raises(
+        SpecError, match=r"the tokenizer of .*other` is not the one of .*; leave --tokenizer out"
+    ) as found:
+        vc.export_cache(imported, tmp_path / "a", format="axolotl", tokenizer=str(other))
+    assert "student" not in str(found.value)
+    assert not (tmp_path / "a").exists()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").touch()
     with pytest.raises(SpecError, match="is not empty and no export"):

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from helpers.exchange import Said, say_all, write_axolotl, write_distillkit, write_vllm
 from helpers.tiny import make_rows, save_model, write_jsonl
@@ -75,6 +77,7 @@ def test_commands_take_it_as_any_other(
     assert code == 0, err
     assert json.loads(out)["num_samples"] == len(said)
     assert "not known of these rows: entropy, gold_logprob, lse" in err
+    assert "not read" not in err
     assert run("verify", tmp_path / "cache", "--deep")[0] == 0
     assert "? " in run("sample", tmp_path / "cache", "row-1")[1]
     assert "entropy, gold_logprob, lse" in run("inspect", tmp_path / "cache")[1]
@@ -95,7 +98,10 @@ def test_commands_take_it_as_any_other(
     # what is not known cannot be asked for
     for words, what in (
         (["distill", "--student", student_folder, "-o", tmp_path / "r", "--set", "distill.interact.tau=2"], "tau"),
-        (["distill", "--student", student_folder, "-o", tmp_path / "r", "--recipe", "vlsi"], "intermediate"),
+        (
+            ["distill", "--student", student_folder, "-o", tmp_path / "r", "--recipe", "vlsi"],
+            "distill that one: `--recipe last`",
+        ),
         (["prune", "-o", tmp_path / "p", "--tokens", "entropy>0.5"], "does not know `entropy`"),
         (["prune", "-o", tmp_path / "p", "--where", "gold_logprob < -1 "], "does not know `gold_logprob`"),
         (["verify", "--recompute", "1"], "whose weights"),
@@ -161,6 +167,39 @@ def test_samples_without_a_sequence_are_listed(
     other = write_jsonl(tmp_path / "other.jsonl", make_rows(3, start=500))
     with pytest.raises(DataError, match="none of the 3 samples of the data is among the 11 sequences"):
         vc.import_cache(files, tmp_path / "b", data=other, **options)
+
+
+@pytest.mark.parametrize(
+    ("format", "name", "message"),
+    [
+        (
+            "distillkit",
+            "empty",
+            r"to import is .*empty, a folder that holds nothing; a DistillKit capture is read from",
+        ),
+        ("vllm", "nothing.jsonl", r"nothing\.jsonl: no such file or folder; .*prompt_logprobs.* is read from \.jsonl"),
+        ("axolotl", "rows.csv", r"rows\.csv, a `\.csv` file; an Axolotl data set is read from"),
+        ("distillkit", "rows.jsonl", r"rows\.jsonl, of \.jsonl files; .* is read from \.parquet, \.arrow"),
+        ("vllm", "empty.jsonl", r"empty\.jsonl holds no rows"),
+        ("axolotl", "empty.jsonl", r"empty\.jsonl holds no rows"),
+        ("axolotl", "empty.parquet", r"empty\.parquet cannot be read: .* 0 bytes"),
+        ("axolotl", "none.parquet", r"none\.parquet holds no rows"),
+        ("distillkit", "empty.arrow", r"empty\.arrow cannot be read"),
+    ],
+)
+def test_where_there_is_nothing_it_says_what_was_given(
+    format: str, name: str, message: str, rows_file: Path, teacher_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    for file in ("rows.csv", "rows.jsonl", "empty.jsonl", "empty.parquet", "empty.arrow"):
+        (tmp_path / file).touch()
+    columns = {"messages": pa.array([], pa.string()), "logprobs": pa.array([], pa.list_(pa.list_(pa.float32())))}
+    pq.write_table(pa.table(columns), tmp_path / "none.parquet")
+    data = None if format == "axolotl" else rows_file
+    with pytest.raises(DataError, match=message) as found:
+        vc.import_cache(tmp_path / name, tmp_path / "c", format=format, tokenizer=str(teacher_folder), data=data)
+    assert "data.path" not in str(found.value)
+    assert str(tmp_path / name) in str(found.value)
 
 
 def changed(said: Said, change: Callable[[np.ndarray], np.ndarray]) -> Said:

@@ -20,6 +20,7 @@ from vlsi_cache.errors import DataError
 from vlsi_cache.progress import progress
 
 from . import sources
+from .tables import name_of
 
 Tokens = tuple[np.ndarray, int]  # all of a sample, int64 [S], and how many are its prompt
 FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd: its powers have a period beyond any sequence
@@ -87,15 +88,17 @@ def find_samples(source: sources.Source, records: RecordSet, encoder: Encoder) -
             taken.update(found)
             of_sequence[number] = found
             width, least = max(width, sequence.width), min(least, sequence.least)
+    if number < 0:
+        raise DataError(f"{name_of(source.files)} holds no rows")
     left_out = [
-        {"id": name.id, "reason": f"no sequence of {source.files.root} holds it"}
+        {"id": name.id, "reason": f"no sequence of {name_of(source.files)} holds it"}
         for index, name in enumerate(names)
         if index not in taken
     ]
     if not of_sequence:
         raise DataError(
-            f"none of the {len(names)} samples of the data is among the {number + 1} sequences of {source.files.root}: "
-            "name the data that the teacher was given, and its tokenizer"
+            f"none of the {len(names)} samples of the data is among the {number + 1} sequences of "
+            f"{name_of(source.files)}: name the data that the teacher was given, and its tokenizer"
         )
     return Found(of_sequence, left_out, number + 1, width, least)
 

@@ -36,6 +36,7 @@ class Axolotl:
     def __init__(self, path: Path, column: str = LOGPROBS) -> None:
         self.files = files_of(path, (*TABLES, *LINES), "an Axolotl data set")
         self._column = column
+        self.columns = (column, IDS)
         self.facts: dict[str, Any] = {"column": column}
         if self.files.kind in TABLES and column not in (names := column_names(self.files)):
             raise DataError(

@@ -21,7 +21,7 @@ from vlsi_cache.config.plain_yaml import parse_yaml
 from vlsi_cache.errors import DataError, SpecError, validation_message
 
 from .sources import Format, Sequence
-from .tables import TABLES, TableRow, column_names, files_of, table_rows
+from .tables import TABLES, TableRow, column_names, files_of, name_of, table_rows
 from .targets import TopK
 
 CONFIG_NAME = "compression_config.yaml"
@@ -178,6 +178,7 @@ class DistillKit:
 
     format: Format = "distillkit"
     knows_gold = has_messages = False
+    columns = ()
 
     def __init__(self, path: Path, config_file: Path | None = None) -> None:
         self.files = files_of(path, TABLES, "a DistillKit capture")
@@ -201,9 +202,9 @@ class DistillKit:
         config = self._config
         if config is not None and 1 << config.index_bits < vocab_size:
             raise DataError(
-                f"{self.files.root}: ids were packed into {config.index_bits} bits (`d` {config.d}), and the tokenizer "
-                f"has {vocab_size} tokens: those from {1 << config.index_bits} on were wrapped to other ones. Capture "
-                "again with a larger `d`"
+                f"{name_of(self.files)}: ids were packed into {config.index_bits} bits (`d` {config.d}), and the "
+                f"tokenizer has {vocab_size} tokens: those from {1 << config.index_bits} on were wrapped to other "
+                "ones. Capture again with a larger `d`"
             )
 
     def sequences(self, start: int = 0) -> Iterator[Sequence]:

@@ -38,6 +38,7 @@ from .align import Found, Placed, Tokens, Unplaced, find_samples, place
 from .axolotl import LOGPROBS, Axolotl
 from .distillkit import DistillKit
 from .sources import Format, Sequence, Source, digest_of_files
+from .tables import name_of
 from .targets import Evidence, as_rows
 from .vllm import Vllm
 
@@ -139,7 +140,7 @@ def look_through(source: Source, name: str, tokenizer: str, data: Any, profile: 
         records, skipped = None, []
         found, lengths = all_sequences(source)
     else:
-        rows = read_records(section)
+        rows = read_records(section, read_elsewhere=source.columns)
         kept, unfit = fit_rows(rows, encoder, MOST_TOKENS, bad_rows="list")
         records, lengths = rows.take(kept.index_N), kept.response_ids.num_tokens_N.tolist()
         found = find_samples(source, records, encoder)
@@ -156,7 +157,7 @@ def look_through(source: Source, name: str, tokenizer: str, data: Any, profile: 
     }
     problem = "" if width <= encoder.vocab_size else f"rows of {width} entries, and {encoder.vocab_size} tokens"
     if problem:
-        raise DataError(f"{source.files.root} holds {problem}: name the teacher's own tokenizer")
+        raise DataError(f"{name_of(source.files)} holds {problem}: name the teacher's own tokenizer")
     spec, parent = CacheSpec.model_validate(values), {**parent, "skipped": len(skipped)}
     job = Job(source, spec, encoder, records, replace(found, left_out=skipped), lengths, [], width, parent)
     return replace(job, parts=cut_into_parts(job))
@@ -172,7 +173,7 @@ def all_sequences(source: Source) -> tuple[Found, list[int]]:
         width, least = max(width, sequence.width), min(least, sequence.least)
     of_sequence: dict[int, list[int]] = {number: [] for number, length in enumerate(lengths) if length > 0}
     if not of_sequence:
-        raise DataError(f"{source.files.root} holds no sequence of more than one token")
+        raise DataError(f"{name_of(source.files)} holds no sequence of more than one token")
     return Found(of_sequence, [], len(lengths), width, least), lengths
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vlsi_cache.data.sources import READ_ERRORS, Files, arrow_batches, find_files
+from vlsi_cache.data.sources import READ_ERRORS, Files, NoFilesError, arrow_batches, find_files
 from vlsi_cache.errors import DataError
 
 BATCH_ROWS = 64
@@ -46,11 +46,20 @@ def flat_lists(column: Any, index: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def files_of(path: Path, kinds: Sequence[str], what: str) -> Files:
-    """The files of a source; DataError that says which kinds are read."""
-    found = find_files(str(path))
+    """The files of a source, which `what` names; DataError that says what is there and what would be read."""
+    expected = f"{what} is read from {', '.join(kinds)} files: one, a folder of such shards, or a pattern"
+    try:
+        found = find_files(str(path))
+    except NoFilesError as error:
+        raise DataError(f"the source to import is {error.problem}", hint=expected) from None
     if found.kind not in kinds:
-        raise DataError(f"{path} holds {found.kind} files; {what} is read from {', '.join(kinds)}")
+        raise DataError(f"the source to import is {path}, of {found.kind} files", hint=expected)
     return found
+
+
+def name_of(files: Files) -> str:
+    """In messages: the one file, or where they all lie."""
+    return str(files.paths[0] if len(files.paths) == 1 else files.root)
 
 
 def column_names(files: Files) -> list[str]:

@@ -29,9 +29,10 @@ class Vllm:
     rounding = FLOAT_ROUNDING
     knows_gold = True
     has_messages = False
+    columns = ()
 
     def __init__(self, path: Path) -> None:
-        self.files = files_of(path, LINES, "vLLM's prompt_logprobs")
+        self.files = files_of(path, LINES, "what vLLM answers with prompt_logprobs")
         self.facts: dict[str, Any] = {}
 
     def check_vocabulary(self, vocab_size: int) -> None:

@@ -386,7 +386,7 @@ def say_pixels(data: DataSpec, path: str, *, trust_remote_code: bool = False) ->
 
 def check_settings(header: CacheHeader, distill: DistillSpec, config: Any, *, where: Path) -> list[int]:
     """The student's target layers; raises SpecError for what the cache at `where` cannot give."""
-    layers = _student_layers(distill, config, num_teacher=len(header.layers) - 1)
+    layers = _student_layers(distill, config, num_teacher=len(header.layers) - 1, where=where)
     if not distill.is_supervised:
         _check_interact(header, distill.interact, distill.recipe, where)
         if distill.alignment == "byte" and header.row_kind == "sampled":
@@ -402,9 +402,14 @@ def check_settings(header: CacheHeader, distill: DistillSpec, config: Any, *, wh
     return layers
 
 
-def _student_layers(distill: DistillSpec, config: Any, *, num_teacher: int) -> list[int]:
+def _student_layers(distill: DistillSpec, config: Any, *, num_teacher: int, where: Path) -> list[int]:
     if distill.recipe != "vlsi":
         return []
+    if not num_teacher:
+        raise SpecError(
+            f"recipe `vlsi` matches layers with intermediate teacher layers, and {where} has the last one alone, as "
+            "imported caches have; distill that one: `--recipe last`"
+        )
     layers = target_layers(distill.layers, distill.num_layers, config, where="distill.layers")
     if not layers:
         raise SpecError(
@@ -445,15 +450,20 @@ def check_tokenizer(
     header: CacheHeader, encoder: Encoder, path: str, *, where: Path, alignment: Alignment = "tokens"
 ) -> None:
     """Raise ModelError unless the student at `path` has the vocabulary of the cache at `where`, or need not."""
-    if alignment == "byte" or same_tokenizer(header, encoder):
-        return
+    if alignment != "byte" and (difference := tokenizer_difference(header, encoder)):
+        raise ModelError(
+            f"student {path} has another tokenizer than the teacher of {where}: {difference}. "
+            "Rows are over token ids, so both must share one vocabulary; choose a student of the teacher's family, or "
+            "compare where the bytes are the same: `distill.alignment: byte`"
+        )
+
+
+def tokenizer_difference(header: CacheHeader, encoder: Encoder) -> str:
+    """Both vocabularies in a few words; empty where a cache and a tokenizer have the same one."""
+    if same_tokenizer(header, encoder):
+        return ""
     cached, own = str(header.fingerprint.get("encoder.tokenizer")), str(encoder.fingerprint()["tokenizer"])
-    raise ModelError(
-        f"student {path} has another tokenizer than the teacher of {where}: "
-        f"{encoder.vocab_size} tokens, map {own[:12]}, against {header.vocab_size} tokens, map {cached[:12]}. "
-        "Rows are over token ids, so both must share one vocabulary; choose a student of the teacher's family, or "
-        "compare where the bytes are the same: `distill.alignment: byte`"
-    )
+    return f"{encoder.vocab_size} tokens, map {own[:12]}, against {header.vocab_size} tokens, map {cached[:12]}"
 
 
 def _wanted_dtype(distill: DistillSpec, config: Any) -> torch.dtype:
