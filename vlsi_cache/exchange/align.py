@@ -76,11 +76,12 @@ def find_samples(source: sources.Source, records: RecordSet, encoder: Encoder) -
     by_hash: dict[int, list[int]] | None = None
     of_sequence: dict[int, list[int]] = {}
     taken: set[int] = set()
-    number, width, least = -1, 1, 1 << 31
+    number, width, least, num_with_tokens = -1, 1, 1 << 31, 0
     for number, sequence in enumerate(progress(source.sequences(), "look for samples", unit="sequence", delay=2)):
         if sequence.token_ids is None:
             found = by_row.get(sequence.key or "", [])
         else:
+            num_with_tokens += 1
             by_hash = _hashes_of(records, encoder) if by_hash is None else by_hash
             hashes = prefix_hashes(sequence.token_ids).tolist()
             found = [index for one in hashes for index in by_hash.get(one, ())]
@@ -96,9 +97,13 @@ def find_samples(source: sources.Source, records: RecordSet, encoder: Encoder) -
         if index not in taken
     ]
     if not of_sequence:
+        advice = "name the data that the teacher was given, and its tokenizer"
+        if not num_with_tokens:
+            advice = "they do not say their tokens, and none has the id of a row; vLLM says both when it is asked with "
+            advice += "`return_token_ids`, or for a batch with the row's id as `custom_id`"
         raise DataError(
             f"none of the {len(names)} samples of the data is among the {number + 1} sequences of "
-            f"{name_of(source.files)}: name the data that the teacher was given, and its tokenizer"
+            f"{name_of(source.files)}: {advice}"
         )
     return Found(of_sequence, left_out, number + 1, width, least)
 

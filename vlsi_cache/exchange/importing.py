@@ -147,6 +147,10 @@ def look_through(source: Source, name: str, tokenizer: str, data: Any, profile: 
         skipped = [*rows.skipped, *unfit, *found.left_out]
     # The token that stands there was the next likeliest one: vLLM adds it to as many as were asked for.
     width = found.least if source.knows_gold and found.width == found.least + 1 else found.width
+    if not width:
+        raise DataError(
+            f"{name_of(source.files)} says no likeliest tokens: ask for some, as `prompt_logprobs: 64` does"
+        )
     values = {
         "name": name,
         "teacher": {"model": str(Path(tokenizer).resolve()) if Path(tokenizer).is_dir() else tokenizer, "layers": []},
