@@ -15,7 +15,7 @@ from helpers.tiny import make_rows, save_model, write_spec
 from transformers import AutoTokenizer
 
 import vlsi_cache as vc
-from vlsi_cache.errors import SpecError
+from vlsi_cache.errors import CacheCorruptError, DataError, SpecError
 from vlsi_cache.exchange import exporting
 from vlsi_cache.store.reader import Cache
 
@@ -131,6 +131,20 @@ def test_it_goes_on_and_refuses_other_folders(tmp_path: Path, monkeypatch: pytes
     assert vc.export_cache(cache, out, format="parquet").num_files == 3
     assert (out / "data-000000.parquet").stat().st_mtime_ns == first
     assert not list(out.glob(".*tmp*"))
+    whole = (out / "data-000001.parquet").read_bytes()
+    (out / "data-000001.parquet").write_bytes(whole[:-20])
+    with pytest.raises(
+        DataError, match=r"data-000001\.parquet` is not as it was written .*; delete it and run the same"
+    ):
+        vc.export_cache(cache, out, format="parquet")
+    (out / "data-000001.parquet").unlink()
+    vc.export_cache(cache, out, format="parquet")
+    assert (out / "data-000001.parquet").read_bytes() == whole
+    manifest = (out / exporting.MANIFEST).read_text()
+    (out / exporting.MANIFEST).write_text("{")
+    with pytest.raises(CacheCorruptError, match=r"vlsi-cache-export\.json.*name a new folder"):
+        vc.export_cache(cache, out, format="parquet")
+    (out / exporting.MANIFEST).write_text(manifest)
     for options, folder, message in (
         ({"format": "parquet", "layers": ["last"]}, out, "is another export"),
         ({"format": "parquet"}, tmp_path, "holds .*cache, which it is made from|is not empty"),

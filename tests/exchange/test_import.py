@@ -91,6 +91,7 @@ def test_commands_take_it_as_any_other(
     sets = [word for one in [*steps, "micro_batch_size=2"] for word in ("--set", f"distill.{one}")]
     code, _, err = run("distill", tmp_path / "cache", "--student", student_folder, "-o", tmp_path / "run", *sets)
     assert code == 0, err
+    assert "not read" not in err
     code, out, err = run("evaluate", tmp_path / "run", "--cache", tmp_path / "cache", "--json")
     assert code == 0, err
     assert json.loads(out)["cache"]["teacher_entropy"] is None

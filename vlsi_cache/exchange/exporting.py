@@ -22,6 +22,7 @@ from vlsi_cache.data.messages import text_of
 from vlsi_cache.data.records import Record
 from vlsi_cache.errors import DataError, SpecError
 from vlsi_cache.progress import progress, say
+from vlsi_cache.run_files import read_object
 from vlsi_cache.store.derive import open_source
 from vlsi_cache.store.header import data_specs
 from vlsi_cache.store.part import Row
@@ -132,7 +133,7 @@ def _check(folder: Path, source: Cache, facts: dict[str, Any]) -> None:
     io.check_apart(folder, source.path)
     manifest = folder / MANIFEST
     if manifest.is_file():
-        found = json.loads(manifest.read_text(encoding="utf-8"))
+        found = read_object(manifest, "name a new folder with -o")
         other = [
             f"`{name}`: there {found.get(name)}, now {value}"
             for name, value in facts.items()
@@ -223,9 +224,15 @@ def _summary(folder: Path, format: str, files: Sequence[Path]) -> Exported:
     left_out: list[dict[str, str]] = []
     num_rows = 0
     for file in files:
-        with pq.ParquetFile(file) as found:
-            num_rows += found.metadata.num_rows
-            left_out += json.loads(found.metadata.metadata[ABOUT_KEY])["left_out"]
+        try:
+            with pq.ParquetFile(file) as found:
+                num_rows += found.metadata.num_rows
+                left_out += json.loads(found.metadata.metadata[ABOUT_KEY])["left_out"]
+        except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"`{file}` is not as it was written ({type(error).__name__}: {error}); delete it and run the same "
+                "command again, which writes it anew"
+            ) from None
     if left_out:
         say(f"{len(left_out)} samples left out, which {format} cannot be given; the first: {left_out[0]}")
     if not num_rows:
@@ -282,9 +289,9 @@ class Prompts:
         self.vocab_size = source.header.vocab_size
         teacher = source.header.spec.get("teacher") or {}
         name = tokenizer or str(teacher.get("model"))
-        of_teacher = {} if tokenizer else {key: teacher.get(key) for key in ("revision", "gguf_file")}
+        revision, gguf_file = (None, None) if tokenizer else (teacher.get("revision"), teacher.get("gguf_file"))
         encodings = [section.encoding() for section in data_specs(source.header, source.path)]
-        self.encoder = ModelRef(resolve_model(name), **of_teacher).encoder(encodings[0])
+        self.encoder = ModelRef(resolve_model(name), revision, gguf_file).encoder(encodings[0])
         if difference := tokenizer_difference(source.header, self.encoder):
             advice = "leave --tokenizer out, or name" if tokenizer else "name the one that it was, with --tokenizer"
             raise SpecError(

@@ -336,7 +336,9 @@ def read_gates(model: Any, folder: Path) -> None:
 
 def cached_sources(cache: Cache) -> RecordSet:
     """The rows that a cache was built from, read again; those of all sources of a merged one."""
-    sets = [read_records(section) for section in data_specs(cache.header, cache.path)]
+    column = cache.header.fingerprint.get("import.column")  # of rows that are another tool's capture as well
+    own = () if column is None else (str(column), "target_token_ids")
+    sets = [read_records(section, read_elsewhere=own) for section in data_specs(cache.header, cache.path)]
     if len(sets) == 1:
         return sets[0]
     return RecordSet(Joined([found.records for found in sets]), [row for found in sets for row in found.skipped])
