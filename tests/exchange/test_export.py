@@ -194,7 +194,7 @@ def test_rows_of_different_widths(teacher_folder: Path, tmp_path: Path) -> None:
 
 def test_an_imported_cache_is_compared_by_its_last_layer(teacher_folder: Path, tmp_path: Path) -> None:
     """It does not know the number of that layer among the teacher's."""
-    cache = vc.build_teacher(vc.load_spec(write_spec(tmp_path, teacher_folder)), out=tmp_path / "cache")
+    cache = vc.build_teacher(vc.load_spec(write_spec(tmp_path, teacher_folder, num_rows=12)), out=tmp_path / "cache")
     vc.export_cache(cache, tmp_path / "theirs", format="distillkit")
     data = tmp_path / "rows.jsonl"
     options: Any = {"format": "distillkit", "tokenizer": str(teacher_folder), "data": data}

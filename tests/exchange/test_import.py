@@ -392,5 +392,7 @@ def test_what_does_not_fit_the_tokenizer(
     lines = write_vllm(tmp_path / "out.jsonl", said, with_tokens=False)
     with pytest.raises(DataError, match=r"does not hold token|tokenizer has \d+ tokens"):
         vc.import_cache(lines, tmp_path / "cache", format="vllm", tokenizer=str(other), data=rows_file)
+    with pytest.raises(SpecError, match="the source to import `s3://bucket/kd` is a URL"):
+        vc.import_cache("s3://bucket/kd", tmp_path / "cache", format="axolotl", tokenizer=str(other))
     with pytest.raises(SpecError, match="what can be imported"):
         vc.import_cache(lines, tmp_path / "cache", format="hf", tokenizer=str(other))

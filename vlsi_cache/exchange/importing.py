@@ -22,6 +22,7 @@ from vlsi_cache.data.measuring import fit_rows
 from vlsi_cache.data.records import RecordSet, read_records
 from vlsi_cache.data.stored import Names, names_of
 from vlsi_cache.errors import DataError, SpecError
+from vlsi_cache.io import refuse_url
 from vlsi_cache.models.load import ModelRef, resolve_model
 from vlsi_cache.progress import Bar, progress, say
 from vlsi_cache.runs.run_dir import versions
@@ -96,6 +97,7 @@ def import_cache(
     `logprobs_field` an Axolotl data set's column of log-probs. The rows lack what the files do not say: entropy and
     log-sum-exp, and, but for vLLM's, the log-prob of a token that a row does not keep. Raises SpecError, DataError.
     """
+    refuse_url(path, "the source to import")
     target, folder = place_of(out, "out"), Path(path)
     check_root(target)
     if tokenizer is None:

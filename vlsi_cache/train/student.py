@@ -117,7 +117,8 @@ class StudentInputs:
         sections = data_sections(self.cache.header)
         # A merged cache was built from several sources of rows, which are read again one by one.
         if len(sections) < 2:
-            return read_records(self.spec.data, num_workers=self.spec.run.num_workers)
+            own = captured_columns(self.cache.header)
+            return read_records(self.spec.data, num_workers=self.spec.run.num_workers, read_elsewhere=own)
         if any(getattr(self.spec.data, name) != stored_data(sections[0]).get(name) for name in SOURCE_KEYS):
             raise SpecError(
                 f"{self.cache.path} was merged from {len(sections)} sources of rows, each read from where it was: "
@@ -334,10 +335,15 @@ def read_gates(model: Any, folder: Path) -> None:
         ) from None
 
 
+def captured_columns(header: CacheHeader) -> tuple[str, ...]:
+    """Columns of the rows that `import` has made the cache from, where one file holds both."""
+    column = header.fingerprint.get("import.column")
+    return () if column is None else (str(column), "target_token_ids")
+
+
 def cached_sources(cache: Cache) -> RecordSet:
     """The rows that a cache was built from, read again; those of all sources of a merged one."""
-    column = cache.header.fingerprint.get("import.column")  # of rows that are another tool's capture as well
-    own = () if column is None else (str(column), "target_token_ids")
+    own = captured_columns(cache.header)
     sets = [read_records(section, read_elsewhere=own) for section in data_specs(cache.header, cache.path)]
     if len(sets) == 1:
         return sets[0]
