@@ -112,7 +112,8 @@ def trace(
     """Show what every layer would answer by itself.
 
     Greedy text of each layer: its verbalizer chooses every token, and its own tokens are fed back. What the layers say
-    of a given response, word by word, needs no model: vlsi-cache sample.
+    of a given response, word by word, needs no model: vlsi-cache sample. Of a student whose layers run again
+    (distill.traversal) also their mixing ratios in the prompt, which -o draws token by token.
     """
     import vlsi_cache as vc
     from vlsi_cache.report.pages import write_trace_page

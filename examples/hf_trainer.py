@@ -2,9 +2,12 @@
 
     python examples/hf_trainer.py CACHE STUDENT OUT
 
-For caches of text rows. TRL's `SFTTrainer` takes the same three pieces: subclass it instead of `Trainer`, hand over the
-same `train_dataset` and `data_collator`, with `SFTConfig(dataset_kwargs={"skip_prepare_dataset": True},
-remove_unused_columns=False)`, so that it leaves the samples as they are.
+For caches of text rows. TRL's `SFTTrainer` does the same as `class CacheSFTTrainer(CacheTrainer, SFTTrainer)`. It takes
+none but a `datasets.Dataset`: give it the places of the samples, and look them up when a batch is made:
+
+    SFTConfig(out, dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False, ...)
+    train_dataset=datasets.Dataset.from_dict({"place": range(len(dataset))})
+    data_collator=lambda batch: collate([dataset[one["place"]] for one in batch])
 """
 
 import sys

@@ -1,5 +1,6 @@
 """The benchmarks still run, at tiny sizes, and their baselines compute what is measured against them."""
 
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +12,8 @@ from helpers.tiny import benchmark_scripts
 
 FOLDER = Path(__file__).parent / "benchmarks"
 SCRIPTS = (
-    "cases", "data", "gpu", "kernels", "measuring", "online", "online_vs_cached", "ours", "peers", "processes", "scale",
-    "stages", "students", "traversal",
+    "across_tokenizers", "cases", "data", "gpu", "kernels", "measuring", "online", "online_vs_cached", "ours", "peers",
+    "processes", "scale", "stages", "students", "traversal",
 )  # fmt: skip
 CPU = torch.device("cpu")
 
@@ -72,6 +73,22 @@ def test_every_part_of_the_stages_benchmark_runs(scripts: dict[str, Any], tmp_pa
     text = (tmp_path / "results.md").read_text(encoding="utf-8")
     assert text.count("\n## ") == 4
     assert text.count("\n| interact |") == 3  # the stage, its step, its memory
+
+
+@pytest.mark.slow
+def test_students_with_another_tokenizer_are_compared(scripts: dict[str, Any], tmp_path: Path) -> None:
+    module = scripts["across_tokenizers"]
+    module.main(["--tiny", "--threads", "1", "--out", str(tmp_path / "results.md")])
+    text = (tmp_path / "results.md").read_text(encoding="utf-8")
+    assert "vocabulary has 284 words; the student's has 408" in text
+    rows = re.findall(r"^\| (.+?) \| (\S+) \((\S+)\) \| (\S+) \(", text, flags=re.MULTILINE)
+    assert [name for name, *_ in rows] == list(module.VARIANTS)
+    losses = {name: float(value) for name, value, *_ in rows}
+    assert all(0 < loss < 2 * math.log(408) for loss in losses.values())
+    assert len({losses[name] for name in (module.LABELS, module.ALM, module.OURS)}) == 3
+    for name, value, gap, mean in rows:  # of one seed
+        assert float(mean) == float(value)
+        assert float(gap) == pytest.approx(losses[name] - losses[module.LABELS], abs=1.5e-3)
 
 
 def test_the_papers_setting_is_worked_out_on_paper(scripts: dict[str, Any], tmp_path: Path) -> None:

@@ -11,11 +11,11 @@ import pytest
 import yaml
 from helpers.caches import build, standard_case
 from helpers.exchange import say_all, write_axolotl
-from helpers.tiny import make_rows, write_spec
+from helpers.tiny import make_rows, save_model, write_spec
 from transformers import AutoTokenizer
 
 import vlsi_cache as vc
-from vlsi_cache.errors import SpecError
+from vlsi_cache.errors import CacheCorruptError, DataError, SpecError
 from vlsi_cache.exchange import exporting
 from vlsi_cache.store.reader import Cache
 
@@ -131,6 +131,20 @@ def test_it_goes_on_and_refuses_other_folders(tmp_path: Path, monkeypatch: pytes
     assert vc.export_cache(cache, out, format="parquet").num_files == 3
     assert (out / "data-000000.parquet").stat().st_mtime_ns == first
     assert not list(out.glob(".*tmp*"))
+    whole = (out / "data-000001.parquet").read_bytes()
+    (out / "data-000001.parquet").write_bytes(whole[:-20])
+    with pytest.raises(
+        DataError, match=r"data-000001\.parquet` is not as it was written .*; delete it and run the same"
+    ):
+        vc.export_cache(cache, out, format="parquet")
+    (out / "data-000001.parquet").unlink()
+    vc.export_cache(cache, out, format="parquet")
+    assert (out / "data-000001.parquet").read_bytes() == whole
+    manifest = (out / exporting.MANIFEST).read_text()
+    (out / exporting.MANIFEST).write_text("{")
+    with pytest.raises(CacheCorruptError, match=r"vlsi-cache-export\.json.*name a new folder"):
+        vc.export_cache(cache, out, format="parquet")
+    (out / exporting.MANIFEST).write_text(manifest)
     for options, folder, message in (
         ({"format": "parquet", "layers": ["last"]}, out, "is another export"),
         ({"format": "parquet"}, tmp_path, "holds .*cache, which it is made from|is not empty"),
@@ -140,6 +154,13 @@ def test_it_goes_on_and_refuses_other_folders(tmp_path: Path, monkeypatch: pytes
     ):
         with pytest.raises(SpecError, match=message):
             vc.export_cache(cache, folder, **options)
+    other = save_model(tmp_path / "other", num_layers=1, hidden=8, seed=0, extra="other words altogether")
+    with pytest.raises(
+        SpecError, match=r"the tokenizer of .*other` is not the one of .*; leave --tokenizer out"
+    ) as found:
+        vc.export_cache(imported, tmp_path / "a", format="axolotl", tokenizer=str(other))
+    assert "student" not in str(found.value)
+    assert not (tmp_path / "a").exists()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").touch()
     with pytest.raises(SpecError, match="is not empty and no export"):
@@ -173,7 +194,7 @@ def test_rows_of_different_widths(teacher_folder: Path, tmp_path: Path) -> None:
 
 def test_an_imported_cache_is_compared_by_its_last_layer(teacher_folder: Path, tmp_path: Path) -> None:
     """It does not know the number of that layer among the teacher's."""
-    cache = vc.build_teacher(vc.load_spec(write_spec(tmp_path, teacher_folder)), out=tmp_path / "cache")
+    cache = vc.build_teacher(vc.load_spec(write_spec(tmp_path, teacher_folder, num_rows=12)), out=tmp_path / "cache")
     vc.export_cache(cache, tmp_path / "theirs", format="distillkit")
     data = tmp_path / "rows.jsonl"
     options: Any = {"format": "distillkit", "tokenizer": str(teacher_folder), "data": data}

@@ -1,16 +1,23 @@
 """The arithmetic of a teacher's forward against torch's own counter, on tiny models of every family."""
 
 import html
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from helpers.families import tiny_inputs, tiny_model
+from helpers.tiny import write_spec
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import vlsi_cache as vc
+from vlsi_cache.config.training import TraversalSpec
 from vlsi_cache.errors import SpecError
 from vlsi_cache.models.backbone import Backbone
-from vlsi_cache.teacher.plan import forward_flops, gpu_peak, picture_patches
+from vlsi_cache.models.traversal import add_traversal, answering
+from vlsi_cache.models.traversal_files import save_traversed
+from vlsi_cache.teacher.plan import forward_flops, gpu_peak, num_passes, picture_patches
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen2_vl", "llava_onevision"])
@@ -29,6 +36,37 @@ def test_flops_are_those_that_torch_counts(family: str) -> None:
     # The square is the square: three times the length, nine times the attention and three times the rest.
     longer = forward_flops(model, [3 * length] * num_rows, patches)
     assert (longer.attention, longer.weights, longer.vision) == (9 * found.attention, 3 * found.weights, found.vision)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [TraversalSpec(), TraversalSpec(mode="all", num_passes=3), TraversalSpec(mixing="first")],
+    ids=["prompt", "all", "first"],
+)
+@torch.no_grad()
+def test_every_pass_of_a_traversed_layer_is_counted(settings: TraversalSpec) -> None:
+    model, inputs = tiny_model("llama"), tiny_inputs("llama")
+    model.set_attn_implementation("eager")
+    add_traversal(model, settings)
+    ids_BS = inputs["input_ids"]
+    responses_BS = torch.arange(ids_BS.shape[1]).expand(ids_BS.shape) > 2
+    with FlopCounterMode(display=False) as counter, answering(model, responses_BS):
+        model(**inputs, use_cache=False)
+    head = 2 * Backbone(model).head_weight.numel() * ids_BS.numel()
+    found = forward_flops(model, [ids_BS.shape[1]] * len(ids_BS), [], passes=num_passes(settings))
+    assert found.total == pytest.approx(counter.get_total_flops() - head, rel=0.03)
+
+
+def test_the_plan_of_a_traversed_teacher(teacher_folder: Path, tmp_path: Path) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(teacher_folder)
+    add_traversal(model, TraversalSpec())
+    save_traversed(model, tmp_path / "traversed")
+    AutoTokenizer.from_pretrained(teacher_folder).save_pretrained(tmp_path / "traversed")
+    file = write_spec(tmp_path, teacher_folder, num_rows=4)
+    plain = vc.plan(vc.load_spec(file))
+    twice = vc.plan(vc.load_spec(file, overrides=[f"teacher.model={tmp_path / 'traversed'}"]))
+    assert twice.attention_flops == 2 * plain.attention_flops
+    assert 1.2 * plain.teacher_flops < twice.teacher_flops < 2 * plain.teacher_flops  # the heads run once
 
 
 def test_gpus_by_name() -> None:

@@ -18,6 +18,7 @@ from vlsi_cache.errors import DataError, FingerprintMismatchError, ModelError, S
 from vlsi_cache.models.load import ModelRef
 from vlsi_cache.store.arrays import BYTES_ARRAY
 from vlsi_cache.store.reader import Cache
+from vlsi_cache.teacher.sync import sync_cache
 from vlsi_cache.train.aligned import open_aligner
 from vlsi_cache.train.loader import match_records
 from vlsi_cache.train.student import cached_sources
@@ -40,19 +41,19 @@ def other_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_llama(tmp_path_factory.mktemp("other"), tokenizer, num_layers=3, hidden=16, seed=2)
 
 
-def without_bytes(cache: Cache, folder: Path, **spec: Any) -> Cache:
-    """The cache as an earlier release has written it."""
+def without_bytes(cache: Cache, folder: Path, *, only_a_part: bool = False, **spec: Any) -> Cache:
+    """The cache as an earlier release has written it, or one part of it alone, as in a merged one."""
     from vlsi_cache.store.format import RECORD_NAME, sealed_json
 
     shutil.copytree(cache.path, folder)
     header = cache.header
-    files = {name: file for name, file in header.vocab_files.items() if not name.startswith("bytes")}
+    files = {name: file for name, file in header.vocab_files.items() if only_a_part or not name.startswith("bytes")}
     header = header.model_copy(update={"vocab_files": files, "spec": {**header.spec, **spec}})
     (folder / "cache.json").write_bytes(sealed_json(header.model_dump()))
-    for name in ("vocab", "vocab-copy"):
+    for name in () if only_a_part else ("vocab", "vocab-copy"):
         for path in (folder / name).glob("bytes*"):
             shutil.rmtree(path)
-    for index in cache.parts:
+    for index in cache.parts[:1] if only_a_part else cache.parts:
         part, record = folder / "parts" / f"{index:06d}.zarr", cache.part_record(index)
         shutil.rmtree(part / BYTES_ARRAY)
         files = {name: file for name, file in record.files.items() if not name.startswith(BYTES_ARRAY)}
@@ -162,6 +163,28 @@ def test_a_cache_of_an_earlier_release_is_read_with_the_teacher_s_tokenizer_or_r
         ModelError, match=r"does not say which bytes the teacher's tokens are.*gone.*build the cache again"
     ):
         vc.distill(lost, student=str(other_folder), out=tmp_path / "run", overrides=BYTE)
+    mixed = without_bytes(cache, tmp_path / "mixed", only_a_part=True, teacher=teacher)
+    assert "byte offsets in 2 of 3 parts, the vocabulary with bytes" in str(vc.inspect(mixed))
+    with pytest.raises(ModelError, match=r"1 of the 3 parts of .* no byte offsets .*gone.*build the cache again"):
+        vc.distill(mixed, student=str(other_folder), out=tmp_path / "run", overrides=BYTE)
+
+
+def test_a_cache_of_an_earlier_release_that_follows_its_data_is_still_one_without_bytes(
+    cache: Cache, other_folder: Path, teacher_folder: Path, tmp_path: Path
+) -> None:
+    old = without_bytes(cache, tmp_path / "cache")
+    assert "token texts, without byte offsets" in str(vc.inspect(old))
+    assert "token texts, with byte offsets" in str(vc.inspect(cache))
+    file = write_spec(tmp_path, teacher_folder, num_rows=16)
+    write_jsonl(tmp_path / "rows.jsonl", [*make_rows(16), *make_rows(3, start=500)])
+    synced = sync_cache(vc.load_spec(file, overrides=[*SHORT, "data.max_length=128"]), out=old.path)
+    assert "row-500" in synced
+    assert len(synced.parts) > len(cache.parts)
+    assert (synced.parts_with(BYTES_ARRAY), synced.token_pieces()) == ([], None)
+    assert "token texts, without byte offsets" in str(vc.inspect(synced))
+    aligner = open_aligner(synced, ModelRef(str(other_folder)).encoder())
+    record = match_records(synced, cached_sources(synced))["row-500"]
+    assert len(aligner.aligned(record, synced.row("row-500")).tokens_T)
 
 
 def test_what_cannot_be_aligned_is_refused(cache: Cache, other_folder: Path, tmp_path: Path) -> None:

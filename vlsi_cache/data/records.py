@@ -6,7 +6,7 @@ columns that are not, are told each time.
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
@@ -105,17 +105,19 @@ class RecordSet(Sequence[Record]):
         return replace(self, records=Chosen(self.records, index_N))
 
 
-def read_records(data: DataSpec, *, limit: int | None = None, num_workers: int = 0) -> RecordSet:
+def read_records(
+    data: DataSpec, *, limit: int | None = None, num_workers: int = 0, read_elsewhere: Collection[str] = ()
+) -> RecordSet:
     """Read and check all rows, or the first `limit` and none beyond them; or take what an earlier command has found.
 
     Of pictures the files' ends and headers are looked at; with `bad_rows: list` all are decoded once, since a row to be
-    left out must be known beforehand. Raises DataError: no such source, no usable row, or (unless `bad_rows: list`) any
-    bad row, all of them together.
+    left out must be known beforehand. That columns are not read is said of all but those `read_elsewhere`. Raises
+    DataError: no such source, no usable row, or (unless `bad_rows: list`) any bad row, all of them together.
     """
     if limit is not None:
         data = change(data, limit=limit if data.limit is None else min(limit, data.limit))
     rows = read_source(data, open_source(data), num_workers=num_workers)
-    _tell(rows)
+    _tell(rows, read_elsewhere)
     if rows.problems and data.bad_rows == "refuse":
         raise DataError(_all_problems(rows))
     if not len(rows.records):
@@ -151,12 +153,12 @@ def row_of(record: Record, *, media_root: Path | None = None) -> dict[str, Any]:
     return row | ({"chat_template_kwargs": record.template_args} if record.template_args else {})
 
 
-def _tell(rows: Rows) -> None:
+def _tell(rows: Rows, read_elsewhere: Collection[str]) -> None:
     """Say once how the rows were read, where that is not plain."""
     for note, count in sorted(rows.notes.items()):
         say(f"{printable(rows.name)}: {note} ({count} {'row' if count == 1 else 'rows'})")
-    if rows.unread:
-        say(f"{printable(rows.name)}: not read: {listed(rows.unread)}")
+    if unread := [name for name in rows.unread if name not in read_elsewhere]:
+        say(f"{printable(rows.name)}: not read: {listed(unread)}")
 
 
 def _all_problems(rows: Rows) -> str:

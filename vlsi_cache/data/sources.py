@@ -254,25 +254,33 @@ class Files:
         return real.relative_to(self.root).as_posix() if real.is_relative_to(self.root) else path.name
 
 
+class NoFilesError(DataError):
+    """There is nothing that can be read; `problem` is the message without the name of the setting and what to do."""
+
+    def __init__(self, problem: str, *, hint: str | None = None) -> None:
+        super().__init__(f"`data.path` is {problem}", hint=hint)
+        self.problem = problem
+
+
 def find_files(path: str) -> Files:
-    """What `data.path` names; raises DataError that says what is there and what would be read."""
+    """What `data.path` names; raises NoFilesError that says what is there and what would be read."""
     what = _kind_of_path(path)
     if what == "file":
         kind = _suffix(Path(path))
         if kind is None:
-            raise DataError(f"`data.path` is {printable(path)}, a `{Path(path).suffix}` file; {READ}")
+            raise NoFilesError(f"{printable(path)}, a `{Path(path).suffix}` file", hint=READ)
         return Files((Path(path),), kind, root_of(path))
     if what == "folder":
         return _in_folder(Path(path))
     if what is not None:
-        raise DataError(f"`data.path` is {printable(path)}, a {what}; {READ}")
+        raise NoFilesError(f"{printable(path)}, a {what}", hint=READ)
     if not is_glob(path):
-        raise DataError(f"`data.path` is {printable(path)}: no such file or folder; {READ}")
+        raise NoFilesError(f"{printable(path)}: no such file or folder", hint=READ)
     found = [Path(name) for name in sorted(glob.glob(path, recursive=True))]
     files = [file for file in found if file.is_file() and _suffix(file)]
     if not files:
         there = f"none of the {len(found)} names that it matches can be read" if found else "it matches no file"
-        raise DataError(f"`data.path` is {printable(path)}: {there}; {READ}")
+        raise NoFilesError(f"{printable(path)}: {there}", hint=READ)
     return _shards(files, path, root_of(path))
 
 
@@ -297,7 +305,7 @@ def _kind_of_path(path: str) -> str | None:
         return None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise DataError(f"`data.path` is {printable(path)[:300]}: {reason}") from None
+        raise NoFilesError(f"{printable(path)[:300]}: {reason}") from None
 
 
 def _suffix(path: Path) -> str | None:
@@ -307,8 +315,8 @@ def _suffix(path: Path) -> str | None:
 def _in_folder(folder: Path) -> Files:
     if (folder / "dataset_dict.json").is_file():
         names = sorted(file.parent.name for file in folder.glob("*/state.json"))
-        raise DataError(
-            f"`data.path` is {folder}, a DatasetDict with the splits {listed(names)}; name one of them: "
+        raise NoFilesError(
+            f"{folder}, a DatasetDict with the splits {listed(names)}; name one of them: "
             f"{folder / (names[0] if names else 'train')}"
         )
     if (folder / "state.json").is_file():
@@ -316,11 +324,11 @@ def _in_folder(folder: Path) -> Files:
     try:
         there = sorted(file for file in folder.iterdir() if not file.name.startswith("."))
     except OSError as error:
-        raise DataError(f"`data.path` is {folder}, a folder that cannot be read: {error.strerror}") from None
+        raise NoFilesError(f"{folder}, a folder that cannot be read: {error.strerror}") from None
     files = [file for file in there if file.is_file() and _suffix(file) in KINDS and file.name not in DESCRIPTIONS]
     if not files:
         found = f"only {listed(file.name for file in there)}" if there else "nothing"
-        raise DataError(f"`data.path` is {folder}, a folder that holds {found}; {READ}")
+        raise NoFilesError(f"{folder}, a folder that holds {found}", hint=READ)
     return _shards(files, str(folder), folder.resolve())
 
 
@@ -343,14 +351,12 @@ def _shards(files: list[Path], path: str, root: Path) -> Files:
     kinds = Counter(str(_suffix(file)) for file in files)
     if len(kinds) > 1:
         there = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-        raise DataError(
-            f"`data.path` is {printable(path)}: {there} files; name those of one kind, such as *{files[0].suffix}"
-        )
+        raise NoFilesError(f"{printable(path)}: {there} files; name those of one kind, such as *{files[0].suffix}")
     shards = [found for file in files if (found := _SHARD.match(file.name))]
     splits = sorted({shard[1] for shard in shards})
     if len(splits) > 1:
-        raise DataError(
-            f"`data.path` is {printable(path)}: shards of {len(splits)} splits ({listed(splits)}); name one with a "
+        raise NoFilesError(
+            f"{printable(path)}: shards of {len(splits)} splits ({listed(splits)}); name one with a "
             f"pattern such as {splits[0]}-*{files[0].suffix}"
         )
     num_wanted = int(shards[0][3]) if shards else 0

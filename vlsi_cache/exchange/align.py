@@ -20,6 +20,7 @@ from vlsi_cache.errors import DataError
 from vlsi_cache.progress import progress
 
 from . import sources
+from .tables import name_of
 
 Tokens = tuple[np.ndarray, int]  # all of a sample, int64 [S], and how many are its prompt
 FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd: its powers have a period beyond any sequence
@@ -75,11 +76,12 @@ def find_samples(source: sources.Source, records: RecordSet, encoder: Encoder) -
     by_hash: dict[int, list[int]] | None = None
     of_sequence: dict[int, list[int]] = {}
     taken: set[int] = set()
-    number, width, least = -1, 1, 1 << 31
+    number, width, least, num_with_tokens = -1, 1, 1 << 31, 0
     for number, sequence in enumerate(progress(source.sequences(), "look for samples", unit="sequence", delay=2)):
         if sequence.token_ids is None:
             found = by_row.get(sequence.key or "", [])
         else:
+            num_with_tokens += 1
             by_hash = _hashes_of(records, encoder) if by_hash is None else by_hash
             hashes = prefix_hashes(sequence.token_ids).tolist()
             found = [index for one in hashes for index in by_hash.get(one, ())]
@@ -87,15 +89,21 @@ def find_samples(source: sources.Source, records: RecordSet, encoder: Encoder) -
             taken.update(found)
             of_sequence[number] = found
             width, least = max(width, sequence.width), min(least, sequence.least)
+    if number < 0:
+        raise DataError(f"{name_of(source.files)} holds no rows")
     left_out = [
-        {"id": name.id, "reason": f"no sequence of {source.files.root} holds it"}
+        {"id": name.id, "reason": f"no sequence of {name_of(source.files)} holds it"}
         for index, name in enumerate(names)
         if index not in taken
     ]
     if not of_sequence:
+        advice = "name the data that the teacher was given, and its tokenizer"
+        if not num_with_tokens:
+            advice = "they do not say their tokens, and none has the id of a row; vLLM says both when it is asked with "
+            advice += "`return_token_ids`, or for a batch with the row's id as `custom_id`"
         raise DataError(
-            f"none of the {len(names)} samples of the data is among the {number + 1} sequences of {source.files.root}: "
-            "name the data that the teacher was given, and its tokenizer"
+            f"none of the {len(names)} samples of the data is among the {number + 1} sequences of "
+            f"{name_of(source.files)}: {advice}"
         )
     return Found(of_sequence, left_out, number + 1, width, least)
 

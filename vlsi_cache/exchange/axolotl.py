@@ -8,6 +8,7 @@ first tokens have none. TRL and distilabel write such rows as well, under other 
 
 from collections.abc import Iterator
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from vlsi_cache.data.rows import as_json, content_of, content_text, for_template
 from vlsi_cache.errors import DataError
 
 from .sources import Format, Sequence
-from .tables import LINES, TABLES, column_names, files_of, flat_lists, json_rows, table_rows
-from .targets import TopK, ragged
+from .tables import LINES, TABLES, TableRow, column_names, files_of, json_rows, table_rows
+from .targets import TopK, as_ids, ragged
 
 LOGPROBS, IDS = "logprobs", "target_token_ids"
 FLOAT_ROUNDING = 2e-5
@@ -36,6 +37,7 @@ class Axolotl:
     def __init__(self, path: Path, column: str = LOGPROBS) -> None:
         self.files = files_of(path, (*TABLES, *LINES), "an Axolotl data set")
         self._column = column
+        self.columns = (column, IDS)
         self.facts: dict[str, Any] = {"column": column}
         if self.files.kind in TABLES and column not in (names := column_names(self.files)):
             raise DataError(
@@ -57,7 +59,7 @@ class Axolotl:
             chat = {name: value for name in names if (value := _without_nulls(found.value(name))) is not None}
             if IDS in found.batch.schema.names:
                 lengths = found.nested(self._column)[1]
-                unpack = partial(self._of_columns, found.batch, found.place, found.where)
+                unpack = partial(self._of_columns, found)
             else:
                 chat[self._column] = found.value(self._column)
                 lengths = self._lists(chat, found.where)
@@ -76,12 +78,15 @@ class Axolotl:
         except TypeError:
             raise DataError(f"{where}: `{self._column}` must hold a list for each token") from None
 
-    def _of_columns(self, batch: Any, index: int, where: str, _: np.ndarray) -> TopK:
-        logprobs_E, widths_T = flat_lists(batch.column(self._column), index)
-        ids_E, id_widths_T = flat_lists(batch.column(IDS), index)
+    def _of_columns(self, row: TableRow, _: np.ndarray) -> TopK:
+        logprobs_E, widths_T = row.nested(self._column)
+        ids_E, id_widths_T = row.nested(IDS)
+        self._check_lengths(widths_T, id_widths_T, row.where)
+        return ragged(as_ids(ids_E, row.where), logprobs_E.astype(np.float64), widths_T)
+
+    def _check_lengths(self, widths_T: np.ndarray, id_widths_T: np.ndarray, where: str) -> None:
         if not np.array_equal(widths_T, id_widths_T):
             raise DataError(f"{where}: `{self._column}` and `{IDS}` differ in their lengths")
-        return ragged(ids_E.astype(np.int64), logprobs_E.astype(np.float64), widths_T)
 
     def _of_lists(self, row: dict[str, Any], where: str, _: np.ndarray) -> TopK:
         rows = [one or [] for one in row[self._column]]
@@ -89,21 +94,20 @@ class Axolotl:
         try:
             if IDS in row:
                 ids = [one or [] for one in row[IDS]]
-                if [len(one) for one in ids] != widths_T.tolist():
-                    raise DataError(f"{where}: `{self._column}` and `{IDS}` differ in their lengths")
-                pairs = [
-                    (i, x) for some, others in zip(ids, rows, strict=True) for i, x in zip(some, others, strict=True)
-                ]
+                id_widths_T = np.array([len(one) for one in ids], np.int64)
+                pairs = zip(chain.from_iterable(ids), chain.from_iterable(rows), strict=False)
             else:
-                pairs = [(_id_in(entry["token"]), entry["logprob"]) for one in rows for entry in one]
-            ids_E, logprobs_E = np.array([i for i, _ in pairs], np.int64), np.array([x for _, x in pairs], np.float64)
-        except (TypeError, ValueError, KeyError) as error:
+                id_widths_T = widths_T
+                pairs = ((_id_in(entry["token"]), entry["logprob"]) for one in rows for entry in one)
+            ids_E, logprobs_E = np.array(list(pairs), np.float64).reshape(-1, 2).T
+        except (TypeError, ValueError, KeyError, OverflowError) as error:
             raise DataError(
                 f"{where}: an entry of `{self._column}` is neither a number beside one of `{IDS}`, nor "
                 f'{{"token": "token_id:N", "logprob": x}} ({type(error).__name__}: {error}); ask the server for '
                 "`return_tokens_as_token_ids`"
             ) from None
-        return ragged(ids_E, logprobs_E, widths_T)
+        self._check_lengths(widths_T, id_widths_T, where)
+        return ragged(as_ids(ids_E, where), logprobs_E, widths_T)
 
 
 def _id_in(token: str) -> int:

@@ -21,8 +21,8 @@ from vlsi_cache.config.plain_yaml import parse_yaml
 from vlsi_cache.errors import DataError, SpecError, validation_message
 
 from .sources import Format, Sequence
-from .tables import TABLES, TableRow, column_names, files_of, table_rows
-from .targets import TopK
+from .tables import TABLES, TableRow, column_names, files_of, name_of, table_rows
+from .targets import TopK, as_ids
 
 CONFIG_NAME = "compression_config.yaml"
 COLUMNS = ("input_ids", "attention_mask", "compressed_logprobs", "bytepacked_indices", "token_ids", "top_values")
@@ -85,6 +85,8 @@ def read_compression(file: Path) -> Compression:
         ) from None
     except ValueError as error:
         raise SpecError(f"`{file}` is not YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise SpecError(f"`{file}` holds no settings of DistillKit's compression, which are `d`, `k`, `exact_k`, ...")
     try:
         return Compression.model_validate(values)
     except ValidationError as error:
@@ -178,6 +180,7 @@ class DistillKit:
 
     format: Format = "distillkit"
     knows_gold = has_messages = False
+    columns = ()
 
     def __init__(self, path: Path, config_file: Path | None = None) -> None:
         self.files = files_of(path, TABLES, "a DistillKit capture")
@@ -201,9 +204,9 @@ class DistillKit:
         config = self._config
         if config is not None and 1 << config.index_bits < vocab_size:
             raise DataError(
-                f"{self.files.root}: ids were packed into {config.index_bits} bits (`d` {config.d}), and the tokenizer "
-                f"has {vocab_size} tokens: those from {1 << config.index_bits} on were wrapped to other ones. Capture "
-                "again with a larger `d`"
+                f"{name_of(self.files)}: ids were packed into {config.index_bits} bits (`d` {config.d}), and the "
+                f"tokenizer has {vocab_size} tokens: those from {1 << config.index_bits} on were wrapped to other "
+                "ones. Capture again with a larger `d`"
             )
 
     def sequences(self, start: int = 0) -> Iterator[Sequence]:
@@ -213,7 +216,8 @@ class DistillKit:
                 raise DataError(
                     f"{row.where} holds several sequences, packed into one; import the capture as it was before packing"
                 )
-            num_rows = len(row.batch.column(COLUMNS[2] if self._is_packed else COLUMNS[4])[row.place])
+            lists = row.batch.column(COLUMNS[2] if self._is_packed else COLUMNS[4])[row.place]
+            num_rows = len(lists) if lists.is_valid else 0
             width = self._config.k if self._config else int(row.nested("token_ids")[1].max(initial=0))
             yield Sequence(
                 where=row.where,
@@ -229,10 +233,14 @@ class DistillKit:
         try:
             if self._config is None:
                 ids_TK, logprobs_TK = (_block(*row.nested(name)) for name in COLUMNS[4:])
-                return TopK(ids_TK.astype(np.int64), logprobs_TK.astype(np.float64))
-            values_TB, packed_TB = (_block(*row.nested(name)).astype(np.uint8) for name in COLUMNS[2:4])
-            ids_TK = unpack_ids(packed_TB, self._config.index_bits, self._config.k)
-            return TopK(ids_TK, unpack_logprobs(values_TB, self._config))
+                ids_TK, logprobs_TK = as_ids(ids_TK, COLUMNS[4]), logprobs_TK.astype(np.float64)
+            else:
+                values_TB, packed_TB = (_block(*row.nested(name)).astype(np.uint8) for name in COLUMNS[2:4])
+                ids_TK = unpack_ids(packed_TB, self._config.index_bits, self._config.k)
+                logprobs_TK = unpack_logprobs(values_TB, self._config)
+            if ids_TK.shape != logprobs_TK.shape:
+                raise DataError(f"it has {ids_TK.shape} ids and {logprobs_TK.shape} log-probs, [tokens, entries]")
+            return TopK(ids_TK, logprobs_TK)
         except (DataError, ValueError) as error:
             raise DataError(f"{row.where}: {error}; is the {CONFIG_NAME} the one of this capture?") from None
 

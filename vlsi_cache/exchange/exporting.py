@@ -22,6 +22,7 @@ from vlsi_cache.data.messages import text_of
 from vlsi_cache.data.records import Record
 from vlsi_cache.errors import DataError, SpecError
 from vlsi_cache.progress import progress, say
+from vlsi_cache.run_files import read_object
 from vlsi_cache.store.derive import open_source
 from vlsi_cache.store.header import data_specs
 from vlsi_cache.store.part import Row
@@ -112,8 +113,10 @@ def export_cache(
             f"`{source.path}` holds draws, and {format} would take their shares for the teacher's log-probs"
         )
     chosen = [source.layers[row] for row in source.header.layer_indices(layers)] if format == "parquet" else ["last"]
-    _begin(folder, source, {"format": format, "layers": chosen, "cache_digest": source.header.digest})
+    facts = {"format": format, "layers": chosen, "cache_digest": source.header.digest}
+    _check(folder, source, facts)
     rows_of = _maker(source, format, chosen, tokenizer)
+    _begin(folder, {**facts, "cache": str(source.path)})
     if format == "distillkit":
         compression = exact_compression(source.header.vocab_size, source.header.top_k[-1])
         io.write_atomically(folder / CONFIG_NAME, as_yaml(compression))
@@ -124,13 +127,13 @@ def export_cache(
     return _summary(folder, format, files)
 
 
-def _begin(folder: Path, source: Cache, facts: dict[str, Any]) -> None:
-    """Claim the folder, or find that it is this export, begun before; raises SpecError."""
+def _check(folder: Path, source: Cache, facts: dict[str, Any]) -> None:
+    """Raise SpecError unless the folder is new or empty, or this export, begun before."""
     io.check_folder(folder)
     io.check_apart(folder, source.path)
     manifest = folder / MANIFEST
     if manifest.is_file():
-        found = json.loads(manifest.read_text(encoding="utf-8"))
+        found = read_object(manifest, "name a new folder with -o")
         other = [
             f"`{name}`: there {found.get(name)}, now {value}"
             for name, value in facts.items()
@@ -138,15 +141,19 @@ def _begin(folder: Path, source: Cache, facts: dict[str, Any]) -> None:
         ]
         if other:
             raise SpecError(f"`{folder}` is another export ({'; '.join(other)}); name a new folder with -o")
-        io.put_all_back(folder)
-        for left in folder.glob(".*.tmp-*"):  # of a run that was killed
-            io.remove(left)
     elif folder.is_dir() and os.listdir(folder):
         raise SpecError(
             f"`{folder}` is not empty and no export: it holds {sorted(os.listdir(folder))[:4]}; name a new one"
         )
+
+
+def _begin(folder: Path, manifest: dict[str, Any]) -> None:
+    """Claim the folder, and drop what a run that was killed has left half-written."""
     folder.mkdir(parents=True, exist_ok=True)
-    io.write_atomically(manifest, json.dumps({**facts, "cache": str(source.path)}, indent=1))
+    io.put_all_back(folder)
+    for left in folder.glob(".*.tmp-*"):
+        io.remove(left)
+    io.write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1))
 
 
 def _write_part(
@@ -217,9 +224,15 @@ def _summary(folder: Path, format: str, files: Sequence[Path]) -> Exported:
     left_out: list[dict[str, str]] = []
     num_rows = 0
     for file in files:
-        with pq.ParquetFile(file) as found:
-            num_rows += found.metadata.num_rows
-            left_out += json.loads(found.metadata.metadata[ABOUT_KEY])["left_out"]
+        try:
+            with pq.ParquetFile(file) as found:
+                num_rows += found.metadata.num_rows
+                left_out += json.loads(found.metadata.metadata[ABOUT_KEY])["left_out"]
+        except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"`{file}` is not as it was written ({type(error).__name__}: {error}); delete it and run the same "
+                "command again, which writes it anew"
+            ) from None
     if left_out:
         say(f"{len(left_out)} samples left out, which {format} cannot be given; the first: {left_out[0]}")
     if not num_rows:
@@ -269,15 +282,22 @@ class Prompts:
     def __init__(self, source: Cache, tokenizer: str | None) -> None:
         from vlsi_cache.models.load import ModelRef, resolve_model
         from vlsi_cache.train.loader import match_records
-        from vlsi_cache.train.student import cached_sources, check_tokenizer
+        from vlsi_cache.train.student import cached_sources, tokenizer_difference
 
         if "data" not in source.header.spec:
             raise SpecError(f"`{source.path}` does not say which rows it is of, and prompts are made from them")
         self.vocab_size = source.header.vocab_size
-        name = tokenizer or str((source.header.spec.get("teacher") or {}).get("model"))
+        teacher = source.header.spec.get("teacher") or {}
+        name = tokenizer or str(teacher.get("model"))
+        revision, gguf_file = (None, None) if tokenizer else (teacher.get("revision"), teacher.get("gguf_file"))
         encodings = [section.encoding() for section in data_specs(source.header, source.path)]
-        self.encoder = ModelRef(resolve_model(name)).encoder(encodings[0])
-        check_tokenizer(source.header, self.encoder, name, where=source.path)
+        self.encoder = ModelRef(resolve_model(name), revision, gguf_file).encoder(encodings[0])
+        if difference := tokenizer_difference(source.header, self.encoder):
+            advice = "leave --tokenizer out, or name" if tokenizer else "name the one that it was, with --tokenizer"
+            raise SpecError(
+                f"the tokenizer of `{name}` is not the one of `{source.path}`: {difference}. The rows that are written "
+                f"are over the ids of the cache; {advice} a folder or hub id with the teacher's own tokenizer"
+            )
         self._records = match_records(source, cached_sources(source))
 
     def of(self, row: Row) -> tuple[Record, np.ndarray, int]:

@@ -22,6 +22,7 @@ from vlsi_cache.data.measuring import fit_rows
 from vlsi_cache.data.records import RecordSet, read_records
 from vlsi_cache.data.stored import Names, names_of
 from vlsi_cache.errors import DataError, SpecError
+from vlsi_cache.io import refuse_url
 from vlsi_cache.models.load import ModelRef, resolve_model
 from vlsi_cache.progress import Bar, progress, say
 from vlsi_cache.runs.run_dir import versions
@@ -38,6 +39,7 @@ from .align import Found, Placed, Tokens, Unplaced, find_samples, place
 from .axolotl import LOGPROBS, Axolotl
 from .distillkit import DistillKit
 from .sources import Format, Sequence, Source, digest_of_files
+from .tables import name_of
 from .targets import Evidence, as_rows
 from .vllm import Vllm
 
@@ -95,6 +97,7 @@ def import_cache(
     `logprobs_field` an Axolotl data set's column of log-probs. The rows lack what the files do not say: entropy and
     log-sum-exp, and, but for vLLM's, the log-prob of a token that a row does not keep. Raises SpecError, DataError.
     """
+    refuse_url(path, "the source to import")
     target, folder = place_of(out, "out"), Path(path)
     check_root(target)
     if tokenizer is None:
@@ -139,13 +142,17 @@ def look_through(source: Source, name: str, tokenizer: str, data: Any, profile: 
         records, skipped = None, []
         found, lengths = all_sequences(source)
     else:
-        rows = read_records(section)
+        rows = read_records(section, read_elsewhere=source.columns)
         kept, unfit = fit_rows(rows, encoder, MOST_TOKENS, bad_rows="list")
         records, lengths = rows.take(kept.index_N), kept.response_ids.num_tokens_N.tolist()
         found = find_samples(source, records, encoder)
         skipped = [*rows.skipped, *unfit, *found.left_out]
     # The token that stands there was the next likeliest one: vLLM adds it to as many as were asked for.
     width = found.least if source.knows_gold and found.width == found.least + 1 else found.width
+    if not width:
+        raise DataError(
+            f"{name_of(source.files)} says no likeliest tokens: ask for some, as `prompt_logprobs: 64` does"
+        )
     values = {
         "name": name,
         "teacher": {"model": str(Path(tokenizer).resolve()) if Path(tokenizer).is_dir() else tokenizer, "layers": []},
@@ -156,7 +163,7 @@ def look_through(source: Source, name: str, tokenizer: str, data: Any, profile: 
     }
     problem = "" if width <= encoder.vocab_size else f"rows of {width} entries, and {encoder.vocab_size} tokens"
     if problem:
-        raise DataError(f"{source.files.root} holds {problem}: name the teacher's own tokenizer")
+        raise DataError(f"{name_of(source.files)} holds {problem}: name the teacher's own tokenizer")
     spec, parent = CacheSpec.model_validate(values), {**parent, "skipped": len(skipped)}
     job = Job(source, spec, encoder, records, replace(found, left_out=skipped), lengths, [], width, parent)
     return replace(job, parts=cut_into_parts(job))
@@ -172,7 +179,7 @@ def all_sequences(source: Source) -> tuple[Found, list[int]]:
         width, least = max(width, sequence.width), min(least, sequence.least)
     of_sequence: dict[int, list[int]] = {number: [] for number, length in enumerate(lengths) if length > 0}
     if not of_sequence:
-        raise DataError(f"{source.files.root} holds no sequence of more than one token")
+        raise DataError(f"{name_of(source.files)} holds no sequence of more than one token")
     return Found(of_sequence, [], len(lengths), width, least), lengths
 
 

@@ -37,14 +37,15 @@ class Sequence:
 
 class Source(Protocol):
     """The files of one format. `rounding` is how far a mass may be off by the tool's own rounding; `knows_gold`: it
-    says the log-prob of every token that followed; `has_messages`: its files are chat rows as well; `facts` go into the
-    fingerprint."""
+    says the log-prob of every token that followed; `has_messages`: its files are chat rows as well, beside `columns`;
+    `facts` go into the fingerprint."""
 
     format: Format
     files: Files
     rounding: float
     knows_gold: bool
     has_messages: bool
+    columns: tuple[str, ...]
     facts: dict[str, Any]
 
     def check_vocabulary(self, vocab_size: int) -> None:

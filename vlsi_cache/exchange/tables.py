@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vlsi_cache.data.sources import READ_ERRORS, Files, arrow_batches, find_files
+from vlsi_cache.data.sources import READ_ERRORS, Files, NoFilesError, arrow_batches, find_files
 from vlsi_cache.errors import DataError
 
 BATCH_ROWS = 64
@@ -32,11 +32,22 @@ class TableRow(NamedTuple):
         return np.asarray(self.batch.column(name)[self.place].values or [])
 
     def nested(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """A list of lists of numbers: all of them one behind the other, and how many each list has; null has none."""
-        return flat_lists(self.batch.column(name), self.place)
+        """A list of lists of numbers: all of them one behind the other, and how many each list has; null has none.
+
+        DataError for a column of another type.
+        """
+        column: Any = self.batch.column(name)
+        inner = _type_in_list(_type_in_list(column.type))
+        if not (pa.types.is_integer(inner) or pa.types.is_floating(inner)):
+            raise DataError(f"{self.where}: `{name}` is of type {column.type}, and must be lists of lists of numbers")
+        return _flat_lists(column, self.place)
 
 
-def flat_lists(column: Any, index: int) -> tuple[np.ndarray, np.ndarray]:
+def _type_in_list(kind: pa.DataType) -> pa.DataType:
+    return kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else pa.null()
+
+
+def _flat_lists(column: Any, index: int) -> tuple[np.ndarray, np.ndarray]:
     """Row `index` of a column of lists of lists, without Python objects for its numbers."""
     outer, inner = column.offsets.to_numpy(), column.values
     low, high = int(outer[index]), int(outer[index + 1])
@@ -46,11 +57,20 @@ def flat_lists(column: Any, index: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def files_of(path: Path, kinds: Sequence[str], what: str) -> Files:
-    """The files of a source; DataError that says which kinds are read."""
-    found = find_files(str(path))
+    """The files of a source, which `what` names; DataError that says what is there and what would be read."""
+    expected = f"{what} is read from {', '.join(kinds)} files: one, a folder of such shards, or a pattern"
+    try:
+        found = find_files(str(path))
+    except NoFilesError as error:
+        raise DataError(f"the source to import is {error.problem}", hint=expected) from None
     if found.kind not in kinds:
-        raise DataError(f"{path} holds {found.kind} files; {what} is read from {', '.join(kinds)}")
+        raise DataError(f"the source to import is {path}, of {found.kind} files", hint=expected)
     return found
+
+
+def name_of(files: Files) -> str:
+    """In messages: the one file, or where they all lie."""
+    return str(files.paths[0] if len(files.paths) == 1 else files.root)
 
 
 def column_names(files: Files) -> list[str]:
@@ -71,6 +91,7 @@ def table_rows(files: Files, columns: Sequence[str], start: int = 0) -> Iterator
         try:
             last = 0
             for first, batch in _batches(path, files.kind, columns, start - number):
+                batch = _plain_lists(batch)
                 for index in range(max(0, start - number - first), batch.num_rows):
                     yield TableRow(f"{files.name_of(path)} row {first + index}", batch, index)
                 last = first + batch.num_rows
@@ -101,6 +122,21 @@ def _batches(path: Path, kind: str, columns: Sequence[str], skip: int) -> Iterat
                     at += batch.num_rows
             first += num_rows
     yield first, pa.RecordBatch.from_pylist([])
+
+
+def _plain_lists(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """Lists that are all of one length, which some writers store by themselves, as lists of any length."""
+    kinds = [_plain_type(field.type) for field in batch.schema]
+    if kinds == batch.schema.types:
+        return batch
+    columns = [column.cast(kind) for column, kind in zip(batch.columns, kinds, strict=True)]
+    return pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
+
+
+def _plain_type(kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_fixed_size_list(kind) or pa.types.is_list(kind):
+        return pa.list_(_plain_type(kind.value_type))
+    return kind
 
 
 def json_rows(files: Files, start: int = 0) -> Iterator[tuple[str, Any]]:

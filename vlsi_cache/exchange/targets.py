@@ -45,6 +45,16 @@ def ragged(ids_E: np.ndarray, logprobs_E: np.ndarray, widths_T: np.ndarray) -> T
     return TopK(ids_TK, logprobs_TK)
 
 
+def as_ids(values: np.ndarray, where: str) -> np.ndarray:
+    """int64, whatever kind of number the tool has written; DataError for one that is not whole, or none."""
+    if np.issubdtype(values.dtype, np.integer):
+        return values.astype(np.int64)
+    numbers = values.astype(np.float64)
+    if (bad := ~np.isfinite(numbers) | (numbers != np.round(numbers)) | (np.abs(numbers) > 2**53)).any():
+        raise DataError(f"{where}: a token id is {numbers[bad][0]:g}, and must be a whole number")
+    return numbers.astype(np.int64)
+
+
 def as_rows(
     top: TopK, gold_ids_T: np.ndarray, *, vocab_size: int, width: int, rounding: float, where: str
 ) -> SparseRows:
@@ -62,6 +72,8 @@ def as_rows(
     _refuse(
         mass_T > most, mass_T, where, f"holds a mass of {{}}, more than {most:g}: these are no log-probs of a softmax"
     )
+    if top.gold_T is not None:
+        _check_gold(top.gold_T, most, where)
     logprobs_TK = np.minimum(logprobs_TK - np.log(np.maximum(mass_T, 1))[:, None], 0)
     tail_T = np.where(is_entry_TK.sum(1) < vocab_size, 1 - np.minimum(mass_T, 1), 0)
     gold_T = _gold_logprobs(ids_TK, logprobs_TK, gold_ids_T) if top.gold_T is None else np.minimum(top.gold_T, 0)
@@ -95,7 +107,7 @@ def _check_entries(
     _refuse(np.any(bad_TK, axis=1), logprobs_TK[:, 0], where, "holds a log-prob that is no number")
     _refuse(~is_entry_TK.any(1), logprobs_TK[:, 0], where, "holds no entry")
     outside_TK = is_entry_TK & ((ids_TK < 0) | (ids_TK >= vocab_size))
-    worst_T = np.where(outside_TK, ids_TK, 0).max(1)
+    worst_T = np.take_along_axis(ids_TK, outside_TK.argmax(1)[:, None], 1)[:, 0]
     _refuse(
         np.any(outside_TK, axis=1),
         worst_T,
@@ -112,6 +124,11 @@ def _check_entries(
         where,
         "holds id {} twice: ids were cut to fewer bits than the vocabulary needs, or the file is damaged",
     )
+
+
+def _check_gold(gold_T: np.ndarray, most: float, where: str) -> None:
+    problem = "says a log-prob of {} of its own token, which is none"
+    _refuse(np.isnan(gold_T) | (gold_T > np.log(most)), gold_T, where, problem)
 
 
 def _refuse(bad_T: Any, values_T: np.ndarray, where: str, problem: str) -> None:

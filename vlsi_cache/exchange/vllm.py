@@ -17,7 +17,7 @@ from vlsi_cache.errors import DataError
 
 from .sources import Format, Sequence
 from .tables import LINES, files_of, json_rows
-from .targets import TopK, ragged
+from .targets import TopK, as_ids, ragged
 
 FLOAT_ROUNDING = 2e-5
 
@@ -29,9 +29,10 @@ class Vllm:
     rounding = FLOAT_ROUNDING
     knows_gold = True
     has_messages = False
+    columns = ()
 
     def __init__(self, path: Path) -> None:
-        self.files = files_of(path, LINES, "vLLM's prompt_logprobs")
+        self.files = files_of(path, LINES, "what vLLM answers with prompt_logprobs")
         self.facts: dict[str, Any] = {}
 
     def check_vocabulary(self, vocab_size: int) -> None:
@@ -43,7 +44,6 @@ class Vllm:
                 entries = answer["prompt_logprobs"]
                 if not isinstance(entries, list) or not all(one is None or isinstance(one, Mapping) for one in entries):
                     raise DataError(f"{where}: `prompt_logprobs` must be a list of mappings")
-                token_ids = answer.get("prompt_token_ids")
                 if number:
                     raise DataError(f"{where} holds several prompts; ask for one a line, as `vllm run-batch` does")
                 ranked = [_ranked(one or {}, where) for one in entries]
@@ -56,19 +56,32 @@ class Vllm:
                     rows=partial(_rows, entries, ranked, where),
                     first=0,
                     key=key,
-                    token_ids=None if token_ids is None else np.array(token_ids, np.int64),
+                    token_ids=_token_ids(answer, where),
                 )
+
+
+def _token_ids(answer: Mapping[str, Any], where: str) -> np.ndarray | None:
+    """Those of the prompt, where the server was asked for them."""
+    if (found := answer.get("prompt_token_ids")) is None:
+        return None
+    try:
+        return as_ids(np.array(found, np.float64), where)
+    except (TypeError, ValueError):
+        raise DataError(f"{where}: `prompt_token_ids` must be a list of whole numbers") from None
 
 
 def _answers(line: Any, where: str) -> Iterator[tuple[Mapping[str, Any], str | None]]:
     """The mappings of a line that hold `prompt_logprobs`, with the id of their row."""
     key = None
-    if isinstance(line, Mapping) and isinstance(line.get("response"), Mapping):
-        key, line = line.get("custom_id"), line["response"].get("body")
-    if not isinstance(line, Mapping):
-        raise DataError(f"{where} is no answer of an OpenAI server; it may be a failed request")
+    if isinstance(line, Mapping) and "custom_id" in line:
+        key, response = line["custom_id"], line.get("response")
+        line = response.get("body") if isinstance(response, Mapping) else None
+    if not isinstance(line, Mapping) or line.get("error") is not None:
+        raise DataError(f"{where} is no answer of an OpenAI server but perhaps a failed request; ask again, or drop it")
     key = line.get("id") if key is None else key
-    found = [one for one in (line, *(line.get("choices") or ())) if one.get("prompt_logprobs") is not None]
+    choices = line.get("choices") or ()
+    answers = [one for one in (line, *choices) if isinstance(one, Mapping)]
+    found = [one for one in answers if one.get("prompt_logprobs") is not None]
     if not found:
         raise DataError(f"{where} has no `prompt_logprobs`: ask the server for them, with prefix caching off")
     yield from ((one, None if key is None else str(key)) for one in found)
@@ -77,10 +90,12 @@ def _answers(line: Any, where: str) -> Iterator[tuple[Mapping[str, Any], str | N
 def _ranked(entry: Mapping[str, Any], where: str) -> dict[int, float]:
     """The likeliest tokens of an entry: without the one that stands there, if it was added to them by its rank."""
     try:
-        found = {int(token): (float(one["logprob"]), one.get("rank")) for token, one in entry.items()}
+        found = {int(token): (float(one["logprob"]), int(one.get("rank") or 0)) for token, one in entry.items()}
     except (TypeError, ValueError, KeyError, AttributeError):
         raise DataError(f"{where}: an entry of `prompt_logprobs` is no mapping from ids to `logprob`") from None
-    return {token: logprob for token, (logprob, rank) in found.items() if rank is None or rank <= len(found)}
+    if len(found) != len(entry):
+        raise DataError(f"{where}: an entry of `prompt_logprobs` holds an id twice")
+    return {token: logprob for token, (logprob, rank) in found.items() if rank <= len(found)}
 
 
 def _rows(entries: list[Any], ranked: list[dict[int, float]], where: str, token_ids: np.ndarray) -> TopK:

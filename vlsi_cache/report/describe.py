@@ -14,13 +14,14 @@ import numpy as np
 
 from vlsi_cache.errors import CacheCorruptError, command_line
 from vlsi_cache.progress import human_bytes
-from vlsi_cache.store.arrays import array_specs, data_file_name, layered_names, part_specs
+from vlsi_cache.store.arrays import BYTES_ARRAY, array_specs, data_file_name, layered_names, part_specs
 from vlsi_cache.store.codec import layer_bytes, read_layered
 from vlsi_cache.store.files import check_part_files, list_tmp, load_part_record
 from vlsi_cache.store.format import CacheHeader, PartRecord, part_dir
 from vlsi_cache.store.location import place_of
 from vlsi_cache.store.reader import Cache, CachePath, open, surprise_of, surprise_warning
 from vlsi_cache.store.remote.fetch import Want
+from vlsi_cache.store.vocab_order import has_pieces
 
 from .layers import spaced
 from .text import layer_names, render, short, table
@@ -80,6 +81,8 @@ def describe_cache(path: Path) -> dict[str, Any]:
         **of_header("layers", "num_model_layers", "row_kind", "truncated", "top_k", "tail_samples", "taus", "profile"),
         "v_real": header.vocab_size,
         "token_texts": header.text_xxh3 is not None,
+        "token_bytes": has_pieces(header),
+        "parts_with_byte_offsets": len(cache.parts_with(BYTES_ARRAY)),
         "select_tokens": (header.spec.get("rows") or {}).get("select_tokens"),
         **_bytes(cache),
         "first_ids": [sample_id for sample_id, _ in zip(cache, range(FIRST), strict=False)],
@@ -223,8 +226,17 @@ def rows_text(facts: dict[str, Any]) -> str:
         what = f"top-{widths} words"
     tails = "" if facts["row_kind"] == "sampled" else f", {facts['tail_samples']} tail samples"
     texts = "with" if facts["token_texts"] else "without"
+    offsets = byte_offsets_text(facts)
     unknown = f"; not known of them: {', '.join(facts['lacks'])}" if facts["lacks"] else ""
-    return f"{what} of {facts['v_real']:,}{tails}; profile {facts['profile']}; {texts} token texts{unknown}"
+    return f"{what} of {facts['v_real']:,}{tails}; profile {facts['profile']}; {texts} token texts, {offsets}{unknown}"
+
+
+def byte_offsets_text(facts: dict[str, Any]) -> str:
+    """Whether it is known which bytes tokens are, by which students with another tokenizer are compared."""
+    of_words, num, num_parts = facts["token_bytes"], facts["parts_with_byte_offsets"], facts["parts_done"]
+    if num in (0, num_parts) and of_words == (num > 0 or num_parts == 0):
+        return "with byte offsets" if of_words else "without byte offsets"
+    return f"byte offsets in {num} of {num_parts} parts, the vocabulary {'with' if of_words else 'without'} bytes"
 
 
 def _array_table(facts: dict[str, Any]) -> str:

@@ -254,6 +254,10 @@ class Cache(Mapping[str, Row]):
                 total[array] = total.get(array, 0) + size
         return dict(sorted(total.items(), key=lambda item: -item[1]))
 
+    def parts_with(self, array: str) -> list[int]:
+        """The parts that have an array which not all of them need to have."""
+        return [part for part, sizes in self._index.file_sizes.items() if f"{array}/zarr.json" in sizes]
+
     def bytes_per_layer_token(self) -> dict[str, float]:
         """Bytes per (layer, token) of every array, and their "total"."""
         cells = max(1, self.num_tokens * len(self.layers))

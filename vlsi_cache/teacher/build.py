@@ -36,7 +36,7 @@ from vlsi_cache.store.format import HEADER_NAME, CacheHeader
 from vlsi_cache.store.header import check_root, header_at, is_synced
 from vlsi_cache.store.location import place_of
 from vlsi_cache.store.reader import Cache, surprise_warning
-from vlsi_cache.store.vocab_order import VocabOrder, VocabTexts, one_order, order_by_count
+from vlsi_cache.store.vocab_order import VocabOrder, VocabTexts, has_pieces, one_order, order_by_count
 from vlsi_cache.store.writer import CacheWriter, PartSamples
 
 from .forward import NO_PART, PartBatch, Teacher, load_teacher
@@ -338,7 +338,7 @@ def build_parts(
     made: list[MadeBatch],
 ) -> None:
     """Make and write the missing parts; the first batches of the first of them may have been `made` already."""
-    inputs = teacher.inputs
+    inputs, says_bytes = teacher.inputs, has_pieces(writer.header)
     total = sum(inputs.num_response_tokens)
     left = sum(inputs.num_response_tokens[i] for part in missing for i in parts[part])
     found: dict[int, SparseRows] = {}  # of the part at work, by record
@@ -358,12 +358,18 @@ def build_parts(
             queue.check()  # a write that failed stops the build here and now, with its cause
             if len(found) == len(parts[part]):
                 bar.note("waits for the disk" if queue.is_full else "")
-                queue.put(part, part_samples(inputs, parts[part], found))
+                queue.put(part, part_samples(inputs, parts[part], found, says_bytes=says_bytes))
                 found = {}
 
 
-def part_samples(inputs: TeacherInputs, indices: list[int], found: dict[int, SparseRows]) -> PartSamples:
-    """What part of the records `indices` holds: the rows found for them, of the tokens that the spec selects."""
+def part_samples(
+    inputs: TeacherInputs, indices: list[int], found: dict[int, SparseRows], *, says_bytes: bool
+) -> PartSamples:
+    """What part of the records `indices` holds: the rows found for them, of the tokens that the spec selects.
+
+    `says_bytes`: also how many bytes each response token is, which is of use where the vocabulary says its bytes too;
+    one that an earlier release has begun does not.
+    """
     rows = SparseRows.concat([found[index] for index in indices])
     positions = selected_positions(inputs, indices, rows)
     if positions is not None:
@@ -378,7 +384,9 @@ def part_samples(inputs: TeacherInputs, indices: list[int], found: dict[int, Spa
         positions=positions,
         byte_lengths=lengths_or_unknown(
             inputs.encoder, [inputs.records[i] for i in indices], [inputs.response_ids[i] for i in indices]
-        ),
+        )
+        if says_bytes
+        else None,
     )
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from vlsi_cache.config.sections import CacheSpec
-from vlsi_cache.config.training import VerbalizerSpec
+from vlsi_cache.config.training import TraversalSpec, VerbalizerSpec
+from vlsi_cache.data.sequence import Layout
 from vlsi_cache.errors import SpecError
 from vlsi_cache.models.backbone import Backbone
 from vlsi_cache.models.packing import likely_layout
@@ -24,7 +25,16 @@ from vlsi_cache.train.distill import schedule_steps, shown_steps, stage_steps
 from .build import part_tokens
 from .inputs import TeacherInputs, open_teacher_inputs
 
-__all__ = ["DEFAULT_GPU", "ForwardFlops", "GPUS", "UTILISATION", "forward_flops", "gpu_peak", "picture_patches"]
+__all__ = [
+    "DEFAULT_GPU",
+    "ForwardFlops",
+    "GPUS",
+    "UTILISATION",
+    "forward_flops",
+    "gpu_peak",
+    "num_passes",
+    "picture_patches",
+]
 
 # Dense bf16 peak in TFLOP/s, without sparsity, from the makers' data sheets.
 GPUS = {
@@ -61,10 +71,17 @@ def gpu_peak(name: str) -> tuple[str, float]:
     return known, GPUS[known]
 
 
-def forward_flops(model: Any, lengths: Iterable[int], patches: Iterable[int]) -> ForwardFlops:
+def num_passes(traversal: TraversalSpec | None) -> int:
+    """How often each decoder layer runs over a batch. Which tokens are traversed decides what is mixed, not what runs:
+    a further pass is over all of them, those of answers too."""
+    return 1 if traversal is None or traversal.mixing == "first" else traversal.num_passes
+
+
+def forward_flops(model: Any, lengths: Iterable[int], patches: Iterable[int], *, passes: int = 1) -> ForwardFlops:
     """Of samples of these lengths in tokens and pictures of these numbers of patches, without the head.
 
-    `model` may be on the meta device. Each of `patches` is what one attention of the vision tower sees.
+    `model` may be on the meta device. Each of `patches` is what one attention of the vision tower sees; `passes` is how
+    often each decoder layer runs.
     """
     lengths, patches = list(lengths), list(patches)
     layers, text = Backbone(model).layers, model.config.get_text_config()
@@ -74,8 +91,8 @@ def forward_flops(model: Any, lengths: Iterable[int], patches: Iterable[int]) ->
     squares = float(sum(length * length for length in lengths))
     weights = sum(active_weights(layers, text).values())
     return ForwardFlops(
-        weights=2.0 * weights * sum(lengths),
-        attention=4.0 * len(layers) * width * squares,
+        weights=2.0 * passes * weights * sum(lengths),
+        attention=4.0 * passes * len(layers) * width * squares,
         vision=_vision(model, patches) if patches else 0.0,
     )
 
@@ -205,13 +222,15 @@ def plan(spec: CacheSpec, *, gpu: str = DEFAULT_GPU) -> Plan:
     verbalizers = 0 if spec.teacher.verbalizers is None else _verbalizer_parameters(inputs)
     per_layer_token = _bytes_per_layer_token(inputs)
     patches: list[int] = []
-    everything, layout = range(len(inputs.records)), likely_layout(text)
+    everything, layout, traversal = range(len(inputs.records)), likely_layout(text), inputs.model.traversal
+    if traversal is not None and traversal.mode == "prompt":
+        layout = Layout(layout.row_width, marks_responses=True)
     for sequence in inputs.sequences(everything, layout):
         record = max((inputs.records[i] for i in sequence), key=lambda one: len(one.images))
         if inputs.encoder.vision is not None and record.images:
             sizes = [image.size for image in record.images]
             patches += picture_patches(inputs.encoder.vision.image_processor, inputs.model.config, sizes)
-    forward = forward_flops(model, inputs.lengths(everything, layout), patches)
+    forward = forward_flops(model, inputs.lengths(everything, layout), patches, passes=num_passes(traversal))
     # One layer's head and its verbalizer after the other, at the response tokens alone.
     heads = 2.0 * num_tokens * (len(layers) * text.vocab_size * text.hidden_size + verbalizers)
     flops = forward.total + heads

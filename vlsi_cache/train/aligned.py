@@ -24,6 +24,7 @@ from vlsi_cache.errors import DataError, FingerprintMismatchError, ModelError, V
 from vlsi_cache.models.load import ModelRef, resolve_model
 from vlsi_cache.sparse.alm import Chunks, mapped_rows
 from vlsi_cache.sparse.rows import SparseRows
+from vlsi_cache.store.arrays import BYTES_ARRAY
 from vlsi_cache.store.format import CacheHeader
 from vlsi_cache.store.part import Row
 from vlsi_cache.store.reader import Cache
@@ -160,6 +161,13 @@ def open_aligner(cache: Cache, encoder: Encoder) -> Aligner:
             "tokenizer is neither byte-level BPE nor SentencePiece; choose a student of the teacher's family"
         )
     if found is not None:
+        num_without = len(cache.parts) - len(cache.parts_with(BYTES_ARRAY))
+        if num_without and not same_tokenizer(cache.header, encoder) and teacher_encoder(cache) is None:
+            raise ModelError(
+                f"{num_without} of the {len(cache.parts)} parts of {cache.path} have no byte offsets (an earlier "
+                "release has built them), and the teacher's tokenizer, from which they could be made, is not at "
+                f"{_teacher_name(cache.header)}; put it there, or build the cache again"
+            )
         return Aligner(cache, encoder, TokenBytes(*found), student)
     of_teacher = teacher_encoder(cache)
     if of_teacher is None or of_teacher.token_bytes is None:

@@ -119,7 +119,8 @@ class StudentInputs:
         sections = data_sections(self.cache.header)
         # A merged cache was built from several sources of rows, which are read again one by one.
         if len(sections) < 2:
-            return read_records(self.spec.data, num_workers=self.spec.run.num_workers)
+            own = captured_columns(self.cache.header)
+            return read_records(self.spec.data, num_workers=self.spec.run.num_workers, read_elsewhere=own)
         if any(getattr(self.spec.data, name) != stored_data(sections[0]).get(name) for name in SOURCE_KEYS):
             raise SpecError(
                 f"{self.cache.path} was merged from {len(sections)} sources of rows, each read from where it was: "
@@ -349,9 +350,16 @@ def read_gates(model: Any, folder: Path) -> None:
         ) from None
 
 
+def captured_columns(header: CacheHeader) -> tuple[str, ...]:
+    """Columns of the rows that `import` has made the cache from, where one file holds both."""
+    column = header.fingerprint.get("import.column")
+    return () if column is None else (str(column), "target_token_ids")
+
+
 def cached_sources(cache: Cache) -> RecordSet:
     """The rows that a cache was built from, read again; those of all sources of a merged one."""
-    sets = [read_records(section) for section in data_specs(cache.header, cache.path)]
+    own = captured_columns(cache.header)
+    sets = [read_records(section, read_elsewhere=own) for section in data_specs(cache.header, cache.path)]
     if len(sets) == 1:
         return sets[0]
     return RecordSet(Joined([found.records for found in sets]), [row for found in sets for row in found.skipped])
@@ -405,7 +413,7 @@ def say_pixels(data: DataSpec, path: str, *, trust_remote_code: bool = False) ->
 
 def check_settings(header: CacheHeader, distill: DistillSpec, config: Any, *, where: Path) -> list[int]:
     """The student's target layers; raises SpecError for what the cache at `where` cannot give."""
-    layers = _student_layers(distill, config, num_teacher=len(header.layers) - 1)
+    layers = _student_layers(distill, config, num_teacher=len(header.layers) - 1, where=where)
     if not distill.is_supervised:
         _check_interact(header, distill.interact, distill.recipe, where)
         if distill.alignment == "byte" and header.row_kind == "sampled":
@@ -421,9 +429,14 @@ def check_settings(header: CacheHeader, distill: DistillSpec, config: Any, *, wh
     return layers
 
 
-def _student_layers(distill: DistillSpec, config: Any, *, num_teacher: int) -> list[int]:
+def _student_layers(distill: DistillSpec, config: Any, *, num_teacher: int, where: Path) -> list[int]:
     if distill.recipe != "vlsi":
         return []
+    if not num_teacher:
+        raise SpecError(
+            f"recipe `vlsi` matches layers with intermediate teacher layers, and {where} has the last one alone, as "
+            "imported caches have; distill that one: `--recipe last`"
+        )
     layers = target_layers(distill.layers, distill.num_layers, config, where="distill.layers")
     if not layers:
         raise SpecError(
@@ -464,15 +477,20 @@ def check_tokenizer(
     header: CacheHeader, encoder: Encoder, path: str, *, where: Path, alignment: Alignment = "tokens"
 ) -> None:
     """Raise ModelError unless the student at `path` has the vocabulary of the cache at `where`, or need not."""
-    if alignment == "byte" or same_tokenizer(header, encoder):
-        return
+    if alignment != "byte" and (difference := tokenizer_difference(header, encoder)):
+        raise ModelError(
+            f"student {path} has another tokenizer than the teacher of {where}: {difference}. "
+            "Rows are over token ids, so both must share one vocabulary; choose a student of the teacher's family, or "
+            "compare where the bytes are the same: `distill.alignment: byte`"
+        )
+
+
+def tokenizer_difference(header: CacheHeader, encoder: Encoder) -> str:
+    """Both vocabularies in a few words; empty where a cache and a tokenizer have the same one."""
+    if same_tokenizer(header, encoder):
+        return ""
     cached, own = str(header.fingerprint.get("encoder.tokenizer")), str(encoder.fingerprint()["tokenizer"])
-    raise ModelError(
-        f"student {path} has another tokenizer than the teacher of {where}: "
-        f"{encoder.vocab_size} tokens, map {own[:12]}, against {header.vocab_size} tokens, map {cached[:12]}. "
-        "Rows are over token ids, so both must share one vocabulary; choose a student of the teacher's family, or "
-        "compare where the bytes are the same: `distill.alignment: byte`"
-    )
+    return f"{encoder.vocab_size} tokens, map {own[:12]}, against {header.vocab_size} tokens, map {cached[:12]}"
 
 
 def _wanted_dtype(distill: DistillSpec, config: Any) -> torch.dtype:
