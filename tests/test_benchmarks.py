@@ -12,8 +12,8 @@ from helpers.tiny import benchmark_scripts
 
 FOLDER = Path(__file__).parent / "benchmarks"
 SCRIPTS = (
-    "across_tokenizers", "cases", "data", "gpu", "kernels", "measuring", "online", "online_vs_cached", "ours", "peers",
-    "processes", "scale", "stages", "students", "traversal",
+    "across_tokenizers", "cases", "data", "drafting", "gpu", "kernels", "measuring", "online", "online_vs_cached", "ours", "peers",
+    "processes", "scale", "stages", "students", "teacher", "traversal",
 )  # fmt: skip
 CPU = torch.device("cpu")
 
@@ -52,6 +52,19 @@ def test_the_cost_of_traversing_is_measured(scripts: dict[str, Any], tmp_path: P
     rows = [line.split(" | ") for line in (tmp_path / "results.md").read_text(encoding="utf-8").splitlines()]
     assert [row[1].split()[0] for row in rows if row[0] == "| plain"] == ["1.00"]
     assert len([row for row in rows if len(row) == 5]) == 6
+
+
+def test_drafts_are_measured_against_greedy_decoding(scripts: dict[str, Any], tmp_path: Path) -> None:
+    scripts["drafting"].main(["--tiny", "--rounds", "1", "--out", str(tmp_path / "results.md")])
+    text = (tmp_path / "results.md").read_text(encoding="utf-8")
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| 1 |")]
+    assert [(row[1], row[2], row[3] == row[4]) for row in rows] == [("2", "2 of 2", True), ("4", "2 of 2", True)]
+
+
+@pytest.mark.slow
+def test_a_whole_build_is_measured_against_its_batches(scripts: dict[str, Any]) -> None:
+    _, text = scripts["teacher"].build_costs("demo", ["data.options.num_samples=16"], 1)
+    assert "16 samples" in text
 
 
 def test_online_and_cached_steps_run_and_agree(scripts: dict[str, Any], tmp_path: Path) -> None:

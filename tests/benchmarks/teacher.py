@@ -22,12 +22,14 @@ import torch
 
 import vlsi_cache as vc
 from vlsi_cache.data.collate import padding_share, plan_batches, plan_parts
+from vlsi_cache.data.sequence import PADDED
 from vlsi_cache.sparse.head import Head
 from vlsi_cache.sparse.topk import teacher_rows
 from vlsi_cache.store.vocab_order import one_order
 from vlsi_cache.store.writer import CacheWriter
 from vlsi_cache.teacher import build
 from vlsi_cache.teacher.forward import Teacher, load_teacher
+from vlsi_cache.teacher.group_writer import GroupWriter
 from vlsi_cache.teacher.inputs import open_teacher_inputs
 
 SHAPES = [(128, 576, 49152), (512, 576, 49152), (128, 896, 151936), (512, 896, 151936)]
@@ -117,8 +119,9 @@ def build_costs(name: str, sets: list[str], rounds: int) -> list[str]:
     response = [len(ids) for ids in inputs.response_ids]
     parts = plan_parts(response, seed=spec.rows.seed, tokens_per_part=build.part_tokens(inputs))
     teacher = load_teacher(inputs, device=None)
-    batches = [batch for _, batch in build._batches(inputs, parts, list(range(len(parts))), spec.run.batch_tokens)]
-    padding = padding_share(inputs.lengths(list(range(len(inputs.records)))), batches)
+    planned = build._batches(teacher, parts, range(len(parts)), spec.run.batch_tokens)
+    batches = [batch.indices for batch in planned]
+    padding = padding_share(inputs.lengths(range(len(inputs.records)), PADDED), batches)
 
     def without_writing() -> None:
         for batch in batches:
@@ -136,9 +139,10 @@ def build_costs(name: str, sets: list[str], rounds: int) -> list[str]:
 def write(teacher: Teacher, parts: list[list[int]]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         inputs = teacher.inputs
-        vocab_order = one_order(np.arange(inputs.encoder.vocab_size), teacher.num_layers)
-        writer = CacheWriter.create_or_resume(Path(folder) / "cache", build.cache_header(inputs, parts), vocab_order)
-        build._build_parts(teacher, parts, list(range(len(parts))), writer, inputs.spec.run.batch_tokens)
+        vocab_order = one_order(np.arange(inputs.encoder.vocab_size), len(inputs.layers))
+        header = build.cache_header(inputs, parts)
+        writer = GroupWriter(lambda: CacheWriter.create_or_resume(Path(folder) / "cache", header, vocab_order))
+        build.build_parts(teacher, parts, writer.missing_parts(), writer, inputs.spec.run.batch_tokens, [])
 
 
 if __name__ == "__main__":
