@@ -12,8 +12,8 @@ from helpers.tiny import benchmark_scripts
 
 FOLDER = Path(__file__).parent / "benchmarks"
 SCRIPTS = (
-    "across_tokenizers", "cases", "data", "drafting", "gpu", "kernels", "measuring", "online", "online_vs_cached", "ours", "peers",
-    "processes", "scale", "stages", "students", "teacher", "traversal",
+    "across_tokenizers", "cases", "data", "drafting", "gpu", "kernels", "measuring", "online", "online_vs_cached",
+    "ours", "peers", "processes", "scale", "stages", "students", "teacher", "traversal",
 )  # fmt: skip
 CPU = torch.device("cpu")
 

@@ -384,7 +384,9 @@ class Surprise:
 def surprise_of(cache: Cache) -> Surprise | None:
     """From the table of samples alone; None where it holds no finite means."""
     names = ("num_tokens", "gold_logprob_last", "entropy_last")  # of a million samples, ids and digests take a second
-    weights_S, gold_S, entropy_S = (cache._index.column(name).to_numpy().astype(np.float64) for name in names)
+    weights_S, gold_S, entropy_S = (
+        cache._index.column(name).to_numpy(zero_copy_only=False).astype(np.float64) for name in names
+    )
     known_S = np.isfinite(gold_S) & np.isfinite(entropy_S) & (weights_S > 0)
     if not known_S.any():
         return None
