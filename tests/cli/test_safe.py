@@ -137,7 +137,7 @@ def test_a_notebook_shows_a_cache_escaped(nasty: Path) -> None:
 def test_pixel_limits_of_a_student_are_not_replaced_in_silence(capsys: pytest.CaptureFixture[str]) -> None:
     from vlsi_cache.config.sections import DataSpec
     from vlsi_cache.models.load import resolve_model
-    from vlsi_cache.train.student import say_pixels
+    from vlsi_cache.train.fitting import say_pixels
 
     path = resolve_model("package:vlsi_cache/demo/teacher")
     own = json.loads((Path(path) / "preprocessor_config.json").read_text())["size"]["longest_edge"]

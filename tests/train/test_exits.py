@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.families import tiny_model
 from helpers.launch import run_together
 from helpers.runs import metrics_of
 from helpers.tiny import write_spec
@@ -12,12 +13,13 @@ from safetensors.torch import load_file
 
 import vlsi_cache as vc
 from vlsi_cache.errors import SpecError
-from vlsi_cache.models.backbone import Backbone
+from vlsi_cache.models.backbone import Backbone, head_of
 from vlsi_cache.models.load import ModelRef
-from vlsi_cache.models.verbalizer import load_verbalizers
+from vlsi_cache.models.verbalizer import build_verbalizers, load_verbalizers
 from vlsi_cache.models.verbalizer_files import of_run
 from vlsi_cache.store.reader import Cache
 from vlsi_cache.train import verbalize as verbalize_module
+from vlsi_cache.train.sft import exit_losses
 
 STEPS = ("distill.verbalize.steps=1", "distill.interact.schedule.steps=1", "distill.sft.schedule.steps=1")
 EXITS = ("distill.exits.schedule.steps=4", "distill.exits.schedule.learning_rate=0.01", "distill.checkpoint_steps=1")
@@ -92,3 +94,46 @@ def test_processes_with_shares_train_the_same(run: Path, cache: Cache, student_f
 def test_there_must_be_layers(cache: Cache, student_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"`distill.layers` is empty, and `distill.exits` reads target layers"):
         trained(cache, student_folder, tmp_path / "run", "distill.layers=[]")
+
+
+def test_any_depth_teaches_layers_to_the_end(cache: Cache, student_folder: Path, tmp_path: Path) -> None:
+    """Their losses come on top of the last one's in the interaction and in sft, with the weight of `exits`."""
+    more = ("distill.exits.weight=0.5", "distill.interact.schedule.steps=2", "distill.sft.schedule.steps=3")
+    options: dict[str, Any] = {"student": str(student_folder), "recipe": "any-depth"}
+    run = vc.distill(cache, out=tmp_path / "run", overrides=[*CHANGES, *more], **options)
+    lines = [line for line in metrics_of(run) if line["stage"] in ("interact", "sft")]
+    assert [line["stage"] for line in lines] == ["interact"] * 2 + ["sft"] * 3
+    for line in lines:
+        *exits, last = (line["layers"][layer] for layer in sorted(line["layers"]))
+        if line["stage"] == "interact":
+            exits, last = [*exits, last], line["kl_last"]
+        assert line["loss"] == pytest.approx(last + 0.5 * sum(exits) / len(exits), rel=1e-4)
+    plain = vc.distill(cache, out=tmp_path / "vlsi", overrides=[*CHANGES, *more], **options | {"recipe": "vlsi"})
+    assert "layers" not in metrics_of(plain)[-5]
+    assert not torch.equal(
+        *(load_file(one / "student" / "model.safetensors")["lm_head.weight"] for one in (run, plain))
+    )
+    with pytest.raises(SpecError, match="`recipe: any-depth` trains exits, and there are none"):
+        vc.distill(cache, out=tmp_path / "other", overrides=STEPS, **options)
+    faded = ["distill.interact.layers_full_until=0.2", "distill.interact.layers_zero_from=0.3"]
+    with pytest.raises(SpecError, match=r"`interact.layers_zero_from` do nothing in `recipe: any-depth`"):
+        vc.distill(cache, out=tmp_path / "other", overrides=[*CHANGES, *faded], **options)
+
+
+def test_the_head_learns_from_the_last_layer_alone() -> None:
+    model = tiny_model("llama")
+    backbone = Backbone(model)
+    verbalizers = build_verbalizers(backbone, [1, 3], style="plain")
+    for parameter in backbone.model.parameters():
+        parameter.requires_grad_(True)
+    ids = torch.arange(3, 15)[None]
+    rows_T, gold_T, share_T = torch.zeros(11, dtype=torch.long), ids[0, 1:], torch.full((11,), 1 / 11)
+    hidden: Any = verbalizers.capture({"input_ids": ids}, rows_T, torch.arange(11))
+    found = exit_losses(hidden, verbalizers, head_of(backbone), gold_T, share_T)
+    for layer, loss in found.items():
+        logits_TV = verbalizers.apply(layer, hidden[layer]) @ backbone.head_weight.T
+        torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits_TV, gold_T), rtol=1e-5, atol=0)
+    sum(found.values(), torch.zeros(())).backward()
+    assert backbone.head_weight.grad is None
+    assert model.model.layers[2].mlp.down_proj.weight.grad.abs().sum() > 0
+    assert model.model.layers[3].mlp.down_proj.weight.grad is None

@@ -40,7 +40,7 @@ from vlsi_cache.store.location import place_of
 from vlsi_cache.teacher.build import build_teacher, cache_header, parts_of
 from vlsi_cache.teacher.inputs import open_teacher_inputs
 from vlsi_cache.train.distill import FIXED_BY_THE_CACHE, distill, distill_spec
-from vlsi_cache.train.student import check_tokenizer
+from vlsi_cache.train.fitting import check_tokenizer
 
 from .variants import DEFAULT, Axis, PlannedRun, Row, add_up, overrides_between, plan_runs, read_axes
 

@@ -25,7 +25,7 @@ from vlsi_cache.models.load import ModelRef
 from vlsi_cache.report.layers import suggest_layers
 from vlsi_cache.store.format import CacheHeader
 from vlsi_cache.train.distill import stage_steps
-from vlsi_cache.train.student import check_settings
+from vlsi_cache.train.fitting import check_settings
 
 if TYPE_CHECKING:
     from vlsi_cache.store.reader import Cache
@@ -209,7 +209,7 @@ def plan_runs(
                 continue
             settings = f"{layers} {top_k} {resolved.model_dump_json()}"
             folder = folders.setdefault(settings, variant.name)
-            uses_verbalizers = variant.recipe == "vlsi" and _same_verbalizers(resolved, spec)
+            uses_verbalizers = resolved.distill.trains_layers and _same_verbalizers(resolved, spec)
             run = PlannedRun(
                 variant=variant,
                 spec=resolved,

@@ -50,7 +50,7 @@ def unused_by_recipe(distill: DistillSpec, overrides: Iterable[str]) -> list[str
 
 def _is_used(key: str, distill: DistillSpec) -> bool:
     recipe, interact = distill.recipe, distill.interact
-    has_verbalizers = recipe == "vlsi" or distill.exits is not None
+    has_verbalizers = distill.trains_layers or distill.exits is not None
     section, _, rest = key.partition(".")
     if section == "verbalizer":
         return has_verbalizers
@@ -60,7 +60,7 @@ def _is_used(key: str, distill: DistillSpec) -> bool:
     if name in ("layers", "num_layers"):
         return has_verbalizers
     if name == "verbalize":
-        return recipe == "vlsi" and distill.verbalizers is None
+        return distill.trains_layers and distill.verbalizers is None
     if name == "lora":
         adapts = not distill.is_supervised and interact.mode == "lora"
         return adapts or (bool(distill.sft.fraction) and distill.sft.mode == "lora+embed_head")
@@ -69,7 +69,7 @@ def _is_used(key: str, distill: DistillSpec) -> bool:
     if name != "interact" or not inner:
         return True
     if recipe != "last":
-        return recipe == "vlsi"
+        return distill.trains_layers
     if inner in OF_OPERATIONS:
         return interact.last in OF_OPERATIONS[inner]
     of_last = {"schedule", "mode", "lambda_last", "last", "alpha_ce", "chunk_temperature"}

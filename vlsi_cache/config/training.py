@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Recipe = Literal["vlsi", "last", "sft", "trol"]
+Recipe = Literal["vlsi", "last", "sft", "trol", "any-depth"]
 Structure = Literal["mlp", "mlp-x2", "verb-ffn", "verb-ffn-x2", "ffn", "ffn-x2", "decoder", "decoder-x2"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 BatchReduction = Literal["token", "sample"]
@@ -290,10 +290,12 @@ class ExitsSpec(Strict):
     """Verbalizers of the target layers, trained when the student is finished; it stays as it is (`train/exits.py`).
 
     `loss: kl_to_final` teaches a layer what the last one says, which is what drafts are accepted by; `ce` the response.
+    `weight` is that of the layers' mean loss beside the last one's in recipe `any-depth`, in interaction and sft.
     """
 
     schedule: Schedule = Schedule(epochs=1)
     loss: Literal["kl_to_final", "ce"] = "kl_to_final"
+    weight: Annotated[float, Field(gt=0, le=1e6)] = 0.1
 
 
 class DistillSpec(Strict):
@@ -301,6 +303,7 @@ class DistillSpec(Strict):
 
     vlsi: verbalize, interact over all target layers, sft. last: the steps of verbalize and interact go to last-layer
     distillation, then sft. sft: all steps go to sft. What `sft.fraction` leaves out, it leaves out of every recipe.
+    any-depth: as vlsi, but the layers' losses have the weight of `exits` from beginning to end, through sft too.
     trol: as sft, for a student with `traversal`. Of such a student stage gates comes first in every recipe, and its
     steps come on top; where no gates train they go to the next stage that trains the student. With `exits` stage exits
     comes last in every recipe, and its steps come on top.
@@ -341,8 +344,10 @@ class DistillSpec(Strict):
     seed: Seed = 0
 
     def _contradictions(self) -> Iterator[str]:
-        if self.verbalizers is not None and self.recipe != "vlsi":
+        if self.verbalizers is not None and not self.trains_layers:
             yield f"`verbalizers` belong to `recipe: vlsi`, and it is `{self.recipe}`"
+        if self.recipe == "any-depth" and self.exits is None:
+            yield "`recipe: any-depth` trains exits, and there are none: say for how long with `exits.schedule`"
         if self.layers != "auto" and self.changed(["num_layers"]) and self.num_layers != len(self.layers):
             yield (
                 f"`layers` names {len(self.layers)} layers, `num_layers` is {self.num_layers}; drop one, or say "
@@ -350,6 +355,9 @@ class DistillSpec(Strict):
             )
         yield from _broken_batches(self)
         yield from self._unaligned()
+        fading = ("layer_reduction", "layers_full_until", "layers_zero_from")
+        if self.recipe == "any-depth" and (idle := self.interact.changed(fading)):
+            yield f"`interact.{'`, `interact.'.join(idle)}` do nothing in `recipe: any-depth`: see `exits.weight`"
         if self.recipe == "last" and not self.interact.trains_last:
             yield "`recipe: last` trains the last layer alone, and `interact` leaves it out"
         if self.is_supervised and not self.sft.fraction:
@@ -372,6 +380,16 @@ class DistillSpec(Strict):
                 f"`lora.{'`, `lora.'.join(changed)}` belong to an adapter, and `interact.mode: layers` trains none; "
                 "leave `lora` as it is"
             )
+
+    @property
+    def trains_layers(self) -> bool:
+        """Whether the layers learn beside the last one, each through its verbalizer."""
+        return self.recipe in ("vlsi", "any-depth")
+
+    @property
+    def exit_weight(self) -> float | None:
+        """The weight of the layers' mean loss beside the last one's, in every step; None where each has its own."""
+        return self.exits.weight if self.recipe == "any-depth" and self.exits is not None else None
 
     @property
     def is_supervised(self) -> bool:

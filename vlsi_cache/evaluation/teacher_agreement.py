@@ -33,10 +33,11 @@ from vlsi_cache.store import reader
 from vlsi_cache.store.format import CacheHeader
 from vlsi_cache.store.reader import Cache
 from vlsi_cache.train.aligned import Aligner, open_aligner
+from vlsi_cache.train.fitting import check_tokenizer
 from vlsi_cache.train.interact import rows_of
 from vlsi_cache.train.loader import MicroBatch, Pair, encode_pairs, match_records
 from vlsi_cache.train.probe import agreement
-from vlsi_cache.train.student import cached_sources, check_tokenizer
+from vlsi_cache.train.student import cached_sources
 
 LOGIT_BYTES = 2**26  # logits that are alive at a time
 

@@ -281,8 +281,9 @@ class Prompts:
 
     def __init__(self, source: Cache, tokenizer: str | None) -> None:
         from vlsi_cache.models.load import ModelRef, resolve_model
+        from vlsi_cache.train.fitting import tokenizer_difference
         from vlsi_cache.train.loader import match_records
-        from vlsi_cache.train.student import cached_sources, tokenizer_difference
+        from vlsi_cache.train.student import cached_sources
 
         if "data" not in source.header.spec:
             raise SpecError(f"`{source.path}` does not say which rows it is of, and prompts are made from them")

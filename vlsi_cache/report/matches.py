@@ -210,7 +210,7 @@ def _check_matches(run: RunFiles) -> None:
     record, distill = run.record, (run.record.get("spec") or {}).get("distill") or {}
     if record["kind"] != "distill":
         raise SpecError(f"{run.path} is a `{record['kind']}` run, which matches no layers; name a `distill` run")
-    if record.get("recipe") not in (None, "vlsi"):
+    if record.get("recipe") not in (None, "vlsi", "any-depth"):
         raise SpecError(
             f"{run.path} is a run of recipe `{record['recipe']}`, which matches no intermediate layers; name one of "
             "recipe `vlsi`"

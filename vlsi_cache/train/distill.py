@@ -48,11 +48,12 @@ from vlsi_cache.store import reader
 from vlsi_cache.store.reader import Cache
 
 from .exits import exits
+from .fitting import check_verbalizers, take_verbalizers
 from .interact import interact
 from .optim import Stage, refuse_destroyed
 from .sft import sft, supervised, what_trains
 from .sharding import has_shares
-from .student import GATES_FOLDER, StudentState, check_verbalizers, open_student, take_verbalizers, write_gates
+from .student import GATES_FOLDER, StudentState, open_student, write_gates
 from .verbalize import verbalize
 
 FIXED_BY_THE_CACHE = ("name", "teacher", "rows", "store", "train_verbalizers")
@@ -194,7 +195,7 @@ def schedule_steps(distill: DistillSpec, num_samples: int) -> dict[str, int]:
     last = {}
     if distill.exits is not None:
         last = {"exits": distill.exits.schedule.num_steps(num_samples, distill.batch_size)}
-    if distill.recipe == "vlsi":
+    if distill.trains_layers:
         return {**first, "verbalize": verbalize_steps, "interact": interact_steps + more, "sft": sft_steps, **last}
     if distill.recipe == "last":
         return {**first, "interact": verbalize_steps + interact_steps + more, "sft": sft_steps, **last}
@@ -253,8 +254,11 @@ def _train_student(state: StudentState, steps: dict[str, int], whole: dict[str, 
         if has_shares(model):
             verbalizers = None  # they hold the student of the stage before
             state = state.renewed()
+            if distill.exit_weight:
+                verbalizers, _ = _verbalize(state, steps["verbalize"])
             model = _student_to_train(state, steps)
-        stages.append(sft(state, model, num_steps=whole["sft"], stop=steps["sft"]))
+        taught = verbalizers if distill.exit_weight else None
+        stages.append(sft(state, model, taught, num_steps=whole["sft"], stop=steps["sft"]))
     state.processes.from_first(lambda: _save(state, _trained(state, model, steps), stages[-1]["name"]))
     return stages
 

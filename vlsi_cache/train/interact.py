@@ -95,6 +95,8 @@ def interact(state: StudentState, model: Any, verbalizers: Verbalizers | None, *
         for step in range(first, num_steps):
             started, waited, num_tokens = time.monotonic(), feed.wait_s, 0
             layer_weight = settings.layer_weight(step / num_steps)
+            if distill.exit_weight is not None:  # of the layers' mean
+                layer_weight = distill.exit_weight / (1 if settings.layer_reduction == "mean" else max(1, len(layers)))
             results: list[tuple[MicroBatch, list[Term]]] = []
             probed = None
             for micro in feed.batch():

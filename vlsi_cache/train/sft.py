@@ -5,14 +5,19 @@ Legend: T response tokens, D hidden size, V head rows.
 
 import importlib.util
 import time
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from vlsi_cache.config.training import BatchReduction, Schedule, SftSpec
 from vlsi_cache.interrupts import stopping_between_steps
 from vlsi_cache.models.backbone import head_of
 from vlsi_cache.models.lora import train_everything, train_head_and_embeddings
+from vlsi_cache.models.verbalizer import Verbalizers
 from vlsi_cache.progress import say
 from vlsi_cache.runtime import autocast, memory_gib, seed_step
 from vlsi_cache.sparse.cross_entropy import linear_cross_entropy
@@ -46,6 +51,18 @@ def response_loss(
     return loss * share_T[0].to(loss.dtype)
 
 
+def exit_losses(
+    hidden: Mapping[int, Any], verbalizers: Verbalizers, head: Head, gold_T: torch.Tensor, share_T: torch.Tensor
+) -> dict[int, torch.Tensor]:
+    """As `response_loss` for what each verbalized layer says; the head learns from the last layer alone."""
+    bias_V = None if head.bias_V is None else head.bias_V.detach()
+    frozen = replace(head, weight_VD=head.weight_VD.detach(), bias_V=bias_V)
+    states = {layer: verbalizers.apply(layer, hidden[layer]) for layer in verbalizers.layers}
+    return {
+        layer: linear_cross_entropy(state_TD, frozen, gold_T, share_T=share_T) for layer, state_TD in states.items()
+    }
+
+
 def pick_liger(device: torch.device, head: Head, reduction: BatchReduction) -> tuple[bool, str]:
     """Whether Liger's fused loss is used, and why: where it runs it takes three matrix products, ours takes four."""
     if device.type != "cuda":
@@ -67,10 +84,12 @@ def what_trains(model: Any, settings: SftSpec) -> Any:
     return model
 
 
-def sft(state: StudentState, model: Any, *, num_steps: int, stop: int) -> dict[str, Any]:
+def sft(
+    state: StudentState, model: Any, verbalizers: Verbalizers | None, *, num_steps: int, stop: int
+) -> dict[str, Any]:
     """Run the stage from its newest checkpoint up to step `stop` of a schedule of `num_steps`.
 
-    Returns its entry for `run.json`.
+    With `verbalizers` their layers learn the response too (recipe `any-depth`). Returns its entry for `run.json`.
     """
     distill, checkpoints = state.spec.distill, state.checkpoints
     newest = checkpoints.latest()
@@ -78,11 +97,18 @@ def sft(state: StudentState, model: Any, *, num_steps: int, stop: int) -> dict[s
     if newest and newest[0] == "interact":
         checkpoints.load(*newest, model, None)
     model = what_trains(model, distill.sft)
-    return supervised(state, model, "sft", distill.sft.schedule, num_steps=num_steps, stop=stop)
+    return supervised(state, model, "sft", distill.sft.schedule, verbalizers, num_steps=num_steps, stop=stop)
 
 
 def supervised(
-    state: StudentState, model: Any, stage: Stage, schedule: Schedule, *, num_steps: int, stop: int
+    state: StudentState,
+    model: Any,
+    stage: Stage,
+    schedule: Schedule,
+    verbalizers: Verbalizers | None = None,
+    *,
+    num_steps: int,
+    stop: int,
 ) -> dict[str, Any]:
     """The loop of a stage that learns from labels, of whatever of the model trains."""
     distill, checkpoints, log = state.spec.distill, state.checkpoints, state.log
@@ -91,8 +117,11 @@ def supervised(
     optimizer = make_optimizer(model.parameters(), schedule)
     if first:
         checkpoints.load(stage, first, model, optimizer)
+    capture = partial(backbone.capture, layers=[]) if verbalizers is None else verbalizers.capture
     with_liger, reason = pick_liger(state.device, head_of(backbone), distill.batch_reduction)
     say(f"{stage}: cross-entropy is {reason}")
+    exit_layers, exit_weight = [] if verbalizers is None else verbalizers.layers, distill.exit_weight or 0.0
+    weights = {backbone.num_layers: 1.0, **{layer: exit_weight / len(exit_layers) for layer in exit_layers}}
     log.start_stage(stage, step=first, num_steps=stop)
     with state.feed(stage, first * distill.batch_size) as feed, stopping_between_steps() as signals:
         for step in range(first, stop):
@@ -103,8 +132,8 @@ def supervised(
                 batch = micro.batch
                 tokens += len(batch.gold_T)
                 with autocast(state.device):
-                    hidden = backbone.capture(batch.inputs, [], batch.rows_T, batch.positions_T)
-                    state_TD = hidden[backbone.num_layers]
+                    hidden = capture(batch.inputs, rows_T=batch.rows_T, positions_T=batch.positions_T)
+                    state_TD: Any = hidden[backbone.num_layers]
                     loss = response_loss(
                         state_TD,
                         head_of(backbone, compiled=state.compiled),
@@ -112,21 +141,26 @@ def supervised(
                         micro.share_T,
                         with_liger=with_liger,
                     )
-                loss.backward()
-                losses.append(loss.detach())
+                    found = {backbone.num_layers: loss}
+                    if verbalizers is not None:
+                        found |= exit_losses(hidden, verbalizers, head_of(backbone), batch.gold_T, micro.share_T)
+                torch.stack([weights[layer] * one for layer, one in found.items()]).sum().backward()
+                losses.append(torch.stack([one.detach() for one in found.values()]))
             # Gradients of all micro-batches have been added up: their shares make the loss that of the whole batch.
             state.processes.sum_gradients(optimizer)
             clip_gradients(optimizer, schedule, stage, step, num_steps)
             rate = optimizer_step(optimizer, schedule, step, num_steps)
 
-            own_loss = float(torch.stack(losses).sum())  # waits for the device, once a step
-            done = all_done(state.processes, own_loss, tokens, memory_gib(state.device), is_ending=signals.came)
+            own = torch.stack(losses).sum(0).tolist()  # waits for the device, once a step
+            done = all_done(state.processes, own, tokens, memory_gib(state.device), is_ending=signals.came)
+            by_layer = dict(zip(weights, np.sum(done.found, axis=0).tolist(), strict=True))
             seconds = time.monotonic() - started
             log.write(
                 stage=stage,
                 step=step + 1,
                 num_steps=num_steps,
-                loss=sum(done.found),
+                loss=sum(weights[layer] * loss for layer, loss in by_layer.items()),
+                **({"layers": {str(layer): loss for layer, loss in by_layer.items()}} if len(by_layer) > 1 else {}),
                 learning_rate=rate,
                 tokens_per_s=done.num_tokens / seconds,
                 data_wait_pct=100 * (feed.wait_s - waited) / seconds,
