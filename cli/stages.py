@@ -221,8 +221,10 @@ def distill(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="RUN", help="Where the run goes.")],
     student: Student = None,
     recipe: Annotated[
-        Literal["vlsi", "last", "sft", "trol"] | None,
-        typer.Option(help="vlsi: all layers; last: the last layer alone; sft, trol: labels only. Default: the spec's."),
+        Literal["vlsi", "last", "sft", "trol", "any-depth"] | None,
+        typer.Option(
+            help="vlsi, any-depth: all layers; last: the last layer alone; sft, trol: labels only. Default: the spec's."
+        ),
     ] = None,
     sets: Annotated[
         list[str] | None,
