@@ -41,7 +41,7 @@ def plan(
     """Price a build before it runs: bytes, memory, hours.
 
     Hours are those of one GPU that reaches 40 % of its dense bf16 peak. With --exits a cache tells how often each of
-    its layers names the last one's word, how many of four drafted words would stand, and how many times as fast the
+    its layers names the last one's word, how many of its drafted words would stand, and how many times as fast the
     model would answer, by the weights that drafts and checks read: exactly that along answers of the model itself, an
     estimate along other texts.
     """
@@ -53,11 +53,9 @@ def plan(
         from dataclasses import asdict
 
         from vlsi_cache.report.text import exit_plan_table
-        from vlsi_cache.teacher.draft_plan import NUM_DRAFTS
 
         found = [asdict(one) for one in vc.plan_exits(str(exits))]
-        answer = {"num_drafts": NUM_DRAFTS, "exits": found}
-        return Answer(answer, lambda: exit_plan_table(found, NUM_DRAFTS))
+        return Answer({"exits": found}, lambda: exit_plan_table(found))
     priced = vc.plan(vc.load_spec(spec, overrides=sets or []), gpu=gpu)
     return Answer(priced.as_dict(), str(priced))
 
@@ -313,7 +311,7 @@ def exits(
     """Show what each layer of a student would answer in its place, and what that costs.
 
     For every target layer: right words, nats per token, agreement with the last layer, weights that a token reads,
-    measured time of a token, and what its drafts would come to (four at a time). Then how deep tokens must go, on
+    measured time of a token, and what its drafts would come to. Then how deep tokens must go, on
     average, where the first layer that is sure enough says them: by the lead of its likeliest word (margin) or by its
     entropy. Layers are read by RUN/exits (distill with distill.exits.schedule.steps), else by RUN/verbalizers, else by
     norm and head. Kept in RUN/exits.json unless --limit or --verbalizers is given, and shown in the run's report.

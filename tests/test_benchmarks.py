@@ -58,7 +58,10 @@ def test_drafts_are_measured_against_greedy_decoding(scripts: dict[str, Any], tm
     scripts["drafting"].main(["--tiny", "--rounds", "1", "--out", str(tmp_path / "results.md")])
     text = (tmp_path / "results.md").read_text(encoding="utf-8")
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| 1 |")]
-    assert [(row[1], row[2], row[3] == row[4]) for row in rows] == [("2", "2 of 2", True), ("4", "2 of 2", True)]
+    assert [(row[1], row[2], row[3] == row[4]) for row in rows] == [
+        ("4, 0", "2 of 2", True),
+        ("8, 0.5", "2 of 2", True),
+    ]
 
 
 @pytest.mark.slow

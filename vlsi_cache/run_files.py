@@ -162,7 +162,6 @@ class _Exit(_Record):
 
 class _Exits(_Record):
     num_samples: int
-    num_drafts: int
     structure: str
     verbalizers: str | None
     exits: list[_Exit]

@@ -25,7 +25,7 @@ from vlsi_cache.config.spec import spec_from_dict
 from vlsi_cache.data.collate import collate_prompts
 from vlsi_cache.data.records import read_records
 from vlsi_cache.models.backbone import Backbone
-from vlsi_cache.models.draft_costs import Costs, drafts_of
+from vlsi_cache.models.draft_costs import CONFIDENCE, NUM_DRAFTS, Answer, Costs, drafts_of
 from vlsi_cache.models.drafting import Drafter, decode
 from vlsi_cache.models.load import ModelRef
 from vlsi_cache.models.verbalizer import Verbalizers, logit_lens, read_exits
@@ -34,7 +34,7 @@ from vlsi_cache.run_files import read_run
 from vlsi_cache.teacher.draft_plan import costs_of
 
 PACKAGES = ("torch", "transformers")
-NUM_DRAFTS = (2, 4)
+WAYS = ((4, 0.0), (NUM_DRAFTS, CONFIDENCE))  # drafts at a time, and the probability below which they end
 RANDOM = {"layers": 16, "width": 768, "vocab": 4096, "exit": 2, "rest": 0.004, "prompts": 8, "length": 32, "new": 64}
 TINY = {"layers": 4, "width": 64, "vocab": 200, "exit": 1, "rest": 0.01, "prompts": 2, "length": 6, "new": 8}
 Batches = list[dict[str, torch.Tensor]]
@@ -43,6 +43,7 @@ Batches = list[dict[str, torch.Tensor]]
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, help="a distill run")
+    parser.add_argument("--layers", type=int, nargs="+", help="exits to look at; default: all")
     parser.add_argument("--limit", type=int, default=400, help="held-out rows")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--rounds", type=int, default=3)
@@ -62,9 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         exits: Verbalizers = logit_lens(backbone, [sizes["exit"]])
         ids: dict[str, Any] = {"eot_id": sizes["vocab"] - 1, "vocab_size": sizes["vocab"]}
         report.say(f"Random weights: {sizes}.\n")
-        compare(report, backbone, exits, [prompts], ids, sizes["new"], given.rounds)
+        compare(report, backbone, exits, exits.layers, [prompts], ids, sizes["new"], given.rounds)
     else:
         backbone, exits, encoder, records = student_of(given.run, given.limit, device)
+        layers = given.layers or exits.layers
         ids = {"eot_id": encoder.eot_id, "vocab_size": encoder.vocab_size}
         for size in given.batch_sizes:
             batches = [
@@ -76,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 for start in range(0, len(records), size)
             ]
             report.say(f"## {given.run.name}: {len(records)} held-out questions in batches of {size}\n")
-            compare(report, backbone, exits, batches, ids, given.max_new_tokens, given.rounds)
+            compare(report, backbone, exits, layers, batches, ids, given.max_new_tokens, given.rounds)
     if given.out is not None:
         report.write(given.out)
 
@@ -110,7 +112,14 @@ def student_of(run: Path, limit: int, device: torch.device) -> tuple[Backbone, V
 
 
 def compare(
-    report: Report, backbone: Backbone, exits: Verbalizers, batches: Batches, ids: dict[str, Any], new: int, rounds: int
+    report: Report,
+    backbone: Backbone,
+    exits: Verbalizers,
+    layers: list[int],
+    batches: Batches,
+    ids: dict[str, Any],
+    new: int,
+    rounds: int,
 ) -> None:
     """A table: each exit and number of drafts against greedy decoding, with and without our own loop."""
     model, vocab_size = backbone.model, ids["vocab_size"]
@@ -122,9 +131,10 @@ def compare(
         pad_token_id=0,
         suppress_tokens=list(range(vocab_size, num_rows)) or None,
     )
-    drafters = {(0, exits.layers[0]): Drafter(backbone, exits, exits.layers[0], 0)}
-    for layer in exits.layers:
-        drafters |= {(n, layer): Drafter.of(backbone, layer, verbalizers=exits, num_drafts=n) for n in NUM_DRAFTS}
+    none = (0, 0.0)
+    drafters = {(none, exits.layers[0]): Drafter(backbone, exits, exits.layers[0], *none)}
+    for layer in layers:
+        drafters |= {(way, layer): Drafter(backbone, exits, layer, *way) for way in WAYS}
     works: dict[Any, Callable[[], list[list[int]]]] = {"transformers": lambda: greedy(model, batches, ids["eot_id"])}
     for key, drafter in drafters.items():
         works[key] = lambda drafter=drafter: [
@@ -141,18 +151,18 @@ def compare(
     num_tokens = sum(map(len, said["transformers"]))
     report.say(f"{num_tokens} words of greedy decoding, {num_tokens / statistics.median(plain):.1f} a second.\n")
     report.table(
-        "exit", "drafts", "texts that are the same", "drafts that stand", "predicted", "words a pass",
+        "exit", "drafts, probability", "texts that are the same", "drafts that stand", "predicted", "words a pass",
         "against transformers", "against our loop without drafts", "by weights read",
     )  # fmt: skip
     for key in drafters:
-        num_drafts, layer = key
+        (num_drafts, confidence), layer = key
         same = sum(one == other for one, other in zip(said[key], said["transformers"], strict=True))
         faster = statistics.median(a / b for a, b in zip(plain, took[key], strict=True))
-        ours = statistics.median(a / b for a, b in zip(took[0, exits.layers[0]], took[key], strict=True))
+        ours = statistics.median(a / b for a, b in zip(took[none, exits.layers[0]], took[key], strict=True))
         acceptance, by_weights = predicted.get(key, (0.0, 1.0))
         report.row(
             str(layer) if num_drafts else "none",
-            str(num_drafts),
+            f"{num_drafts}, {confidence:g}" if num_drafts else "",
             f"{same} of {len(said[key])}",
             f"{counts[key]['acceptance']:.3f}" if num_drafts else "",
             f"{acceptance:.3f}" if num_drafts else "",
@@ -176,11 +186,11 @@ def greedy(model: Any, batches: Batches, eot_id: int) -> list[list[int]]:
 @torch.inference_mode()
 def predictions(
     backbone: Backbone, exits: Verbalizers, said: list[list[int]], batches: Batches
-) -> Iterator[tuple[tuple[int, int], tuple[float, float]]]:
-    """By drafts and exit: the share of drafts that will stand and the speed-up by weights, along these answers."""
+) -> Iterator[tuple[Any, tuple[float, float]]]:
+    """By way and exit: the share of drafts that will stand and the speed-up by weights, along these answers."""
     sizes = {layer: sum(p.numel() for p in exits.by_layer[str(layer)].parameters()) for layer in exits.layers}
     costs: Costs = costs_of(backbone.plain, sizes)
-    agrees: dict[int, list[np.ndarray]] = {layer: [] for layer in exits.layers}
+    along: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {layer: [] for layer in exits.layers}
     answers = iter(said)
     for batch in batches:
         for row, (ids_P, mask_P) in enumerate(zip(batch["input_ids"], batch["attention_mask"], strict=True)):
@@ -198,11 +208,12 @@ def predictions(
             last_T = torch.tensor(answer)
             for layer in exits.layers:
                 logits_TV = exits.apply(layer, hidden[layer]) @ backbone.head_weight.T
-                agrees[layer].append((logits_TV.argmax(-1).cpu() == last_T).numpy())
-    for layer, found in agrees.items():
-        for num_drafts in NUM_DRAFTS if found else ():
-            drafts = drafts_of(found, num_drafts)
-            yield (num_drafts, layer), (drafts.acceptance, costs.speedup(layer, drafts))
+                best_T, first_T = logits_TV.softmax(-1).cpu().max(-1)
+                along[layer].append(((first_T == last_T).numpy(), best_T.numpy()))
+    for layer, found in along.items():
+        for num_drafts, confidence in WAYS if found else ():
+            drafts = drafts_of([Answer(agrees_T, best_T >= confidence) for agrees_T, best_T in found], num_drafts)
+            yield ((num_drafts, confidence), layer), (drafts.acceptance, costs.speedup(layer, drafts))
 
 
 if __name__ == "__main__":

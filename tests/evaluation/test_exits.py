@@ -15,7 +15,7 @@ from vlsi_cache.data.collate import collate_prompts
 from vlsi_cache.data.records import read_records
 from vlsi_cache.errors import ModelError, SpecError
 from vlsi_cache.models.backbone import Backbone
-from vlsi_cache.models.draft_costs import Costs, best_drafts, drafts_of
+from vlsi_cache.models.draft_costs import CONFIDENCE, Answer, Costs, drafts_of
 from vlsi_cache.models.drafting import Drafter, decode
 from vlsi_cache.models.load import ModelRef
 from vlsi_cache.models.verbalizer import load_verbalizers
@@ -85,34 +85,40 @@ def test_scores_are_those_of_the_model_s_own_logits(run: Path, cache: Cache) -> 
     assert "3 (last)" in page
 
 
-def literal_decoding(agrees_T: np.ndarray, num_drafts: int) -> tuple[int, int, int]:
+def literal_decoding(answer: Answer, num_drafts: int) -> tuple[int, int, int]:
     """Drafted, kept and checked, word by word."""
     said, drafted, kept, checks = 1, 0, 0, 0
-    while said < len(agrees_T):
+    while said < len(answer.agrees_T):
         checks += 1
-        ahead = agrees_T[said : said + num_drafts]
-        right = 0
-        while right < len(ahead) and ahead[right]:
-            right += 1
-        is_over = said + right + 1 >= len(agrees_T)
-        drafted += len(ahead) if is_over else num_drafts
+        right, tried, is_right = 0, 0, True
+        for place in range(said, said + num_drafts):
+            tried += 1
+            is_right = is_right and place < len(answer.agrees_T) and bool(answer.agrees_T[place])
+            right += is_right
+            if place >= len(answer.agrees_T) or not answer.sure_T[place]:
+                break
+        left = len(answer.agrees_T) - said
+        drafted += min(tried, left) if said + right + 1 >= len(answer.agrees_T) else tried
         kept += right
         said += right + 1
     return drafted, kept, checks
 
 
+def always(length: int, *, agrees: bool = True) -> Answer:
+    return Answer(np.full(length, agrees), np.ones(length, dtype=bool))
+
+
 def test_drafts_are_counted_as_decoding_would() -> None:
     rng = np.random.default_rng(0)
-    answers = [rng.random(length) < 0.8 for length in (1, 2, 5, 30, 60)]
+    answers = [Answer(rng.random(length) < 0.8, rng.random(length) < 0.9) for length in (1, 2, 5, 30, 60)]
     for num_drafts in (1, 4, 7):
         wanted = np.sum([literal_decoding(one, num_drafts) for one in answers], axis=0).tolist()
         found = drafts_of(answers, num_drafts)
         assert [found.num_drafted, found.num_accepted, found.num_checks] == wanted
-    assert drafts_of([np.ones(1, dtype=bool)], 4).tokens_per_pass == 1.0  # one word comes with the prompt
+    assert drafts_of([always(1)]).tokens_per_pass == 1.0  # one word comes with the prompt
     costs = Costs({1: 10}, layers=100, head=10)
-    assert costs.speedup(1, drafts_of([np.ones(21, dtype=bool)], 4)) == pytest.approx(5 * 110 / (4 * 20 + 110))
-    assert best_drafts([np.ones(41, dtype=bool)], 1, Costs({1: 1}, 100, 1)).num_drafts == 8
-    assert best_drafts([np.zeros(41, dtype=bool)], 1, costs).num_drafts == 1
+    assert costs.speedup(1, drafts_of([always(21)], 4)) == pytest.approx(5 * 110 / (4 * 20 + 110))
+    assert costs.speedup(1, drafts_of([always(400, agrees=False)], 4)) == pytest.approx(110 / (4 * 20 + 110), rel=0.01)
 
 
 def test_along_own_answers_the_prediction_is_what_decoding_does(run: Path, cache: Cache, tmp_path: Path) -> None:
@@ -124,6 +130,7 @@ def test_along_own_answers_the_prediction_is_what_decoding_does(run: Path, cache
     own = vc.load_spec(file, overrides=[*changes, f"data.path={answers}", "data.limit=null"])
     built = vc.build_teacher(own, out=tmp_path / "own")
     first = {name: built[name].ids_LTK[:, :, 0] for name in built}
+    sure = {name: np.exp(built[name].logprobs_LTK[:, :, 0]) >= CONFIDENCE for name in built}
     planned = {plan.layer: plan for plan in vc.plan_exits(built)}
     # The others end otherwise in their text than in the tokens that were said: a random model speaks broken letters.
     as_said = [one for one in read_records(own.data) if (first[one.id][-1] == encoder.encode(one).response_ids).all()]
@@ -131,13 +138,15 @@ def test_along_own_answers_the_prediction_is_what_decoding_does(run: Path, cache
     prompts = [encoder.encode(record, with_response=False) for record in as_said]
     verbalizers = load_verbalizers(run / "exits", backbone, [1, 2])
     for place, layer in enumerate((1, 2)):
-        agrees = {name: first_LT[place] == first_LT[-1] for name, first_LT in first.items()}
-        assert planned[layer].agreement == pytest.approx(np.concatenate(list(agrees.values())).mean())
-        assert planned[layer].acceptance == drafts_of(agrees.values(), 4).acceptance
+        along = {name: Answer(one[place] == one[-1], sure[name][place]) for name, one in first.items()}
+        agrees_T = np.concatenate([one.agrees_T for one in along.values()])
+        assert planned[layer].agreement == pytest.approx(agrees_T.mean())
+        assert planned[layer].acceptance == drafts_of(along.values()).acceptance
         drafter = Drafter.of(backbone, layer, verbalizers=verbalizers)
         ids: Any = {"eot_id": encoder.eot_id, "vocab_size": encoder.vocab_size}
-        decode(drafter, collate_prompts(prompts, pad_id=encoder.pad_id), max_new_tokens=40, **ids)
-        wanted = drafts_of([agrees[record.id] for record in as_said], 4)
+        for prompt in prompts:  # one at a time: of a batch, the row that is sure for longest decides
+            decode(drafter, collate_prompts([prompt], pad_id=encoder.pad_id), max_new_tokens=40, **ids)
+        wanted = drafts_of([along[record.id] for record in as_said])
         found = (drafter.num_drafted, drafter.num_accepted, drafter.num_checks)
         # Words that two layers find nearly equally likely can fall either way in batches of other shapes.
         assert found == pytest.approx((wanted.num_drafted, wanted.num_accepted, wanted.num_checks), abs=3)

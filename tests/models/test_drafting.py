@@ -67,7 +67,7 @@ def drafted(drafter: Drafter, inputs: dict[str, Tensor], max_new_tokens: int, **
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_text_is_that_without_drafts(name: str) -> None:
     model = model_of(name)
-    drafter = Drafter.of(Backbone(model), LAYER)
+    drafter = Drafter.of(Backbone(model), LAYER, num_drafts=4, confidence=0.0)
     for lengths in ((5, 9, 14, 3), (7,)):
         inputs = prompts(lengths)
         assert drafted(drafter, inputs, 24) == greedy(model, inputs, 24)
@@ -80,7 +80,8 @@ def test_the_text_behind_pictures(family: str) -> None:
     pictures = [[(4, 4)], [(4, 4), (4, 8)], []]
     samples = [seen_sample(family, 5 + 2 * i, given, seed=i) for i, given in enumerate(pictures)]
     inputs = collate_prompts(samples, pad_id=0)
-    assert drafted(Drafter.of(Backbone(model), LAYER), inputs, 16) == greedy(model, inputs, 16)
+    drafter = Drafter.of(Backbone(model), LAYER, num_drafts=4, confidence=0.0)
+    assert drafted(drafter, inputs, 16) == greedy(model, inputs, 16)
 
 
 @pytest.mark.parametrize("num_drafts", [1, 6])
@@ -88,10 +89,10 @@ def test_a_verbalizer_drafts(num_drafts: int) -> None:
     model = model_of("LlamaConfig")
     backbone = Backbone(model)
     verbalizers = build_verbalizers(backbone, [1, 3], style="plain")
-    drafter = Drafter.of(backbone, 3, verbalizers=verbalizers, num_drafts=num_drafts)
+    drafter = Drafter.of(backbone, 3, verbalizers=verbalizers, num_drafts=num_drafts, confidence=0.0)
     inputs = prompts((5, 8))
     assert drafted(drafter, inputs, 20) == greedy(model, inputs, 20)
-    logit_lens = Drafter.of(backbone, 3, num_drafts=num_drafts)
+    logit_lens = Drafter.of(backbone, 3, num_drafts=num_drafts, confidence=0.0)
     drafted(logit_lens, inputs, 20)
     assert logit_lens.num_accepted != drafter.num_accepted  # another reader drafts otherwise
 
@@ -103,7 +104,7 @@ def test_drafts_that_are_all_right_cost_one_pass_for_all() -> None:
         for layer in model.model.layers[LAYER:]:
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
-    drafter = Drafter.of(Backbone(model), LAYER, num_drafts=4)
+    drafter = Drafter.of(Backbone(model), LAYER, num_drafts=4, confidence=0.0)
     inputs = prompts((6,))
     said = drafted(drafter, inputs, 21)
     assert said == greedy(model, inputs, 21)
@@ -111,6 +112,19 @@ def test_drafts_that_are_all_right_cost_one_pass_for_all() -> None:
     assert drafter.counts["acceptance"] == 1.0
     assert drafter.num_checks == 4  # the prompt's own token, then five a pass
     assert drafter.counts["tokens_per_pass"] == 5.0
+
+
+def test_drafts_end_with_the_first_that_the_layer_doubts() -> None:
+    model = model_of("LlamaConfig")
+    inputs = prompts((6, 9))
+    said, counts = [], []
+    for confidence in (0.0, 1.0):
+        drafter = Drafter.of(Backbone(model), LAYER, confidence=confidence)
+        said.append(drafted(drafter, inputs, 24))
+        counts.append(drafter.num_drafted / drafter.num_checks)
+    assert said == [greedy(model, inputs, 24)] * 2
+    assert counts[0] > 6  # eight, but where an answer ends
+    assert counts[1] <= 1
 
 
 @torch.inference_mode()
@@ -131,7 +145,7 @@ def test_draws_have_the_distribution_of_draws_without_drafts(monkeypatch: pytest
     ids_S = prompts((6,))["input_ids"][0]
     inputs = {"input_ids": ids_S.repeat(num_draws, 1), "attention_mask": torch.ones(num_draws, 6, dtype=torch.long)}
     wanted = exact_tokens(model, ids_S, temperature)
-    drafter = Drafter.of(Backbone(model), LAYER)
+    drafter = Drafter.of(Backbone(model), LAYER, num_drafts=4, confidence=0.0)
 
     def furthest() -> list[float]:
         """Of each token, the most that any word's share is away from what it should be, in standard deviations."""

@@ -21,6 +21,7 @@ from vlsi_cache.data.records import read_records
 from vlsi_cache.errors import ModelError, SpecError
 from vlsi_cache.io import check_file, refuse_url, write_atomically
 from vlsi_cache.models.backbone import Backbone, head_of, target_layers
+from vlsi_cache.models.draft_costs import CONFIDENCE, Answer
 from vlsi_cache.models.drafting import step_seconds
 from vlsi_cache.models.load import ModelRef
 from vlsi_cache.models.probe import checked_backbone
@@ -33,7 +34,7 @@ from vlsi_cache.runtime import pick_device
 from vlsi_cache.sparse.head import Head, compute_dtype
 from vlsi_cache.store import reader
 from vlsi_cache.store.reader import Cache
-from vlsi_cache.teacher.draft_plan import NUM_DRAFTS, costs_of, exit_plan
+from vlsi_cache.teacher.draft_plan import costs_of, exit_plan
 from vlsi_cache.train.student import cached_sources
 
 from .held_out import HeldOut, held_out, prepared
@@ -44,10 +45,11 @@ NUM_THRESHOLDS = 24  # of each confidence rule
 
 
 class Said(NamedTuple):
-    """Of each token: the likeliest word, the loss of the response's in nats, by how much the likeliest leads the next
-    in probability, and the entropy in nats. [T] each."""
+    """Of each token: the likeliest word and its probability, the loss of the response's in nats, by how much the
+    likeliest leads the next in probability, and the entropy in nats. [T] each."""
 
     first: np.ndarray
+    best: np.ndarray
     nll: np.ndarray
     margin: np.ndarray
     entropy: np.ndarray
@@ -134,14 +136,15 @@ def measure_exits(backbone: Backbone, verbalizers: Verbalizers, rows: HeldOut, r
     found, last = [], said[layers[-1]]
     for layer in layers:
         one, agrees_T = said[layer], said[layer].first == last.first
-        of_answers = np.split(agrees_T, np.cumsum(lengths)[:-1])
-        drafts = {} if layer == layers[-1] else asdict(exit_plan(layer, of_answers, costs))
+        parts = (np.split(one_T, np.cumsum(lengths)[:-1]) for one_T in (agrees_T, one.best >= CONFIDENCE))
+        answers = [Answer(*pair) for pair in zip(*parts, strict=True)]
+        drafts = {} if layer == layers[-1] else asdict(exit_plan(layer, answers, costs))
         weights = drafts.get("weights", costs.of_all)
         scores = {"accuracy": (one.first == gold_T).mean(), "nll": one.nll.mean(), "agreement": agrees_T.mean()}
         of_token = {"weights": weights, "flops": 2 * weights, "seconds": seconds.get(layer)}
         found.append({**drafts, "layer": layer, **{name: float(value) for name, value in scores.items()}, **of_token})
     rules = {rule: _curve([said[layer] for layer in layers], layers, gold_T, rule) for rule in RULES}
-    return {"num_tokens": len(gold_T), "num_drafts": NUM_DRAFTS, "exits": found, "rules": rules}
+    return {"num_tokens": len(gold_T), "exits": found, "rules": rules}
 
 
 def _curve(said: list[Said], layers: list[int], gold_T: np.ndarray, rule: str) -> list[dict[str, float]]:
@@ -198,7 +201,7 @@ def _said(state_TD: Tensor, head: Head, gold_T: Tensor) -> Said:
         best_C, next_C = logp_CV.topk(2).values.exp().T
         nll_C = -logp_CV.gather(1, gold_C[:, None])[:, 0]
         entropy_C = torch.special.entr(logp_CV.exp()).sum(-1)
-        found = (logits_CV.argmax(-1), nll_C, best_C - next_C, entropy_C)
+        found = (logits_CV.argmax(-1), best_C, nll_C, best_C - next_C, entropy_C)
         parts.append(Said(*(one.cpu().numpy() for one in found)))
     return _joined(parts)
 

@@ -7,10 +7,13 @@ reads the layers below the exit, its verbalizer and the head; a check reads the 
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-MOST_DRAFTS = 8  # that are looked at where the best number is asked for
+# Drafts at a time, up to the first that the exit does not give this probability: of 4 without and 8 or 16 with 0.4 to
+# 0.95, by weights read along the demo's and a synthetic source's texts (docs/log.md).
+NUM_DRAFTS, CONFIDENCE = 8, 0.5
 
 
 @dataclass(frozen=True)
@@ -31,14 +34,14 @@ class Costs:
 
     def speedup(self, layer: int, drafts: "Drafts") -> float:
         """Tokens of a pass of the whole model with its drafts, against one without, by weights read."""
-        return drafts.tokens_per_pass * self.of_all / (drafts.num_drafts * self.of_exit(layer) + self.of_all)
+        drafts_a_pass = drafts.num_drafted / max(1, drafts.num_checks)
+        return drafts.tokens_per_pass * self.of_all / (drafts_a_pass * self.of_exit(layer) + self.of_all)
 
 
 @dataclass(frozen=True)
 class Drafts:
-    """What comes of drafting `num_drafts` tokens at a time: drafted within the answers, kept, and checked in passes."""
+    """What comes of drafting: tokens drafted within the answers, kept, and passes of checks."""
 
-    num_drafts: int
     num_drafted: int
     num_accepted: int
     num_checks: int
@@ -54,28 +57,31 @@ class Drafts:
         return 1 + self.num_accepted / max(1, self.num_checks)
 
 
-def drafts_of(agrees: Iterable[np.ndarray], num_drafts: int) -> Drafts:
-    """What decoding would have come to where an exit agrees with the last layer at the tokens that `agrees` says.
+class Answer(NamedTuple):
+    """Along one answer, for each of its tokens: whether the exit names the last layer's word, and whether it is sure of
+    the word that it names (its probability is CONFIDENCE at least). Bools [T] each."""
 
-    One array of bools [T] for each answer: its first token comes with the prompt, the others in passes of drafts and a
-    check.
-    Exact where the answers are the model's own greedy ones; an estimate along other texts.
+    agrees_T: np.ndarray
+    sure_T: np.ndarray
+
+
+def drafts_of(answers: Iterable[Answer], num_drafts: int = NUM_DRAFTS) -> Drafts:
+    """What decoding would have come to along these answers.
+
+    The first token comes with the prompt, the others in passes: drafts up to the first that the exit is not sure of, at
+    most `num_drafts`, then a check. Exact where the answers are the model's own greedy ones, but for how many drafts
+    follow a wrong one (as many as along the answer, it is taken); an estimate along other texts.
     """
     drafted = accepted = checks = 0
-    for agrees_T in agrees:
-        differs_N = np.flatnonzero(~np.append(agrees_T, False))  # the end stops drafts as a difference does
+    for agrees_T, sure_T in answers:
+        # The end stops drafts as a difference does, and as doubt.
+        differs_N, doubts_N = (np.flatnonzero(~np.append(one_T, False)) for one_T in (agrees_T, sure_T))
         place, end = 1, len(agrees_T)
         while place < end:
-            kept = min(int(differs_N[np.searchsorted(differs_N, place)]) - place, num_drafts)
+            tried = min(int(doubts_N[np.searchsorted(doubts_N, place)]) - place + 1, num_drafts)
+            kept = min(int(differs_N[np.searchsorted(differs_N, place)]) - place, tried)
             is_last = place + kept + 1 >= end
-            # What lies behind the end of an answer counts nowhere.
-            drafted += min(num_drafts, end - place) if is_last else num_drafts
+            drafted += min(tried, end - place) if is_last else tried  # what lies behind the end counts nowhere
             accepted, checks = accepted + kept, checks + 1
             place += kept + 1
-    return Drafts(num_drafts, drafted, accepted, checks)
-
-
-def best_drafts(agrees: list[np.ndarray], layer: int, costs: Costs) -> Drafts:
-    """Those of the number of drafts at a time, 1 to MOST_DRAFTS, with the largest speed-up."""
-    found = [drafts_of(agrees, count) for count in range(1, MOST_DRAFTS + 1)]
-    return max(found, key=lambda drafts: costs.speedup(layer, drafts))
+    return Drafts(drafted, accepted, checks)

@@ -27,6 +27,7 @@ from vlsi_cache.processes import Processes
 
 from .backbone import Backbone, head_of
 from .branches import trunk_positions
+from .draft_costs import CONFIDENCE, NUM_DRAFTS
 from .traversal import traversal_of
 from .verbalizer import Verbalizers, logit_lens
 
@@ -35,19 +36,27 @@ REWOUND_TOLERANCE = 1e-3  # of the range of hidden states, as the other probes o
 
 @dataclass
 class Drafter:
-    """Layer `layer` of a model as the one that drafts `num_drafts` tokens at a time, and what has come of it so far."""
+    """Layer `layer` of a model as the one that drafts, at most `num_drafts` tokens at a time and no further than the
+    first that it gives less than the probability `confidence`; and what has come of it so far."""
 
     backbone: Backbone
     verbalizers: Verbalizers
     layer: int
-    num_drafts: int = 4
+    num_drafts: int = NUM_DRAFTS
+    confidence: float = CONFIDENCE
     num_drafted: int = 0  # within the answers: what lies behind the end of one does not count
     num_accepted: int = 0
     num_checks: int = 0  # passes of the whole model, rows counted one by one
 
     @classmethod
     def of(
-        cls, backbone: Backbone, layer: int, *, verbalizers: Verbalizers | None = None, num_drafts: int = 4
+        cls,
+        backbone: Backbone,
+        layer: int,
+        *,
+        verbalizers: Verbalizers | None = None,
+        num_drafts: int = NUM_DRAFTS,
+        confidence: float = CONFIDENCE,
     ) -> "Drafter":
         """Raises SpecError for a layer or a number that cannot be, ModelError for a model that cannot be rewound."""
         backbone.check_layers([layer])
@@ -63,7 +72,7 @@ class Drafter:
                 "with a structure without attention, such as `verb-ffn`, or with the logit lens"
             )
         check_rewinds(backbone)
-        return cls(backbone, verbalizers, layer, num_drafts)
+        return cls(backbone, verbalizers, layer, num_drafts, confidence)
 
     def summed(self, processes: Processes) -> "Drafter":
         """The same with what has come of it in all processes of a launch."""
@@ -86,6 +95,7 @@ class Drafter:
             "layer": self.layer,
             "structure": self.verbalizers.architecture.structure,
             "num_drafts": self.num_drafts,
+            "confidence": self.confidence,
             "num_drafted": self.num_drafted,
             "acceptance": self.num_accepted / drafted,
             "tokens_per_pass": 1 + self.num_accepted / checks,
@@ -115,8 +125,7 @@ def decode(
         if len(going) < len(rows.numbers):
             rows.keep(going)
         left = max_new_tokens - min(len(ids) for ids in rows.ids)
-        num_drafts = min(drafter.num_drafts, left - 1)
-        accepted = speaker.speak(rows, num_drafts)
+        num_drafts, accepted = speaker.speak(rows, min(drafter.num_drafts, left - 1))
         for row, ids, count in zip(rows.numbers, rows.ids, accepted, strict=True):
             num_before, said = len(rows.said[row]), _cut(ids, eot_id, max_new_tokens)
             rows.said[row] = said
@@ -223,19 +232,25 @@ class _Speaker:
             ids.append(own)
         return rows
 
-    def speak(self, rows: _Rows, num_drafts: int) -> list[int]:
-        """Draft, check, and go on behind what is right; how many drafts of each row stand."""
+    def speak(self, rows: _Rows, most: int) -> tuple[int, list[int]]:
+        """Draft, check, and go on behind what is right; how many were drafted, and how many of each row stand."""
         drafter, layer = self.drafter, self.drafter.layer
         last_B1 = torch.tensor([[ids[-1]] for ids in rows.ids], device=rows.mask_BS.device)
         drafted, drafts_BV = [last_B1], []
-        for step in range(num_drafts):
+        is_sure_B = torch.ones(len(last_B1), dtype=torch.bool, device=last_B1.device)
+        for step in range(most):
             hidden = self._run(rows, drafted[-1], step, draft=True)
             state_BD = drafter.verbalizers.apply(layer, hidden[layer])
             own_B, probs_BV = self._say(self._logits(state_BD))
             drafted.append(own_B[:, None].to(last_B1.device))
             drafts_BV.append(probs_BV)
-        if num_drafts:
-            crop(rows.cache, layer, num_drafts)
+            if drafter.confidence:
+                shares_BV = probs_BV if self.temperature else probs_BV.softmax(1)
+                is_sure_B &= (shares_BV.gather(1, own_B[:, None])[:, 0] >= drafter.confidence).to(is_sure_B.device)
+                if not is_sure_B.any():  # of a batch, the row that is sure for longest decides
+                    break
+        if drafts_BV:
+            crop(rows.cache, layer, len(drafts_BV))
         ids_BM = torch.cat(drafted, 1)  # M = N + 1: with the last token that was said
         hidden = self._run(rows, ids_BM, 0, draft=False)
         logits_BMV = self._logits(hidden[self.backbone.num_layers]).unflatten(0, tuple(ids_BM.shape))
@@ -243,7 +258,7 @@ class _Speaker:
         ids_BN = ids_BM[:, 1:]
         num_accepted_B, own_B = self._check(ids_BN, drafts_BV, logits_BMV)
         rows.accept(ids_BN, num_accepted_B, own_B)
-        return num_accepted_B.tolist()
+        return len(drafts_BV), num_accepted_B.tolist()
 
     def say_at(self, rows: _Rows, ids_B1: Tensor, layer: int) -> list[int]:
         """The token of each row behind one more, said by an exit or by the last layer; the cache then has that one."""

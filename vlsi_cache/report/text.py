@@ -234,25 +234,18 @@ def evaluation_table(result: Mapping[str, Any]) -> str:
     return "\n\n".join(block for block in blocks if block)
 
 
-def exit_plan_table(exits: Sequence[Mapping[str, Any]], num_drafts: int) -> str:
+DRAFT_HEADS = ["drafts that stand, %", "words a pass", "times as fast"]
+
+
+def exit_plan_table(exits: Sequence[Mapping[str, Any]]) -> str:
     """What cached layers could draft, for the terminal."""
-    heads = ["layer", "agrees, %", f"of {num_drafts} drafts stand, %", "words a pass", "times as fast"]
-    rows = [
-        [
-            str(one["layer"]),
-            f"{100 * one['agreement']:.1f}",
-            *_drafts(one),
-            f"{one['best_num_drafts']} ({one['best_speedup']:.2f})",
-        ]
-        for one in exits
-    ]
-    return table([*heads, "best number of drafts"], rows)
+    rows = [[str(one["layer"]), f"{100 * one['agreement']:.1f}", *_drafts(one)] for one in exits]
+    return table(["layer", "agrees, %", *DRAFT_HEADS], rows)
 
 
 def exits_parts(result: Mapping[str, Any]) -> dict[str, Any]:
     """What `exits.json` says, for the terminal and for a page: a table of exits, and one of depth by rule."""
-    heads = ["layer", "right, %", "nats per token", "agrees, %", "weights, M", "ms per token"]
-    heads += [f"of {result['num_drafts']} drafts stand, %", "words a pass", "times as fast"]
+    heads = ["layer", "right, %", "nats per token", "agrees, %", "weights, M", "ms per token", *DRAFT_HEADS]
     *exits, last = result["exits"]
     rows = [[str(one["layer"]), *_exit(one), *_drafts(one)] for one in exits]
     rows.append([f"{last['layer']} (last)", *_exit(last), "", "", ""])

@@ -13,15 +13,13 @@ import numpy as np
 from vlsi_cache.config.spec import spec_from_dict
 from vlsi_cache.errors import SpecError
 from vlsi_cache.models.backbone import Backbone
-from vlsi_cache.models.draft_costs import Costs, best_drafts, drafts_of
+from vlsi_cache.models.draft_costs import CONFIDENCE, Answer, Costs, drafts_of
 from vlsi_cache.progress import progress
 from vlsi_cache.store import reader
 from vlsi_cache.store.reader import Cache
 
 from .inputs import teacher_ref
 from .plan import active_weights, verbalizer_size
-
-NUM_DRAFTS = 4  # at a time, as `models.drafting` has them
 
 
 def costs_of(model: Any, verbalizer_parameters: Mapping[int, int]) -> Costs:
@@ -35,8 +33,8 @@ def costs_of(model: Any, verbalizer_parameters: Mapping[int, int]) -> Costs:
 
 @dataclass(frozen=True)
 class ExitPlan:
-    """One layer as an exit: `agreement` with the last layer's word; with `NUM_DRAFTS` drafts at a time `acceptance`,
-    `tokens_per_pass` and `speedup` (by weights read); and the number of drafts that is best, with its speed-up."""
+    """One layer as an exit: `agreement` with the last layer's word, `weights` that a draft reads; and of its drafts
+    `acceptance`, `tokens_per_pass` and `speedup` (by weights read)."""
 
     layer: int
     agreement: float
@@ -44,23 +42,12 @@ class ExitPlan:
     acceptance: float
     tokens_per_pass: float
     speedup: float
-    best_num_drafts: int
-    best_speedup: float
 
 
-def exit_plan(layer: int, agrees: list[np.ndarray], costs: Costs) -> ExitPlan:
-    """`agrees`: for each answer, at which tokens this layer names the word of the last one."""
-    drafts, best = drafts_of(agrees, NUM_DRAFTS), best_drafts(agrees, layer, costs)
-    return ExitPlan(
-        layer,
-        float(np.concatenate(agrees).mean()),
-        costs.of_exit(layer),
-        drafts.acceptance,
-        drafts.tokens_per_pass,
-        costs.speedup(layer, drafts),
-        best.num_drafts,
-        costs.speedup(layer, best),
-    )
+def exit_plan(layer: int, answers: list[Answer], costs: Costs) -> ExitPlan:
+    drafts, agreement = drafts_of(answers), float(np.concatenate([one.agrees_T for one in answers]).mean())
+    speedup = costs.speedup(layer, drafts)
+    return ExitPlan(layer, agreement, costs.of_exit(layer), drafts.acceptance, drafts.tokens_per_pass, speedup)
 
 
 def plan_exits(cache: Cache | Path | str) -> list[ExitPlan]:
@@ -77,8 +64,8 @@ def plan_exits(cache: Cache | Path | str) -> list[ExitPlan]:
     sizes = dict.fromkeys(opened.layers[:-1], 0)
     if spec.teacher.verbalizers is not None:
         sizes = dict.fromkeys(sizes, verbalizer_size(model.config.get_text_config(), spec.verbalizer))
-    costs, agrees = costs_of(model.empty(), sizes), _agreements(opened)
-    return [exit_plan(layer, agrees[layer], costs) for layer in opened.layers[:-1]]
+    costs, answers = costs_of(model.empty(), sizes), _answers(opened)
+    return [exit_plan(layer, answers[layer], costs) for layer in opened.layers[:-1]]
 
 
 def _why_not(cache: Cache) -> str:
@@ -92,12 +79,12 @@ def _why_not(cache: Cache) -> str:
     return ""
 
 
-def _agreements(cache: Cache) -> dict[int, list[np.ndarray]]:
-    """By layer, for each sample at which of its tokens the layer's first word is the last layer's, bool [T]."""
-    found: dict[int, list[np.ndarray]] = {layer: [] for layer in cache.layers[:-1]}
+def _answers(cache: Cache) -> dict[int, list[Answer]]:
+    """By layer, what its drafts would meet along each sample's response."""
+    found: dict[int, list[Answer]] = {layer: [] for layer in cache.layers[:-1]}
     for part in progress(cache.parts, "exits", unit="part"):
         for row in cache.read_part(part):
-            first_LT = row.ids_LTK[:, :, 0]
+            first_LT, sure_LT = row.ids_LTK[:, :, 0], np.exp(row.logprobs_LTK[:, :, 0]) >= CONFIDENCE
             if first_LT.shape[1] != len(row.response_ids_R):
                 raise SpecError(
                     f"{cache.path} holds a selection of the response tokens (sample `{row.sample_id}` has rows for "
@@ -105,5 +92,5 @@ def _agreements(cache: Cache) -> dict[int, list[np.ndarray]]:
                     "`rows.select_tokens`"
                 )
             for place, layer in enumerate(found):
-                found[layer].append(first_LT[place] == first_LT[-1])
+                found[layer].append(Answer(first_LT[place] == first_LT[-1], sure_LT[place]))
     return found
