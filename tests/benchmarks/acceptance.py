@@ -42,8 +42,10 @@ TEACHER = {"num_layers": 8, "hidden": 64}
 TEACHER_STEPS = 600
 TARGETS = [1, 2, 3, 4, 5, 6, 7]
 
-READ_ANEW = (VLSI, LAST, SFT, FADED)  # whose layers are read through verbalizers of their own as well
 FEWER = "last, without the steps of verbalizers"  # what these steps are worth to last-layer KD
+ANY_DEPTH = "any-depth"  # beside FEWER, which takes as many steps of the student
+# Whose layers are read through verbalizers of their own as well.
+READ_ANEW = (VLSI, LAST, SFT, FADED, FEWER, ANY_DEPTH)
 CACHES = {
     "cache": (),
     WIDE: ("rows.top_k=16",),
@@ -122,7 +124,8 @@ def longer() -> list[Variant]:
         FADED: ("layer_reduction=mean", "layers_full_until=0", "layers_zero_from=0.3"),
     }  # fmt: skip
     found = [Variant(name, tuple(f"distill.interact.{one}" for one in keys)) for name, keys in settings.items()]
-    return [*found, Variant(FEWER, ("distill.verbalize.steps=1",), recipe="last")]
+    few = Variant(FEWER, ("distill.verbalize.steps=1",), recipe="last")
+    return [*found, few, Variant(ANY_DEPTH, ("distill.exits.schedule.steps=1",), recipe="any-depth")]
 
 
 def variants_of(cell: Cell) -> list[Variant]:
@@ -269,7 +272,7 @@ def run_variant(runs: Path, teacher_cache: Cache, variant: Variant, cell: Cell, 
         steps = (f"verbalize.steps={verbalize}", f"interact.schedule.steps={interact}", f"sft.schedule.steps={sft}")
         alone = cell.regime.sft_alone if variant.recipe == "sft" else ()
         changes = [f"distill.{one}" for one in (*cell.regime.changes, *alone, *steps, f"seed={seed}")]
-        if variant.recipe == "vlsi" and not own:
+        if variant.recipe in ("vlsi", "any-depth") and not own:
             changes.append(f"distill.verbalizers={runs / VLSI / 'verbalizers'}")
         changes += variant.changes
         vc.distill(
