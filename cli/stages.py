@@ -35,8 +35,9 @@ def plan(
     ] = None,
     sets: Sets = None,
     gpu: Annotated[
-        str, typer.Option(metavar="NAME", help="Whose hours: A100, B200, H100, H200, L40S, MI300X or RTX 4090.")
-    ] = "H100",
+        str | None,
+        typer.Option(metavar="NAME", help="Whose hours: A100, B200, H100 (default), H200, L40S, MI300X or RTX 4090."),
+    ] = None,
 ) -> Answer:
     """Price a build before it runs: bytes, memory, hours.
 
@@ -50,6 +51,8 @@ def plan(
     if (spec is None) == (exits is None):
         raise SpecError("name a SPEC to price its build, or a cache with --exits CACHE, and not both")
     if exits is not None or spec is None:
+        if idle := [name for name, value in {"--set": sets, "--gpu": gpu}.items() if value]:
+            raise SpecError(f"{' and '.join(idle)} belong to the price of a SPEC, and --exits reads a cache as it is")
         from dataclasses import asdict
 
         from vlsi_cache.report.text import exit_plan_table
@@ -58,7 +61,7 @@ def plan(
         found = [asdict(one) for one in vc.plan_exits(str(exits))]
         answer = {"num_drafts": NUM_DRAFTS, "exits": found}
         return Answer(answer, lambda: exit_plan_table(found, NUM_DRAFTS))
-    priced = vc.plan(vc.load_spec(spec, overrides=sets or []), gpu=gpu)
+    priced = vc.plan(vc.load_spec(spec, overrides=sets or []), gpu=gpu or "H100")
     return Answer(priced.as_dict(), str(priced))
 
 
@@ -221,8 +224,11 @@ def distill(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="RUN", help="Where the run goes.")],
     student: Student = None,
     recipe: Annotated[
-        Literal["vlsi", "last", "sft", "trol"] | None,
-        typer.Option(help="vlsi: all layers; last: the last layer alone; sft, trol: labels only. Default: the spec's."),
+        Literal["vlsi", "last", "sft", "trol", "any-depth"] | None,
+        typer.Option(
+            help="vlsi: all layers; last: the last layer alone; sft, trol: labels only; any-depth: layers that may "
+            "answer in the last one's place. Default: the spec's."
+        ),
     ] = None,
     sets: Annotated[
         list[str] | None,
