@@ -35,8 +35,9 @@ def plan(
     ] = None,
     sets: Sets = None,
     gpu: Annotated[
-        str, typer.Option(metavar="NAME", help="Whose hours: A100, B200, H100, H200, L40S, MI300X or RTX 4090.")
-    ] = "H100",
+        str | None,
+        typer.Option(metavar="NAME", help="Whose hours: A100, B200, H100 (default), H200, L40S, MI300X or RTX 4090."),
+    ] = None,
 ) -> Answer:
     """Price a build before it runs: bytes, memory, hours.
 
@@ -50,13 +51,15 @@ def plan(
     if (spec is None) == (exits is None):
         raise SpecError("name a SPEC to price its build, or a cache with --exits CACHE, and not both")
     if exits is not None or spec is None:
+        if idle := [name for name, value in {"--set": sets, "--gpu": gpu}.items() if value]:
+            raise SpecError(f"{' and '.join(idle)} belong to the price of a SPEC, and --exits reads a cache as it is")
         from dataclasses import asdict
 
         from vlsi_cache.report.text import exit_plan_table
 
         found = [asdict(one) for one in vc.plan_exits(str(exits))]
         return Answer({"exits": found}, lambda: exit_plan_table(found))
-    priced = vc.plan(vc.load_spec(spec, overrides=sets or []), gpu=gpu)
+    priced = vc.plan(vc.load_spec(spec, overrides=sets or []), gpu=gpu or "H100")
     return Answer(priced.as_dict(), str(priced))
 
 

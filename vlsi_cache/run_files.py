@@ -161,6 +161,7 @@ class _Exit(_Record):
 
 
 class _Exits(_Record):
+    rows: str
     num_samples: int
     structure: str
     verbalizers: str | None
@@ -267,7 +268,7 @@ def read_exits(folder: Path) -> dict[str, Any] | None:
     if not file.exists():
         return None
     todo = f"delete it and run: {command_line('exits', folder)}"
-    return _unsealed(_read(file, _Exits, todo), file, todo)
+    return _unsealed(_read(file, _Exits, todo), file, todo, required=True)
 
 
 def read_checkpoint(file: Path) -> dict[str, Any]:

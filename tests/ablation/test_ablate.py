@@ -95,6 +95,20 @@ def plan(
     return plan_runs(spec, tables, cache.header, found, names=names, student=str(student), where=cache.path)
 
 
+def test_exits_leave_students_comparable(
+    spec: vc.CacheSpec, cache: Cache, student_folder: Path, tmp_path: Path
+) -> None:
+    file, steps = tmp_path / "depth.yaml", ["distill.exits.schedule.steps=3"]
+    depth = {"name": "depth", "what": "all layers may answer", "recipe": "any-depth", "set": steps}
+    file.write_text(yaml.safe_dump({"title": "depth", "variants": [depth]}))
+    runs, _ = plan(spec, cache, student_folder, str(file))
+    assert (runs["depth"].num_steps, runs["vlsi"].num_steps) == (8, 5)
+    longer = [*steps, "distill.sft.schedule.steps=9"]
+    file.write_text(yaml.safe_dump({"title": "depth", "variants": [{**depth, "set": longer}]}))
+    with pytest.raises(SpecError, match=r"variant `depth` would take .* and `vlsi` 5: they could not be compared"):
+        plan(spec, cache, student_folder, str(file))
+
+
 def test_every_variant_of_every_table_is_valid(spec: vc.CacheSpec, cache: Cache, student_folder: Path) -> None:
     runs, tables = plan(spec, cache, student_folder, *shipped_axes())
     rows = [row for table in tables.values() for row in table]

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from helpers.fakes import LAYERS, WORDS, write_cache, write_demo, write_run
@@ -17,6 +17,7 @@ from helpers.fakes import LAYERS, WORDS, write_cache, write_demo, write_run
 import vlsi_cache as vc
 from vlsi_cache import errors, io
 from vlsi_cache.config.spec import load_spec
+from vlsi_cache.config.training import Recipe
 
 STAGES = ["plan", "generate", "train-verbalizers", "build-teacher", "distill", "evaluate", "exits"]
 
@@ -69,6 +70,10 @@ def test_version_everywhere(run: Any, words: list[str]) -> None:
         (["inspct"], "Did you mean 'inspect'"),
         (["inspect"], "Missing argument 'CACHE'"),
         (["plan"], "name a SPEC to price its build, or a cache with --exits CACHE"),
+        (
+            ["plan", "--exits", "c", "--set", "rows.top_k=8", "--gpu", "A100"],
+            "--set and --gpu belong to the price of a",
+        ),
         (["plan", "demo", "--jsn"], "--json"),
         (["distill", "c", "-o", "r", "--recipe", "vlsl"], "vlsi"),
         (["sample", "c", "i", "--top", "0"], "--top"),
@@ -164,6 +169,9 @@ def test_stages_pass_on_what_was_typed(run: Any, monkeypatch: pytest.MonkeyPatch
     assert run("distill", "c", "--student", "s", "-o", "r", "--recipe", "last", "--set", "a=1", "--set", "b=2")[0] == 0
     assert calls["distill"][1]["recipe"] == "last"
     assert calls["distill"][1]["overrides"] == ["a=1", "b=2"]
+    for recipe in get_args(Recipe):
+        assert run("distill", "c", "-o", "r", "--recipe", recipe)[0] == 0
+        assert calls["distill"][1]["recipe"] == recipe
     assert run("evaluate", "r", "--limit", "3")[0] == 0
     unset = dict.fromkeys(("spec", "cache", "verbalizers", "num_beams", "draft_exit", "device"))
     assert calls["evaluate"][1] == {**unset, "limit": 3, "overrides": [], "trust_remote_code": False}

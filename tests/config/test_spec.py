@@ -393,6 +393,9 @@ def test_settings_of_stages_that_a_recipe_does_not_run(recipe: Any, used: list[s
         said = [f"distill.{one}" for one in group]
         assert unused_by_recipe(distill, said) == [f"distill.{one}" for one in wanted]
     assert unused_by_recipe(distill, ["verbalizer.loss=ce"]) == ([] if recipe == "vlsi" else ["verbalizer.loss=ce"])
+    exits = DistillSpec.model_validate({"recipe": recipe, "exits": {}})  # which have a loss of their own
+    said = ["verbalizer.loss=ce", "verbalizer.style=plain", "distill.exits.loss=ce", "distill.exits.weight=2"]
+    assert unused_by_recipe(exits, said) == ([said[3]] if recipe == "vlsi" else [said[0], said[3]])
     # An adapter that no stage trains.
     full = DistillSpec.model_validate({"recipe": "sft", "sft": {"mode": "full"}})
     assert unused_by_recipe(full, ["distill.lora.rank=2"]) == ["distill.lora.rank=2"]

@@ -1,6 +1,7 @@
 """What exits say, cost and could draft: against logits of the model itself, a literal decoding, and the decoder."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import vlsi_cache as vc
 from vlsi_cache.data.collate import collate_prompts
 from vlsi_cache.data.records import read_records
-from vlsi_cache.errors import ModelError, SpecError
+from vlsi_cache.errors import CacheCorruptError, ModelError, SpecError
 from vlsi_cache.models.backbone import Backbone
 from vlsi_cache.models.draft_costs import CONFIDENCE, Answer, Costs, drafts_of
 from vlsi_cache.models.drafting import Drafter, decode
@@ -83,6 +84,19 @@ def test_scores_are_those_of_the_model_s_own_logits(run: Path, cache: Cache) -> 
     page = write_report(run).read_text()
     assert "<h2>Exits</h2>" in page
     assert "3 (last)" in page
+
+
+def test_rows_are_those_that_the_cache_holds(run: Path, cache: Cache, tmp_path: Path) -> None:
+    names = sorted(cache)[:5]
+    few = vc.prune(cache, out=tmp_path / "few", samples=names)
+    found = vc.exits(run, cache=few)
+    assert (found["num_samples"], found["num_tokens"]) == (5, sum(len(cache[name].response_ids_R) for name in names))
+    assert f"5 samples of {few.path};" in write_report(run).read_text()
+    kept = json.loads((run / "exits.json").read_text())
+    (run / "exits.json").write_text(json.dumps({key: value for key, value in kept.items() if key != "xxh3"}))
+    with pytest.raises(CacheCorruptError, match=r"exits.json: xxh3 of the content is .* delete it and run"):
+        write_report(run)
+    (run / "exits.json").unlink()
 
 
 def literal_decoding(answer: Answer, num_drafts: int) -> tuple[int, int, int]:
@@ -164,6 +178,30 @@ def test_what_has_no_exits_is_refused(
     )
     with pytest.raises(ModelError, match="trained for a model whose weights are"):
         vc.exits(run, verbalizers=other / "exits", cache=cache)
+    copy, file = tmp_path / "copy", cache.path.parent / "spec.yaml"
+    shutil.copytree(run, copy)
+    shutil.rmtree(copy / "exits")
+    shutil.copytree(other / "exits", copy / "exits")
+    borrowed = pytest.raises(ModelError, match="trained for a model whose weights are")
+    with borrowed:
+        vc.exits(copy)
+    with borrowed:
+        vc.generate(vc.load_spec(file), out=tmp_path / "a.parquet", model=str(copy), draft_exit=1, limit=2)
+    with borrowed:  # of a run without stage verbalize its exits are meant
+        vc.exits(run, verbalizers=other)
+    shutil.rmtree(copy / "exits")
+    record = json.loads((copy / "run.json").read_text())
+    (copy / "run.json").write_text(json.dumps({**record, "status": "interrupted", "command": "again"}))
+    early = pytest.raises(SpecError, match="has a student, and its exits are not trained yet; go on with: again")
+    with early:
+        vc.exits(copy)
+    with early:
+        vc.evaluate(copy, draft_exit=1, overrides={"evaluate.generate": True})
+    with early:
+        vc.generate(vc.load_spec(file), out=tmp_path / "a.parquet", model=str(copy), draft_exit=1)
+    (copy / "run.json").write_text(json.dumps(record))
+    with pytest.raises(SpecError, match=r"copy/exits is gone, or a part of it is: restore it from a copy"):
+        vc.exits(copy)
     with pytest.raises(SpecError, match="holds no run, and exits are those of a run's student"):
         vc.exits(teacher_folder)
     with pytest.raises(ModelError, match=r"target layers \[3\] are out of range"):

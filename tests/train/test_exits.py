@@ -1,5 +1,7 @@
 """Stage exits: verbalizers of the finished student, which it leaves as it is."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from helpers.tiny import write_spec
 from safetensors.torch import load_file
 
 import vlsi_cache as vc
-from vlsi_cache.errors import SpecError
+from vlsi_cache.errors import CacheCorruptError, ModelError, SpecError
 from vlsi_cache.models.backbone import Backbone, head_of
 from vlsi_cache.models.load import ModelRef
 from vlsi_cache.models.verbalizer import build_verbalizers, load_verbalizers
@@ -75,7 +77,21 @@ def test_a_stopped_one_goes_on_and_leaves_the_student_alone(
         with pytest.raises(KeyboardInterrupt):
             trained(cache, student_folder, out)
     before = (out / "student" / "model.safetensors").stat().st_mtime_ns
+    shutil.copytree(run / "exits", out / "exits")  # of another run
+    record = json.loads((out / "exits" / "verbalizers.json").read_text())
+    record["provenance"]["teacher_digest"] = "other"
+    (out / "exits" / "verbalizers.json").write_text(json.dumps(record))
+    with pytest.raises(ModelError, match=r"exits holds verbalizers of a model whose weights are `other`.*delete the"):
+        trained(cache, student_folder, out)
+    (out / "student").rename(tmp_path / "aside")
+    with pytest.raises(CacheCorruptError, match=r"run/student is gone, and the exits are those of that student"):
+        trained(cache, student_folder, out)
+    (tmp_path / "aside").rename(out / "student")
+    shutil.rmtree(out / "exits")
+    (out / "exits").mkdir()
+    (out / "exits" / ".layer_0001.safetensors.tmp-0").write_text("half")
     trained(cache, student_folder, out)
+    assert not [one for one in (out / "exits").iterdir() if one.name.startswith(".")]
     assert (out / "student" / "model.safetensors").stat().st_mtime_ns == before
     lines, wanted = metrics_of(out), metrics_of(run)
     assert [{**line, "elapsed_s": 0} for line in lines] == [{**line, "elapsed_s": 0} for line in wanted]

@@ -123,7 +123,7 @@ def test_what_does_not_fit_is_refused_before_there_is_a_run(
     ):
         with pytest.raises(ModelError, match=says):
             vc.distill(cache, student=str(student), out=tmp_path / "run", overrides=changes)
-    with pytest.raises(SpecError, match="`verbalizers` belong to `recipe: vlsi`"):
+    with pytest.raises(SpecError, match="`verbalizers` belong to `recipe: vlsi` and `any-depth`"):
         vc.distill(cache, student=str(student_folder), out=tmp_path / "run", recipe="sft", overrides=given(trained))
     assert not (tmp_path / "run").exists()
 

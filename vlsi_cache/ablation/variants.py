@@ -166,6 +166,11 @@ class PlannedRun:
         return self.variant.name
 
     @property
+    def num_student_steps(self) -> int:
+        """Without those of stage exits, which leaves the student as it is: by these, variants are comparable."""
+        return self.num_steps - self.steps.get("exits", 0)
+
+    @property
     def num_steps(self) -> int:
         return sum(self.steps.values())
 
@@ -288,15 +293,15 @@ def _same_verbalizers(one: CacheSpec, other: CacheSpec) -> bool:
 
 def _check(planned: Mapping[str, PlannedRun], runs: Iterable[PlannedRun]) -> None:
     """One name is one run, and all take the same optimizer steps, those aside that are about their number."""
-    num_steps = planned[DEFAULT.name].num_steps
+    num_steps = planned[DEFAULT.name].num_student_steps
     for run in runs:
         if planned.get(run.name, run) is not run:
             raise SpecError(f"two variants of different settings are named `{run.name}`; give one another name")
     for run in planned.values():
-        if run.num_steps != num_steps and not run.variant.own_steps:
+        if run.num_student_steps != num_steps and not run.variant.own_steps:
             raise SpecError(
-                f"variant `{run.name}` would take {run.num_steps} optimizer steps ({run.steps}) and `{DEFAULT.name}` "
-                f"{num_steps}: they could not be compared"
+                f"variant `{run.name}` would take {run.num_student_steps} optimizer steps ({run.steps}) and "
+                f"`{DEFAULT.name}` {num_steps}: they could not be compared"
             )
 
 

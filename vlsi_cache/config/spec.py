@@ -52,13 +52,15 @@ def _is_used(key: str, distill: DistillSpec) -> bool:
     recipe, interact = distill.recipe, distill.interact
     has_verbalizers = distill.trains_layers or distill.exits is not None
     section, _, rest = key.partition(".")
-    if section == "verbalizer":
-        return has_verbalizers
+    if section == "verbalizer":  # stage exits has a loss of its own
+        return distill.trains_layers if rest == "loss" else has_verbalizers
     name, _, inner = rest.partition(".")
     if section != "distill" or not name or inner.rpartition(".")[2] in LENGTH:
         return True
     if name in ("layers", "num_layers"):
         return has_verbalizers
+    if (name, inner) == ("exits", "weight"):
+        return distill.exit_weight is not None
     if name == "verbalize":
         return distill.trains_layers and distill.verbalizers is None
     if name == "lora":

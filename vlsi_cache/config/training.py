@@ -345,7 +345,7 @@ class DistillSpec(Strict):
 
     def _contradictions(self) -> Iterator[str]:
         if self.verbalizers is not None and not self.trains_layers:
-            yield f"`verbalizers` belong to `recipe: vlsi`, and it is `{self.recipe}`"
+            yield f"`verbalizers` belong to `recipe: vlsi` and `any-depth`, and it is `{self.recipe}`"
         if self.recipe == "any-depth" and self.exits is None:
             yield "`recipe: any-depth` trains exits, and there are none: say for how long with `exits.schedule`"
         if self.layers != "auto" and self.changed(["num_layers"]) and self.num_layers != len(self.layers):

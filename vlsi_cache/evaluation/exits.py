@@ -29,12 +29,13 @@ from vlsi_cache.models.verbalizer import Verbalizers, frozen_layout, logit_lens,
 from vlsi_cache.models.verbalizer_files import find_folder, of_run
 from vlsi_cache.progress import progress, say
 from vlsi_cache.run_files import EXITS, read_run, sealed
-from vlsi_cache.runs.run_dir import check_has_student
+from vlsi_cache.runs.run_dir import check_has_exits, check_has_student
 from vlsi_cache.runtime import pick_device
 from vlsi_cache.sparse.head import Head, compute_dtype
 from vlsi_cache.store import reader
 from vlsi_cache.store.reader import Cache
 from vlsi_cache.teacher.draft_plan import costs_of, exit_plan
+from vlsi_cache.train.loader import match_records
 from vlsi_cache.train.student import cached_sources
 
 from .held_out import HeldOut, held_out, prepared
@@ -81,6 +82,8 @@ def exits(
         raise SpecError(f"{folder} holds no run, and exits are those of a run's student: name a folder of distill")
     record = read_run(folder)
     check_has_student(folder, record)
+    if verbalizers is None:
+        check_has_exits(folder, record)
     check_file(folder / EXITS)
     spec = spec_from_dict(record["spec"], where=str(folder / "run.json"))
     distill, opened = spec.distill, cache if isinstance(cache, Cache) or cache is None else reader.open(cache)
@@ -122,7 +125,9 @@ def _rows(student: ModelRef, spec: CacheSpec, cache: Cache | None, limit: int | 
         return held_out(student, found, spec.evaluate.data, num_workers=num_workers)
     of_cache = spec_from_dict(cache.header.spec, where=str(cache.path))
     found = cached_sources(cache)
-    return held_out(student, found.take(np.arange(len(found))[:limit]), of_cache.data, num_workers=num_workers)
+    by_id = match_records(cache, found)  # a cache may hold a selection of the rows that it was built from
+    place_N = np.sort([by_id.place_of(sample_id) for sample_id in cache.sample_table()["id"].to_pylist()])
+    return held_out(student, found.take(place_N[:limit]), of_cache.data, num_workers=num_workers)
 
 
 def measure_exits(backbone: Backbone, verbalizers: Verbalizers, rows: HeldOut, run: RunSpec) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from vlsi_cache.processes import ALONE, Processes, joined
 from vlsi_cache.progress import progress, say
 from vlsi_cache.run_files import EVALUATION as RESULT
 from vlsi_cache.run_files import read_evaluation, read_run, sealed
-from vlsi_cache.runs.run_dir import check_has_student
+from vlsi_cache.runs.run_dir import check_has_exits, check_has_student
 from vlsi_cache.runtime import pick_device
 from vlsi_cache.sparse.cross_entropy import linear_cross_entropy
 from vlsi_cache.sparse.head import Head
@@ -123,6 +123,8 @@ def _evaluate(
         spec = change(spec, evaluate={**spec.evaluate.model_dump(), "num_beams": num_beams})
     if draft_exit is not None:
         _check_drafts(spec)
+        if run is not None and verbalizers is None:
+            check_has_exits(folder, run)
     own = folder / "verbalizers"
     given = None if verbalizers is None else find_folder(verbalizers)
     if given is not None:

@@ -24,15 +24,19 @@ from .load import own_memory, resolve_model
 FORMAT_VERSION = 1
 EXITS_FOLDER = "exits"  # in a run: those that were trained for its finished student
 RECORD = "verbalizers.json"
-FROM_WHERE = "a teacher's come from vlsi-cache train-verbalizers, a student's from a distill run of recipe `vlsi`"
+FROM_WHERE = (
+    "a teacher's come from vlsi-cache train-verbalizers, a student's from a distill run of recipe `vlsi` or with "
+    "`distill.exits`"
+)
 HEADER_KEY = "verbalizer"  # one key: the order of several in a safetensors header is not fixed
 
 
 def find_folder(path: str | Path) -> Path:
     """The verbalizers that `path` names: a folder of them, the run that has trained them, or `package:NAME/...`."""
     folder = Path(resolve_model(path))
-    inner = folder / "verbalizers"
-    return inner if inner.is_dir() and not (folder / RECORD).is_file() else folder
+    if (folder / RECORD).is_file():
+        return folder
+    return next((inner for inner in (folder / "verbalizers", folder / EXITS_FOLDER) if inner.is_dir()), folder)
 
 
 def of_run(run: Path) -> Path | None:
@@ -81,12 +85,13 @@ def read_record(folder: Path, layers: Sequence[int]) -> dict[str, Any]:
             f"{folder / RECORD}: format version {record['format_version']}, this release reads {FORMAT_VERSION}"
         )
     missing = [layer for layer in layers if layer not in record["layers"] or not layer_file(folder, layer).is_file()]
+    there = [layer for layer in record["layers"] if layer_file(folder, layer).is_file()]
     if missing:
         numbers = ",".join(map(str, missing))
         again = command_line("train-verbalizers", "SPEC", "-o", folder.parent, "--layers", numbers)
         of_teacher = "" if _is_of_student(folder) else f"those of a teacher with {again}, "
         raise ModelError(
-            f"verbalizers {folder}: none for layers {missing}, there are {record['layers']}; name target layers "
+            f"verbalizers {folder}: none for layers {missing}, there are {there}; name target layers "
             f"that are there, or train the missing ones: {of_teacher}those of a "
             "student in a new distill run that has them in `distill.layers`"
         )
@@ -152,6 +157,10 @@ def _train_again(folder: Path) -> str:
     """What makes damaged verbalizers anew."""
     run = folder.parent
     if _is_of_student(folder):
+        if read_run(run)["status"] == "done":  # such a run is not trained again in place
+            return "train again in another folder"
+        if folder.name == EXITS_FOLDER:  # their checkpoint has them
+            return f"delete {folder} and run the same command again in {run}"
         return f"delete {folder} and {run / 'checkpoints'} and train again in {run}, or in another folder"
     again = command_line("train-verbalizers", "SPEC", "-o", run)
     return f"run again what has trained it, which takes what it needs from its checkpoint: {again}"

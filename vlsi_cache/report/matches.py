@@ -213,7 +213,7 @@ def _check_matches(run: RunFiles) -> None:
     if record.get("recipe") not in (None, "vlsi", "any-depth"):
         raise SpecError(
             f"{run.path} is a run of recipe `{record['recipe']}`, which matches no intermediate layers; name one of "
-            "recipe `vlsi`"
+            "recipe `vlsi` or `any-depth`"
         )
     intermediate = (distill.get("interact") or {}).get("intermediate", "forward_kl")
     if intermediate in ("ce", "none"):

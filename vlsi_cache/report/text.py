@@ -253,7 +253,7 @@ def exits_parts(result: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "exits": (heads, rows),
         "rules": (["of the last layer's words, %", *(f"mean depth by {rule}" for rule in result["rules"])], kept),
-        "note": f"{result['num_samples']:,} samples; exits are read by {_reader(result)}; speed-up by weights read.",
+        "note": f"{_measured_on(result)}; exits are read by {_reader(result)}; speed-up by weights read.",
     }
 
 
@@ -265,6 +265,11 @@ def _exit(one: Mapping[str, Any]) -> list[str]:
 
 def _drafts(one: Mapping[str, Any]) -> list[str]:
     return [f"{100 * one['acceptance']:.1f}", f"{one['tokens_per_pass']:.2f}", f"{one['speedup']:.2f}"]
+
+
+def _measured_on(result: Mapping[str, Any]) -> str:
+    where = "held-out samples" if result["rows"] == "evaluate" else f"samples of {result['rows']}"
+    return f"{result['num_samples']:,} {where}"
 
 
 def _reader(result: Mapping[str, Any]) -> str:

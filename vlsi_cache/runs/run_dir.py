@@ -37,7 +37,7 @@ from .metrics import next_step
 PACKAGES = ("vlsi-cache", "torch", "transformers", "peft", "zarr", "numpy")
 LOCK_NAME = ".lock"
 # What a kill can leave behind of files and folders that get their name at the end.
-LEFTOVERS = (".*.tmp-*", "verbalizers/.*")
+LEFTOVERS = (".*.tmp-*", "verbalizers/.*", "exits/.*")
 # What a training records: its loss is that of the whole batch. Where this is not recorded, an earlier release has taken
 # the mean over micro-batches of the mean of each one's tokens, which was another loss for every `micro_batch_size`.
 WHOLE_BATCH = {"loss_reduced_over": "batch"}
@@ -290,6 +290,17 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
         file.write(f"process {os.getpid()} on host {socket.gethostname()}")
         file.flush()
         yield is_locked
+
+
+def check_has_exits(folder: Path, run: dict[str, Any]) -> None:
+    """Raise SpecError for a run whose spec trains exits and that has none: nothing else is read in their place."""
+    if run["spec"].get("distill", {}).get("exits") is None or (folder / "exits" / "verbalizers.json").is_file():
+        return
+    if run["status"] != "done":
+        raise SpecError(f"{folder} has a student, and its exits are not trained yet; {next_step(run)}")
+    raise SpecError(
+        f"{folder / 'exits'} is gone, or a part of it is: restore it from a copy, or train a new run with -o"
+    )
 
 
 def check_has_student(folder: Path, run: dict[str, Any]) -> None:

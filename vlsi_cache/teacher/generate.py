@@ -33,12 +33,12 @@ from vlsi_cache.models.drafting import Drafter, decode
 from vlsi_cache.models.load import ModelRef, max_positions, resolve_model, share_digests
 from vlsi_cache.models.parallel import teacher_processes
 from vlsi_cache.models.probe import checked_backbone
-from vlsi_cache.models.verbalizer import load_verbalizers
-from vlsi_cache.models.verbalizer_files import find_folder, of_run, read_record
+from vlsi_cache.models.verbalizer import load_verbalizers, read_exits
+from vlsi_cache.models.verbalizer_files import EXITS_FOLDER, find_folder, of_run, read_record
 from vlsi_cache.processes import Processes
 from vlsi_cache.progress import progress, say
 from vlsi_cache.run_files import read_batch, read_object, read_run, sealed
-from vlsi_cache.runs.run_dir import LOCK_NAME, check_has_student, differences, locked, versions
+from vlsi_cache.runs.run_dir import LOCK_NAME, check_has_exits, check_has_student, differences, locked, versions
 from vlsi_cache.runtime import check_device, pick_device, seed_step
 from vlsi_cache.store.files import publish_new_file
 
@@ -266,6 +266,8 @@ def _plan(
     verbalizers = _verbalizers_of(spec, model)
     if draft_exit is not None:  # before anything is begun
         target_layers((draft_exit,), 1, named.config, where="draft_exit")
+        if (Path(model) / "run.json").exists():
+            check_has_exits(Path(model), read_run(Path(model)))
         if verbalizers is not None:
             read_record(verbalizers, [draft_exit])
     encoder, num_workers = named.encoder(spec.data.encoding()), spec.run.num_workers
@@ -389,7 +391,9 @@ def _speak(job: _Job, *, seed: int, device: str, group: Processes) -> None:
 
 def _drafter(job: _Job, loaded: Any, layer: int) -> Drafter:
     backbone, verbalizers = checked_backbone(loaded, job.encoder), None
-    if job.verbalizers is not None:  # a run's are older than its student's head
+    if job.verbalizers is not None and job.verbalizers.name == EXITS_FOLDER:
+        verbalizers = read_exits(job.verbalizers, backbone, student=job.model.digest)
+    elif job.verbalizers is not None:  # a run's are older than its student's head
         verbalizers = load_verbalizers(job.verbalizers, backbone, [layer], check_head=False)
     return Drafter.of(backbone, layer, verbalizers=verbalizers)
 

@@ -22,7 +22,7 @@ from vlsi_cache.config.spec import (
     unused_by_recipe,
 )
 from vlsi_cache.config.training import DistillSpec
-from vlsi_cache.errors import SpecError
+from vlsi_cache.errors import CacheCorruptError, SpecError
 from vlsi_cache.io import refuse_url, write_atomically
 from vlsi_cache.models.backbone import Backbone
 from vlsi_cache.models.load import ModelRef, resolve_model
@@ -218,6 +218,7 @@ def _run_stages(state: StudentState) -> list[dict[str, Any]]:
     with closing(state.log):
         newest = state.checkpoints.latest()
         if newest and newest[0] == "exits":  # an earlier attempt has finished the student
+            _check_is_there(state.student_folder)
             seconds = state.log.stage_seconds
             stages = [
                 {"name": name, "steps": steps[name], "seconds": seconds(name)} for name in steps if name != "exits"
@@ -228,6 +229,15 @@ def _run_stages(state: StudentState) -> list[dict[str, Any]]:
             state = state.finished()
             stages.append(exits(state, num_steps=steps["exits"]))
     return stages
+
+
+def _check_is_there(student: Path) -> None:
+    """Raise CacheCorruptError for a finished student that is gone while its exits were trained."""
+    if not (student / "config.json").is_file():
+        raise CacheCorruptError(
+            f"{student} is gone, and the exits are those of that student: restore it from a copy, or delete "
+            f"{student.parent} and run the same command again, it trains from the start"
+        )
 
 
 def _train_student(state: StudentState, steps: dict[str, int], whole: dict[str, int]) -> list[dict[str, Any]]:

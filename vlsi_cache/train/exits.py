@@ -4,10 +4,12 @@ Those of stage verbalize are older than the student's head and layers; these rea
 folder, so that a layer may answer in its place, or draft for it (`models/drafting.py`).
 """
 
+from pathlib import Path
 from typing import Any
 
+from vlsi_cache.errors import ModelError
 from vlsi_cache.models.load import ModelRef
-from vlsi_cache.models.verbalizer_files import EXITS_FOLDER
+from vlsi_cache.models.verbalizer_files import EXITS_FOLDER, RECORD, read_record
 
 from .optim import Stage
 from .student import StudentState
@@ -21,7 +23,7 @@ def exits(state: StudentState, *, num_steps: int) -> dict[str, Any]:
     """
     folder, settings = state.run.path / EXITS_FOLDER, state.spec.distill.exits
     assert settings is not None
-    if state.processes.from_first((folder / "verbalizers.json").exists):
+    if state.processes.from_first(lambda: _are_there(folder, state.student_folder)):
         return {"name": "exits", "steps": num_steps, "seconds": state.log.stage_seconds("exits")}
     distill, student = state.spec.distill, state.student_folder
     verbalizers, entry = verbalize(
@@ -36,3 +38,16 @@ def exits(state: StudentState, *, num_steps: int) -> dict[str, Any]:
     facts = {"teacher_digest": ModelRef(student).digest, "model": str(student), "loss": settings.loss}
     state.processes.from_first(lambda: verbalizers.save(folder, provenance=facts))
     return entry
+
+
+def _are_there(folder: Path, student: Path) -> bool:
+    """Whether an earlier attempt has written them; raises ModelError for those of another student."""
+    if not (folder / RECORD).exists():
+        return False
+    made_for, own = read_record(folder, [])["provenance"].get("teacher_digest"), ModelRef(student).digest
+    if made_for != own:
+        raise ModelError(
+            f"{folder} holds verbalizers of a model whose weights are `{made_for}`, and those of {student} are "
+            f"`{own}`: delete the folder and run the same command again, which trains them"
+        )
+    return True

@@ -114,14 +114,14 @@ def _student_layers(distill: DistillSpec, config: Any, *, num_teacher: int, wher
         return []
     if not num_teacher:
         raise SpecError(
-            f"recipe `vlsi` matches layers with intermediate teacher layers, and {where} has the last one alone, as "
-            "imported caches have; distill that one: `--recipe last`"
+            f"recipe `{distill.recipe}` matches layers with intermediate teacher layers, and {where} has the last one "
+            "alone, as imported caches have; distill that one: `--recipe last`"
         )
     layers = target_layers(distill.layers, distill.num_layers, config, where="distill.layers")
     if not layers:
         raise SpecError(
-            "`distill.layers` is empty, and recipe `vlsi` needs at least one target layer of the student; to distill "
-            "the last layer alone use `recipe: last`"
+            f"`distill.layers` is empty, and recipe `{distill.recipe}` needs at least one target layer of the student; "
+            "to distill the last layer alone use `recipe: last`"
         )
     if len(layers) > num_teacher:
         raise SpecError(
