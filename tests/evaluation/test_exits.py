@@ -174,8 +174,11 @@ def test_what_has_no_exits_is_refused(
         student=str(student_folder),
         out=tmp_path / "other",
         recipe="last",
-        overrides=[*CHANGES, "distill.seed=5"],
+        overrides=[*CHANGES, "distill.seed=5", "verbalizer.structure=decoder"],
     )
+    attending = vc.exits(other, cache=cache, limit=3)["exits"][0]  # its verbalizer looks at all tokens again
+    assert (attending["seconds"], attending.get("acceptance")) == (None, None)
+    assert attending["nll"] > 0
     with pytest.raises(ModelError, match="trained for a model whose weights are"):
         vc.exits(run, verbalizers=other / "exits", cache=cache)
     copy, file = tmp_path / "copy", cache.path.parent / "spec.yaml"

@@ -67,14 +67,15 @@ def exits(
 ) -> dict[str, Any]:
     """Measure every exit of a run's student on the held-out rows of its spec, or on the rows of a `cache`.
 
-    An exit is a target layer read by `RUN/exits`, without these by `RUN/verbalizers`, without either by the student's
-    own norm and head; `verbalizers` read in their place. Returns, and unless there is a `limit` or other verbalizers
-    also writes to RUN/exits.json: `exits`, for each and for the last layer `accuracy` (its first word is the
-    response's), `nll` in nats per token, `agreement` (its first word is the last layer's), `weights` that a token
-    reads, `flops` of a token without attention, `seconds` of the next token (None where it cannot be measured), and
-    what its drafts would come to (see `teacher.draft_plan.ExitPlan`); and `rules`, for `margin` and `entropy` the
-    points of the curve: `threshold`, mean `depth` in layers, `agreement`, `accuracy`, `nll`. Raises SpecError,
-    ModelError (exits of another student, a loss that is not finite), DataError.
+    An exit is a target layer read by `RUN/exits`, without these by `RUN/verbalizers`, without either by the
+    student's own norm and head; `verbalizers` read in their place. Returns, and unless there is a `limit` or other
+    verbalizers also writes to RUN/exits.json: `exits`, for each and for the last layer `accuracy` (its first word
+    is the response's), `nll` in nats per token, `agreement` (its first word is the last layer's), `weights` that a
+    token reads, `flops` of a token without attention, `seconds` of the next token (None where it cannot be
+    measured), and of one that can draft what its drafts would come to (see `teacher.draft_plan.ExitPlan`); and
+    `rules`, for `margin` and `entropy` the points of the curve: `threshold`, mean `depth` in layers, `agreement`,
+    `accuracy`, `nll`. Raises SpecError, ModelError (exits of another student, a loss that is not finite),
+    DataError.
     """
     refuse_url(run, "run")
     folder = Path(run)
@@ -140,11 +141,11 @@ def measure_exits(backbone: Backbone, verbalizers: Verbalizers, rows: HeldOut, r
     costs, seconds = costs_of(backbone.plain, sizes), _seconds(backbone, verbalizers, rows.encoder.vocab_size)
     found, last = [], said[layers[-1]]
     for layer in layers:
-        one, agrees_T = said[layer], said[layer].first == last.first
-        parts = (np.split(one_T, np.cumsum(lengths)[:-1]) for one_T in (agrees_T, one.best >= CONFIDENCE))
-        answers = [Answer(*pair) for pair in zip(*parts, strict=True)]
-        drafts = {} if layer == layers[-1] else asdict(exit_plan(layer, answers, costs))
-        weights = drafts.get("weights", costs.of_all)
+        one, agrees_T, drafts = said[layer], said[layer].first == last.first, {}
+        if layer != layers[-1] and seconds:  # what takes no single token cannot draft either
+            parts = (np.split(one_T, np.cumsum(lengths)[:-1]) for one_T in (agrees_T, one.best >= CONFIDENCE))
+            drafts = asdict(exit_plan(layer, [Answer(*pair) for pair in zip(*parts, strict=True)], costs))
+        weights = costs.of_all if layer == layers[-1] else costs.of_exit(layer)
         scores = {"accuracy": (one.first == gold_T).mean(), "nll": one.nll.mean(), "agreement": agrees_T.mean()}
         of_token = {"weights": weights, "flops": 2 * weights, "seconds": seconds.get(layer)}
         found.append({**drafts, "layer": layer, **{name: float(value) for name, value in scores.items()}, **of_token})

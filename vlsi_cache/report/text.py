@@ -248,7 +248,7 @@ def exits_parts(result: Mapping[str, Any]) -> dict[str, Any]:
     heads = ["layer", "right, %", "nats per token", "agrees, %", "weights, M", "ms per token", *DRAFT_HEADS]
     *exits, last = result["exits"]
     rows = [[str(one["layer"]), *_exit(one), *_drafts(one)] for one in exits]
-    rows.append([f"{last['layer']} (last)", *_exit(last), "", "", ""])
+    rows.append([f"{last['layer']} (last)", *_exit(last), *_drafts(last)])
     kept = [[f"{100 * share:g}", *(_depth_for(points, share) for points in result["rules"].values())] for share in KEPT]
     return {
         "exits": (heads, rows),
@@ -264,6 +264,9 @@ def _exit(one: Mapping[str, Any]) -> list[str]:
 
 
 def _drafts(one: Mapping[str, Any]) -> list[str]:
+    """What its drafts come to; nothing of an exit that cannot draft, and of the last layer."""
+    if one.get("acceptance") is None:
+        return ["", "", ""]
     return [f"{100 * one['acceptance']:.1f}", f"{one['tokens_per_pass']:.2f}", f"{one['speedup']:.2f}"]
 
 
