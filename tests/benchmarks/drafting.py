@@ -35,7 +35,7 @@ from vlsi_cache.teacher.draft_plan import costs_of
 
 PACKAGES = ("torch", "transformers")
 WAYS = ((4, 0.0), (NUM_DRAFTS, CONFIDENCE))  # drafts at a time, and the probability below which they end
-RANDOM = {"layers": 16, "width": 768, "vocab": 4096, "exit": 2, "rest": 0.004, "prompts": 8, "length": 32, "new": 64}
+RANDOM = {"layers": 16, "width": 768, "vocab": 4096, "exit": 2, "rest": 0.0003, "prompts": 1, "length": 32, "new": 96}
 TINY = {"layers": 4, "width": 64, "vocab": 200, "exit": 1, "rest": 0.01, "prompts": 2, "length": 6, "new": 8}
 Batches = list[dict[str, torch.Tensor]]
 
