@@ -85,7 +85,7 @@ def what_trains(model: Any, settings: SftSpec) -> Any:
 
 
 def sft(
-    state: StudentState, model: Any, verbalizers: Verbalizers | None, *, num_steps: int, stop: int
+    state: StudentState, model: Any, verbalizers: Verbalizers | None = None, *, num_steps: int, stop: int
 ) -> dict[str, Any]:
     """Run the stage from its newest checkpoint up to step `stop` of a schedule of `num_steps`.
 
