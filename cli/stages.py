@@ -272,7 +272,7 @@ def evaluate(
     in RUN/evaluation.json. With --cache (built over held-out rows) also, for every token, the KL to the teacher and how
     often both name the same word first, and the KL of every layer to every layer of the teacher. Results of --limit,
     --spec, --set or --beams are shown and not kept; those of --verbalizers are, with where they come from. Starts
-    again when it is run again. With --draft-exit layer K, read by its verbalizer (without verbalizers by norm and
+    again when it is run again. With --draft-exit layer K, read by RUN/exits (else by its verbalizer, else by norm and
     head), names the next words, and the whole student checks them at once: answers stay the same, and how many words a
     pass of the student gave is shown.
     """

@@ -28,7 +28,7 @@ from vlsi_cache.models.backbone import Backbone
 from vlsi_cache.models.draft_costs import CONFIDENCE, NUM_DRAFTS, Answer, Costs, drafts_of
 from vlsi_cache.models.drafting import Drafter, decode
 from vlsi_cache.models.load import ModelRef
-from vlsi_cache.models.verbalizer import Verbalizers, logit_lens, read_exits
+from vlsi_cache.models.verbalizer import Verbalizers, load_exits, logit_lens
 from vlsi_cache.models.verbalizer_files import of_run
 from vlsi_cache.run_files import read_run
 from vlsi_cache.teacher.draft_plan import costs_of
@@ -105,7 +105,7 @@ def student_of(run: Path, limit: int, device: torch.device) -> tuple[Backbone, V
     backbone = Backbone(student.load(str(device)))
     assert spec.evaluate is not None
     if folder is not None:
-        exits = read_exits(folder, backbone, student=student.digest, start=record.get("student_digest"))
+        exits = load_exits(folder, backbone, student=student.digest, start=record.get("student_digest"))
     else:
         exits = logit_lens(backbone, list(range(1, backbone.num_layers)))
     return backbone, exits, student.encoder(), list(read_records(spec.evaluate.data, limit=limit))

@@ -258,7 +258,7 @@ def _budget(runs: Runs, tables: Tables) -> str:
     other = ", ".join(f"{name} {count}" for name, count in own_steps(tables, DEFAULT.name).items())
     told = f", but for {other}" if other else ""
     size = default.spec.distill.batch_size
-    return f"{default.num_steps} optimizer steps of {size} samples for every variant ({parts}){told}"
+    return f"{default.num_student_steps} optimizer steps of {size} samples for every variant ({parts}){told}"
 
 
 def _preview(ablation: Ablation, runs: Runs, tables: Tables, record: dict[str, Any]) -> dict[str, Any]:

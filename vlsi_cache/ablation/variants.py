@@ -234,7 +234,7 @@ def plan_runs(
             run = runs.setdefault(f"{settings} {measured_with.model_dump_json()}", run)
             if variant.layers != "all":
                 row["what"] += f": {', '.join(map(str, layers[:-1]))}"
-            rows.append({**row, "run": run.name, "num_steps": run.num_steps})
+            rows.append({**row, "run": run.name, "num_steps": run.num_student_steps})
         tables[axis] = in_order((row for row in rows if row["names"][0] in wanted), table.names)
     used = {row["run"] for rows in tables.values() for row in rows}
     planned = {run.name: run for run in runs.values() if run.name in used}

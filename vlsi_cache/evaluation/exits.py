@@ -25,7 +25,7 @@ from vlsi_cache.models.draft_costs import CONFIDENCE, Answer
 from vlsi_cache.models.drafting import step_seconds
 from vlsi_cache.models.load import ModelRef
 from vlsi_cache.models.probe import checked_backbone
-from vlsi_cache.models.verbalizer import Verbalizers, frozen_layout, logit_lens, read_exits
+from vlsi_cache.models.verbalizer import Verbalizers, frozen_layout, load_exits, logit_lens
 from vlsi_cache.models.verbalizer_files import find_folder, of_run
 from vlsi_cache.progress import progress, say
 from vlsi_cache.run_files import EXITS, read_run, sealed
@@ -39,9 +39,9 @@ from vlsi_cache.train.loader import match_records
 from vlsi_cache.train.student import cached_sources
 
 from .held_out import HeldOut, held_out, prepared
+from .teacher_agreement import LOGIT_BYTES
 
 RULES = ("margin", "entropy")
-LOGIT_BYTES = 2**26  # logits that are alive at a time
 NUM_THRESHOLDS = 24  # of each confidence rule
 
 
@@ -102,7 +102,7 @@ def exits(
         layers = target_layers(distill.layers, distill.num_layers, student.config, where="distill.layers")
         read = logit_lens(backbone, layers)
     else:
-        read = read_exits(named, backbone, student=student.digest, start=record.get("student_digest"))
+        read = load_exits(named, backbone, student=student.digest, start=record.get("student_digest"))
     result = {
         "rows": "evaluate" if opened is None else str(opened.path),
         "verbalizers": None if named is None else str(named.resolve()),

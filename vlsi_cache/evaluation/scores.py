@@ -25,7 +25,7 @@ from vlsi_cache.models.drafting import Drafter
 from vlsi_cache.models.load import ModelRef, resolve_model
 from vlsi_cache.models.probe import checked_backbone
 from vlsi_cache.models.traversal import add_traversal, traversal_of
-from vlsi_cache.models.verbalizer import Verbalizers, frozen_layout, load_verbalizers, read_exits
+from vlsi_cache.models.verbalizer import Verbalizers, frozen_layout, load_exits, load_verbalizers
 from vlsi_cache.models.verbalizer_files import EXITS_FOLDER, find_folder, read_record
 from vlsi_cache.processes import ALONE, Processes, joined
 from vlsi_cache.progress import progress, say
@@ -61,7 +61,7 @@ def evaluate(
     `overrides` are changes to the spec, such as `["evaluate.max_new_tokens=64"]`. Device, dtype and attention are those
     of the spec (with none, of the cache); `device` wins over it. `verbalizers`
     read the layers in place of the run's own; `num_beams` answers by beam search. With `draft_exit` that layer, read by
-    its verbalizer (without verbalizers by norm and head), drafts the answers, which are the same. A model's own code
+    its exit (else its verbalizer, else norm and head), drafts the answers, which are the same. A model's own code
     runs only with `trust_remote_code`, whatever a spec or a run folder says: either may come from somebody else.
 
     Returns, and for a run also writes to RUN/evaluation.json unless this was measured with a `limit` or otherwise than
@@ -270,7 +270,7 @@ def evaluate_model(
     if settings is not None and rows is not None:
         drafter = None
         if draft_exit is not None:
-            read = spoken if exits is None else read_exits(Path(exits), backbone, student=model.digest)
+            read = spoken if exits is None else load_exits(Path(exits), backbone, student=model.digest)
             drafter = Drafter.of(backbone, draft_exit, verbalizers=read)
         batches = plan_sample_batches(rows.kept, batch_tokens, frozen_layout(backbone, spoken))
         options = {"num_workers": num_workers, "processes": processes}

@@ -252,7 +252,7 @@ def load_verbalizers(
     return verbalizers.to(backbone.device).requires_grad_(trainable).train(trainable)
 
 
-def read_exits(folder: Path, backbone: Backbone, *, student: str, start: str | None = None) -> Verbalizers:
+def load_exits(folder: Path, backbone: Backbone, *, student: str, start: str | None = None) -> Verbalizers:
     """All verbalizers of a folder as exits of a student: trained for its weights, whose digest is `student`, or for
     those that its run began with (`start`), whose head may have been another. Raises ModelError for any others."""
     record = read_record(folder, [])

@@ -45,6 +45,7 @@ class ExitPlan:
 
 
 def exit_plan(layer: int, answers: list[Answer], costs: Costs) -> ExitPlan:
+    """What drafting from a layer comes to along these answers."""
     drafts, agreement = drafts_of(answers), float(np.concatenate([one.agrees_T for one in answers]).mean())
     speedup = costs.speedup(layer, drafts)
     return ExitPlan(layer, agreement, costs.of_exit(layer), drafts.acceptance, drafts.tokens_per_pass, speedup)

@@ -33,7 +33,7 @@ from vlsi_cache.models.drafting import Drafter, decode
 from vlsi_cache.models.load import ModelRef, max_positions, resolve_model, share_digests
 from vlsi_cache.models.parallel import teacher_processes
 from vlsi_cache.models.probe import checked_backbone
-from vlsi_cache.models.verbalizer import load_verbalizers, read_exits
+from vlsi_cache.models.verbalizer import load_exits, load_verbalizers
 from vlsi_cache.models.verbalizer_files import EXITS_FOLDER, find_folder, of_run, read_record
 from vlsi_cache.processes import Processes
 from vlsi_cache.progress import progress, say
@@ -180,12 +180,13 @@ def generate(
 ) -> dict[str, Any]:
     """Write the rows of the spec's `data` with the responses of `model` to the Parquet file `out`, or go on with it.
 
-    `model` is `teacher`, a distill run's folder (its student), or a model's folder or hub id. Temperature 0 takes the
-    likeliest token. With several `num_samples` the rows' ids become `ID#0`, `ID#1`, ... Responses that do not end
-    within `max_new_tokens`, are empty, or cannot be rows are left out and listed. Pictures that the rows name by path
-    stay where they are. With `draft_exit` that layer drafts the answers (see `models.drafting`), read by its verbalizer
-    where the run or the spec's teacher has some. A teacher with `teacher.parallel: tensor` is answered for by all
-    processes of a launch, which call this alike; the first one writes.
+    `model` is `teacher`, a distill run's folder (its student), or a model's folder or hub id. Temperature 0 takes
+    the likeliest token. With several `num_samples` the rows' ids become `ID#0`, `ID#1`, ... Responses that do not
+    end within `max_new_tokens`, are empty, or cannot be rows are left out and listed. Pictures that the rows name
+    by path stay where they are. With `draft_exit` that layer drafts the answers (see `models.drafting`), read by
+    the exit or verbalizer that the run or the spec's teacher has of it, else by norm and head. A teacher with
+    `teacher.parallel: tensor` is answered for by all processes of a launch, which call this alike; the first one
+    writes.
 
     Returns what the file's metadata says: `model`, `weights`, `settings`, `source_rows` (their digest), `counts`,
     `left_out` ({id, reason}), `versions`, with such pictures `media_root`; and `path`. Raises SpecError, DataError
@@ -392,7 +393,7 @@ def _speak(job: _Job, *, seed: int, device: str, group: Processes) -> None:
 def _drafter(job: _Job, loaded: Any, layer: int) -> Drafter:
     backbone, verbalizers = checked_backbone(loaded, job.encoder), None
     if job.verbalizers is not None and job.verbalizers.name == EXITS_FOLDER:
-        verbalizers = read_exits(job.verbalizers, backbone, student=job.model.digest)
+        verbalizers = load_exits(job.verbalizers, backbone, student=job.model.digest)
     elif job.verbalizers is not None:  # a run's are older than its student's head
         verbalizers = load_verbalizers(job.verbalizers, backbone, [layer], check_head=False)
     return Drafter.of(backbone, layer, verbalizers=verbalizers)
