@@ -1,6 +1,7 @@
 """What layer-wise distillation is worth where the truth is known: students against a source with exact conditionals.
 
-    python tests/benchmarks/acceptance.py [--cells NAME ...] [--seeds N] [--first-seed S] [--work DIR] [--out F]
+    python tests/benchmarks/acceptance.py [--cells NAME ...] [--tables NAME ...] [--seeds N] [--first-seed S] \
+        [--work DIR] [--out F]
 
 Every seed has a source, a teacher with verbalizers, a cache and students of its own; all variants of a seed start from
 the same student, read the same written cache and take the same number of steps. The score is KL(truth || student) in
@@ -22,7 +23,7 @@ import acceptance_report
 import markov
 import torch
 import yaml
-from acceptance_report import DENSE, FADED, LAST, PACKAGES, SFT, VLSI, WIDE
+from acceptance_report import ANY_DEPTH, DENSE, EARLY, FADED, FEWER, LAST, LENS, OF_DEPTH, PACKAGES, SFT, VLSI, WIDE
 from layer_kl import layer_kls
 from measuring import Report, setting
 from tiny_models import kl_to_truth, new_model, pretrain
@@ -42,10 +43,9 @@ TEACHER = {"num_layers": 8, "hidden": 64}
 TEACHER_STEPS = 600
 TARGETS = [1, 2, 3, 4, 5, 6, 7]
 
-FEWER = "last, without the steps of verbalizers"  # what these steps are worth to last-layer KD
-ANY_DEPTH = "any-depth"  # beside FEWER, which takes as many steps of the student
 # Whose layers are read through verbalizers of their own as well.
-READ_ANEW = (VLSI, LAST, SFT, FADED, FEWER, ANY_DEPTH)
+READ_ANEW = (VLSI, LAST, SFT, FADED, FEWER, *OF_DEPTH)
+TABLES = ("matching", "operations", "longer", "depth")
 CACHES = {
     "cache": (),
     WIDE: ("rows.top_k=16",),
@@ -124,8 +124,22 @@ def longer() -> list[Variant]:
         FADED: ("layer_reduction=mean", "layers_full_until=0", "layers_zero_from=0.3"),
     }  # fmt: skip
     found = [Variant(name, tuple(f"distill.interact.{one}" for one in keys)) for name, keys in settings.items()]
-    few = Variant(FEWER, ("distill.verbalize.steps=1",), recipe="last")
-    return [*found, few, Variant(ANY_DEPTH, ("distill.exits.schedule.steps=1",), recipe="any-depth")]
+    return [*found, *depth()[:2]]
+
+
+def depth() -> list[Variant]:
+    """Layers that are to answer: last-layer KD, whose exits come afterwards, and what takes as many student's steps."""
+    few = "distill.verbalize.steps=1"
+    lens = ("verbalizer.structure=logit-lens", "distill.exits.weight=0.1", few)
+    forms = {
+        ANY_DEPTH: ("distill.exits.schedule.steps=1",),
+        LENS: (*lens, "distill.interact.matching=uniform_stretch", "distill.interact.intermediate=jsd"),
+        EARLY: (*lens, "distill.interact.intermediate=ce"),
+    }
+    return [
+        Variant(FEWER, (few,), recipe="last"),
+        *(Variant(name, changes, recipe="any-depth") for name, changes in forms.items()),
+    ]
 
 
 def variants_of(cell: Cell) -> list[Variant]:
@@ -139,7 +153,7 @@ def variants_of(cell: Cell) -> list[Variant]:
     found = [adaptive, *(Variant(one.name, one.set, one.recipe) for one in baselines)]
     found += [replace(adaptive, name=name) for name in (WIDE, DENSE) if cell.asserted]
     for table in cell.tables:
-        found += longer() if table == "longer" else tables[table]
+        found += longer() if table == "longer" else depth() if table == "depth" else tables[table]
     same = {"kld+kld": VLSI, "x+kld": LAST}  # under another table's name
     return list({one.name: one for one in found if one.name not in same}.values())
 
@@ -148,6 +162,8 @@ def main(arguments: Sequence[str]) -> int:
     args = parse(arguments)
     torch.set_num_threads(1)
     cells = {name: shrunk(CELLS[name]) if args.tiny else CELLS[name] for name in args.cells}
+    if args.tables:
+        cells = {name: replace(cell, tables=tuple(args.tables), asserted=False) for name, cell in cells.items()}
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     with tempfile.TemporaryDirectory() as scratch:
         work = args.work or Path(scratch)
@@ -163,6 +179,7 @@ def main(arguments: Sequence[str]) -> int:
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cells", nargs="+", choices=CELLS, default=list(CELLS))
+    parser.add_argument("--tables", nargs="+", choices=TABLES, help="these alone, and nothing that must hold")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--work", type=Path, help="folder to keep everything in, and to go on from")
@@ -272,7 +289,11 @@ def run_variant(runs: Path, teacher_cache: Cache, variant: Variant, cell: Cell, 
         steps = (f"verbalize.steps={verbalize}", f"interact.schedule.steps={interact}", f"sft.schedule.steps={sft}")
         alone = cell.regime.sft_alone if variant.recipe == "sft" else ()
         changes = [f"distill.{one}" for one in (*cell.regime.changes, *alone, *steps, f"seed={seed}")]
-        if variant.recipe in ("vlsi", "any-depth") and not own:
+        if (
+            variant.recipe in ("vlsi", "any-depth")
+            and not own
+            and "verbalizer.structure=logit-lens" not in variant.changes
+        ):
             changes.append(f"distill.verbalizers={runs / VLSI / 'verbalizers'}")
         changes += variant.changes
         vc.distill(

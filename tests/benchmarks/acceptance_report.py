@@ -9,6 +9,10 @@ from measuring import Report
 
 PACKAGES = ("torch", "transformers", "peft", "numpy", "zarr")
 VLSI, LAST, SFT, FADED = "adaptive", "last", "sft", "mean, fade 0-0.3"
+FEWER = "last, without the steps of verbalizers"  # what these steps are worth to last-layer KD
+ANY_DEPTH = "any-depth"  # beside FEWER, which takes as many steps of the student
+LENS, EARLY = "any-depth, logit lens, even map, jsd", "any-depth, logit lens, labels"
+OF_DEPTH = (ANY_DEPTH, LENS, EARLY)
 WIDE, DENSE = "16 entries", "dense rows"
 MONOTONE_NATS, FIDELITY_NATS = 0.02, 0.02  # tolerances
 ORDERED = ("adaptive", "printed", "order", "joint")  # matchings whose teacher layers rise with the student's
@@ -33,6 +37,7 @@ def write(report: Report, found: Mapping[str, Seeds], asserted: Mapping[str, boo
             report.row(check.what, check.figures, "yes" if check.holds else "**no**")
     for cell, seeds in found.items():
         _scores(report, cell, seeds)
+        _depth(report, cell, seeds)
     _teacher(report, found)
     return all(check.holds for check in checks)
 
@@ -93,6 +98,25 @@ def _scores(report: Report, cell: str, seeds: Seeds) -> None:
             differences += [f"{statistics.mean(over):+.3f}", f"{sum(x < 0 for x in over)}/{len(over)}"]
         nll = [_mean_layer(seeds, name, layer, ruler) for ruler in ("layers", "anew") for layer in layers]
         report.row(name, _spread(_kls(seeds, name)), *differences, *nll, _mean_match(seeds, name))
+
+
+def _depth(report: Report, cell: str, seeds: Seeds) -> None:
+    """What the last layer pays for layers that answer, and how much better these say the response; seed by seed."""
+    names = [name for name in (VLSI, FADED, *OF_DEPTH) if name in seeds[0]["variants"]]
+    if ANY_DEPTH not in names:
+        return
+    layers = list(seeds[0]["variants"][FEWER]["anew"])
+    report.say(
+        f"\n### {cell}: layers that answer, against `{FEWER}` and exits trained afterwards\n\n"
+        "Nats, one figure for each seed; of a layer through verbalizers trained anew for each student, above 0 is "
+        "better than that baseline.\n"
+    )
+    report.table("variant", "last layer behind, KL", *(f"layer {layer} ahead, NLL" for layer in layers))
+    for name in names:
+        ahead = [
+            [_layer(one, FEWER, layer, "anew") - _layer(one, name, layer, "anew") for one in seeds] for layer in layers
+        ]
+        report.row(name, _listed([-gain for gain in _gains(seeds, name, FEWER)]), *map(_listed, ahead))
 
 
 def _teacher(report: Report, found: Mapping[str, Seeds]) -> None:

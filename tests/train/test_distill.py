@@ -152,19 +152,22 @@ def test_full_sft_trains_everything(cache: Cache, student_folder: Path, tmp_path
 
 
 def test_recipes_have_the_same_budget(cache: Cache) -> None:
-    spec = vc.load_spec(cache.path.parent / "spec.yaml").distill
-    steps = {r: stage_steps(spec.model_copy(update={"recipe": r}), 40) for r in ("vlsi", "last", "sft")}
-    assert {r: sum(s.values()) for r, s in steps.items()} == {"vlsi": 13, "last": 13, "sft": 13}
-    assert list(steps["last"]) == ["interact", "sft"]
+    def steps(recipe: str, *more: str) -> dict[str, int]:
+        overrides = [f"distill.recipe={recipe}", *more]
+        return stage_steps(vc.load_spec(cache.path.parent / "spec.yaml", overrides=overrides), 40)
+
+    assert [sum(steps(recipe).values()) for recipe in ("vlsi", "last", "sft")] == [13, 13, 13]
+    assert list(steps("last")) == ["interact", "sft"]
+    assert steps("vlsi", "verbalizer.structure=logit-lens") == steps("last")
 
 
 @pytest.mark.parametrize(("fraction", "left_out"), [(0.5, 2), (0.01, 3), (0.99, 0), (1.0, 0)])
 def test_a_fraction_of_sft_leaves_the_same_steps_out_of_every_recipe(
     cache: Cache, fraction: float, left_out: int
 ) -> None:
-    spec = vc.load_spec(cache.path.parent / "spec.yaml", overrides=[f"distill.sft.fraction={fraction}"]).distill
+    spec = vc.load_spec(cache.path.parent / "spec.yaml", overrides=[f"distill.sft.fraction={fraction}"])
     for recipe in ("vlsi", "last", "sft"):
-        of_recipe = spec.model_copy(update={"recipe": recipe})
+        of_recipe = spec.model_copy(update={"distill": spec.distill.model_copy(update={"recipe": recipe})})
         assert sum(stage_steps(of_recipe, 40).values()) == 13 - left_out
         assert sum(schedule_steps(of_recipe, 40).values()) == 13
 

@@ -153,3 +153,30 @@ def test_the_head_learns_from_the_last_layer_alone() -> None:
     assert backbone.head_weight.grad is None
     assert model.model.layers[2].mlp.down_proj.weight.grad.abs().sum() > 0
     assert model.model.layers[3].mlp.down_proj.weight.grad is None
+
+
+def test_through_the_logit_lens_nothing_is_trained_but_the_student(
+    cache: Cache, student_folder: Path, tmp_path: Path
+) -> None:
+    """The student learns as it does through verbalizers that have just begun, which are the lens exactly."""
+    lens = ("verbalizer.structure=logit-lens", "distill.exits.weight=0.5")
+    options: dict[str, Any] = {"student": str(student_folder), "recipe": "any-depth"}
+    run = vc.distill(cache, out=tmp_path / "run", overrides=[*STEPS, *CHANGES[6:], *lens], **options)
+    still = ("distill.verbalize.learning_rate=1e-30", "distill.verbalize.final_learning_rate=0")
+    more = ("distill.interact.schedule.steps=2", *still, *EXITS[:1], lens[1])
+    other = vc.distill(cache, out=tmp_path / "other", overrides=[*STEPS, *CHANGES[6:], *more], **options)
+    found, wanted = ([line for line in metrics_of(one) if line["stage"] in ("interact", "sft")] for one in (run, other))
+    assert [(line["stage"], line["step"]) for line in metrics_of(run)] == [("interact", 1), ("interact", 2), ("sft", 1)]
+    assert [(line["loss"], line["layers"]) for line in found] == [(line["loss"], line["layers"]) for line in wanted]
+    assert not (run / "exits").exists()
+    assert not (run / "verbalizers").exists()
+    measured = vc.exits(run, limit=3)
+    assert (measured["structure"], measured["verbalizers"]) == ("logit-lens", None)
+    assert vc.trace(run, prompt="Which?").said
+    with pytest.raises(SpecError, match=r"`distill.exits` trains verbalizers of the finished student, and `verbalizer"):
+        vc.distill(cache, out=tmp_path / "no", overrides=[*CHANGES, lens[0]], **options)
+    with pytest.raises(SpecError, match=r"`style`, `loss` belong to verbalizers that are trained"):
+        vc.load_spec("demo", overrides=[lens[0], "verbalizer.style=plain", "verbalizer.loss=kl_to_final"])
+    spec = vc.load_spec(cache.path.parent / "spec.yaml", overrides=[lens[0]])
+    with pytest.raises(SpecError, match=r"has no weights to train: build-teacher without `teacher.verbalizers`"):
+        vc.train_verbalizers(spec, out=tmp_path / "no")

@@ -162,7 +162,7 @@ def test_a_run_that_is_killed_twice_goes_on_to_the_same_gates(
 def test_steps_and_what_contradicts(cache: Cache, student_folder: Path, trained: dict[str, Any]) -> None:
     def steps(*overrides: str) -> dict[str, int]:
         spec = distill_spec(cache, student=str(student_folder), overrides=overrides)
-        return stage_steps(spec.distill, len(cache))
+        return stage_steps(spec, len(cache))
 
     assert steps(*TROL) == {"gates": 3, "sft": 13}
     assert steps(*TRAVERSED, "distill.recipe=last") == {"gates": 3, "interact": 9, "sft": 4}

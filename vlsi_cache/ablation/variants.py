@@ -222,7 +222,7 @@ def plan_runs(
                 trained_as=folder,
                 layers=layers,
                 top_k=top_k,
-                steps=stage_steps(resolved.distill, header.num_samples),
+                steps=stage_steps(resolved, header.num_samples),
                 takes_verbalizers=uses_verbalizers and folder != DEFAULT.name,
                 settings=[
                     *overrides_between(spec, resolved, ("distill", "verbalizer")),

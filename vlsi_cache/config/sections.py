@@ -287,6 +287,18 @@ class CacheSpec(Strict):
         alike = {key: data[key] for key in ("template", "prompt") if key in data}
         return {**values, "evaluate": {**values["evaluate"], "data": {**alike, **held_out}}}
 
+    def _contradictions(self) -> Iterator[str]:
+        distill, exits = self.distill, self.distill.exits
+        if not self.verbalizer.is_lens:
+            return
+        if distill.verbalizers is not None:
+            yield "`distill.verbalizers` names some, and `verbalizer.structure: logit-lens` reads layers without any"
+        if exits is not None and (distill.recipe != "any-depth" or exits.changed(("schedule", "loss"))):
+            yield (
+                "`distill.exits` trains verbalizers of the finished student, and `verbalizer.structure: logit-lens` "
+                "reads layers without any; leave it out, but for the `weight` of `recipe: any-depth`"
+            )
+
     def fingerprint_fields(self) -> dict[str, Any]:
         """The settings that decide the bytes of a cache, by their dotted key."""
         return {

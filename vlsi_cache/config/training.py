@@ -6,7 +6,9 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Recipe = Literal["vlsi", "last", "sft", "trol", "any-depth"]
-Structure = Literal["mlp", "mlp-x2", "verb-ffn", "verb-ffn-x2", "ffn", "ffn-x2", "decoder", "decoder-x2"]
+Structure = Literal[
+    "mlp", "mlp-x2", "verb-ffn", "verb-ffn-x2", "ffn", "ffn-x2", "decoder", "decoder-x2", "logit-lens"
+]  # fmt: skip
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 BatchReduction = Literal["token", "sample"]
 Alignment = Literal["tokens", "byte"]
@@ -89,7 +91,8 @@ class VerbalizerSpec(Strict):
     """Architecture of the verbalizers, for teacher and student alike (VLsI, Table 4f), and what they learn.
 
     `loss: ce` is the cross-entropy with the response; `kl_to_final` the divergence from what the model itself says at
-    the response's positions, as the tuned lens learns it.
+    the response's positions, as the tuned lens learns it. `structure: logit-lens` has no weights: a layer is read by
+    the model's own norm and head, nothing is trained for it, and the steps of stage verbalize train the student.
     """
 
     structure: Structure = "verb-ffn"
@@ -97,6 +100,17 @@ class VerbalizerSpec(Strict):
     final_norm: bool = True
     pre_norm: PreNorm = "rms"
     loss: Literal["ce", "kl_to_final"] = "ce"
+
+    def _contradictions(self) -> Iterator[str]:
+        if self.is_lens and (changed := self.changed(("style", "final_norm", "pre_norm", "loss"))):
+            yield (
+                f"`{'`, `'.join(changed)}` belong to verbalizers that are trained, and `structure: logit-lens` is the "
+                "model's own norm and head"
+            )
+
+    @property
+    def is_lens(self) -> bool:
+        return self.structure == "logit-lens"
 
 
 class TrainVerbalizersSpec(Strict):
@@ -347,7 +361,10 @@ class DistillSpec(Strict):
         if self.verbalizers is not None and not self.trains_layers:
             yield f"`verbalizers` belong to `recipe: vlsi` and `any-depth`, and it is `{self.recipe}`"
         if self.recipe == "any-depth" and self.exits is None:
-            yield "`recipe: any-depth` trains exits, and there are none: say for how long with `exits.schedule`"
+            yield (
+                "`recipe: any-depth` trains exits, and there are none: say for how long with `exits.schedule` (with "
+                "`verbalizer.structure: logit-lens`, which has nothing to train, how much they count: `exits.weight`)"
+            )
         if self.layers != "auto" and self.changed(["num_layers"]) and self.num_layers != len(self.layers):
             yield (
                 f"`layers` names {len(self.layers)} layers, `num_layers` is {self.num_layers}; drop one, or say "

@@ -119,7 +119,7 @@ def _teacher_scores(spec: CacheSpec, out: Path, device: str | None) -> dict[str,
 
 
 def _budget(spec: CacheSpec, num_samples: int) -> str:
-    steps = stage_steps(spec.distill, num_samples)
+    steps = stage_steps(spec, num_samples)
     parts = ", ".join(f"{stage} {count}" for stage, count in steps.items())
     return (
         f"{sum(steps.values())} optimizer steps of {spec.distill.batch_size} samples for every recipe (vlsi: {parts}), "

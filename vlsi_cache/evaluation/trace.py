@@ -132,6 +132,9 @@ def _subject(model: Path | str, verbalizers: str | None, gguf_file: str | None) 
     if not (folder / "student").is_dir():
         raise SpecError(f"{model} has no trained student yet; {next_step(run)}")
     own = folder / "verbalizers"
+    spec = spec_from_dict(run["spec"], where=str(folder / "run.json"))
+    if verbalizers is None and spec.verbalizer.is_lens:
+        verbalizers = LOGIT_LENS
     if verbalizers is None and not own.is_dir():
         raise SpecError(
             f"{model} is a run of recipe `{run.get('recipe')}` and has no verbalizers; `--verbalizers {LOGIT_LENS}` "
@@ -139,7 +142,6 @@ def _subject(model: Path | str, verbalizers: str | None, gguf_file: str | None) 
         )
     is_own = verbalizers is None or Path(verbalizers).resolve() == own.resolve()
     given = str(own) if verbalizers is None or is_own else verbalizers
-    data = spec_from_dict(run["spec"], where=str(folder / "run.json")).data
     made_for = None  # digest of the weights that the verbalizers were trained with
     if given != LOGIT_LENS and (file := find_folder(given) / RECORD).is_file():
         made_for = read_record(file.parent, [])["provenance"].get("teacher_digest")
@@ -148,7 +150,7 @@ def _subject(model: Path | str, verbalizers: str | None, gguf_file: str | None) 
         given,
         same_start=is_own or made_for == run.get("student_digest", ""),
         is_run=True,
-        encoding=data.encoding(),  # prompts and pictures as the student was trained on
+        encoding=spec.data.encoding(),  # prompts and pictures as the student was trained on
     )
 
 

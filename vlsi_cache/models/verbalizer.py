@@ -35,6 +35,7 @@ BLOCKS = {
     "ffn-x2": (2, 3),
     "decoder": (1, 0),
     "decoder-x2": (2, 0),
+    "logit-lens": (0, 0),
 }
 LAST_PROJECTIONS = frozenset({"down_proj", "o_proj"})
 PLAIN_STD = 0.02
@@ -104,7 +105,7 @@ class Verbalizer(nn.Module):
 
     def __init__(self, architecture: Architecture, *, new_decoder_layer: Callable[[], nn.Module] | None = None) -> None:
         super().__init__()
-        num_blocks, _ = BLOCKS.get(architecture.structure, (0, 0))  # none in the logit lens
+        num_blocks, _ = BLOCKS[architecture.structure]
         if architecture.structure.startswith("decoder"):
             assert new_decoder_layer is not None
             self.blocks = nn.ModuleList(new_decoder_layer() for _ in range(num_blocks))
@@ -192,6 +193,8 @@ def build_verbalizers(
     """Fresh fp32 verbalizers on the backbone's device; a layer starts the same whichever others are built with it."""
     text = backbone.text_config
     width = getattr(text, "intermediate_size", 0)
+    if structure == "logit-lens":
+        return logit_lens(backbone, layers)
     architecture = Architecture(
         structure=structure,
         hidden_size=backbone.hidden_size,

@@ -294,7 +294,9 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
 
 def check_has_exits(folder: Path, run: dict[str, Any]) -> None:
     """Raise SpecError for a run whose spec trains exits and that has none: nothing else is read in their place."""
-    if run["spec"].get("distill", {}).get("exits") is None or (folder / "exits" / "verbalizers.json").is_file():
+    spec = run["spec"]
+    is_lens = spec.get("verbalizer", {}).get("structure") == "logit-lens"  # which has nothing to train
+    if spec.get("distill", {}).get("exits") is None or is_lens or (folder / "exits" / "verbalizers.json").is_file():
         return
     if run["status"] != "done":
         raise SpecError(f"{folder} has a student, and its exits are not trained yet; {next_step(run)}")

@@ -260,8 +260,8 @@ def plan(spec: CacheSpec, *, gpu: str = DEFAULT_GPU) -> Plan:
         utilisation=UTILISATION,
         hours=flops / (UTILISATION * peak * 1e12) / 3600,
         recipe=spec.distill.recipe,
-        student_steps=stage_steps(spec.distill, len(inputs.records)),
-        student_schedule_steps=schedule_steps(spec.distill, len(inputs.records)),
+        student_steps=stage_steps(spec, len(inputs.records)),
+        student_schedule_steps=schedule_steps(spec, len(inputs.records)),
     )
 
 

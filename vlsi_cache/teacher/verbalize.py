@@ -207,6 +207,11 @@ def _train_verbalizers(
         check_run_folder(out, KIND)
     else:
         check_shared_folder(out)
+    if spec.verbalizer.is_lens:
+        raise SpecError(
+            "`verbalizer.structure: logit-lens` has no weights to train: build-teacher without `teacher.verbalizers` "
+            "reads the layers by the teacher's own norm and head"
+        )
     settings = spec.train_verbalizers
     check_trackers(spec.run.track)
     processes.check_batch(settings.batch_size, settings.micro_batch_size, "train_verbalizers")

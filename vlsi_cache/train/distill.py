@@ -37,7 +37,7 @@ from vlsi_cache.models.lora import (
 from vlsi_cache.models.mixing import mixing_of
 from vlsi_cache.models.save import STUDENT_RECORD, check_ours, save_student
 from vlsi_cache.models.traversal_files import to_dtype
-from vlsi_cache.models.verbalizer import WITH_GATES, Verbalizers, load_verbalizers
+from vlsi_cache.models.verbalizer import WITH_GATES, Verbalizers, load_verbalizers, logit_lens
 from vlsi_cache.processes import Processes, joined
 from vlsi_cache.progress import say
 from vlsi_cache.report.mixing import MIXING_NAME
@@ -163,29 +163,30 @@ def distill_spec(
         distill={**stored.distill.model_dump(), "trust_remote_code": False},
         run={**stored.run.model_dump(), "kernels": "auto"},  # what suits the teacher's machine need not suit this one
     )
-    spec = apply_overrides(stored, overrides)
+    named = [f"distill.recipe={recipe}"] if recipe is not None else []  # with the rest: some settings need others
+    spec = apply_overrides(stored, [*overrides, *named])
     fixed = [key for key in FIXED_BY_THE_CACHE if getattr(spec, key) != getattr(stored, key)]
     of_data = ("turns", "keep_together", "video")
     fixed += [f"data.{key}" for key in of_data if getattr(spec.data, key) != getattr(stored.data, key)]
     if fixed:
         raise SpecError(f"`{'`, `'.join(fixed)}` were decided when {cache.path} was built; distill cannot change them")
-    changes = {"student": student or spec.distill.student, "recipe": recipe or spec.distill.recipe}
-    if changes["student"] is None:
+    student = student or spec.distill.student
+    if student is None:
         raise SpecError("no student: give --student FOLDER-OR-ID, or `distill.student` in the spec")
-    return change(spec, distill=change(spec.distill, **changes).model_dump())
+    return change(spec, distill=change(spec.distill, student=student).model_dump())
 
 
-def stage_steps(distill: DistillSpec, num_samples: int) -> dict[str, int]:
+def stage_steps(spec: CacheSpec, num_samples: int) -> dict[str, int]:
     """Optimizer steps of the stages that the recipe runs; the sum of those that all have is the same for every one."""
-    steps = schedule_steps(distill, num_samples)
+    distill, steps = spec.distill, schedule_steps(spec, num_samples)
     # Of the recipe `sft` as many are left out as of the others, not the same share.
     steps["sft"] -= distill.sft.steps_left_out(distill.sft.schedule.num_steps(num_samples, distill.batch_size))
     return {stage: count for stage, count in steps.items() if count}
 
 
-def schedule_steps(distill: DistillSpec, num_samples: int) -> dict[str, int]:
+def schedule_steps(spec: CacheSpec, num_samples: int) -> dict[str, int]:
     """Steps over which each stage's learning rate falls: those it runs, and those that `sft.fraction` leaves out."""
-    traversal = distill.traversal
+    distill, traversal, has_verbalizers = spec.distill, spec.distill.traversal, not spec.verbalizer.is_lens
     gates_steps = 0 if traversal is None else traversal.schedule.num_steps(num_samples, distill.batch_size)
     more = 0 if traversal is None or traversal.trains_gates else gates_steps  # for the next stage that trains it
     first = {"gates": gates_steps} if gates_steps and not more else {}
@@ -193,11 +194,11 @@ def schedule_steps(distill: DistillSpec, num_samples: int) -> dict[str, int]:
     interact_steps = distill.interact.schedule.num_steps(num_samples, distill.batch_size)
     sft_steps = distill.sft.schedule.num_steps(num_samples, distill.batch_size)
     last = {}
-    if distill.exits is not None:
+    if distill.exits is not None and has_verbalizers:
         last = {"exits": distill.exits.schedule.num_steps(num_samples, distill.batch_size)}
-    if distill.trains_layers:
+    if distill.trains_layers and has_verbalizers:
         return {**first, "verbalize": verbalize_steps, "interact": interact_steps + more, "sft": sft_steps, **last}
-    if distill.recipe == "last":
+    if not distill.is_supervised:
         return {**first, "interact": verbalize_steps + interact_steps + more, "sft": sft_steps, **last}
     return {**first, "sft": verbalize_steps + interact_steps + sft_steps + more, **last}
 
@@ -212,8 +213,8 @@ def shown_steps(steps: dict[str, int], whole: dict[str, int]) -> str:
 
 
 def _run_stages(state: StudentState) -> list[dict[str, Any]]:
-    distill = state.spec.distill
-    steps, whole = stage_steps(distill, len(state.cache)), schedule_steps(distill, len(state.cache))
+    distill, num_samples = state.spec.distill, len(state.cache)
+    steps, whole = stage_steps(state.spec, num_samples), schedule_steps(state.spec, num_samples)
     say(f"{distill.recipe}: {shown_steps(steps, whole)} steps of {distill.batch_size} samples")
     with closing(state.log):
         newest = state.checkpoints.latest()
@@ -252,7 +253,9 @@ def _train_student(state: StudentState, steps: dict[str, int], whole: dict[str, 
         stages.append(entry)
     if has_shares(state.model):  # what comes next trains other weights, and its verbalizers read them
         state = state.renewed()
-        verbalizers, _ = _verbalize(state, steps["verbalize"])
+        verbalizers = None
+    if distill.trains_layers and verbalizers is None:
+        verbalizers = _readers(state, steps)
     if _uses_lora(distill, steps) and (note := reach_note(state.model, distill.lora.dropout)):
         say(note)
     model = _student_to_train(state, steps)
@@ -265,7 +268,7 @@ def _train_student(state: StudentState, steps: dict[str, int], whole: dict[str, 
             verbalizers = None  # they hold the student of the stage before
             state = state.renewed()
             if distill.exit_weight:
-                verbalizers, _ = _verbalize(state, steps["verbalize"])
+                verbalizers = _readers(state, steps)
             model = _student_to_train(state, steps)
         taught = verbalizers if distill.exit_weight else None
         stages.append(sft(state, model, taught, num_steps=whole["sft"], stop=steps["sft"]))
@@ -341,6 +344,13 @@ def _gates(state: StudentState, num_steps: int) -> tuple[StudentState, dict[str,
     refuse_destroyed(state.model.named_parameters(), "gates")
     state.processes.from_first(lambda: write_gates(state.model, folder))
     return state.renewed(), entry
+
+
+def _readers(state: StudentState, steps: dict[str, int]) -> Verbalizers:
+    """What reads the layers of the student at hand: verbalizers that stage verbalize has left, or the logit lens."""
+    if "verbalize" in steps:
+        return _verbalize(state, steps["verbalize"])[0]
+    return logit_lens(Backbone(state.model), state.layers)
 
 
 def _verbalize(state: StudentState, num_steps: int) -> tuple[Verbalizers, dict[str, Any]]:
