@@ -348,14 +348,17 @@ def demo(
 ) -> Answer:
     """See it all in minutes, offline, on a CPU.
 
-    Caches a tiny teacher, trains students on labels only, on the last layer and on all layers, and compares them.
+    Caches a tiny teacher, trains students on labels only, on the last layer, on all layers and for answers from
+    any of them, and compares them.
     """
     from vlsi_cache.demo.run import run_demo
-    from vlsi_cache.report.text import demo_table
+    from vlsi_cache.report.text import demo_exits_table, demo_table
 
-    say(f"demo in {out}: one cache, three recipes, {seeds} seed(s)")
+    say(f"demo in {out}: one cache, four recipes, {seeds} seed(s)")
     result: dict[str, Any] = run_demo(out=out, seeds=seeds, device=device)
-    return Answer(result, lambda: f"{demo_table(result)}\n\nreport: {out / 'report.html'}")
+    blocks = (demo_table, demo_exits_table)
+    report = f"report: {out / 'report.html'}"
+    return Answer(result, lambda: "\n\n".join([*filter(None, (block(result) for block in blocks)), report]))
 
 
 def ablate(

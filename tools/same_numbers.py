@@ -53,7 +53,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=["record", "check"])
     parser.add_argument("file", type=Path)
-    parser.add_argument("--demo", action="store_true", help="the demo with its three recipes too (minutes)")
+    parser.add_argument("--demo", action="store_true", help="the demo with its four recipes too (minutes)")
     parser.add_argument("--flat", action="store_true", help="spell choices as older specs did: `matching: order`")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -28,13 +28,17 @@ def test_the_whole_demo_and_a_second_run_that_only_shows_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(demo, "WARM_START_STEPS", 4)
+    monkeypatch.setattr(demo, "EXITS", ("distill.exits.schedule.steps=1",))
     summary = demo.run_demo(out=tmp_path / "demo", seeds=1, overrides=SMALL)
     assert summary["build_s"] > 0
-    assert set(summary["runs"]) == {"sft", "last", "vlsi"}
+    assert set(summary["runs"]) == {"sft", "last", "vlsi", "any-depth"}
     for recipe, (run,) in summary["runs"].items():
         record = json.loads((tmp_path / "demo" / run["run"] / "run.json").read_text())
         assert record["recipe"] == recipe
-        assert sum(stage["steps"] for stage in record["stages"]) == 7
+        steps = {stage["name"]: stage["steps"] for stage in record["stages"]}
+        assert steps.pop("exits", None) == (None if recipe == "sft" else 1)
+        assert sum(steps.values()) == (9 if recipe == "any-depth" else 7)  # which takes the verbalizers of vlsi
+        assert [one["layer"] for one in run["exits"]] == ([] if recipe == "sft" else [1, 2, 3, 4])
         assert 0 <= run["exact_match"]["all"] <= 1
     page = (tmp_path / "demo" / "report.html").read_text()
     assert "<svg" in page or "data:image/png" in page

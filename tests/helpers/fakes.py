@@ -138,7 +138,7 @@ def reshaped(rows: SparseRows, kind: str, rng: np.random.Generator) -> SparseRow
 
 def metrics_lines(recipe: str, rng: np.random.Generator) -> list[dict[str, Any]]:
     """Lines as the stages write them: verbalize and interact with numbers per layer, sft with a loss only."""
-    lengths = {"vlsi": (20, 40, 20), "last": (0, 60, 20), "sft": (0, 0, 80)}[recipe]
+    lengths = {"vlsi": (20, 40, 20), "any-depth": (20, 40, 20), "last": (0, 60, 20), "sft": (0, 0, 80)}[recipe]
     lines = []
     for stage, num in zip(("verbalize", "interact", "sft"), lengths, strict=True):
         for step in range(1, num + 1):
@@ -161,7 +161,7 @@ def write_run(path: Path, *, recipe: str = "vlsi", seed: int = 0, cache: Path | 
     """A run folder; returns its evaluation."""
     path.mkdir(parents=True)
     rng = np.random.default_rng([seed, len(recipe)])
-    base = {"sft": 0.52, "last": 0.66, "vlsi": 0.71}[recipe] + rng.normal() * 0.02
+    base = {"sft": 0.52, "last": 0.66, "vlsi": 0.71, "any-depth": 0.68}[recipe] + rng.normal() * 0.02
     match = {kind: float(np.clip(base + rng.normal() * 0.1, 0, 1)) for kind in KINDS}
     evaluation = {
         "num_samples": 300,
@@ -193,12 +193,17 @@ def write_run(path: Path, *, recipe: str = "vlsi", seed: int = 0, cache: Path | 
 def write_demo(path: Path, *, seeds: int = 1) -> Path:
     """A demo folder with a cache and one run per recipe and seed; returns the folder."""
     cache = write_cache(path / "cache")
-    runs: dict[str, list[dict[str, Any]]] = {"sft": [], "last": [], "vlsi": []}
+    runs: dict[str, list[dict[str, Any]]] = {"sft": [], "last": [], "vlsi": [], "any-depth": []}
     for seed in range(seeds):
         for recipe, entries in runs.items():
             name = f"runs/seed-{seed}/{recipe}"
             scores = write_run(path / name, recipe=recipe, seed=seed, cache=cache)
-            entries.append({"seed": seed, "run": name, "seconds": 90.0, **scores})
+            exits = [
+                {"layer": k, "accuracy": 0.2 * k + 0.01 * seed, "nll": 2.5 - 0.5 * k, "agreement": 0.25 * k}
+                for k in (1, 2, 3)
+            ]
+            entry = {"seed": seed, "run": name, "seconds": 90.0, "exits": [] if recipe == "sft" else exits, **scores}
+            entries.append(entry)
     demo = {
         "seeds": list(range(seeds)),
         "recipes": list(runs),

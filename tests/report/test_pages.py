@@ -46,7 +46,7 @@ def test_demo_report_without_cache_example_and_runs(tmp_path: Path) -> None:
     demo = write_demo(tmp_path / "demo")
     (demo / "cache").rename(tmp_path / "gone")
     (demo / "runs").rename(tmp_path / "gone too")
-    assert "n/a" not in checked(write_report(demo), num_figures=2)
+    assert "n/a" not in checked(write_report(demo), num_figures=3)
 
 
 def test_cache_report(cache: Path) -> None:

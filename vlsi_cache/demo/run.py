@@ -1,4 +1,4 @@
-"""The demo: the whole path on a machine without GPU or network, and a fair comparison of three recipes.
+"""The demo: the whole path on a machine without GPU or network, and a fair comparison of four recipes.
 
 The budget was fixed before any student was trained: every recipe starts from the same warm start and takes the same
 number of optimizer steps over the same cached samples (see `cache_specs/demo.yaml`).
@@ -14,6 +14,7 @@ from vlsi_cache.config.sections import CacheSpec
 from vlsi_cache.config.spec import load_spec
 from vlsi_cache.data.records import read_records
 from vlsi_cache.errors import CacheCorruptError
+from vlsi_cache.evaluation.exits import exits
 from vlsi_cache.evaluation.scores import evaluate, evaluate_model, kept_result
 from vlsi_cache.io import refuse_url, write_atomically
 from vlsi_cache.models.load import ModelRef, resolve_model
@@ -21,13 +22,18 @@ from vlsi_cache.models.save import init_student
 from vlsi_cache.progress import say
 from vlsi_cache.report.example import example_of
 from vlsi_cache.report.pages import write_demo_report
-from vlsi_cache.run_files import read_object, read_run
+from vlsi_cache.run_files import read_exits, read_object, read_run
 from vlsi_cache.store.reader import Cache
 from vlsi_cache.teacher.build import build_teacher
 from vlsi_cache.teacher.plan import plan
-from vlsi_cache.train.distill import distill, stage_steps
+from vlsi_cache.train.distill import distill, distill_spec, stage_steps
 
-RECIPES = ("sft", "last", "vlsi")
+RECIPES = ("sft", "last", "vlsi", "any-depth")
+EXITS = (
+    "distill.exits.schedule.steps=100",
+    "distill.exits.schedule.learning_rate=0.002",
+    "distill.exits.schedule.final_learning_rate=0.00001",
+)  # of the recipes that learn from the teacher
 STUDENT_LAYERS = "0-1,6-7"  # of the teacher's eight
 WARM_START_STEPS = 80
 WARM_START = (
@@ -43,7 +49,7 @@ Result = TypeVar("Result")
 def run_demo(
     *, out: Path | str = "demo-run", seeds: int = 1, device: str | None = None, overrides: Iterable[str] = ()
 ) -> dict[str, Any]:
-    """Plan, build, verify, distil three ways, evaluate, report; a second run goes on or only shows the result.
+    """Plan, build, verify, distil four ways, evaluate, report; a second run goes on or only shows the result.
 
     `overrides` change the shipped spec. Returns what `out/demo.json` holds. Raises what the stages raise.
     """
@@ -92,16 +98,23 @@ def _warm_start(spec: CacheSpec, cache: Cache, folder: Path, seed: int, device: 
 
 def _one_run(cache: Cache, student: Path, out: Path, seed: int, recipe: str, device: str | None) -> dict[str, Any]:
     folder = out / "runs" / f"seed-{seed}" / recipe
-    changes = [f"distill.seed={seed}"]
+    has_exits = recipe != "sft"
+    changes = [f"distill.seed={seed}", *(EXITS if has_exits else ())]
+    if recipe == "any-depth":  # as many steps of the student as the others have that it is compared with
+        steps = stage_steps(distill_spec(cache, student=str(student)), len(cache))
+        changes.append(f"distill.verbalizers={folder.parent / 'vlsi' / 'verbalizers'}")
+        changes.append(f"distill.interact.schedule.steps={steps['verbalize'] + steps['interact']}")
     run = distill(cache, student=str(student), out=folder, recipe=recipe, overrides=changes, device=device)
     scores = kept_result(run) or evaluate(run, device=device)
-    seconds = sum(stage["seconds"] for stage in read_run(run)["stages"])
+    seconds = sum(stage["seconds"] for stage in read_run(run)["stages"] if stage["name"] != "exits")
+    measured = (read_exits(run) or exits(run, device=device)) if has_exits else {}
     return {
         "seed": seed,
         "run": str(run.relative_to(out)),
         "exact_match": scores["exact_match"],
         "perplexity": scores["perplexity"],
         "seconds": seconds,
+        "exits": measured.get("exits", []),
     }
 
 
@@ -121,9 +134,13 @@ def _teacher_scores(spec: CacheSpec, out: Path, device: str | None) -> dict[str,
 def _budget(spec: CacheSpec, num_samples: int) -> str:
     steps = stage_steps(spec, num_samples)
     parts = ", ".join(f"{stage} {count}" for stage, count in steps.items())
+    of_student = steps["verbalize"] + steps["interact"]
     return (
         f"{sum(steps.values())} optimizer steps of {spec.distill.batch_size} samples for every recipe (vlsi: {parts}), "
-        "over the same cached samples and from the same warm start; fixed before any of these students was trained"
+        "over the same cached samples and from the same warm start; fixed before any of these students was trained. "
+        f"any-depth takes the verbalizers of vlsi, and its interact has {of_student} steps: its "
+        "student is trained for as many as that of last. The exits of last, vlsi and any-depth are "
+        "trained alike on the finished students, and come on top"
     )
 
 

@@ -33,7 +33,7 @@ MAX_SHARE = 20  # percent of a layer's tokens in one bin, from where the colour 
 INK, MUTED, LINE = "#1f2328", "#656d76", "#d1d9e0"
 PAGE_COLOURS = {INK: "var(--ink)", MUTED: "var(--muted)", LINE: "var(--line)"}
 ACCENT, WARM, GREY, GREEN = "#3d7fd6", "#dd8a2c", "#8b929b", "#2f9e74"
-RECIPE_COLOURS = {"sft": GREY, "last": WARM, "vlsi": ACCENT, "trol": GREEN}
+RECIPE_COLOURS = {"sft": GREY, "last": WARM, "vlsi": ACCENT, "any-depth": GREEN, "trol": GREEN}
 DASHED = (0, (3, 2))
 LOSS = "loss [nats per token]"
 STYLE: dict[Any, Any] = {
@@ -176,19 +176,23 @@ def verbalizer_losses(steps: Sequence[int], layers: Mapping[int, Sequence[float]
         return svg_of(figure, "verbalizers", "Loss of each layer's verbalizer")
 
 
-def layer_losses(losses: Mapping[str, Mapping[int, Sequence[float]]]) -> str:
-    """Held-out loss of each verbalized student layer, one line per recipe; a band from the worst to the best seed."""
-    with styled_figure(5.4, 3.0, room_above=0) as (figure, (axes,)):
-        for recipe, of_layer in losses.items():
-            layers, colour = list(of_layer), RECIPE_COLOURS.get(recipe, GREEN)
-            means = [float(np.mean(of_layer[layer])) for layer in layers]
-            axes.plot(layers, means, color=colour, lw=1.8, marker="o", ms=4, label=recipe)
-            low, high = zip(*((min(v), max(v)) for v in of_layer.values()), strict=True)
-            axes.fill_between(layers, low, high, color=colour, alpha=0.18, lw=0)
-        axes.set_xticks(sorted({layer for of_layer in losses.values() for layer in of_layer}))
-        _label_lines(axes, xlabel="student layer", ylabel=LOSS)
-        axes.legend()
-        return svg_of(figure, "layers", "Held-out loss of each student layer")
+def exit_lines(exits: Mapping[str, Mapping[int, Sequence[Mapping[str, Any]]]]) -> str:
+    """Right words and held-out loss of every layer that answers, one line per recipe; a band over the seeds."""
+    panels = (("accuracy", 100.0, "right words [%]"), ("nll", 1.0, LOSS))
+    with styled_figure(8.2, 3.0, 2, room_above=0) as (figure, pair):
+        for axes, (key, scale, name) in zip(pair, panels, strict=True):
+            for recipe, of_layer in exits.items():
+                layers, colour = sorted(of_layer), RECIPE_COLOURS.get(recipe, GREEN)
+                values = [[scale * one[key] for one in of_layer[layer]] for layer in layers]
+                means = [float(np.mean(of_seeds)) for of_seeds in values]
+                axes.plot(layers, means, color=colour, lw=1.8, marker="o", ms=4, label=recipe)
+                axes.fill_between(
+                    layers, *zip(*((min(v), max(v)) for v in values), strict=True), color=colour, alpha=0.18, lw=0
+                )
+            axes.set_xticks(sorted({layer for of_layer in exits.values() for layer in of_layer}))
+            _label_lines(axes, xlabel="student layer that answers", ylabel=name)
+        pair[0].legend()
+        return svg_of(figure, "exit-lines", "Right words and loss of each student layer")
 
 
 def exit_curves(result: Mapping[str, Any]) -> str:

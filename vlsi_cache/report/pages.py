@@ -25,6 +25,8 @@ from .text import (
     RECIPE_NAMES,
     Table,
     check_page,
+    demo_exit_rows,
+    demo_exits,
     demo_rows,
     evaluation_parts,
     exits_parts,
@@ -193,7 +195,7 @@ def cache_page(cache: "Cache") -> str:
 
 
 def demo_page(folder: Path, demo: dict[str, Any], example: dict[str, Any] | None, cache: "Cache | None") -> str:
-    """Three recipes against one cache, on questions that none of them has seen; `cache` is None when it is gone."""
+    """Four recipes against one cache, on questions that none of them has seen; `cache` is None when it is gone."""
     runs: dict[str, list[RunFiles | None]] = {}  # None for a run whose folder is gone
     for recipe, entries in demo["runs"].items():
         paths = [folder / entry["run"] for entry in entries]
@@ -210,10 +212,10 @@ def demo_page(folder: Path, demo: dict[str, Any], example: dict[str, Any] | None
     layers, bytes_per = _layers_of(cache) if cache else [], demo.get("bytes_per_layer_token")
     return render(
         "demo.html",
-        title="Three ways to teach a small model",
+        title="Four ways to teach a small model",
         lead="A frozen teacher ran once and left what each of its layers says about every response token. Then small "
         "students were trained against that cache: sft sees the labels only, last also the teacher's last layer, vlsi "
-        "all layers.",
+        "all layers, and any-depth too, to the end and as much as its last layer does not feel.",
         demo=demo,
         recipe_names=RECIPE_NAMES,
         points=points,
@@ -226,7 +228,8 @@ def demo_page(folder: Path, demo: dict[str, Any], example: dict[str, Any] | None
         sample=example,
         losses=_demo_losses(first),
         **(_matched(vlsi) if vlsi else {"matched": None, "match_map": None}),
-        layer_losses=_demo_layer_losses(runs),
+        exit_lines=figures.exit_lines(found) if (found := demo_exits(demo)) else None,
+        exit_rows=demo_exit_rows(demo),
         verbalizer_losses=_verbalizer_losses(vlsi) if vlsi else None,
         stored=_stored_bytes(bytes_per) if isinstance(bytes_per, dict) else None,
         record=vlsi.record if vlsi else {},
@@ -432,13 +435,3 @@ def _demo_losses(runs: dict[str, RunFiles]) -> str | None:
         if logged := {recipe: found for recipe, found in curves.items() if found[0]}:
             shown[title] = logged
     return figures.loss_curves(shown) if shown else None
-
-
-def _demo_layer_losses(runs: dict[str, list[RunFiles | None]]) -> str | None:
-    """Held-out loss of each verbalized student layer, of all seeds."""
-    losses: dict[str, dict[int, list[float]]] = {}
-    for recipe, found in runs.items():
-        for run in found:
-            for layer, nll in ((run.evaluation or {}).get("layers") or {}).items() if run else ():
-                losses.setdefault(recipe, {}).setdefault(int(layer), []).append(float(nll))
-    return figures.layer_losses(losses) if losses else None

@@ -18,7 +18,13 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 Table = tuple[list[str], list[list[str]]]  # head and rows
-RECIPE_NAMES = {"sft": "labels only", "last": "last layer", "vlsi": "all layers", "trol": "labels, traversed"}
+RECIPE_NAMES = {
+    "sft": "labels only",
+    "last": "last layer",
+    "vlsi": "all layers",
+    "any-depth": "layers to the end",
+    "trol": "labels, traversed",
+}
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 HEAD_BYTES = 4096
 FIRST = 5  # of many names that are shown
@@ -219,6 +225,35 @@ def demo_rows(demo: Mapping[str, Any]) -> Table:
         rows.append([name, *cells[:-1], cells[-1] if key in teacher else ""])
     heads = [f"{recipe} ({RECIPE_NAMES.get(recipe, recipe)})" for recipe in demo["recipes"]]
     return ["questions", *heads, "teacher"], rows
+
+
+def demo_exits_table(demo: Mapping[str, Any]) -> str:
+    """What the layers of the students answer, for the terminal; empty where it was not measured."""
+    found = demo_exit_rows(demo)
+    return f"next words of held-out answers, by the layer that says them\n{table(*found)}" if found else ""
+
+
+def demo_exit_rows(demo: Mapping[str, Any]) -> Table | None:
+    """Right words and loss at every layer of the recipes that have exits: mean and spread over the seeds."""
+    exits = demo_exits(demo)
+    layers = sorted({layer for of_layer in exits.values() for layer in of_layer})
+    rows = []
+    for layer in layers:
+        found = [of_layer.get(layer, []) for of_layer in exits.values()]
+        right = [mean_and_spread([one["accuracy"] for one in of_seeds]) for of_seeds in found]
+        nats = [mean_and_spread([one["nll"] for one in of_seeds], scale=1.0, digits=3) for of_seeds in found]
+        rows.append([f"{layer} (last)" if layer == layers[-1] else str(layer), *right, *nats])
+    heads = [*(f"{recipe}: right, %" for recipe in exits), *(f"{recipe}: nats" for recipe in exits)]
+    return (["layer", *heads], rows) if rows else None
+
+
+def demo_exits(demo: Mapping[str, Any]) -> dict[str, dict[int, list[dict[str, Any]]]]:
+    """What was measured of exits by recipe and layer, one for each seed."""
+    found: dict[str, dict[int, list[dict[str, Any]]]] = {}
+    for recipe, runs in demo["runs"].items():
+        for one in (one for run in runs for one in run.get("exits") or []):
+            found.setdefault(recipe, {}).setdefault(one["layer"], []).append(one)
+    return found
 
 
 def evaluation_table(result: Mapping[str, Any]) -> str:
