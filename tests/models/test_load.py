@@ -8,12 +8,13 @@ import pytest
 import torch
 from helpers.families import NUM_LAYERS, POSITIONS_T, ROWS_T, tiny_inputs, tiny_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
 from vlsi_cache.errors import ModelError, SpecError
 from vlsi_cache.models.backbone import Backbone
 from vlsi_cache.models.load import ModelRef, resolve_model
 from vlsi_cache.models.save import decoder_layers, init_student, keep_layers, save_student
+from vlsi_cache.models.student_card import why_no_early_exit, write_card
 
 ENCODER_FILES = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "chat_template.jinja")
 
@@ -212,6 +213,29 @@ def test_saved_student_opens_and_has_its_encoder(tmp_path: Path) -> None:
     (tmp_path / "mine" / "notes.txt").touch()
     with pytest.raises(ModelError, match=r"was not written here: it has no vlsi_cache\.json"):
         save_student(model, ModelRef(source), tmp_path / "mine", end_of_turn=2, pad=0)
+
+
+@pytest.mark.parametrize(
+    ("family", "problem"),
+    [("llama", ""), ("qwen2_vl", "it ended with `AttributeError: "), ("gpt_neox", "it ended with `IndexError: ")],
+)
+def test_the_card_says_whether_transformers_drafts_from_a_layer(family: str, problem: str, tmp_path: Path) -> None:
+    if family == "gpt_neox":
+        sizes: Any = {"hidden_size": 32, "num_hidden_layers": 5, "num_attention_heads": 2, "intermediate_size": 64}
+        model: Any = AutoModelForCausalLM.from_config(GPTNeoXConfig(vocab_size=61, **sizes)).eval()
+    else:
+        model = tiny_model(family)
+    assert why_no_early_exit(model).startswith(problem)
+    write_card(model, tmp_path, {"recipe": "last"})
+    card = (tmp_path / "README.md").read_text()
+    assert "- recipe: `last`" in card
+    assert ("K from 1 to 4, gives the text of greedy decoding" in card) == (not problem)
+    assert ("load it again" in card) == bool(problem)
+    assert model.config.get_text_config().num_hidden_layers == 5  # as it was, also where the call had failed
+    if not problem:
+        ids = torch.arange(3, 13)[None]
+        texts = [model.generate(ids, max_new_tokens=12, **more) for more in ({}, {"assistant_early_exit": 2})]
+        assert torch.equal(*texts)
 
 
 def test_student_with_an_adapter_is_not_saved(tmp_path: Path) -> None:

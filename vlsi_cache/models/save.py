@@ -20,6 +20,7 @@ from .backbone import Backbone
 from .gguf_files import parsed_once
 from .load import SMALL_FILES, ModelRef, check_plain, first_line, model_errors, quiet, resolve_model
 from .lora import base_of, is_adapter_alone
+from .student_card import write_card
 from .traversal import traversal_of
 from .traversal_files import save_traversed
 
@@ -76,6 +77,8 @@ def write_folder(
         temporary.mkdir()
         with quiet():
             model.save_pretrained(temporary) if traversal_of(model) is None else save_traversed(model, temporary)
+        if record == STUDENT_RECORD and traversal_of(model) is None:
+            write_card(model, temporary, facts)
         _copy_encoder(source, temporary)
         whole = {**facts, "weights": ModelRef(temporary).digest}
         (temporary / record).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
