@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.families import tiny_model
 from helpers.tiny import write_spec
 from transformers import AutoModelForCausalLM
 
 import vlsi_cache as vc
+from vlsi_cache.config.training import TraversalSpec
 from vlsi_cache.data.collate import collate_prompts
 from vlsi_cache.data.records import read_records
 from vlsi_cache.errors import CacheCorruptError, ModelError, SpecError
@@ -19,9 +21,11 @@ from vlsi_cache.models.backbone import Backbone
 from vlsi_cache.models.draft_costs import CONFIDENCE, Answer, Costs, drafts_of
 from vlsi_cache.models.drafting import Drafter, decode
 from vlsi_cache.models.load import ModelRef
+from vlsi_cache.models.traversal import add_traversal
 from vlsi_cache.models.verbalizer import load_verbalizers
 from vlsi_cache.report.pages import write_report
 from vlsi_cache.store.reader import Cache
+from vlsi_cache.teacher.draft_plan import costs_of
 from vlsi_cache.train.student import cached_sources
 
 CHANGES = (
@@ -133,6 +137,19 @@ def test_drafts_are_counted_as_decoding_would() -> None:
     costs = Costs({1: 10}, layers=100, head=10)
     assert costs.speedup(1, drafts_of([always(21)], 4)) == pytest.approx(5 * 110 / (4 * 20 + 110))
     assert costs.speedup(1, drafts_of([always(400, agrees=False)], 4)) == pytest.approx(110 / (4 * 20 + 110), rel=0.01)
+
+
+@pytest.mark.parametrize(("mode", "times"), [("all", 3), ("prompt", 1)])
+def test_a_token_reads_the_layers_of_a_traversed_student_as_often_as_they_run(mode: str, times: int) -> None:
+    model = tiny_model("llama")
+    plain = costs_of(model, {2: 7})
+    add_traversal(model, TraversalSpec(mode=mode, num_passes=3))
+    found = costs_of(model, {2: 7})
+    assert (found.layers, found.below[2] - 7, found.head) == (
+        times * plain.layers,
+        times * (plain.below[2] - 7),
+        plain.head,
+    )
 
 
 def test_along_own_answers_the_prediction_is_what_decoding_does(run: Path, cache: Cache, tmp_path: Path) -> None:

@@ -222,6 +222,8 @@ def test_rows_and_vocabulary_must_be_those_of_the_cache(
         vc.evaluate(student_folder, spec=spec, cache=cache, verbalizers=tmp_path)
     with pytest.raises(SpecError, match="beams are for answers"):
         vc.evaluate(student_folder, spec=spec, cache=cache, num_beams=2)
+    with pytest.raises(SpecError, match=r"a layer drafts answers to held-out rows, and the spec has none"):
+        vc.evaluate(student_folder, spec=spec, cache=cache, draft_exit=1)
 
 
 def test_one_beam_is_greedy_and_a_wide_one_is_exhaustive(student_folder: Path, spec_path: Path) -> None:

@@ -169,6 +169,7 @@ def test_layers_and_k(root: Path, tmp_path: Path, layers: list[int | str] | None
         ({"where": "tokens > 99"}, "nothing would be left of the 7 samples"),
         ({"tokens": "entropy>99"}, "no row would be left"),
         ({"layers": [1]}, "the final layer 4 always stays"),
+        ({"layers": "last"}, r'`layers` is the text "last": give a list'),
         ({"layers": [9, "last"]}, "layer `9` is not in this cache"),
         ({"top_k": 99}, "this cache keeps 6"),
         ({"top_k": 0}, "1 to 6 is possible"),

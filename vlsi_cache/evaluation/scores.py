@@ -118,7 +118,11 @@ def _evaluate(
     if spec is None or (spec.evaluate is None and opened is None):
         raise SpecError(_nothing_to_measure(folder))
     if num_beams is not None:
-        if spec.evaluate is None or not spec.evaluate.generate:
+        if spec.evaluate is None:
+            raise SpecError(
+                "beams are for answers to held-out rows, and the spec has none: name some in `evaluate.data`"
+            )
+        if not spec.evaluate.generate:
             raise SpecError("beams are for answers, and the spec generates none: set `evaluate.generate: true`")
         spec = change(spec, evaluate={**spec.evaluate.model_dump(), "num_beams": num_beams})
     if draft_exit is not None:
@@ -176,7 +180,9 @@ def _evaluate(
 
 
 def _check_drafts(spec: CacheSpec) -> None:
-    if spec.evaluate is None or not spec.evaluate.generate:
+    if spec.evaluate is None:
+        raise SpecError("a layer drafts answers to held-out rows, and the spec has none: name some in `evaluate.data`")
+    if not spec.evaluate.generate:
         raise SpecError("a layer drafts answers, and the spec generates none: set `evaluate.generate: true`")
     if spec.evaluate.num_beams > 1:
         raise SpecError(f"drafts are for one answer at a time, not for {spec.evaluate.num_beams} beams: leave one out")

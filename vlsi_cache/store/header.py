@@ -129,7 +129,7 @@ def compare_headers(root: Path, stored: CacheHeader, asked: CacheHeader, *, with
     if lines:
         other = {name for name in {**sides[0], **sides[1]} if sides[0].get(name) != sides[1].get(name)}
         advice = "name another folder, or go back to what the cache was made from"
-        if other <= set(OF_THE_DATA):
+        if other <= set(OF_THE_DATA) and "import.format" not in asked.fingerprint:
             advice += "; if the data has changed, `build-teacher --sync` brings a finished cache up to it"
         raise FingerprintMismatchError(
             f"`{root}` was made from something else ({len(lines)} fields differ):\n"

@@ -14,18 +14,22 @@ from vlsi_cache.config.spec import spec_from_dict
 from vlsi_cache.errors import SpecError
 from vlsi_cache.models.backbone import Backbone
 from vlsi_cache.models.draft_costs import CONFIDENCE, Answer, Costs, drafts_of
+from vlsi_cache.models.traversal import traversal_of
 from vlsi_cache.progress import progress
 from vlsi_cache.store import reader
 from vlsi_cache.store.reader import Cache
 
 from .inputs import teacher_ref
-from .plan import active_weights, verbalizer_size
+from .plan import active_weights, num_passes, verbalizer_size
 
 
 def costs_of(model: Any, verbalizer_parameters: Mapping[int, int]) -> Costs:
     """Weights that a token reads in a model (on the meta device, too), with verbalizers of these sizes at its exits."""
     backbone, text = Backbone(model), model.config.get_text_config()
-    by_layer = [round(sum(active_weights(layer, text).values())) for layer in backbone.layers]
+    state = traversal_of(model)
+    # Of an answer's tokens, which come one by one, `mode: all` alone runs a layer again.
+    passes = num_passes(state.settings) if state is not None and state.mode == "all" else 1
+    by_layer = [passes * round(sum(active_weights(layer, text).values())) for layer in backbone.layers]
     sums = np.cumsum(by_layer).tolist()
     below = {layer: sums[layer - 1] + count for layer, count in verbalizer_parameters.items()}
     return Costs(below, sums[-1], backbone.head_weight.numel())

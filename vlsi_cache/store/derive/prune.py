@@ -273,6 +273,8 @@ def plan_prune(source: Cache, out: Path, cuts: Cuts, *, keep_parts: bool = False
 
 
 def _kept_rows(header: CacheHeader, layers: Sequence[int | str] | None) -> list[int]:
+    if isinstance(layers, str):
+        raise SpecError(f'`layers` is the text "{layers}": give a list, such as [2, 4, "last"]')
     rows = sorted(set(header.layer_indices(layers)))
     if len(header.layers) - 1 not in rows:
         raise SpecError(f'the final layer {header.layers[-1]} always stays: add "last" to `layers`')
