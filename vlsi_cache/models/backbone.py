@@ -241,8 +241,10 @@ class Backbone:
         groups = self._groups(inputs)
         if not groups:
 
+            device = self.device
+
             def keep(hidden_BSD: Tensor, _kwargs: dict[str, Any]) -> Tensor:
-                return _gather(hidden_BSD, rows_T, positions_T).to(self.device)
+                return _gather(hidden_BSD, rows_T, positions_T).to(device)
 
             captured, final_BSD = self._run(inputs, layers, keep, with_final=with_final)
             return captured if final_BSD is None else {**captured, self.num_layers: keep(final_BSD, {})}
