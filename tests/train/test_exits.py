@@ -123,6 +123,8 @@ def test_any_depth_teaches_layers_to_the_end(cache: Cache, student_folder: Path,
         *exits, last = (line["layers"][layer] for layer in sorted(line["layers"]))
         if line["stage"] == "interact":
             exits, last = [*exits, last], line["kl_last"]
+        else:
+            assert line["ce_last"] == last
         assert line["loss"] == pytest.approx(last + 0.5 * sum(exits) / len(exits), rel=1e-4)
     plain = vc.distill(cache, out=tmp_path / "vlsi", overrides=[*CHANGES, *more], **options | {"recipe": "vlsi"})
     assert "layers" not in metrics_of(plain)[-5]

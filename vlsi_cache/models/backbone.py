@@ -240,7 +240,6 @@ class Backbone:
             return capture_branches(self, inputs, layers, rows_T, positions_T, with_final=with_final)
         groups = self._groups(inputs)
         if not groups:
-
             device = self.device
 
             def keep(hidden_BSD: Tensor, _kwargs: dict[str, Any]) -> Tensor:

@@ -166,7 +166,7 @@ class Verbalizers(nn.Module):
     def apply(self, layer: int, hidden: Tensor | LayerSequence) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """What enters the head for one layer, [T, D] in the dtype of `hidden`; differentiable in `hidden`."""
         state_TD = self.by_layer[str(layer)](hidden)
-        # Of a model spread over several devices, norm and head may lie on different ones; states come where the head is.
+        # Of a model spread over several devices, norm and head may lie on different ones; states come to the head.
         normed_TD = self._backbone.final_norm(state_TD) if self.architecture.final_norm else state_TD
         return normed_TD.to((hidden.hidden_BSD if isinstance(hidden, LayerSequence) else hidden).device)
 

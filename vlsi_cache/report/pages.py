@@ -431,7 +431,10 @@ def _demo_losses(runs: dict[str, RunFiles]) -> str | None:
     }
     shown = {}
     for title, (stage, key) in panels.items():
-        curves = {recipe: curve(run.metrics, stage, key) for recipe, run in runs.items()}
+        curves = {
+            recipe: curve(run.metrics, stage, "ce_last" if stage == "sft" and recipe == "any-depth" else key)
+            for recipe, run in runs.items()
+        }
         if logged := {recipe: found for recipe, found in curves.items() if found[0]}:
             shown[title] = logged
     return figures.loss_curves(shown) if shown else None

@@ -154,13 +154,14 @@ def supervised(
             own = torch.stack(losses).sum(0).tolist()  # waits for the device, once a step
             done = all_done(state.processes, own, tokens, memory_gib(state.device), is_ending=signals.came)
             by_layer = dict(zip(weights, np.sum(done.found, axis=0).tolist(), strict=True))
+            shown = {"ce_last": by_layer[backbone.num_layers], "layers": {str(k): by_layer[k] for k in weights}}
             seconds = time.monotonic() - started
             log.write(
                 stage=stage,
                 step=step + 1,
                 num_steps=num_steps,
                 loss=sum(weights[layer] * loss for layer, loss in by_layer.items()),
-                **({"layers": {str(layer): loss for layer, loss in by_layer.items()}} if len(by_layer) > 1 else {}),
+                **(shown if exit_layers else {}),
                 learning_rate=rate,
                 tokens_per_s=done.num_tokens / seconds,
                 data_wait_pct=100 * (feed.wait_s - waited) / seconds,
