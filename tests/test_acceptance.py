@@ -57,3 +57,15 @@ def test_the_benchmark_runs(scripts: dict[str, Any], tmp_path: Path) -> None:
     assert "cold, 52 steps: matches that break the order, of all | 0 of 2 | yes" in text
     scored = {file.parent.name for file in (tmp_path / "work").rglob("score.json")}
     assert scored == {"adaptive", "last", "sft", "16 entries", "dense rows"}
+
+
+@pytest.mark.slow
+def test_students_that_answer_at_any_depth_are_compared_seed_by_seed(scripts: dict[str, Any], tmp_path: Path) -> None:
+    options = ["--tiny", "--tables", "depth", "--seeds", "1", "--cells", "pretrained, 65 steps"]
+    scripts["acceptance"].main([*options, "--work", str(tmp_path / "work"), "--out", str(tmp_path / "results.md")])
+    text = (tmp_path / "results.md").read_text(encoding="utf-8")
+    table = text.split("exits trained afterwards\n")[1].split("\n## ")[0]
+    found = {row[0]: row[1:] for row in (line.strip("| ").split(" | ") for line in table.splitlines()) if len(row) == 5}
+    lens = ("any-depth, logit lens, even map, jsd", "any-depth, logit lens, labels")
+    assert list(found) == ["variant", "---", "adaptive", "any-depth", *lens]
+    assert all(abs(float(cell)) < 1 for name in ("any-depth", *lens) for cell in found[name])

@@ -96,11 +96,14 @@ def test_students_with_another_tokenizer_are_compared(scripts: dict[str, Any], t
     module = scripts["across_tokenizers"]
     module.main(["--tiny", "--threads", "1", "--out", str(tmp_path / "results.md")])
     text = (tmp_path / "results.md").read_text(encoding="utf-8")
-    assert "vocabulary has 284 words; the student's has 408" in text
+    found = re.search(r"vocabulary has (\d+) words; the student's has (\d+)", text)
+    assert found is not None
+    own, other = map(int, found.groups())
+    assert own < 300 < other  # as many as the teacher's was trained to have at most, and the student's of its rows
     rows = re.findall(r"^\| (.+?) \| (\S+) \((\S+)\) \| (\S+) \(", text, flags=re.MULTILINE)
     assert [name for name, *_ in rows] == list(module.VARIANTS)
     losses = {name: float(value) for name, value, *_ in rows}
-    assert all(0 < loss < 2 * math.log(408) for loss in losses.values())
+    assert all(0 < loss < 2 * math.log(other) for loss in losses.values())
     assert len({losses[name] for name in (module.LABELS, module.ALM, module.OURS)}) == 3
     for name, value, gap, mean in rows:  # of one seed
         assert float(mean) == float(value)
