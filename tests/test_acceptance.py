@@ -67,5 +67,5 @@ def test_students_that_answer_at_any_depth_are_compared_seed_by_seed(scripts: di
     table = text.split("exits trained afterwards\n")[1].split("\n## ")[0]
     found = {row[0]: row[1:] for row in (line.strip("| ").split(" | ") for line in table.splitlines()) if len(row) == 5}
     lens = ("any-depth, logit lens, even map, jsd", "any-depth, logit lens, labels")
-    assert list(found) == ["variant", "---", "adaptive", "any-depth", *lens]
+    assert list(found) == ["variant", "---", "adaptive", "mean, fade 0-0.3", "any-depth", *lens]
     assert all(abs(float(cell)) < 1 for name in ("any-depth", *lens) for cell in found[name])

@@ -121,10 +121,9 @@ def longer() -> list[Variant]:
         "fade 0-0.3": ("layers_full_until=0", "layers_zero_from=0.3"),
         "mean": ("layer_reduction=mean",),
         "mean, fade 0.3-0.7": ("layer_reduction=mean", "layers_full_until=0.3", "layers_zero_from=0.7"),
-        FADED: ("layer_reduction=mean", "layers_full_until=0", "layers_zero_from=0.3"),
     }  # fmt: skip
     found = [Variant(name, tuple(f"distill.interact.{one}" for one in keys)) for name, keys in settings.items()]
-    return [*found, *depth()[:2]]
+    return [*found, *depth()[:3]]
 
 
 def depth() -> list[Variant]:
@@ -136,7 +135,9 @@ def depth() -> list[Variant]:
         LENS: (*lens, "distill.interact.matching=uniform_stretch", "distill.interact.intermediate=jsd"),
         EARLY: (*lens, "distill.interact.intermediate=ce"),
     }
+    faded = ("layer_reduction=mean", "layers_full_until=0", "layers_zero_from=0.3")
     return [
+        Variant(FADED, tuple(f"distill.interact.{one}" for one in faded)),
         Variant(FEWER, (few,), recipe="last"),
         *(Variant(name, changes, recipe="any-depth") for name, changes in forms.items()),
     ]
