@@ -5,8 +5,8 @@
 
 A run's exits are `RUN/exits`, else `RUN/verbalizers`, else norm and head. The random model's layers above the exit add
 so little that it drafts as a trained one does (`agreement` says how well). Times are CPU seconds of one thread, or
-seconds of a GPU; each contestant has its turn in every round. `transformers` is `generate` without drafts, `ours, 0`
-our own loop without them. Prediction: `teacher/draft_plan.py` along the greedy answers.
+seconds of a GPU; each contestant has its turn in every round. A ratio in brackets is that behind the prompts, whose
+time (our own loop, one token) is taken off both sides. Prediction: `teacher/draft_plan.py` along the greedy answers.
 """
 
 import argparse
@@ -140,6 +140,9 @@ def compare(
         works[key] = lambda drafter=drafter: [
             said for batch in batches for said in decode(drafter, batch, max_new_tokens=new, **ids)
         ]
+    works["prompts"] = lambda: [
+        said for batch in batches for said in decode(drafters[none, exits.layers[0]], batch, max_new_tokens=1, **ids)
+    ]
     said = {key: work() for key, work in works.items()}
     counts = {key: drafter.counts for key, drafter in drafters.items()}
     took: dict[Any, list[float]] = {key: [] for key in works}
@@ -147,9 +150,19 @@ def compare(
         for key, work in works.items():
             took[key].append(timed(work, backbone.device))
     predicted = dict(predictions(backbone, exits, said["transformers"], batches))
-    plain = took["transformers"]
+    plain, prompts = took["transformers"], took["prompts"]
+
+    def faster(slow: list[float], quick: list[float]) -> str:
+        whole = statistics.median(a / b for a, b in zip(slow, quick, strict=True))
+        behind = statistics.median((a - p) / (b - p) for a, b, p in zip(slow, quick, prompts, strict=True))
+        return f"{whole:.2f} ({behind:.2f})"
+
     num_tokens = sum(map(len, said["transformers"]))
-    report.say(f"{num_tokens} words of greedy decoding, {num_tokens / statistics.median(plain):.1f} a second.\n")
+    of_prompts = statistics.median(p / a for a, p in zip(plain, prompts, strict=True))
+    report.say(
+        f"{num_tokens} words of greedy decoding, {num_tokens / statistics.median(plain):.1f} a second; "
+        f"{100 * of_prompts:.0f} % of the time for prompts.\n"
+    )
     report.table(
         "exit", "drafts, probability", "texts that are the same", "drafts that stand", "predicted", "words a pass",
         "against transformers", "against our loop without drafts", "by weights read",
@@ -157,8 +170,6 @@ def compare(
     for key in drafters:
         (num_drafts, confidence), layer = key
         same = sum(one == other for one, other in zip(said[key], said["transformers"], strict=True))
-        faster = statistics.median(a / b for a, b in zip(plain, took[key], strict=True))
-        ours = statistics.median(a / b for a, b in zip(took[none, exits.layers[0]], took[key], strict=True))
         acceptance, by_weights = predicted.get(key, (0.0, 1.0))
         report.row(
             str(layer) if num_drafts else "none",
@@ -167,8 +178,8 @@ def compare(
             f"{counts[key]['acceptance']:.3f}" if num_drafts else "",
             f"{acceptance:.3f}" if num_drafts else "",
             f"{counts[key]['tokens_per_pass']:.2f}",
-            f"{faster:.2f}",
-            f"{ours:.2f}",
+            faster(plain, took[key]),
+            faster(took[none, exits.layers[0]], took[key]),
             f"{by_weights:.2f}",
         )
     report.say("")
