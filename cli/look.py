@@ -376,9 +376,9 @@ def _run(path: Path) -> dict[str, Any]:
 
 
 def _demo(path: Path) -> dict[str, Any]:
-    from vlsi_cache.run_files import read_object
+    from vlsi_cache.run_files import read_demo
 
-    name = f"{len(read_object(path / 'demo.json', 'run the demo again')['seeds'])} seed(s)"
+    name = f"{len(read_demo(path / 'demo.json', 'run the demo again')['seeds'])} seed(s)"
     return {"state": "done", "size_bytes": _folder_size(path), "name": name}
 
 

@@ -9,10 +9,10 @@ import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import xxhash
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, model_validator
 
 from .errors import CacheCorruptError, SpecError, command_line
 from .io import refuse_url
@@ -113,6 +113,7 @@ class _Evaluation(_Record):
 class _Checkpoint(_Record):
     stage: str
     step: int
+    student: str | None = None
     files: dict[str, FileSum] | None = None
 
 
@@ -161,12 +162,40 @@ class _Exit(_Record):
 
 
 class _Exits(_Record):
+    student: str | None = None
     rows: str
     num_samples: int
     structure: str
     verbalizers: str | None
     exits: list[_Exit]
     rules: dict[str, list[dict[str, float]]]
+
+
+class _DemoExit(_Record):
+    layer: int
+    accuracy: float
+    nll: float
+
+
+class _DemoRun(_Record):
+    run: str
+    exact_match: dict[str, float] | None = None
+    perplexity: float | None = None
+    seconds: float | None = None
+    exits: list[_DemoExit] = []
+
+
+class _Demo(_Record):
+    cache: str
+    seeds: list[int]
+    recipes: list[str]
+    runs: dict[str, list[_DemoRun]]
+
+    @model_validator(mode="after")
+    def _has_all_runs(self) -> Self:
+        if missing := set(self.recipes) - self.runs.keys():
+            raise ValueError(f"it has no runs of recipe {', '.join(sorted(missing))}")
+        return self
 
 
 class _Ablation(_Record):
@@ -271,6 +300,13 @@ def read_exits(folder: Path) -> dict[str, Any] | None:
     return _unsealed(_read(file, _Exits, todo), file, todo, required=True)
 
 
+def of_this_student(exits: dict[str, Any], folder: Path) -> bool:
+    """Whether the content of `exits.json` was measured on the student that is in the run folder, as far as both say."""
+    card = folder / "student" / "vlsi_cache.json"
+    said = json.loads(card.read_text(encoding="utf-8")) if card.is_file() else {}
+    return exits.get("student") in (None, said.get("weights", exits.get("student")))
+
+
 def read_checkpoint(file: Path) -> dict[str, Any]:
     """`checkpoint.json`, which has a checksum of itself; one of an earlier release has none."""
     record = _read(file, _Checkpoint, "")
@@ -287,6 +323,11 @@ def read_ablation(file: Path) -> dict[str, Any]:
     todo = "restore it from a copy, or choose another folder with -o: there --cache takes the cache that is here"
     record = _read(file, _Ablation, todo)
     return _read(file, _AblationTables, todo) if "tables" in record else record
+
+
+def read_demo(file: Path, todo: str) -> dict[str, Any]:
+    """`demo.json`; `todo` is what to do when it is damaged."""
+    return _read(file, _Demo, todo)
 
 
 def read_batch(file: Path, num: int) -> list[dict[str, Any]]:

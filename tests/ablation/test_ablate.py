@@ -438,10 +438,26 @@ def test_held_out_rows_are_read_before_anything_is_built(start: Start, spec: vc.
     assert not (tmp_path / "ablation").exists()
 
 
-def test_a_student_is_read_through_the_verbalizers_it_was_trained_with(start: Start, tmp_path: Path) -> None:
-    out = tmp_path / "ablation"
-    start(out, axes=["verbalizer"], variants=["ffn", "last"])
+def test_a_student_is_read_through_the_verbalizers_it_was_trained_with(
+    start: Start, spec: vc.CacheSpec, tmp_path: Path
+) -> None:
+    """Or its norm and head; steps are those of the student."""
+    out, file = tmp_path / "ablation", tmp_path / "lens.yaml"
+    lens = {"name": "lens", "what": "norm and head", "recipe": "any-depth"}
+    lens["set"] = ["verbalizer.structure=logit-lens", "distill.exits.weight=0.2"]
+    file.write_text(yaml.safe_dump({"title": "lens", "variants": [lens]}))
+    changed = apply_overrides(spec, ["distill.exits.schedule.steps=1"])
+    record = start(out, spec=spec, axes=["verbalizer", str(file)], variants=["ffn", "last", "lens"])
     runs = out / "runs" / "seed-0"
+    own = json.loads((runs / "lens" / "evaluation.json").read_text())
+    exits = {str(one["layer"]): one["nll"] for one in vc.exits(runs / "lens")["exits"]}
+    assert (own["measured_with"]["verbalizers"], own["layers"]) == (
+        None,
+        pytest.approx({k: exits[k] for k in own["layers"]}),
+    )
+    assert len(own["layers"]) == 2
+    assert {one["0"]["steps"] for one in record["runs"].values()} == {5}
+    assert ", exits" not in start(tmp_path / "other", spec=changed, dry_run=True)["budget"]
     for name, ruler in (("ffn", "ffn"), ("last", "vlsi")):
         found = json.loads((runs / name / "evaluation.json").read_text())["verbalizers"]
         assert found["path"] == str(runs / ruler / "verbalizers")

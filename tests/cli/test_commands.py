@@ -465,6 +465,7 @@ def test_hints_can_be_pasted(name: str, tmp_path: Path, spec_file: Path) -> None
 def test_one_odd_entry_does_not_end_a_listing(run: Any, tmp_path: Path) -> None:
     write_run(tmp_path / "good")
     odd = {"a": ("ablation.json", "[]"), "b": ("demo.json", "{}"), "c": ("run.json", "[]"), "d": ("ablation.json", "{")}
+    odd["f"] = ("demo.json", '{"cache": "c", "seeds": [0], "recipes": ["x"], "runs": {}}')
     odd["e"] = ("ablation.json", '{"tables": {"x": 1}}')
     for name, (file, text) in odd.items():
         (tmp_path / name).mkdir()

@@ -197,5 +197,8 @@ def test_a_folder_of_verbalizers_is_called_by_its_name(teacher_folder: Path, tmp
     record = json.loads((run / "run.json").read_text())
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "run.json").write_text(json.dumps(record))
+    with pytest.raises(SpecError, match=r"half/student is gone, or a part of it is, and the run is finished"):
+        vc.evaluate(tmp_path / "half")
+    (tmp_path / "half" / "run.json").write_text(json.dumps({**record, "status": "interrupted"}))
     with pytest.raises(SpecError, match=r"no trained student yet; go on with: vlsi_cache\.distill\("):
         vc.evaluate(tmp_path / "half")

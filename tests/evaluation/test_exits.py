@@ -24,6 +24,7 @@ from vlsi_cache.models.load import ModelRef
 from vlsi_cache.models.traversal import add_traversal
 from vlsi_cache.models.verbalizer import load_verbalizers
 from vlsi_cache.report.pages import write_report
+from vlsi_cache.report.text import exits_table
 from vlsi_cache.store.reader import Cache
 from vlsi_cache.teacher.draft_plan import costs_of
 from vlsi_cache.train.student import cached_sources
@@ -49,7 +50,8 @@ def run(cache: Cache, student_folder: Path, tmp_path_factory: pytest.TempPathFac
 
 def test_scores_are_those_of_the_model_s_own_logits(run: Path, cache: Cache) -> None:
     found = vc.exits(run, cache=cache)
-    assert json.loads((run / "exits.json").read_text())["exits"] == found["exits"]
+    assert (found["trained_on"], found["num_trained_on"]) == (True, len(cache))
+    assert not (run / "exits.json").exists()
     model = AutoModelForCausalLM.from_pretrained(run / "student").eval()
     backbone = Backbone(model)
     verbalizers = load_verbalizers(run / "exits", backbone, [1, 2])
@@ -85,9 +87,17 @@ def test_scores_are_those_of_the_model_s_own_logits(run: Path, cache: Cache) -> 
         assert max(depths) <= 3
         deepest = max(points, key=lambda point: point["depth"])
         assert deepest["agreement"] >= found["exits"][0]["agreement"]
+    own = vc.exits(run)
+    assert json.loads((run / "exits.json").read_text())["exits"] == own["exits"]
     page = write_report(run).read_text()
     assert "<h2>Exits</h2>" in page
     assert "3 (last)" in page
+    record = json.loads((run / "student" / "vlsi_cache.json").read_text())
+    (run / "student" / "vlsi_cache.json").write_text(json.dumps({**record, "weights": "other"}))
+    page = write_report(run).read_text()
+    assert "Its exits were measured on another student; run: vlsi-cache exits" in page
+    assert "3 (last)" not in page
+    (run / "student" / "vlsi_cache.json").write_text(json.dumps(record))
 
 
 def test_rows_are_those_that_the_cache_holds(run: Path, cache: Cache, tmp_path: Path) -> None:
@@ -95,7 +105,8 @@ def test_rows_are_those_that_the_cache_holds(run: Path, cache: Cache, tmp_path: 
     few = vc.prune(cache, out=tmp_path / "few", samples=names)
     found = vc.exits(run, cache=few)
     assert (found["num_samples"], found["num_tokens"]) == (5, sum(len(cache[name].response_ids_R) for name in names))
-    assert f"5 samples of {few.path};" in write_report(run).read_text()
+    assert f"5 samples of {few.path}, NOT HELD OUT: the run was trained on 5 of them;" in exits_table(found)
+    vc.exits(run)
     kept = json.loads((run / "exits.json").read_text())
     (run / "exits.json").write_text(json.dumps({key: value for key, value in kept.items() if key != "xxh3"}))
     with pytest.raises(CacheCorruptError, match=r"exits.json: xxh3 of the content is .* delete it and run"):
@@ -222,6 +233,27 @@ def test_what_has_no_exits_is_refused(
     (copy / "run.json").write_text(json.dumps(record))
     with pytest.raises(SpecError, match=r"copy/exits is gone, or a part of it is: restore it from a copy"):
         vc.exits(copy)
+    again = pytest.raises(SpecError, match=r"copy/exits is gone")
+    with again:  # a run that is finished is not trained again in place
+        vc.distill(cache, student=record["student"], out=copy, recipe="last", overrides=CHANGES)
+    spec = {**record["spec"], "distill": {**record["spec"]["distill"], "layers": [], "exits": None}}
+    (copy / "run.json").write_text(json.dumps({**record, "spec": spec}))
+    with pytest.raises(SpecError, match=r"copy has no exits: its `distill.layers` is empty"):
+        vc.exits(copy)
+    shutil.copytree(run / "exits", copy / "exits")
+    (copy / "run.json").write_text(json.dumps(record))
+    made = json.loads((copy / "exits" / "verbalizers.json").read_text())
+    for other_kind in ({"structure": "foo"}, {"foo": 1}):
+        changed = {**made, "architecture": {**made["architecture"], **other_kind}}
+        (copy / "exits" / "verbalizers.json").write_text(json.dumps(changed))
+        with pytest.raises(ModelError, match=r"verbalizers.json: `architecture` is none that this release knows .*foo"):
+            vc.exits(copy)
+    (copy / "exits" / "verbalizers.json").write_text(json.dumps({**made, "layers": []}))
+    with pytest.raises(ModelError, match=r"verbalizers.json names no layers: restore it"):
+        vc.exits(copy)
+    shutil.rmtree(copy / "student")
+    with pytest.raises(SpecError, match=r"copy/student is gone, or a part of it is, and the run is finished"):
+        vc.distill(cache, student=record["student"], out=copy, recipe="last", overrides=CHANGES)
     with pytest.raises(SpecError, match="holds no run, and exits are those of a run's student"):
         vc.exits(teacher_folder)
     with pytest.raises(ModelError, match=r"target layers \[3\] are out of range"):

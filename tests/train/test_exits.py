@@ -11,7 +11,7 @@ from helpers.families import tiny_model
 from helpers.launch import run_together
 from helpers.runs import metrics_of
 from helpers.tiny import write_spec
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import vlsi_cache as vc
 from vlsi_cache.errors import CacheCorruptError, ModelError, SpecError
@@ -83,11 +83,23 @@ def test_a_stopped_one_goes_on_and_leaves_the_student_alone(
     (out / "exits" / "verbalizers.json").write_text(json.dumps(record))
     with pytest.raises(ModelError, match=r"exits holds verbalizers of a model whose weights are `other`.*delete the"):
         trained(cache, student_folder, out)
+    shutil.move(out / "exits", tmp_path / "exits of another")
     (out / "student").rename(tmp_path / "aside")
+    shutil.copytree(tmp_path / "aside", out / "student")  # another one, while they are trained
+    weights = load_file(out / "student" / "model.safetensors")
+    weights["lm_head.weight"] += 1
+    save_file(weights, out / "student" / "model.safetensors", {"format": "pt"})
+    card = json.loads((out / "student" / "vlsi_cache.json").read_text())
+    card["weights"] = ModelRef(out / "student").digest
+    (out / "student" / "vlsi_cache.json").write_text(json.dumps(card))
+    with pytest.raises(
+        ModelError, match=r"run/checkpoints holds verbalizers of a model .*put the student back that was"
+    ):
+        trained(cache, student_folder, out)
+    shutil.rmtree(out / "student")
     with pytest.raises(CacheCorruptError, match=r"run/student is gone, and the exits are those of that student"):
         trained(cache, student_folder, out)
     (tmp_path / "aside").rename(out / "student")
-    shutil.rmtree(out / "exits")
     (out / "exits").mkdir()
     (out / "exits" / ".layer_0001.safetensors.tmp-0").write_text("half")
     trained(cache, student_folder, out)

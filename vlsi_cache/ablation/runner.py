@@ -254,7 +254,7 @@ def _header_to_come(spec: CacheSpec) -> CacheHeader:
 def _budget(runs: Runs, tables: Tables) -> str:
     """The optimizer steps of every variant in `tables`, in words."""
     default = runs[DEFAULT.name]
-    parts = ", ".join(f"{stage} {count}" for stage, count in default.steps.items())
+    parts = ", ".join(f"{stage} {count}" for stage, count in default.steps.items() if stage != "exits")
     other = ", ".join(f"{name} {count}" for name, count in own_steps(tables, DEFAULT.name).items())
     told = f", but for {other}" if other else ""
     size = default.spec.distill.batch_size
@@ -300,13 +300,16 @@ def _one_run(ablation: Ablation, run: PlannedRun, cache: "Cache", seed: int) -> 
     where = {"run": str(folder.relative_to(ablation.out))}
     defaults_verbalizers = _verbalizers_of(default)
     try:
-        if run.name != DEFAULT.name and defaults_verbalizers is None:
+        is_lens = run.spec.verbalizer.is_lens
+        if run.name != DEFAULT.name and defaults_verbalizers is None and not is_lens:
             raise ModelError(f"{default} has left no verbalizers, which the other runs of its seed take or are read by")
         _train(ablation, run, cache, seed, defaults_verbalizers if run.takes_verbalizers else None)
         measured = evaluate(
             folder,
             spec=run.measured_with,
-            verbalizers=_verbalizers_of(folder) or _verbalizers_of(default),
+            verbalizers=None
+            if is_lens and run.spec.distill.trains_layers
+            else _verbalizers_of(folder) or defaults_verbalizers,
             device=ablation.device,
             trust_remote_code=ablation.spec.distill.trust_remote_code,
         )
@@ -317,6 +320,7 @@ def _one_run(ablation: Ablation, run: PlannedRun, cache: "Cache", seed: int) -> 
     stages = trained["stages"]
     steps = sum(stage["steps"] for stage in stages)
     assert steps == run.num_steps, f"{folder} took {steps} steps, {run.steps} were planned"
+    steps = run.num_student_steps
     if run.takes_verbalizers:  # the time of training them belongs to every run that has them
         stages += [one for one in read_run(default)["stages"] if one["name"] == "verbalize"]
     device = pick_device(ablation.device or ablation.spec.run.device)

@@ -214,7 +214,8 @@ def plan_runs(
                 continue
             settings = f"{layers} {top_k} {resolved.model_dump_json()}"
             folder = folders.setdefault(settings, variant.name)
-            uses_verbalizers = resolved.distill.trains_layers and _same_verbalizers(resolved, spec)
+            has_verbalizers = resolved.distill.trains_layers and not resolved.verbalizer.is_lens
+            uses_verbalizers = has_verbalizers and _same_verbalizers(resolved, spec)
             run = PlannedRun(
                 variant=variant,
                 spec=resolved,

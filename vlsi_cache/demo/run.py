@@ -22,7 +22,7 @@ from vlsi_cache.models.save import init_student
 from vlsi_cache.progress import say
 from vlsi_cache.report.example import example_of
 from vlsi_cache.report.pages import write_demo_report
-from vlsi_cache.run_files import read_exits, read_object, read_run
+from vlsi_cache.run_files import of_this_student, read_exits, read_object, read_run
 from vlsi_cache.store.reader import Cache
 from vlsi_cache.teacher.build import build_teacher
 from vlsi_cache.teacher.plan import plan
@@ -107,7 +107,7 @@ def _one_run(cache: Cache, student: Path, out: Path, seed: int, recipe: str, dev
     run = distill(cache, student=str(student), out=folder, recipe=recipe, overrides=changes, device=device)
     scores = kept_result(run) or evaluate(run, device=device)
     seconds = sum(stage["seconds"] for stage in read_run(run)["stages"] if stage["name"] != "exits")
-    measured = (read_exits(run) or exits(run, device=device)) if has_exits else {}
+    measured = _exits_of(run, device) if has_exits else {}
     return {
         "seed": seed,
         "run": str(run.relative_to(out)),
@@ -116,6 +116,13 @@ def _one_run(cache: Cache, student: Path, out: Path, seed: int, recipe: str, dev
         "seconds": seconds,
         "exits": measured.get("exits", []),
     }
+
+
+def _exits_of(run: Path, device: str | None) -> dict[str, Any]:
+    """What the run's exits say on its own held-out rows, now or from an earlier demo."""
+    kept = read_exits(run)
+    is_ours = kept is not None and kept["rows"] == "evaluate" and of_this_student(kept, run)
+    return kept if kept is not None and is_ours else exits(run, device=device)
 
 
 def _teacher_scores(spec: CacheSpec, out: Path, device: str | None) -> dict[str, Any]:

@@ -39,7 +39,7 @@ from vlsi_cache.train.loader import match_records
 from vlsi_cache.train.student import cached_sources
 
 from .held_out import HeldOut, held_out, prepared
-from .teacher_agreement import LOGIT_BYTES
+from .teacher_agreement import LOGIT_BYTES, trained_on
 
 RULES = ("margin", "entropy")
 NUM_THRESHOLDS = 24  # of each confidence rule
@@ -67,15 +67,15 @@ def exits(
 ) -> dict[str, Any]:
     """Measure every exit of a run's student on the held-out rows of its spec, or on the rows of a `cache`.
 
-    An exit is a target layer read by `RUN/exits`, without these by `RUN/verbalizers`, without either by the
-    student's own norm and head; `verbalizers` read in their place. Returns, and unless there is a `limit` or other
-    verbalizers also writes to RUN/exits.json: `exits`, for each and for the last layer `accuracy` (its first word
-    is the response's), `nll` in nats per token, `agreement` (its first word is the last layer's), `weights` that a
-    token reads, `flops` of a token without attention, `seconds` of the next token (None where it cannot be
-    measured), and of one that can draft what its drafts would come to (see `teacher.draft_plan.ExitPlan`); and
-    `rules`, for `margin` and `entropy` the points of the curve: `threshold`, mean `depth` in layers, `agreement`,
-    `accuracy`, `nll`. Raises SpecError, ModelError (exits of another student, a loss that is not finite),
-    DataError.
+    An exit is a target layer read by `RUN/exits`, without these by `RUN/verbalizers`, without either by the student's
+    own norm and head; `verbalizers` read in their place. Returns, and unless there is a `limit`, other verbalizers, or
+    rows that the run was trained on, also writes to RUN/exits.json: `exits`, for each and for the last layer `accuracy`
+    (its first word is the response's), `nll` in nats per token, `agreement` (its first word is the last layer's),
+    `weights` that a token reads, `flops` of a token without attention, `seconds` of the next token (None where it
+    cannot be measured), and of one that can draft what its drafts would come to (see `teacher.draft_plan.ExitPlan`);
+    and `rules`, for `margin` and `entropy` the points of the curve: `threshold`, mean `depth` in layers, `agreement`,
+    `accuracy`, `nll`; of a `cache` also `trained_on` and `num_trained_on`, see `trained_on`. Raises SpecError,
+    ModelError (exits of another student, a loss that is not finite), DataError.
     """
     refuse_url(run, "run")
     folder = Path(run)
@@ -100,10 +100,16 @@ def exits(
     named = of_run(folder) if verbalizers is None else find_folder(verbalizers)
     if named is None:
         layers = target_layers(distill.layers, distill.num_layers, student.config, where="distill.layers")
+        if not layers:
+            raise SpecError(
+                f"{folder} has no exits: its `distill.layers` is empty, and exits are target layers; name verbalizers "
+                "of this student with --verbalizers, or train a run that has layers"
+            )
         read = logit_lens(backbone, layers)
     else:
         read = load_exits(named, backbone, student=student.digest, start=record.get("student_digest"))
     result = {
+        "student": student.digest,
         "rows": "evaluate" if opened is None else str(opened.path),
         "verbalizers": None if named is None else str(named.resolve()),
         "structure": read.architecture.structure,
@@ -111,8 +117,11 @@ def exits(
         "num_samples": len(rows.records),
         "num_skipped": rows.num_skipped,
         **measure_exits(backbone, read, rows, spec.run),
+        **({} if opened is None else trained_on(opened, record, num_samples=len(opened))),
     }
-    if limit is None and verbalizers is None:
+    if result.get("trained_on"):
+        say(f"the run was trained on {result['num_trained_on']:,} of these rows: not kept in {folder / EXITS}")
+    elif limit is None and verbalizers is None:
         write_atomically(folder / EXITS, sealed(result))
     return result
 

@@ -20,12 +20,12 @@ from vlsi_cache.data.encoder import Encoder
 from vlsi_cache.data.records import Record, read_records
 from vlsi_cache.errors import ModelError, SpecError
 from vlsi_cache.io import check_file, refuse_url, write_atomically
-from vlsi_cache.models.backbone import Backbone, head_of
+from vlsi_cache.models.backbone import Backbone, head_of, target_layers
 from vlsi_cache.models.drafting import Drafter
 from vlsi_cache.models.load import ModelRef, resolve_model
 from vlsi_cache.models.probe import checked_backbone
 from vlsi_cache.models.traversal import add_traversal, traversal_of
-from vlsi_cache.models.verbalizer import Verbalizers, frozen_layout, load_exits, load_verbalizers
+from vlsi_cache.models.verbalizer import Verbalizers, frozen_layout, load_exits, load_verbalizers, logit_lens
 from vlsi_cache.models.verbalizer_files import EXITS_FOLDER, find_folder, read_record
 from vlsi_cache.processes import ALONE, Processes, joined
 from vlsi_cache.progress import progress, say
@@ -154,6 +154,7 @@ def _evaluate(
         cache=opened,
         encoding=spec.data.encoding(),
         verbalizers=str(given or own) if given or own.is_dir() else None,
+        lens_layers=_lens_layers(folder, run, named) if given is None else [],
         exits=str(folder / EXITS_FOLDER) if given is None and (folder / EXITS_FOLDER).is_dir() else None,
         device=processes.own_device(device, spec.run.device) or spec.run.device,
         alignment=spec.distill.alignment,
@@ -177,6 +178,14 @@ def _evaluate(
     if run is not None:
         processes.from_first(lambda: _keep(folder, run, result))
     return result
+
+
+def _lens_layers(folder: Path, run: dict[str, Any] | None, student: ModelRef) -> list[int]:
+    """The layers that a run has trained through the student's norm and head; none of another run."""
+    spec = None if run is None else spec_from_dict(run["spec"], where=str(folder / "run.json"))
+    if spec is None or not (spec.verbalizer.is_lens and spec.distill.trains_layers):
+        return []
+    return target_layers(spec.distill.layers, spec.distill.num_layers, student.config, where="distill.layers")
 
 
 def _check_drafts(spec: CacheSpec) -> None:
@@ -243,6 +252,7 @@ def evaluate_model(
     encoding: Encoding = AS_IT_IS,
     verbalizers: str | None = None,
     exits: str | None = None,
+    lens_layers: Sequence[int] = (),
     device: str | None = None,
     batch_tokens: int = 8192,
     draft_exit: int | None = None,
@@ -253,7 +263,8 @@ def evaluate_model(
 ) -> dict[str, Any]:
     """`evaluate` for any model; `limit` takes the first rows only, `batch_tokens` bounds a perplexity batch.
 
-    `verbalizers` read the layers, and `exits`, if they are given, the one that drafts.
+    `verbalizers` read the layers, or norm and head the `lens_layers`; and `exits`, if they are given,
+    the one that drafts.
     With `alignment: byte` the model may have another tokenizer than the teacher of the cache.
     `encoding` (see `DataSpec.encoding`) holds for the rows of the cache; held-out rows have their own.
     """
@@ -267,7 +278,7 @@ def evaluate_model(
         _traverse(loaded, settings.traversal)
     of_cache = model.encoder(encoding) if rows is None or cache is not None else rows.encoder
     backbone = checked_backbone(loaded, of_cache)
-    spoken = None
+    spoken = logit_lens(backbone, lens_layers) if lens_layers else None
     if verbalizers is not None:
         layers = sorted(int(name) for name in read_record(Path(verbalizers), [])["layers"])
         # The head may have been trained since: a layer is read through the head of the model that is measured.

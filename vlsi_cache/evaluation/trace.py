@@ -29,7 +29,7 @@ from vlsi_cache.models.mixing import mixing_of
 from vlsi_cache.models.probe import checked_backbone
 from vlsi_cache.models.traversal import prompting
 from vlsi_cache.models.verbalizer import Verbalizers, load_verbalizers, logit_lens
-from vlsi_cache.models.verbalizer_files import RECORD, find_folder, read_record
+from vlsi_cache.models.verbalizer_files import EXITS_FOLDER, RECORD, find_folder, read_record
 from vlsi_cache.progress import progress
 from vlsi_cache.report.example import Said, Token, Trace, png_of
 from vlsi_cache.report.mixing import mixing_from
@@ -135,6 +135,8 @@ def _subject(model: Path | str, verbalizers: str | None, gguf_file: str | None) 
     spec = spec_from_dict(run["spec"], where=str(folder / "run.json"))
     if verbalizers is None and spec.verbalizer.is_lens:
         verbalizers = LOGIT_LENS
+    if verbalizers is None and not own.is_dir() and (folder / EXITS_FOLDER).is_dir():
+        verbalizers = str(folder / EXITS_FOLDER)
     if verbalizers is None and not own.is_dir():
         raise SpecError(
             f"{model} is a run of recipe `{run.get('recipe')}` and has no verbalizers; `--verbalizers {LOGIT_LENS}` "

@@ -69,7 +69,8 @@ class Drafter:
             structure = verbalizers.architecture.structure
             raise SpecError(
                 f"a verbalizer of structure `{structure}` looks at all tokens again, and drafts come one by one: draft "
-                "with a structure without attention, such as `verb-ffn`, or with the logit lens"
+                "with a structure without attention, such as `verb-ffn`, or with the logit lens (so is a model read "
+                "that is named by its own folder, RUN/student)"
             )
         check_rewinds(backbone)
         return cls(backbone, verbalizers, layer, num_drafts, confidence)

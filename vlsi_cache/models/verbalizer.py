@@ -23,7 +23,7 @@ from vlsi_cache.errors import ModelError
 
 from .backbone import Backbone, LayerSequence, head_digest
 from .traversal import plain_class
-from .verbalizer_files import FROM_WHERE, load_layer, read_record, write
+from .verbalizer_files import FROM_WHERE, RECORD, load_layer, read_record, write
 
 # For each structure its number of blocks, and the linear maps of a block; a decoder layer counts none of its own.
 BLOCKS = {
@@ -239,7 +239,7 @@ def load_verbalizers(
     `teacher_digest`, or for another head than the backbone's (`check_head=False` allows that on purpose).
     """
     record = read_record(Path(folder), layers)
-    architecture = Architecture(**record["architecture"])
+    architecture = _architecture(Path(folder), record)
     if architecture.hidden_size != backbone.hidden_size:
         raise ModelError(
             f"verbalizers {folder}: made for hidden size {architecture.hidden_size}, this model has "
@@ -260,9 +260,23 @@ def load_exits(folder: Path, backbone: Backbone, *, student: str, start: str | N
     those that its run began with (`start`), whose head may have been another. Raises ModelError for any others."""
     record = read_record(folder, [])
     layers, made_for = sorted(map(int, record["layers"])), str(record["provenance"].get("teacher_digest"))
+    if not layers:
+        raise ModelError(f"{folder / RECORD} names no layers: restore it from a copy, or train a new run with -o")
     is_of_start = start is not None and made_for.removesuffix(WITH_GATES) == start
     digest = None if is_of_start else student
     return load_verbalizers(folder, backbone, layers, teacher_digest=digest, check_head=not is_of_start)
+
+
+def _architecture(folder: Path, record: dict[str, Any]) -> Architecture:
+    """The one that the record says; raises ModelError for one that this release does not know."""
+    said = record["architecture"]
+    names = {field.name for field in dataclasses.fields(Architecture)}
+    if not {"structure", "hidden_size", "intermediate_size"} <= said.keys() <= names or said["structure"] not in BLOCKS:
+        raise ModelError(
+            f"{folder / RECORD}: `architecture` is none that this release knows ({said}): restore it from a copy, or "
+            "train them again"
+        )
+    return Architecture(**said)
 
 
 def num_parameters(

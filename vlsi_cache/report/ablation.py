@@ -16,8 +16,9 @@ Record = Mapping[str, Any]  # the content of ablation.json
 Row = Mapping[str, Any]  # of one of its tables
 SEEDS_FOR_DEVIATION = 3
 LAYERS_NOTE = (
-    "layer nll: through the verbalizers that a student was trained with, for last and sft through the default's. These "
-    "two have moved away from them: verbalizers of their own would read their layers better."
+    "layer nll: through what a student was trained with (its verbalizers, or its own norm and head), for last and sft "
+    "through the default's verbalizers. These two have moved away from them: verbalizers of their own would read their "
+    "layers better."
 )
 SCORES = ("exact_match", "nll", "perplexity", "layer_nll")
 CSV_HEAD: tuple[str, ...] = ("axis", "variant", "seed", "status", *SCORES, "steps", "seconds", "run", "message")

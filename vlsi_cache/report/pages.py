@@ -10,9 +10,9 @@ import numpy as np
 
 from vlsi_cache.errors import CacheIncompleteError, CacheNotFoundError, command_line
 from vlsi_cache.io import write_atomically
-from vlsi_cache.run_files import read_ablation, read_exits
+from vlsi_cache.run_files import of_this_student, read_ablation, read_demo, read_exits
 from vlsi_cache.runs.diagnostics import findings_of
-from vlsi_cache.runs.metrics import RunFiles, curve, layer_curves, read_json, read_record, read_run, stages_of
+from vlsi_cache.runs.metrics import RunFiles, curve, layer_curves, read_json, read_run, stages_of
 from vlsi_cache.store.location import UrlPath, place_of
 
 from . import ablation, figures
@@ -106,7 +106,7 @@ def write_demo_report(folder: Path | str, *, example: dict[str, Any] | None = No
     """Write the report of a demo; `example` (see example_of) is kept in its folder, so that it can be written again."""
     folder = Path(folder)
     again = f"run: {command_line('demo', '-o', folder)}"
-    demo = read_record(folder / "demo.json", ("cache", "recipes", "runs", "seeds"), advice=again)
+    demo = read_demo(folder / "demo.json", again)
     cache = None
     if (folder / demo["cache"] / "cache.json").is_file():
         from vlsi_cache.store.reader import open
@@ -132,6 +132,10 @@ def run_page(run: RunFiles) -> str:
     state = status if status in ("done", "failed", "interrupted") else "not finished"
     name = (record.get("spec") or {}).get("name", "")
     findings = [f"the run has failed: {record['message']}"] if status == "failed" else []
+    exits = read_exits(run.path)
+    if exits is not None and not of_this_student(exits, run.path):
+        findings.append(f"its exits were measured on another student; run: {command_line('exits', run.path)}")
+        exits = None
     curves = {stage: {"loss": curve(run.metrics, stage)} for stage in stages_of(run.metrics)}
     last = run.metrics[-1] if run.metrics else {}
     scores = evaluation_parts(run.evaluation or {})
@@ -149,7 +153,7 @@ def run_page(run: RunFiles) -> str:
         **_matched(run),
         probes=_probe_curves(run),
         **_mixing(mixing_of_run(run.path)),
-        **_exits(read_exits(run.path)),
+        **_exits(exits),
         record=record,
     )
 

@@ -307,7 +307,12 @@ def _drafts(one: Mapping[str, Any]) -> list[str]:
 
 def _measured_on(result: Mapping[str, Any]) -> str:
     where = "held-out samples" if result["rows"] == "evaluate" else f"samples of {result['rows']}"
-    return f"{result['num_samples']:,} {where}"
+    trained = {
+        None: "",
+        False: "",
+        True: f", NOT HELD OUT: the run was trained on {result.get('num_trained_on')} of them",
+    }
+    return f"{result['num_samples']:,} {where}{trained[result.get('trained_on')]}"
 
 
 def _reader(result: Mapping[str, Any]) -> str:

@@ -37,6 +37,7 @@ class Checkpoints:
         self.folder, self._processes = run / "checkpoints", processes
         processes.from_first(self._clear)
         self._whole: list[tuple[str, int]] = []  # checkpoints that have been looked at or written
+        self.student: str | None = None  # the digest of a finished student that a stage reads: written into each
 
     def _clear(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -74,6 +75,10 @@ class Checkpoints:
         newest = self.latest()
         return newest[1] if newest and newest[0] == stage else 0
 
+    def student_of(self, stage: str, step: int) -> str | None:
+        """The `student` that a checkpoint was written with."""
+        return read_checkpoint(self._place(stage, step) / CHECKPOINT).get("student")
+
     def save(self, stage: str, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
         before = self.latest()
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -89,7 +94,7 @@ class Checkpoints:
         with replacing(self._place(stage, step)) as temporary:
             temporary.mkdir()
             save_file(state, temporary / TENSORS)
-            _seal(temporary, stage, step)
+            _seal(temporary, stage, step, self.student)
 
     def _save_shards(self, stage: str, step: int, state: dict[str, torch.Tensor]) -> None:
         """All processes write into a new folder, which the first one makes and gives its name once all have written."""
@@ -102,7 +107,7 @@ class Checkpoints:
 
             temporary = self._processes.from_first(begin)
             write_shards(temporary, state)
-            self._processes.from_first(lambda: _seal(temporary, stage, step))
+            self._processes.from_first(lambda: _seal(temporary, stage, step, self.student))
         self._processes.wait()  # until it has its name
 
     def _thin(self) -> None:
@@ -158,10 +163,11 @@ class Checkpoints:
         self._whole.append((stage, step))
 
 
-def _seal(folder: Path, stage: str, step: int) -> None:
+def _seal(folder: Path, stage: str, step: int, student: str | None) -> None:
     """Write what is in a folder of tensors, and the checksum of each file."""
     files = {file.name: checksum(file) for file in sorted(folder.glob("*.safetensors"))}
-    (folder / CHECKPOINT).write_text(sealed({"stage": stage, "step": step, "files": files}), encoding="utf-8")
+    about = {"stage": stage, "step": step, **({} if student is None else {"student": student}), "files": files}
+    (folder / CHECKPOINT).write_text(sealed(about), encoding="utf-8")
 
 
 def _load_shards(folder: Path, named: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer | None) -> None:

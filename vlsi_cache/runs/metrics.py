@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -116,16 +116,6 @@ def next_step(record: Mapping[str, Any]) -> str:
     if record.get("status") == "failed":
         return f"it has failed: {record.get('message')}"
     return f"go on with: {record.get('command')}"
-
-
-def read_record(file: Path, keys: Iterable[str], *, advice: str) -> dict[str, Any]:
-    """What one of our commands has written, told from other files of that name by its `keys`."""
-    record = read_json(file)
-    if not isinstance(record, dict) or not set(keys) <= record.keys():
-        raise CacheNotFoundError(
-            f"{file.parent} has no readable {file.name}: it is missing, damaged or of something else; {advice}"
-        )
-    return cast("dict[str, Any]", record)
 
 
 def read_json(path: Path) -> Any:

@@ -312,5 +312,11 @@ def check_has_student(folder: Path, run: dict[str, Any]) -> None:
             f"{folder} is a `{run['kind']}` run: it holds a teacher's verbalizers and no student. Name a `distill` "
             "run, or a model's folder together with --spec"
         )
-    if not (folder / "student").is_dir():
+    student = folder / "student"
+    if run["status"] == "done" and not ((student / "config.json").is_file() and any(student.glob("*.safetensors"))):
+        raise SpecError(
+            f"{student} is gone, or a part of it is, and the run is finished: restore it from a copy, or train again "
+            "in another folder with -o"
+        )
+    if not student.is_dir():
         raise SpecError(f"{folder} has no trained student yet; {next_step(run)}")

@@ -68,7 +68,8 @@ def plan_exits(cache: Cache | Path | str) -> list[ExitPlan]:
     model = teacher_ref(spec.teacher)
     sizes = dict.fromkeys(opened.layers[:-1], 0)
     if spec.teacher.verbalizers is not None:
-        sizes = dict.fromkeys(sizes, verbalizer_size(model.config.get_text_config(), spec.verbalizer))
+        verbalizer, text = spec.verbalizer, model.config.get_text_config()
+        sizes = dict.fromkeys(sizes, verbalizer_size(text, verbalizer.structure, verbalizer.pre_norm))
     costs, answers = costs_of(model.empty(), sizes), _answers(opened)
     return [exit_plan(layer, answers[layer], costs) for layer in opened.layers[:-1]]
 

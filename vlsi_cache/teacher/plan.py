@@ -6,19 +6,21 @@ profilers count it, although a causal kernel need not compute the half of it abo
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from vlsi_cache.config.sections import CacheSpec
-from vlsi_cache.config.training import TraversalSpec, VerbalizerSpec
+from vlsi_cache.config.training import PreNorm, TraversalSpec
 from vlsi_cache.data.sequence import Layout
 from vlsi_cache.errors import SpecError
 from vlsi_cache.models.backbone import Backbone
 from vlsi_cache.models.packing import likely_layout
 from vlsi_cache.models.probe import check_vocabulary
 from vlsi_cache.models.verbalizer import num_parameters
+from vlsi_cache.models.verbalizer_files import read_record
 from vlsi_cache.progress import html_text, human_bytes
 from vlsi_cache.train.distill import schedule_steps, shown_steps, stage_steps
 
@@ -277,20 +279,22 @@ def _bytes_per_layer_token(inputs: TeacherInputs) -> float:
 
 
 def _verbalizer_parameters(inputs: TeacherInputs) -> int:
-    text = inputs.model.config.get_text_config()
-    return len(inputs.target_layers) * verbalizer_size(text, inputs.spec.verbalizer)
+    path, text = inputs.verbalizers_path, inputs.model.config.get_text_config()
+    assert path is not None
+    built = read_record(Path(path), inputs.target_layers)["architecture"]  # `verbalizer` says what would be trained
+    return len(inputs.target_layers) * verbalizer_size(text, built["structure"], built.get("pre_norm", "rms"))
 
 
-def verbalizer_size(text: Any, spec: VerbalizerSpec) -> int:
+def verbalizer_size(text: Any, structure: str, pre_norm: PreNorm) -> int:
     """Parameters of one layer's verbalizer for a model with this text configuration."""
     return num_parameters(
-        spec.structure,
+        structure,
         hidden_size=text.hidden_size,
         intermediate_size=getattr(text, "intermediate_size", None) or 0,
         num_heads=(num_heads := getattr(text, "num_attention_heads", None) or 1),
         num_kv_heads=getattr(text, "num_key_value_heads", None) or num_heads,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // num_heads,
-        pre_norm=spec.pre_norm,
+        pre_norm=pre_norm,
     )
 
 

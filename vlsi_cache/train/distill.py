@@ -42,7 +42,16 @@ from vlsi_cache.processes import Processes, joined
 from vlsi_cache.progress import say
 from vlsi_cache.report.mixing import MIXING_NAME
 from vlsi_cache.report.pages import ensure_report, write_report
-from vlsi_cache.runs.run_dir import WHOLE_BATCH, already_done, check_run_folder, finish_run, open_run, python_call
+from vlsi_cache.runs.run_dir import (
+    WHOLE_BATCH,
+    already_done,
+    check_has_exits,
+    check_has_student,
+    check_run_folder,
+    finish_run,
+    open_run,
+    python_call,
+)
 from vlsi_cache.runs.trackers import check_trackers
 from vlsi_cache.store import reader
 from vlsi_cache.store.reader import Cache
@@ -133,6 +142,8 @@ def _distill(
         **given,
     ) as run:
         if already_done(run):
+            check_has_student(out, run.record)
+            check_has_exits(out, run.record)
             processes.from_first(lambda: ensure_report(out))
             return out
         check_ours(out / "student", STUDENT_RECORD)

@@ -23,9 +23,10 @@ def exits(state: StudentState, *, num_steps: int) -> dict[str, Any]:
     """
     folder, settings = state.run.path / EXITS_FOLDER, state.spec.distill.exits
     assert settings is not None
-    if state.processes.from_first(lambda: _are_there(folder, state.student_folder)):
+    if state.processes.from_first(lambda: _are_there(state, folder)):
         return {"name": "exits", "steps": num_steps, "seconds": state.log.stage_seconds("exits")}
     distill, student = state.spec.distill, state.student_folder
+    state.checkpoints.student = state.processes.from_first(lambda: ModelRef(student).digest)
     verbalizers, entry = verbalize(
         state.shared_out(state.model),
         state.exit_layers,
@@ -35,19 +36,27 @@ def exits(state: StudentState, *, num_steps: int) -> dict[str, Any]:
         vocab_size=state.encoder.vocab_size,
         name="exits",
     )
-    facts = {"teacher_digest": ModelRef(student).digest, "model": str(student), "loss": settings.loss}
+    facts = {"teacher_digest": state.checkpoints.student, "model": str(student), "loss": settings.loss}
     state.processes.from_first(lambda: verbalizers.save(folder, provenance=facts))
     return entry
 
 
-def _are_there(folder: Path, student: Path) -> bool:
-    """Whether an earlier attempt has written them; raises ModelError for those of another student."""
-    if not (folder / RECORD).exists():
+def _are_there(state: StudentState, folder: Path) -> bool:
+    """Whether an earlier attempt has written them; raises ModelError for those of another student, and for a checkpoint
+    on the way to them."""
+    student, newest = state.student_folder, state.checkpoints.latest()
+    if (folder / RECORD).exists():
+        made_for, where = read_record(folder, [])["provenance"].get("teacher_digest"), folder
+        otherwise = "delete the folder and run the same command again, which trains them"
+    elif newest is not None and newest[0] == "exits":
+        made_for, where = state.checkpoints.student_of(*newest), state.checkpoints.folder
+        otherwise = "train in another folder with -o"
+    else:
         return False
-    made_for, own = read_record(folder, [])["provenance"].get("teacher_digest"), ModelRef(student).digest
-    if made_for != own:
+    own = ModelRef(student).digest
+    if made_for not in (own, None):
         raise ModelError(
-            f"{folder} holds verbalizers of a model whose weights are `{made_for}`, and those of {student} are "
-            f"`{own}`: delete the folder and run the same command again, which trains them"
+            f"{where} holds verbalizers of a model whose weights are `{made_for}`, and those of {student} are `{own}`: "
+            f"put the student back that was there, or {otherwise}"
         )
-    return True
+    return where == folder
