@@ -170,17 +170,17 @@ def compare(
     for key in drafters:
         (num_drafts, confidence), layer = key
         same = sum(one == other for one, other in zip(said[key], said["transformers"], strict=True))
-        acceptance, by_weights = predicted.get(key, (0.0, 1.0))
+        acceptance, by_weights = predicted.get(key, (None, None))
         report.row(
             str(layer) if num_drafts else "none",
             f"{num_drafts}, {confidence:g}" if num_drafts else "",
             f"{same} of {len(said[key])}",
             f"{counts[key]['acceptance']:.3f}" if num_drafts else "",
-            f"{acceptance:.3f}" if num_drafts else "",
+            "" if acceptance is None else f"{acceptance:.3f}",
             f"{counts[key]['tokens_per_pass']:.2f}",
             faster(plain, took[key]),
             faster(took[none, exits.layers[0]], took[key]),
-            f"{by_weights:.2f}",
+            "" if by_weights is None else f"{by_weights:.2f}",
         )
     report.say("")
 
