@@ -93,7 +93,15 @@ class TeacherInputs:
     def load_verbalizers(self, backbone: Backbone) -> Verbalizers:
         if self.verbalizers_path is None:
             return logit_lens(backbone, self.target_layers)
-        return load_verbalizers(self.verbalizers_path, backbone, self.target_layers, teacher_digest=self.weights_digest)
+        found = load_verbalizers(
+            self.verbalizers_path, backbone, self.target_layers, teacher_digest=self.weights_digest
+        )
+        is_of, wanted = found.architecture.structure, self.spec.verbalizer.structure
+        if is_of != wanted:
+            say(
+                f"verbalizers: `{is_of}`, as they were trained; `verbalizer.structure: {wanted}` is for those of students"
+            )
+        return found
 
 
 def teacher_ref(teacher: TeacherSpec) -> ModelRef:
