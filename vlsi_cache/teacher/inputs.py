@@ -96,11 +96,9 @@ class TeacherInputs:
         found = load_verbalizers(
             self.verbalizers_path, backbone, self.target_layers, teacher_digest=self.weights_digest
         )
-        is_of, wanted = found.architecture.structure, self.spec.verbalizer.structure
-        if is_of != wanted:
-            say(
-                f"verbalizers: `{is_of}`, as they were trained; `verbalizer.structure: {wanted}` is for those of students"
-            )
+        made, wanted = found.architecture.structure, self.spec.verbalizer.structure
+        if made != wanted:
+            say(f"verbalizers: `{made}`, as they were trained; `verbalizer.structure: {wanted}` is for students'")
         return found
 
 
