@@ -98,7 +98,7 @@ class TeacherInputs:
         )
         made, wanted = found.architecture.structure, self.spec.verbalizer.structure
         if made != wanted:
-            say(f"verbalizers: `{made}`, as they were trained; `verbalizer.structure: {wanted}` is for students'")
+            say(f"verbalizers: `{made}`, as they were trained; `verbalizer.structure: {wanted}` holds for students")
         return found
 
 
