@@ -257,12 +257,14 @@ def states(model: Any, samples: list[Encoded], width: int = 0) -> dict[int, torc
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_neox", "phi3", *WINDOWED])
 def test_states_and_gradients_of_branches_are_those_of_each_sample_alone(family: str) -> None:
     sizes = [{}] if family not in WINDOWED else [{}, {"sliding_window": WINDOWED[family]}]
+    # In float32 a gradient that nearly cancels is off by more, on some CPUs; torch has no grouped product in float64.
+    dtype = torch.float32 if family == "gpt_oss" else torch.float64
     for changes in sizes:
         gradients, found = [], []
         one, alone = tree((0, 3, 0, 5), [4, 2, 7, 1])
         other = tree((2, 2), [3, 3], seed=1)
         for samples, width in (([one, other[0]], 4096), ([*alone, *other[1]], 0)):
-            model = make_model(family, **changes).requires_grad_(True).train()
+            model = make_model(family, **changes).to(dtype).requires_grad_(True).train()
             found.append(states(model, samples, width))
             sum(state.square().sum() for state in found[-1].values()).backward()
             gradients.append(model.get_input_embeddings().weight.grad)

@@ -135,7 +135,7 @@ def test_a_slow_link_is_asked_for_many_things_at_once(s3: Proxy, built: Path) ->
     """Window after window is read ahead, and the arrays of a part together."""
     url = copied(built, "s3")
     s3.clear()
-    s3.delay_s = 0.05
+    s3.delay_s = 0.15
     rows = {row.sample_id: row for row in PartWindowReader(vc.open_cache(url), seed=0, epoch=0, window_parts=1)}
     assert s3.most_open >= 8
     local = vc.open_cache(built)
