@@ -317,7 +317,8 @@ def exits(
     measured time of a token, and what its drafts would come to. Then how deep tokens must go, on
     average, where the first layer that is sure enough says them: by the lead of its likeliest word (margin) or by its
     entropy. Layers are read by RUN/exits (distill with distill.exits.schedule.steps), else by RUN/verbalizers, else by
-    norm and head. Kept in RUN/exits.json unless --limit or --verbalizers is given, and shown in the run's report.
+    norm and head. Kept in RUN/exits.json and shown in the run's report, unless --limit or --verbalizers is given or the
+    run was trained on these rows.
     """
     import vlsi_cache as vc
     from vlsi_cache.report.text import exits_table
