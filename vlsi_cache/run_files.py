@@ -20,6 +20,7 @@ from .progress import html_text
 
 RUN, METRICS, EVALUATION, CHECKPOINT = "run.json", "metrics.jsonl", "evaluation.json", "checkpoint.json"
 EXITS = "exits.json"
+STUDENT_RECORD = "vlsi_cache.json"  # in the folder of a trained student: where it comes from
 SEAL = "xxh3"  # key of a record's checksum over the rest of it
 
 
@@ -302,8 +303,8 @@ def read_exits(folder: Path) -> dict[str, Any] | None:
 
 def of_this_student(exits: dict[str, Any], folder: Path) -> bool:
     """Whether the content of `exits.json` was measured on the student that is in the run folder, as far as both say."""
-    card = folder / "student" / "vlsi_cache.json"
-    said = json.loads(card.read_text(encoding="utf-8")) if card.is_file() else {}
+    file = folder / "student" / STUDENT_RECORD
+    said = read_object(file, "restore it from a copy, or train again in another folder") if file.is_file() else {}
     return exits.get("student") in (None, said.get("weights", exits.get("student")))
 
 

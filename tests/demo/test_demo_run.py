@@ -91,7 +91,7 @@ def test_a_demo_with_a_damaged_cache_stops(tmp_path: Path) -> None:
 
 
 def test_the_shipped_teacher_is_as_strong_as_its_card_says() -> None:
-    spec = vc.load_spec("demo", overrides=["evaluate.data.options.num_samples=225"])
+    spec = vc.load_spec("demo", overrides=["evaluate.data.options.num_samples=450"])
     assert spec.evaluate is not None
     assert spec.teacher.verbalizers is not None
     scores = evaluate_model(

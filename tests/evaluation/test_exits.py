@@ -97,6 +97,9 @@ def test_scores_are_those_of_the_model_s_own_logits(run: Path, cache: Cache) -> 
     page = write_report(run).read_text()
     assert "Its exits were measured on another student; run: vlsi-cache exits" in page
     assert "3 (last)" not in page
+    (run / "student" / "vlsi_cache.json").write_text("{")
+    with pytest.raises(CacheCorruptError, match=r"student/vlsi_cache.json: is not JSON"):
+        write_report(run)
     (run / "student" / "vlsi_cache.json").write_text(json.dumps(record))
 
 

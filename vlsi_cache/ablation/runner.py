@@ -300,16 +300,16 @@ def _one_run(ablation: Ablation, run: PlannedRun, cache: "Cache", seed: int) -> 
     where = {"run": str(folder.relative_to(ablation.out))}
     defaults_verbalizers = _verbalizers_of(default)
     try:
-        is_lens = run.spec.verbalizer.is_lens
+        is_lens, readers = run.spec.verbalizer.is_lens, None  # of a student that was trained through norm and head
         if run.name != DEFAULT.name and defaults_verbalizers is None and not is_lens:
             raise ModelError(f"{default} has left no verbalizers, which the other runs of its seed take or are read by")
         _train(ablation, run, cache, seed, defaults_verbalizers if run.takes_verbalizers else None)
+        if not (is_lens and run.spec.distill.trains_layers):
+            readers = _verbalizers_of(folder) or defaults_verbalizers
         measured = evaluate(
             folder,
             spec=run.measured_with,
-            verbalizers=None
-            if is_lens and run.spec.distill.trains_layers
-            else _verbalizers_of(folder) or defaults_verbalizers,
+            verbalizers=readers,
             device=ablation.device,
             trust_remote_code=ablation.spec.distill.trust_remote_code,
         )
@@ -320,14 +320,13 @@ def _one_run(ablation: Ablation, run: PlannedRun, cache: "Cache", seed: int) -> 
     stages = trained["stages"]
     steps = sum(stage["steps"] for stage in stages)
     assert steps == run.num_steps, f"{folder} took {steps} steps, {run.steps} were planned"
-    steps = run.num_student_steps
     if run.takes_verbalizers:  # the time of training them belongs to every run that has them
         stages += [one for one in read_run(default)["stages"] if one["name"] == "verbalize"]
     device = pick_device(ablation.device or ablation.spec.run.device)
     return {
         **where,
         "status": "done",
-        "steps": steps,
+        "steps": run.num_student_steps,
         "seconds": sum(stage["seconds"] for stage in stages),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "versions": trained["versions"],

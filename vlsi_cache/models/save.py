@@ -14,7 +14,7 @@ from vlsi_cache.config.layers import parse_layers
 from vlsi_cache.config.training import Dtype
 from vlsi_cache.errors import ModelError
 from vlsi_cache.io import check_apart, check_folder, put_back, refuse_url, replacing
-from vlsi_cache.run_files import read_object
+from vlsi_cache.run_files import STUDENT_RECORD, read_object
 
 from .backbone import Backbone
 from .gguf_files import parsed_once
@@ -24,8 +24,7 @@ from .student_card import write_card
 from .traversal import traversal_of
 from .traversal_files import save_traversed
 
-# In the folder, where it comes from: of a trained student, and of one made of some of a model's layers.
-STUDENT_RECORD, INIT_RECORD = "vlsi_cache.json", "init_student.json"
+INIT_RECORD = "init_student.json"  # in the folder of a student made of some of a model's layers, as STUDENT_RECORD
 ENCODER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",

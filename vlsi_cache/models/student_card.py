@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from .load import first_line, quiet
+from .traversal_files import CARD
 
-CARD = "README.md"
 NUM_NEW = 4  # tokens that are tried
 OURS = "`vlsi-cache generate SPEC --model RUN --draft-exit K` (RUN: the folder that this one was written in)"
 

@@ -35,13 +35,14 @@ from vlsi_cache.models.lora import (
     train_gates_and_projector,
 )
 from vlsi_cache.models.mixing import mixing_of
-from vlsi_cache.models.save import STUDENT_RECORD, check_ours, save_student
+from vlsi_cache.models.save import check_ours, save_student
 from vlsi_cache.models.traversal_files import to_dtype
 from vlsi_cache.models.verbalizer import WITH_GATES, Verbalizers, load_verbalizers, logit_lens
 from vlsi_cache.processes import Processes, joined
 from vlsi_cache.progress import say
 from vlsi_cache.report.mixing import MIXING_NAME
 from vlsi_cache.report.pages import ensure_report, write_report
+from vlsi_cache.run_files import STUDENT_RECORD
 from vlsi_cache.runs.run_dir import (
     WHOLE_BATCH,
     already_done,
